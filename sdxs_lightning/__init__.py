@@ -1,0 +1,1 @@
+"""One-step, real-time text-to-image models from Stable Diffusion."""
