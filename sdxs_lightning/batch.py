@@ -1,0 +1,249 @@
+"""What travels through a training step: a batch of data, and what the networks are conditioned on.
+
+Both are immutable and refuse bad data where it enters, in one sentence, rather than let it train.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Conditioning:
+    """What a U-Net is told besides x_t and t: embeddings (never token ids), and their unconditional twin."""
+
+    prompt_embeds: Tensor
+    """(B, tokens, d), float: text encoder's hidden states; d = 768 SD-1.5, 1024 SD-2.1, 2048 SDXL."""
+    pooled_prompt_embeds: Tensor | None = None
+    """(B, d), float, SDXL only: the second text encoder's pooled output."""
+    add_time_ids: Tensor | None = None
+    """(B, 6), float, SDXL only: original h, w, crop top, left, target h, w, in pixels."""
+    negative_prompt_embeds: Tensor | None = None
+    """Same shape as prompt_embeds, for guidance: the encoding of "" (SD) or zeros (SDXL)."""
+    negative_pooled_prompt_embeds: Tensor | None = None
+    """Same shape as pooled_prompt_embeds, for guidance, SDXL only."""
+    control_images: Tensor | None = None
+    """(B, C, H, W), float in [0, 1] as diffusers' ControlNetModel takes them."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_embeds.ndim != 3 or not self.prompt_embeds.is_floating_point():
+            raise ValueError(
+                f"prompt_embeds must be float embeddings (B, tokens, d), got {_describe(self.prompt_embeds)}; token ids "
+                "go through the family's encode_prompts first."
+            )
+        if (self.pooled_prompt_embeds is None) != (self.add_time_ids is None):
+            raise ValueError(
+                "pooled_prompt_embeds and add_time_ids go together (SDXL has both, SD neither), got only "
+                f"{'add_time_ids' if self.pooled_prompt_embeds is None else 'pooled_prompt_embeds'}."
+            )
+        batch_size = len(self.prompt_embeds)
+        _check_tensor("pooled_prompt_embeds", self.pooled_prompt_embeds, (batch_size, None), floating=True)
+        _check_tensor("add_time_ids", self.add_time_ids, (batch_size, 6), floating=True)
+        _check_tensor("control_images", self.control_images, (batch_size, None, None, None), floating=True)
+        _check_twin("prompt_embeds", self.prompt_embeds, self.negative_prompt_embeds)
+        _check_twin("pooled_prompt_embeds", self.pooled_prompt_embeds, self.negative_pooled_prompt_embeds)
+        if self.pooled_prompt_embeds is not None and (
+            (self.negative_prompt_embeds is None) != (self.negative_pooled_prompt_embeds is None)
+        ):
+            raise ValueError(
+                "negative_prompt_embeds and negative_pooled_prompt_embeds go together in SDXL, got only one of them."
+            )
+
+    def __len__(self) -> int:
+        return len(self.prompt_embeds)
+
+    def __getitem__(self, index: slice) -> Self:
+        """The samples of a slice, as views."""
+        return _map_tensors(self, lambda tensor: tensor[_as_slice(index)])
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Moves everything to `device` and casts to `dtype`; add_time_ids stay float32.
+
+        The U-Net makes sinusoids of add_time_ids, and bfloat16 cannot tell 1023 px from 1024 px.
+        """
+        moved = _map_tensors(self, lambda tensor: tensor.to(device, dtype, non_blocking=_is_away(device)))
+        if self.add_time_ids is None:
+            return moved
+        return replace(
+            moved, add_time_ids=self.add_time_ids.to(device, torch.float32, non_blocking=_is_away(device))
+        )
+
+    def unconditional(self) -> Self:
+        """The twin for guidance: negative embeddings, same sizes and control images.
+
+        Raises:
+            ValueError: where there are no negative embeddings.
+        """
+        if self.negative_prompt_embeds is None:
+            raise ValueError(
+                "guidance needs negative_prompt_embeds and this Conditioning has none; the family's encode_prompts makes them."
+            )
+        return replace(
+            self,
+            prompt_embeds=self.negative_prompt_embeds,
+            pooled_prompt_embeds=self.negative_pooled_prompt_embeds,
+            negative_prompt_embeds=None,
+            negative_pooled_prompt_embeds=None,
+        )
+
+    def doubled(self) -> Self:
+        """One batch of 2B for guidance: the unconditional half first, then the conditional, as diffusers orders them.
+
+        Raises:
+            ValueError: where there are no negative embeddings.
+        """
+        halves = self.unconditional(), replace(
+            self, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None
+        )
+        names = [name for name, value in _tensors(halves[0])]
+        return replace(
+            halves[0], **{name: torch.cat([getattr(half, name) for half in halves]) for name in names}
+        )
+
+    def unet_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of UNet2DConditionModel; the only place that knows diffusers' names for them."""
+        kwargs: dict[str, Any] = {"encoder_hidden_states": self.prompt_embeds}
+        if self.pooled_prompt_embeds is not None:
+            kwargs["added_cond_kwargs"] = {
+                "text_embeds": self.pooled_prompt_embeds,
+                "time_ids": self.add_time_ids,
+            }
+        return kwargs
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TrainingBatch:
+    """One micro-batch of data, as the DataModules yield it and as Lightning moves it (it has `.to`)."""
+
+    captions: list[str]
+    """B captions; "" is the empty prompt."""
+    positions: Tensor
+    """(B,), int64: how many samples the run consumed before each, over all ranks; the address of its noise."""
+    sample_ids: list[str]
+    """B names of samples, as the shards have them."""
+    latents: Tensor | None = None
+    """(B, C, h, w), float, unscaled: what the VAE's encoder outputs."""
+    images: Tensor | None = None
+    """(B, 3, H, W), float in [-1, 1]."""
+    pair_noise_seeds: Tensor | None = None
+    """(B,), int64: where latents are a target sampler's, the position of the noise that they were made from."""
+    original_sizes: Tensor | None = None
+    """(B, 2), int64: height, width of the image before resizing, in pixels (SDXL)."""
+    crops: Tensor | None = None
+    """(B, 2), int64: top, left of the crop, in pixels (SDXL)."""
+    control_images: Tensor | None = None
+    """(B, C, H, W), float in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.captions, str) or not all(isinstance(caption, str) for caption in self.captions):
+            raise ValueError("captions must be a list of strings; token ids are made by the family.")
+        batch_size = len(self.captions)
+        if batch_size == 0:
+            raise ValueError("a TrainingBatch needs at least one sample, got no captions.")
+        if len(self.sample_ids) != batch_size:
+            raise ValueError(
+                f"there must be one sample_id per caption, got {len(self.sample_ids)} for {batch_size} captions."
+            )
+        _check_tensor("positions", self.positions, (batch_size,), floating=False)
+        _check_tensor("latents", self.latents, (batch_size, None, None, None), floating=True)
+        _check_tensor("images", self.images, (batch_size, 3, None, None), floating=True)
+        _check_tensor("pair_noise_seeds", self.pair_noise_seeds, (batch_size,), floating=False)
+        _check_tensor("original_sizes", self.original_sizes, (batch_size, 2), floating=False)
+        _check_tensor("crops", self.crops, (batch_size, 2), floating=False)
+        _check_tensor("control_images", self.control_images, (batch_size, None, None, None), floating=True)
+        self._check_values()
+
+    def _check_values(self) -> None:
+        # Only where the data is made, on the host: on a GPU each look at a value would wait for the device.
+        if self.positions.device.type != "cpu":
+            return
+        if bool((self.positions < 0).any()):
+            raise ValueError(f"positions count samples from 0, got {self.positions.tolist()}.")
+        for name, tensor in (("latents", self.latents), ("images", self.images)):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                broken = (~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+                ids = ", ".join(self.sample_ids[i] for i in broken)
+                raise ValueError(f"{name} must be finite, got NaN or infinity in sample {ids}.")
+        # 1.01: a resize may overshoot a little, but pixels in 0-255 or 0-1 scaled twice are a mistake.
+        if self.images is not None and self.images.abs().amax().item() > 1.01:
+            raise ValueError(
+                f"images must be in [-1, 1], got values up to {self.images.abs().amax().item():g}; "
+                "latents.from_uint8 makes them of bytes."
+            )
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: slice) -> Self:
+        """The samples of a slice; tensors are views."""
+        index = _as_slice(index)
+        cut = {name: tensor[index] for name, tensor in _tensors(self)}
+        return replace(self, captions=self.captions[index], sample_ids=self.sample_ids[index], **cut)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the tensors; Lightning calls it for every batch."""
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=_is_away(device)))
+
+    def pin_memory(self) -> Self:
+        """Pins the tensors; DataLoader(pin_memory=True) calls it."""
+        return _map_tensors(self, lambda tensor: tensor.pin_memory())
+
+
+def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int | None, ...], *, floating: bool) -> None:
+    if tensor is None:
+        return
+    if floating != tensor.is_floating_point() or not (floating or tensor.dtype == torch.int64):
+        raise ValueError(f"{name} must be {'float' if floating else 'int64'}, got {tensor.dtype}.")
+    fits = tensor.ndim == len(shape) and all(
+        want in (None, got) for want, got in zip(shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(
+            f"{name} must have shape ({wanted}{',' if len(shape) == 1 else ''}), got {tuple(tensor.shape)}; "
+            "there is one row per sample."
+        )
+
+
+def _check_twin(name: str, tensor: Tensor | None, negative: Tensor | None) -> None:
+    if negative is None:
+        return
+    if tensor is None:
+        raise ValueError(f"negative_{name} was given without {name}.")
+    if negative.shape != tensor.shape:
+        raise ValueError(
+            f"negative_{name} must have the shape of {name}, {tuple(tensor.shape)}, got {tuple(negative.shape)}; "
+            "expand one row over the batch."
+        )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype}"
+
+
+def _as_slice(index: slice) -> slice:
+    if not isinstance(index, slice):
+        raise TypeError(
+            f"index a batch with a slice, batch[i:i + 1], got {type(index).__name__}: one sample has no batch axis."
+        )
+    return index
+
+
+def _is_away(device: torch.device | str | None) -> bool:
+    """Whether a copy to `device` may run on: towards the host, the result could be read before it has arrived."""
+    return device is not None and torch.device(device).type != "cpu"
+
+
+_Batch = TypeVar("_Batch", Conditioning, TrainingBatch)
+
+
+def _tensors(batch: Conditioning | TrainingBatch) -> list[tuple[str, Tensor]]:
+    values = [(field.name, getattr(batch, field.name)) for field in fields(batch)]
+    return [(name, value) for name, value in values if isinstance(value, Tensor)]
+
+
+def _map_tensors(batch: _Batch, function: Callable[[Tensor], Tensor]) -> _Batch:
+    return replace(batch, **{name: function(tensor) for name, tensor in _tensors(batch)})

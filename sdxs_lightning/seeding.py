@@ -1,0 +1,182 @@
+"""Randomness as a pure function of (seed, stream, position), on any device.
+
+A stateful generator gives other numbers after a resume, or on another number of ranks, unless its state travels along.
+Here a number has an address instead: the run's seed, a named stream, the sample's global position (how many samples the
+run had consumed before it) and the element inside the sample. So no random state is in checkpoints, and a batch split
+over ranks draws what the whole batch draws.
+
+The 64-bit words come from SplitMix64's mixer (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+OOPSLA 2014; constants of its variant 13) over hashed addresses. Only integer operations and the correctly rounded
+float32 operations + - * / sqrt are used, one per torch kernel, so the result is the same bits on a CPU and on a GPU,
+whatever the batch's size: a vector library's log or cos differs in the last bit between devices, and between a
+vectorised loop and its tail. (A compiler that fuses these lines may contract a * b + c; do not compile them.)
+No call here waits for the device.
+"""
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+class Stream(IntEnum):
+    """What a random number is for; two purposes never share numbers. Append only: the values are part of a run's seed."""
+
+    STUDENT_NOISE = 0
+    SCORE_NOISE = 1
+    SCORE_TIMESTEP = 2
+    FAKE_NOISE = 3
+    FAKE_TIMESTEP = 4
+    GAN_NOISE = 5
+    GAN_TIMESTEP = 6
+    REAL_NOISE = 7
+    REAL_TIMESTEP = 8
+    DROPOUT = 9
+    PAIRS = 10
+    EVALUATION = 11
+    TEACHER_NOISE = 12
+    TEACHER_TIMESTEP = 13
+    VAE_SAMPLE = 14
+    AUGMENTATION = 15
+
+
+def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers, one block per position, by the Box-Muller transform.
+
+    Args:
+        seed: the run's seed, any int (its lowest 64 bits count).
+        stream: what the numbers are for.
+        positions: (B,), int64; their device is the result's.
+        shape: of one sample's block; another shape draws other numbers.
+
+    Returns:
+        (B, *shape), float32; no value is farther out than 6.7, the reach of 32 bits.
+
+    Raises:
+        ValueError: unless positions are (B,) int64.
+    """
+    count = math.prod(shape)
+    words = _words(seed, stream, positions, (count + 1) // 2)
+    radius = _sqrt_minus_two_log((words >> 32) & 0xFFFFFFFF)
+    cosine, sine = _unit_circle(words & 0xFFFFFFFF)
+    values = torch.cat([radius * cosine, radius * sine], dim=1)
+    return values[:, :count].reshape(len(positions), *shape)
+
+
+def uniform(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """Uniform numbers in [0, 1), multiples of 2^-24, one block per position.
+
+    Args:
+        seed: the run's seed, any int (its lowest 64 bits count).
+        stream: what the numbers are for.
+        positions: (B,), int64; their device is the result's.
+        shape: of one sample's block; a longer block begins with the numbers of a shorter one.
+
+    Returns:
+        (B, *shape), float32.
+
+    Raises:
+        ValueError: unless positions are (B,) int64.
+    """
+    words = _words(seed, stream, positions, math.prod(shape))
+    return (((words >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24).reshape(len(positions), *shape)
+
+
+def integers(seed: int, stream: int, positions: Tensor, low: int, high: int) -> Tensor:
+    """Uniform integers in [low, high), one per position.
+
+    Args:
+        seed: the run's seed, any int (its lowest 64 bits count).
+        stream: what the numbers are for.
+        positions: (B,), int64; their device is the result's.
+        low: smallest result.
+        high: one more than the largest result, as in torch.randint; high - low is at most 2^31.
+
+    Returns:
+        (B,), int64. A value is off its fair share by at most (high - low) / 2^32: 2e-7 for 1000 timesteps.
+
+    Raises:
+        ValueError: for an empty or too wide range, or unless positions are (B,) int64.
+    """
+    if not 0 < high - low <= 1 << 31:
+        raise ValueError(f"integers needs low < high, at most 2^31 apart, got low {low} and high {high}.")
+    words = _words(seed, stream, positions, 1).squeeze(1)
+    return low + ((((words >> 32) & 0xFFFFFFFF) * (high - low)) >> 32)
+
+
+def _words(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
+    """`count` 64-bit words per position: (B, count), int64."""
+    if positions.ndim != 1 or positions.dtype != torch.int64:
+        raise ValueError(f"positions must be (B,) int64, got {tuple(positions.shape)} {positions.dtype}.")
+    key = _mix_int(_mix_int((seed + _GOLDEN) & _MASK64) + _GOLDEN * (int(stream) + 1))
+    samples = _mix(positions * _signed(_GOLDEN) + _signed(key))
+    elements = torch.arange(1, count + 1, device=positions.device, dtype=torch.int64)
+    # Elements are hashed before they meet the sample's key. With key + element * GOLDEN, as in plain SplitMix64, two
+    # samples whose keys are a few GOLDENs apart would be shifted copies of one another.
+    return _mix(samples[:, None] ^ _mix(elements * _signed(_GOLDEN))[None, :])
+
+
+def _mix(words: Tensor) -> Tensor:
+    words = (words ^ _shift_right(words, 30)) * _signed(_MIX_1)
+    words = (words ^ _shift_right(words, 27)) * _signed(_MIX_2)
+    return words ^ _shift_right(words, 31)
+
+
+def _mix_int(word: int) -> int:
+    word &= _MASK64
+    word = ((word ^ (word >> 30)) * _MIX_1) & _MASK64
+    word = ((word ^ (word >> 27)) * _MIX_2) & _MASK64
+    return word ^ (word >> 31)
+
+
+def _shift_right(words: Tensor, bits: int) -> Tensor:
+    """Shift that brings in zeros; torch's >> on int64 brings in the sign."""
+    return (words >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(word: int) -> int:
+    word &= _MASK64
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _sqrt_minus_two_log(bits: Tensor) -> Tensor:
+    """sqrt(-2 log u) for u = (bits + 1) / 2^32 in (0, 1]; bits int64 in [0, 2^32)."""
+    pattern = (bits + 1).to(torch.float32).view(torch.int32)
+    # u 2^32 = m 2^e with m in [sqrt(1/2), sqrt(2)): 0x3F3504F3 is the bit pattern of sqrt(1/2).
+    e = (pattern - 0x3F3504F3) >> 23
+    m = (pattern - (e << 23)).view(torch.float32)
+    # log m = 2 artanh s = 2 (s + s^3/3 + s^5/5 + ...), |s| < 0.172: the first term left out is below 1e-9.
+    s = (m - 1.0) / (m + 1.0)
+    square = s * s
+    series = square * (1 / 9) + 1 / 7
+    series = series * square + 1 / 5
+    series = series * square + 1 / 3
+    log_m = (s * square * series + s) * 2.0
+    return torch.sqrt(((32 - e).to(torch.float32) * math.log(2.0) - log_m) * 2.0)
+
+
+def _unit_circle(bits: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin) of the angle whose quadrant is the upper two of 32 bits and the rest an angle in [-pi/4, pi/4)."""
+    quadrant = bits >> 30
+    angle = ((bits & 0x3FFFFFFF) - (1 << 29)).to(torch.float32) * (math.pi / 2 * 2.0**-30)
+    square = angle * angle
+    # Taylor series about 0; on [-pi/4, pi/4] the first terms left out are below 2e-9.
+    sine = square * (1 / 362880) - 1 / 5040
+    sine = sine * square + 1 / 120
+    sine = sine * square - 1 / 6
+    sine = sine * square * angle + angle
+    cosine = square * (-1 / 3628800) + 1 / 40320
+    cosine = cosine * square - 1 / 720
+    cosine = cosine * square + 1 / 24
+    cosine = cosine * square - 1 / 2
+    cosine = cosine * square + 1.0
+    odd = (quadrant & 1).bool()
+    cosine_sign = (1 - 2 * (((quadrant + 1) >> 1) & 1)).to(torch.float32)
+    sine_sign = (1 - 2 * (quadrant >> 1)).to(torch.float32)
+    return torch.where(odd, sine, cosine) * cosine_sign, torch.where(odd, cosine, sine) * sine_sign
