@@ -5,7 +5,7 @@ Both are immutable and refuse bad data where it enters, in one sentence, rather 
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ class Conditioning:
     def __post_init__(self) -> None:
         if self.prompt_embeds.ndim != 3 or not self.prompt_embeds.is_floating_point():
             raise ValueError(
-                f"prompt_embeds must be float embeddings (B, tokens, d), got {_describe(self.prompt_embeds)}; token ids "
-                "go through the family's encode_prompts first."
+                f"prompt_embeds must be float embeddings (B, tokens, d), got {tuple(self.prompt_embeds.shape)} "
+                f"{self.prompt_embeds.dtype}; token ids go through the family's encode_prompts first."
             )
         if (self.pooled_prompt_embeds is None) != (self.add_time_ids is None):
             raise ValueError(
@@ -49,17 +49,19 @@ class Conditioning:
             (self.negative_prompt_embeds is None) != (self.negative_pooled_prompt_embeds is None)
         ):
             raise ValueError(
-                "negative_prompt_embeds and negative_pooled_prompt_embeds go together in SDXL, got only one of them."
+                "negative_prompt_embeds and negative_pooled_prompt_embeds go together in SDXL, got only one."
             )
 
     def __len__(self) -> int:
         return len(self.prompt_embeds)
 
-    def __getitem__(self, index: slice) -> Self:
+    def __getitem__(self, index: slice) -> "Conditioning":
         """The samples of a slice, as views."""
         return _map_tensors(self, lambda tensor: tensor[_as_slice(index)])
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Conditioning":
         """Moves everything to `device` and casts to `dtype`; add_time_ids stay float32.
 
         The U-Net makes sinusoids of add_time_ids, and bfloat16 cannot tell 1023 px from 1024 px.
@@ -71,7 +73,7 @@ class Conditioning:
             moved, add_time_ids=self.add_time_ids.to(device, torch.float32, non_blocking=_is_away(device))
         )
 
-    def unconditional(self) -> Self:
+    def unconditional(self) -> "Conditioning":
         """The twin for guidance: negative embeddings, same sizes and control images.
 
         Raises:
@@ -79,7 +81,8 @@ class Conditioning:
         """
         if self.negative_prompt_embeds is None:
             raise ValueError(
-                "guidance needs negative_prompt_embeds and this Conditioning has none; the family's encode_prompts makes them."
+                "guidance needs negative_prompt_embeds and this Conditioning has none; "
+                "the family's encode_prompts makes them."
             )
         return replace(
             self,
@@ -89,18 +92,15 @@ class Conditioning:
             negative_pooled_prompt_embeds=None,
         )
 
-    def doubled(self) -> Self:
-        """One batch of 2B for guidance: the unconditional half first, then the conditional, as diffusers orders them.
+    def doubled(self) -> "Conditioning":
+        """One batch of 2B for guidance: unconditional half first, then conditional, as in diffusers.
 
         Raises:
             ValueError: where there are no negative embeddings.
         """
-        halves = self.unconditional(), replace(
-            self, negative_prompt_embeds=None, negative_pooled_prompt_embeds=None
-        )
-        names = [name for name, value in _tensors(halves[0])]
+        uncond = self.unconditional()
         return replace(
-            halves[0], **{name: torch.cat([getattr(half, name) for half in halves]) for name in names}
+            uncond, **{name: torch.cat([half, getattr(self, name)]) for name, half in _tensors(uncond)}
         )
 
     def unet_kwargs(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ class TrainingBatch:
     captions: list[str]
     """B captions; "" is the empty prompt."""
     positions: Tensor
-    """(B,), int64: how many samples the run consumed before each, over all ranks; the address of its noise."""
+    """(B,), int64: how many samples the run consumed before each, over all ranks; addresses its noise."""
     sample_ids: list[str]
     """B names of samples, as the shards have them."""
     latents: Tensor | None = None
@@ -129,7 +129,7 @@ class TrainingBatch:
     images: Tensor | None = None
     """(B, 3, H, W), float in [-1, 1]."""
     pair_noise_seeds: Tensor | None = None
-    """(B,), int64: where latents are a target sampler's, the position of the noise that they were made from."""
+    """(B,), int64: for pairs of a target sampler, the position of the noise that latents were made from."""
     original_sizes: Tensor | None = None
     """(B, 2), int64: height, width of the image before resizing, in pixels (SDXL)."""
     crops: Tensor | None = None
@@ -145,7 +145,7 @@ class TrainingBatch:
             raise ValueError("a TrainingBatch needs at least one sample, got no captions.")
         if len(self.sample_ids) != batch_size:
             raise ValueError(
-                f"there must be one sample_id per caption, got {len(self.sample_ids)} for {batch_size} captions."
+                f"sample_ids must be one per caption, got {len(self.sample_ids)} for {batch_size} captions."
             )
         _check_tensor("positions", self.positions, (batch_size,), floating=False)
         _check_tensor("latents", self.latents, (batch_size, None, None, None), floating=True)
@@ -177,17 +177,17 @@ class TrainingBatch:
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, index: slice) -> Self:
+    def __getitem__(self, index: slice) -> "TrainingBatch":
         """The samples of a slice; tensors are views."""
         index = _as_slice(index)
-        cut = {name: tensor[index] for name, tensor in _tensors(self)}
+        cut: dict[str, Any] = {name: tensor[index] for name, tensor in _tensors(self)}
         return replace(self, captions=self.captions[index], sample_ids=self.sample_ids[index], **cut)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "TrainingBatch":
         """Moves the tensors; Lightning calls it for every batch."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=_is_away(device)))
 
-    def pin_memory(self) -> Self:
+    def pin_memory(self) -> "TrainingBatch":
         """Pins the tensors; DataLoader(pin_memory=True) calls it."""
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
@@ -215,25 +215,19 @@ def _check_twin(name: str, tensor: Tensor | None, negative: Tensor | None) -> No
         raise ValueError(f"negative_{name} was given without {name}.")
     if negative.shape != tensor.shape:
         raise ValueError(
-            f"negative_{name} must have the shape of {name}, {tuple(tensor.shape)}, got {tuple(negative.shape)}; "
-            "expand one row over the batch."
+            f"negative_{name} must have the shape of {name}, {tuple(tensor.shape)}, got "
+            f"{tuple(negative.shape)}; expand one row over the batch."
         )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tuple(tensor.shape)} {tensor.dtype}"
 
 
 def _as_slice(index: slice) -> slice:
     if not isinstance(index, slice):
-        raise TypeError(
-            f"index a batch with a slice, batch[i:i + 1], got {type(index).__name__}: one sample has no batch axis."
-        )
+        raise TypeError(f"index a batch with a slice, batch[i:i + 1], got {type(index).__name__}.")
     return index
 
 
 def _is_away(device: torch.device | str | None) -> bool:
-    """Whether a copy to `device` may run on: towards the host, the result could be read before it has arrived."""
+    """Whether a copy may run on alone: towards the host, it could be read before it has arrived."""
     return device is not None and torch.device(device).type != "cpu"
 
 
@@ -246,4 +240,5 @@ def _tensors(batch: Conditioning | TrainingBatch) -> list[tuple[str, Tensor]]:
 
 
 def _map_tensors(batch: _Batch, function: Callable[[Tensor], Tensor]) -> _Batch:
-    return replace(batch, **{name: function(tensor) for name, tensor in _tensors(batch)})
+    changes: dict[str, Any] = {name: function(tensor) for name, tensor in _tensors(batch)}
+    return replace(batch, **changes)

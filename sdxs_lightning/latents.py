@@ -26,7 +26,7 @@ def unscale(latents: Tensor, scaling_factor: float, shift_factor: float | None =
 def to_uint8(images: Tensor) -> Tensor:
     """Pixels in [-1, 1] -> bytes: clamped, then rounded to the nearest byte.
 
-    Truncation instead of rounding shifts every image by half a byte, which FID sees; so all of the project comes here.
+    Truncation instead of rounding shifts every image by half a byte, which FID sees; so there is one rule.
 
     Args:
         images: (B, 3, H, W), float; values outside [-1, 1] are clamped.

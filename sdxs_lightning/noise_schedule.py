@@ -9,7 +9,8 @@ A network of prediction type
     "v_prediction"  outputs v = alpha_t noise - sigma_t x_0,
     "sample"        outputs x_0.
 
-All arithmetic is float32 whatever the inputs are: at t = 999 an error of epsilon is multiplied by sigma_t / alpha_t = 14.6.
+All arithmetic is float32 whatever the inputs are: at t = 999 an error of epsilon is multiplied by
+sigma_t / alpha_t = 14.6.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,8 +30,8 @@ Float64Array = npt.NDArray[np.float64]
 class NoiseSchedule(nn.Module):
     """alphas_cumprod and its two square roots, (T,), float32, rounded once from float64.
 
-    The buffers are not persistent (a checkpoint does not need them) and keep float32 when the module that holds the
-    schedule is cast: bfloat16 would merge neighbouring timesteps.
+    The buffers are not persistent (a checkpoint does not need them) and keep float32 when the module that
+    holds the schedule is cast: bfloat16 would merge neighbouring timesteps.
 
     Source: DDPM, arXiv:2006.11239, section 2; the beta schedules are those of diffusers' DDPMScheduler.
     """
@@ -47,20 +48,22 @@ class NoiseSchedule(nn.Module):
             prediction_type: what the network outputs, if known, for the check below.
 
         Raises:
-            ValueError: for betas of another shape or range, or zero terminal SNR with "epsilon", where x_0 is lost.
+            ValueError: for betas of another shape or range, or for zero terminal SNR with "epsilon".
         """
         super().__init__()
         betas64 = np.asarray(betas, dtype=np.float64)
         if betas64.ndim != 1 or betas64.size == 0 or not ((betas64 > 0) & (betas64 <= 1)).all():
             raise ValueError(
-                f"betas must be one row of numbers in (0, 1], got shape {betas64.shape}; see the scheduler's config."
+                f"betas must be one row of numbers in (0, 1], got shape {betas64.shape}; see the scheduler's "
+                "config."
             )
         # float64 on the host: kept beside the buffers so that a cast or a move never rounds twice.
-        self._alphas_cumprod64: Float64Array = np.cumprod(1.0 - betas64)
+        self._alphas_cumprod64: Float64Array = np.cumprod(1.0 - betas64, dtype=np.float64)
         if self._alphas_cumprod64[-1] <= 0 and prediction_type == "epsilon":
             raise ValueError(
-                "a schedule of zero terminal SNR (rescale_betas_zero_snr) needs prediction_type 'v_prediction' or "
-                "'sample', got 'epsilon', which says nothing about x_0 at the last timestep; see the scheduler's config."
+                "a schedule of zero terminal SNR (rescale_betas_zero_snr) needs prediction_type "
+                "'v_prediction' or 'sample', got 'epsilon', which says nothing about x_0 at the last timestep; "
+                "see the scheduler's config."
             )
         self.num_train_timesteps: int = betas64.size
         self._fill_buffers(torch.device("cpu"))
@@ -77,7 +80,8 @@ class NoiseSchedule(nn.Module):
         """The schedule that a diffusers scheduler config describes.
 
         Args:
-            config: `scheduler.config` or the parsed `scheduler_config.json`; absent keys take diffusers' defaults.
+            config: `scheduler.config` or the parsed `scheduler_config.json`; absent keys take the defaults
+                of diffusers.
 
         Raises:
             ValueError: for a beta_schedule that is not known here.
@@ -96,7 +100,7 @@ class NoiseSchedule(nn.Module):
             betas = _BETA_SCHEDULES[name](start, end, num_train_timesteps)
         if config.get("rescale_betas_zero_snr", False):
             betas = _rescale_zero_terminal_snr(betas)
-        return cls(betas, config.get("prediction_type"))
+        return cls(betas, config.get("prediction_type", "epsilon"))
 
     def alpha_t(self, timesteps: Tensor) -> Tensor:
         """sqrt(abar_t) per sample: (B,) int64 -> (B, 1, 1, 1) float32."""
@@ -109,15 +113,17 @@ class NoiseSchedule(nn.Module):
     def _at(self, values: Tensor, timesteps: Tensor) -> Tensor:
         if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
             raise ValueError(f"timesteps must be (B,) int64, got {tuple(timesteps.shape)} {timesteps.dtype}.")
-        # On a GPU the look at the values would wait for the device; index_select refuses them there with an assert.
+        # On a GPU a look at the values would wait for the device; there index_select refuses them itself.
         if timesteps.device.type == "cpu" and bool(((timesteps < 0) | (timesteps >= len(values))).any()):
             raise ValueError(f"timesteps must be in [0, {len(values) - 1}], got {timesteps.tolist()}.")
         return values.index_select(0, timesteps).view(-1, 1, 1, 1)
 
     def _fill_buffers(self, device: torch.device) -> None:
         abar = self._alphas_cumprod64
-        for name, values in (("alphas_cumprod", abar), ("alpha", np.sqrt(abar)), ("sigma", np.sqrt(1.0 - abar))):
-            self.register_buffer(name, torch.from_numpy(values.astype(np.float32)).to(device), persistent=False)
+        buffers = {"alphas_cumprod": abar, "alpha": np.sqrt(abar), "sigma": np.sqrt(1.0 - abar)}
+        for name, values in buffers.items():
+            rounded = torch.from_numpy(values.astype(np.float32)).to(device)
+            self.register_buffer(name, rounded, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Called by .to(), .half(), .to_empty() ...: follow the device, never the dtype.
@@ -147,9 +153,13 @@ def add_noise(latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: Noise
 
 
 def target_of(
-    prediction_type: PredictionType, latents: Tensor, noise: Tensor, timesteps: Tensor, schedule: NoiseSchedule
+    prediction_type: PredictionType,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    schedule: NoiseSchedule,
 ) -> Tensor:
-    """What a network of this prediction type is trained to output at x_t = add_noise(latents, noise, timesteps).
+    """What a network of this prediction type is trained to output at x_t = add_noise(latents, noise, ...).
 
     Args:
         prediction_type: what the network outputs.
@@ -162,8 +172,7 @@ def target_of(
         (B, 4, h, w), float32.
 
     Raises:
-        ValueError: unless noise has the shape of latents and there is one timestep per sample, or for an unknown
-            prediction type.
+        ValueError: unless the shapes agree, with one timestep per sample, or for an unknown prediction type.
 
     Source: v = alpha_t noise - sigma_t x_0 is arXiv:2202.00512, section 4; equals DDPMScheduler.get_velocity.
     """
@@ -200,7 +209,7 @@ def to_pred_x0(
     Raises:
         ValueError: unless the shapes agree, with one timestep per sample, or for an unknown prediction type.
 
-    Source: DDIM, arXiv:2010.02502, eq. 9; equals `pred_original_sample` of DDIMScheduler.step without clipping.
+    Source: DDIM, arXiv:2010.02502, eq. 9; equals `pred_original_sample` of DDIMScheduler.step, unclipped.
     """
     _check(output, noisy_latents, timesteps)
     output, noisy_latents = output.float(), noisy_latents.float()
@@ -283,15 +292,15 @@ def _check(first: Tensor, second: Tensor, timesteps: Tensor) -> None:
         )
     if first.ndim != 4 or timesteps.shape != (first.shape[0],):
         raise ValueError(
-            f"needs (B, C, h, w) and one timestep per sample, got {tuple(first.shape)} and timesteps of shape "
-            f"{tuple(timesteps.shape)}."
+            f"needs (B, C, h, w) and one timestep per sample, got {tuple(first.shape)} and timesteps of "
+            f"shape {tuple(timesteps.shape)}."
         )
 
 
 def _unknown(prediction_type: str) -> ValueError:
     return ValueError(
-        f"prediction_type {prediction_type!r} is not known; accepted are {', '.join(PREDICTION_TYPES)}, as in the "
-        "base's scheduler_config.json."
+        f"prediction_type {prediction_type!r} is not known; accepted are {', '.join(PREDICTION_TYPES)}, as "
+        "in the base's scheduler_config.json."
     )
 
 
@@ -300,7 +309,7 @@ def _linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) 
 
 
 def _scaled_linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) -> Float64Array:
-    return np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    return np.square(_linear_betas(beta_start**0.5, beta_end**0.5, num_train_timesteps))
 
 
 def _squared_cosine_betas(_beta_start: float, _beta_end: float, num_train_timesteps: int) -> Float64Array:
@@ -318,7 +327,7 @@ _BETA_SCHEDULES: dict[str, Callable[[float, float, int], Float64Array]] = {
 
 
 def _rescale_zero_terminal_snr(betas: Float64Array) -> Float64Array:
-    """Shifts and scales sqrt(abar) so that the last is 0 and the first stays (arXiv:2305.08891, algorithm 1)."""
+    """Shifts and scales sqrt(abar): the last becomes 0, the first stays (arXiv:2305.08891, alg. 1)."""
     alpha = np.sqrt(np.cumprod(1.0 - betas))
     abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
-    return 1.0 - np.concatenate([abar[:1], abar[1:] / abar[:-1]])
+    return np.subtract(1.0, np.concatenate([abar[:1], abar[1:] / abar[:-1]]), dtype=np.float64)

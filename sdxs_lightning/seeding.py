@@ -1,16 +1,16 @@
 """Randomness as a pure function of (seed, stream, position), on any device.
 
-A stateful generator gives other numbers after a resume, or on another number of ranks, unless its state travels along.
-Here a number has an address instead: the run's seed, a named stream, the sample's global position (how many samples the
-run had consumed before it) and the element inside the sample. So no random state is in checkpoints, and a batch split
-over ranks draws what the whole batch draws.
+A stateful generator gives other numbers after a resume, or on another number of ranks, unless its state travels.
+Here a number has an address instead: the run's seed, a named stream, the sample's global position (how many
+samples the run had consumed before it) and the element inside the sample. So no random state is in checkpoints,
+and a batch split over ranks draws what the whole batch draws.
 
-The 64-bit words come from SplitMix64's mixer (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
-OOPSLA 2014; constants of its variant 13) over hashed addresses. Only integer operations and the correctly rounded
-float32 operations + - * / sqrt are used, one per torch kernel, so the result is the same bits on a CPU and on a GPU,
-whatever the batch's size: a vector library's log or cos differs in the last bit between devices, and between a
-vectorised loop and its tail. (A compiler that fuses these lines may contract a * b + c; do not compile them.)
-No call here waits for the device.
+The 64-bit words come from SplitMix64's mixer (Steele, Lea, Flood, "Fast splittable pseudorandom number
+generators", OOPSLA 2014; constants of its variant 13) over hashed addresses. Only integer operations and the
+correctly rounded float32 operations + - * / sqrt are used, one per torch kernel. So the result is the same bits
+on every device and for every batch size, where a vector library's log or cos differs in the last bit between
+devices, and between a vectorised loop and its tail. (A compiler that fuses these lines may contract a * b + c:
+do not compile them.) No call here waits for the device.
 """
 
 import math
@@ -26,7 +26,10 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Stream(IntEnum):
-    """What a random number is for; two purposes never share numbers. Append only: the values are part of a run's seed."""
+    """What a random number is for; two purposes never share numbers.
+
+    Append only: a changed value changes every run of that seed.
+    """
 
     STUDENT_NOISE = 0
     SCORE_NOISE = 1
@@ -117,8 +120,8 @@ def _words(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
     key = _mix_int(_mix_int((seed + _GOLDEN) & _MASK64) + _GOLDEN * (int(stream) + 1))
     samples = _mix(positions * _signed(_GOLDEN) + _signed(key))
     elements = torch.arange(1, count + 1, device=positions.device, dtype=torch.int64)
-    # Elements are hashed before they meet the sample's key. With key + element * GOLDEN, as in plain SplitMix64, two
-    # samples whose keys are a few GOLDENs apart would be shifted copies of one another.
+    # Elements are hashed before they meet the sample's key. With key + element * GOLDEN, as in plain
+    # SplitMix64, two samples whose keys are a few GOLDENs apart would be shifted copies of one another.
     return _mix(samples[:, None] ^ _mix(elements * _signed(_GOLDEN))[None, :])
 
 
@@ -162,7 +165,7 @@ def _sqrt_minus_two_log(bits: Tensor) -> Tensor:
 
 
 def _unit_circle(bits: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin) of the angle whose quadrant is the upper two of 32 bits and the rest an angle in [-pi/4, pi/4)."""
+    """(cos, sin) of an angle: the upper two of 32 bits are its quadrant, the rest lies in [-pi/4, pi/4)."""
     quadrant = bits >> 30
     angle = ((bits & 0x3FFFFFFF) - (1 << 29)).to(torch.float32) * (math.pi / 2 * 2.0**-30)
     square = angle * angle

@@ -23,8 +23,8 @@ class TimestepRange:
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high:
             raise ValueError(
-                f"a timestep range needs 0 <= low <= high, got low {self.low} and high {self.high}; change `timesteps` "
-                "of the objective."
+                f"a timestep range needs 0 <= low <= high, got low {self.low} and high {self.high}; change "
+                "`timesteps` of the objective."
             )
 
     def draw(self, seed: int, stream: int, positions: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ def few_step_timesteps(
 ) -> list[int]:
     """The timesteps that a sampler of so many steps visits, from noise to clean.
 
-    "trailing" starts at the last timestep, so one step starts at 999; "leading" starts one spacing earlier, which
-    leaves the noisiest part out, and is what the configs of SD-1.5 and SDXL ask for.
+    "trailing" starts at the last timestep, so one step starts at 999; "leading" starts one spacing earlier,
+    which leaves the noisiest part out, and is what the configs of SD-1.5 and SDXL ask for.
 
     Args:
         steps: number of network calls, in [1, num_train_timesteps].
@@ -76,7 +76,7 @@ def few_step_timesteps(
     timesteps = [int(timestep) for timestep in visited]
     if timesteps[0] >= num_train_timesteps or timesteps[-1] < 0:
         raise ValueError(
-            f"{steps} steps with spacing {spacing} and steps_offset {steps_offset} visit timestep {timesteps[0]}, "
-            f"outside [0, {num_train_timesteps - 1}]; take fewer steps or another offset."
+            f"{steps} steps with spacing {spacing} and steps_offset {steps_offset} visit timestep "
+            f"{timesteps[0]}, outside [0, {num_train_timesteps - 1}]; take fewer steps or another offset."
         )
     return timesteps
