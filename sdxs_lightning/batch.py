@@ -31,8 +31,9 @@ class Conditioning:
     def __post_init__(self) -> None:
         if self.prompt_embeds.ndim != 3 or not self.prompt_embeds.is_floating_point():
             raise ValueError(
-                f"prompt_embeds must be float embeddings (B, tokens, d), got {tuple(self.prompt_embeds.shape)} "
-                f"{self.prompt_embeds.dtype}; token ids go through the family's encode_prompts first."
+                "prompt_embeds must be float embeddings (B, tokens, d), got "
+                f"{tuple(self.prompt_embeds.shape)} {self.prompt_embeds.dtype}; token ids go through the "
+                "family's encode_prompts first."
             )
         if (self.pooled_prompt_embeds is None) != (self.add_time_ids is None):
             raise ValueError(

@@ -62,8 +62,8 @@ class NoiseSchedule(nn.Module):
         if self._alphas_cumprod64[-1] <= 0 and prediction_type == "epsilon":
             raise ValueError(
                 "a schedule of zero terminal SNR (rescale_betas_zero_snr) needs prediction_type "
-                "'v_prediction' or 'sample', got 'epsilon', which says nothing about x_0 at the last timestep; "
-                "see the scheduler's config."
+                "'v_prediction' or 'sample', got 'epsilon', which says nothing about x_0 at the last "
+                "timestep; see the scheduler's config."
             )
         self.num_train_timesteps: int = betas64.size
         self._fill_buffers(torch.device("cpu"))
@@ -309,7 +309,8 @@ def _linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) 
 
 
 def _scaled_linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) -> Float64Array:
-    return np.square(_linear_betas(beta_start**0.5, beta_end**0.5, num_train_timesteps))
+    betas: Float64Array = _linear_betas(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    return betas
 
 
 def _squared_cosine_betas(_beta_start: float, _beta_end: float, num_train_timesteps: int) -> Float64Array:
@@ -330,4 +331,5 @@ def _rescale_zero_terminal_snr(betas: Float64Array) -> Float64Array:
     """Shifts and scales sqrt(abar): the last becomes 0, the first stays (arXiv:2305.08891, alg. 1)."""
     alpha = np.sqrt(np.cumprod(1.0 - betas))
     abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
-    return np.subtract(1.0, np.concatenate([abar[:1], abar[1:] / abar[:-1]]), dtype=np.float64)
+    rescaled: Float64Array = 1.0 - np.concatenate([abar[:1], abar[1:] / abar[:-1]])
+    return rescaled

@@ -1,16 +1,16 @@
 """Randomness as a pure function of (seed, stream, position), on any device.
 
-A stateful generator gives other numbers after a resume, or on another number of ranks, unless its state travels.
-Here a number has an address instead: the run's seed, a named stream, the sample's global position (how many
-samples the run had consumed before it) and the element inside the sample. So no random state is in checkpoints,
-and a batch split over ranks draws what the whole batch draws.
+A stateful generator gives other numbers after a resume, or on another number of ranks, unless its state
+travels. Here a number has an address instead: the run's seed, a named stream, the sample's global position
+(how many samples the run had consumed before it) and the element inside the sample. So no random state is
+in checkpoints, and a batch split over ranks draws what the whole batch draws.
 
 The 64-bit words come from SplitMix64's mixer (Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014; constants of its variant 13) over hashed addresses. Only integer operations and the
-correctly rounded float32 operations + - * / sqrt are used, one per torch kernel. So the result is the same bits
-on every device and for every batch size, where a vector library's log or cos differs in the last bit between
-devices, and between a vectorised loop and its tail. (A compiler that fuses these lines may contract a * b + c:
-do not compile them.) No call here waits for the device.
+generators", OOPSLA 2014; constants of its variant 13) over hashed addresses. Only integer operations and
+the correctly rounded float32 operations + - * / sqrt are used, one per torch kernel. So the result is the
+same bits on every device and for every batch size, where a vector library's log or cos differs in the last
+bit between devices, and between a vectorised loop and its tail. (A compiler that fuses these lines may
+contract a * b + c: do not compile them.) No call here waits for the device.
 """
 
 import math
