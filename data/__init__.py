@@ -1,0 +1,1 @@
+"""Data: the toy world, shards, and what prepares them."""

@@ -1,0 +1,115 @@
+"""The loader that Lightning iterates over: global batches by number, and where a run is taken from its own counters.
+
+Lightning saves no position of a plain loader, and saves that of a stateful one on rank 0 only and as of what was fetched. The
+number of batches that the run completed is in every checkpoint, the same on all ranks and untouched by prefetching. So that
+one number is asked for, at the first batch of each pass: not earlier, since Lightning opens the iterator before it has
+brought its counters in order.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from data.shards.dataset import ShardDataset
+from sdxs_lightning.batch import TrainingBatch
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one pass over the loader yields: `count` global batches from number `first` on."""
+
+    first: int
+    count: int
+
+
+class RankPositions(Sampler[list[int]]):
+    """The positions of one rank's part of each global batch: batch g covers [g B, (g + 1) B), rank r its r-th slice."""
+
+    def __init__(self, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        """Keep the layout; `batch_size` is per rank."""
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+        self.current = Pass(0, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Positions, batch after batch, of the current pass."""
+        for batch in range(self.current.first, self.current.first + self.current.count):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))
+
+    def __len__(self) -> int:
+        """Batches in the current pass."""
+        return self.current.count
+
+
+class ShardLoader:
+    """Yields `TrainingBatch`es. Deliberately no DataLoader itself: Lightning would replace its sampler under DDP."""
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        next_pass: Callable[[int], Pass] | None = None,
+    ) -> None:
+        """Lay out the batches.
+
+        Args:
+            dataset: what is read.
+            batch_size: samples of a batch on this rank.
+            rank: of the data-parallel ranks.
+            world_size: how many of them.
+            num_workers: processes that read and decode; 0 does it in this one. The batches are the same.
+            pin_memory: page-locked memory, for copies to a GPU that run beside the computation.
+            next_pass: from the number of batches in an epoch to the batches of the next pass; by default epoch after epoch.
+
+        Raises:
+            ValueError: if one global batch has more samples than there are.
+        """
+        self.dataset = dataset
+        self.batches_per_epoch = len(dataset) // (batch_size * world_size)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"The shards hold {len(dataset)} samples, fewer than one global batch of {batch_size * world_size} "
+                f"(data.batch_size {batch_size} on {world_size} devices); lower data.batch_size or add shards."
+            )
+        self._next_pass = next_pass or self._following
+        self._following_first = 0
+        self._positions = RankPositions(batch_size, rank, world_size)
+        # A list of positions is one item, so batch_size=None: the workers make whole batches.
+        self._loader: DataLoader[TrainingBatch] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self._positions,  # type: ignore[arg-type]  # torch types samplers of map-style data as ints
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            # Its own generator: by default opening an iterator draws from torch's global one.
+            generator=torch.Generator(),
+        )
+
+    def __len__(self) -> int:
+        """Batches in an epoch. What is left over begins the next one, so no sample is passed over."""
+        return self.batches_per_epoch
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        """One pass; where it begins is decided when the first batch is asked for."""
+        self._positions.current = self._next_pass(len(self))
+        yield from self._loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the position is in the Trainer's counters. With it Lightning knows that the loader can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing, see `state_dict`."""
+
+    def _following(self, count: int) -> Pass:
+        first = self._following_first
+        self._following_first += count
+        return Pass(first, count)

@@ -1,0 +1,191 @@
+"""Which sample stands at which position: a pure function of (seed, epoch, position).
+
+Nothing is stored and nothing is drawn from a stateful generator, so any rank and any worker can ask for any position, and a run
+continues from one integer. A position p counts every sample that the run consumed before it; with n samples it lies in epoch
+p // n at place p % n, and each epoch visits each sample exactly once.
+
+The shuffle is bounded: shards are permuted, cut into windows of K shards, and the samples of one window are permuted among
+themselves. Only K shards are open at a time; K at least the number of shards is a full shuffle.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64Array = NDArray[np.int64]
+_K = TypeVar("_K")
+_V = TypeVar("_V")
+
+ORDER_VERSION = 1
+"""Raised when the same seed starts to give another order, so that an old checkpoint is not resumed into it in silence."""
+
+_MASK = (1 << 64) - 1
+_ROUNDS = 8  # even, so that halves of unequal width end where they began
+_BLOCK = 8192  # positions looked up at once: vectorised arithmetic costs 0.1 us a sample instead of 5
+
+
+def mix(value: int) -> int:
+    """The finaliser of splitmix64, a bijection of 64-bit integers.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def key_of(*parts: int) -> int:
+    """One 64-bit key from several integers; their order matters."""
+    key = 0
+    for part in parts:
+        key = mix(key ^ (part & _MASK))
+    return key
+
+
+def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint64]:
+    """A keyed bijection of [0, 2**bits), bits >= 2: alternating Feistel rounds on halves of bits//2 and the rest."""
+    left_bits, right_bits = bits // 2, bits - bits // 2
+    left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
+    for round_index in range(_ROUNDS):
+        round_key = np.uint64(key_of(key, round_index))
+        mixed = _mix_array(right + round_key) & np.uint64((1 << left_bits) - 1)
+        left, right = right, left ^ mixed
+        left_bits, right_bits = right_bits, left_bits
+    return (left << np.uint64(right_bits)) | right
+
+
+def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
+    """Where a keyed permutation of range(length) sends the given indices, without storing the permutation.
+
+    A Feistel network permutes the next power of two; values that land outside are sent on until they land inside (cycle
+    walking), which keeps it a permutation of range(length). At most half of them do so each time.
+
+    Args:
+        indices: (n,), int64, in [0, length).
+        length: size of the permuted range, at least 1.
+        key: 64 bits; another key gives another permutation.
+
+    Returns:
+        (n,), int64.
+
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
+    """
+    bits = max(2, (length - 1).bit_length())
+    values = _feistel(indices.astype(np.uint64), bits, key)
+    outside = np.flatnonzero(values >= length)
+    while outside.size:
+        walked = _feistel(values[outside], bits, key)
+        values[outside] = walked
+        outside = outside[walked >= length]
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    """The shards of one epoch in their order: shard numbers, where each begins, where each window begins (with the end)."""
+
+    shards: Int64Array
+    starts: Int64Array
+    window_starts: Int64Array
+
+
+class SampleOrder:
+    """Maps positions to sample numbers; sample number = samples in the shards before its own + its place in its shard."""
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int = 0, shuffle_window_shards: int = 64) -> None:
+        """Keep what the order depends on.
+
+        Args:
+            shard_sizes: samples in each shard, in the index's order.
+            seed: another seed gives another order.
+            shuffle_window_shards: shards whose samples are mixed with each other; 0 keeps the written order in every epoch.
+
+        Raises:
+            ValueError: on a negative window or when there is no sample.
+        """
+        if shuffle_window_shards < 0:
+            raise ValueError(
+                f"shuffle_window_shards is {shuffle_window_shards}, but it is a number of shards: 1 or more, or 0 for the "
+                "written order."
+            )
+        self.seed = seed
+        self.shuffle_window_shards = shuffle_window_shards
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._first_samples = np.cumsum(self._sizes) - self._sizes
+        self._total = int(self._sizes.sum())
+        if self._total == 0:
+            raise ValueError("The shards hold no sample, so there is no order of them.")
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], Int64Array] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Samples in one epoch."""
+        return self._total
+
+    def samples_at(self, positions: Sequence[int] | Int64Array) -> Int64Array:
+        """Sample numbers at the given positions.
+
+        Args:
+            positions: (n,), non-negative integers, in any order and of any epochs.
+
+        Returns:
+            (n,), int64, in [0, len(self)).
+        """
+        wanted = np.asarray(positions, dtype=np.int64)
+        epochs, places = np.divmod(wanted, self._total)
+        blocks = places // _BLOCK
+        samples = np.empty_like(wanted)
+        # Almost always a single block: the positions of a batch are neighbours.
+        for epoch, block in set(zip(epochs.tolist(), blocks.tolist(), strict=True)):
+            chosen = (epochs == epoch) & (blocks == block)
+            samples[chosen] = self._block(epoch, block)[places[chosen] - block * _BLOCK]
+        return samples
+
+    def _block(self, epoch: int, block: int) -> Int64Array:
+        if (found := self._blocks.get((epoch, block))) is None:
+            low, high = block * _BLOCK, min((block + 1) * _BLOCK, self._total)
+            found = self._samples_between(epoch, low, high)
+            _remember(self._blocks, (epoch, block), found)
+        return found
+
+    def _samples_between(self, epoch: int, low: int, high: int) -> Int64Array:
+        order = self._epoch(epoch)
+        places = np.arange(low, high, dtype=np.int64)
+        if self.shuffle_window_shards:
+            first, last = np.searchsorted(order.window_starts, [low, high - 1], side="right") - 1
+            for window in range(int(first), int(last) + 1):
+                start, end = int(order.window_starts[window]), int(order.window_starts[window + 1])
+                here = slice(max(start, low) - low, min(end, high) - low)
+                key = key_of(self.seed, epoch, 1, window)
+                places[here] = start + permute(places[here] - start, end - start, key)
+        slots = np.searchsorted(order.starts, places, side="right") - 1
+        return self._first_samples[order.shards[slots]] + places - order.starts[slots]
+
+    def _epoch(self, epoch: int) -> _Epoch:
+        if (found := self._epochs.get(epoch)) is None:
+            shards = np.flatnonzero(self._sizes)  # a shard without samples would open a window of no length
+            window = self.shuffle_window_shards or len(shards)
+            if self.shuffle_window_shards:
+                shards = shards[permute(np.arange(len(shards)), len(shards), key_of(self.seed, epoch, 0))]
+            sizes = self._sizes[shards]
+            starts = np.cumsum(sizes) - sizes
+            found = _Epoch(shards, starts, np.append(starts[::window], self._total))
+            _remember(self._epochs, epoch, found)
+        return found
+
+
+def _remember(cache: OrderedDict[_K, _V], key: _K, value: _V, size: int = 4) -> None:
+    cache[key] = value
+    while len(cache) > size:
+        cache.popitem(last=False)

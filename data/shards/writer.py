@@ -1,0 +1,179 @@
+"""Writing shards: plain WebDataset tars, the same bytes for the same samples on every machine and day."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+import numpy as np
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+from webdataset.writer import TarWriter
+
+from data.shards.decoders import LATENT_MEMBER, LATENT_TENSOR, READABLE
+
+Member = bytes | str | Mapping[str, object]
+"""What `ShardWriter.write` takes for a member: bytes as they are, text as UTF-8, a mapping as JSON with sorted keys."""
+
+__all__ = ["LATENT_MEMBER", "Member", "ShardWriter", "encode_latents"]
+
+
+def encode_latents(latents: torch.Tensor | NDArray[np.generic]) -> bytes:
+    """The `latent.safetensors` member of one sample.
+
+    Args:
+        latents: (4, h, w), what the VAE gives before any scaling; stored as float16.
+
+    Raises:
+        ValueError: unless it has three axes, or if a value is not finite in float16.
+    """
+    array = latents.detach().cpu().float().numpy() if isinstance(latents, torch.Tensor) else latents
+    with np.errstate(over="ignore"):  # reported below, as our own sentence
+        half = np.ascontiguousarray(array, dtype=np.float16)
+    if half.ndim != 3:
+        raise ValueError(
+            f"Latents of one sample have the shape (4, h, w), but these have {tuple(half.shape)}."
+        )
+    if not np.isfinite(half).all():
+        raise ValueError("These latents hold a value that is not finite in float16, so they are not written.")
+    return safetensors.numpy.save({LATENT_TENSOR: half})
+
+
+class ShardWriter:
+    """Writes samples into `<folder>/<prefix>00000.tar`, `<prefix>00001.tar`, and so on.
+
+    A shard appears under its name only when it is complete; what an interrupted writer leaves behind ends in `.partial`.
+    Use it as a context manager: leaving it normally completes the last shard, leaving it by an exception discards that shard.
+    """
+
+    def __init__(
+        self, folder: str | Path, prefix: str = "", samples_per_shard: int = 10_000, overwrite: bool = False
+    ) -> None:
+        """Prepare the folder.
+
+        Args:
+            folder: made if it is missing.
+            prefix: begins every shard's name.
+            samples_per_shard: the last shard may hold fewer.
+            overwrite: remove shards of this prefix that are already there, with their indexes.
+
+        Raises:
+            ValueError: unless samples_per_shard is at least 1.
+            FileExistsError: if shards of this prefix are there and `overwrite` is off.
+        """
+        if samples_per_shard < 1:
+            raise ValueError(
+                f"samples_per_shard is {samples_per_shard}, but a shard holds at least one sample."
+            )
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.samples_per_shard = samples_per_shard
+        self.paths: list[Path] = []
+        self.samples_written = 0
+        self._prefix = prefix
+        self._stream: BinaryIO | None = None
+        self._tar: TarWriter | None = None
+        self._keys: set[str] = set()
+        present = sorted(self.folder.glob(f"{prefix}[0-9][0-9][0-9][0-9][0-9].tar"))
+        if present and not overwrite:
+            raise FileExistsError(
+                f"{self.folder} already holds {len(present)} shards named '{prefix}*.tar'; write to another folder or prefix, "
+                "or pass overwrite=True to replace them."
+            )
+        for path in present:
+            path.unlink()
+            path.with_name(path.name + ".index.npz").unlink(missing_ok=True)
+
+    def write(self, members: Mapping[str, Member], key: str | None = None) -> str:
+        """Append one sample.
+
+        Args:
+            members: extension to content, for example {"latent.safetensors": ..., "txt": "a red square"}.
+            key: the sample's name, without a dot; by default its running number with nine digits.
+
+        Returns:
+            The key.
+
+        Raises:
+            ValueError: on a key that a reader would cut elsewhere or that the shard already has, or on no member or one
+                that our reader does not decode.
+        """
+        key = f"{self.samples_written:09d}" if key is None else key
+        if "." in key or key.startswith("__") or not key or key != key.strip("/"):
+            raise ValueError(
+                f"'{key}' cannot be a sample's key: a reader ends the key at the first dot; use letters and digits."
+            )
+        unknown = sorted(set(members) - set(READABLE))
+        if unknown or not members:
+            raise ValueError(
+                f"Sample '{key}' has {'the members ' + ', '.join(unknown) if unknown else 'no member'}, but a shard holds "
+                f"{', '.join(READABLE)}; see data/shards/decoders.py."
+            )
+        if self._tar is None:
+            self._open()
+        if key in self._keys:
+            raise ValueError(
+                f"The key '{key}' is already in {self._path.name}; keys are unique within a shard."
+            )
+        self._keys.add(key)
+        assert self._tar is not None
+        self._tar.write({"__key__": key} | {name: _encode(value) for name, value in members.items()})
+        self.samples_written += 1
+        if len(self._keys) == self.samples_per_shard:
+            self._complete()
+        return key
+
+    def close(self) -> list[Path]:
+        """Complete the last shard and return the paths of all that were written."""
+        self._complete()
+        return self.paths
+
+    def __enter__(self) -> Self:
+        """Enter."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Complete or discard the last shard."""
+        if kind is None:
+            self._complete()
+        elif self._stream is not None:
+            self._stream.close()
+            self._partial.unlink(missing_ok=True)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self._prefix}{len(self.paths):05d}.tar"
+
+    @property
+    def _partial(self) -> Path:
+        return self._path.with_name(self._path.name + ".partial")
+
+    def _open(self) -> None:
+        self._stream = open(self._partial, "wb")
+        # Time, owner and mode are fixed, so that the bytes depend on the samples alone; encoder=False: we encode.
+        self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False)
+
+    def _complete(self) -> None:
+        if self._tar is None or self._stream is None:
+            return
+        self._tar.close()
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._stream.close()
+        os.replace(self._partial, self._path)
+        self.paths.append(self._path)
+        self._tar = self._stream = None
+        self._keys.clear()
+
+
+def _encode(value: Member) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8")
+    return json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8")
