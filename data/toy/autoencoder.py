@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 from diffusers import AutoencoderKL
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.toy.rendered import CaptionedImages
+from data.toy.training import ToyTraining
 
 
 def image_gradients(images: Tensor) -> Tensor:
@@ -21,7 +20,7 @@ def image_gradients(images: Tensor) -> Tensor:
     return torch.cat([across.flatten(1), down.flatten(1)], dim=1)
 
 
-class AutoencoderTraining(pl.LightningModule):
+class AutoencoderTraining(ToyTraining):
     """L1 + MSE + gradient loss with a small KL term; exports a diffusers folder at the end.
 
     After training the latents are centred and whitened per channel by folding the affine map into the 1x1 `quant_conv` and
@@ -43,12 +42,11 @@ class AutoencoderTraining(pl.LightningModule):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable,
         output: str,
-        block_out_channels: tuple[int, int] = (24, 48),
+        block_out_channels: tuple[int, int] = (16, 32),
         latent_scale: float = 0.5,
         kl_weight: float = 1e-4,
     ) -> None:
-        super().__init__()
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        super().__init__(optimizer, lr_scheduler)
         self.output, self.kl_weight = output, kl_weight
         self.autoencoder = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
@@ -60,19 +58,11 @@ class AutoencoderTraining(pl.LightningModule):
             sample_size=32,
             mid_block_add_attention=False,
             scaling_factor=latent_scale,
-        )
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """One optimizer, its schedule stepped every batch."""
-        optimizer = self.optimizer(self.parameters())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def training_step(self, batch: CaptionedImages, batch_idx: int) -> Tensor:
         """Reconstruction of a sampled latent."""
-        images = batch.images_uint8.float() / 127.5 - 1
+        images = self.to_network_range(batch.images_uint8)
         posterior = self.autoencoder.encode(images).latent_dist
         reconstruction = self.autoencoder.decode(posterior.sample()).sample
         pixel = F.l1_loss(reconstruction, images) + F.mse_loss(reconstruction, images)
@@ -83,7 +73,7 @@ class AutoencoderTraining(pl.LightningModule):
 
     def validation_step(self, batch: CaptionedImages, batch_idx: int) -> None:
         """PSNR in dB of the decoded posterior mean."""
-        images = batch.images_uint8.float() / 127.5 - 1
+        images = self.to_network_range(batch.images_uint8)
         decoded = self.autoencoder.decode(self.autoencoder.encode(images).latent_dist.mode()).sample
         error = (decoded.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
         self.log("psnr_db", (10 * torch.log10(4 / error)).mean(), prog_bar=True, batch_size=len(images))

@@ -14,6 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from data.toy.world import Split, captions, image_at
 
 
+_RENDER_BATCH = 250
+
+
 class CaptionedImages(NamedTuple):
     """A batch of pictures: (B,3,32,32) uint8 and their B captions."""
 
@@ -21,12 +24,18 @@ class CaptionedImages(NamedTuple):
     captions: list[str]
 
 
+def render_batch(split: Split, count: int, start: int = 0) -> Tensor:
+    """Pictures `start .. start + count` of a split: (count, 3, 32, 32) uint8."""
+    frames = np.stack([image_at(split, index) for index in range(start, start + count)])
+    return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
 class RenderedSplit(Dataset[int]):
     """The first `count` pictures of a split, rendered once; items are indices, `collate` makes the batch."""
 
     def __init__(self, split: Split, count: int) -> None:
-        frames = [image_at(split, index) for index in track(range(count), description=f"rendering {split}")]
-        self.images_uint8 = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2).contiguous()
+        starts = track(range(0, count, _RENDER_BATCH), description=f"rendering {split}")
+        self.images_uint8 = torch.cat([render_batch(split, min(_RENDER_BATCH, count - i), i) for i in starts])
         self.captions = captions(split, count)
 
     def __len__(self) -> int:

@@ -1,0 +1,83 @@
+"""The toy world's latents as WebDataset shards: rendered and encoded once, then read like any other data set."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from rich.progress import track
+from torch import Tensor
+
+from data.shards.datamodule import ShardDataModule
+from data.shards.writer import ShardWriter, encode_latents
+from data.toy.rendered import render_batch
+from data.toy.world import captions
+
+_ENCODE_BATCH = 128
+
+
+class ToyDataModule(ShardDataModule):
+    """Latents and captions of the first `train_images` pictures of the train split.
+
+    The shards lie in a folder of `cache` that is named after the number of pictures and the autoencoder's weights, so
+    that another autoencoder never meets them.
+
+    Args:
+        base: diffusers folder whose `vae/` encodes.
+        train_images: how many pictures.
+        cache: where the shard folders are made.
+        batch_size: samples of a micro-batch on each device.
+        num_workers: reading processes per device.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        base: str = "data/toy/base",
+        train_images: int = 8192,
+        cache: str = "outputs/toy_shards",
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        folder = Path(cache) / f"{train_images}-{_weights_digest(Path(base) / 'vae')}"
+        super().__init__(shards=str(folder), batch_size=batch_size, num_workers=num_workers, seed=seed)
+        self.base, self.train_images, self.folder = base, train_images, folder
+
+    def prepare_data(self) -> None:
+        """Render and encode what is not there yet; a folder cut off in the middle is made again."""
+        finished = self.folder / "complete"
+        if not finished.exists():
+            write_latent_shards(self.base, self.train_images, self.folder)
+            finished.touch()
+        super().prepare_data()
+
+
+def write_latent_shards(base: str, count: int, folder: Path) -> None:
+    """Render `count` train pictures and write their VAE means, unscaled, with their captions."""
+    autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
+    with ShardWriter(folder, samples_per_shard=4096, overwrite=True) as writer:
+        for start in track(range(0, count, _ENCODE_BATCH), description="rendering and encoding the toy world"):
+            size = min(_ENCODE_BATCH, count - start)
+            latents = encode(autoencoder, render_batch("train", size, start))
+            for caption, sample in zip(captions("train", size, start), latents, strict=True):
+                writer.write({"latent.safetensors": encode_latents(sample), "txt": caption})
+
+
+@torch.no_grad()
+def encode(autoencoder: AutoencoderKL, images_uint8: Tensor) -> Tensor:
+    """VAE means (B,4,16,16), unscaled, of (B,3,32,32) uint8 pictures."""
+    latents: Tensor = autoencoder.encode(images_uint8.float() / 127.5 - 1).latent_dist.mode()
+    return latents
+
+
+def _weights_digest(folder: Path) -> str:
+    path = folder / "diffusion_pytorch_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"the toy base has no autoencoder at {path}; give a diffusers folder as data.init_args.base, or train one with "
+            "`python train.py --config configs/toy/autoencoder.yaml`"
+        )
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]

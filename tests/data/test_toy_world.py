@@ -1,0 +1,114 @@
+"""The toy world: captions and pictures are pure functions, and a caption says what its picture shows."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from data.toy.attributes import CLASSES, NOT_STATED, attributes_of
+from data.toy.tokenizer import build_tokenizer, words
+from data.toy.world import (
+    BACKGROUNDS,
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    caption_of,
+    captions,
+    image_at,
+    parse_caption,
+    render,
+    scene_at,
+)
+
+
+def test_pictures_and_captions_are_functions_of_split_and_index() -> None:
+    digest = hashlib.sha256(b"".join(image_at("train", index).tobytes() for index in range(50))).hexdigest()
+    again = hashlib.sha256(b"".join(image_at("train", index).tobytes() for index in range(50))).hexdigest()
+    assert digest == again
+    assert captions("train", 3) == [
+        "a red ring above a green ring",
+        "an orange square left of a pink square",
+        "a pink ring below a yellow triangle",
+    ]
+    assert captions("test", 2, start=1) == captions("test", 3)[1:]
+    assert captions("train", 50) != captions("test", 50) != captions("val", 50)
+
+
+def test_every_caption_parses_back_to_itself() -> None:
+    stated = captions("train", 3000)
+    assert [caption_of(parse_caption(caption)) for caption in stated] == stated
+    singles = [caption for caption in stated if caption.endswith("background")]
+    assert 0.45 < len(singles) / len(stated) < 0.55
+
+
+def test_all_values_occur() -> None:
+    scenes = [scene_at("train", index) for index in range(3000)]
+    assert {scene.first.shape for scene in scenes} == set(SHAPES)
+    assert {scene.first.colour for scene in scenes} == set(COLOURS)
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
+    assert {scene.relation for scene in scenes} - {None} == set(RELATIONS)
+    assert all(scene.first != scene.second for scene in scenes)
+
+
+@pytest.mark.parametrize(
+    "caption",
+    ["", "a dog", "a small red dog on a gray background", "a red ring beside a blue ring", "a orange ring above a red ring"],
+)
+def test_foreign_captions_are_refused(caption: str) -> None:
+    with pytest.raises(ValueError, match="not a caption of the toy world"):
+        parse_caption(caption)
+
+
+def test_unknown_split_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"splits \['train', 'val', 'test'\], not 'dev'"):
+        scene_at("dev", 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("relation", RELATIONS)
+def test_the_relation_decides_where_things_are(relation: str) -> None:
+    scene = Scene(Thing("red", "circle"), relation=relation, second=Thing("blue", "circle"), background="black")
+    picture = render(scene, np.random.default_rng(0)).astype(float)
+    redness, blueness = picture[..., 0] - picture[..., 2], picture[..., 2] - picture[..., 0]
+    red, blue = _centre(redness > 80), _centre(blueness > 80)
+    offset = blue - red
+    expected = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}[relation]
+    assert offset @ np.array(expected) > 12
+
+
+def test_sizes_differ_in_area() -> None:
+    def area(size: str) -> int:
+        scene = Scene(Thing("red", "circle"), size=size, background="black")
+        picture = render(scene, np.random.default_rng(1)).astype(float)
+        return int((picture[..., 0] > 120).sum())
+
+    assert area("large") > 2.2 * area("small")
+
+
+def test_attributes_name_things_by_place() -> None:
+    above, below = parse_caption("a red ring above a blue cross"), parse_caption("a blue cross below a red ring")
+    assert attributes_of(above) == attributes_of(below)
+    names = [
+        None if index == NOT_STATED else values[index]
+        for values, index in zip(CLASSES.values(), attributes_of(above), strict=True)
+    ]
+    assert names == ["vertical", None, None, "red", "ring", "blue", "cross"]
+
+
+def test_the_tokenizer_has_one_token_per_word_and_ends_with_the_highest_id() -> None:
+    tokenizer = build_tokenizer()
+    for word in words():
+        assert len(tokenizer(word).input_ids) == 3, word
+    ids = tokenizer("a small red circle on a gray background", padding="max_length").input_ids
+    assert len(ids) == 16
+    assert ids.index(max(ids)) == 9
+    assert ids[9:] == [tokenizer.eos_token_id] * 7
+    assert tokenizer.decode(ids[1:9]).split() == "a small red circle on a gray background".split()
+
+
+def _centre(mask: np.ndarray) -> np.ndarray:
+    rows, columns = np.nonzero(mask)
+    return np.array([columns.mean(), rows.mean()])
