@@ -1,7 +1,7 @@
 """Complete Stable Diffusion bases of tiny size, made on the fly from the real classes.
 
-Real `UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel`, `CLIPTokenizer` and schedulers with random weights
-from a fixed seed, so that the whole training step and every file format run on a CPU, without network, fast.
+Real `UNet2DConditionModel`, `AutoencoderKL`, `CLIPTextModel`, `CLIPTokenizer` and schedulers with random
+weights from a fixed seed, so that the whole training step and every file format run fast on a CPU, offline.
 Images are 32x32, latents 4x16x16, prompts 16 tokens. Either U-Net has about 60 k parameters.
 """
 

@@ -1,0 +1,27 @@
+"""Training objectives, one file an idea: a pure function of tensors, and a small class that holds its settings.
+
+The classes are what a YAML file names; each has its weight and returns weighted losses. An objective that is not
+wanted is `null` there, not weight 0. All arithmetic is float32, whatever the networks ran in.
+"""
+
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial, critic_loss, generator_loss
+from sdxs_lightning.objectives.denoising import Denoising, denoising_loss
+from sdxs_lightning.objectives.distribution_matching import (
+    DistributionMatching,
+    distribution_matching_gradient,
+    distribution_matching_loss,
+)
+from sdxs_lightning.objectives.regression import Regression, regression_loss
+
+__all__ = [
+    "Denoising",
+    "DiffusionAdversarial",
+    "DistributionMatching",
+    "Regression",
+    "critic_loss",
+    "denoising_loss",
+    "distribution_matching_gradient",
+    "distribution_matching_loss",
+    "generator_loss",
+    "regression_loss",
+]

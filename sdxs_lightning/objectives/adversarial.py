@@ -1,0 +1,66 @@
+"""The diffusion GAN of DMD2: a head on the fake score's features tells re-noised real latents from the student's.
+
+It corrects what distribution matching alone cannot: the teacher's own errors.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from sdxs_lightning.objectives.checks import check_weight
+from sdxs_lightning.timesteps import TimestepRange
+
+
+def generator_loss(fake_logits: Tensor) -> Tensor:
+    """The student's non-saturating loss: mean softplus(-fake_logits).
+
+    Args:
+        fake_logits: (B,), float, the discriminator on the student's samples; large means real.
+
+    Returns:
+        (), float32.
+
+    Source: GAN, arXiv:1406.2661, section 3 (the non-saturating form); DMD2, arXiv:2405.14867, section 4.3.
+    """
+    return softplus(-fake_logits.float()).mean()
+
+
+def critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+    """The discriminator's loss: mean softplus(fake_logits) + mean softplus(-real_logits).
+
+    Args:
+        real_logits: (B,), float, on real latents; large means real.
+        fake_logits: (B',), float, on detached samples of the student; B' may differ from B.
+
+    Returns:
+        (), float32; 2 log 2 where the discriminator knows nothing.
+
+    Source: GAN, arXiv:1406.2661, eq. 1; DMD2, arXiv:2405.14867, eq. 4.
+    """
+    return softplus(fake_logits.float()).mean() + softplus(-real_logits.float()).mean()
+
+
+@dataclass(frozen=True)
+class DiffusionAdversarial:
+    """Settings of the two losses of the diffusion GAN."""
+
+    student_weight: float = 1e-3
+    """Factor of the student's loss: DMD2 has 1e-3 for SD-1.5, 5e-3 for SDXL."""
+    critic_weight: float = 1e-2
+    """Factor of the discriminator's loss, which also trains the fake score's encoder."""
+    timesteps: TimestepRange = TimestepRange(0, 999)
+    """Noise levels at which real and fake are compared."""
+
+    def __post_init__(self) -> None:
+        check_weight(
+            "DiffusionAdversarial", student_weight=self.student_weight, critic_weight=self.critic_weight
+        )
+
+    def student_loss(self, fake_logits: Tensor) -> Tensor:
+        """Weighted `generator_loss`: (), float32."""
+        return self.student_weight * generator_loss(fake_logits)
+
+    def critic_loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Weighted `critic_loss`: (), float32."""
+        return self.critic_weight * critic_loss(real_logits, fake_logits)

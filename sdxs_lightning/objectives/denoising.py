@@ -1,0 +1,44 @@
+"""The ordinary diffusion loss: the fake score learns the student's distribution with it, and a teacher the data's."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdxs_lightning.objectives.checks import check_same_shape, check_weight
+from sdxs_lightning.timesteps import TimestepRange
+
+
+def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Mean square of output - target.
+
+    Args:
+        output: (B, 4, h, w), float, what the network returned at x_t.
+        target: same shape, `noise_schedule.target_of` its prediction type; gets no gradient.
+
+    Returns:
+        (), float32.
+
+    Raises:
+        ValueError: unless the shapes agree.
+
+    Source: DDPM, arXiv:2006.11239, eq. 14 (epsilon); DMD2, arXiv:2405.14867, eq. 2 for the fake score.
+    """
+    check_same_shape(output=output, target=target)
+    return (output.float() - target.detach().float()).square().mean()
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """Settings of the fake score's denoising loss."""
+
+    weight: float = 1.0
+    """Factor of the loss; matters only beside the discriminator's, which shares the fake score's encoder."""
+    timesteps: TimestepRange = TimestepRange(0, 999)
+    """Where it is trained: everywhere, as in DMD2."""
+
+    def __post_init__(self) -> None:
+        check_weight("Denoising", weight=self.weight)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Weighted `denoising_loss`: (), float32."""
+        return self.weight * denoising_loss(output, target)
