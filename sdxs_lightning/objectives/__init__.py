@@ -1,7 +1,7 @@
-"""Training objectives, one file an idea: a pure function of tensors, and a small class that holds its settings.
+"""Training objectives, one file an idea: a pure function of tensors, and a small class with its settings.
 
-The classes are what a YAML file names; each has its weight and returns weighted losses. An objective that is not
-wanted is `null` there, not weight 0. All arithmetic is float32, whatever the networks ran in.
+The classes are what a YAML file names; each has its weight and returns weighted losses. An objective that is
+not wanted is `null` there, not weight 0. All arithmetic is float32, whatever the networks ran in.
 """
 
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial, critic_loss, generator_loss

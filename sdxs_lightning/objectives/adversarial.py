@@ -1,4 +1,4 @@
-"""The diffusion GAN of DMD2: a head on the fake score's features tells re-noised real latents from the student's.
+"""The diffusion GAN of DMD2: a head on the fake score's features tells re-noised real latents from fake ones.
 
 It corrects what distribution matching alone cannot: the teacher's own errors.
 """
@@ -36,7 +36,7 @@ def critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     Returns:
         (), float32; 2 log 2 where the discriminator knows nothing.
 
-    Source: GAN, arXiv:1406.2661, eq. 1; DMD2, arXiv:2405.14867, eq. 4.
+    Source: GAN, arXiv:1406.2661, eq. 1; DMD2, arXiv:2405.14867, section 4.3.
     """
     return softplus(fake_logits.float()).mean() + softplus(-real_logits.float()).mean()
 

@@ -1,4 +1,4 @@
-"""The ordinary diffusion loss: the fake score learns the student's distribution with it, and a teacher the data's."""
+"""The ordinary diffusion loss: it teaches the fake score the student's distribution."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
     Raises:
         ValueError: unless the shapes agree.
 
-    Source: DDPM, arXiv:2006.11239, eq. 14 (epsilon); DMD2, arXiv:2405.14867, eq. 2 for the fake score.
+    Source: DDPM, arXiv:2006.11239, eq. 14 (epsilon); DMD, arXiv:2311.18828, eq. 6, for the fake score.
     """
     check_same_shape(output=output, target=target)
     return (output.float() - target.detach().float()).square().mean()

@@ -1,8 +1,8 @@
 """Distribution matching: move the student's samples along the difference of two scores.
 
-At a re-noised sample the frozen teacher (real score) says where data would be, the fake score where the student's own
-samples would be; the difference of their clean-latent estimates is the gradient of the KL divergence between the two
-distributions, up to a factor that depends on the timestep.
+At a re-noised sample the frozen teacher (real score) says where data would be, the fake score where the
+student's own samples would be. The difference of their clean-latent estimates is the gradient of the KL
+divergence between the two distributions, up to a factor that depends on the timestep.
 """
 
 from dataclasses import dataclass
@@ -37,15 +37,15 @@ def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Te
         real_x0 = real_x0.float()
         distance = (pred_x0.float() - real_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
         gradient = (fake_x0.float() - real_x0) / distance
-        # A sample that the teacher leaves untouched has distance 0. DMD2's plain nan_to_num turns x / 0 into 3e38,
-        # which no clipping survives; such a sample needs no push, so we give it none.
+        # A sample that the teacher leaves untouched has distance 0. A departure: DMD2's plain nan_to_num makes
+        # x / 0 into 3e38, which no clipping survives; such a sample needs no push, so it gets none.
         return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def distribution_matching_loss(pred_x0: Tensor, gradient: Tensor) -> Tensor:
-    """0.5 mean((pred_x0 - sg(pred_x0 - g))^2): its gradient is g / number of elements, its value 0.5 mean(g^2).
+    """0.5 mean((pred_x0 - sg(pred_x0 - g))^2), whose gradient is g / number of elements.
 
-    The value is no measure of success: it stays about constant, since g is normalised.
+    Its value, 0.5 mean(g^2), is no measure of success, since g is normalised.
 
     Args:
         pred_x0: (B, 4, h, w), float, the student's clean latents, with their graph.
@@ -57,7 +57,7 @@ def distribution_matching_loss(pred_x0: Tensor, gradient: Tensor) -> Tensor:
     Raises:
         ValueError: unless the shapes agree.
 
-    Source: DMD's stop-gradient form, arXiv:2311.18828, appendix.
+    Source: the stop-gradient form in which DMD and DMD2 hand the gradient of eq. 7 to autograd.
     """
     check_same_shape(pred_x0=pred_x0, gradient=gradient)
     pred_x0 = pred_x0.float()
@@ -72,9 +72,9 @@ class DistributionMatching:
     weight: float = 1.0
     """Factor of the loss."""
     guidance_scale: float = 1.75
-    """Guidance of the real score. 1.75 is DMD2's SD-1.5 setting, chosen for FID; larger looks better. SDXL: 8."""
+    """Guidance of the real score. DMD2 has 1.75 for SD-1.5, chosen for FID (more looks better), 8 for SDXL."""
     timesteps: TimestepRange = TimestepRange(20, 980)
-    """Where the scores are compared; the ends are left out since there the scores agree or the estimate is noise."""
+    """Where the scores are compared: as in DMD2, without the two ends."""
 
     def __post_init__(self) -> None:
         check_weight("DistributionMatching", weight=self.weight)
