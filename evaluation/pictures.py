@@ -1,0 +1,83 @@
+"""Sheets of images with labels, as PNG, and curves."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN_PX = 6
+FONT_PX = 13
+
+
+def sheet(rows: Mapping[str, Tensor], captions: Sequence[str], image_px: int = 112) -> Image.Image:
+    """One row of images per label, one column per caption.
+
+    Args:
+        rows: label to images (n,3,H,W) uint8, the same n in each row.
+        captions: n, written above the columns.
+        image_px: side of an image on the sheet; enlarged without smoothing, so that pixels can be judged.
+
+    Returns:
+        An RGB image on white.
+    """
+    font = ImageFont.load_default(FONT_PX)
+    labels_px = MARGIN_PX * 2 + max(int(font.getlength(line)) for label in rows for line in label.split("\n"))
+    texts = [textwrap.fill(caption, width=image_px // 7) for caption in captions]
+    header_px = MARGIN_PX + (FONT_PX + 4) * max(text.count("\n") + 1 for text in texts)
+    step = image_px + MARGIN_PX
+    page = Image.new("RGB", (labels_px + step * len(captions), header_px + step * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    for column, text in enumerate(texts):
+        draw.multiline_text((labels_px + column * step, MARGIN_PX // 2), text, fill="black", font=font)
+    for row, (label, images_uint8) in enumerate(rows.items()):
+        top = header_px + row * step
+        draw.multiline_text((MARGIN_PX, top + image_px // 2), label, fill="black", font=font, anchor="lm")
+        for column, image in enumerate(images_uint8.cpu()):
+            page.paste(_enlarged(image, image_px), (labels_px + column * step, top))
+    return page
+
+
+def _enlarged(image_uint8: Tensor, image_px: int) -> Image.Image:
+    """(3,H,W) uint8 to a square of image_px."""
+    image = Image.fromarray(np.ascontiguousarray(image_uint8.permute(1, 2, 0).numpy()))
+    larger = image_px > image.width
+    return image.resize((image_px, image_px), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
+
+
+def progress_curves(
+    history: Sequence[Mapping[str, Any]], teacher: Mapping[str, float] | None, teacher_label: str, path: Path
+) -> None:
+    """FID and caption accuracy against minutes of training, the teacher as horizontal lines.
+
+    Args:
+        history: measurements with `seconds`, `fid` and `caption_accuracy`.
+        teacher: the same two scores of the many-step teacher under the same protocol; None draws no lines.
+        teacher_label: its name in the legend.
+        path: the PNG to write.
+    """
+    # Drawn on a figure of its own canvas rather than through pyplot, which keeps global state and asks for a display.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    minutes = [point["seconds"] / 60 for point in history]
+    for axes, key, title in ((left, "fid", "FID"), (right, "caption_accuracy", "all attributes right, %")):
+        factor = 100 if key == "caption_accuracy" else 1
+        axes.plot(minutes, [factor * point[key] for point in history], marker="o", markersize=3, label="one-step student")
+        if teacher is not None:
+            axes.axhline(factor * teacher[key], color="gray", linestyle="--", label=teacher_label)
+        axes.set(xlabel="minutes", ylabel=title)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    if history:
+        left.set_yscale("log")
+    right.set_ylim(0, 100)
+    figure.savefig(path, dpi=120)
