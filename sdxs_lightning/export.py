@@ -1,0 +1,83 @@
+"""The student as a folder that stock diffusers runs in one step."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+
+from sdxs_lightning.families import Family
+from sdxs_lightning.families.folders import read_json
+
+
+def export_pipeline(
+    unet: UNet2DConditionModel,
+    family: Family,
+    folder: str | Path,
+    conditioning_timestep: int | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Writes a pipeline of the family's kind: run it with num_inference_steps=1 and guidance_scale=0.
+
+    Text encoders, tokenizers and VAE are the base's. The folder appears whole or not at all; one that is there already is
+    replaced.
+
+    Args:
+        unet: the student's network, or its average, unsharded; it is not changed.
+        family: the base that the student came from.
+        folder: where to write.
+        conditioning_timestep: at which the student was trained; None takes the family's.
+        dtype: of all weights in the files; float32 keeps the student's output to rounding.
+
+    Returns:
+        folder, as a Path.
+    """
+    folder = Path(folder)
+    timestep = family.conditioning_timestep if conditioning_timestep is None else conditioning_timestep
+    copy = UNet2DConditionModel.from_config(unet.config)
+    copy.load_state_dict(unet.state_dict())
+    pipeline_class: type[DiffusionPipeline] = getattr(diffusers, family.pipeline_class)
+    parts: dict[str, Any] = {"unet": copy, "scheduler": one_step_scheduler(family, timestep)}
+    if family.pipeline_class == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = pipeline_class.from_pretrained(family.base, low_cpu_mem_usage=False, **parts)
+    pipeline.set_progress_bar_config(disable=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        written = Path(temporary) / "pipeline"
+        pipeline.to(dtype=dtype).save_pretrained(written, safe_serialization=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(written, folder)
+    return folder
+
+
+def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMScheduler:
+    """A scheduler whose single step calls the network at the conditioning timestep and returns pred_x0.
+
+    It knows only the betas up to that timestep, so "trailing" spacing begins there, and the step to alpha = 1 is the x_0
+    estimate. A pipeline's noise is not scaled (init_noise_sigma 1), as in training.
+    """
+    config = read_json(Path(family.base) / "scheduler" / "scheduler_config.json")
+    total = conditioning_timestep + 1
+    settings: dict[str, Any] = {
+        "num_train_timesteps": total,
+        "prediction_type": family.prediction_type,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "steps_offset": 1,  # unused by "trailing"; the pipeline warns about any other value
+    }
+    if total == family.schedule.num_train_timesteps:
+        kept = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+        settings |= {name: config[name] for name in kept if name in config}
+    else:
+        abar = family.schedule.alphas_cumprod[:total].double().cpu()
+        settings["trained_betas"] = (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()
+    return DDIMScheduler(**settings)

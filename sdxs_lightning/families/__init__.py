@@ -1,0 +1,50 @@
+"""Base models: what a stage asks of one, so that no other file asks which one it is."""
+
+from __future__ import annotations
+
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+
+from sdxs_lightning.batch import Conditioning
+from sdxs_lightning.noise_schedule import NoiseSchedule, PredictionType
+
+
+@runtime_checkable
+class Family(Protocol):
+    """A pretrained base: its networks, how it reads prompts, and its constants. `sd.py` and `sdxl.py` are two."""
+
+    base: str
+    """Diffusers folder."""
+    conditioning_timestep: int
+    """The constant timestep at which a one-step student of this base is called."""
+    schedule: NoiseSchedule
+    prediction_type: PredictionType
+    scaling_factor: float
+    """Scaled latents = VAE mean * scaling_factor."""
+    resolution: int
+    """Pixels of a side, as the base was trained."""
+    pipeline_class: str
+    """The diffusers pipeline that an export names."""
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one sample's latents."""
+
+    def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
+        """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder."""
+
+    def load_vae(self) -> AutoencoderKL:
+        """The base's VAE, float32."""
+
+    def encode_prompts(
+        self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
+    ) -> Conditioning:
+        """Embeds B captions, unconditional twin included, without graph."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32, without graph."""
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Moves what is loaded and what will be; dtype is that of the text encoders."""

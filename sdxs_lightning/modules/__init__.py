@@ -1,0 +1,1 @@
+"""The LightningModules: student generator, fake score, discriminator, and one composition a stage."""

@@ -1,0 +1,60 @@
+"""Which networks learn on which turn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Turn(NamedTuple):
+    """What one turn updates."""
+
+    student: bool
+    """The student is updated, before the critic."""
+    critic: bool
+    """Fake score and discriminator are updated."""
+    warmup: bool
+    """The student learns from regression on the target sampler's pairs only."""
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """First regression on pairs, then the critic alone, then both: the critic on every turn, the student on every r-th.
+
+    A turn is `accumulate_grad_batches` micro-batches.
+    """
+
+    max_student_updates: int
+    """The run ends after so many student updates, those of the warm-up included."""
+    critic_updates_per_student_update: int = 5
+    """The ratio r: 10 for SD-1.5 and 5 for SDXL in DMD2."""
+    warmup_updates: int = 0
+    """Student updates of the regression warm-up; more than 0 needs `warmup`."""
+    fake_score_warmup_turns: int = 0
+    """Turns after the warm-up on which only the critic learns: a fake score that does not yet know the student, and a
+    fresh discriminator, point the student the wrong way."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_updates", "fake_score_warmup_turns"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"curriculum.{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.critic_updates_per_student_update < 1:
+            raise ValueError(
+                f"curriculum.critic_updates_per_student_update must be 1 or more, got "
+                f"{self.critic_updates_per_student_update}."
+            )
+        if self.max_student_updates < max(1, self.warmup_updates):
+            raise ValueError(
+                f"curriculum.max_student_updates counts the warm-up too, so it must be at least 1 and at least "
+                f"warmup_updates ({self.warmup_updates}), got {self.max_student_updates}."
+            )
+
+    def turn(self, index: int) -> Turn:
+        """What the turn of that index, counted from 0, updates."""
+        index -= self.warmup_updates
+        if index < 0:
+            return Turn(student=True, critic=False, warmup=True)
+        index -= self.fake_score_warmup_turns
+        if index < 0:
+            return Turn(student=False, critic=True, warmup=False)
+        return Turn(student=index % self.critic_updates_per_student_update == 0, critic=True, warmup=False)

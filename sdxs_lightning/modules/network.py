@@ -1,0 +1,80 @@
+"""What student, fake score and discriminator share: an optimizer of their own, and switches of a U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+
+
+class Network(LightningModule):
+    """A trainable network with the optimizer that its part of the config names.
+
+    The composition calls `configure_optimizers` and steps what it returns; Lightning calls no hook of a child.
+
+    Args:
+        optimizer: made over the parameters that require gradients.
+        lr_scheduler: stepped once per update of this network; None keeps the rate.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, with its scheduler where there is one.
+
+        Raises:
+            RuntimeError: before the network is built.
+        """
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise RuntimeError(f"{type(self).__name__}: nothing to optimise; call build(...) first.")
+        optimizer = self._optimizer(trainable)
+        if self._lr_scheduler is None:
+            return {"optimizer": optimizer}
+        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+
+
+@contextmanager
+def resting(*networks: nn.Module | None) -> Iterator[None]:
+    """Inside, the networks pass gradients through to their inputs and collect none themselves.
+
+    Cheaper than throwing gradients away, and needed for correctness under autocast: a weight that requires gradients
+    and is used under no_grad leaves its graph-less cast in autocast's cache, where a later pass with graph finds it.
+    """
+    parameters = [p for network in networks if network is not None for p in network.parameters() if p.requires_grad]
+    _require_grad(parameters, False)
+    try:
+        yield
+    finally:
+        _require_grad(parameters, True)
+
+
+def prepare_unet(unet: UNet2DConditionModel, gradient_checkpointing: bool, compile_blocks: bool) -> UNet2DConditionModel:
+    """Puts a U-Net into training mode with the chosen switches.
+
+    Compiled are its residual and transformer blocks, each by itself: they repeat, so few graphs cover the network, and
+    they carry no hooks (feature taps and FSDP2's sit on the stages around them).
+    """
+    unet.train()
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if compile_blocks:
+        for block in unet.modules():
+            if isinstance(block, ResnetBlock2D | Transformer2DModel):
+                block.compile()
+    return unet
+
+
+def _require_grad(parameters: Sequence[nn.Parameter], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)

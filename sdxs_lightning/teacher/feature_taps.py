@@ -1,0 +1,99 @@
+"""Intermediate features of a stock `UNet2DConditionModel`, without re-typing its forward."""
+
+from __future__ import annotations
+
+import copy
+from types import TracebackType
+from typing import Any, Self, cast
+
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+def bottleneck_of(unet: UNet2DConditionModel) -> str:
+    """Name of the innermost block: `mid_block`, or the last down block of a U-Net without one."""
+    return "mid_block" if unet.mid_block is not None else f"down_blocks.{len(unet.down_blocks) - 1}"
+
+
+def bottleneck_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Channels, height and width of the bottleneck's output for latents of `latent_shape` (C, h, w)."""
+    _, height, width = latent_shape
+    # A diffusers down block halves by a stride-2 convolution with padding 1, which rounds odd sizes up;
+    # the last one does not halve.
+    for _ in range(len(unet.down_blocks) - 1):
+        height, width = (height + 1) // 2, (width + 1) // 2
+    return int(unet.config.block_out_channels[-1]), height, width
+
+
+def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    """A view of the U-Net that ends after the bottleneck: its `.sample` is the bottleneck's output.
+
+    The view shares every parameter, buffer and hook with the original and has no up blocks. It replaces an early exit
+    by exception, which would leave FSDP2's and the compiler's hooks half done; here unused blocks are just never
+    called. Making the view costs microseconds, so nobody needs to keep one.
+    """
+    view = copy.copy(unet)
+    modules: dict[str, nn.Module | None] = dict(unet._modules)
+    modules |= {"up_blocks": nn.ModuleList(), "conv_norm_out": None, "conv_out": nn.Identity()}
+    view.__dict__["_modules"] = modules
+    return view
+
+
+class FeatureTap:
+    """Collects the outputs of named blocks while it is entered.
+
+    with FeatureTap(unet) as tap:
+        unet(...)
+    tap["mid_block"]
+
+    Args:
+        unet: a stock diffusers U-Net, sharded or compiled inside its blocks as you like.
+        blocks: module names such as "mid_block" or "down_blocks.1"; none means the bottleneck.
+
+    Raises:
+        ValueError: for a name that the U-Net does not have.
+    """
+
+    def __init__(self, unet: UNet2DConditionModel, *blocks: str) -> None:
+        self._modules: dict[str, nn.Module] = {}
+        known = dict(unet.named_modules())
+        for name in blocks or (bottleneck_of(unet),):
+            if name not in known:
+                raise ValueError(
+                    f"FeatureTap: this U-Net has no block '{name}'; it has "
+                    f"{', '.join(n for n in known if n.count('.') <= 1 and 'block' in n)}."
+                )
+            self._modules[name] = known[name]
+        self._features: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> Self:
+        self._features = {}
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._store(name)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __getitem__(self, block: str) -> Tensor:
+        """The last output of `block`, (B, C, h, w), with its graph if there was one."""
+        return self._features[block]
+
+    @property
+    def features(self) -> Tensor:
+        """The output of the only tapped block."""
+        (features,) = self._features.values()
+        return features
+
+    def _store(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            # Down blocks return (hidden_states, residuals); mid and up blocks the hidden states.
+            self._features[name] = cast(Tensor, output[0] if isinstance(output, tuple) else output)
+
+        return hook

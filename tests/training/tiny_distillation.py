@@ -1,0 +1,109 @@
+"""A whole distillation at tiny size: real networks, real shards, a real Trainer, on the CPU and within seconds."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from data.shards.datamodule import ShardDataModule
+from data.shards.writer import ShardWriter, encode_latents
+from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.families.sdxl import StableDiffusionXL
+from sdxs_lightning.modules.curriculum import Curriculum
+from sdxs_lightning.modules.discriminator import Discriminator
+from sdxs_lightning.modules.fake_score import FakeScore
+from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from tests.tiny import save_tiny_sd, save_tiny_sdxl, tiny_batch
+
+KINDS = ("sd-epsilon", "sd-v_prediction", "sdxl-epsilon")
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """Writes the base of one of KINDS, once."""
+    path = folder / kind
+    if not path.exists():
+        family, prediction_type = kind.split("-")
+        (save_tiny_sd if family == "sd" else save_tiny_sdxl)(path, prediction_type)  # type: ignore[arg-type]
+    return path
+
+
+def save_shards(folder: Path, samples: int = 96) -> Path:
+    """Writes latent shards of the samples of `tiny_batch`, once."""
+    if not folder.exists():
+        batch = tiny_batch(samples)
+        assert batch.latents is not None
+        with ShardWriter(folder, samples_per_shard=samples // 2) as writer:
+            for caption, latents in zip(batch.captions, batch.latents, strict=True):
+                writer.write({"txt": caption, "latent.safetensors": encode_latents(latents)})
+    return folder
+
+
+class TinyData(ShardDataModule):
+    """Shards, with the captions that a warm-up asks for."""
+
+    def train_captions(self, count: int) -> list[str]:
+        return tiny_batch(count).captions
+
+
+def family_of(base: Path) -> StableDiffusion | StableDiffusionXL:
+    """The family of a tiny base."""
+    return (StableDiffusionXL if base.name.startswith("sdxl") else StableDiffusion)(str(base))
+
+
+def distillation(base: Path, *, gan: bool = True, optimizer: Any = None, **settings: Any) -> OneStepDistillation:
+    """A distillation with the defaults of the tests: SGD, ratio 1, GAN weights that can be seen in gradients."""
+    optimizer = optimizer or partial(torch.optim.SGD, lr=0.1)
+    settings.setdefault("curriculum", Curriculum(max_student_updates=10**6, critic_updates_per_student_update=1))
+    if gan:
+        settings.setdefault("discriminator", Discriminator(optimizer))
+        settings.setdefault("adversarial", DiffusionAdversarial(student_weight=0.3, critic_weight=0.3))
+    settings.setdefault("student", StudentGenerator(optimizer))
+    settings.setdefault("fake_score", FakeScore(optimizer))
+    return OneStepDistillation(family=family_of(base), ema_decay=settings.pop("ema_decay", 0.9), **settings)
+
+
+def fit(
+    module: OneStepDistillation,
+    shards: Path,
+    batches: int,
+    batch_size: int = 4,
+    ckpt_path: str | None = None,
+    callbacks: list[Callback] | None = None,
+    **settings: Any,
+) -> Trainer:
+    """Trains for so many micro-batches in all, counted from the start of the run."""
+    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False} | settings
+    trainer = Trainer(
+        max_epochs=-1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[StopAfter(batches), *(callbacks or [])],
+        **settings,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, datamodule=TinyData(str(shards), batch_size), ckpt_path=ckpt_path)
+    return trainer
+
+
+class StopAfter(Callback):
+    """Ends a run after a number of batches; Trainer(max_steps) would count optimizers instead."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
+        if trainer.fit_loop.epoch_loop.batch_progress.total.completed >= self.batches:
+            trainer.should_stop = True
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A detached copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
