@@ -10,8 +10,8 @@ def check_weight(objective: str, **weights: float) -> None:
     for name, weight in weights.items():
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(
-                f"{name} of {objective} must be positive, got {weight}; to switch the objective off, set it to "
-                "null."
+                f"{name} of {objective} must be positive, got {weight}; to switch the objective off, set it "
+                "to null."
             )
 
 

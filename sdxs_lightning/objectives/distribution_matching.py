@@ -37,8 +37,8 @@ def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Te
         real_x0 = real_x0.float()
         distance = (pred_x0.float() - real_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
         gradient = (fake_x0.float() - real_x0) / distance
-        # A sample that the teacher leaves untouched has distance 0. A departure: DMD2's plain nan_to_num makes
-        # x / 0 into 3e38, which no clipping survives; such a sample needs no push, so it gets none.
+        # A sample that the teacher leaves untouched has distance 0. A departure: DMD2's plain nan_to_num
+        # makes x / 0 into 3e38, which no clipping survives; such a sample needs no push, so it gets none.
         return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -72,7 +72,7 @@ class DistributionMatching:
     weight: float = 1.0
     """Factor of the loss."""
     guidance_scale: float = 1.75
-    """Guidance of the real score. DMD2 has 1.75 for SD-1.5, chosen for FID (more looks better), 8 for SDXL."""
+    """Guidance of the real score. DMD2: 1.75 for SD-1.5, chosen for FID (more looks better); 8 for SDXL."""
     timesteps: TimestepRange = TimestepRange(20, 980)
     """Where the scores are compared: as in DMD2, without the two ends."""
 
