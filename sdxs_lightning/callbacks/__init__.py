@@ -1,0 +1,1 @@
+"""Callbacks around a training: checkpoints, interruptions, a guard against NaN, export."""

@@ -1,0 +1,100 @@
+"""SIGTERM, SIGUSR1 and Ctrl-C: a checkpoint at the next step boundary, then an exit code that says so."""
+
+import signal
+import sys
+from types import FrameType
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+
+from sdxs_lightning.callbacks.checkpointing import Checkpointing, CountsTurns
+from sdxs_lightning.callbacks.ranks import Ranks
+from sdxs_lightning.errors import Interrupted
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Interruption(Checkpoint):
+    """Turns a signal into a checkpoint between two turns, on all ranks at the same batch.
+
+    The handlers only set a flag. Lightning's own are replaced: they save, or broadcast, from inside the handler, where the
+    training may be in the middle of an update or of another collective. A second Ctrl-C stops at once, without saving.
+    It derives from Lightning's `Checkpoint` to run after the callbacks that train, measure and log.
+
+    Args:
+        agree_every_n_batches: with several processes, how often they ask each other over the host network whether one of them
+            was signalled. All ranks ask at the same batches, so all stop at the same one.
+
+    Raises:
+        ValueError: unless agree_every_n_batches is at least 1.
+    """
+
+    def __init__(self, agree_every_n_batches: int = 10) -> None:
+        if agree_every_n_batches < 1:
+            raise ValueError(
+                f"Interruption.agree_every_n_batches must be 1 or more, got {agree_every_n_batches}."
+            )
+        self.agree_every_n_batches = agree_every_n_batches
+        self.ranks = Ranks()
+        self._signal = 0
+        self._agreed = 0
+        self._batches = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over the signals; by now Lightning has set its handlers."""
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._remember)
+        # Lightning broadcasts its own flag and reads it back on every batch: a wait for the device at each step.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signal = number
+        again = " (again to stop at once, without it)" if number == signal.SIGINT else ""
+        sys.stderr.write(
+            f"\n{signal.Signals(number).name}: stopping after a checkpoint at the next step boundary{again}\n"
+        )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Agrees now and then; between turns, once agreed, saves and stops.
+
+        Raises:
+            Interrupted: on all ranks.
+        """
+        self._batches += 1
+        if self._agreed == 0 and (self.ranks.count == 1 or self._batches % self.agree_every_n_batches == 0):
+            self._agreed = self.ranks.highest(self._signal)
+        if self._agreed and cast(CountsTurns, pl_module).micro_batches == 0:
+            self._stop(trainer, pl_module)
+
+    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = signal.Signals(self._agreed).name
+        updates = cast(CountsTurns, pl_module).student_updates
+        saver = next((one for one in trainer.callbacks if isinstance(one, Checkpointing)), None)
+        if saver is None:
+            saved = "nothing was saved, because the run has no Checkpointing callback"
+        else:
+            saved = (
+                f"everything is in {saver.save(trainer)}; go on with the same command and --ckpt_path last"
+            )
+        raise Interrupted(f"stopped by {name} after student update {updates}: {saved}", self._agreed)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on nothing is left to save: signals mean what they meant before."""
+        self._give_back()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """The same when the training fails."""
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()

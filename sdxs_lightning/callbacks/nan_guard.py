@@ -1,0 +1,136 @@
+"""Stops a run whose numbers are no numbers any more, before it overwrites its good checkpoints."""
+
+from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sdxs_lightning.callbacks.ranks import Ranks
+from sdxs_lightning.errors import TrainingDiverged
+
+NEVER = torch.iinfo(torch.int64).max
+
+
+@runtime_checkable
+class KnowsLastGood(Protocol):
+    """The callback that keeps the checkpoints."""
+
+    def last_good(self, trainer: pl.Trainer) -> str:
+        """The newest complete checkpoint, in words for a message."""
+
+
+class NanGuard(Callback):
+    """Watches the logged losses and gradient norms on the device and reads the verdict now and then.
+
+    Each batch notes, without waiting for the device, the first turn at which a watched scalar was not finite. The notes are
+    read every n batches, and before each checkpoint together with the weights.
+
+    Args:
+        read_every_n_batches: each reading waits for the device; a run that diverged goes on for at most so long.
+        watch: endings of the logged names that are watched. The part of a name before the slash is the network.
+
+    Raises:
+        ValueError: unless read_every_n_batches is at least 1.
+    """
+
+    def __init__(
+        self, read_every_n_batches: int = 50, watch: tuple[str, ...] = ("loss", "gradient_norm")
+    ) -> None:
+        if read_every_n_batches < 1:
+            raise ValueError(f"NanGuard.read_every_n_batches must be 1 or more, got {read_every_n_batches}.")
+        self.read_every_n_batches = read_every_n_batches
+        self.watch = tuple(watch)
+        self.ranks = Ranks()
+        self._first_bad: dict[str, Tensor] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes; every n batches reads."""
+        turn = int(getattr(pl_module, "turns", trainer.global_step))
+        for name, value in trainer.callback_metrics.items():
+            if name.endswith(self.watch):
+                self._note(name, value, turn)
+        if (batch_idx + 1) % self.read_every_n_batches == 0:
+            self.read(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A last look, before the final checkpoint and the export."""
+        self.read(trainer)
+
+    def _note(self, name: str, value: Tensor, turn: int) -> None:
+        now = torch.where(torch.isfinite(value.detach()), NEVER, turn)
+        before = self._first_bad.get(name)
+        self._first_bad[name] = now if before is None else torch.minimum(before, now)
+
+    def read(self, trainer: pl.Trainer) -> None:
+        """Stops all ranks if any of them has seen a number that is not finite. A collective.
+
+        Raises:
+            TrainingDiverged: with the turn, the network and the last good checkpoint.
+        """
+        problem = None
+        if self._first_bad:
+            turns = torch.stack([turn.reshape(()) for turn in self._first_bad.values()]).tolist()
+            turn, name = min(zip(turns, self._first_bad, strict=True))
+            if turn != NEVER:
+                problem = (
+                    f"{name} of the {name.partition('/')[0]} is NaN or infinite since turn {turn} (student update "
+                    f"{_updates(trainer)} now)"
+                )
+        self._stop_if(trainer, problem)
+
+    def check_weights(self, trainer: pl.Trainer) -> None:
+        """Stops all ranks if a weight is not finite. A collective, and one pass over all weights.
+
+        Raises:
+            TrainingDiverged: with the student update, the network and the last good checkpoint.
+        """
+        bad = _networks_with_bad_weights(trainer.lightning_module.named_parameters())
+        problem = None
+        if bad:
+            problem = (
+                f"weights of the {', '.join(bad)} are NaN or infinite at student update {_updates(trainer)}"
+            )
+        self._stop_if(trainer, problem)
+
+    def _stop_if(self, trainer: pl.Trainer, problem: str | None) -> None:
+        problem = self.ranks.first_message(problem)
+        if problem is None:
+            return
+        saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, KnowsLastGood)), None)
+        good = saver.last_good(trainer) if saver else "checkpoints were not kept"
+        raise TrainingDiverged(
+            f"the training diverged: {problem}; {good}. Before going on from there lower the learning rate of that network "
+            "or its gradient_clip_norm, or use 32-bit precision."
+        )
+
+
+def check_before_saving(trainer: pl.Trainer) -> None:
+    """What every guard of the run says before a checkpoint; bad weights must not push out good ones."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, NanGuard):
+            callback.read(trainer)
+            callback.check_weights(trainer)
+
+
+def _networks_with_bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+    tensors: dict[str, list[Tensor]] = {}
+    for name, parameter in named:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.numel():  # a rank's share of a sharded weight may be empty
+            tensors.setdefault(name.partition(".")[0], []).append(local.detach())
+    # The largest magnitude is finite exactly if all are; a sum of squares could overflow.
+    worst = {
+        network: torch.stack([norm.float() for norm in torch._foreach_norm(weights, float("inf"))]).max()
+        for network, weights in tensors.items()
+    }
+    return [network for network, value in worst.items() if not torch.isfinite(value)]
+
+
+def _updates(trainer: pl.Trainer) -> int:
+    return int(getattr(trainer.lightning_module, "student_updates", trainer.global_step))

@@ -1,0 +1,51 @@
+"""Agreement between ranks on facts that only the hosts know.
+
+A rank that stops, saves or fails alone leaves the others waiting in a collective until they are killed. So whatever
+one rank sees (a signal, a full disk) is first made known to all, over gloo: on tensors in host memory, which does not
+wait for the accelerator as a collective of the training's own group would.
+"""
+
+import torch
+import torch.distributed as dist
+
+
+class Ranks:
+    """The processes of this run; with a single process every method returns at once."""
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def count(self) -> int:
+        """How many processes train together."""
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is rank 0, which alone writes and speaks."""
+        return self.count == 1 or dist.get_rank() == 0
+
+    def highest(self, value: int) -> int:
+        """The largest of the ranks' values. A collective: all ranks call it."""
+        if self.count == 1:
+            return value
+        tensor = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group())
+        return int(tensor.item())
+
+    def first_message(self, message: str | None) -> str | None:
+        """The message of the lowest rank that has one, on all ranks. A collective."""
+        if self.count == 1:
+            return message
+        messages: list[str | None] = [None] * self.count
+        dist.all_gather_object(messages, message, group=self._host_group())
+        return next((one for one in messages if one), None)
+
+    def wait(self) -> None:
+        """Waits until all ranks are here."""
+        self.highest(0)
+
+    def _host_group(self) -> dist.ProcessGroup:
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        return self._group

@@ -1,0 +1,56 @@
+"""The ends a run may come to that are no bugs: each has one sentence for the user and its own exit code.
+
+| exit code | meaning |
+|---|---|
+| 0 | finished |
+| 1 | unexpected: a bug, shown with its traceback |
+| 2 | the configuration or an input was refused; nothing was trained |
+| 3 | the training diverged (NaN or infinity); starting it again as it is would not help |
+| 4 | a checkpoint could not be written; the previous one is whole |
+| 128 + signal (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM) | interrupted after a checkpoint; `--ckpt_path last` goes on |
+
+The last row is the shells' own convention, so that a job script can requeue on 138 and 143 and on nothing else.
+"""
+
+import signal as signals
+
+
+class RunStopped(Exception):
+    """A run ends early for a reason that one sentence explains.
+
+    Raised on every rank or on none: the callbacks that raise it agree first.
+    """
+
+    exit_code = 1
+
+
+class UserError(RunStopped):
+    """The configuration, a path or a file is not what the run needs."""
+
+    exit_code = 2
+
+
+class TrainingDiverged(RunStopped):
+    """A loss or a weight is NaN or infinite."""
+
+    exit_code = 3
+
+
+class CheckpointNotWritten(RunStopped):
+    """The disk is full, a quota is used up, or the folder cannot be written."""
+
+    exit_code = 4
+
+
+class Interrupted(RunStopped):
+    """A signal asked the run to stop, and it stopped at a step boundary.
+
+    Args:
+        message: what to tell the user.
+        signal_number: the signal that came.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal = signals.Signals(signal_number)
+        self.exit_code = 128 + int(signal_number)
