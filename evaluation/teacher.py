@@ -88,8 +88,9 @@ def complete(
     teacher: Teacher,
     steps: Sequence[int],
     measure_images: Callable[[str, ImageMaker, Sequence[str]], dict[str, float]],
+    with_real: bool = True,
 ) -> Entry:
-    """Measure what the entry lacks, of the steps asked for and of real images.
+    """Measure what the entry lacks.
 
     Args:
         entry: from `look_up`.
@@ -97,13 +98,14 @@ def complete(
         teacher: as there.
         steps: of the teacher.
         measure_images: (what, maker, captions) to scores; it owns progress, ranks and batch size.
+        with_real: measure real images and their reconstructions too.
     """
     prompts, fresh = protocol.captions(), captions(protocol.fresh_split, protocol.samples)
     real = RealImages(protocol.fresh_split, teacher.device)
     entry = {**entry, "teacher": dict(entry["teacher"])}
-    if "real_vs_real" not in entry:
+    if with_real and "real_vs_real" not in entry:
         entry["real_vs_real"] = measure_images("real images", real, fresh)
-    if "vae_floor" not in entry:
+    if with_real and "vae_floor" not in entry:
         vae: AutoencoderKL = teacher.family.load_vae().to(teacher.device).eval()
         entry["vae_floor"] = measure_images("reconstructions", Reconstructions(real, vae), fresh)
     for count in steps:

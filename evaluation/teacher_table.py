@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -40,12 +40,12 @@ def measure_with_bar(protocol: Protocol, teacher: Teacher, steps: Sequence[int],
         return complete(known, protocol, teacher, steps, measure_images)
 
 
-def show(name: str, entry: Entry) -> None:
-    """A table on the terminal."""
+def show(name: str, entry: Entry, students: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    """A table on the terminal; `students` are further rows by label."""
     table = Table("", "FID", "CLIP score", "all right", "attributes", "ms/image", title=f"protocol {name}")
     rows = {"real": entry["real_vs_real"], "autoencoder": entry["vae_floor"]}
     rows |= {f"{steps} steps": row for steps, row in entry["teacher"].items()}
-    for label, row in rows.items():
+    for label, row in (rows | dict(students or {})).items():
         accuracies = (f"{100 * row[key]:.1f} %" for key in ("caption_accuracy", "attribute_accuracy"))
         milliseconds = f"{row['ms_per_image']:.1f}" if "ms_per_image" in row else ""
         table.add_row(label, f"{row['fid']:.2f}", f"{row['clip_score']:.2f}", *accuracies, milliseconds)

@@ -1,0 +1,201 @@
+"""The callbacks in a real, tiny distillation: what they measure, when, and what they leave in a checkpoint."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+
+from data.toy.classifier import AttributeClassifier
+from evaluation.callbacks import DistillationMetrics, ProgressBar, SampleGrids, Throughput
+from evaluation.features import FrozenClip
+from evaluation.generate import SampledImages
+from evaluation.protocols import PROTOCOLS
+from evaluation.report import Report
+from evaluation.scores import Judges, measure, measure_reference
+from sdxs_lightning.modules.curriculum import Curriculum
+from tests.evaluation.judges import write_clip
+from tests.training.tiny_distillation import TinyData, distillation, family_of, save_base, save_shards
+
+SAMPLES = 6
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, shards and random judges."""
+    folder = tmp_path_factory.mktemp("world")
+    save_base("sd-epsilon", folder)
+    save_shards(folder / "shards")
+    write_clip(folder / "clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AttributeClassifier().save_pretrained(folder / "classifier")
+    return folder
+
+
+@pytest.fixture
+def judged(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Arguments that name those judges; the protocols' references are made of 40 images."""
+    paths = {"clip": str(world / "clip"), "classifier": str(world / "classifier")}
+    for name, protocol in list(PROTOCOLS.items()):
+        reference = str(world / f"{name}.npz")
+        small = replace(protocol, reference_samples=40, samples=SAMPLES, reference=reference, **paths)
+        monkeypatch.setitem(PROTOCOLS, name, small)
+        if not Path(reference).exists():
+            measure_reference(small, FrozenClip(paths["clip"])).save(reference)
+    return paths
+
+
+def fit(world: Path, out: Path, callbacks: list[Callback], updates: int = 5, ckpt_path: Path | None = None) -> Any:
+    """Distil to so many student updates, ratio 1, a student update every batch."""
+    curriculum = Curriculum(max_student_updates=updates, critic_updates_per_student_update=1)
+    module = distillation(world / "sd-epsilon", curriculum=curriculum)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        default_root_dir=out,
+        logger=[CSVLogger(out, name=None, version=""), TensorBoardLogger(out, name=None, version="")],
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
+        callbacks=callbacks,
+    )
+    trainer.fit(module, datamodule=TinyData(str(world / "shards"), 4), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def test_metrics_follow_student_updates_and_survive_a_resume(
+    world: Path, judged: dict[str, str], tmp_path: Path
+) -> None:
+    metrics = DistillationMetrics(every_n_student_updates=2, batch_size=4)
+    trainer, module = fit(world, tmp_path, [metrics], updates=3)
+    assert [point["student_updates"] for point in metrics.history] == [0, 2, 3]
+    assert metrics.history[0]["seconds"] < metrics.history[1]["seconds"] < metrics.history[2]["seconds"]
+    assert all(point["training_seconds"] < point["seconds"] for point in metrics.history[1:])
+    assert metrics.history[0]["fid"] != metrics.history[1]["fid"]
+    assert float(trainer.callback_metrics["val/fid"]) == pytest.approx(metrics.history[-1]["fid"])
+
+    # The same number by hand, on the averaged student rather than on the current one.
+    protocol = PROTOCOLS["toy-val"]
+    judges, device = Judges.load(protocol), torch.device("cpu")
+    by_hand = [
+        measure(SampledImages(net, family_of(world / "sd-epsilon"), device), protocol.captions(), judges, device).fid
+        for net in (module.ema, module.student)
+    ]
+    assert metrics.history[-1]["fid"] == pytest.approx(by_hand[0], rel=1e-4)
+    assert metrics.history[-1]["fid"] != pytest.approx(by_hand[1], rel=1e-4)
+
+    trainer.save_checkpoint(tmp_path / "state.ckpt")
+    again = DistillationMetrics(every_n_student_updates=2, batch_size=4)
+    fit(world, tmp_path / "resumed", [again], updates=5, ckpt_path=tmp_path / "state.ckpt")
+    assert [point["student_updates"] for point in again.history] == [0, 2, 3, 4, 5]
+    assert again.history[:3] == metrics.history
+    assert again.history[3]["seconds"] > metrics.history[2]["seconds"]
+
+    with (tmp_path / "metrics.csv").open() as file:
+        logged = [row["val/fid"] for row in csv.DictReader(file) if row.get("val/fid")]
+    assert [float(value) for value in logged] == pytest.approx([point["fid"] for point in metrics.history])
+
+
+def test_no_weight_of_a_judge_is_in_a_checkpoint(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+    trainer, _ = fit(world, tmp_path / "plain", [], updates=1)
+    trainer.save_checkpoint(tmp_path / "plain.ckpt")
+    callbacks = [DistillationMetrics(1), SampleGrids(1, images=2), Throughput(1)]
+    trainer, _ = fit(world, tmp_path / "measured", callbacks, updates=1)
+    trainer.save_checkpoint(tmp_path / "measured.ckpt")
+    plain, measured = (torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("plain", "measured"))
+    assert set(measured["state_dict"]) == set(plain["state_dict"])
+
+    def tensors(value: Any) -> int:
+        if isinstance(value, dict):
+            return sum(tensors(one) for one in value.values())
+        if isinstance(value, (list, tuple)):
+            return sum(tensors(one) for one in value)
+        return int(isinstance(value, torch.Tensor))
+
+    assert tensors(measured["callbacks"]) == 0
+
+
+def test_measuring_changes_no_weight(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+    _, plain = fit(world, tmp_path / "plain", [], updates=2)
+    _, measured = fit(world, tmp_path / "measured", [DistillationMetrics(1, batch_size=3)], updates=2)
+    for (name, expected), actual in zip(plain.state_dict().items(), measured.state_dict().values(), strict=True):
+        assert torch.equal(expected, actual), name
+
+
+def test_grids_and_throughput(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+    throughput = Throughput(every_n_batches=2)
+    fit(world, tmp_path, [SampleGrids(2, images=3), throughput], updates=4)
+    names = [path.name for path in sorted((tmp_path / "samples").iterdir())]
+    assert names == ["update_00000000.png", "update_00000002.png", "update_00000004.png"]
+    first, last = (Image.open(tmp_path / "samples" / name).convert("RGB") for name in (names[0], names[-1]))
+    assert first.size == last.size
+    assert first.tobytes() != last.tobytes()
+    speed = throughput.latest
+    images, updates = speed["throughput/images_per_second"], speed["throughput/student_updates_per_second"]
+    assert images == pytest.approx(4 * updates)  # ratio 1, batches of 4
+    assert 0.05 < speed["throughput/peak_memory_gib"] < 64
+
+
+def test_progress_bar_prints_lines_without_a_terminal(
+    world: Path, judged: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(world, tmp_path, [DistillationMetrics(2), ProgressBar(line_seconds=0.0)], updates=3)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("student updates")]
+    assert [line.split()[2] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert "fake score" in lines[1]
+    assert "FID" in lines[1]
+    assert "left" in lines[1]
+
+
+def test_report_has_the_contracts_keys(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+    def callbacks() -> list[Callback]:
+        return [DistillationMetrics(2), Report(teacher_steps=[3, 1], teacher_results=str(tmp_path / "none.json"))]
+
+    fit(world, tmp_path, callbacks(), updates=2)
+    report = json.loads((tmp_path / "report.json").read_text())
+    contract = {"seconds", "student_updates", "student", "student_before", "teacher", "real_vs_real", "protocol", "versions"}
+    assert contract <= set(report)
+    row = {"nfe", "fid", "clip_score", "caption_accuracy", "ms_per_image"}
+    for scores in (report["student"], report["student_before"], *report["teacher"].values()):
+        assert row <= set(scores)
+        assert 0 <= scores["caption_accuracy"] <= 1
+    assert list(report["teacher"]) == ["3", "1"]
+    assert report["teacher"]["3"]["nfe"] == 3
+    assert report["student"]["nfe"] == 1
+    assert report["student_updates"] == 2
+    assert report["student"]["fid"] != report["student_before"]["fid"]
+    assert report["real_vs_real"]["fid"] > 0
+    for name in ("samples.png", "progress.png"):
+        assert Image.open(tmp_path / name).size[0] > 300
+
+    # A second run finds the teacher's figures beside the first one's report, and does not measure them again.
+    stored = json.loads((tmp_path / "teacher.json").read_text())
+    stored["toy"]["teacher"]["3"]["fid"] = 123.0
+    (tmp_path / "teacher.json").write_text(json.dumps(stored))
+    fit(world, tmp_path, callbacks(), updates=2)
+    again = json.loads((tmp_path / "report.json").read_text())
+    assert again["teacher"]["3"]["fid"] == 123.0
+    assert again["teacher"]["1"]["fid"] == report["teacher"]["1"]["fid"]
+    assert again["student"]["fid"] == report["student"]["fid"]
+
+
+def test_a_missing_judge_is_told_before_training(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="open_clip_config.json is missing"):
+        fit(world, tmp_path, [DistillationMetrics(1, clip=str(tmp_path))], updates=1)
+
+
+def test_numbers_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        DistillationMetrics(every_n_student_updates=0)
+    with pytest.raises(ValueError, match="no protocol named 'coco'; there are toy, toy-val"):
+        DistillationMetrics(protocol="coco")
