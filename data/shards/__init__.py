@@ -1,1 +1,1 @@
-"""WebDataset tars: written reproducibly, indexed once, read in an order that is a pure function of the position."""
+"""WebDataset tars: reproducibly written, indexed once, read in an order computed from the position."""

@@ -1,4 +1,4 @@
-"""Shards as a LightningDataModule: the same global batches for any number of ranks and workers, resumed at the exact sample."""
+"""Shards as a LightningDataModule: the same global batches for any ranks and workers, exactly resumed."""
 
 from typing import Any
 
@@ -31,11 +31,13 @@ class ShardDataModule(pl.LightningDataModule):
         Args:
             shards: a folder, a glob, a brace pattern such as `set/{00000..00127}.tar`, or a list of these.
             batch_size: samples of a micro-batch on each device.
-            contents: what a batch holds besides captions: latents, images, control_images, noise_seeds; by default latents.
+            contents: what a batch holds besides captions: latents, images, control_images, noise_seeds; by
+                default latents.
             num_workers: reading processes per device; the batches do not depend on it.
             seed: of the order.
             shuffle_window_shards: shards whose samples are mixed with each other; 0 keeps the written order.
-            resolution: side of the centred square that images are resized and cropped to; None takes them as they are.
+            resolution: side of the centred square that images are resized and cropped to; None takes them as
+                they are.
             empty_captions: "refuse" stops at a sample without words, "keep" trains on it.
             index_folder: where indexes are kept if not beside the shards.
             pin_memory: page-locked batches; by default where the run is on CUDA.
@@ -63,6 +65,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.index_folder = index_folder
         self.pin_memory = pin_memory
         self.dataset: ShardDataset | None = None
+        self._loader: ShardLoader | None = None
 
     def prepare_data(self) -> None:
         """Index the shards once a node, so that the ranks find the indexes made."""
@@ -81,23 +84,31 @@ class ShardDataModule(pl.LightningDataModule):
         """This rank's loader.
 
         Raises:
-            ValueError: if there are fewer samples than one global batch, or with Trainer(overfit_batches=...).
+            ValueError: if there are fewer samples than one global batch, or with
+                Trainer(overfit_batches=...).
         """
         self.setup()
         assert self.dataset is not None
-        if self.trainer is not None and self.trainer.overfit_batches:
+        if self.trainer is not None and getattr(self.trainer, "overfit_batches", False):
             raise ValueError(
-                "trainer.overfit_batches has no meaning for a loader that goes on through the epochs; point data.shards at a "
-                "single small shard instead."
+                "trainer.overfit_batches has no meaning for a loader that goes on through the epochs; point "
+                "data.shards at a single small shard instead."
             )
         rank, world_size = self._rank_and_world_size()
         pin_memory = self.pin_memory
         if pin_memory is None:
             pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         next_pass = None if self.trainer is None else self._next_pass
-        return ShardLoader(
+        self._loader = ShardLoader(
             self.dataset, self.batch_size, rank, world_size, self.num_workers, pin_memory, next_pass
         )
+        return self._loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """End the reading processes and close the shards."""
+        if self._loader is not None:
+            self._loader.close()
+            self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
         """What the meaning of a position depends on; the position itself is in the Trainer's counters."""
@@ -119,8 +130,9 @@ class ShardDataModule(pl.LightningDataModule):
         for name, now in self._identity().items():
             if state_dict.get(name, now) != now:
                 raise ValueError(
-                    f"The checkpoint was written with {name} {state_dict[name]}, but this run has {now}: its position would mean "
-                    f"other samples. To resume, {advice[name]}; otherwise start a new run from the weights."
+                    f"The checkpoint was written with {name} {state_dict[name]}, but this run has {now}: its "
+                    f"position would mean other samples. To resume, {advice[name]}; otherwise start a new "
+                    "run from the weights."
                 )
 
     def _identity(self) -> dict[str, Any]:
@@ -140,7 +152,7 @@ class ShardDataModule(pl.LightningDataModule):
         return (layout["rank"], layout["num_replicas"]) if layout else (0, 1)
 
     def _next_pass(self, batches_per_epoch: int) -> Pass:
-        """From the Trainer's counters: all batches that the run completed, and those of this epoch that are left."""
+        """By the Trainer's counters: after all batches that the run completed, those left of this epoch."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         # `completed`, not `ready`: the latter also counts a batch in which a run was cut off.

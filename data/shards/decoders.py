@@ -1,7 +1,7 @@
 """What the reader decodes, and nothing else: images, text, JSON, tensors in safetensors.
 
-A shard from elsewhere is untrusted input. Formats that can carry code (pickle, .pth, .npy with objects) have no decoder here,
-so a member of that kind is never opened.
+A shard from elsewhere is untrusted input. Formats that can carry code (pickle, .pth, .npy with objects) have
+no decoder here, so a member of that kind is never opened.
 """
 
 import io
@@ -49,8 +49,8 @@ def decode(extension: str, content: bytes, where: str) -> Any:
     if extension == JSON_MEMBER:
         return decode_json(content, where)
     raise BadSampleError(
-        f"{where}: members of the kind '{extension}' are not read; there are decoders for {', '.join(READABLE)} "
-        "(data/shards/decoders.py), and none for a format that can carry code."
+        f"{where}: members of the kind '{extension}' are not read; there are decoders for "
+        f"{', '.join(READABLE)} (data/shards/decoders.py), and none for a format that can carry code."
     )
 
 
@@ -62,11 +62,13 @@ def decode_latents(content: bytes, where: str) -> NDArray[np.generic]:
         Exception
     ) as error:  # the package raises its own type, KeyError, and TypeError for a dtype of torch only
         raise BadSampleError(
-            f"{where}: {LATENT_MEMBER} does not hold a float16 or float32 tensor named '{LATENT_TENSOR}' ({error})."
+            f"{where}: {LATENT_MEMBER} does not hold a float16 or float32 tensor named '{LATENT_TENSOR}' "
+            f"({error})."
         ) from error
     if latents.ndim != 3 or latents.dtype.kind != "f":
         raise BadSampleError(
-            f"{where}: latents of one sample are floating point (4, h, w), but these are {latents.dtype} {latents.shape}."
+            f"{where}: latents of one sample are floating point (4, h, w), but these are {latents.dtype} "
+            f"{latents.shape}."
         )
     return latents
 
@@ -97,8 +99,9 @@ def decode_json(content: bytes, where: str) -> dict[str, Any]:
 def decode_image(content: bytes, where: str) -> Image.Image:
     """An RGB image, decoded to its last row; transparency is laid over white."""
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()  # a JPEG that was cut short fails here rather than giving a grey lower half
+        with Image.open(io.BytesIO(content)) as opened:
+            opened.load()  # a JPEG that was cut short fails here rather than giving a grey lower half
+            image: Image.Image = opened
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
             return image.convert("RGB")

@@ -1,7 +1,7 @@
 """The index of shards: for every sample its key, and for every member where it lies and how long it is.
 
-One pass over the headers of each tar, kept beside it as `<shard>.tar.index.npz`. The sidecar knows the size and the
-modification time of the tar that it describes and is rebuilt when they differ.
+One pass over the headers of each tar, kept beside it as `<shard>.tar.index.npz`. The sidecar knows the size
+and the modification time of the tar that it describes and is rebuilt when they differ.
 """
 
 import hashlib
@@ -59,7 +59,8 @@ def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
                 found[path] = None
     if not found:
         raise FileNotFoundError(
-            "No shards were named: data.shards takes a folder, a glob, or a pattern like 'set/{00000..00009}.tar'."
+            "No shards were named: data.shards takes a folder, a glob, or a pattern like "
+            "'set/{00000..00009}.tar'."
         )
     return list(found)
 
@@ -77,14 +78,18 @@ def _files_of(pattern: str) -> list[Path]:
         missing = f"There is no shard or folder '{path}'"
     if not files:
         raise FileNotFoundError(
-            f"{missing}; set data.shards to a folder of shards, a glob, or a pattern like 'set/{{00000..00009}}.tar'."
+            f"{missing}; set data.shards to a folder of shards, a glob, or a pattern like "
+            f"'set/{{00000..00009}}.tar'."
         )
     return files
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard lie. `offsets` and `sizes` are (samples, extensions), int64; -1 where a member is missing."""
+    """Where the samples of one shard lie.
+
+    `offsets` and `sizes` are (samples, extensions), int64, in bytes; -1 where a sample has no such member.
+    """
 
     path: Path
     extensions: tuple[str, ...]
@@ -114,7 +119,8 @@ def scan_shard(path: Path) -> ShardIndex:
     """Index one tar by its headers.
 
     Raises:
-        BrokenShardError: if the tar is not whole, if members of a sample do not stand together, or if one occurs twice.
+        BrokenShardError: if the tar is not whole, if members of a sample do not stand together, or if one
+            occurs twice.
     """
     samples: dict[str, dict[str, TarMember]] = {}
     current = ""
@@ -155,7 +161,7 @@ def _build(path: Path, samples: dict[str, dict[str, TarMember]]) -> ShardIndex:
 
 
 def sidecar_path(path: Path, index_folder: str | Path | None = None) -> Path:
-    """Where the index of a shard is kept: beside it, or in `index_folder` under a name that its full path determines."""
+    """Where a shard's index is kept: beside it, or in `index_folder` under a name made from its full path."""
     if index_folder is None:
         return path.with_name(path.name + ".index.npz")
     # The full path, since every data set calls its first shard 00000.tar.
@@ -164,7 +170,7 @@ def sidecar_path(path: Path, index_folder: str | Path | None = None) -> Path:
 
 
 def index_shard(path: Path, index_folder: str | Path | None = None) -> ShardIndex:
-    """The index of one shard, from its sidecar if that describes the file as it is now, otherwise scanned and saved."""
+    """The index of one shard: its sidecar if that describes the file of now, otherwise scanned and saved."""
     sidecar = sidecar_path(path, index_folder)
     status = path.stat()
     stamp = np.array([SIDECAR_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
@@ -213,7 +219,8 @@ def _save_sidecar(sidecar: Path, index: ShardIndex, stamp: NDArray[np.int64]) ->
         os.replace(stream.name, sidecar)
     except OSError as error:
         _log.warning(
-            "The index of %s cannot be saved (%s), so every start scans the shard again; set data.index_folder to a writable folder.",
+            "The index of %s cannot be saved (%s), so every start scans the shard again; "
+            "set data.index_folder to a writable folder.",
             index.path,
             error,
         )
@@ -238,7 +245,8 @@ class ShardSet:
         found = cls(tuple(index_shard(path, index_folder) for path in find_shards(shards)))
         if not sum(found.sizes):
             raise BrokenShardError(
-                f"{len(found.shards)} shards were found, from {found.shards[0].path} on, but they hold no sample."
+                f"{len(found.shards)} shards were found, from {found.shards[0].path} on, but they hold no "
+                "sample."
             )
         return found
 
@@ -253,7 +261,7 @@ class ShardSet:
         return _digest(f"{shard.path.name} {shard.fingerprint}" for shard in self.shards)
 
     def names(self) -> list[str]:
-        """A name for each shard that no other has: its path without '.tar', below the folder that all have in common."""
+        """A unique name for each shard: its path without '.tar', below the folder that all have in common."""
         paths = [shard.path.resolve() for shard in self.shards]
         common = Path(os.path.commonpath([path.parent for path in paths]))
         return [path.relative_to(common).with_suffix("").as_posix() for path in paths]

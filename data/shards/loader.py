@@ -1,9 +1,9 @@
-"""The loader that Lightning iterates over: global batches by number, and where a run is taken from its own counters.
+"""The loader that Lightning iterates over: global batches by number, begun where the run's counters say.
 
-Lightning saves no position of a plain loader, and saves that of a stateful one on rank 0 only and as of what was fetched. The
-number of batches that the run completed is in every checkpoint, the same on all ranks and untouched by prefetching. So that
-one number is asked for, at the first batch of each pass: not earlier, since Lightning opens the iterator before it has
-brought its counters in order.
+Lightning saves no position of a plain loader, and saves that of a stateful one on rank 0 only and as of what
+was fetched. The number of batches that the run completed is in every checkpoint, the same on all ranks and
+untouched by prefetching. So that one number is asked for, at the first batch of each pass: not earlier, since
+Lightning opens the iterator before it has brought its counters in order.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,7 +26,7 @@ class Pass:
 
 
 class RankPositions(Sampler[list[int]]):
-    """The positions of one rank's part of each global batch: batch g covers [g B, (g + 1) B), rank r its r-th slice."""
+    """One rank's positions in each global batch: batch g covers [g B, (g + 1) B), rank r its r-th slice."""
 
     def __init__(self, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         """Keep the layout; `batch_size` is per rank."""
@@ -45,7 +45,7 @@ class RankPositions(Sampler[list[int]]):
 
 
 class ShardLoader:
-    """Yields `TrainingBatch`es. Deliberately no DataLoader itself: Lightning would replace its sampler under DDP."""
+    """Yields `TrainingBatch`es. Not a DataLoader itself, or Lightning would replace its sampler under DDP."""
 
     def __init__(
         self,
@@ -66,7 +66,8 @@ class ShardLoader:
             world_size: how many of them.
             num_workers: processes that read and decode; 0 does it in this one. The batches are the same.
             pin_memory: page-locked memory, for copies to a GPU that run beside the computation.
-            next_pass: from the number of batches in an epoch to the batches of the next pass; by default epoch after epoch.
+            next_pass: from the number of batches in an epoch to the batches of the next pass; by default
+                epoch after epoch.
 
         Raises:
             ValueError: if one global batch has more samples than there are.
@@ -75,23 +76,15 @@ class ShardLoader:
         self.batches_per_epoch = len(dataset) // (batch_size * world_size)
         if self.batches_per_epoch == 0:
             raise ValueError(
-                f"The shards hold {len(dataset)} samples, fewer than one global batch of {batch_size * world_size} "
-                f"(data.batch_size {batch_size} on {world_size} devices); lower data.batch_size or add shards."
+                f"The shards hold {len(dataset)} samples, fewer than one global batch of "
+                f"{batch_size * world_size} (data.batch_size {batch_size} on {world_size} devices); lower "
+                "data.batch_size or add shards."
             )
         self._next_pass = next_pass or self._following
         self._following_first = 0
         self._positions = RankPositions(batch_size, rank, world_size)
-        # A list of positions is one item, so batch_size=None: the workers make whole batches.
-        self._loader: DataLoader[TrainingBatch] = DataLoader(
-            dataset,
-            batch_size=None,
-            sampler=self._positions,  # type: ignore[arg-type]  # torch types samplers of map-style data as ints
-            num_workers=num_workers,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-            # Its own generator: by default opening an iterator draws from torch's global one.
-            generator=torch.Generator(),
-        )
+        self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self._loader: DataLoader[TrainingBatch] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch. What is left over begins the next one, so no sample is passed over."""
@@ -100,14 +93,32 @@ class ShardLoader:
     def __iter__(self) -> Iterator[TrainingBatch]:
         """One pass; where it begins is decided when the first batch is asked for."""
         self._positions.current = self._next_pass(len(self))
+        if self._loader is None:
+            self._loader = self._open()
         yield from self._loader
 
+    def close(self) -> None:
+        """End the workers; another pass starts new ones."""
+        self._loader = None
+        self.dataset.close()
+
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is in the Trainer's counters. With it Lightning knows that the loader can be resumed."""
+        """Nothing: the position is in the Trainer's counters. It tells Lightning that we can resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing, see `state_dict`."""
+
+    def _open(self) -> DataLoader[TrainingBatch]:
+        return DataLoader(
+            self.dataset,
+            batch_size=None,  # a list of positions is one item: the workers make whole batches
+            sampler=self._positions,
+            persistent_workers=self._options["num_workers"] > 0,
+            # Its own generator: by default opening an iterator draws from torch's global one.
+            generator=torch.Generator(),
+            **self._options,
+        )
 
     def _following(self, count: int) -> Pass:
         first = self._following_first

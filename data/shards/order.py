@@ -1,11 +1,12 @@
 """Which sample stands at which position: a pure function of (seed, epoch, position).
 
-Nothing is stored and nothing is drawn from a stateful generator, so any rank and any worker can ask for any position, and a run
-continues from one integer. A position p counts every sample that the run consumed before it; with n samples it lies in epoch
-p // n at place p % n, and each epoch visits each sample exactly once.
+Nothing is stored and nothing is drawn from a stateful generator, so any rank and any worker can ask for any
+position, and a run continues from one integer. A position p counts every sample that the run consumed before
+it; with n samples it lies in epoch p // n at place p % n, and each epoch visits each sample exactly once.
 
-The shuffle is bounded: shards are permuted, cut into windows of K shards, and the samples of one window are permuted among
-themselves. Only K shards are open at a time; K at least the number of shards is a full shuffle.
+The shuffle is bounded: shards are permuted, cut into windows of K shards, and the samples of one window are
+permuted among themselves. Only K shards are open at a time; K at least the number of shards is a full
+shuffle.
 """
 
 from collections import OrderedDict
@@ -21,7 +22,7 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 ORDER_VERSION = 1
-"""Raised when the same seed starts to give another order, so that an old checkpoint is not resumed into it in silence."""
+"""Raised when the same seed starts to give another order: an older checkpoint then refuses to resume."""
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8  # even, so that halves of unequal width end where they began
@@ -54,7 +55,7 @@ def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint64]:
-    """A keyed bijection of [0, 2**bits), bits >= 2: alternating Feistel rounds on halves of bits//2 and the rest."""
+    """A keyed bijection of [0, 2**bits), bits >= 2: Feistel rounds on bits // 2 and the rest."""
     left_bits, right_bits = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
     for round_index in range(_ROUNDS):
@@ -68,8 +69,9 @@ def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint
 def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
     """Where a keyed permutation of range(length) sends the given indices, without storing the permutation.
 
-    A Feistel network permutes the next power of two; values that land outside are sent on until they land inside (cycle
-    walking), which keeps it a permutation of range(length). At most half of them do so each time.
+    A Feistel network permutes the next power of two; values that land outside are sent on until they land
+    inside (cycle walking), which keeps it a permutation of range(length). At most half of them do so each
+    time.
 
     Args:
         indices: (n,), int64, in [0, length).
@@ -93,7 +95,7 @@ def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The shards of one epoch in their order: shard numbers, where each begins, where each window begins (with the end)."""
+    """One epoch's shards in their order, where each begins, and where windows begin, with the end."""
 
     shards: Int64Array
     starts: Int64Array
@@ -101,7 +103,7 @@ class _Epoch:
 
 
 class SampleOrder:
-    """Maps positions to sample numbers; sample number = samples in the shards before its own + its place in its shard."""
+    """Maps positions to sample numbers, which count the samples of all shards in the index's order."""
 
     def __init__(self, shard_sizes: Sequence[int], seed: int = 0, shuffle_window_shards: int = 64) -> None:
         """Keep what the order depends on.
@@ -109,15 +111,16 @@ class SampleOrder:
         Args:
             shard_sizes: samples in each shard, in the index's order.
             seed: another seed gives another order.
-            shuffle_window_shards: shards whose samples are mixed with each other; 0 keeps the written order in every epoch.
+            shuffle_window_shards: shards whose samples are mixed with each other; 0 keeps the written order
+                in every epoch.
 
         Raises:
             ValueError: on a negative window or when there is no sample.
         """
         if shuffle_window_shards < 0:
             raise ValueError(
-                f"shuffle_window_shards is {shuffle_window_shards}, but it is a number of shards: 1 or more, or 0 for the "
-                "written order."
+                f"shuffle_window_shards is {shuffle_window_shards}, but it is a number of shards: 1 or more, "
+                "or 0 for the written order."
             )
         self.seed = seed
         self.shuffle_window_shards = shuffle_window_shards

@@ -1,6 +1,7 @@
 """Reading the headers of a tar without its contents: what is where, and whether the file is whole.
 
-Python's tarfile gives the same facts at a fifth of the speed and accepts a file that was cut between two members.
+Python's tarfile gives the same facts at a fifth of the speed and accepts a file that was cut between two
+members.
 """
 
 import mmap
@@ -35,8 +36,8 @@ def tar_members(path: Path) -> Iterator[TarMember]:
         path: a local file.
 
     Raises:
-        BrokenShardError: naming the file, if a header's checksum is wrong, if the file ends inside a member, or if it has no
-            end-of-archive mark (a file cut between members has none).
+        BrokenShardError: naming the file, if a header's checksum is wrong, if the file ends inside a member,
+            or if it has no end-of-archive mark (a file cut between members has none).
     """
     size = path.stat().st_size
     if size == 0:
@@ -51,7 +52,8 @@ def _members(path: Path, data: mmap.mmap, total: int) -> Iterator[TarMember]:
         header = data[at : at + _BLOCK]
         if len(header) < _BLOCK:
             raise BrokenShardError(
-                f"{path} is truncated: it ends at byte {total} without the mark that ends a tar; write or copy it again."
+                f"{path} is truncated: it ends at byte {total} without the mark that ends a tar; write or "
+                "copy it again."
             )
         if header == _ZEROS:
             return
@@ -61,8 +63,8 @@ def _members(path: Path, data: mmap.mmap, total: int) -> Iterator[TarMember]:
         name = overrides.get("path", name)
         if start + size > total:
             raise BrokenShardError(
-                f"{path} is truncated: '{name}' should end at byte {start + size}, but the file has {total}; write or copy "
-                "it again."
+                f"{path} is truncated: '{name}' should end at byte {start + size}, but the file has {total}; "
+                "write or copy it again."
             )
         if kind == ord("x"):
             overrides = overrides | _pax_records(data[start : start + size])

@@ -16,7 +16,7 @@ from webdataset.writer import TarWriter
 from data.shards.decoders import LATENT_MEMBER, LATENT_TENSOR, READABLE
 
 Member = bytes | str | Mapping[str, object]
-"""What `ShardWriter.write` takes for a member: bytes as they are, text as UTF-8, a mapping as JSON with sorted keys."""
+"""What `ShardWriter.write` takes: bytes as they are, text as UTF-8, a mapping as JSON with sorted keys."""
 
 __all__ = ["LATENT_MEMBER", "Member", "ShardWriter", "encode_latents"]
 
@@ -45,8 +45,9 @@ def encode_latents(latents: torch.Tensor | NDArray[np.generic]) -> bytes:
 class ShardWriter:
     """Writes samples into `<folder>/<prefix>00000.tar`, `<prefix>00001.tar`, and so on.
 
-    A shard appears under its name only when it is complete; what an interrupted writer leaves behind ends in `.partial`.
-    Use it as a context manager: leaving it normally completes the last shard, leaving it by an exception discards that shard.
+    A shard appears under its name only when it is complete; what an interrupted writer leaves behind ends in
+    `.partial`. Use it as a context manager: leaving it normally completes the last shard, leaving it by an
+    exception discards that shard.
     """
 
     def __init__(
@@ -80,8 +81,8 @@ class ShardWriter:
         present = sorted(self.folder.glob(f"{prefix}[0-9][0-9][0-9][0-9][0-9].tar"))
         if present and not overwrite:
             raise FileExistsError(
-                f"{self.folder} already holds {len(present)} shards named '{prefix}*.tar'; write to another folder or prefix, "
-                "or pass overwrite=True to replace them."
+                f"{self.folder} already holds {len(present)} shards named '{prefix}*.tar'; write to another "
+                "folder or prefix, or pass overwrite=True to replace them."
             )
         for path in present:
             path.unlink()
@@ -98,19 +99,20 @@ class ShardWriter:
             The key.
 
         Raises:
-            ValueError: on a key that a reader would cut elsewhere or that the shard already has, or on no member or one
-                that our reader does not decode.
+            ValueError: on a key that a reader would cut elsewhere or that the shard already has, or on no
+                member or one that our reader does not decode.
         """
         key = f"{self.samples_written:09d}" if key is None else key
         if "." in key or key.startswith("__") or not key or key != key.strip("/"):
             raise ValueError(
-                f"'{key}' cannot be a sample's key: a reader ends the key at the first dot; use letters and digits."
+                f"'{key}' cannot be a sample's key: a reader ends the key at the first dot; use letters and "
+                "digits."
             )
         unknown = sorted(set(members) - set(READABLE))
         if unknown or not members:
             raise ValueError(
-                f"Sample '{key}' has {'the members ' + ', '.join(unknown) if unknown else 'no member'}, but a shard holds "
-                f"{', '.join(READABLE)}; see data/shards/decoders.py."
+                f"Sample '{key}' has {'the members ' + ', '.join(unknown) if unknown else 'no member'}, but a "
+                f"shard holds {', '.join(READABLE)}; see data/shards/decoders.py."
             )
         if self._tar is None:
             self._open()
@@ -154,8 +156,9 @@ class ShardWriter:
         return self._path.with_name(self._path.name + ".partial")
 
     def _open(self) -> None:
-        self._stream = open(self._partial, "wb")
-        # Time, owner and mode are fixed, so that the bytes depend on the samples alone; encoder=False: we encode.
+        self._stream = open(self._partial, "wb")  # noqa: SIM115 (closed with the shard)
+        # Time, owner and mode are fixed, so that the bytes depend on the samples alone; encoder=False: we
+        # encode.
         self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False)
 
     def _complete(self) -> None:
