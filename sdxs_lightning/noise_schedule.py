@@ -309,7 +309,8 @@ def _linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) 
 
 
 def _scaled_linear_betas(beta_start: float, beta_end: float, num_train_timesteps: int) -> Float64Array:
-    return np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    betas: Float64Array = np.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps) ** 2
+    return betas
 
 
 def _squared_cosine_betas(_beta_start: float, _beta_end: float, num_train_timesteps: int) -> Float64Array:
