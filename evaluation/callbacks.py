@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
 
 from evaluation.generate import SampledImages
 from evaluation.loops import log_now, paused, paused_seconds, student_updates_of
@@ -220,4 +220,4 @@ class SampleGrids(StudentUpdateCallback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 step = trainer.fit_loop.epoch_loop._batches_that_stepped
-                logger.experiment.add_image("samples", pil_to_tensor(page), step)
+                logger.experiment.add_image("samples", np.asarray(page), step, dataformats="HWC")

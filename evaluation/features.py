@@ -11,7 +11,6 @@ import open_clip
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms.v2 import functional as transforms
 
 
 @contextmanager
@@ -91,12 +90,12 @@ class FrozenClip:
             TypeError: for images that are not uint8: floats in [0,1] would be divided by 255 once more.
         """
         if images_uint8.dtype != torch.uint8:
-            raise TypeError(f"images to judge are uint8 in 0..255, got {images_uint8.dtype}; use latents.to_uint8")
+            raise TypeError(
+                f"images to judge are uint8 in 0..255, got {images_uint8.dtype}; use latents.to_uint8"
+            )
         images = images_uint8.float()
         if images.shape[-2:] != (self._size, self._size):
-            mode = transforms.InterpolationMode.BICUBIC
-            images = transforms.resize(images, [self._size], interpolation=mode, antialias=True)
-            images = transforms.center_crop(images, [self._size, self._size]).clamp(0, 255).round()
+            images = _shortest_side_and_centre(images, self._size).clamp(0, 255).round()
         return (images / 255 - self._mean) / self._std
 
     def image_features(self, images_uint8: Tensor) -> Tensor:
@@ -138,3 +137,14 @@ def _eos_token_id(tokenizer: Any) -> int:
 
 def _first(size: int | Sequence[int]) -> int:
     return size if isinstance(size, int) else size[0]
+
+
+def _shortest_side_and_centre(images: Tensor, size: int) -> Tensor:
+    """(B,C,H,W) float to (B,C,size,size), with torchvision's rounding of sizes and offsets."""
+    height, width = images.shape[-2:]
+    shortest = min(height, width)
+    resized = F.interpolate(
+        images, (size * height // shortest, size * width // shortest), mode="bicubic", antialias=True
+    )
+    top, left = (round((side - size) / 2) for side in resized.shape[-2:])
+    return resized[..., top : top + size, left : left + size]

@@ -57,7 +57,8 @@ def _factor(covariance: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0)
     kept = values > noise
-    return vectors[:, kept] * values[kept].sqrt()
+    factor: Tensor = vectors[:, kept] * values[kept].sqrt()
+    return factor
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,12 @@ class FeatureStatistics:
     def from_features(cls, features: Tensor, origin: Mapping[str, Any] | None = None) -> FeatureStatistics:
         """Fit to features (n, d)."""
         features = features.double()
-        return cls(features.mean(0), torch.cov(features.T).reshape(2 * features.shape[1:]), len(features), origin or {})
+        return cls(
+            features.mean(0),
+            torch.cov(features.T).reshape(2 * features.shape[1:]),
+            len(features),
+            origin or {},
+        )
 
     def save(self, path: str | Path) -> None:
         """Write an npz with `mu`, `sigma` (float64), which clean-fid and pytorch-fid read, and `n`, `protocol` (JSON)."""
@@ -99,15 +105,20 @@ class FeatureStatistics:
             ValueError: if `origin` is given and the file was measured under another one.
         """
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no reference statistics at {path}; write them with `python -m evaluation.reference`")
+            raise FileNotFoundError(
+                f"no reference statistics at {path}; write them with `python -m evaluation.reference`"
+            )
         with np.load(path, allow_pickle=False) as archive:
             mean, covariance = torch.from_numpy(archive["mu"]), torch.from_numpy(archive["sigma"])
             stored = json.loads(str(archive["protocol"]))
             count = int(archive["n"])
         if origin is not None and stored != dict(origin):
             keys = sorted(set(stored) | set(origin))
-            differences = [f"{key}: {stored.get(key)!r} != {origin.get(key)!r}" for key in keys
-                           if stored.get(key) != origin.get(key)]
+            differences = [
+                f"{key}: {stored.get(key)!r} != {origin.get(key)!r}"
+                for key in keys
+                if stored.get(key) != origin.get(key)
+            ]
             raise ValueError(
                 f"{path} was measured under another protocol ({'; '.join(differences)}); "
                 "measure it again with `python -m evaluation.reference`"
@@ -162,7 +173,9 @@ class FrechetDistance(SummedMetric):
             ValueError: for real images when the reference is fixed.
         """
         if real and self.reference is not None:
-            raise ValueError("real images given to a FrechetDistance that was built with reference statistics")
+            raise ValueError(
+                "real images given to a FrechetDistance that was built with reference statistics"
+            )
         if len(images_uint8) == 0:
             return
         features = self.features(images_uint8).double()
@@ -187,7 +200,9 @@ class FrechetDistance(SummedMetric):
         """The distance as a float64 scalar; collective under torch.distributed."""
         fake, real = self.statistics(), self.statistics(real=True)
         device = fake.mean.device
-        distance = frechet_distance(fake.mean, fake.covariance, real.mean.to(device), real.covariance.to(device))
+        distance = frechet_distance(
+            fake.mean, fake.covariance, real.mean.to(device), real.covariance.to(device)
+        )
         return torch.tensor(distance, dtype=torch.float64, device=device)
 
     def reset(self) -> None:

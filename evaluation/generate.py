@@ -45,7 +45,9 @@ class SampledImages:
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
         """See ImageMaker."""
         with torch.no_grad():
-            noise = normal(self.seed, Stream.EVALUATION, sample_ids.to(self.device), self.family.latent_shape())
+            noise = normal(
+                self.seed, Stream.EVALUATION, sample_ids.to(self.device), self.family.latent_shape()
+            )
             latents = self.sampler(noise, self.family.encode_prompts(list(captions)))
             return to_uint8(self.family.decode(latents))
 
@@ -81,7 +83,9 @@ class Reconstructions:
             return to_uint8(self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample)
 
 
-def rank_batches(count: int, batch_size: int, rank: int = 0, world_size: int = 1) -> Iterator[tuple[Tensor, int]]:
+def rank_batches(
+    count: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, int]]:
     """This rank's share of samples 0 .. count - 1, in batches.
 
     Every rank gets the same number of batches, none of them empty, because a forward of a sharded network is collective;

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 
+C = TypeVar("C", bound=pl.Callback)
 _PAUSED_SECONDS: WeakKeyDictionary[pl.Trainer, float] = WeakKeyDictionary()
 
 
@@ -36,6 +38,12 @@ def log_now(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def callback_of(trainer: pl.Trainer, kind: type[C]) -> C | None:
+    """The first of the trainer's callbacks of a kind."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def student_updates_of(module: pl.LightningModule) -> int:

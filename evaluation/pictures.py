@@ -47,7 +47,9 @@ def _enlarged(image_uint8: Tensor, image_px: int) -> Image.Image:
     """(3,H,W) uint8 to a square of image_px."""
     image = Image.fromarray(np.ascontiguousarray(image_uint8.permute(1, 2, 0).numpy()))
     larger = image_px > image.width
-    return image.resize((image_px, image_px), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS)
+    return image.resize(
+        (image_px, image_px), Image.Resampling.NEAREST if larger else Image.Resampling.LANCZOS
+    )
 
 
 def progress_curves(
@@ -71,7 +73,13 @@ def progress_curves(
     minutes = [point["seconds"] / 60 for point in history]
     for axes, key, title in ((left, "fid", "FID"), (right, "caption_accuracy", "all attributes right, %")):
         factor = 100 if key == "caption_accuracy" else 1
-        axes.plot(minutes, [factor * point[key] for point in history], marker="o", markersize=3, label="one-step student")
+        axes.plot(
+            minutes,
+            [factor * point[key] for point in history],
+            marker="o",
+            markersize=3,
+            label="one-step student",
+        )
         if teacher is not None:
             axes.axhline(factor * teacher[key], color="gray", linestyle="--", label=teacher_label)
         axes.set(xlabel="minutes", ylabel=title)

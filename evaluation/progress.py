@@ -12,8 +12,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from evaluation.loops import log_now, paused_seconds, student_updates_of
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
@@ -59,7 +66,8 @@ class Throughput(pl.Callback):
         seconds = self._now(trainer) - self._start
         self.latest = {
             "throughput/images_per_second": self._images * trainer.world_size / seconds,
-            "throughput/student_updates_per_second": (student_updates_of(pl_module) - self._updates) / seconds,
+            "throughput/student_updates_per_second": (student_updates_of(pl_module) - self._updates)
+            / seconds,
             "throughput/peak_memory_gib": peak_memory_gib(device),
         }
         log_now(trainer, self.latest)
@@ -122,7 +130,12 @@ class ProgressBar(LightningProgressBar):
         self._start = self._last_line = time.monotonic()
         if not self._enabled or not self._console.is_terminal:
             return
-        columns = (TextColumn("student updates"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.description}"))
+        columns = (
+            TextColumn("student updates"),
+            BarColumn(20),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+        )
         self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
         self._task = self._progress.add_task("", total=self._total, completed=self._first_update)
         self._progress.start()
@@ -133,7 +146,7 @@ class ProgressBar(LightningProgressBar):
         """Move; read the numbers only where they were logged, because reading waits for the device."""
         if not self._enabled:
             return
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:
+        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._numbers = self._read(trainer)
         updates = student_updates_of(pl_module)
         if self._progress is not None:
@@ -146,7 +159,9 @@ class ProgressBar(LightningProgressBar):
         """Leave the last state on the screen."""
         self._stop()
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
         """Give the terminal back before a message is printed."""
         self._stop()
 

@@ -61,7 +61,11 @@ class Protocol:
 
     def fingerprint(self) -> str:
         """12 hex digits that change with anything that changes the numbers: settings, prompts, the judges' weights."""
-        settings = {key: value for key, value in asdict(self).items() if key not in ("reference", "clip", "classifier")}
+        settings = {
+            key: value
+            for key, value in asdict(self).items()
+            if key not in ("reference", "clip", "classifier")
+        }
         settings |= {
             "reference_origin": self.reference_origin(),
             "classifier_sha256": hash_weights(self.path(self.classifier)),
@@ -88,7 +92,9 @@ def get_protocol(name: str, **changes: Any) -> Protocol:
         ValueError: for an unknown name.
     """
     if name not in PROTOCOLS:
-        raise ValueError(f"no protocol named {name!r}; there are {', '.join(PROTOCOLS)} (evaluation/protocols.py)")
+        raise ValueError(
+            f"no protocol named {name!r}; there are {', '.join(PROTOCOLS)} (evaluation/protocols.py)"
+        )
     return replace(PROTOCOLS[name], **{key: value for key, value in changes.items() if value is not None})
 
 

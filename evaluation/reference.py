@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
         description="Measure the real images that FID compares with, and write their statistics (npz: mu, sigma).",
         epilog="example: python -m evaluation.reference --protocol toy toy-val",
     )
-    parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS), metavar="NAME")
+    parser.add_argument(
+        "--protocol", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS), metavar="NAME"
+    )
     for name in parser.parse_args(arguments).protocol:
         protocol = get_protocol(name)
         statistics = measure_reference(protocol, FrozenClip(protocol.path(protocol.clip)))

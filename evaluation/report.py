@@ -15,13 +15,23 @@ from torch import Tensor
 
 from evaluation.callbacks import DistillationMetrics, averaged_student
 from evaluation.generate import ImageMaker, RealImages
-from evaluation.loops import paused, student_updates_of
+from evaluation.loops import callback_of, paused, student_updates_of
 from evaluation.machine import milliseconds_per_image, where
 from evaluation.pictures import progress_curves, sheet
 from evaluation.progress import Throughput, peak_memory_gib
 from evaluation.protocols import Protocol, get_protocol
 from evaluation.scores import Judges, measure
-from evaluation.teacher import GUIDANCE_SCALE, RESULTS, STEPS, Entry, Teacher, add_timings, complete, look_up, store
+from evaluation.teacher import (
+    GUIDANCE_SCALE,
+    RESULTS,
+    STEPS,
+    Entry,
+    Teacher,
+    add_timings,
+    complete,
+    look_up,
+    store,
+)
 from evaluation.teacher_table import show
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 from sdxs_lightning.timesteps import Spacing
@@ -98,7 +108,7 @@ class Report(pl.Callback):
             entry = self._teacher_entry(trainer, teacher, self.protocol, self.teacher_steps, with_real=True)
             entry = add_timings(entry, teacher, self.prompts[0])
             rows = self._picture_rows(trainer, pl_module, teacher)
-            curve = next((one for one in trainer.callbacks if isinstance(one, DistillationMetrics)), None)
+            curve = callback_of(trainer, DistillationMetrics)
             line = None if curve is None else self._teacher_line(trainer, pl_module, curve)
         if not trainer.is_global_zero:
             return
@@ -108,8 +118,14 @@ class Report(pl.Callback):
         sheet(rows, [self.prompts[index] for index in self.picture_ids.tolist()]).save(folder / "samples.png")
         label = f"teacher, {self.teacher_steps[0]} steps"
         progress_curves(report["history"], line, label, folder / "progress.png")
-        show(self.protocol.name, entry, {"student before": report["student_before"], "student": report["student"]})
-        rank_zero_info(f"Report: {folder / 'report.json'}, {folder / 'samples.png'}, {folder / 'progress.png'}")
+        show(
+            self.protocol.name,
+            entry,
+            {"student before": report["student_before"], "student": report["student"]},
+        )
+        rank_zero_info(
+            f"Report: {folder / 'report.json'}, {folder / 'samples.png'}, {folder / 'progress.png'}"
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """What only the start of the run can know."""
@@ -161,7 +177,9 @@ class Report(pl.Callback):
         measured: list[str] = []
 
         def measure_images(what: str, maker: ImageMaker, prompts: Sequence[str]) -> dict[str, float]:
-            rank_zero_info(f"Measuring {what}: no stored figures for this base under protocol {protocol.name!r}.")
+            rank_zero_info(
+                f"Measuring {what}: no stored figures for this base under protocol {protocol.name!r}."
+            )
             measured.append(what)
             return self._measure(trainer, protocol, judges, maker, prompts, teacher.device)
 
@@ -208,7 +226,7 @@ class Report(pl.Callback):
         curve: DistillationMetrics | None,
     ) -> dict[str, Any]:
         """The contract's keys first; then what explains them."""
-        speed = next((one.latest for one in trainer.callbacks if isinstance(one, Throughput)), {})
+        throughput = callback_of(trainer, Throughput)
         many = entry["teacher"][str(self.teacher_steps[0])]
         return {
             "seconds": self._seconds(),
@@ -228,8 +246,8 @@ class Report(pl.Callback):
             "teacher_spacing": self.teacher_spacing,
             "base_sha256": entry["base_sha256"],
             "seed": module.seed,
-            **{name.removeprefix("throughput/"): value for name, value in speed.items()},
             "peak_memory_gib": peak_memory_gib(module.device),
+            "throughput": {} if throughput is None else throughput.latest,
             "curve_protocol": None if curve is None else curve.protocol.describe(),
             "history": [] if curve is None else curve.history,
         }

@@ -26,7 +26,9 @@ class SummedMetric(Metric):
         """Register a state that starts at zero."""
         self.add_state(name, torch.zeros(shape, dtype=dtype), dist_reduce_fx="sum")
 
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None) -> None:
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None
+    ) -> None:
         """Replace each state by its sum over the ranks (`unsync` restores the local one)."""
         for name in self._reductions:
             total: Tensor = getattr(self, name).clone()

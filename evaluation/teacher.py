@@ -75,10 +75,14 @@ def look_up(files: Sequence[Path], protocol: Protocol, teacher: Teacher) -> Entr
         stored = json.loads(file.read_text()).get(protocol.name) if file.is_file() else None
         if stored is None:
             continue
-        if stored["protocol"]["fingerprint"] == fingerprint and all(stored[name] == key[name] for name in key):
+        if stored["protocol"]["fingerprint"] == fingerprint and all(
+            stored[name] == key[name] for name in key
+        ):
             entry = {**entry, **stored, "teacher": {**entry["teacher"], **stored["teacher"]}}
         else:
-            rank_zero_warn(f"{file} holds measurements of another base or protocol {protocol.name!r}; they are not used")
+            rank_zero_warn(
+                f"{file} holds measurements of another base or protocol {protocol.name!r}; they are not used"
+            )
     return entry
 
 

@@ -15,11 +15,23 @@ from rich.table import Table
 from evaluation.generate import ImageMaker
 from evaluation.protocols import PROTOCOLS, Protocol, get_protocol
 from evaluation.scores import Judges, measure
-from evaluation.teacher import GUIDANCE_SCALE, RESULTS, STEPS, Entry, Teacher, add_timings, complete, look_up, store
+from evaluation.teacher import (
+    GUIDANCE_SCALE,
+    RESULTS,
+    STEPS,
+    Entry,
+    Teacher,
+    add_timings,
+    complete,
+    look_up,
+    store,
+)
 from sdxs_lightning.families.sd import StableDiffusion
 
 
-def measure_with_bar(protocol: Protocol, teacher: Teacher, steps: Sequence[int], batch_size: int, known: Entry) -> Entry:
+def measure_with_bar(
+    protocol: Protocol, teacher: Teacher, steps: Sequence[int], batch_size: int, known: Entry
+) -> Entry:
     """Complete an entry on one process, behind a progress bar."""
     judges = Judges.load(protocol)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -62,10 +74,16 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--base", default="data/toy/base", help="diffusers folder (default: %(default)s)")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS), help="default: %(default)s")
-    parser.add_argument("--protocol", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS), metavar="NAME")
+    parser.add_argument(
+        "--protocol", nargs="+", default=list(PROTOCOLS), choices=list(PROTOCOLS), metavar="NAME"
+    )
     parser.add_argument("--guidance_scale", type=float, default=GUIDANCE_SCALE, help="default: %(default)s")
-    parser.add_argument("--spacing", default="trailing", choices=["trailing", "leading"], help="default: %(default)s")
-    parser.add_argument("--samples", type=int, help="fewer than the protocol's, for a quick look; it changes FID")
+    parser.add_argument(
+        "--spacing", default="trailing", choices=["trailing", "leading"], help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--samples", type=int, help="fewer than the protocol's, for a quick look; it changes FID"
+    )
     parser.add_argument("--batch_size", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file (default: %(default)s)")

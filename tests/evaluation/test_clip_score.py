@@ -33,7 +33,8 @@ def directly(folder: Path, images_uint8: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         image_features = model.encode_image(pixels, normalize=True)
         text_features = model.encode_text(token_ids, normalize=True)
-    return 100 * (image_features * text_features).sum(-1)
+    scores: torch.Tensor = 100 * (image_features * text_features).sum(-1)
+    return scores
 
 
 def test_equals_open_clip(clip: FrozenClip, clip_folder: Path) -> None:
@@ -97,7 +98,7 @@ def test_judges_are_in_no_checkpoint_and_never_train(clip: FrozenClip) -> None:
 def test_floats_and_missing_folders_are_refused(clip: FrozenClip, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=r"uint8 in 0..255, got torch.float32"):
         clip.image_features(torch.rand(1, 3, 32, 32))
-    with pytest.raises(FileNotFoundError, match="open_clip_config.json is missing"):
+    with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json is missing"):
         FrozenClip(tmp_path)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 
 from evaluation.clip_score import ClipScore
 from evaluation.features import FrozenClip
@@ -37,15 +37,17 @@ def scores(folder: Path, rank: int, world_size: int, batch_size: int) -> tuple[f
 def worker(rank: int, folder: Path, out: Path) -> None:
     """One of two ranks; writes what it computed."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(out / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60))
+    timeout = datetime.timedelta(seconds=120)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=timeout
+    )
     torch.save(scores(folder, rank, 2, batch_size=3), out / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_equal_one(clip_folder: Path, tmp_path: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(worker, args=(clip_folder, tmp_path), nprocs=2)
+    spawn(worker, args=(clip_folder, tmp_path), nprocs=2)
     fid, score, _ = scores(clip_folder, 0, 1, batch_size=COUNT)
     seen = 0
     for rank in (0, 1):
@@ -63,5 +65,7 @@ def test_every_sample_once_and_as_many_batches_on_every_rank(world_size: int, ba
     shares = [list(rank_batches(5, batch_size, rank, world_size)) for rank in range(world_size)]
     assert len({len(share) for share in shares}) == 1
     assert all(len(sample_ids) >= 1 for share in shares for sample_ids, _ in share)
-    counted = [i for share in shares for sample_ids, counting in share for i in sample_ids[:counting].tolist()]
+    counted = [
+        i for share in shares for sample_ids, counting in share for i in sample_ids[:counting].tolist()
+    ]
     assert sorted(counted) == [0, 1, 2, 3, 4]

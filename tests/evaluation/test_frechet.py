@@ -33,7 +33,9 @@ def test_equals_the_square_root_of_the_product() -> None:
     mean_1, mean_2 = torch.zeros(48), torch.full((48,), 0.1)
     root = scipy.linalg.sqrtm(covariance_1.numpy() @ covariance_2.numpy())
     expected = 48 * 0.01 + np.trace(covariance_1.numpy() + covariance_2.numpy() - 2 * root.real)
-    assert frechet_distance(mean_1, covariance_1, mean_2, covariance_2) == pytest.approx(expected, rel=1e-6, abs=1e-8)
+    assert frechet_distance(mean_1, covariance_1, mean_2, covariance_2) == pytest.approx(
+        expected, rel=1e-6, abs=1e-8
+    )
 
 
 def test_fewer_samples_than_dimensions_is_exact() -> None:
@@ -89,7 +91,10 @@ def test_metric_equals_numpy_and_does_not_depend_on_the_batch_size() -> None:
 
 def test_fixed_reference_gives_the_same_number_and_refuses_real_images() -> None:
     real, fake = small_images(50, 0), small_images(40, 1)
-    both, fixed = FrechetDistance(flat, 12), FrechetDistance(flat, 12, FeatureStatistics.from_features(flat(real)))
+    both, fixed = (
+        FrechetDistance(flat, 12),
+        FrechetDistance(flat, 12, FeatureStatistics.from_features(flat(real))),
+    )
     both.update(real, real=True)
     both.update(fake)
     fixed.update(fake)
@@ -130,5 +135,5 @@ def test_statistics_survive_the_disk_and_refuse_another_protocol(tmp_path: Path)
         assert archive["sigma"].dtype == np.float64
     with pytest.raises(ValueError, match=r"clip: 'abc' != 'def'"):
         FeatureStatistics.load(tmp_path / "stats.npz", {"split": "test", "clip": "def"})
-    with pytest.raises(FileNotFoundError, match="evaluation.reference"):
+    with pytest.raises(FileNotFoundError, match=r"evaluation\.reference"):
         FeatureStatistics.load(tmp_path / "missing.npz")
