@@ -317,7 +317,8 @@ def _squared_cosine_betas(_beta_start: float, _beta_end: float, num_train_timest
     """Nichol and Dhariwal, arXiv:2102.09672, eq. 17, betas at most 0.999 as there."""
     edges = np.arange(num_train_timesteps + 1) / num_train_timesteps
     abar = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1.0 - abar[1:] / abar[:-1], 0.999)
+    betas: Float64Array = np.minimum(1.0 - abar[1:] / abar[:-1], 0.999)
+    return betas
 
 
 _BETA_SCHEDULES: dict[str, Callable[[float, float, int], Float64Array]] = {

@@ -15,7 +15,7 @@ from sdxs_lightning.timesteps import TimestepRange
 
 
 def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
-    """g = (fake_x0 - real_x0) / mean_{c,h,w} |pred_x0 - real_x0|, per sample, without a graph.
+    """The gradient g = (fake_x0 - real_x0) / mean_{c,h,w} |pred_x0 - real_x0|, per sample, no graph.
 
     The denominator makes samples of all timesteps count alike.
 

@@ -67,11 +67,11 @@ def test_half_precision_outputs_are_converted_in_float32(prediction_type: Predic
 
 
 def test_the_schedule_keeps_float32_and_leaves_no_trace_in_checkpoints() -> None:
-    holder = nn.ModuleDict({"schedule": NoiseSchedule.scaled_linear(), "net": nn.Linear(2, 2)})
-    schedule = holder["schedule"]
+    schedule, net = NoiseSchedule.scaled_linear(), nn.Linear(2, 2)
+    holder = nn.ModuleDict({"schedule": schedule, "net": net})
     before = schedule.alphas_cumprod.clone()
     holder.to(torch.bfloat16)
-    assert holder["net"].weight.dtype == torch.bfloat16
+    assert net.weight.dtype == torch.bfloat16
     assert torch.equal(schedule.alphas_cumprod, before)
     assert schedule.alphas_cumprod.dtype == torch.float32
     assert not [name for name in holder.state_dict() if name.startswith("schedule")]

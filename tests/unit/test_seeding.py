@@ -33,7 +33,8 @@ def reference_words(seed: int, stream: int, positions: list[int], count: int) ->
     def mix(z: np.ndarray) -> np.ndarray:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
+        mixed: np.ndarray = z ^ (z >> np.uint64(31))
+        return mixed
 
     with np.errstate(over="ignore"):
         key = mix(np.array(seed % 2**64, dtype=np.uint64) + golden)
