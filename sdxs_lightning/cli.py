@@ -1,8 +1,10 @@
 """The command line: YAML files and flags in, a trained stage out, every end with its sentence and its exit code."""
 
+import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +20,10 @@ from sdxs_lightning import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.config_errors import sentence
 from sdxs_lightning.errors import Interrupted, RunStopped, UserError
+
+os.environ.setdefault(
+    "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
+)  # Lightning's own calls; nothing for the user to do
 
 TRACEBACK = "SDXS_TRACEBACK"
 """Environment variable: set to 1, the ends that are told in a sentence show their traceback too."""
@@ -39,8 +45,10 @@ class TrainingParser(LightningArgumentParser):
         """Raises what the command line turns into a sentence.
 
         Raises:
-            UserError: always.
+            UserError: always, but from a parser inside, whose message is part of the outer one's.
         """
+        if not self.exit_on_error:
+            super().error(message, ex)
         options = [name for action in self._actions for name in action.option_strings]
         raise UserError(sentence(message, options, self.arguments)) from ex
 
@@ -77,8 +85,8 @@ class TrainingCLI(LightningCLI):
     `${...}` is resolved after merging.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        TrainingParser.arguments = arguments
+    def __init__(self, arguments: Sequence[str] | None) -> None:
+        TrainingParser.arguments = sys.argv[1:] if arguments is None else arguments
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
@@ -88,9 +96,10 @@ class TrainingCLI(LightningCLI):
             parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "description": self.__doc__},
             save_config_callback=SaveConfig,
             seed_everything_default=0,
+            trainer_defaults={"default_root_dir": "outputs/run"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=list(arguments),
+            args=None if arguments is None else list(arguments),
             run=False,
         )
 
@@ -167,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `sdxs_lightning.errors`.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
     trainer: pl.Trainer | None = None
+    _quiet()
     try:
         cli = _build(arguments)
         trainer = cli.trainer
@@ -194,7 +203,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _build(arguments: Sequence[str]) -> TrainingCLI:
+def _quiet() -> None:
+    """Leaves out what Lightning says at every start and what asks nothing of the user."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
+        lambda record: "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
+    )
+    for message in (
+        ".*LeafSpec.*",  # Lightning 2.6 on torch 2.15
+        ".*in eval mode at the start of training.*",  # the averaged student and what is frozen
+        ".*does not have many workers.*",  # latents are read faster than a worker can hand them over
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _build(arguments: Sequence[str] | None) -> TrainingCLI:
     try:
         return TrainingCLI(arguments)
     except ConstructionFailed as failure:

@@ -8,7 +8,9 @@ import difflib
 import importlib
 import inspect
 import re
+import typing
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import yaml
@@ -23,7 +25,7 @@ def sentence(message: str, options: Iterable[str], arguments: Sequence[str]) -> 
         arguments: the command line, where the configuration files are named.
     """
     files = config_files(arguments)
-    for reader in (_unrecognized, _unknown_key, _wrong_value, _no_such_class, _broken_file):
+    for reader in (_unrecognized, _unknown_key, _wrong_value, _no_such_class, _missing_file, _broken_file):
         found = reader(message, list(options), files, arguments)
         if found:
             return found
@@ -74,10 +76,8 @@ def _unknown_key(
         return None
     group, name = match[1], match[2]
     key = ".".join(part for part in (_key(message, match.start()), group, name) if part)
-    accepted = _accepted_by_class(message, match.start()) if group is None else []
-    if not accepted:
-        accepted = _accepted_by_group(key, options)
-    what = f"{key} is no option{_nearest(name, accepted)}"
+    accepted = _accepted_by_class(message[: match.start()], group) or _accepted_by_group(key, options)
+    what = f"{key} is no option{_nearest(name.partition('.')[0], accepted)}"
     listed = f"; accepted are {', '.join(sorted(accepted))}" if 0 < len(accepted) <= 30 else ""
     return f"{what}{_where(name, files, arguments)}{listed}."
 
@@ -112,6 +112,13 @@ def _no_such_class(
     return f"{_key(message, len(message))}: not a usable {given[1]}{named}; check the class_path and its init_args."
 
 
+def _missing_file(
+    message: str, options: list[str], files: Sequence[Path], arguments: Sequence[str]
+) -> str | None:
+    match = re.search(r"File does not exist: '([^']+)'", message)
+    return f"--config: there is no file '{match[1]}'." if match else None
+
+
 def _broken_file(
     message: str, options: list[str], files: Sequence[Path], arguments: Sequence[str]
 ) -> str | None:
@@ -138,22 +145,28 @@ def _key(message: str, end: int) -> str:
     return ".".join(parts)
 
 
-def _accepted_by_class(message: str, end: int) -> list[str]:
-    paths = re.findall(
-        r"(?:class_path'?:? |class_path=)'([\w.]+)'", message[:end] + message[end:].split("\n")[0]
-    )
+def _accepted_by_class(message: str, group: str | None) -> list[str]:
+    """Arguments of the class named last in a message, or of the dataclass that is its argument `group`."""
+    paths = re.findall(r"(?:class_path'?:? |class_path=)'([\w.]+)'", message)
     if not paths:
         return []
     module, _, name = paths[-1].rpartition(".")
     try:
-        parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
-    except (ImportError, AttributeError, ValueError, TypeError):
+        accepting = getattr(importlib.import_module(module), name)
+        if group is not None:
+            annotation = typing.get_type_hints(accepting.__init__)[group]
+            accepting = next(one for one in (annotation, *typing.get_args(annotation)) if is_dataclass(one))
+        parameters = inspect.signature(accepting).parameters.values()
+    except (ImportError, AttributeError, KeyError, NameError, StopIteration, TypeError, ValueError):
         return []
-    return [one for one in parameters if one not in ("self", "params", "optimizer")]
+    # What a partly configured optimizer or scheduler gets from the training is not the file's to give.
+    given = [p.name for p in parameters if str(p.annotation).rpartition(".")[2].rstrip("'>") == "Optimizer"]
+    return [p.name for p in parameters if p.name not in ("self", "params", *given)]
 
 
 def _accepted_by_group(key: str, options: list[str]) -> list[str]:
-    prefix = f"--{key.rpartition('.')[0]}." if "." in key else "--"
+    groups = {option[2:].partition(".")[0] for option in options}
+    prefix = f"--{key.rpartition('.')[0]}." if key.partition(".")[0] in groups else "--"
     names = {option[len(prefix) :].partition(".")[0] for option in options if option.startswith(prefix)}
     return sorted(name for name in names if name and not name.endswith("+"))
 

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,18 +14,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sdxs_lightning import checkpoint_folder as folders
+from sdxs_lightning.callbacks.counts import Counts, counts_of
 from sdxs_lightning.callbacks.nan_guard import check_before_saving
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.errors import CheckpointNotWritten, UserError
-
-
-class CountsTurns(Protocol):
-    """What a stage tells its callbacks; on the host, so that asking costs no wait for the device."""
-
-    turns: int
-    student_updates: int
-    micro_batches: int
-    """Of the turn under way; 0 between turns."""
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
@@ -101,7 +93,7 @@ class Checkpointing(Checkpoint):
         """
         if trainer.ckpt_path is None:
             self._refuse_together(self._in_the_way(self.run_folder(trainer)) if self.ranks.first else None)
-        self._saved_updates = cast(CountsTurns, pl_module).student_updates
+        self._saved_updates = counts_of(trainer).updates
 
     def _refuse_together(self, problem: str | None) -> None:
         problem = self.ranks.first_message(problem)
@@ -135,9 +127,8 @@ class Checkpointing(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Saves where a multiple of n student updates was passed."""
-        counts = cast(CountsTurns, pl_module)
-        n = self.every_n_student_updates
-        if counts.micro_batches == 0 and counts.student_updates // n > self._saved_updates // n:
+        counts, n = counts_of(trainer), self.every_n_student_updates
+        if counts.between_turns and counts.updates // n > self._saved_updates // n:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -154,20 +145,19 @@ class Checkpointing(Checkpoint):
             TrainingDiverged: instead of saving weights that are not finite.
             CheckpointNotWritten: on all ranks, if any of them could not write; the previous checkpoint is untouched.
         """
-        counts = cast(CountsTurns, trainer.lightning_module)
-        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        name = folders.checkpoint_name(counts.student_updates, batches)
+        counts = counts_of(trainer)
+        name = folders.checkpoint_name(counts.updates, counts.batches)
         folder = self.run_folder(trainer) / name
         if name == self._saved_name:
             return folder
         check_before_saving(trainer)
         problem = self._write(trainer, folder)
         if self.ranks.first and problem is None:
-            problem = self._seal(folder, counts, batches)
+            problem = self._seal(folder, counts)
         problem = self.ranks.first_message(problem)
         if problem:
-            self._give_up(trainer, folder, counts.student_updates, problem)
-        self._saved_updates, self._saved_name = counts.student_updates, name
+            self._give_up(trainer, folder, counts.updates, problem)
+        self._saved_updates, self._saved_name = counts.updates, name
         return folder
 
     def _write(self, trainer: pl.Trainer, folder: Path) -> str | None:
@@ -187,14 +177,14 @@ class Checkpointing(Checkpoint):
             return problem
         return None
 
-    def _seal(self, folder: Path, counts: CountsTurns, batches: int) -> str | None:
+    def _seal(self, folder: Path, counts: Counts) -> str | None:
         try:
-            size = folders.seal(folder, counts.student_updates, counts.turns, batches)
+            size = folders.seal(folder, counts.updates, counts.turns, counts.batches)
             folders.keep_newest(folder.parent, self.keep)
         except OSError as error:
             return folders.write_failure(error)
         rank_zero_info(
-            f"Checkpoint of student update {counts.student_updates}: {folder} ({size / 1e6:.1f} MB)"
+            f"Checkpoint of student update {counts.updates}: {folder} ({size / 1e6:.1f} MB)"
         )
         return None
 

@@ -3,12 +3,13 @@
 import signal
 import sys
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
 
-from sdxs_lightning.callbacks.checkpointing import Checkpointing, CountsTurns
+from sdxs_lightning.callbacks.checkpointing import Checkpointing
+from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.errors import Interrupted
 
@@ -69,12 +70,12 @@ class Interruption(Checkpoint):
         self._batches += 1
         if self._agreed == 0 and (self.ranks.count == 1 or self._batches % self.agree_every_n_batches == 0):
             self._agreed = self.ranks.highest(self._signal)
-        if self._agreed and cast(CountsTurns, pl_module).micro_batches == 0:
-            self._stop(trainer, pl_module)
+        if self._agreed and counts_of(trainer).between_turns:
+            self._stop(trainer)
 
-    def _stop(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _stop(self, trainer: pl.Trainer) -> None:
         name = signal.Signals(self._agreed).name
-        updates = cast(CountsTurns, pl_module).student_updates
+        updates = counts_of(trainer).updates
         saver = next((one for one in trainer.callbacks if isinstance(one, Checkpointing)), None)
         if saver is None:
             saved = "nothing was saved, because the run has no Checkpointing callback"

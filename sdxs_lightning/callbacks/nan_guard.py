@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.errors import TrainingDiverged
 
@@ -51,7 +52,7 @@ class NanGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes; every n batches reads."""
-        turn = int(getattr(pl_module, "turns", trainer.global_step))
+        turn = counts_of(trainer).turns
         for name, value in trainer.callback_metrics.items():
             if name.endswith(self.watch):
                 self._note(name, value, turn)
@@ -80,7 +81,7 @@ class NanGuard(Callback):
             if turn != NEVER:
                 problem = (
                     f"{name} of the {name.partition('/')[0]} is NaN or infinite since turn {turn} (student update "
-                    f"{_updates(trainer)} now)"
+                    f"{counts_of(trainer).updates} now)"
                 )
         self._stop_if(trainer, problem)
 
@@ -94,7 +95,7 @@ class NanGuard(Callback):
         problem = None
         if bad:
             problem = (
-                f"weights of the {', '.join(bad)} are NaN or infinite at student update {_updates(trainer)}"
+                f"weights of the {', '.join(bad)} are NaN or infinite at student update {counts_of(trainer).updates}"
             )
         self._stop_if(trainer, problem)
 
@@ -130,7 +131,3 @@ def _networks_with_bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]
         for network, weights in tensors.items()
     }
     return [network for network, value in worst.items() if not torch.isfinite(value)]
-
-
-def _updates(trainer: pl.Trainer) -> int:
-    return int(getattr(trainer.lightning_module, "student_updates", trainer.global_step))

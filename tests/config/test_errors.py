@@ -1,0 +1,287 @@
+"""Each mistake: one sentence that says what came, what is accepted and where to change it, and its exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdxs_lightning.cli import main
+from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from tests.config.tiny_run import tiny_config, write_config
+from tests.training.tiny_distillation import save_base
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    tiny_config(path)
+    return path
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the command line on the tiny configuration after a change; returns exit code and the error line."""
+
+    def call(change: Change | None = None, *arguments: str, **curriculum: int) -> tuple[int, str]:
+        config = tiny_config(folder, **curriculum)
+        config["trainer"]["default_root_dir"] = str(tmp_path / "run")
+        if change is not None:
+            change(config)
+        file = write_config(tmp_path / "tiny.yaml", config)
+        code = main(["--config", str(file), *arguments])
+        told = capfd.readouterr().err
+        assert "Traceback" not in told
+        lines = [line for line in told.splitlines() if line.startswith(("error: ", "stopped: "))]
+        assert len(lines) <= 1, told
+        return code, lines[0] if lines else ""
+
+    return call
+
+
+def model(config: dict[str, Any]) -> dict[str, Any]:
+    arguments: dict[str, Any] = config["model"]["init_args"]
+    return arguments
+
+
+def _set(path: str, value: Any) -> Change:
+    def change(config: dict[str, Any]) -> None:
+        *parents, name = path.split(".")
+        node: Any = config
+        for part in parents:
+            node = node[int(part)] if part.isdigit() else node[part]
+        node[name] = value
+
+    return change
+
+
+WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
+    "unknown flag": (
+        None,
+        ("--trainer.max_epoch", "3"),
+        ["--trainer.max_epoch is no option", "did you mean --trainer.max_epochs?"],
+    ),
+    "unknown key of the trainer": (
+        _set("trainer.max_epoch", 3),
+        (),
+        ["trainer.max_epoch is no option", "did you mean max_epochs?", "tiny.yaml, line "],
+    ),
+    "unknown top-level key": (
+        _set("trainr", {"devices": 1}),
+        (),
+        ["trainr", "is no option", "did you mean trainer"],
+    ),
+    "unknown key of the model": (
+        _set("model.init_args.ema_deca", 0.5),
+        (),
+        [
+            "model.init_args.ema_deca is no option",
+            "did you mean ema_decay?",
+            "tiny.yaml, line ",
+            "curriculum",
+        ],
+    ),
+    "unknown key of a nested class": (
+        _set("model.init_args.student.init_args.weight", "x"),
+        (),
+        ["student", "weight is no option", "did you mean weights?", "gradient_checkpointing"],
+    ),
+    "unknown key of an optimizer": (
+        _set("model.init_args.student.init_args.optimizer.init_args.lrr", 1),
+        (),
+        ["lrr is no option", "did you mean lr?"],
+    ),
+    "unknown key of a grouped value": (
+        _set("model.init_args.curriculum.max_updates", 1),
+        (),
+        ["curriculum.max_updates is no option", "did you mean warmup_updates?", "max_student_updates"],
+    ),
+    "unknown key of a callback": (
+        _set("trainer.callbacks.1.init_args.every", 1),
+        (),
+        ["every is no option", "every_n_student_updates"],
+    ),
+    "wrong type in the file": (
+        _set("model.init_args.ema_decay", "much"),
+        (),
+        ["model.init_args.ema_decay is 'much'", "float is accepted", "tiny.yaml, line "],
+    ),
+    "wrong type on the command line": (
+        None,
+        ("--data.init_args.batch_size", "many"),
+        ["batch_size is 'many'", "int is accepted", "on the command line"],
+    ),
+    "wrong type of the trainer": (
+        _set("trainer.max_epochs", "abc"),
+        (),
+        ["trainer.max_epochs is 'abc'", "int or null is accepted"],
+    ),
+    "a value out of range": (
+        _set("model.init_args.curriculum.critic_updates_per_student_update", 0),
+        (),
+        ["critic_updates_per_student_update must be 1 or more, got 0"],
+    ),
+    "parts that do not go together": (
+        _set("model.init_args.distribution_matching", None),
+        (),
+        ["the student has no objective", "set distribution_matching"],
+    ),
+    "unknown class": (
+        _set("data.class_path", "data.shards.datamodule.ShardData"),
+        (),
+        ["data.shards.datamodule.ShardData", "has no attribute"],
+    ),
+    "an interpolation of nothing": (
+        _set("model.init_args.seed", "${sed_everything}"),
+        (),
+        ["sed_everything", "model.init_args.seed"],
+    ),
+    "missing file": (None, ("--config", "nowhere.yaml"), ["there is no file", "nowhere.yaml"]),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG_SETTINGS))
+def test_a_wrong_setting_is_told_in_a_sentence(run: Callable[..., tuple[int, str]], name: str) -> None:
+    change, arguments, expected = WRONG_SETTINGS[name]
+    code, said = run(change, *arguments)
+    print(said)
+    assert code == 2
+    for words in expected:
+        assert words in said
+
+
+def test_a_file_that_is_no_yaml(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "broken.yaml"
+    file.write_text("trainer: {devices: [1\nmodel: x\n")
+    assert main(["--config", str(file)]) == 2
+    said = capfd.readouterr().err
+    assert "error: " in said
+    assert "broken.yaml is no YAML" in said
+    assert "line 2" in said
+
+
+def test_a_missing_base_folder(run: Callable[..., tuple[int, str]]) -> None:
+    code, said = run(_set("model.init_args.family.init_args.base", "models/none"))
+    assert code == 2
+    assert "there is no folder 'models/none'; give a diffusers folder" in said
+    assert "family.init_args.base" in said
+
+
+def test_a_base_of_another_family(run: Callable[..., tuple[int, str]], folder: Path) -> None:
+    sdxl = save_base("sdxl-epsilon", folder)
+    code, said = run(_set("model.init_args.family.init_args.base", str(sdxl)))
+    assert code == 2
+    assert "StableDiffusionXLPipeline, and this family needs a StableDiffusionPipeline" in said
+
+
+def test_missing_shards(run: Callable[..., tuple[int, str]]) -> None:
+    code, said = run(_set("data.init_args.shards", "datasets/none"))
+    assert code == 2
+    assert "datasets/none" in said
+
+
+def test_a_run_folder_that_cannot_be_written(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    # A file where the folder should be: root, as whom these tests may run, may write everywhere else.
+    (tmp_path / "run").write_text("in the way")
+    code, said = run()
+    assert code == 2
+    assert "cannot be written (" in said
+    assert "give another one as --trainer.default_root_dir" in said
+
+
+def test_a_checkpoint_folder_that_cannot_be_written(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").write_text("in the way")
+    code, said = run()
+    assert code == 2
+    assert "checkpoints cannot be written to" in said
+
+
+def test_last_without_a_checkpoint(run: Callable[..., tuple[int, str]]) -> None:
+    code, said = run(None, "--ckpt_path", "last")
+    assert code == 2
+    assert "found none; leave --ckpt_path away to begin anew" in said
+
+
+def test_a_second_run_in_the_same_folder_needs_a_word(
+    run: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    assert run(None, max_student_updates=2) == (0, "")
+    code, said = run(None, max_student_updates=2)
+    assert code == 2
+    assert "holds checkpoints of an earlier run (newest: update_00000002-batch_00000002)" in said
+    assert "--ckpt_path last" in said
+    over = _set("trainer.callbacks.1.init_args.start_over", True)
+    assert run(over, max_student_updates=1) == (0, "")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "update_00000001-batch_00000001"
+    ]
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(
+    run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, calls = torch.save, []
+
+    def full(*arguments: Any, **settings: Any) -> None:
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        save(*arguments, **settings)
+
+    monkeypatch.setattr(torch, "save", full)
+    code, said = run()
+    assert code == 4
+    assert "the checkpoint of student update 4 could not be written" in said
+    assert "(no space left on device" in said
+    assert "the last good checkpoint is" in said
+    names = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert names == ["update_00000002-batch_00000002"]
+    monkeypatch.undo()
+    assert run(None, "--ckpt_path", "last", max_student_updates=6) == (0, "")
+
+
+@pytest.mark.parametrize("network", ["student", "fake_score"])
+def test_nan_names_step_network_and_last_good_checkpoint(
+    run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str
+) -> None:
+    step = OneStepDistillation.training_step
+
+    def poisoned(self: OneStepDistillation, batch: Any, batch_idx: int) -> None:
+        if self.turns == 3:
+            with torch.no_grad():
+                next(self.networks[network].parameters()).fill_(float("nan"))
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(OneStepDistillation, "training_step", poisoned)
+    code, said = run(None, max_student_updates=9)
+    assert code == 3
+    assert "the training diverged: " in said
+    assert network in said
+    assert "since turn 4" in said or "at student update 4" in said
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoints/update_00000002-batch_00000002" in said
+
+
+def test_nan_weights_are_not_saved_over_good_ones(
+    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of the last step was finite, the update was not."""
+    ending = OneStepDistillation._end_micro_batch
+
+    def poisoned(self: OneStepDistillation) -> None:
+        ending(self)
+        if self.turns == 4:
+            with torch.no_grad():
+                next(self.fake_score.parameters()).fill_(float("inf"))
+
+    monkeypatch.setattr(OneStepDistillation, "_end_micro_batch", poisoned)
+    code, said = run()
+    assert code == 3
+    assert "weights of the fake_score are NaN or infinite at student update 4" in said
