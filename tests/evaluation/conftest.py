@@ -1,13 +1,20 @@
-"""Judges shared by the tests of this folder."""
+"""Judges and bases shared by the tests of this folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
+from data.toy.classifier import AttributeClassifier
 from evaluation.features import FrozenClip
+from evaluation.protocols import PROTOCOLS, get_protocol
+from evaluation.scores import measure_reference
 from tests.evaluation.judges import write_clip
+from tests.training.tiny_distillation import save_base, save_shards
+
+SAMPLES = 6
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +27,29 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clip(clip_folder: Path) -> FrozenClip:
     """The same, loaded."""
     return FrozenClip(clip_folder)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, shards and random judges."""
+    folder = tmp_path_factory.mktemp("world")
+    save_base("sd-epsilon", folder)
+    save_shards(folder / "shards")
+    write_clip(folder / "clip")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AttributeClassifier().save_pretrained(folder / "classifier")
+    return folder
+
+
+@pytest.fixture
+def judged(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Arguments that name those judges; the protocols' references are made of 40 images."""
+    paths = {"clip": str(world / "clip"), "classifier": str(world / "classifier")}
+    for name in list(PROTOCOLS):
+        reference = str(world / f"{name}.npz")
+        small = get_protocol(name, reference_samples=40, samples=SAMPLES, reference=reference, **paths)
+        monkeypatch.setitem(PROTOCOLS, name, small)
+        if not Path(reference).exists():
+            measure_reference(small, FrozenClip(paths["clip"])).save(reference)
+    return paths

@@ -13,44 +13,13 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
-from data.toy.classifier import AttributeClassifier
 from evaluation.callbacks import DistillationMetrics, ProgressBar, SampleGrids, Throughput
-from evaluation.features import FrozenClip
 from evaluation.generate import SampledImages
-from evaluation.protocols import PROTOCOLS, get_protocol
+from evaluation.protocols import PROTOCOLS
 from evaluation.report import Report
-from evaluation.scores import Judges, measure, measure_reference
+from evaluation.scores import Judges, measure
 from sdxs_lightning.modules.curriculum import Curriculum
-from tests.evaluation.judges import write_clip
-from tests.training.tiny_distillation import TinyData, distillation, family_of, save_base, save_shards
-
-SAMPLES = 6
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, shards and random judges."""
-    folder = tmp_path_factory.mktemp("world")
-    save_base("sd-epsilon", folder)
-    save_shards(folder / "shards")
-    write_clip(folder / "clip")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        AttributeClassifier().save_pretrained(folder / "classifier")
-    return folder
-
-
-@pytest.fixture
-def judged(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Arguments that name those judges; the protocols' references are made of 40 images."""
-    paths = {"clip": str(world / "clip"), "classifier": str(world / "classifier")}
-    for name in list(PROTOCOLS):
-        reference = str(world / f"{name}.npz")
-        small = get_protocol(name, reference_samples=40, samples=SAMPLES, reference=reference, **paths)
-        monkeypatch.setitem(PROTOCOLS, name, small)
-        if not Path(reference).exists():
-            measure_reference(small, FrozenClip(paths["clip"])).save(reference)
-    return paths
+from tests.training.tiny_distillation import TinyData, distillation, family_of
 
 
 def fit(
