@@ -121,7 +121,7 @@ class ShardDataModule(pl.LightningDataModule):
             ValueError: if shards, seed, shuffle window or global batch differ from the checkpoint's.
         """
         advice = {
-            "shards": "the shards have changed or are others",
+            "shards": "point data.shards at the shards that the run began with, unchanged",
             "global_batch_size": "choose data.batch_size so that batch_size x devices is the same",
             "seed": "set data.seed back",
             "shuffle_window_shards": "set data.shuffle_window_shards back",

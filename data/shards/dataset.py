@@ -146,8 +146,8 @@ class ShardDataset(Dataset[TrainingBatch]):
         key = index.key(row)
         if len(span) != length:
             raise BrokenShardError(
-                f"{index.path} ends at byte {start + len(span)}, before its sample '{key}' does: it changed "
-                "while it was being read; write or copy it again."
+                f"{index.path} ends at byte {os.fstat(shard.descriptor).st_size}, before its sample '{key}' "
+                "does: it changed while it was being read; write or copy it again."
             )
         where = f"{index.path}, key '{key}'"
         sample: dict[str, Any] = {"id": f"{self._names[number]}/{key}"}

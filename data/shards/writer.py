@@ -1,5 +1,6 @@
 """Writing shards: plain WebDataset tars, the same bytes for the same samples on every machine and day."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -108,11 +109,11 @@ class ShardWriter:
                 f"'{key}' cannot be a sample's key: a reader ends the key at the first dot; use letters and "
                 "digits."
             )
-        unknown = sorted(set(members) - set(READABLE))
+        unknown = ", ".join(sorted(set(members) - set(READABLE)))
         if unknown or not members:
             raise ValueError(
-                f"Sample '{key}' has {'the members ' + ', '.join(unknown) if unknown else 'no member'}, but a "
-                f"shard holds {', '.join(READABLE)}; see data/shards/decoders.py."
+                f"Sample '{key}' has {f'the members {unknown}' if unknown else 'no member'}, but a shard "
+                f"holds {', '.join(READABLE)}; see data/shards/decoders.py."
             )
         if self._tar is None:
             self._open()
@@ -143,9 +144,12 @@ class ShardWriter:
         """Complete or discard the last shard."""
         if kind is None:
             self._complete()
-        elif self._stream is not None:
+        elif self._tar is not None and self._stream is not None:
+            with contextlib.suppress(OSError):  # a full disk is often why we are here
+                self._tar.close()
             self._stream.close()
             self._partial.unlink(missing_ok=True)
+            self._tar = self._stream = None
 
     @property
     def _path(self) -> Path:

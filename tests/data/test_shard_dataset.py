@@ -1,0 +1,224 @@
+"""Reading by position: what a batch holds, what is never decoded, and each refusal."""
+
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from PIL import Image
+
+from data.shards.dataset import Content, ShardDataset
+from data.shards.decoders import BadSampleError, decode
+from data.shards.index import ShardSet
+from data.shards.order import SampleOrder
+from data.shards.tar_headers import BrokenShardError
+from data.shards.writer import ShardWriter, encode_latents
+
+LATENTS = encode_latents(torch.zeros(4, 2, 2))
+
+
+def picture(width: int, height: int, kind: str = "PNG", seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def dataset(
+    folder: Path, samples: list[dict[str, Any]], contents: list[Content], **options: Any
+) -> ShardDataset:
+    with ShardWriter(folder, overwrite=True) as writer:
+        for members in samples:
+            writer.write(members)
+    return reading(folder, contents, **options)
+
+
+def reading(folder: Path, contents: list[Content], **options: Any) -> ShardDataset:
+    shards = ShardSet.open(folder)
+    return ShardDataset(shards, SampleOrder(shards.sizes, shuffle_window_shards=0), contents, **options)
+
+
+def test_images_of_each_format(tmp_path: Path) -> None:
+    samples = [{kind: picture(6, 4, kind), "txt": kind} for kind in ("png", "webp", "jpeg")]
+    samples += [{"jpg": samples[2]["jpeg"], "json": {"caption": " jpg "}}]
+    batch = dataset(tmp_path, samples, ["images"]).batch([0, 1, 2, 3])
+    assert batch.captions == ["png", "webp", "jpeg", "jpg"]
+    assert batch.images is not None and batch.images.shape == (4, 3, 4, 6) and batch.latents is None
+    with Image.open(io.BytesIO(samples[0]["png"])) as image:
+        expected = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(batch.images[0], expected, atol=1e-6)
+    assert torch.equal(batch.images[2], batch.images[3])
+
+
+def test_resolution_and_its_record(tmp_path: Path) -> None:
+    samples = [
+        {"png": picture(60, 40), "txt": "a"},
+        {"png": picture(30, 48), "txt": "b"},
+        {"png": picture(20, 20), "txt": "c"},
+    ]
+    batch = dataset(tmp_path, samples, ["images"], resolution=20).batch([0, 1, 2])
+    assert batch.images is not None and batch.images.shape == (3, 3, 20, 20)
+    assert batch.original_sizes is not None and batch.original_sizes.tolist() == [
+        [40, 60],
+        [48, 30],
+        [20, 20],
+    ]
+    assert batch.crops is not None and batch.crops.tolist() == [[0, 5], [6, 0], [0, 0]]
+    with pytest.raises(BadSampleError, match=r"images of one size, but 00000/000000000 has \(40, 60, 3\)"):
+        reading(tmp_path, ["images"]).batch([0, 1])
+
+
+def test_several_contents_in_one_batch(tmp_path: Path) -> None:
+    latents = torch.arange(16.0).reshape(4, 2, 2)
+    sample = {
+        "latent.safetensors": encode_latents(latents),
+        "png": picture(4, 4),
+        "cond.png": picture(4, 4, seed=1),
+        "json": {"noise_seed": 2**40, "caption": "not this one"},
+        "txt": "this one",
+    }
+    batch = dataset(tmp_path, [sample], ["noise_seeds", "control_images", "images", "latents"]).batch([3])
+    assert batch.captions == ["this one"] and batch.positions.tolist() == [3]
+    assert batch.latents is not None and torch.equal(batch.latents[0], latents)
+    assert batch.pair_noise_seeds is not None and batch.pair_noise_seeds.tolist() == [2**40]
+    assert (
+        batch.control_images is not None
+        and 0 <= batch.control_images.min() < 0.1 < 0.9 < batch.control_images.max() <= 1
+    )
+
+
+class Harm:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    mark = tmp_path / "executed"
+    harm = pickle.dumps(Harm(mark))
+    shard = tmp_path / "shards" / "00000.tar"
+    shard.parent.mkdir()
+    with tarfile.open(shard, "w") as tar:
+        kinds = ("pkl", "pyd", "pth", "pt", "npy", "pickle", "latent.pth")
+        for name, content in [
+            *((kind, harm) for kind in kinds),
+            ("latent.safetensors", LATENTS),
+            ("txt", b"a"),
+        ]:
+            info = tarfile.TarInfo(f"0.{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert len(reading(shard.parent, ["latents"]).batch([0, 1])) == 2
+    for kind in kinds:
+        with pytest.raises(BadSampleError, match=f"here: members of the kind '{kind}' are not read"):
+            decode(kind, harm, "here")
+    # Under a name that is read, the same bytes are only a file of the wrong format.
+    for kind in ("latent.safetensors", "png", "json", "txt"):
+        with pytest.raises(BadSampleError, match="here: "):
+            decode(kind, harm, "here")
+    assert not mark.exists()
+    pickle.loads(harm)
+    assert mark.exists()  # the bytes would have worked
+
+
+BAD_MEMBERS: list[tuple[Content, dict[str, Any], str]] = [
+    ("images", {"png": picture(8, 8)[:-40], "txt": "a"}, "the image cannot be decoded"),
+    ("images", {"jpg": picture(64, 64, "JPEG")[:1500], "txt": "a"}, "the image cannot be decoded"),
+    ("images", {"jpg": b"<html>404</html>", "txt": "a"}, "the image cannot be decoded"),
+    ("images", {"jpg": b"", "txt": "a"}, "the image cannot be decoded"),
+    (
+        "latents",
+        {"latent.safetensors": LATENTS[:-1], "txt": "a"},
+        "does not hold a float16 or float32 tensor named",
+    ),
+    (
+        "latents",
+        {"latent.safetensors": safetensors.numpy.save({"x": np.zeros((4, 2, 2))}), "txt": "a"},
+        "does not hold a float16 or float32 tensor named 'latents'",
+    ),
+    (
+        "latents",
+        {"latent.safetensors": safetensors.numpy.save({"latents": np.zeros((2, 2))}), "txt": "a"},
+        r"\(4, h, w\), but these are float64 \(2, 2\)",
+    ),
+    ("latents", {"latent.safetensors": LATENTS, "txt": b"\xff\xfe"}, "the caption is not UTF-8"),
+    (
+        "latents",
+        {"latent.safetensors": LATENTS, "txt": " \n"},
+        "the caption is empty; set data.empty_captions to 'keep'",
+    ),
+    ("latents", {"latent.safetensors": LATENTS, "json": b"{"}, "json member cannot be parsed"),
+    ("latents", {"latent.safetensors": LATENTS, "json": b"[1]"}, "json member holds a list"),
+    ("latents", {"latent.safetensors": LATENTS, "json": {"text": "a"}}, "has no str named 'caption'"),
+    ("noise_seeds", {"json": {"noise_seed": "7"}, "txt": "a"}, "has no int named 'noise_seed'"),
+]
+
+
+@pytest.mark.parametrize(("content", "members", "message"), BAD_MEMBERS)
+def test_a_bad_member_is_named(
+    tmp_path: Path, content: Content, members: dict[str, Any], message: str
+) -> None:
+    samples = dataset(tmp_path, [members], [content])
+    with pytest.raises(BadSampleError, match=rf"00000\.tar, key '000000000': .*{message}"):
+        samples.batch([0])
+
+
+def test_empty_captions_can_be_kept(tmp_path: Path) -> None:
+    sample = {"latent.safetensors": LATENTS, "txt": ""}
+    assert dataset(tmp_path, [sample], ["latents"], empty_captions="keep").batch([0]).captions == [""]
+
+
+def test_a_missing_member_is_refused_before_training(tmp_path: Path) -> None:
+    whole = {"latent.safetensors": LATENTS, "txt": "a"}
+    with pytest.raises(
+        BadSampleError, match=r"'000000001': there is no member for 'latents' .* and in 1 more of"
+    ):
+        dataset(tmp_path, [whole, {"txt": "a"}, {"txt": "a"}], ["latents"])
+    with pytest.raises(
+        BadSampleError, match=r"key '000000001': there is no caption \(txt, text, caption, json\)"
+    ):
+        dataset(tmp_path, [whole, {"latent.safetensors": LATENTS}], ["latents"])
+    with pytest.raises(BadSampleError, match=r"there is no member for 'images' \(jpg, jpeg, png, webp\)"):
+        dataset(tmp_path, [whole], ["images"])
+    with pytest.raises(
+        ValueError, match=r"data.contents is \['pictures'\], but it names one or more of latents"
+    ):
+        reading(tmp_path, ["pictures"])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"data.contents is \[\]"):
+        reading(tmp_path, [])
+
+
+def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    samples = dataset(tmp_path, [{"latent.safetensors": LATENTS, "txt": "a"}] * 3, ["latents"])
+    path = tmp_path / "00000.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+    assert len(samples.batch([0])) == 1
+    with pytest.raises(
+        BrokenShardError, match=r"00000\.tar ends at byte 2000, before its sample '000000001' does"
+    ):
+        samples.batch([1])
+
+
+def test_bounded_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.shards.dataset._OPEN_SHARDS", 3)
+    with ShardWriter(tmp_path, samples_per_shard=1) as writer:
+        for number in range(10):
+            writer.write({"latent.safetensors": LATENTS, "json": json.dumps({"caption": str(number)})})
+    samples = reading(tmp_path, ["latents"])
+    assert samples.batch(list(range(20))).captions == [str(number) for number in range(10)] * 2
+    assert len(samples._open) == 3
+    # A copy for another process opens its own files.
+    copy = pickle.loads(pickle.dumps(samples))
+    assert copy.batch([4]).captions == ["4"] and len(copy._open) == 1
+    samples.close()
+    assert not samples._open
