@@ -40,7 +40,10 @@ def export_pipeline(
     """
     folder = Path(folder)
     timestep = family.conditioning_timestep if conditioning_timestep is None else conditioning_timestep
-    copy = UNet2DConditionModel.from_config(unet.config)
+    # Not from_config(): it resets what a config names in _use_default_values, even where that was changed since.
+    copy = UNet2DConditionModel(
+        **{name: value for name, value in unet.config.items() if not name.startswith("_")}
+    )
     copy.load_state_dict(unet.state_dict())
     pipeline_class: type[DiffusionPipeline] = getattr(diffusers, family.pipeline_class)
     parts: dict[str, Any] = {"unet": copy, "scheduler": one_step_scheduler(family, timestep)}

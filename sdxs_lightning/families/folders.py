@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
-
 # Without low_cpu_mem_usage=False diffusers asks for `accelerate` in a warning per network.
 _LOADING: dict[str, Any] = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
 
@@ -34,7 +33,9 @@ def check_base(base: str, family: str, pipeline_class: str, components: tuple[st
             "family.init_args.base."
         )
     if not (folder / "model_index.json").is_file():
-        raise FileNotFoundError(f"{family}: '{base}' has no model_index.json, so it is not a diffusers pipeline folder.")
+        raise FileNotFoundError(
+            f"{family}: '{base}' has no model_index.json, so it is not a diffusers pipeline folder."
+        )
     found = read_json(folder / "model_index.json").get("_class_name")
     if found != pipeline_class:
         raise ValueError(

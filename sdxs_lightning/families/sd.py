@@ -88,7 +88,9 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1] up to the VAE's overshoot, float32."""
-        images: Tensor = self._vae.module.decode(unscale(latents.to(self._device), self.scaling_factor)).sample
+        images: Tensor = self._vae.module.decode(
+            unscale(latents.to(self._device), self.scaling_factor)
+        ).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:

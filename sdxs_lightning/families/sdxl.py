@@ -36,7 +36,15 @@ class StableDiffusionXL:
     pipeline_class = "StableDiffusionXLPipeline"
 
     def __init__(self, base: str, conditioning_timestep: int = 399) -> None:
-        components = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+        components = (
+            "unet",
+            "vae",
+            "text_encoder",
+            "text_encoder_2",
+            "tokenizer",
+            "tokenizer_2",
+            "scheduler",
+        )
         self._folder = check_base(base, "StableDiffusionXL", self.pipeline_class, components)
         self.base = base
         scheduler = read_json(self._folder / "scheduler" / "scheduler_config.json")
@@ -61,7 +69,9 @@ class StableDiffusionXL:
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
         """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder (a pruned student)."""
-        widths = [read_json(self._folder / name / "config.json")["hidden_size"] for name in self._encoder_names]
+        widths = [
+            read_json(self._folder / name / "config.json")["hidden_size"] for name in self._encoder_names
+        ]
         return read_unet(self._folder, folder, sum(widths))
 
     def load_vae(self) -> AutoencoderKL:
@@ -94,7 +104,9 @@ class StableDiffusionXL:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1] up to the VAE's overshoot, float32."""
-        images: Tensor = self._vae.module.decode(unscale(latents.to(self._device), self.scaling_factor)).sample
+        images: Tensor = self._vae.module.decode(
+            unscale(latents.to(self._device), self.scaling_factor)
+        ).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -133,7 +145,9 @@ class StableDiffusionXL:
 
     @cached_property
     def _tokenizers(self) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-        first, second = (CLIPTokenizer.from_pretrained(self._folder / name) for name in ("tokenizer", "tokenizer_2"))
+        first, second = (
+            CLIPTokenizer.from_pretrained(self._folder / name) for name in ("tokenizer", "tokenizer_2")
+        )
         return first, second
 
     @cached_property

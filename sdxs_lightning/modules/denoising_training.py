@@ -55,7 +55,9 @@ class DenoisingTraining(LightningModule):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(Path(family.base) / "unet"))
         self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
         self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.ema = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(False)
+        self.ema = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(
+            False
+        )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """One optimizer, its schedule stepped every batch."""
@@ -93,5 +95,7 @@ class DenoisingTraining(LightningModule):
 
     def _encode(self, batch: TrainingBatch) -> Conditioning:
         dropped = seeding.uniform(self.seed, Stream.DROPOUT, batch.positions) < self.caption_dropout
-        captions = ["" if drop else caption for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)]
+        captions = [
+            "" if drop else caption for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)
+        ]
         return self.family.encode_prompts(captions)

@@ -58,7 +58,9 @@ class TrapezoidLR(LambdaLR):
         fall_updates: updates of the fall.
     """
 
-    def __init__(self, optimizer: Optimizer, total_updates: int, rise_updates: int, fall_updates: int) -> None:
+    def __init__(
+        self, optimizer: Optimizer, total_updates: int, rise_updates: int, fall_updates: int
+    ) -> None:
         def factor(update: int) -> float:
             rise = (update + 1) / rise_updates if rise_updates else 1.0
             fall = (total_updates - update) / fall_updates if fall_updates else 1.0

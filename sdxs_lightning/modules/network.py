@@ -51,7 +51,9 @@ def resting(*networks: nn.Module | None) -> Iterator[None]:
     Cheaper than throwing gradients away, and needed for correctness under autocast: a weight that requires gradients
     and is used under no_grad leaves its graph-less cast in autocast's cache, where a later pass with graph finds it.
     """
-    parameters = [p for network in networks if network is not None for p in network.parameters() if p.requires_grad]
+    parameters = [
+        p for network in networks if network is not None for p in network.parameters() if p.requires_grad
+    ]
     _require_grad(parameters, False)
     try:
         yield
@@ -59,7 +61,9 @@ def resting(*networks: nn.Module | None) -> Iterator[None]:
         _require_grad(parameters, True)
 
 
-def prepare_unet(unet: UNet2DConditionModel, gradient_checkpointing: bool, compile_blocks: bool) -> UNet2DConditionModel:
+def prepare_unet(
+    unet: UNet2DConditionModel, gradient_checkpointing: bool, compile_blocks: bool
+) -> UNet2DConditionModel:
     """Puts a U-Net into training mode with the chosen switches.
 
     Compiled are its residual and transformer blocks, each by itself: they repeat, so few graphs cover the network, and

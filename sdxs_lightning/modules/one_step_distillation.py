@@ -48,8 +48,6 @@ from sdxs_lightning.teacher.denoiser import Denoiser
 from sdxs_lightning.teacher.frozen import Frozen
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-_DISTRIBUTION_MATCHING = DistributionMatching()
-_DENOISING = Denoising()
 
 
 class OneStepDistillation(LightningModule):
@@ -85,8 +83,8 @@ class OneStepDistillation(LightningModule):
         student: StudentGenerator,
         fake_score: FakeScore,
         curriculum: Curriculum,
-        distribution_matching: DistributionMatching | None = _DISTRIBUTION_MATCHING,
-        denoising: Denoising = _DENOISING,
+        distribution_matching: DistributionMatching | None = DistributionMatching(),
+        denoising: Denoising = Denoising(),
         discriminator: Discriminator | None = None,
         adversarial: DiffusionAdversarial | None = None,
         warmup: RegressionWarmup | None = None,
@@ -229,7 +227,11 @@ class OneStepDistillation(LightningModule):
         noise, conditioning, target = self._pairs.pick(batch.positions)
         latents = self.student(noise, conditioning)
         return Sample(
-            latents=latents, conditioning=conditioning, positions=batch.positions, seed=self.seed, target=target
+            latents=latents,
+            conditioning=conditioning,
+            positions=batch.positions,
+            seed=self.seed,
+            target=target,
         )
 
     def _data(self, batch: TrainingBatch, sample: Sample) -> Sample | None:
@@ -301,7 +303,9 @@ class OneStepDistillation(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Each network's own, in the order of `networks`."""
-        configured = {role: cast(dict[str, Any], net.configure_optimizers()) for role, net in self.networks.items()}
+        configured = {
+            role: cast(dict[str, Any], net.configure_optimizers()) for role, net in self.networks.items()
+        }
         self._scheduler_roles = [role for role, config in configured.items() if "lr_scheduler" in config]
         schedulers = [configured[role]["lr_scheduler"] for role in self._scheduler_roles]
         return [config["optimizer"] for config in configured.values()], schedulers
@@ -324,7 +328,9 @@ class OneStepDistillation(LightningModule):
             self.trainer.should_stop = True
         elif self.warmup is not None and self.curriculum.turn(self.turns).warmup:
             assert self.real_score is not None
-            rank_zero_info(f"Making {self.warmup.pairs} pairs with {self.warmup.sampler_steps} steps of the base.")
+            rank_zero_info(
+                f"Making {self.warmup.pairs} pairs with {self.warmup.sampler_steps} steps of the base."
+            )
             captions = self._train_captions(self.warmup.pairs)
             self._pairs = make_pairs(self.warmup, captions, self.family, self.real_score.module, self.seed)
 
@@ -365,7 +371,9 @@ class OneStepDistillation(LightningModule):
 
     def _scheduler_of(self, role: str) -> torch.optim.lr_scheduler.LRScheduler:
         configs = self.trainer.lr_scheduler_configs
-        return cast(torch.optim.lr_scheduler.LRScheduler, configs[self._scheduler_roles.index(role)].scheduler)
+        return cast(
+            torch.optim.lr_scheduler.LRScheduler, configs[self._scheduler_roles.index(role)].scheduler
+        )
 
     def _make_student_terms(self) -> list[StudentTerm]:
         terms: list[StudentTerm] = []
@@ -379,7 +387,9 @@ class OneStepDistillation(LightningModule):
         if (self.discriminator is None) != (self.adversarial is None):
             raise ValueError("discriminator and adversarial go together: set both, or both to null.")
         if not self.student_terms:
-            raise ValueError("the student has no objective: set distribution_matching, or discriminator and adversarial.")
+            raise ValueError(
+                "the student has no objective: set distribution_matching, or discriminator and adversarial."
+            )
         if self.adversarial is not None and self.adversarial.timesteps != self.denoising.timesteps:
             raise ValueError(
                 f"adversarial.timesteps ({self.adversarial.timesteps}) must equal denoising.timesteps "
@@ -391,7 +401,9 @@ class OneStepDistillation(LightningModule):
                 "and null."
             )
         if self.accumulate_grad_batches < 1:
-            raise ValueError(f"accumulate_grad_batches must be 1 or more, got {self.accumulate_grad_batches}.")
+            raise ValueError(
+                f"accumulate_grad_batches must be 1 or more, got {self.accumulate_grad_batches}."
+            )
 
     def _train_captions(self, count: int) -> list[str]:
         source = getattr(self.trainer, "datamodule", None)

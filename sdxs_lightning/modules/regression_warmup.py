@@ -109,7 +109,9 @@ def make_pairs(
     batches = []
     for start in range(0, share, settings.sampler_batch_size):
         count = min(settings.sampler_batch_size, share - start)
-        index = torch.arange(rank * share + start, rank * share + start + count, device=family.schedule.alpha.device)
+        index = torch.arange(
+            rank * share + start, rank * share + start + count, device=family.schedule.alpha.device
+        )
         prompts = [captions[i % len(captions)] for i in index.tolist()]
         noise = normal(seed, Stream.PAIRS, index, family.latent_shape())
         batches.append(sampler(noise, family.encode_prompts(prompts)))
@@ -122,15 +124,15 @@ def _encode(family: Family, prompts: list[str], batch_size: int) -> Conditioning
     """Conditioning of all prompts, without the unconditional twin, which the student never sees."""
     parts = [family.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     kept = {
-        field.name: torch.cat([getattr(part, field.name) for part in parts])
-        for field in fields(Conditioning)
-        if isinstance(getattr(parts[0], field.name), Tensor) and not field.name.startswith("negative_")
+        entry.name: torch.cat([getattr(part, entry.name) for part in parts])
+        for entry in fields(Conditioning)
+        if isinstance(getattr(parts[0], entry.name), Tensor) and not entry.name.startswith("negative_")
     }
     return Conditioning(**kept)
 
 
 def _rows(conditioning: Conditioning, chosen: Tensor) -> Conditioning:
-    values = {field.name: getattr(conditioning, field.name) for field in fields(Conditioning)}
+    values = {entry.name: getattr(conditioning, entry.name) for entry in fields(Conditioning)}
     picked = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
     return replace(conditioning, **picked)
 

@@ -59,7 +59,9 @@ class AdversarialTerm:
     def __call__(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
         """See `StudentTerm`."""
         assert roles.discriminator is not None
-        noisy = sample.renoise(roles.schedule, self.objective.timesteps, Stream.GAN_TIMESTEP, Stream.GAN_NOISE)
+        noisy = sample.renoise(
+            roles.schedule, self.objective.timesteps, Stream.GAN_TIMESTEP, Stream.GAN_NOISE
+        )
         features = roles.fake_score.features(noisy.latents, noisy.timesteps, sample.conditioning)
         loss = self.objective.student_loss(roles.discriminator(features))
         return loss, {"adversarial": loss.detach()}

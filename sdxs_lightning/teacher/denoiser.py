@@ -34,7 +34,9 @@ class Denoiser(nn.Module):
         prediction_type: "epsilon", "v_prediction" or "sample".
     """
 
-    def __init__(self, unet: UNet2DConditionModel, schedule: NoiseSchedule, prediction_type: PredictionType) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, schedule: NoiseSchedule, prediction_type: PredictionType
+    ) -> None:
         super().__init__()
         self.unet = unet
         self.schedule = schedule
@@ -48,7 +50,9 @@ class Denoiser(nn.Module):
             timesteps: (B,), int64.
             conditioning: of B prompts.
         """
-        return self._interpret(self._call(self.unet, noisy_latents, timesteps, conditioning), noisy_latents, timesteps)
+        return self._interpret(
+            self._call(self.unet, noisy_latents, timesteps, conditioning), noisy_latents, timesteps
+        )
 
     def guided(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float

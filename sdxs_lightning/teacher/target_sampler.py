@@ -49,7 +49,9 @@ class TargetSampler:
         schedule = self.denoiser.schedule
         for timestep, previous in zip(self.timesteps, self._previous, strict=True):
             timesteps = self._full(timestep, latents)
-            _, pred_x0, noise_pred = self.denoiser.guided(latents, timesteps, conditioning, self.guidance_scale)
+            _, pred_x0, noise_pred = self.denoiser.guided(
+                latents, timesteps, conditioning, self.guidance_scale
+            )
             goal = self._full(max(previous, 0), latents)
             latents = schedule.alpha_t(goal) * pred_x0 + schedule.sigma_t(goal) * noise_pred
         return latents

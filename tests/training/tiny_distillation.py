@@ -57,10 +57,14 @@ def family_of(base: Path) -> StableDiffusion | StableDiffusionXL:
     return (StableDiffusionXL if base.name.startswith("sdxl") else StableDiffusion)(str(base))
 
 
-def distillation(base: Path, *, gan: bool = True, optimizer: Any = None, **settings: Any) -> OneStepDistillation:
+def distillation(
+    base: Path, *, gan: bool = True, optimizer: Any = None, **settings: Any
+) -> OneStepDistillation:
     """A distillation with the defaults of the tests: SGD, ratio 1, GAN weights that can be seen in gradients."""
     optimizer = optimizer or partial(torch.optim.SGD, lr=0.1)
-    settings.setdefault("curriculum", Curriculum(max_student_updates=10**6, critic_updates_per_student_update=1))
+    settings.setdefault(
+        "curriculum", Curriculum(max_student_updates=10**6, critic_updates_per_student_update=1)
+    )
     if gan:
         settings.setdefault("discriminator", Discriminator(optimizer))
         settings.setdefault("adversarial", DiffusionAdversarial(student_weight=0.3, critic_weight=0.3))
@@ -76,6 +80,7 @@ def fit(
     batch_size: int = 4,
     ckpt_path: str | None = None,
     callbacks: list[Callback] | None = None,
+    shuffled: bool = True,
     **settings: Any,
 ) -> Trainer:
     """Trains for so many micro-batches in all, counted from the start of the run."""
@@ -87,9 +92,10 @@ def fit(
         callbacks=[StopAfter(batches), *(callbacks or [])],
         **settings,
     )
+    data = TinyData(str(shards), batch_size, shuffle_window_shards=2 if shuffled else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, datamodule=TinyData(str(shards), batch_size), ckpt_path=ckpt_path)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return trainer
 
 
@@ -100,7 +106,8 @@ class StopAfter(Callback):
         self.batches = batches
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
-        if trainer.fit_loop.epoch_loop.batch_progress.total.completed >= self.batches:
+        # Lightning counts a batch as completed after this hook.
+        if trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1 >= self.batches:
             trainer.should_stop = True
 
 

@@ -1,0 +1,59 @@
+"""Faults that a YAML file can order: a signal at a certain batch, a disk that is full from a certain batch on."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class RaiseSignal(Callback):
+    """Sends this process a signal while the batch of that number, counted from 1, is under way.
+
+    Args:
+        name: SIGTERM, SIGUSR1 or SIGINT.
+        batch: which.
+        rank: of which process.
+        times: how often in a row.
+    """
+
+    def __init__(self, name: str, batch: int, rank: int = 0, times: int = 1) -> None:
+        self.signal, self.batch, self.rank, self.times = signal.Signals[name], batch, rank, times
+        self.seen = 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen += 1
+        if self.seen == self.batch and trainer.global_rank == self.rank:
+            for _ in range(self.times):
+                signal.raise_signal(self.signal)
+
+
+class FullDisk(Callback):
+    """Lets no file grow beyond a size from the batch of that number on; the limit is lifted where training stops.
+
+    Args:
+        batch: counted from 1.
+        limit_bytes: size of the largest file.
+    """
+
+    def __init__(self, batch: int, limit_bytes: int) -> None:
+        self.batch, self.limit_bytes, self.seen = batch, limit_bytes, 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen += 1
+        if self.seen == self.batch:
+            self._limit(self.limit_bytes)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._limit(resource.RLIM_INFINITY)
+
+    @staticmethod
+    def _limit(size: int) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size == resource.RLIM_INFINITY else size, hard))

@@ -1,0 +1,257 @@
+"""Signals and broken disks: what was trained is in a complete checkpoint, and the exit code says what happened."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from sdxs_lightning import checkpoint_folder as folders
+from sdxs_lightning.cli import main
+from tests.config.tiny_run import ROOT, tiny_config, write_config
+
+ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+
+
+@pytest.fixture(scope="session")
+def base_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """With two micro-batches a turn, so that signals can come inside one, and optimizers that have state."""
+    config = tiny_config(tmp_path_factory.mktemp("tiny"), max_student_updates=6)
+    arguments = config["model"]["init_args"]
+    arguments["accumulate_grad_batches"] = 2
+    for role in ("student", "fake_score"):
+        arguments[role]["init_args"]["optimizer"] = ADAM
+    return config
+
+
+@pytest.fixture
+def config(base_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    changed = copy.deepcopy(base_config)
+    changed["trainer"]["default_root_dir"] = str(tmp_path / "run")
+    return changed
+
+
+def with_callback(config: dict[str, Any], kind: str, /, **arguments: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(config)
+    changed["trainer"]["callbacks"].insert(
+        0, {"class_path": f"tests.training.faults.{kind}", "init_args": arguments}
+    )
+    return changed
+
+
+def train(folder: Path, config: dict[str, Any], *arguments: str) -> int:
+    return main(["--config", str(write_config(folder / "tiny.yaml", config)), *arguments])
+
+
+def train_apart(folder: Path, config: dict[str, Any], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The same in processes of their own, as a user starts them."""
+    file = write_config(folder / "tiny.yaml", config)
+    return subprocess.run(
+        [sys.executable, "train.py", "--config", str(file), *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=170,
+        start_new_session=True,
+    )
+
+
+def newest(folder: Path) -> Path:
+    found = folders.newest_complete_checkpoint(folder / "run" / "checkpoints")
+    assert found is not None
+    return found
+
+
+def state(folder: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = torch.load(newest(folder) / folders.STATE, weights_only=True)
+    return loaded
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Bit for bit."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other)
+        for a, b in zip(one, other, strict=True):
+            assert_equal(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGUSR1", 138), ("SIGINT", 130)])
+def test_a_signal_leaves_a_checkpoint_at_the_end_of_its_turn(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, code: int
+) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    assert train(tmp_path, with_callback(config, "RaiseSignal", name=name, batch=5)) == code
+    # The 5th batch is the first of the 3rd turn.
+    assert newest(tmp_path).name == "update_00000003-batch_00000006"
+    said = capfd.readouterr().err
+    assert f"stopped: stopped by {name} after student update 3: everything is in {newest(tmp_path)}" in said
+    assert "--ckpt_path last" in said
+    assert "Traceback" not in said
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    for folder in (whole, parted):
+        folder.mkdir()
+    config["trainer"]["default_root_dir"] = str(whole / "run")
+    assert train(whole, config) == 0
+    config["trainer"]["default_root_dir"] = str(parted / "run")
+    assert train(parted, with_callback(config, "RaiseSignal", name="SIGTERM", batch=3)) == 143
+    assert train(parted, config, "--ckpt_path", "last") == 0
+    assert newest(whole).name == newest(parted).name == "update_00000006-batch_00000012"
+    one, other = state(whole), state(parted)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "one_step_distillation"):
+        assert_equal(one[key], other[key])
+    progress = one["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert_equal(progress["total"], other["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"])
+
+
+def test_a_second_ctrl_c_stops_at_once(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, with_callback(config, "RaiseSignal", name="SIGINT", batch=2, times=2)) == 130
+    assert folders.complete_checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert "checkpoints written so far are complete" in capfd.readouterr().err
+
+
+def test_a_finished_run_resumed_does_nothing(config: dict[str, Any], tmp_path: Path) -> None:
+    assert train(tmp_path, config) == 0
+    before = state(tmp_path)["state_dict"]
+    assert train(tmp_path, config, "--ckpt_path", "last") == 0
+    assert_equal(state(tmp_path)["state_dict"], before)
+
+
+def test_a_truncated_checkpoint_is_never_chosen(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert train(tmp_path, config) == 0
+    checkpoints = folders.complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name[:15] for path in checkpoints] == ["update_00000004", "update_00000006"]
+    broken = checkpoints[-1]
+    os.truncate(broken / folders.STATE, (broken / folders.STATE).stat().st_size - 1)
+    assert newest(tmp_path) == checkpoints[0]
+    assert train(tmp_path, config, "--ckpt_path", str(broken)) == 2
+    assert "is not complete: a file is missing or shorter" in capfd.readouterr().err
+    assert train(tmp_path, config, "--ckpt_path", "last") == 0
+    assert newest(tmp_path).name == broken.name
+    # A write that was cut off before the rename.
+    newest(tmp_path).rename(folders.partial_of(newest(tmp_path)))
+    assert newest(tmp_path) == checkpoints[0]
+
+
+def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = with_callback(config, "FullDisk", batch=5, limit_bytes=300_000)
+    assert train(tmp_path, full) == 4
+    said = capfd.readouterr().err
+    assert "the checkpoint of student update 4 could not be written" in said
+    assert "(file too large, " in said
+    assert f"the last good checkpoint is {newest(tmp_path)}" in said
+    assert "Traceback" not in said
+    # Nothing half written is left.
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "update_00000002-batch_00000004"
+    ]
+    assert train(tmp_path, config, "--ckpt_path", "last") == 0
+
+
+def test_the_command_itself_ends_with_143(config: dict[str, Any], tmp_path: Path) -> None:
+    ended = train_apart(tmp_path, with_callback(config, "RaiseSignal", name="SIGTERM", batch=3))
+    assert ended.returncode == 143, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert newest(tmp_path).name == "update_00000002-batch_00000004"
+
+
+def test_two_processes_stop_at_the_same_batch_if_one_is_signalled(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["trainer"] |= {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+    config["trainer"]["callbacks"][-1]["init_args"] = {"agree_every_n_batches": 5}
+    ended = train_apart(tmp_path, with_callback(config, "RaiseSignal", name="SIGTERM", batch=2, rank=1))
+    assert ended.returncode == 143, ended.stderr
+    assert ended.stderr.count("stopped: ") == 1
+    # They ask each other at batch 5; the turn ends with batch 6.
+    assert newest(tmp_path).name == "update_00000003-batch_00000006"
+    # One process goes on with the same global batch.
+    config["trainer"] |= {"devices": 1, "strategy": "auto"}
+    config["data"]["init_args"]["batch_size"] = 4
+    assert train(tmp_path, config, "--ckpt_path", "last") == 0
+    assert newest(tmp_path).name == "update_00000006-batch_00000012"
+
+
+def test_sharded_checkpoints_are_complete_or_not_there_too(
+    config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config["trainer"] |= {
+        "devices": 2,
+        "strategy": {
+            "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+            "init_args": {"process_group_backend": "gloo"},
+        },
+    }
+    config["trainer"]["callbacks"].append({"class_path": "sdxs_lightning.callbacks.export.ExportPipeline"})
+    ended = train_apart(tmp_path, with_callback(config, "RaiseSignal", name="SIGUSR1", batch=6, rank=1))
+    assert ended.returncode == 138, ended.stderr
+    interrupted = newest(tmp_path)
+    sizes = json.loads((interrupted / folders.MANIFEST).read_text())["sizes"]
+    assert {"state.ckpt/meta.pt", "state.ckpt/.metadata"} < set(sizes)
+    assert sum(name.endswith(".distcp") for name in sizes) == 2
+    alone = copy.deepcopy(config)
+    alone["trainer"] |= {"devices": 1, "strategy": "auto"}
+    assert train(tmp_path, alone, "--ckpt_path", "last") == 2
+    assert "is sharded; resume with --config configs/hardware/fsdp2.yaml" in capfd.readouterr().err
+    ended = train_apart(tmp_path, config, "--ckpt_path", "last")
+    assert ended.returncode == 0, ended.stderr
+    assert newest(tmp_path).name == "update_00000006-batch_00000012"
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
+    images = pipeline("a red circle", num_inference_steps=1, guidance_scale=0, output_type="np").images
+    assert images.shape == (1, 32, 32, 3)
+    # One shard short by a byte: the checkpoint is none.
+    shard = next(name for name in sizes if name.endswith(".distcp"))
+    os.truncate(interrupted / shard, sizes[shard] - 1)
+    assert not folders.complete(interrupted)
+
+
+@pytest.mark.parametrize("damage", ["missing file", "no manifest", "broken manifest"])
+def test_what_makes_a_checkpoint_incomplete(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / folders.checkpoint_name(1, 2)
+    partial = folders.partial_of(folder)
+    (partial / folders.STATE).mkdir(parents=True)
+    (partial / folders.STATE / "a.distcp").write_bytes(b"1234")
+    (partial / folders.STATE / "b.distcp").write_bytes(b"12")
+    assert folders.seal(folder, 1, 1, 2) == 6
+    assert folders.complete(folder)
+    assert folders.newest_complete_checkpoint(tmp_path) == folder
+    actions: dict[str, Callable[[], Any]] = {
+        "missing file": (folder / folders.STATE / "b.distcp").unlink,
+        "no manifest": (folder / folders.MANIFEST).unlink,
+        "broken manifest": lambda: (folder / folders.MANIFEST).write_text('{"sizes": {"state'),
+    }
+    actions[damage]()
+    assert not folders.complete(folder)
+    assert folders.newest_complete_checkpoint(tmp_path) is None
+    assert folders.incomplete_checkpoints(tmp_path) == [folder]

@@ -1,0 +1,483 @@
+"""One turn of the distillation: what moves, by how much, and which gradients exist."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from sdxs_lightning.batch import Conditioning
+from sdxs_lightning.modules.curriculum import Curriculum
+from sdxs_lightning.modules.fake_score import FakeScore
+from sdxs_lightning.modules.lr_schedules import TwoPhaseLR
+from sdxs_lightning.modules.network import prepare_unet
+from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.modules.regression_warmup import RegressionWarmup, make_pairs
+from sdxs_lightning.modules.sample import Sample
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.modules.student_terms import AdversarialTerm
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.denoising import Denoising
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.seeding import Stream, integers, normal
+from sdxs_lightning.teacher.target_sampler import TargetSampler
+from sdxs_lightning.timesteps import TimestepRange
+from tests.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
+from tests.training.tiny_distillation import KINDS, distillation, fit, weights
+
+Base = Callable[[str], Path]
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def moved(before: dict[str, Tensor], module: torch.nn.Module, role: str) -> float:
+    """Share of a role's tensors that changed."""
+    now = weights(module)
+    names = [name for name in before if name.split(".")[0] == role]
+    return sum(not torch.equal(before[name], now[name]) for name in names) / len(names)
+
+
+def built(module: OneStepDistillation) -> OneStepDistillation:
+    module.configure_model()
+    return module
+
+
+CRITIC_ONLY = Curriculum(max_student_updates=9, fake_score_warmup_turns=9)
+WARMUP_ONLY = Curriculum(max_student_updates=9, warmup_updates=9)
+WARMUP = RegressionWarmup(pairs=8, sampler_steps=2, sampler_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {"student": 1.0, "ema": 1.0, "fake_score": 1.0, "discriminator": 1.0}),
+        ({"gan": False}, {"student": 1.0, "ema": 1.0, "fake_score": 1.0}),
+        (
+            {"distribution_matching": None},
+            {"student": 1.0, "ema": 1.0, "fake_score": 1.0, "discriminator": 1.0},
+        ),
+        ({"curriculum": CRITIC_ONLY}, {"student": 0, "ema": 0, "fake_score": 1.0, "discriminator": 1.0}),
+        (
+            {"curriculum": WARMUP_ONLY, "warmup": WARMUP},
+            {"student": 1.0, "ema": 1.0, "fake_score": 0, "discriminator": 0},
+        ),
+    ],
+    ids=["both", "no-gan", "gan-only", "critic-turn", "warmup-turn"],
+)
+def test_which_networks_move(
+    base: Base, shards: Path, settings: dict[str, Any], expected: dict[str, float]
+) -> None:
+    module = built(distillation(base("sd-v_prediction"), **settings))
+    before = weights(module)
+    real_before = weights(module.real_score.module) if module.real_score is not None else {}
+    fit(module, shards, batches=1)
+    # A bias before a normalisation may have a gradient below rounding, so one tensor in a hundred may stay.
+    assert {role: moved(before, module, role) for role in expected} == pytest.approx(expected, abs=0.01)
+    assert (module.real_score is None) == (settings.get("distribution_matching", 0) is None)
+    if module.real_score is not None:
+        assert all(torch.equal(real_before[k], v) for k, v in weights(module.real_score.module).items())
+        assert all(parameter.grad is None for parameter in module.real_score.module.parameters())
+    assert all(parameter.grad is None for parameter in module.parameters())  # cleared, none left lying about
+
+
+class ByHand:
+    """The same step in plain torch on raw U-Nets: no class of ours but the addresses of the noise."""
+
+    def __init__(self, module: OneStepDistillation, size: int) -> None:
+        batch = tiny_batch(size)
+        assert (
+            batch.latents is not None and module.real_score is not None and module.discriminator is not None
+        )
+        self.student, self.fake = module.student.denoiser.unet, module.fake_score.denoiser.unet
+        self.real, self.head = module.real_score.module.unet, module.discriminator.head
+        self.v = module.family.prediction_type == "v_prediction"
+        self.timestep = module.family.conditioning_timestep
+        self.conditioning = module.family.encode_prompts(batch.captions)
+        self.positions = batch.positions
+        self.data = batch.latents.half().float() * 0.5
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.abar = torch.cumprod(1 - betas, 0)
+
+    def normal(self, stream: Stream) -> Tensor:
+        return normal(0, stream, self.positions, LATENT_SHAPE)
+
+    def at(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.abar[timesteps].view(-1, 1, 1, 1)
+        return abar.sqrt().float(), (1 - abar).sqrt().float()
+
+    def call(
+        self, unet: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning | None = None
+    ) -> Tensor:
+        output: Tensor = unet(noisy, timesteps, **(conditioning or self.conditioning).unet_kwargs()).sample
+        return output
+
+    def x0(self, output: Tensor, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        alpha, sigma = self.at(timesteps)
+        return alpha * noisy - sigma * output if self.v else (noisy - sigma * output) / alpha
+
+    def features(self, noisy: Tensor, timesteps: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        handle = self.fake.mid_block.register_forward_hook(lambda module, inputs, output: kept.append(output))
+        self.call(self.fake, noisy, timesteps)
+        handle.remove()
+        return kept[0]
+
+    def losses(self) -> tuple[Tensor, Tensor]:
+        """Student loss and critic loss of the first turn."""
+        full = torch.full_like(self.positions, self.timestep)
+        noise = self.normal(Stream.STUDENT_NOISE)
+        x = self.x0(self.call(self.student, noise, full), noise, full)
+        # Distribution matching, guidance 1.75.
+        t = integers(0, Stream.SCORE_TIMESTEP, self.positions, 20, 981)
+        alpha, sigma = self.at(t)
+        with torch.no_grad():
+            noisy = alpha * x + sigma * self.normal(Stream.SCORE_NOISE)
+            fake = self.x0(self.call(self.fake, noisy, t), noisy, t)
+            cond = self.x0(self.call(self.real, noisy, t), noisy, t)
+            uncond = self.x0(self.call(self.real, noisy, t, self.conditioning.unconditional()), noisy, t)
+            real = uncond + 1.75 * (cond - uncond)
+            g = (fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True)
+        student = 0.5 * ((x - (x - g).detach()) ** 2).mean()
+        # GAN through the fake score.
+        t = integers(0, Stream.GAN_TIMESTEP, self.positions, 0, 1000)
+        alpha, sigma = self.at(t)
+        noisy = alpha * x + sigma * self.normal(Stream.GAN_NOISE)
+        student = student + 0.3 * softplus(-self.head(self.features(noisy, t)).flatten()).mean()
+        # Critic on the detached sample and on data.
+        x = x.detach()
+        t = integers(0, Stream.FAKE_TIMESTEP, self.positions, 0, 1000)
+        alpha, sigma = self.at(t)
+        noise = self.normal(Stream.FAKE_NOISE)
+        noisy = alpha * x + sigma * noise
+        target = alpha * noise - sigma * x if self.v else noise
+        critic = ((self.call(self.fake, noisy, t) - target) ** 2).mean()
+        critic = critic + 0.3 * softplus(self.head(self.features(noisy, t)).flatten()).mean()
+        t = integers(0, Stream.REAL_TIMESTEP, self.positions, 0, 1000)
+        alpha, sigma = self.at(t)
+        noisy = alpha * self.data + sigma * self.normal(Stream.REAL_NOISE)
+        critic = critic + 0.3 * softplus(-self.head(self.features(noisy, t)).flatten()).mean()
+        return student, critic
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_turn_equals_the_same_step_in_plain_torch(base: Base, shards: Path, kind: str) -> None:
+    module = built(distillation(base(kind), gradient_clip_norm=None))
+    # Apart from the base, as after training: at the start fake equals real and the score difference is guidance alone.
+    for parameter, other in zip(
+        module.fake_score.parameters(), tiny_sd_unet(seed=3).parameters(), strict=False
+    ):
+        if parameter.shape == other.shape:
+            parameter.data.lerp_(other.data, 0.1)
+    hand = ByHand(copy.copy(module), size=4)
+    student_loss, critic_loss = hand.losses()
+    student = list(module.student.parameters())
+    critics = [*module.fake_score.parameters(), *module.discriminator.parameters()]  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(student_loss, student) + torch.autograd.grad(critic_loss, critics)
+    expected = [p.detach() - 0.1 * g for p, g in zip([*student, *critics], gradients, strict=True)]
+    trainer = fit(module, shards, batches=1, shuffled=False)
+    for found, wanted in zip([*student, *critics], expected, strict=True):
+        torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6)
+    metrics = trainer.callback_metrics
+    logged = metrics["student/distribution_matching"] + metrics["student/adversarial"]
+    torch.testing.assert_close(logged, student_loss.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sd-epsilon", "sdxl-epsilon"])
+def test_two_micro_batches_are_one_batch_of_twice_the_size(base: Base, shards: Path, kind: str) -> None:
+    whole, parts = distillation(base(kind)), distillation(base(kind), accumulate_grad_batches=2)
+    fit(whole, shards, batches=2, batch_size=4)
+    fit(parts, shards, batches=4, batch_size=2)
+    assert (whole.turns, parts.turns, parts.student_updates, parts.micro_batches) == (2, 2, 2, 0)
+    for (name, one), (_, two) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_average_follows_student_updates_only(base: Base, shards: Path) -> None:
+    module = built(
+        distillation(
+            base("sd-epsilon"),
+            curriculum=Curriculum(max_student_updates=99, critic_updates_per_student_update=2),
+            ema_decay=0.75,
+        )
+    )
+    history = [weights(module.student)]
+    recorder = _AfterEachBatch(lambda: history.append(weights(module.student)))
+    fit(module, shards, batches=4, callbacks=[recorder])  # updates on turns 0 and 2
+    assert module.student_updates == 2
+    assert module.ema is not None and not module.ema.denoiser.training
+    for name, averaged in weights(module.ema).items():
+        start, first, second = (history[i][name] for i in (0, 1, 3))
+        torch.testing.assert_close(averaged, 0.75 * (0.75 * start + 0.25 * first) + 0.25 * second)
+
+
+class _AfterEachBatch(Callback):
+    def __init__(self, function: Callable[[], None]) -> None:
+        self.function = function
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # type: ignore[override]
+        self.function()
+
+
+def test_checkpoint_holds_what_learns_and_nothing_else(base: Base, shards: Path, tmp_path: Path) -> None:
+    module = distillation(base("sdxl-epsilon"))
+    trainer = fit(module, shards, batches=1)
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    content = torch.load(tmp_path / "run.ckpt", weights_only=False)
+    parts = {".".join(name.split(".")[:2]) for name in content["state_dict"]}
+    assert parts == {"student.denoiser", "fake_score.denoiser", "ema.denoiser", "discriminator.head"}
+    assert len(content["optimizer_states"]) == 3
+    assert content["one_step_distillation"] == {"turns": 1, "student_updates": 1}
+    parameters = sum(value.numel() for value in content["state_dict"].values())
+    unet = sum(parameter.numel() for parameter in module.family.load_unet().parameters())
+    head = sum(parameter.numel() for parameter in module.discriminator.parameters())  # type: ignore[union-attr]
+    assert parameters == 3 * unet + head
+
+
+def test_guidance_one_asks_the_real_score_without_doubling(base: Base, shards: Path) -> None:
+    sizes = {}
+    for scale in (1.0, 3.0):
+        module = built(
+            distillation(base("sd-epsilon"), distribution_matching=DistributionMatching(guidance_scale=scale))
+        )
+        assert module.real_score is not None
+        seen: list[int] = []
+        module.real_score.module.unet.register_forward_pre_hook(
+            lambda m, inputs, seen=seen: seen.append(len(inputs[0]))
+        )
+        trainer = fit(module, shards, batches=1)
+        sizes[scale] = seen
+        if scale == 1.0:  # fake score and real score are the same network here, so there is nothing to match
+            assert trainer.callback_metrics["student/distribution_matching"] < 1e-9
+    assert sizes == {1.0: [4], 3.0: [8]}
+
+
+def test_run_ends_after_the_last_student_update(base: Base, shards: Path) -> None:
+    curriculum = Curriculum(
+        max_student_updates=2, critic_updates_per_student_update=3, fake_score_warmup_turns=1
+    )
+    module = distillation(base("sd-epsilon"), curriculum=curriculum)
+    fit(module, shards, batches=50)
+    assert (module.student_updates, module.turns) == (2, 5)
+
+
+def test_learning_rates_move_with_each_networks_own_updates(base: Base, shards: Path) -> None:
+    falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.5**update)
+    module = distillation(
+        base("sd-epsilon"),
+        student=StudentGenerator(SGD, falling),
+        fake_score=FakeScore(SGD, partial(TwoPhaseLR, total_updates=10, final_factor=0.0)),
+        curriculum=Curriculum(max_student_updates=9, critic_updates_per_student_update=3),
+    )
+    trainer = fit(module, shards, batches=5)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
+    assert rates == pytest.approx([0.1 * 0.5**2, 0.05, 0.1])
+
+
+# ---------------------------------------------------------------------------------------------------------- the GAN path
+
+
+def _sample(module: OneStepDistillation, seed: int = 0) -> Sample:
+    batch = tiny_batch(3)
+    noise = normal(seed, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
+    conditioning = module.family.encode_prompts(batch.captions)
+    latents = module.student(noise, conditioning)
+    return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
+
+
+def test_student_gan_gradient_reaches_the_student_through_resting_judges(base: Base) -> None:
+    from sdxs_lightning.modules.network import resting
+
+    module = built(distillation(base("sd-v_prediction")))
+    sample = _sample(module)
+    with resting(module.fake_score, module.discriminator):
+        loss, _ = AdversarialTerm(DiffusionAdversarial(student_weight=2.0))(sample, module.roles)
+        loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.student.parameters())
+    for judge in (module.fake_score, module.discriminator):
+        assert judge is not None and all(p.grad is None and p.requires_grad for p in judge.parameters())
+    with torch.no_grad():
+        noisy = sample.renoise(
+            module.family.schedule, TimestepRange(0, 999), Stream.GAN_TIMESTEP, Stream.GAN_NOISE
+        )
+        _, features = module.fake_score.predict_with_features(
+            noisy.latents, noisy.timesteps, sample.conditioning
+        )
+        assert module.discriminator is not None
+        logits = module.discriminator(features)
+    torch.testing.assert_close(loss.detach(), 2 * softplus(-logits).mean())
+    # Downhill for the student is uphill for its logits.
+    with torch.no_grad():
+        for parameter in module.student.parameters():
+            parameter -= 1e-2 * parameter.grad / 2
+    better, _ = AdversarialTerm(DiffusionAdversarial(student_weight=2.0))(_sample(module), module.roles)
+    assert better < loss
+
+
+def test_critic_gan_gradient_trains_head_and_encoder_only(base: Base) -> None:
+    module = built(distillation(base("sd-epsilon")))
+    fake = _sample(module).detach()
+    data = tiny_batch(3)
+    assert data.latents is not None and module.discriminator is not None
+    real = Sample(latents=data.latents, conditioning=fake.conditioning, positions=data.positions, seed=0)
+    noisy = fake.renoise(
+        module.family.schedule, TimestepRange(0, 999), Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE
+    )
+    _, features = module.fake_score.predict_with_features(noisy.latents, noisy.timesteps, fake.conditioning)
+    module._adversarial_loss(features, real).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.discriminator.parameters())
+    unet = module.fake_score.denoiser.unet
+    for part in (unet.conv_in, unet.time_embedding, unet.down_blocks, unet.mid_block):
+        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
+    for part in (unet.up_blocks, unet.conv_out):
+        assert all(p.grad is None for p in part.parameters())
+    assert all(p.grad is None for p in module.student.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- switches
+
+
+def test_bf16_mixed_keeps_float32_masters_and_reaches_every_tensor(base: Base, shards: Path) -> None:
+    module = built(distillation(base("sd-v_prediction"), real_score_dtype="bfloat16"))
+    before = weights(module)
+    trainer = fit(module, shards, batches=1, precision="bf16-mixed")
+    for role in ("student", "fake_score", "ema"):
+        assert moved(before, module, role) == 1.0, role
+    # All but the last bias, whose gradient is mean sigmoid(fake) - mean sigmoid(-real), 0 in bfloat16 for a fresh head.
+    assert moved(before, module, "discriminator") >= 5 / 6
+    assert {value.dtype for value in weights(module).values()} == {torch.float32}
+    full = distillation(base("sd-v_prediction"))
+    reference = fit(full, shards, batches=1).callback_metrics
+    for name in ("student/distribution_matching", "fake_score/loss", "discriminator/loss"):
+        assert trainer.callback_metrics[name].dtype == torch.float32
+        torch.testing.assert_close(trainer.callback_metrics[name], reference[name], rtol=0.05, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(base: Base, shards: Path) -> None:
+    plain = distillation(base("sd-epsilon"))
+    saving = distillation(
+        base("sd-epsilon"),
+        student=StudentGenerator(SGD, gradient_checkpointing=True),
+        fake_score=FakeScore(SGD, gradient_checkpointing=True),
+    )
+    for module in (plain, saving):
+        fit(module, shards, batches=1)
+    assert saving.student.denoiser.unet.is_gradient_checkpointing
+    for one, two in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+def test_compiled_blocks_are_marked_and_can_be_copied() -> None:
+    unet = prepare_unet(tiny_sd_unet(), gradient_checkpointing=False, compile_blocks=True)
+    compiled = [m for m in unet.modules() if m._compiled_call_impl is not None]
+    assert len(compiled) == 11 + 7  # residual and transformer blocks
+    copied = copy.deepcopy(unet)
+    assert set(copied.state_dict()) == set(tiny_sd_unet().state_dict())
+
+
+def test_a_pruned_student_of_another_shape(base: Base, shards: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    config = {k: v for k, v in tiny_sd_unet().config.items() if not k.startswith("_")} | {
+        "mid_block_type": None
+    }
+    UNet2DConditionModel(**config).save_pretrained(tmp_path)
+    student = StudentGenerator(SGD, weights=str(tmp_path), conditioning_timestep=399)
+    module = built(distillation(base("sd-epsilon"), student=student))
+    before = weights(module)
+    fit(module, shards, batches=1)
+    assert module.student.denoiser.unet.mid_block is None and module.student.conditioning_timestep == 399
+    assert moved(before, module, "student") == 1.0
+
+
+def test_pairs_are_the_target_samplers_whatever_the_batches(base: Base) -> None:
+    module = built(distillation(base("sd-v_prediction")))
+    assert module.real_score is not None
+    captions = tiny_batch(5).captions
+    pairs = [
+        make_pairs(
+            RegressionWarmup(pairs=7, sampler_steps=3, guidance_scale=2.0, sampler_batch_size=size),
+            captions,
+            module.family,
+            module.real_score.module,
+            seed=5,
+        )
+        for size in (2, 7)
+    ]
+    torch.testing.assert_close(pairs[0].targets, pairs[1].targets, rtol=1e-4, atol=1e-4)
+    noise, conditioning, target = pairs[0].pick(torch.arange(100, 104))
+    guided = Conditioning(
+        prompt_embeds=conditioning.prompt_embeds,
+        negative_prompt_embeds=module.family.encode_prompts([""] * 4).prompt_embeds,
+    )
+    expected = TargetSampler(module.real_score.module, 3, 2.0)(noise, guided)
+    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-4)
+    assert conditioning.negative_prompt_embeds is None
+
+
+def test_warmup_is_deterministic_and_lowers_its_loss(base: Base, shards: Path) -> None:
+    losses: list[list[float]] = []
+    for _ in range(2):
+        module = distillation(
+            base("sd-v_prediction"),
+            curriculum=Curriculum(max_student_updates=12, warmup_updates=12),
+            warmup=WARMUP,
+        )
+        seen: list[float] = []
+        trainer_metrics = _Metrics("student/regression", seen)
+        fit(module, shards, batches=12, batch_size=8, callbacks=[trainer_metrics])
+        losses.append(seen)
+    assert losses[0] == losses[1]
+    assert sum(losses[0][-3:]) < 0.9 * sum(losses[0][:3])
+
+
+class _Metrics(Callback):
+    def __init__(self, name: str, into: list[float]) -> None:
+        self.name, self.into = name, into
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # type: ignore[override]
+        self.into.append(float(trainer.callback_metrics[self.name]))
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gan": False, "adversarial": DiffusionAdversarial()}, "go together"),
+        ({"gan": False, "distribution_matching": None}, "the student has no objective"),
+        ({"denoising": Denoising(timesteps=TimestepRange(0, 500))}, "must equal denoising.timesteps"),
+        ({"warmup": WARMUP}, "warmup_updates is 0 and warmup is RegressionWarmup"),
+        ({"curriculum": WARMUP_ONLY}, "give both, or 0 and null"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be 1 or more"),
+    ],
+)
+def test_parts_that_do_not_go_together(base: Base, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        distillation(base("sd-epsilon"), **settings)
+
+
+def test_latents_of_another_size_are_refused(base: Base) -> None:
+    module = built(distillation(base("sd-epsilon")))
+    batch = tiny_batch(2)
+    sample = _sample(module)
+    small = type(batch)(
+        captions=batch.captions,
+        positions=batch.positions,
+        sample_ids=batch.sample_ids,
+        latents=torch.zeros(2, 4, 8, 8),
+    )
+    with pytest.raises(
+        ValueError, match=r"latents of shape \(4, 16, 16\) in every batch and got shape \(4, 8, 8\)"
+    ):
+        module._data(small, sample)
+    none = type(batch)(captions=batch.captions, positions=batch.positions, sample_ids=batch.sample_ids)
+    with pytest.raises(ValueError, match="got none; make latent shards"):
+        module._data(none, sample)

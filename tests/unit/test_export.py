@@ -1,0 +1,74 @@
+"""The exported folder, run by stock diffusers."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from sdxs_lightning.export import export_pipeline, one_step_scheduler
+from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.families.sdxl import StableDiffusionXL
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.noise_schedule import PredictionType
+from tests.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
+
+CAPTIONS = ["a red circle", "a blue star on a white background"]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
+def test_stock_pipeline_equals_the_student(
+    tmp_path: Path, prediction_type: PredictionType, sdxl: bool
+) -> None:
+    save, family_class = (save_tiny_sdxl, StableDiffusionXL) if sdxl else (save_tiny_sd, StableDiffusion)
+    base = save(tmp_path / "base", prediction_type)
+    noise = torch.randn(2, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
+    for timestep in (999, 399):
+        family = family_class(str(base), conditioning_timestep=timestep)
+        student = StudentGenerator(partial(torch.optim.SGD, lr=0.1))
+        student.build(family)
+        with torch.no_grad():
+            student.denoiser.unet.conv_out.weight.mul_(1.5)  # not the base's network
+            latents = student(noise, family.encode_prompts(CAPTIONS))
+            images = family.decode(latents)
+        folder = export_pipeline(student.denoiser.unet, family, tmp_path / "out", dtype=torch.float32)
+        pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(folder)
+        run = partial(
+            pipeline, CAPTIONS, num_inference_steps=1, guidance_scale=0.0, latents=noise, width=32, height=32
+        )
+        size = float(latents.abs().max())
+        torch.testing.assert_close(run(output_type="latent").images, latents, rtol=1e-5, atol=1e-5 * size)
+        found = torch.from_numpy(run(output_type="np").images).permute(0, 3, 1, 2)
+        torch.testing.assert_close(found, (images / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_export_halves_files_and_leaves_the_student(tmp_path: Path) -> None:
+    family = StableDiffusion(str(save_tiny_sd(tmp_path / "base")))
+    unet = tiny_sd_unet(seed=4)
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("from an earlier export")
+    export_pipeline(unet, family, tmp_path / "out")
+    assert not (tmp_path / "out" / "old.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+    assert unet.dtype == torch.float32
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "out", torch_dtype=torch.float16)
+    for name, value in pipeline.unet.state_dict().items():
+        assert value.dtype == torch.float16 and torch.equal(value, before[name].half())
+    half = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    whole = (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert half < 0.7 * whole
+
+
+def test_scheduler_lands_on_the_conditioning_timestep(tmp_path: Path) -> None:
+    family = StableDiffusion(str(save_tiny_sd(tmp_path / "base")))
+    for timestep in (999, 399, 0):
+        scheduler = one_step_scheduler(family, timestep)
+        scheduler.set_timesteps(1)
+        assert scheduler.timesteps.tolist() == [timestep] and scheduler.init_noise_sigma == 1.0
+        expected = family.schedule.alphas_cumprod[timestep]
+        torch.testing.assert_close(scheduler.alphas_cumprod[timestep], expected, rtol=1e-5, atol=0)
