@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from data.shards.datamodule import ShardDataModule
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
-from data.shards.loader import ShardLoader
+from data.shards.loader import Pass, ShardLoader
 from data.shards.order import SampleOrder
 from data.shards.writer import ShardWriter, encode_latents
 from sdxs_lightning.batch import TrainingBatch
@@ -187,6 +187,24 @@ def test_resume_after_a_failure(uninterrupted: tuple[list[Any], Path], folder: P
 def test_short_epochs_pass_no_sample_over(uninterrupted: tuple[list[Any], Path], folder: Path) -> None:
     seen, _ = uninterrupted
     assert fit(folder, workers=2, limit_train_batches=4, max_epochs=4) == seen[:16]
+
+
+def test_only_what_is_left_of_an_epoch_is_read_ahead(
+    uninterrupted: tuple[list[Any], Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[Pass] = []
+    decide = ShardDataModule._next_pass
+
+    def recorded(self: ShardDataModule, batches_per_epoch: int) -> Pass:
+        passes.append(decide(self, batches_per_epoch))
+        return passes[-1]
+
+    monkeypatch.setattr(ShardDataModule, "_next_pass", recorded)
+    fit(folder, checkpoint=uninterrupted[1] / "step-4.ckpt")
+    assert passes == [Pass(4, 2), Pass(6, 6), Pass(12, 6)]
+    passes.clear()
+    fit(folder, limit_train_batches=4, max_epochs=2)
+    assert passes == [Pass(0, 4), Pass(4, 4)]
 
 
 @pytest.mark.timeout(120)  # ranks that wait for each other would wait for ever

@@ -45,7 +45,9 @@ def reading(folder: Path, contents: list[Content], **options: Any) -> ShardDatas
 
 
 def test_images_of_each_format(tmp_path: Path) -> None:
-    samples = [{kind: picture(6, 4, kind), "txt": kind} for kind in ("png", "webp", "jpeg")]
+    samples: list[dict[str, Any]] = [
+        {kind: picture(6, 4, kind), "txt": kind} for kind in ("png", "webp", "jpeg")
+    ]
     samples += [{"jpg": samples[2]["jpeg"], "json": {"caption": " jpg "}}]
     batch = dataset(tmp_path, samples, ["images"]).batch([0, 1, 2, 3])
     assert batch.captions == ["png", "webp", "jpeg", "jpg"]

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from data.shards.index import ShardSet, expand_braces, find_shards, index_shard, scan_shard, sidecar_path
+from data.shards.index import (
+    ShardIndex,
+    ShardSet,
+    expand_braces,
+    find_shards,
+    index_shard,
+    scan_shard,
+    sidecar_path,
+)
 from data.shards.tar_headers import BrokenShardError, tar_members
 
 LONG = "folder/" + "n" * 120 + "/" + "k" * 130
@@ -64,6 +72,9 @@ def test_every_truncation_is_refused(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         with pytest.raises(BrokenShardError, match=r"cut\.tar is truncated"):
             scan_shard(path)
+    path.write_bytes(whole[:700])
+    with pytest.raises(BrokenShardError, match=r"'0\.txt' should end at byte 712, but the file has 700"):
+        scan_shard(path)
     path.write_bytes(b"")
     with pytest.raises(BrokenShardError, match=r"cut\.tar is empty"):
         scan_shard(path)
@@ -91,7 +102,12 @@ def test_sidecar_is_used_and_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = write_tar(tmp_path / "s.tar", [("a.txt", b"1")])
     first = index_shard(path)
     scans: list[Path] = []
-    monkeypatch.setattr("data.shards.index.scan_shard", lambda p: scans.append(p) or scan_shard(p))
+
+    def counted(scanned: Path) -> ShardIndex:
+        scans.append(scanned)
+        return scan_shard(scanned)
+
+    monkeypatch.setattr("data.shards.index.scan_shard", counted)
     again = index_shard(path)
     assert not scans
     assert again.fingerprint == first.fingerprint and again.offsets.tolist() == first.offsets.tolist()
@@ -116,7 +132,8 @@ def test_an_index_that_cannot_be_saved_is_only_slow(tmp_path: Path, caplog: pyte
 def test_shards_of_equal_name_stay_apart(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        write_tar(tmp_path / folder / "00000.tar", [(f"{folder}.txt", b"")])
+        path = write_tar(tmp_path / folder / "00000.tar", [(f"{folder}.txt", b"")])
+        os.utime(path, ns=(0, 10**18))  # so that size and time cannot tell them apart
     for _ in range(2):
         shards = ShardSet.open([tmp_path / "one", tmp_path / "two"], tmp_path / "indexes")
         assert [shard.key(0) for shard in shards.shards] == ["one", "two"]
@@ -154,8 +171,8 @@ def test_no_shards(tmp_path: Path) -> None:
         find_shards(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"No file matches '.*\*\.tar'"):
         find_shards(f"{tmp_path}/*.tar")
+    (tmp_path / "00.tar").touch()
     with pytest.raises(FileNotFoundError, match=r"There is no shard or folder '.*01\.tar'"):
-        (tmp_path / "00.tar").touch()
         find_shards(f"{tmp_path}/{{00..01}}.tar")
     with pytest.raises(FileNotFoundError, match="No shards were named"):
         find_shards([])

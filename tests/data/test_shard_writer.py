@@ -11,7 +11,7 @@ import webdataset
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
-from data.shards.writer import ShardWriter, encode_latents
+from data.shards.writer import Member, ShardWriter, encode_latents
 
 
 def write_shards(folder: Path, count: int = 10, samples_per_shard: int = 4, **options: bool) -> list[Path]:
@@ -19,7 +19,7 @@ def write_shards(folder: Path, count: int = 10, samples_per_shard: int = 4, **op
     with ShardWriter(folder, "toy-", samples_per_shard, **options) as writer:
         for number in range(count):
             latents = torch.randn(4, 8, 8, generator=generator)
-            members = {
+            members: dict[str, Member] = {
                 "latent.safetensors": encode_latents(latents),
                 "txt": f"größe {number}",
                 "json": {"b": 1, "a": number},
@@ -65,11 +65,15 @@ def test_latents_come_back_in_half_precision(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_writer_leaves_whole_shards_only(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, samples_per_shard=2) as writer:
-        for _ in range(3):
-            writer.write({"txt": "a"})
-        assert (tmp_path / "00001.tar.partial").exists()
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with ShardWriter(tmp_path, samples_per_shard=2) as writer:
+            for _ in range(3):
+                writer.write({"txt": "a"})
+            assert (tmp_path / "00001.tar.partial").exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [path.name for path in tmp_path.iterdir()] == ["00000.tar"]
     assert len(ShardSet.open(tmp_path).shards[0]) == 2
 
