@@ -110,6 +110,12 @@ class ShardDataModule(pl.LightningDataModule):
             self._loader.close()
             self._loader = None
 
+    def train_captions(self, count: int) -> list[str]:
+        """The captions of the first `count` samples in stored order, or of all if there are fewer."""
+        self.setup()
+        assert self.dataset is not None
+        return self.dataset.captions(count)
+
     def state_dict(self) -> dict[str, Any]:
         """What the meaning of a position depends on; the position itself is in the Trainer's counters."""
         return self._identity()

@@ -116,12 +116,12 @@ class ShardDataset(Dataset[TrainingBatch]):
             BadSampleError: if a member cannot be decoded, a caption is empty and may not be, or sizes differ.
             BrokenShardError: if a shard has become shorter than its index says.
         """
-        samples = self.order.samples_at(positions)
-        # An empty shard begins where the next one does; "right" passes over it.
-        numbers = np.searchsorted(self._first_samples, samples, side="right") - 1
-        rows = samples - self._first_samples[numbers]
-        read = [self._read(number, row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
-        return _collate(read, positions)
+        return _collate(self._read_all(self.order.samples_at(positions)), positions)
+
+    def captions(self, count: int) -> list[str]:
+        """The captions of the first `count` samples in stored order, or of all if there are fewer."""
+        samples = np.arange(min(count, len(self)), dtype=np.int64)
+        return [sample["captions"] for sample in self._read_all(samples)]
 
     def close(self) -> None:
         """Close the shards that are open."""
@@ -137,6 +137,13 @@ class ShardDataset(Dataset[TrainingBatch]):
     def __getstate__(self) -> dict[str, Any]:
         """Without open files, which another process cannot use."""
         return self.__dict__ | {"_open": OrderedDict()}
+
+    def _read_all(self, samples: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Samples by their number in stored order."""
+        # An empty shard begins where the next one does; "right" passes over it.
+        numbers = np.searchsorted(self._first_samples, samples, side="right") - 1
+        rows = samples - self._first_samples[numbers]
+        return [self._read(number, row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
 
     def _read(self, number: int, row: int) -> dict[str, Any]:
         index, shard = self.shards.shards[number], self._shard(number)

@@ -1,0 +1,111 @@
+"""The shipped toy base and its judges, and the shards that are made of the toy world."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from data.toy.autoencoder import whiten_latents
+from data.toy.classifier import AttributeClassifier
+from data.toy.datamodule import ToyDataModule, encode
+from data.toy.rendered import render_batch
+from data.toy.world import captions
+
+BASE = Path(__file__).parents[2] / "data" / "toy"
+
+
+def test_shipped_files_stay_within_ten_megabytes() -> None:
+    shipped = [path for path in BASE.rglob("*") if path.suffix in {".safetensors", ".npz", ".json"}]
+    assert 5e6 < sum(path.stat().st_size for path in shipped) < 10e6
+
+
+def test_classifier_reads_real_and_reconstructed_pictures() -> None:
+    classifier = AttributeClassifier.from_pretrained(BASE / "classifier")
+    pictures, stated = render_batch("val", 200), captions("val", 200)
+    assert classifier.right(pictures, stated).all(dim=1).float().mean() >= 0.99
+    autoencoder = AutoencoderKL.from_pretrained(BASE / "base" / "vae", torch_dtype=torch.float32).eval()
+    with torch.no_grad():
+        decoded = autoencoder.decode(encode(autoencoder, pictures)).sample
+    reconstructed = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    assert classifier.right(reconstructed, stated).all(dim=1).float().mean() >= 0.99
+    error = (reconstructed.double() - pictures.double()).square().mean(dim=(1, 2, 3))
+    assert (10 * torch.log10(255**2 / error)).mean() > 36
+
+
+def test_classifier_counts_only_what_is_stated_and_bound() -> None:
+    classifier = AttributeClassifier.from_pretrained(BASE / "classifier")
+    pictures, stated = render_batch("val", 200), captions("val", 200)
+    index = next(i for i, caption in enumerate(stated) if " above " in caption)
+    first, second = stated[index].split(" above ")
+    one = pictures[index : index + 1].repeat(3, 1, 1, 1)
+    right = classifier.right(one, [f"{first} above {second}", f"{second} below {first}", f"{second} above {first}"])
+    assert right.all(dim=1).tolist() == [True, True, False]
+    assert right[:, 1:3].all(), "size and background of a pair are not stated"
+
+
+def test_missing_classifier_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no attribute classifier at .* configs/toy/classifier.yaml"):
+        AttributeClassifier.from_pretrained(tmp_path)
+
+
+def test_whitening_changes_latents_and_no_reconstruction() -> None:
+    torch.manual_seed(0)
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        mid_block_add_attention=False,
+    ).eval()
+    images = render_batch("train", 64).float() / 127.5 - 1
+    with torch.no_grad():
+        before = autoencoder.encode(images).latent_dist
+        decoded_before = autoencoder.decode(before.mode()).sample
+        whiten_latents(autoencoder, images)
+        after = autoencoder.encode(images).latent_dist
+        decoded_after = autoencoder.decode(after.mode()).sample
+    torch.testing.assert_close(decoded_after, decoded_before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.mean.mean(dim=(0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(after.mean.std(dim=(0, 2, 3)), torch.ones(4), rtol=1e-3, atol=0)
+    ratio = before.mean.std(dim=(0, 2, 3)).view(1, 4, 1, 1)
+    torch.testing.assert_close(after.std * ratio, before.std, rtol=1e-4, atol=1e-6)
+
+
+def test_shards_hold_the_vae_means_and_captions(tmp_path: Path) -> None:
+    module = ToyDataModule(str(BASE / "base"), train_images=40, cache=str(tmp_path), batch_size=8)
+    module.prepare_data()
+    module.setup("fit")
+    loader = module.train_dataloader()
+    batches = list(iter(loader))
+    assert len(batches) == 5
+    autoencoder = AutoencoderKL.from_pretrained(BASE / "base" / "vae", torch_dtype=torch.float32).eval()
+    expected = dict(zip(captions("train", 40), encode(autoencoder, render_batch("train", 40)), strict=True))
+    for batch in batches:
+        assert batch.latents is not None
+        for caption, latents in zip(batch.captions, batch.latents, strict=True):
+            torch.testing.assert_close(latents.float(), expected[caption], rtol=1e-3, atol=1e-3)
+    assert module.train_captions(12) == captions("train", 12)
+    assert module.train_captions(100) == captions("train", 40)
+    assert sorted(caption for batch in batches for caption in batch.captions) == sorted(expected)
+
+
+def test_interrupted_shards_are_made_again(tmp_path: Path) -> None:
+    module = ToyDataModule(str(BASE / "base"), train_images=16, cache=str(tmp_path), batch_size=8)
+    module.prepare_data()
+    shard = module.folder / "00000.tar"
+    good = shard.read_bytes()
+    (module.folder / "complete").unlink()
+    shard.write_bytes(good[:1000])
+    ToyDataModule(str(BASE / "base"), train_images=16, cache=str(tmp_path), batch_size=8).prepare_data()
+    assert shard.read_bytes() == good
+
+
+def test_a_base_without_autoencoder_is_one_sentence(tmp_path: Path) -> None:
+    shutil.copytree(BASE / "base" / "unet", tmp_path / "unet")
+    with pytest.raises(FileNotFoundError, match="no autoencoder at .* configs/toy/autoencoder.yaml"):
+        ToyDataModule(str(tmp_path))
