@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdxs_lightning import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
+from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.config_errors import sentence
 from sdxs_lightning.errors import Interrupted, RunStopped, UserError
 
@@ -60,22 +61,27 @@ class SaveConfig(SaveConfigCallback):
         """Writes it, unless an earlier stage of the run has.
 
         Raises:
-            UserError: if the run's folder cannot be written.
+            UserError: on all ranks, if the run's folder cannot be written.
         """
-        if self.already_saved or not trainer.is_global_zero:
+        if self.already_saved:
             return
-        folder = Path(trainer.default_root_dir)
+        ranks = Ranks()
+        problem = ranks.first_message(self._write(Path(trainer.default_root_dir)) if ranks.first else None)
+        if problem:
+            raise UserError(problem)
+        self.already_saved = True
+
+    def _write(self, folder: Path) -> str | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, folder / self.config_filename, skip_none=False, overwrite=True, multifile=False
-            )
+            path = folder / self.config_filename
+            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
         except OSError as error:
-            raise UserError(
+            return (
                 f"the run's folder '{folder}' cannot be written ({folders.write_failure(error)}); give another one as "
                 "--trainer.default_root_dir, or mend its permissions."
-            ) from error
-        self.already_saved = True
+            )
+        return None
 
 
 class TrainingCLI(LightningCLI):
@@ -195,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # what Lightning makes of it
             return _interrupted_early(130, "Ctrl-C")
         raise
-    except (ValueError, OSError, MisconfigurationException) as error:
+    except Exception as error:
         if not _said_by_us(error):
             raise
         _tell(error)
@@ -224,7 +230,7 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
         assert cause is not None
         if isinstance(cause, RunStopped):
             raise cause from None
-        if isinstance(cause, ValueError | OSError):
+        if _said_by_us(cause):
             raise UserError(str(cause)) from cause
         raise cause from None
     except OmegaConfBaseException as error:

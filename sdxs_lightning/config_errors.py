@@ -76,7 +76,8 @@ def _unknown_key(
         return None
     group, name = match[1], match[2]
     key = ".".join(part for part in (_key(message, match.start()), group, name) if part)
-    accepted = _accepted_by_class(message[: match.start()], group) or _accepted_by_group(key, options)
+    told = message[: match.start()] + message[match.end() :].partition("\n")[0]
+    accepted = _accepted_by_class(told, group) or _accepted_by_group(key, options)
     what = f"{key} is no option{_nearest(name.partition('.')[0], accepted)}"
     listed = f"; accepted are {', '.join(sorted(accepted))}" if 0 < len(accepted) <= 30 else ""
     return f"{what}{_where(name, files, arguments)}{listed}."
@@ -103,7 +104,8 @@ def _no_such_class(
 ) -> str | None:
     match = re.search(r"Problem with given class_path '([^']+)':\s*\n\s*(.+)", message)
     if match:
-        return f"class_path {match[1]!r} cannot be used{_where('class_path', [], arguments, match[1], files)}: {_flat(match[2])}."
+        place = _where("class_path", [], arguments, match[1], files)
+        return f"class_path {match[1]!r} cannot be used{place}: {_flat(match[2])}."
     given = re.search(r"Not a valid subclass of (\w+)", message)
     if given is None:
         return None

@@ -1,0 +1,109 @@
+"""Every YAML that is shipped: it parses against the classes of today, and the stages run two student updates at tiny size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sdxs_lightning.cli import TrainingCLI, main
+from tests.config.tiny_run import ROOT
+from tests.training.tiny_distillation import save_base, save_shards
+
+CONFIGS = ROOT / "configs"
+OVERLAYS = {
+    "hardware/cpu.yaml": ["sd15/distill.yaml"],
+    "hardware/one_gpu.yaml": ["sd15/distill.yaml"],
+    "hardware/ddp.yaml": ["sdxl/distill.yaml"],
+    "hardware/fsdp2.yaml": ["sdxl/distill.yaml"],
+    "hardware/multi_node.yaml": ["sdxl/distill.yaml", "hardware/fsdp2.yaml"],
+    "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
+}
+"""Files that are laid over others."""
+
+
+def names() -> list[str]:
+    return sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def stack(name: str) -> list[str]:
+    """The command line that reads a file, and before it what it is laid over."""
+    return [part for file in (*OVERLAYS.get(name, []), name) for part in ("--config", str(CONFIGS / file))]
+
+
+def printed(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
+    with pytest.raises(SystemExit) as end:
+        TrainingCLI([*arguments, "--print_config"])
+    assert end.value.code in (0, None)
+    resolved: dict[str, dict[str, object]] = yaml.safe_load(capsys.readouterr().out)
+    return resolved
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_shipped_file_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    resolved = printed(stack(name), capsys)
+    assert "class_path" in resolved["model"]
+    assert resolved["trainer"]["default_root_dir"]
+
+
+def test_overlays_merge_field_by_field(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*stack("sd15/distill_gan.yaml"), "--config", str(CONFIGS / "hardware/one_gpu.yaml")]
+    resolved = printed([*arguments, "--seed_everything", "7"], capsys)
+    model = resolved["model"]["init_args"]
+    assert isinstance(model, dict)
+    optimizer = model["student"]["init_args"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["weight_decay"], optimizer["fused"]) == (5e-7, 0.01, True)
+    assert model["adversarial"]["student_weight"] == 1e-3
+    assert model["real_score_dtype"] == "bfloat16"
+    assert model["curriculum"]["critic_updates_per_student_update"] == 10
+    assert resolved["trainer"]["precision"] == "bf16-mixed"
+    # Interpolations follow the flag that came after the files.
+    data = resolved["data"]["init_args"]
+    assert isinstance(data, dict)
+    assert (model["seed"], data["seed"]) == (7, 7)
+
+
+def tiny_overrides(name: str, folder: Path) -> list[str]:
+    kind = "sdxl-epsilon" if name.startswith("sdxl") else "sd-epsilon"
+    flags = {
+        "model.init_args.family.init_args.base": save_base(kind, folder),
+        "model.init_args.curriculum.max_student_updates": 2,
+        "model.init_args.curriculum.critic_updates_per_student_update": 1,
+        "model.init_args.accumulate_grad_batches": 1,
+        "data.init_args.batch_size": 2,
+        "data.init_args.num_workers": 0,
+        "trainer.default_root_dir": folder / name.replace("/", "-"),
+        "trainer.enable_model_summary": False,
+    }
+    if name.startswith(("toy", "quickstart")):
+        flags |= {
+            "model.init_args.curriculum.fake_score_warmup_turns": 0,
+            "data.init_args.train_images": 64,
+            "data.init_args.cache": folder / "rendered",
+            # What measures needs the real toy base, and is tested with the evaluation.
+            "trainer.callbacks": "null",
+            "trainer.enable_checkpointing": False,
+        }
+    else:
+        flags["data.init_args.shards"] = save_shards(folder / "shards")
+    text = (CONFIGS / name).read_text()
+    if "warmup_updates:" in text and "warmup: null" not in text:
+        flags |= {
+            "model.init_args.curriculum.warmup_updates": 1,
+            "model.init_args.warmup.pairs": 4,
+            "model.init_args.warmup.sampler_steps": 2,
+        }
+    return [f"--{key}={value}" for key, value in flags.items()]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in names() if name.endswith(("distill.yaml", "quickstart.yaml"))]
+)
+def test_a_stage_runs_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    assert (
+        main([*stack(name), "--config", str(CONFIGS / "hardware/cpu.yaml"), *tiny_overrides(name, folder)])
+        == 0
+    )
+    assert (folder / name.replace("/", "-") / "config.yaml").is_file()
