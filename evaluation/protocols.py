@@ -79,7 +79,7 @@ class Protocol:
 
 
 PROTOCOLS = {
-    "toy": Protocol("toy", "test", 2000, 6000, "data/toy/reference.npz", "val"),
+    "toy": Protocol("toy", "test", 1000, 6000, "data/toy/reference.npz", "val"),
     "toy-val": Protocol("toy-val", "val", 500, 6000, "data/toy/reference_val.npz", "train"),
 }
 """`toy`: the held-out figures of reports. `toy-val`: the curves of a training, and what settings may be chosen by."""
