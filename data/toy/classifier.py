@@ -84,7 +84,9 @@ class AttributeClassifier(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the weights as fp16 safetensors."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, Path(folder) / WEIGHTS_FILE)
+        save_file(
+            {k: v.half().contiguous() for k, v in self.state_dict().items()}, Path(folder) / WEIGHTS_FILE
+        )
 
 
 def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
@@ -118,7 +120,9 @@ class ClassifierTraining(ToyTraining):
         """Sum of the cross-entropies of what is stated."""
         logits = self.classifier(degrade(self.to_network_range(batch.images_uint8)))
         wanted = attribute_table([parse_caption(caption) for caption in batch.captions]).to(self.device)
-        losses = [F.cross_entropy(head, wanted[:, i], ignore_index=NOT_STATED) for i, head in enumerate(logits)]
+        losses = [
+            F.cross_entropy(head, wanted[:, i], ignore_index=NOT_STATED) for i, head in enumerate(logits)
+        ]
         loss = torch.stack(losses).sum()
         self.log("loss", loss, prog_bar=True)
         return loss

@@ -26,7 +26,13 @@ def clip_config(vocabulary_size: int) -> dict[str, Any]:
     return {
         "model_cfg": {
             "embed_dim": 64,
-            "vision_cfg": {"image_size": IMAGE_PX, "layers": 3, "width": 96, "head_width": 24, "patch_size": 4},
+            "vision_cfg": {
+                "image_size": IMAGE_PX,
+                "layers": 3,
+                "width": 96,
+                "head_width": 24,
+                "patch_size": 4,
+            },
             "text_cfg": {
                 "context_length": CAPTION_TOKENS,
                 "vocab_size": vocabulary_size,

@@ -59,7 +59,9 @@ def write_latent_shards(base: str, count: int, folder: Path) -> None:
     """Render `count` train pictures and write their VAE means, unscaled, with their captions."""
     autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
     with ShardWriter(folder, samples_per_shard=4096, overwrite=True) as writer:
-        for start in track(range(0, count, _ENCODE_BATCH), description="rendering and encoding the toy world"):
+        for start in track(
+            range(0, count, _ENCODE_BATCH), description="rendering and encoding the toy world"
+        ):
             size = min(_ENCODE_BATCH, count - start)
             latents = encode(autoencoder, render_batch("train", size, start))
             for caption, sample in zip(captions("train", size, start), latents, strict=True):

@@ -13,7 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.toy.world import Split, captions, image_at
 
-
 _RENDER_BATCH = 250
 
 

@@ -77,7 +77,9 @@ class TextEncoderTraining(ToyTraining):
     def validation_step(self, batch: CaptionedImages, batch_idx: int) -> None:
         """The same on unseen scenes."""
         loss, accuracy = self._read(batch.captions)
-        self.log_dict({"val_loss": loss, "val_accuracy": accuracy}, prog_bar=True, batch_size=len(batch.captions))
+        self.log_dict(
+            {"val_loss": loss, "val_accuracy": accuracy}, prog_bar=True, batch_size=len(batch.captions)
+        )
 
     def _read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
@@ -34,7 +36,5 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def _merges_of(learner: Tokenizer) -> list[tuple[str, str]]:
-    import json
-
     merges = json.loads(learner.to_str())["model"]["merges"]
     return [(left, right) for left, right in merges]

@@ -141,17 +141,25 @@ BAD_MEMBERS: list[tuple[Content, dict[str, Any], str]] = [
     (
         "latents",
         {"latent.safetensors": LATENTS[:-1], "txt": "a"},
-        "does not hold a float16 or float32 tensor named",
+        "does not hold a whole float16 or float32 tensor named",
     ),
     (
         "latents",
         {"latent.safetensors": safetensors.numpy.save({"x": np.zeros((4, 2, 2))}), "txt": "a"},
-        "does not hold a float16 or float32 tensor named 'latents'",
+        "does not hold a whole float16 or float32 tensor named 'latents'",
     ),
     (
         "latents",
-        {"latent.safetensors": safetensors.numpy.save({"latents": np.zeros((2, 2))}), "txt": "a"},
-        r"\(4, h, w\), but these are float64 \(2, 2\)",
+        {"latent.safetensors": safetensors.numpy.save({"latents": np.zeros((2, 2), np.float32)}), "txt": "a"},
+        r"\(4, h, w\), but these are \(2, 2\)",
+    ),
+    (
+        "latents",
+        {
+            "latent.safetensors": safetensors.numpy.save({"latents": np.zeros((4, 2, 2), np.int16)}),
+            "txt": "a",
+        },
+        r"float16 or float32 tensor named 'latents' \(it is I16\)",
     ),
     ("latents", {"latent.safetensors": LATENTS, "txt": b"\xff\xfe"}, "the caption is not UTF-8"),
     (
@@ -173,6 +181,21 @@ def test_a_bad_member_is_named(
     samples = dataset(tmp_path, [members], [content])
     with pytest.raises(BadSampleError, match=rf"00000\.tar, key '000000000': .*{message}"):
         samples.batch([0])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_latents_as_the_safetensors_package_reads_them(dtype: type) -> None:
+    tensors = {
+        name: np.random.default_rng(0).standard_normal((4, 3, 5)).astype(dtype)
+        for name in ("a", "latents", "z")
+    }
+    content = safetensors.numpy.save(tensors, metadata={"by": "another writer"})
+    decoded = decode("latent.safetensors", memoryview(content), "here")
+    assert decoded.dtype == dtype and np.array_equal(decoded, safetensors.numpy.load(content)["latents"])
+    for length in range(len(content)):
+        if length < len(content) - tensors["z"].nbytes:  # cut within the latents or before them
+            with pytest.raises(BadSampleError, match="does not hold a whole float16"):
+                decode("latent.safetensors", content[:length], "here")
 
 
 def test_empty_captions_can_be_kept(tmp_path: Path) -> None:

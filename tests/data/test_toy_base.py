@@ -42,7 +42,9 @@ def test_classifier_counts_only_what_is_stated_and_bound() -> None:
     index = next(i for i, caption in enumerate(stated) if " above " in caption)
     first, second = stated[index].split(" above ")
     one = pictures[index : index + 1].repeat(3, 1, 1, 1)
-    right = classifier.right(one, [f"{first} above {second}", f"{second} below {first}", f"{second} above {first}"])
+    right = classifier.right(
+        one, [f"{first} above {second}", f"{second} below {first}", f"{second} above {first}"]
+    )
     assert right.all(dim=1).tolist() == [True, True, False]
     assert right[:, 1:3].all(), "size and background of a pair are not stated"
 

@@ -56,7 +56,13 @@ def test_all_values_occur() -> None:
 
 @pytest.mark.parametrize(
     "caption",
-    ["", "a dog", "a small red dog on a gray background", "a red ring beside a blue ring", "a orange ring above a red ring"],
+    [
+        "",
+        "a dog",
+        "a small red dog on a gray background",
+        "a red ring beside a blue ring",
+        "a orange ring above a red ring",
+    ],
 )
 def test_foreign_captions_are_refused(caption: str) -> None:
     with pytest.raises(ValueError, match="not a caption of the toy world"):
@@ -70,7 +76,9 @@ def test_unknown_split_is_refused() -> None:
 
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_the_relation_decides_where_things_are(relation: str) -> None:
-    scene = Scene(Thing("red", "circle"), relation=relation, second=Thing("blue", "circle"), background="black")
+    scene = Scene(
+        Thing("red", "circle"), relation=relation, second=Thing("blue", "circle"), background="black"
+    )
     picture = render(scene, np.random.default_rng(0)).astype(float)
     redness, blueness = picture[..., 0] - picture[..., 2], picture[..., 2] - picture[..., 0]
     red, blue = _centre(redness > 80), _centre(blueness > 80)
@@ -89,7 +97,10 @@ def test_sizes_differ_in_area() -> None:
 
 
 def test_attributes_name_things_by_place() -> None:
-    above, below = parse_caption("a red ring above a blue cross"), parse_caption("a blue cross below a red ring")
+    above, below = (
+        parse_caption("a red ring above a blue cross"),
+        parse_caption("a blue cross below a red ring"),
+    )
     assert attributes_of(above) == attributes_of(below)
     names = [
         None if index == NOT_STATED else values[index]
