@@ -58,7 +58,7 @@ class AutoencoderTraining(ToyTraining):
             sample_size=32,
             mid_block_add_attention=False,
             scaling_factor=latent_scale,
-        ).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        ).to(memory_format=torch.channels_last)
 
     def training_step(self, batch: CaptionedImages, batch_idx: int) -> Tensor:
         """Reconstruction of a sampled latent."""
@@ -69,7 +69,8 @@ class AutoencoderTraining(ToyTraining):
         edges = F.l1_loss(image_gradients(reconstruction), image_gradients(images))
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
         self.log_dict({"pixel": pixel, "edges": edges, "kl": divergence}, prog_bar=True)
-        return pixel + edges + self.kl_weight * divergence
+        loss: Tensor = pixel + edges + self.kl_weight * divergence
+        return loss
 
     def validation_step(self, batch: CaptionedImages, batch_idx: int) -> None:
         """PSNR in dB of the decoded posterior mean."""

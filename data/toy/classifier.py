@@ -46,7 +46,8 @@ class AttributeClassifier(nn.Module):
         Returns:
             one (B, classes) tensor for each entry of `attributes.CLASSES`.
         """
-        return self.heads(self.features(images)).split(CLASS_COUNTS, dim=1)
+        logits: tuple[Tensor, ...] = self.heads(self.features(images)).split(CLASS_COUNTS, dim=1)
+        return logits
 
     @torch.no_grad()
     def right(self, images_uint8: Tensor, captions: Sequence[str]) -> Tensor:

@@ -106,7 +106,7 @@ def _parse_single(words: list[str]) -> Scene | None:
     if len(words) != 8 or words[1] not in SIZES or words[6] not in BACKGROUNDS:
         return None
     thing = _parse_thing(words[2:4])
-    return thing and Scene(first=thing, size=words[1], background=words[6])
+    return Scene(first=thing, size=words[1], background=words[6]) if thing is not None else None
 
 
 def _parse_pair(words: list[str]) -> Scene | None:
@@ -182,14 +182,16 @@ def render(scene: Scene, rng: np.random.Generator) -> Image:
         colour = np.array(COLOURS[thing.colour], dtype=np.float32) * lit[..., None]
         canvas = np.where(body[..., None], colour, canvas)
     pixels = canvas.reshape(IMAGE_PX, SUPERSAMPLING, IMAGE_PX, SUPERSAMPLING, 3).mean(axis=(1, 3))
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    image: Image = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return image
 
 
 def _texture(rng: np.random.Generator, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:
     """Soft stripes of a random direction and wavelength (5 to 10 px), up to 5 % of the brightness."""
     angle, wavelength, phase = rng.uniform(0, np.pi), rng.uniform(5, 10), rng.uniform(0, 2 * np.pi)
     wave = np.sin((np.cos(angle) * x + np.sin(angle) * y) * 2 * np.pi / wavelength + phase)
-    return (rng.uniform(0.0, 0.05) * wave).astype(np.float32)
+    texture: NDArray[np.float32] = (rng.uniform(0.0, 0.05) * wave).astype(np.float32)
+    return texture
 
 
 def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, NDArray[np.float32], float]]:
@@ -221,19 +223,21 @@ def _mask(
     """Where the shape covers the grid; `turn` in radians."""
     dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
     u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+    narrow, wide, distance = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v)), u * u + v * v
+    covered: NDArray[np.bool_]
     if shape == "circle":
-        return u * u + v * v <= 1
-    if shape == "square":
-        return np.maximum(np.abs(u), np.abs(v)) <= 0.86
-    if shape == "triangle":
-        return (v <= 0.8) & (np.abs(u) <= (v + 1) / 1.8)
-    if shape == "cross":
-        narrow, wide = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
-        return (narrow <= 0.34) & (wide <= 1)
-    if shape == "ring":
-        distance = u * u + v * v
-        return (distance <= 1) & (distance >= 0.3)
-    if shape == "heart":
+        covered = distance <= 1
+    elif shape == "square":
+        covered = wide <= 0.86
+    elif shape == "triangle":
+        covered = (v <= 0.8) & (abs(u) <= (v + 1) / 1.8)
+    elif shape == "cross":
+        covered = (narrow <= 0.34) & (wide <= 1)
+    elif shape == "ring":
+        covered = (distance <= 1) & (distance >= 0.3)
+    elif shape == "heart":
         p, q = 1.2 * u, 0.15 - 1.15 * v
-        return (p * p + q * q - 1) ** 3 <= p * p * q**3
-    raise ValueError(f"no such shape: {shape!r}; the toy world draws {list(SHAPES)}")
+        covered = (p * p + q * q - 1) ** 3 <= p * p * q**3
+    else:
+        raise ValueError(f"no such shape: {shape!r}; the toy world draws {list(SHAPES)}")
+    return covered

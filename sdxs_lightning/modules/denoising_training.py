@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -54,7 +55,7 @@ class DenoisingTraining(LightningModule):
         self.output, self.caption_dropout, self.seed = output, caption_dropout, seed
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(Path(family.base) / "unet"))
         self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
-        self.denoiser.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.denoiser.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(
             False
         )
@@ -91,7 +92,8 @@ class DenoisingTraining(LightningModule):
     def on_fit_end(self) -> None:
         """Save the averaged U-Net."""
         if self.trainer.is_global_zero:
-            self.ema.module.unet.half().save_pretrained(Path(self.output))
+            averaged = cast(Denoiser, self.ema.module)
+            averaged.unet.half().save_pretrained(Path(self.output))
 
     def _encode(self, batch: TrainingBatch) -> Conditioning:
         dropped = seeding.uniform(self.seed, Stream.DROPOUT, batch.positions) < self.caption_dropout

@@ -1,0 +1,136 @@
+"""Stage `teacher`: the loss against plain torch, what learns, what is saved, and resume."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from data.shards.datamodule import ShardDataModule
+from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.modules.denoising_training import DenoisingTraining
+from sdxs_lightning.modules.lr_schedules import TrapezoidLR
+from sdxs_lightning.noise_schedule import add_noise, target_of
+from sdxs_lightning.seeding import Stream, normal, uniform
+from sdxs_lightning.timesteps import TimestepRange
+from tests.tiny import tiny_batch
+
+Base = Callable[[str], Path]
+
+
+def stage(base: Path, output: Path, seed: int = 3) -> DenoisingTraining:
+    torch.manual_seed(1)  # not that of the tiny base
+    return DenoisingTraining(
+        StableDiffusion(str(base)),
+        partial(torch.optim.SGD, lr=0.05),
+        lambda optimizer: TrapezoidLR(optimizer, total_updates=8, rise_updates=2, fall_updates=2),
+        output=str(output),
+        caption_dropout=0.5,
+        ema_decay=0.5,
+        seed=seed,
+    )
+
+
+def fit(
+    module: DenoisingTraining, shards: Path, steps: int, ckpt: Path | None = None, save: Path | None = None
+) -> None:
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(
+        module, ShardDataModule(str(shards), batch_size=4), ckpt_path=None if ckpt is None else str(ckpt)
+    )
+    if save is not None:
+        trainer.save_checkpoint(save)
+
+
+@pytest.mark.parametrize("kind", ["sd-epsilon", "sd-v_prediction"])
+def test_loss_equals_plain_torch(base: Base, kind: str, tmp_path: Path) -> None:
+    module, batch = stage(base(kind), tmp_path), tiny_batch(6)
+    assert batch.latents is not None
+    family = module.family
+    latents = batch.latents * family.scaling_factor
+    noise = normal(3, Stream.FAKE_NOISE, batch.positions, latents.shape[1:])
+    timesteps = TimestepRange(0, 999).draw(3, Stream.FAKE_TIMESTEP, batch.positions)
+    dropped = uniform(3, Stream.DROPOUT, batch.positions) < 0.5
+    assert 0 < dropped.sum() < 6
+    captions = ["" if drop else text for drop, text in zip(dropped.tolist(), batch.captions, strict=True)]
+    embeds = family.encode_prompts(captions).prompt_embeds
+    unet = module.denoiser.unet
+    output = unet(add_noise(latents, noise, timesteps, family.schedule), timesteps, embeds).sample
+    target = target_of(family.prediction_type, latents, noise, timesteps, family.schedule)
+    expected = (output.double() - target.double()).square().mean()
+    module.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
+    assert module.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_saves_the_average_and_nothing_frozen(base: Base, shards: Path, tmp_path: Path) -> None:
+    folder = base("sd-v_prediction")
+    module = stage(folder, tmp_path / "unet")
+    start = {name: value.clone() for name, value in module.denoiser.unet.named_parameters()}
+    assert not all(
+        torch.equal(value, other)
+        for value, other in zip(
+            start.values(), UNet2DConditionModel.from_pretrained(folder / "unet").parameters(), strict=True
+        )
+    ), "training starts from the config, not from the base's weights"
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Witness(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+            seen.append(
+                {name: value.detach().clone() for name, value in module.denoiser.unet.named_parameters()}
+            )
+
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=3,
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Witness()],
+    )
+    trainer.fit(module, ShardDataModule(str(shards), batch_size=4))
+    assert {key.split(".")[0] for key in module.state_dict()} == {"denoiser", "ema"}
+    saved = UNet2DConditionModel.from_pretrained(tmp_path / "unet", torch_dtype=torch.float16)
+    for name, value in saved.named_parameters():
+        # AveragedModel copies the first update, then averages with the decay 0.5.
+        expected = 0.25 * seen[0][name] + 0.25 * seen[1][name] + 0.5 * seen[2][name]
+        torch.testing.assert_close(value.float(), expected, rtol=2e-3, atol=1e-4)
+        assert not torch.equal(seen[2][name], start[name])
+
+
+def test_resume_is_exact(base: Base, shards: Path, tmp_path: Path) -> None:
+    folder = base("sd-v_prediction")
+    whole, first, rest = (stage(folder, tmp_path / name) for name in ("a", "b", "c"))
+    fit(whole, shards, 6)
+    fit(first, shards, 3, save=tmp_path / "half.ckpt")
+    fit(rest, shards, 6, ckpt=tmp_path / "half.ckpt")
+    for (name, value), other in zip(
+        whole.denoiser.named_parameters(), rest.denoiser.parameters(), strict=True
+    ):
+        assert torch.equal(value, other), name
+
+
+def test_trapezoid_rises_stays_and_falls() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = TrapezoidLR(optimizer, total_updates=10, rise_updates=4, fall_updates=5)
+    rates = []
+    for _ in range(11):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0, 2.0, 1.6, 1.2, 0.8, 0.4, 0.0])
