@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sdxs_lightning.batch import Conditioning
@@ -115,6 +116,8 @@ def make_pairs(
         prompts = [captions[i % len(captions)] for i in index.tolist()]
         noise = normal(seed, Stream.PAIRS, index, family.latent_shape())
         batches.append(sampler(noise, family.encode_prompts(prompts)))
+        if len(batches) % 4 == 0:
+            rank_zero_info(f"pairs: {world_size * (start + count)} of {world_size * share}")
     targets = _gather(torch.cat(batches), world_size)[: settings.pairs]
     prompts = [captions[i % len(captions)] for i in range(settings.pairs)]
     return WarmupPairs(_encode(family, prompts, settings.sampler_batch_size), targets, seed)
