@@ -185,7 +185,7 @@ def test_a_bad_member_is_named(
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_latents_as_the_safetensors_package_reads_them(dtype: type) -> None:
-    tensors = {
+    tensors: dict[str, Any] = {
         name: np.random.default_rng(0).standard_normal((4, 3, 5)).astype(dtype)
         for name in ("a", "latents", "z")
     }
