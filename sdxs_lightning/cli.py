@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from sdxs_lightning import checkpoint_folder as folders
@@ -160,7 +161,9 @@ class TrainingCLI(LightningCLI):
         return str(path)
 
     def _newest(self) -> Path:
-        saver = next((one for one in self.trainer.callbacks if isinstance(one, Checkpointing)), None)
+        saver = next(
+            (one for one in self.trainer.checkpoint_callbacks if isinstance(one, Checkpointing)), None
+        )
         folder = (saver or Checkpointing()).run_folder(self.trainer)
         newest = folders.newest_complete_checkpoint(folder)
         if newest is None:

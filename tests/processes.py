@@ -33,7 +33,7 @@ class Ended(NamedTuple):
 
 
 def train_in_ranks(
-    arguments: Sequence[str], folder: Path, count: int = 2, seconds: float = 150
+    arguments: Sequence[str], folder: Path, count: int = 2, seconds: float = 600
 ) -> list[Ended]:
     """Runs `train.py`'s command line in `count` processes of one machine, as a cluster's launcher does.
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sdxs_lightning import checkpoint_folder as folders
@@ -183,9 +183,7 @@ class Checkpointing(Checkpoint):
             folders.keep_newest(folder.parent, self.keep)
         except OSError as error:
             return folders.write_failure(error)
-        rank_zero_info(
-            f"Checkpoint of student update {counts.updates}: {folder} ({size / 1e6:.1f} MB)"
-        )
+        rank_zero_info(f"Checkpoint of student update {counts.updates}: {folder} ({size / 1e6:.1f} MB)")
         return None
 
     def _give_up(self, trainer: pl.Trainer, folder: Path, student_updates: int, problem: str) -> None:

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from sdxs_lightning.callbacks.ranks import Ranks

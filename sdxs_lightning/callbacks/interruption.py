@@ -76,7 +76,7 @@ class Interruption(Checkpoint):
     def _stop(self, trainer: pl.Trainer) -> None:
         name = signal.Signals(self._agreed).name
         updates = counts_of(trainer).updates
-        saver = next((one for one in trainer.callbacks if isinstance(one, Checkpointing)), None)
+        saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpointing)), None)
         if saver is None:
             saved = "nothing was saved, because the run has no Checkpointing callback"
         else:

@@ -94,9 +94,7 @@ class NanGuard(Callback):
         bad = _networks_with_bad_weights(trainer.lightning_module.named_parameters())
         problem = None
         if bad:
-            problem = (
-                f"weights of the {', '.join(bad)} are NaN or infinite at student update {counts_of(trainer).updates}"
-            )
+            problem = f"weights of the {', '.join(bad)} are NaN or infinite at student update {counts_of(trainer).updates}"
         self._stop_if(trainer, problem)
 
     def _stop_if(self, trainer: pl.Trainer, problem: str | None) -> None:
@@ -113,7 +111,8 @@ class NanGuard(Callback):
 
 def check_before_saving(trainer: pl.Trainer) -> None:
     """What every guard of the run says before a checkpoint; bad weights must not push out good ones."""
-    for callback in trainer.callbacks:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    for callback in callbacks:
         if isinstance(callback, NanGuard):
             callback.read(trainer)
             callback.check_weights(trainer)

@@ -47,5 +47,7 @@ class Ranks:
 
     def _host_group(self) -> dist.ProcessGroup:
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            group = dist.new_group(backend="gloo")
+            assert isinstance(group, dist.ProcessGroup)  # all ranks are members
+            self._group = group
         return self._group

@@ -191,7 +191,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(
     assert train(tmp_path, config, "--ckpt_path", "last") == 0
 
 
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(1200)
 def test_two_processes_stop_at_the_same_batch_if_one_is_signalled(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -212,6 +212,7 @@ def test_two_processes_stop_at_the_same_batch_if_one_is_signalled(
     assert newest(tmp_path).name == "update_00000006-batch_00000012"
 
 
+@pytest.mark.timeout(1200)
 def test_a_full_disk_on_one_of_two_processes_ends_both(config: dict[str, Any], tmp_path: Path) -> None:
     config["trainer"] |= {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
     ended = train_in_two(tmp_path, with_callback(config, "FullDisk", batch=5, limit_bytes=300_000))
@@ -221,7 +222,7 @@ def test_a_full_disk_on_one_of_two_processes_ends_both(config: dict[str, Any], t
     assert newest(tmp_path).name == "update_00000002-batch_00000004"
 
 
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(1200)
 def test_sharded_checkpoints_are_complete_or_not_there_too(
     config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,66 @@
+"""The guard's own arithmetic; how a run ends by it is in tests/config/test_errors.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sdxs_lightning.callbacks.nan_guard import NEVER, NanGuard, _networks_with_bad_weights
+from sdxs_lightning.cli import main
+from tests.config.tiny_run import tiny_config, write_config
+
+
+class ScalarReads(TorchDispatchMode):
+    """Counts reads of device values by the host; on an accelerator each waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_the_first_bad_turn_is_kept(bad: float) -> None:
+    guard = NanGuard()
+    for turn, value in enumerate([1.0, bad, 2.0, bad]):
+        guard._note("student/loss", torch.tensor(value), turn)
+        guard._note("fake_score/loss", torch.tensor(1.0), turn)
+    assert guard._first_bad["student/loss"].item() == 1
+    assert guard._first_bad["fake_score/loss"].item() == NEVER
+
+
+def test_weights_are_judged_by_network() -> None:
+    named = [
+        ("student.a", torch.ones(3)),
+        ("student.b", torch.full((2,), 3e38)),  # finite, although its square is not
+        ("fake_score.a", torch.tensor([1.0, float("inf")])),
+        ("discriminator.a", torch.tensor([float("nan")])),
+        ("ema.share", torch.empty(0)),
+    ]
+    assert _networks_with_bad_weights(named) == ["fake_score", "discriminator"]
+
+
+def test_between_readings_no_value_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = {1000: 0, 1: 0}
+    original = NanGuard.on_train_batch_end
+
+    def counted(self: NanGuard, *arguments: Any) -> None:
+        with ScalarReads() as mode:
+            original(self, *arguments)
+        reads[self.read_every_n_batches] += mode.count
+
+    monkeypatch.setattr(NanGuard, "on_train_batch_end", counted)
+    for every in reads:
+        config = tiny_config(tmp_path, max_student_updates=2)
+        config["trainer"]["default_root_dir"] = str(tmp_path / f"run{every}")
+        config["trainer"]["callbacks"][0]["init_args"]["read_every_n_batches"] = every
+        assert main(["--config", str(write_config(tmp_path / "tiny.yaml", config))]) == 0
+    assert reads[1000] == 0
+    assert reads[1] > 0
