@@ -1,5 +1,6 @@
 """Stable Diffusion XL and bases of its kind: two text encoders, pooled embeddings, size conditioning, zeros as
-unconditional."""
+unconditional.
+"""
 
 from __future__ import annotations
 
@@ -111,7 +112,8 @@ class StableDiffusionXL:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Moves what is loaded and what will be. `dtype` is the text encoders'; the VAE stays float32, because SDXL's
-        overflows in float16."""
+        overflows in float16.
+        """
         self._device = torch.device(device) if device is not None else self._device
         self._dtype = dtype or self._dtype
         self.schedule.to(self._device)

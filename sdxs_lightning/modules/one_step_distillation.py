@@ -1,24 +1,17 @@
 """One-step distillation in the DMD2 scheme: a student against a frozen real score, a fake score and a discriminator.
 
-Words of this file. A *micro-batch* is one batch of the loader. A *turn* is `accumulate_grad_batches` of them; on its last
-one the optimizers step. A *student update* is a step of the student's optimizer; progress, schedules and the run's end
-are counted in these, because Lightning's `global_step` counts every optimizer's step.
+A *student update* is a step of the student's optimizer; progress, schedules and the run's end are counted in these. For
+*turn* and *micro-batch* see `manual_turns.py`.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, cast
+from contextlib import nullcontext
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
@@ -27,7 +20,7 @@ from sdxs_lightning.modules.curriculum import Curriculum, Turn
 from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.ema import StudentEma
 from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.gradients import clip_gradients
+from sdxs_lightning.modules.manual_turns import ManualTurns
 from sdxs_lightning.modules.network import Network, resting
 from sdxs_lightning.modules.regression_warmup import CaptionSource, RegressionWarmup, WarmupPairs, make_pairs
 from sdxs_lightning.modules.sample import Noisy, Roles, Sample
@@ -50,7 +43,7 @@ from sdxs_lightning.teacher.frozen import Frozen
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class OneStepDistillation(LightningModule):
+class OneStepDistillation(ManualTurns):
     """Trains a one-step student from a base, without sampling the base (but for an optional warm-up).
 
     Args:
@@ -94,8 +87,7 @@ class OneStepDistillation(LightningModule):
         seed: int = 0,
         real_score_dtype: Dtype = "float32",
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
+        super().__init__(accumulate_grad_batches, gradient_clip_norm)
         self.family = family
         self.student = student
         self.fake_score = fake_score
@@ -108,31 +100,28 @@ class OneStepDistillation(LightningModule):
         self.distribution_matching = distribution_matching
         self.warmup = warmup
         self.ema_decay = ema_decay
-        self.accumulate_grad_batches = accumulate_grad_batches
-        self.gradient_clip_norm = gradient_clip_norm
         self.seed = seed
         self.real_score_dtype: torch.dtype = getattr(torch, real_score_dtype)
         self.student_terms = self._make_student_terms()
         self.warmup_terms: list[StudentTerm] = [] if warmup is None else [RegressionTerm(warmup.objective)]
         self._check_parts()
-        self.turns = 0
         self.student_updates = 0
-        self.micro_batches = 0
         self._pairs: WarmupPairs | None = None
-        self._scalars: dict[str, list[Tensor | float]] = defaultdict(list)
 
     # ------------------------------------------------------------------------------------------------ the training step
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         """One micro-batch: the student makes a sample, learns from its judges on its turns, then the judges learn."""
         turn = self.curriculum.turn(self.turns)
-        with self._gradient_sync():
+        with self.gradient_sync():
             sample = self._warmup_sample(batch) if turn.warmup else self._sample(batch, turn)
             if turn.student:
                 self._student_update(sample, self.warmup_terms if turn.warmup else self.student_terms)
             if turn.critic:
                 self._critic_update(sample.detach(), self._data(batch, sample))
-        self._end_micro_batch()
+        self.end_micro_batch(student_updates=self.student_updates)
+        if self.student_updates >= self.curriculum.max_student_updates:
+            self.trainer.should_stop = True
 
     def _sample(self, batch: TrainingBatch, turn: Turn) -> Sample:
         """The student's sample for the batch's prompts; only the student's turns need its graph."""
@@ -140,7 +129,7 @@ class OneStepDistillation(LightningModule):
         noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
         with torch.set_grad_enabled(turn.student):
             latents = self.student(noise, conditioning)
-        self._note(student_mean=latents.detach().mean(), student_std=latents.detach().std())
+        self.note("student/", mean=latents.mean(), std=latents.std())
         return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=self.seed)
 
     def _student_update(self, sample: Sample, terms: list[StudentTerm]) -> None:
@@ -150,10 +139,10 @@ class OneStepDistillation(LightningModule):
             for term in terms:
                 weighted, scalars = term(sample, self.roles)
                 loss = loss + weighted
-                self._note(**{f"student/{name}": value for name, value in scalars.items()})
-            self.manual_backward(loss / self.accumulate_grad_batches)
+                self.note("student/", **scalars)
+            self.accumulate(loss)
         if self.turn_is_ending:
-            self._apply_update("student", self.student)
+            self.apply_update("student")
             self.student_updates += 1
             assert self.ema is not None
             self.ema.update(self.student)
@@ -167,14 +156,14 @@ class OneStepDistillation(LightningModule):
         schedule, prediction_type = self.family.schedule, self.family.prediction_type
         target = target_of(prediction_type, fake.latents, noisy.noise, noisy.timesteps, schedule)
         loss = self.denoising.loss(prediction.output, target)
-        self._note(**{"fake_score/loss": loss.detach()})
+        self.note("fake_score/", loss=loss)
         if real is not None:
             loss = loss + self._adversarial_loss(fake_features, real)
-        self.manual_backward(loss / self.accumulate_grad_batches)
+        self.accumulate(loss)
         if self.turn_is_ending:
-            self._apply_update("fake_score", self.fake_score)
+            self.apply_update("fake_score")
             if self.discriminator is not None:
-                self._apply_update("discriminator", self.discriminator)
+                self.apply_update("discriminator")
 
     def _adversarial_loss(self, fake_features: Tensor, real: Sample) -> Tensor:
         """The critic's share of the GAN; its gradient also trains the fake score's encoder."""
@@ -184,29 +173,8 @@ class OneStepDistillation(LightningModule):
         fake_logits, real_logits = self.discriminator(torch.cat([fake_features, real_features])).chunk(2)
         loss = self.adversarial.critic_loss(real_logits, fake_logits)
         right = torch.cat([real_logits > 0, fake_logits < 0]).float().mean()
-        self._note(**{"discriminator/loss": loss.detach(), "discriminator/accuracy": right})
+        self.note("discriminator/", loss=loss, accuracy=right)
         return loss
-
-    def _apply_update(self, role: str, network: Network) -> None:
-        """Clips, steps, clears, and moves the learning rate: the one place where weights change."""
-        optimizer = self._optimizer_of(role)
-        norm = clip_gradients(network.parameters(), self.gradient_clip_norm)
-        self._note(**{f"{role}/gradient_norm": norm, f"{role}/lr": optimizer.param_groups[0]["lr"]})
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if role in self._scheduler_roles:
-            self._scheduler_of(role).step()
-
-    def _end_micro_batch(self) -> None:
-        """Counts; at the end of a turn logs it once, and ends the run after the last student update."""
-        self.micro_batches += 1
-        if self.micro_batches < self.accumulate_grad_batches:
-            return
-        self.micro_batches = 0
-        self.turns += 1
-        self._log_turn()
-        if self.student_updates >= self.curriculum.max_student_updates:
-            self.trainer.should_stop = True
 
     # ------------------------------------------------------------------------------------------------ parts of the step
 
@@ -215,11 +183,6 @@ class OneStepDistillation(LightningModule):
         """The networks that the student's terms may ask."""
         real_score = self.real_score.module if self.real_score is not None else None
         return Roles(self.family.schedule, self.fake_score, real_score, self.discriminator)
-
-    @property
-    def turn_is_ending(self) -> bool:
-        """Whether this micro-batch is the last of its turn."""
-        return self.micro_batches + 1 == self.accumulate_grad_batches
 
     def _warmup_sample(self, batch: TrainingBatch) -> Sample:
         """The student's sample for stored pairs; of the batch only its positions count."""
@@ -252,28 +215,6 @@ class OneStepDistillation(LightningModule):
     def _renoise(self, sample: Sample, timestep_stream: Stream, noise_stream: Stream) -> Noisy:
         return sample.renoise(self.family.schedule, self.denoising.timesteps, timestep_stream, noise_stream)
 
-    def _gradient_sync(self) -> AbstractContextManager[None]:
-        """DDP averages over ranks on a turn's last micro-batch only. FSDP2 scatters each time, to keep memory sharded."""
-        model = self.trainer.model
-        if isinstance(model, DistributedDataParallel) and not self.turn_is_ending:
-            return cast(AbstractContextManager[None], model.no_sync())
-        return nullcontext()
-
-    def _note(self, **scalars: Tensor | float) -> None:
-        for name, value in scalars.items():
-            self._scalars[name].append(value)
-
-    def _log_turn(self) -> None:
-        """Means over the turn's micro-batches, as tensors: only the logger turns them into numbers."""
-        means = {
-            name: torch.stack([torch.as_tensor(value, device=self.device) for value in values]).mean()
-            if isinstance(values[0], Tensor)
-            else values[-1]
-            for name, values in self._scalars.items()
-        }
-        self._scalars.clear()
-        self.log_dict(means | {"student_updates": float(self.student_updates), "turns": float(self.turns)})
-
     # -------------------------------------------------------------------------------------------------- building, saving
 
     def configure_model(self) -> None:
@@ -301,15 +242,6 @@ class OneStepDistillation(LightningModule):
         if self.real_score is not None:
             shard_unet(self.real_score.module.unet, mesh, policy)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Each network's own, in the order of `networks`."""
-        configured = {
-            role: cast(dict[str, Any], net.configure_optimizers()) for role, net in self.networks.items()
-        }
-        self._scheduler_roles = [role for role, config in configured.items() if "lr_scheduler" in config]
-        schedulers = [configured[role]["lr_scheduler"] for role in self._scheduler_roles]
-        return [config["optimizer"] for config in configured.values()], schedulers
-
     @property
     def networks(self) -> dict[str, Network]:
         """The networks that learn, by role."""
@@ -332,20 +264,18 @@ class OneStepDistillation(LightningModule):
                 f"Making {self.warmup.pairs} pairs with {self.warmup.sampler_steps} steps of the base."
             )
             captions = self._train_captions(self.warmup.pairs)
-            self._pairs = make_pairs(self.warmup, captions, self.family, self.real_score.module, self.seed)
+            with self.trainer.precision_plugin.forward_context():
+                self._pairs = make_pairs(
+                    self.warmup, captions, self.family, self.real_score.module, self.seed
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters. Random state is not needed: noise has addresses."""
-        if self.micro_batches:
-            rank_zero_warn(
-                f"This checkpoint was taken {self.micro_batches} micro-batch(es) into a turn; their gradients are not in it."
-            )
-        checkpoint["one_step_distillation"] = {"turns": self.turns, "student_updates": self.student_updates}
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["student_updates"] = self.student_updates
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the counters."""
-        counters: Mapping[str, int] = checkpoint["one_step_distillation"]
-        self.turns, self.student_updates = counters["turns"], counters["student_updates"]
+        super().on_load_checkpoint(checkpoint)
+        self.student_updates = checkpoint["student_updates"]
 
     # --------------------------------------------------------------------------------------------------------- sampling
 
@@ -360,20 +290,12 @@ class OneStepDistillation(LightningModule):
         """
         assert self.ema is not None
         generator = self.ema if use_ema else self.student
-        noise = noise.to(self.device)
-        return self.family.decode(generator(noise, self.family.encode_prompts(captions)))
+        attached = self._trainer is not None
+        with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
+            latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
+        return self.family.decode(latents)
 
     # ---------------------------------------------------------------------------------------------------------- helpers
-
-    def _optimizer_of(self, role: str) -> LightningOptimizer:
-        optimizers = cast(list[LightningOptimizer], self.optimizers())
-        return optimizers[list(self.networks).index(role)]
-
-    def _scheduler_of(self, role: str) -> torch.optim.lr_scheduler.LRScheduler:
-        configs = self.trainer.lr_scheduler_configs
-        return cast(
-            torch.optim.lr_scheduler.LRScheduler, configs[self._scheduler_roles.index(role)].scheduler
-        )
 
     def _make_student_terms(self) -> list[StudentTerm]:
         terms: list[StudentTerm] = []
@@ -399,10 +321,6 @@ class OneStepDistillation(LightningModule):
             raise ValueError(
                 f"curriculum.warmup_updates is {self.curriculum.warmup_updates} and warmup is {self.warmup}: give both, or 0 "
                 "and null."
-            )
-        if self.accumulate_grad_batches < 1:
-            raise ValueError(
-                f"accumulate_grad_batches must be 1 or more, got {self.accumulate_grad_batches}."
             )
 
     def _train_captions(self, count: int) -> list[str]:

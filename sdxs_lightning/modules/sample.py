@@ -67,5 +67,5 @@ class Roles(NamedTuple):
 
 
 def mean_absolute(tensor: Tensor) -> Tensor:
-    """mean |x|, without graph."""
+    """Mean |x|, without graph."""
     return torch.mean(torch.abs(tensor.detach().float()))

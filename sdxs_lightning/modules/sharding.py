@@ -16,7 +16,10 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
     reduced in float32.
     """
     if precision == "bf16-mixed":
-        return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        # Inputs are left to autocast: FSDP2 would round SDXL's add_time_ids, and bfloat16 cannot tell 1023 px from 1024 px.
+        return MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     return MixedPrecisionPolicy()
 
 
@@ -25,7 +28,9 @@ def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecis
     for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
         if block is not None:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(unet, mesh=mesh, mp_policy=policy)
+    # By default the outermost group stays gathered after a forward pass. The gathered copies of a network that rested in
+    # that pass (the fake score, judging without graph) would then still not require gradients when it is to learn.
+    fully_shard(unet, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 
 def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:

@@ -27,7 +27,7 @@ class StudentTerm(Protocol):
     """One summand of the student's loss."""
 
     def __call__(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
-        """The weighted loss, (), and scalars for the log, detached."""
+        """The weighted loss, (), and scalars for the log."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class DistributionMatchingTerm:
             fake_x0 = roles.fake_score.predict(*asked).pred_x0
             real_x0 = roles.real_score.guided(*asked, self.objective.guidance_scale).pred_x0
         loss = self.objective.loss(sample.latents, real_x0, fake_x0)
-        return loss, {"distribution_matching": loss.detach(), "score_gap": mean_absolute(fake_x0 - real_x0)}
+        return loss, {"distribution_matching": loss, "score_gap": mean_absolute(fake_x0 - real_x0)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class AdversarialTerm:
         )
         features = roles.fake_score.features(noisy.latents, noisy.timesteps, sample.conditioning)
         loss = self.objective.student_loss(roles.discriminator(features))
-        return loss, {"adversarial": loss.detach()}
+        return loss, {"adversarial": loss}
 
 
 @dataclass(frozen=True)
@@ -77,4 +77,4 @@ class RegressionTerm:
         """See `StudentTerm`."""
         assert sample.target is not None
         loss = self.objective.loss(sample.latents, sample.target)
-        return loss, {"regression": loss.detach()}
+        return loss, {"regression": loss}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -33,7 +32,9 @@ def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     by exception, which would leave FSDP2's and the compiler's hooks half done; here unused blocks are just never
     called. Making the view costs microseconds, so nobody needs to keep one.
     """
-    view = copy.copy(unet)
+    # Not copy.copy: FSDP2's subclass makes every new object by calling the constructor, a whole random U-Net each time.
+    view: UNet2DConditionModel = object.__new__(type(unet))
+    view.__dict__.update(unet.__dict__)
     modules: dict[str, nn.Module | None] = dict(unet._modules)
     modules |= {"up_blocks": nn.ModuleList(), "conv_norm_out": None, "conv_out": nn.Identity()}
     view.__dict__["_modules"] = modules

@@ -1,0 +1,112 @@
+"""One of two processes of test_distributed.py: trains under every strategy in turn and writes down where it arrived."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch.distributed.tensor import DTensor
+
+from sdxs_lightning.modules.curriculum import Curriculum
+from sdxs_lightning.modules.discriminator import Discriminator
+from sdxs_lightning.modules.fake_score import FakeScore
+from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.modules.regression_warmup import RegressionWarmup
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from tests.training.tiny_distillation import distillation, fit
+
+TURNS = 10
+SAVED_AFTER = 6
+ADAMW_LR = 1e-3
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": partial(torch.optim.SGD, lr=0.05),
+    "adamw": partial(torch.optim.AdamW, lr=ADAMW_LR),
+}
+STRATEGIES = ("ddp", "fsdp2")
+
+
+def strategy_of(name: str) -> Strategy:
+    """Two processes on the CPU."""
+    if name == "ddp":
+        return DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+def module_for(base: Path, optimizer: str, micro_batches: int) -> OneStepDistillation:
+    """Warm-up, critic turns and both: every kind of turn within ten."""
+    make = OPTIMIZERS[optimizer]
+    falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)
+    return distillation(
+        base,
+        student=StudentGenerator(make, falling),
+        fake_score=FakeScore(make),
+        discriminator=Discriminator(make),
+        curriculum=Curriculum(
+            max_student_updates=99,
+            critic_updates_per_student_update=2,
+            warmup_updates=2,
+            fake_score_warmup_turns=1,
+        ),
+        warmup=RegressionWarmup(pairs=7, sampler_steps=2, sampler_batch_size=4),
+        accumulate_grad_batches=micro_batches,
+        gradient_clip_norm=0.5,
+    )
+
+
+def arrived(module: OneStepDistillation) -> dict[str, torch.Tensor]:
+    """All parameters, whole; every rank has to call it."""
+    whole = {}
+    for name, parameter in module.named_parameters():
+        value = parameter.detach()
+        whole[name] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    return whole
+
+
+class SaveAfter(Callback):
+    """Saves a checkpoint after a number of batches."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # type: ignore[override]
+        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def main(base: Path, shards: Path, out: Path, *strategies: str) -> None:
+    """Every strategy with every optimizer, then a resume from the checkpoint on the way."""
+    torch.set_num_threads(1)
+    for strategy in strategies or STRATEGIES:
+        for optimizer in OPTIMIZERS:
+            checkpoint = out / f"{strategy}-{optimizer}.ckpt"
+            micro = 2 if optimizer == "sgd" else 1
+            settings: dict[str, Any] = {"batch_size": 2 // micro, "devices": 2}
+
+            module = module_for(base, optimizer, micro)
+            save = SaveAfter(SAVED_AFTER * micro, checkpoint)
+            fit(module, shards, TURNS * micro, callbacks=[save], strategy=strategy_of(strategy), **settings)
+            results = {"straight": arrived(module)}
+
+            module = module_for(base, optimizer, micro)
+            trainer = fit(
+                module,
+                shards,
+                TURNS * micro,
+                ckpt_path=str(checkpoint),
+                strategy=strategy_of(strategy),
+                **settings,
+            )
+            results["resumed"] = arrived(module)
+            results["counters"] = {"turns": module.turns, "updates": module.student_updates}  # type: ignore[assignment]
+            results["sharded"] = isinstance(next(module.student.parameters()), DTensor)  # type: ignore[assignment]
+            if trainer.is_global_zero:
+                torch.save(results, out / f"{strategy}-{optimizer}.pt")
+
+
+if __name__ == "__main__":
+    main(*(Path(argument) for argument in sys.argv[1:4]), *sys.argv[4:])
