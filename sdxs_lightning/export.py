@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
 
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import read_json
@@ -40,11 +43,7 @@ def export_pipeline(
     """
     folder = Path(folder)
     timestep = family.conditioning_timestep if conditioning_timestep is None else conditioning_timestep
-    # Not from_config(): it resets what a config names in _use_default_values, even where that was changed since.
-    copy = UNet2DConditionModel(
-        **{name: value for name, value in unet.config.items() if not name.startswith("_")}
-    )
-    copy.load_state_dict(unet.state_dict())
+    copy = plain_unet(unet, unet.state_dict())
     pipeline_class: type[DiffusionPipeline] = getattr(diffusers, family.pipeline_class)
     parts: dict[str, Any] = {"unet": copy, "scheduler": one_step_scheduler(family, timestep)}
     if family.pipeline_class == "StableDiffusionPipeline":
@@ -55,10 +54,36 @@ def export_pipeline(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         written = Path(temporary) / "pipeline"
         pipeline.to(dtype=dtype).save_pretrained(written, safe_serialization=True)
+        _load_in_float32(written)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(written, folder)
     return folder
+
+
+def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+    """A new network of the same config with the given weights: no hooks, no shards.
+
+    Args:
+        unet: where the config comes from.
+        weights: whole tensors.
+    """
+    # Not from_config(): it resets what a config names in _use_default_values, even where that was changed since.
+    settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    copy = UNet2DConditionModel(**settings)
+    copy.load_state_dict(weights)
+    return copy
+
+
+def _load_in_float32(folder: Path) -> None:
+    """Lets `from_pretrained(folder)` without a dtype give float32 throughout.
+
+    diffusers does so for its own models whatever the files hold, while transformers 5 obeys the `dtype` in a text encoder's
+    config: half-precision files would give a pipeline that stops at the U-Net's first product of Half and Float.
+    """
+    for path in folder.glob("text_encoder*/config.json"):
+        config = read_json(path) | {"dtype": "float32"}
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMScheduler:

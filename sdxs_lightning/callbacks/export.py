@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.checkpoint_folder import write_failure
 from sdxs_lightning.errors import CheckpointNotWritten
-from sdxs_lightning.export import export_pipeline
+from sdxs_lightning.export import export_pipeline, plain_unet
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 
 
@@ -54,8 +54,7 @@ class ExportPipeline(Checkpoint):
         )
         problem = None
         if self.ranks.first:
-            unet = UNet2DConditionModel.from_config(source.denoiser.unet.config)
-            unet.load_state_dict(weights)
+            unet = plain_unet(source.denoiser.unet, weights)
             problem = self._write(pl_module, unet, folder, source.conditioning_timestep)
         problem = self.ranks.first_message(problem)
         if problem:

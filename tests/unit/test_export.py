@@ -64,6 +64,17 @@ def test_export_halves_files_and_leaves_the_student(tmp_path: Path) -> None:
     assert half < 0.7 * whole
 
 
+def test_halved_files_run_without_naming_a_dtype(tmp_path: Path) -> None:
+    """As the README's three lines do; transformers would load the text encoder in half precision."""
+    family = StableDiffusion(str(save_tiny_sd(tmp_path / "base")))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+        export_pipeline(tiny_sd_unet(), family, tmp_path / "out")
+    )
+    assert pipeline.text_encoder.dtype == pipeline.unet.dtype == pipeline.vae.dtype == torch.float32
+    images = pipeline(CAPTIONS, num_inference_steps=1, guidance_scale=0.0, output_type="np").images
+    assert images.shape == (len(CAPTIONS), 32, 32, 3)
+
+
 def test_scheduler_lands_on_the_conditioning_timestep(tmp_path: Path) -> None:
     family = StableDiffusion(str(save_tiny_sd(tmp_path / "base")))
     for timestep in (999, 399, 0):
