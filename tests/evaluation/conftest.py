@@ -9,12 +9,10 @@ import torch
 
 from data.toy.classifier import AttributeClassifier
 from evaluation.features import FrozenClip
-from evaluation.protocols import PROTOCOLS, get_protocol
+from evaluation.protocols import PROTOCOLS
 from evaluation.scores import measure_reference
-from tests.evaluation.judges import write_clip
+from tests.evaluation.judges import small_protocols, write_clip
 from tests.training.tiny_distillation import save_base, save_shards
-
-SAMPLES = 6
 
 
 @pytest.fixture(scope="session")
@@ -39,17 +37,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         AttributeClassifier().save_pretrained(folder / "classifier")
+    for protocol in small_protocols(folder).values():
+        measure_reference(protocol, FrozenClip(protocol.clip)).save(protocol.reference)
     return folder
 
 
 @pytest.fixture
 def judged(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Arguments that name those judges; the protocols' references are made of 40 images."""
-    paths = {"clip": str(world / "clip"), "classifier": str(world / "classifier")}
-    for name in list(PROTOCOLS):
-        reference = str(world / f"{name}.npz")
-        small = get_protocol(name, reference_samples=40, samples=SAMPLES, reference=reference, **paths)
-        monkeypatch.setitem(PROTOCOLS, name, small)
-        if not Path(reference).exists():
-            measure_reference(small, FrozenClip(paths["clip"])).save(reference)
-    return paths
+    """Arguments that name those judges; the protocols are small and judged by them."""
+    for name, protocol in small_protocols(world).items():
+        monkeypatch.setitem(PROTOCOLS, name, protocol)
+    return {"clip": str(world / "clip"), "classifier": str(world / "classifier")}

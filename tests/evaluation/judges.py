@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from data.toy.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
+from evaluation.protocols import PROTOCOLS, Protocol, get_protocol
 
 WORDS = ("a", "an", "on", "background", *COLOURS, *SHAPES, *SIZES, *BACKGROUNDS, *" ".join(RELATIONS).split())
 CONTEXT_LENGTH = 12
@@ -59,6 +60,17 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
         model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
     return folder
+
+
+def small_protocols(world: Path) -> dict[str, Protocol]:
+    """The named protocols with 6 samples, references of 40 images, and the judges in a folder."""
+    paths = {"clip": str(world / "clip"), "classifier": str(world / "classifier")}
+    return {
+        name: get_protocol(
+            name, samples=6, reference_samples=40, reference=str(world / f"{name}.npz"), **paths
+        )
+        for name in PROTOCOLS
+    }
 
 
 def random_images(count: int, seed: int = 0, size: int = 32) -> torch.Tensor:
