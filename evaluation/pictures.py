@@ -87,5 +87,7 @@ def progress_curves(
         axes.legend()
     if history:
         left.set_yscale("log")
+        for axis_formatter in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            axis_formatter("{x:g}")
     right.set_ylim(0, 100)
     figure.savefig(path, dpi=120)
