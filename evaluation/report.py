@@ -36,6 +36,9 @@ from evaluation.teacher_table import show
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 from sdxs_lightning.timesteps import Spacing
 
+OWN_RESULTS = "teacher.json"
+"""In the run's folder: what of the teacher had to be measured there."""
+
 
 class Report(pl.Callback):
     """Measures the averaged student before and after, beside its teacher, on held-out prompts, and writes it down.
@@ -84,6 +87,7 @@ class Report(pl.Callback):
         self._before: dict[str, float] | None = None
         self._before_pictures: Tensor | None = None
         self._judges: Judges | None = None
+        self._to_store: dict[str, Entry] = {}
         self._start_seconds = 0.0
         self._earlier_seconds = 0.0
 
@@ -109,10 +113,13 @@ class Report(pl.Callback):
             entry = add_timings(entry, teacher, self.prompts[0])
             rows = self._picture_rows(trainer, pl_module, teacher)
             curve = callback_of(trainer, DistillationMetrics)
-            line = None if curve is None else self._teacher_line(trainer, pl_module, curve)
+            line = None if curve is None else self._teacher_line(trainer, pl_module, curve, entry)
         if not trainer.is_global_zero:
             return
         folder = self._folder(trainer)
+        # Only now: a rank that still looked up while another one stored would measure less than the others, and wait.
+        for name, measured in self._to_store.items():
+            store(folder / OWN_RESULTS, name, measured)
         report = self._compose(trainer, pl_module, student, entry, curve)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         sheet(rows, [self.prompts[index] for index in self.picture_ids.tolist()]).save(folder / "samples.png")
@@ -171,8 +178,7 @@ class Report(pl.Callback):
     def _teacher_entry(
         self, trainer: pl.Trainer, teacher: Teacher, protocol: Protocol, steps: Sequence[int], with_real: bool
     ) -> Entry:
-        """Stored measurements, completed; what is measured here is stored beside the report."""
-        own_file = self._folder(trainer) / "teacher.json"
+        """Stored measurements, completed."""
         judges: Judges | None = self._judges if protocol == self.protocol else None
         measured: list[str] = []
 
@@ -183,19 +189,20 @@ class Report(pl.Callback):
             measured.append(what)
             return self._measure(trainer, protocol, judges, maker, prompts, teacher.device)
 
-        known = look_up([self.teacher_results, own_file], protocol, teacher)
+        known = look_up([self.teacher_results, self._folder(trainer) / OWN_RESULTS], protocol, teacher)
         entry = complete(known, protocol, teacher, steps, measure_images, with_real)
-        if measured and trainer.is_global_zero:
-            store(own_file, protocol.name, entry)
-        entry["teacher"] = {str(count): entry["teacher"][str(count)] for count in steps}
-        return entry
+        if measured:
+            self._to_store[protocol.name] = entry
+        return {**entry, "teacher": {str(count): entry["teacher"][str(count)] for count in steps}}
 
     def _teacher_line(
-        self, trainer: pl.Trainer, module: OneStepDistillation, curve: DistillationMetrics
+        self, trainer: pl.Trainer, module: OneStepDistillation, curve: DistillationMetrics, entry: Entry
     ) -> dict[str, float]:
         """The many-step teacher under the protocol of the curve, without which the two could not be compared."""
-        teacher, steps = self._teacher(module, curve.protocol), self.teacher_steps[:1]
-        entry = self._teacher_entry(trainer, teacher, curve.protocol, steps, with_real=False)
+        steps = self.teacher_steps[:1]
+        if curve.protocol != self.protocol:
+            teacher = self._teacher(module, curve.protocol)
+            entry = self._teacher_entry(trainer, teacher, curve.protocol, steps, with_real=False)
         line: dict[str, float] = entry["teacher"][str(steps[0])]
         return line
 

@@ -63,11 +63,11 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
 
 
 def small_protocols(world: Path) -> dict[str, Protocol]:
-    """The named protocols with 6 samples, references of 40 images, and the judges in a folder."""
+    """The named protocols with 7 samples, references of 40 images, and the judges in a folder."""
     paths = {"clip": str(world / "clip"), "classifier": str(world / "classifier")}
     return {
         name: get_protocol(
-            name, samples=6, reference_samples=40, reference=str(world / f"{name}.npz"), **paths
+            name, samples=7, reference_samples=40, reference=str(world / f"{name}.npz"), **paths
         )
         for name in PROTOCOLS
     }

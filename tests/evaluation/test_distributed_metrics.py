@@ -1,60 +1,95 @@
-"""Two processes measure what one process measures."""
+"""Two processes measure, draw and report as one does, under DDP and with every network sharded (FSDP2)."""
 
 from __future__ import annotations
 
-import datetime
+import json
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
-from evaluation.clip_score import ClipScore
-from evaluation.features import FrozenClip
-from evaluation.frechet import FeatureStatistics, FrechetDistance
 from evaluation.generate import rank_batches
-from tests.evaluation.judges import random_images
+from evaluation.protocols import PROTOCOLS
+from tests.evaluation.distributed_worker import COUNT, UPDATES, measured, scores
 
-COUNT = 11
-
-
-def scores(folder: Path, rank: int, world_size: int, batch_size: int) -> tuple[float, float, int]:
-    """FID and CLIP score over this rank's share of `COUNT` images; images seen by this rank alone."""
-    clip = FrozenClip(folder)
-    images, captions = random_images(COUNT), [f"a {'red' if i % 2 else 'blue'} circle" for i in range(COUNT)]
-    reference = FeatureStatistics.from_features(clip.image_features(random_images(40, seed=1)))
-    fid, score = FrechetDistance(clip.image_features, clip.dimensions, reference), ClipScore(clip)
-    for sample_ids, counting in rank_batches(COUNT, batch_size, rank, world_size):
-        sample_ids = sample_ids[:counting]
-        fid.update(images[sample_ids])
-        score.update(images[sample_ids], [captions[i] for i in sample_ids.tolist()])
-    outcome = float(fid.compute()), float(score.compute())
-    return *outcome, int(score.count)
+ROOT = Path(__file__).parents[2]
 
 
-def worker(rank: int, folder: Path, out: Path) -> None:
-    """One of two ranks; writes what it computed."""
-    torch.set_num_threads(1)
-    timeout = datetime.timedelta(seconds=120)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{out}/store", rank=rank, world_size=2, timeout=timeout
-    )
-    torch.save(scores(folder, rank, 2, batch_size=3), out / f"{rank}.pt")
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with what both ranks saw under each strategy."""
+    out = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "NODE_RANK": "0",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "tests.evaluation.distributed_worker", str(world), str(out)]
+    pair = [
+        subprocess.Popen(
+            [*command, str(rank)],
+            cwd=ROOT,
+            env=environment | {"LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(out / f"rank{rank}.log").open("w"),
+        )
+        for rank in range(2)
+    ]
+    try:
+        codes = [process.wait(timeout=600) for process in pair]
+    finally:
+        for process in pair:
+            process.kill()
+    if codes != [0, 0]:
+        pytest.fail(f"the processes ended with {codes}:\n{(out / 'rank0.log').read_text()[-3000:]}")
+    return out
 
 
-def test_two_ranks_equal_one(clip_folder: Path, tmp_path: Path) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    spawn(worker, args=(clip_folder, tmp_path), nprocs=2)
-    fid, score, _ = scores(clip_folder, 0, 1, batch_size=COUNT)
+@pytest.mark.timeout(700)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_measure_what_one_does(
+    world: Path,
+    judged: dict[str, str],
+    two_processes: Path,
+    strategy: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, protocol in list(PROTOCOLS.items()):
+        monkeypatch.setitem(PROTOCOLS, name, protocol)  # measured() replaces them; put them back afterwards
+    alone = measured(world, tmp_path)
+    ranks: list[dict[str, Any]] = [
+        json.loads((two_processes / f"{strategy}-{rank}.json").read_text()) for rank in range(2)
+    ]
+    assert ranks[0]["fid"] == ranks[1]["fid"]
+    assert len(ranks[0]["fid"]) == UPDATES + 1
+    # Grey levels may tip over: rounding differs between batches of 2 and of 1.
+    assert ranks[0]["fid"] == pytest.approx(alone["fid"], rel=1e-3)
+    assert ranks[0]["caption_accuracy"] == alone["caption_accuracy"]
+    for key in ("student", "student_before", "real_vs_real"):
+        assert ranks[0]["report"][key]["fid"] == pytest.approx(alone["report"][key]["fid"], rel=1e-3)
+    assert (two_processes / strategy / "samples.png").exists()
+    assert len(list((two_processes / strategy / "samples").iterdir())) == UPDATES + 1
+
+
+@pytest.mark.timeout(700)
+def test_metrics_of_two_processes_equal_those_of_one(world: Path, two_processes: Path) -> None:
+    fid, score, _ = scores(world / "clip", 0, 1, batch_size=COUNT)
     seen = 0
-    for rank in (0, 1):
-        rank_fid, rank_score, rank_count = torch.load(tmp_path / f"{rank}.pt")
+    for rank in range(2):
+        rank_fid, rank_score, rank_count = json.loads((two_processes / f"scores-{rank}.json").read_text())
         # Features differ by float32 rounding between batch sizes; the sums themselves are float64.
         assert rank_fid == pytest.approx(fid, rel=1e-5)
-        assert rank_score == pytest.approx(score, rel=1e-6)
+        assert rank_score == pytest.approx(score, rel=1e-5)
         seen += rank_count
     assert seen == COUNT  # after compute the states are the rank's own again
 

@@ -82,5 +82,5 @@ def test_latency_counts_steps(family: StableDiffusion) -> None:
 
 def test_teachers_differ_by_weights_and_guidance(family: StableDiffusion, tmp_path: Path) -> None:
     other = StableDiffusion(str(save_tiny_sd(tmp_path / "sd", seed=1)))
-    keys = [Teacher(family, CPU), Teacher(other, CPU), Teacher(family, CPU, guidance_scale=2.0)]
+    keys = [Teacher(family, CPU), Teacher(other, CPU), Teacher(family, CPU, guidance_scale=4.0)]
     assert len({str(teacher.key()) for teacher in keys}) == 3

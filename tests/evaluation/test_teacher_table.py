@@ -44,7 +44,7 @@ def test_table_measures_each_thing_once(
     assert second["other"] == {"kept": True}
 
     with pytest.warns(UserWarning, match="another base or protocol 'toy'"):
-        guided = run(world, out, "--steps", "2", "--guidance_scale", "2")
+        guided = run(world, out, "--steps", "2", "--guidance_scale", "4")
     assert guided["toy"]["teacher"]["2"]["fid"] != 77.0  # type: ignore[index]
 
 
@@ -73,7 +73,7 @@ def test_a_fingerprint_follows_what_changes_the_numbers(
         get_protocol("toy", **changes).fingerprint()
         for changes in (
             {},
-            {"samples": 7},
+            {"samples": 8},
             {"seed": 1},
             {"reference_samples": 41},
             {"classifier": str(tmp_path / "classifier")},
