@@ -192,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = cli.trainer
         cli.fit()
     except RunStopped as stop:
-        _tell(stop)
+        _tell(stop, agreed=trainer is not None)
         # Lightning's launcher kills everybody when it sees that a rank which it started has failed, also rank 0 while it is
         # still closing its files. This stop was agreed on by all ranks, and rank 0 alone carries its code.
         return 0 if _started_by_rank_zero(trainer) else stop.exit_code
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if not _said_by_us(error):
             raise
-        _tell(error)
+        _tell(error, agreed=False)
         return UserError.exit_code
     return 0
 
@@ -262,15 +262,17 @@ def _said_by_us(error: BaseException) -> bool:
     )
 
 
-def _tell(error: BaseException) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) or int(
-        os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)) or 0
-    ):
-        return  # all ranks stop with the same sentence
+def _tell(error: BaseException, agreed: bool) -> None:
+    """Writes the sentence to stderr; what all ranks agreed on, rank 0 says alone."""
+    rank = next(
+        (int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0
+    )
+    if agreed and rank:
+        return
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     word = "stopped" if isinstance(error, Interrupted) else "error"
-    sys.stderr.write(f"{word}: {error}\n")
+    sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {error}\n")
 
 
 def _interrupted_early(code: int, name: str) -> int:

@@ -1,13 +1,14 @@
 """Writes the student as a pipeline when the training ends."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import lightning.pytorch as pl
 import torch
 from diffusers import UNet2DConditionModel
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from sdxs_lightning.callbacks.ranks import Ranks
@@ -54,7 +55,7 @@ class ExportPipeline(Checkpoint):
         )
         problem = None
         if self.ranks.first:
-            unet = plain_unet(source.denoiser.unet, weights)
+            unet = plain_unet(source.denoiser.unet, cast(dict[str, Tensor], weights))
             problem = self._write(pl_module, unet, folder, source.conditioning_timestep)
         problem = self.ranks.first_message(problem)
         if problem:
