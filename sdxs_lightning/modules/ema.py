@@ -36,7 +36,8 @@ class StudentEma(nn.Module):
     @torch.no_grad()
     def update(self, student: StudentGenerator) -> None:
         """Moves the average towards the student; shard by shard where both are sharded."""
-        averaged, current = list(self.parameters()), list(student.denoiser.parameters())
+        averaged: list[Tensor] = list(self.parameters())
+        current: list[Tensor] = list(student.denoiser.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
 
     def train(self, mode: bool = True) -> StudentEma:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from sdxs_lightning.modules.gradients import clip_gradients
+from sdxs_lightning.modules.gradients import average_gradients, clip_gradients
 from sdxs_lightning.modules.network import Network
 
 
@@ -59,13 +59,13 @@ class ManualTurns(LightningModule):
         """Whether this micro-batch is the last of its turn."""
         return self.micro_batches + 1 == self.accumulate_grad_batches
 
-    def gradient_sync(self) -> AbstractContextManager[None]:
-        """Around all backward passes: DDP averages over ranks on a turn's last micro-batch only.
+    def without_reducer(self) -> AbstractContextManager[None]:
+        """Around all backward passes: keeps DDP's reducer still, since `apply_update` averages over ranks.
 
-        FSDP2 scatters gradients on every one; holding them back would keep whole gradients in memory.
+        FSDP2 scatters gradients on every micro-batch; holding them back would keep whole gradients in memory.
         """
         model = self.trainer.model
-        if isinstance(model, DistributedDataParallel) and not self.turn_is_ending:
+        if isinstance(model, DistributedDataParallel):
             return cast(AbstractContextManager[None], model.no_sync())
         return nullcontext()
 
@@ -74,9 +74,11 @@ class ManualTurns(LightningModule):
         self.manual_backward(loss / self.accumulate_grad_batches)
 
     def apply_update(self, role: str) -> None:
-        """Clips, steps, clears, and moves the learning rate: the one place where weights change."""
-        optimizer = self._optimizer_of(role)
-        norm = clip_gradients(self.networks[role].parameters(), self.gradient_clip_norm)
+        """Averages over ranks, clips, steps, clears, moves the learning rate: the one place where weights change."""
+        optimizer, network = self._optimizer_of(role), self.networks[role]
+        if isinstance(self.trainer.model, DistributedDataParallel):
+            average_gradients(network.parameters())
+        norm = clip_gradients(network.parameters(), self.gradient_clip_norm)
         self.note(f"{role}/", gradient_norm=norm, lr=optimizer.param_groups[0]["lr"])
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -95,10 +97,10 @@ class ManualTurns(LightningModule):
             return
         self.micro_batches = 0
         self.turns += 1
-        means = {name: _mean(values) for name, values in self._scalars.items()}
+        line = {name: _mean(values) for name, values in self._scalars.items()}
         self._scalars.clear()
-        counted = {name: float(count) for name, count in (counters | {"turns": self.turns}).items()}
-        self.log_dict(means | counted)
+        line |= {name: float(count) for name, count in (counters | {"turns": self.turns}).items()}
+        self.log_dict(line)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Each network's own, in the order of `networks`."""
@@ -125,10 +127,10 @@ class ManualTurns(LightningModule):
     def _optimizer_of(self, role: str) -> LightningOptimizer:
         optimizers = self.optimizers()
         optimizers = optimizers if isinstance(optimizers, list) else [optimizers]
-        return cast(LightningOptimizer, optimizers[list(self.networks).index(role)])
+        return optimizers[list(self.networks).index(role)]
 
     def _scheduler_of(self, role: str) -> LRScheduler:
-        return cast(LRScheduler, self.trainer.lr_scheduler_configs[self._scheduled.index(role)].scheduler)
+        return self.trainer.lr_scheduler_configs[self._scheduled.index(role)].scheduler
 
 
 def _mean(values: list[Tensor | float]) -> Tensor | float:

@@ -113,7 +113,7 @@ class OneStepDistillation(ManualTurns):
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         """One micro-batch: the student makes a sample, learns from its judges on its turns, then the judges learn."""
         turn = self.curriculum.turn(self.turns)
-        with self.gradient_sync():
+        with self.without_reducer():
             sample = self._warmup_sample(batch) if turn.warmup else self._sample(batch, turn)
             if turn.student:
                 self._student_update(sample, self.warmup_terms if turn.warmup else self.student_terms)

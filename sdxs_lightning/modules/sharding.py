@@ -1,12 +1,38 @@
-"""FSDP2, network by network."""
+"""FSDP2, network by network: the strategy, and what the stages call in `configure_model`."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+
+class ShardedNetworks(ModelParallelStrategy):
+    """Lightning's FSDP2 strategy with all processes on the data axis, whatever their number.
+
+    Lightning's own "auto" puts the nodes on the data axis and the GPUs of a node on the tensor axis, which these networks
+    do not use.
+
+    Args:
+        save_distributed_checkpoint: every process writes its shard into a folder; False gathers one file on rank 0.
+        process_group_backend: None takes nccl on GPUs and gloo on CPUs.
+    """
+
+    def __init__(
+        self, save_distributed_checkpoint: bool = True, process_group_backend: str | None = None
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+        )
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:

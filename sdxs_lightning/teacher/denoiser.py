@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -63,7 +63,7 @@ class Denoiser(nn.Module):
         guidance on either of them.
         """
         if guidance_scale == 1.0:
-            return self(noisy_latents, timesteps, conditioning)
+            return cast(Prediction, self(noisy_latents, timesteps, conditioning))
         twice = torch.cat([noisy_latents, noisy_latents]), torch.cat([timesteps, timesteps])
         uncond, cond = self._call(self.unet, *twice, conditioning.doubled()).chunk(2)
         return self._interpret(guide(cond, uncond, guidance_scale), noisy_latents, timesteps)

@@ -8,24 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
+from sdxs_lightning.modules import gradients
 from sdxs_lightning.modules.curriculum import Curriculum
 from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 from sdxs_lightning.modules.regression_warmup import RegressionWarmup
+from sdxs_lightning.modules.sharding import ShardedNetworks
 from sdxs_lightning.modules.student_generator import StudentGenerator
-from tests.training.tiny_distillation import distillation, fit
+from tests.training.tiny_distillation import batches_of, distillation, fit
 
 TURNS = 10
 SAVED_AFTER = 6
 ADAMW_LR = 1e-3
 OPTIMIZERS: dict[str, Any] = {
-    "sgd": partial(torch.optim.SGD, lr=0.05),
-    "adamw": partial(torch.optim.AdamW, lr=ADAMW_LR),
+    # A larger rate lets the discriminator amplify rounding: 1.5e-6 after ten turns at 0.05.
+    "sgd": partial(torch.optim.SGD, lr=0.02),
+    # Adam divides by the gradient's size, so where a gradient is rounding noise the update is, too; an eps above that
+    # noise (1e-8 does not reach it) leaves 1e-2 of the rate as a meaningful bound.
+    "adamw": partial(torch.optim.AdamW, lr=ADAMW_LR, eps=1e-6),
 }
 STRATEGIES = ("ddp", "fsdp2")
 
@@ -33,8 +41,8 @@ STRATEGIES = ("ddp", "fsdp2")
 def strategy_of(name: str) -> Strategy:
     """Two processes on the CPU."""
     if name == "ddp":
-        return DDPStrategy(find_unused_parameters=True, process_group_backend="gloo")
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        return DDPStrategy(process_group_backend="gloo")
+    return ShardedNetworks(process_group_backend="gloo")
 
 
 def module_for(base: Path, optimizer: str, micro_batches: int) -> OneStepDistillation:
@@ -68,13 +76,33 @@ def arrived(module: OneStepDistillation) -> dict[str, torch.Tensor]:
 
 
 class SaveAfter(Callback):
-    """Saves a checkpoint after a number of batches."""
+    """Saves a checkpoint after a number of batches, and counts the gradients that travel under DDP."""
 
     def __init__(self, batches: int, path: Path) -> None:
         self.batches, self.path = batches, path
+        self.sent: list[int] = []
+        self.sent_by_reducer = 0
+        self._average = gradients._average
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:  # type: ignore[override]
-        if trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batches:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gradients._average = self._averaging
+        if isinstance(trainer.model, DistributedDataParallel):
+            trainer.model.register_comm_hook(None, lambda state, bucket: self._reducing(bucket))
+
+    def _averaging(self, gradients: list[torch.Tensor]) -> None:
+        self.sent.append(sum(map(torch.numel, gradients)))
+        self._average(gradients)
+
+    def _reducing(self, bucket: Any) -> Any:
+        self.sent_by_reducer += bucket.buffer().numel()
+        assert dist.group.WORLD is not None
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gradients._average = self._average
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if batches_of(trainer) == self.batches:
             trainer.save_checkpoint(self.path)
 
 
@@ -89,24 +117,27 @@ def main(base: Path, shards: Path, out: Path, *strategies: str) -> None:
 
             module = module_for(base, optimizer, micro)
             save = SaveAfter(SAVED_AFTER * micro, checkpoint)
-            fit(module, shards, TURNS * micro, callbacks=[save], strategy=strategy_of(strategy), **settings)
-            results = {"straight": arrived(module)}
-
-            module = module_for(base, optimizer, micro)
             trainer = fit(
-                module,
-                shards,
-                TURNS * micro,
-                ckpt_path=str(checkpoint),
-                strategy=strategy_of(strategy),
-                **settings,
+                module, shards, TURNS * micro, callbacks=[save], strategy=strategy_of(strategy), **settings
             )
-            results["resumed"] = arrived(module)
-            results["counters"] = {"turns": module.turns, "updates": module.student_updates}  # type: ignore[assignment]
-            results["sharded"] = isinstance(next(module.student.parameters()), DTensor)  # type: ignore[assignment]
+            results: dict[str, Any] = {"straight": arrived(module)}
+            results["sent"], results["sent_by_reducer"] = save.sent, save.sent_by_reducer
+            results["sharded"] = isinstance(next(module.student.parameters()), DTensor)
+            if optimizer == "adamw":  # its state is the one worth restoring
+                module = module_for(base, optimizer, micro)
+                fit(
+                    module,
+                    shards,
+                    TURNS * micro,
+                    ckpt_path=str(checkpoint),
+                    strategy=strategy_of(strategy),
+                    **settings,
+                )
+                results["resumed"] = arrived(module)
+            results["counters"] = (module.turns, module.student_updates)
             if trainer.is_global_zero:
                 torch.save(results, out / f"{strategy}-{optimizer}.pt")
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:4]), *sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])

@@ -17,6 +17,8 @@ from tests.training.distributed_worker import ADAMW_LR, OPTIMIZERS, STRATEGIES, 
 from tests.training.tiny_distillation import fit
 
 ROOT = Path(__file__).parents[2]
+# The pair of processes starts twice as many networks as any other test; on a busy machine it needs minutes.
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +97,26 @@ def test_same_weights_as_one_process(
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-def test_resume_is_exact(two_processes: Path, strategy: str, optimizer: str) -> None:
-    results = load(two_processes, strategy, optimizer)
+def test_resume_is_exact(two_processes: Path, strategy: str) -> None:
+    results = load(two_processes, strategy, "adamw")
     # 2 warm-up turns, 1 of the critic, then the student on every second of 7.
-    assert results["counters"] == {"turns": TURNS, "updates": 2 + 4}
+    assert results["counters"] == (TURNS, 2 + 4)
     for name, value in results["straight"].items():
         assert torch.equal(value, results["resumed"][name]), name
-    assert (two_processes / f"{strategy}-{optimizer}.ckpt").is_dir() == (strategy == "fsdp2")
+    assert (two_processes / f"{strategy}-adamw.ckpt").is_dir() == (strategy == "fsdp2")
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+def test_only_the_gradients_of_updated_networks_travel(
+    two_processes: Path, base: Callable[[str], Path], optimizer: str
+) -> None:
+    results = load(two_processes, "ddp", optimizer)
+    module = module_for(base("sd-v_prediction"), optimizer, 1)
+    module.configure_model()
+    sizes = {role: sum(p.numel() for p in network.parameters()) for role, network in module.networks.items()}
+    student, critic = [sizes["student"]], [sizes["fake_score"], sizes["discriminator"]]
+    both = student + critic
+    turns = [student, student, critic, both, critic, both, critic, both, critic, both]
+    assert results["sent"] == [size for turn in turns for size in turn]
+    assert results["sent_by_reducer"] == 0
+    assert load(two_processes, "fsdp2", optimizer)["sent"] == []

@@ -19,7 +19,7 @@ from sdxs_lightning.modules.lr_schedules import TwoPhaseLR
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 from sdxs_lightning.modules.regression_warmup import RegressionWarmup
 from sdxs_lightning.modules.student_generator import StudentGenerator
-from tests.training.tiny_distillation import distillation, fit
+from tests.training.tiny_distillation import batches_of, distillation, fit
 
 Base = Callable[[str], Path]
 TURNS = 9
@@ -52,11 +52,11 @@ class Witness(Callback):
         self.path, self.batch = path, batch
         self.seen: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
 
-    def on_train_batch_end(  # type: ignore[override]
+    def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, *_: Any
     ) -> None:
         self.seen.append((tuple(batch.sample_ids), tuple(batch.positions.tolist())))
-        if self.path is not None and trainer.fit_loop.epoch_loop.batch_progress.total.processed == self.batch:
+        if self.path is not None and batches_of(trainer) == self.batch:
             trainer.save_checkpoint(self.path)
 
 

@@ -84,13 +84,14 @@ def fit(
     **settings: Any,
 ) -> Trainer:
     """Trains for so many micro-batches in all, counted from the start of the run."""
-    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False} | settings
+    defaults: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False}
     trainer = Trainer(
         max_epochs=-1,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[StopAfter(batches), *(callbacks or [])],
-        **settings,
+        enable_checkpointing=False,
+        **defaults | settings,
     )
     data = TinyData(str(shards), batch_size, shuffle_window_shards=2 if shuffled else 0)
     with warnings.catch_warnings():
@@ -105,10 +106,14 @@ class StopAfter(Callback):
     def __init__(self, batches: int) -> None:
         self.batches = batches
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:  # type: ignore[override]
-        # Lightning counts a batch as completed after this hook.
-        if trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1 >= self.batches:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if batches_of(trainer) >= self.batches:
             trainer.should_stop = True
+
+
+def batches_of(trainer: Trainer) -> int:
+    """Batches of the run, asked in on_train_batch_end; Lightning counts the batch as completed after that hook."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1
 
 
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,73 @@
+"""The method as a whole, on the shipped toy base: distribution matching from the base's own weights, in a minute.
+
+Measured on 200 val prompts, one seed each, FID and share of images with every stated attribute right:
+
+    before                             17.7   0.31
+    as it is here                       4.1   0.74
+    fake score never updated            7.5   0.50
+    GAN alone, no distribution matching 23.0  0.18
+    sign of the score difference turned 105.6 0.00
+
+The last three fail the bounds below. The GAN's share is too small to be seen at this length; test_training_step.py tests its
+logits and gradients directly.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from data.toy.datamodule import ToyDataModule
+from evaluation.generate import SampledImages
+from evaluation.protocols import REPOSITORY, get_protocol
+from evaluation.scores import Judges, Scores, measure
+from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.modules.curriculum import Curriculum
+from sdxs_lightning.modules.fake_score import FakeScore
+from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+
+BASE = str(REPOSITORY / "data" / "toy" / "base")
+# DMD2's SDXL timestep: from there the base's own single step is far off, which leaves room to show an improvement.
+CONDITIONING_TIMESTEP = 399
+
+
+@pytest.mark.timeout(600)
+def test_forty_updates_make_a_student_of_the_base(tmp_path: Path) -> None:
+    adam = partial(torch.optim.AdamW, betas=(0.9, 0.99))
+    module = OneStepDistillation(
+        StableDiffusion(BASE, CONDITIONING_TIMESTEP),
+        StudentGenerator(partial(adam, lr=2e-4)),
+        FakeScore(partial(adam, lr=8e-4)),
+        Curriculum(max_student_updates=40, critic_updates_per_student_update=2),
+        distribution_matching=DistributionMatching(guidance_scale=1.5),
+        ema_decay=0.9,
+    )
+    module.configure_model()
+    before = score(module)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, ToyDataModule(BASE, train_images=512, cache=str(tmp_path), batch_size=16))
+    after = score(module)
+    assert before.fid > 15
+    assert before.caption_accuracy < 0.4
+    assert after.fid < 5.8
+    assert after.caption_accuracy > 0.62
+
+
+def score(module: OneStepDistillation) -> Scores:
+    assert module.ema is not None
+    protocol, device = get_protocol("toy-val", samples=200), torch.device("cpu")
+    images = SampledImages(module.ema, module.family, device)
+    return measure(images, protocol.captions(), Judges.load(protocol), device)
