@@ -155,8 +155,8 @@ class TrainingCLI(LightningCLI):
             raise UserError(f"--ckpt_path '{path}' does not exist; give a checkpoint, or 'last'.")
         if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UserError(
-                f"the checkpoint '{path}' is sharded; resume with --config configs/hardware/fsdp2.yaml, or convert it by "
-                f"`python -m lightning.pytorch.utilities.consolidate_checkpoint '{path}'` and give the file that this writes."
+                f"the checkpoint '{path}' is sharded; resume with --config configs/hardware/fsdp2.yaml, which reads it on any "
+                "number of devices (one: --trainer.devices 1, with data.init_args.batch_size for the same global batch)."
             )
         return str(path)
 
