@@ -43,9 +43,11 @@ def test_table_measures_each_thing_once(
     assert set(second["toy"]["teacher"]) == {"1", "2", "3"}  # type: ignore[call-overload]
     assert second["other"] == {"kept": True}
 
-    with pytest.warns(UserWarning, match="another base or protocol 'toy'"):
-        guided = run(world, out, "--steps", "2", "--guidance_scale", "4")
-    assert guided["toy"]["teacher"]["2"]["fid"] != 77.0  # type: ignore[index]
+    for change in (["--guidance_scale", "4"], ["--samples", "6"]):
+        out.write_text(json.dumps({"toy": first}))
+        with pytest.warns(UserWarning, match="another base or protocol 'toy'"):
+            other = run(world, out, "--steps", "2", *change)
+        assert other["toy"]["teacher"]["2"]["fid"] != 77.0  # type: ignore[index]
 
 
 def test_table_says_what_is_missing(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
