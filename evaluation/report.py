@@ -234,6 +234,7 @@ class Report(pl.Callback):
     ) -> dict[str, Any]:
         """The contract's keys first; then what explains them."""
         throughput = callback_of(trainer, Throughput)
+        latest = {} if throughput is None else throughput.latest
         many = entry["teacher"][str(self.teacher_steps[0])]
         return {
             "seconds": self._seconds(),
@@ -254,7 +255,7 @@ class Report(pl.Callback):
             "base_sha256": entry["base_sha256"],
             "seed": module.seed,
             "peak_memory_gib": peak_memory_gib(module.device),
-            "throughput": {} if throughput is None else throughput.latest,
+            "throughput": {key.removeprefix("throughput/"): value for key, value in latest.items()},
             "curve_protocol": None if curve is None else curve.protocol.describe(),
             "history": [] if curve is None else curve.history,
         }
