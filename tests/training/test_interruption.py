@@ -195,7 +195,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_previous_checkpoint(
 def test_two_processes_stop_at_the_same_batch_if_one_is_signalled(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    config["trainer"] |= {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
     config["trainer"]["callbacks"][-1]["init_args"] = {"agree_every_n_batches": 5}
     code, said = train_by_command(
         tmp_path, with_callback(config, "RaiseSignal", name="SIGTERM", batch=2, rank=1), 390
@@ -214,7 +214,7 @@ def test_two_processes_stop_at_the_same_batch_if_one_is_signalled(
 
 @pytest.mark.timeout(1200)
 def test_a_full_disk_on_one_of_two_processes_ends_both(config: dict[str, Any], tmp_path: Path) -> None:
-    config["trainer"] |= {"devices": 2, "strategy": "ddp_find_unused_parameters_true"}
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
     ended = train_in_two(tmp_path, with_callback(config, "FullDisk", batch=5, limit_bytes=300_000))
     # Lightning's launcher would kill rank 0 if a rank that it started failed: rank 0 alone carries the code.
     assert [rank.code for rank in ended] == [4, 0], ended
@@ -228,10 +228,7 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
 ) -> None:
     config["trainer"] |= {
         "devices": 2,
-        "strategy": {
-            "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-            "init_args": {"process_group_backend": "gloo"},
-        },
+        "strategy": {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"},
     }
     config["trainer"]["callbacks"].append({"class_path": "sdxs_lightning.callbacks.export.ExportPipeline"})
     ended = train_in_two(tmp_path, with_callback(config, "RaiseSignal", name="SIGUSR1", batch=6, rank=1))
@@ -250,7 +247,20 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     images = pipeline("a red circle", num_inference_steps=1, guidance_scale=0, output_type="np").images
     assert images.shape == (1, 32, 32, 3)
+    # One process reads the shards of two, with the same global batch.
+    config["trainer"]["devices"] = 1
+    config["data"]["init_args"]["batch_size"] = 4
+    config["model"]["init_args"]["curriculum"]["max_student_updates"] = 7
+    (alone_ended,) = train_in_ranks(
+        ["--config", str(write_config(tmp_path / "tiny.yaml", config)), "--ckpt_path", "last"],
+        tmp_path,
+        count=1,
+    )
+    assert alone_ended.code == 0, alone_ended
+    assert newest(tmp_path).name == "update_00000007-batch_00000014"
     # One shard short by a byte: the checkpoint is none.
+    interrupted = newest(tmp_path)
+    sizes = json.loads((interrupted / folders.MANIFEST).read_text())["sizes"]
     shard = next(name for name in sizes if name.endswith(".distcp"))
     os.truncate(interrupted / shard, sizes[shard] - 1)
     assert not folders.complete(interrupted)
