@@ -230,10 +230,13 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
         "devices": 2,
         "strategy": {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"},
     }
+    config["trainer"]["callbacks"][-1]["init_args"] = {"agree_every_n_batches": 2}
+    config["model"]["init_args"]["curriculum"]["max_student_updates"] = 2
     config["trainer"]["callbacks"].append({"class_path": "sdxs_lightning.callbacks.export.ExportPipeline"})
-    ended = train_in_two(tmp_path, with_callback(config, "RaiseSignal", name="SIGUSR1", batch=6, rank=1))
+    ended = train_in_two(tmp_path, with_callback(config, "RaiseSignal", name="SIGUSR1", batch=1, rank=1))
     assert [rank.code for rank in ended] == [138, 0], ended
     interrupted = newest(tmp_path)
+    assert interrupted.name == "update_00000001-batch_00000002"
     sizes = json.loads((interrupted / folders.MANIFEST).read_text())["sizes"]
     assert {"state.ckpt/meta.pt", "state.ckpt/.metadata"} < set(sizes)
     assert sum(name.endswith(".distcp") for name in sizes) == 2
@@ -243,21 +246,21 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
     assert "is sharded; resume with --config configs/hardware/fsdp2.yaml" in capfd.readouterr().err
     ended = train_in_two(tmp_path, config, "--ckpt_path", "last")
     assert [rank.code for rank in ended] == [0, 0], ended
-    assert newest(tmp_path).name == "update_00000006-batch_00000012"
+    assert newest(tmp_path).name == "update_00000002-batch_00000004"
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")
     images = pipeline("a red circle", num_inference_steps=1, guidance_scale=0, output_type="np").images
     assert images.shape == (1, 32, 32, 3)
     # One process reads the shards of two, with the same global batch.
     config["trainer"]["devices"] = 1
     config["data"]["init_args"]["batch_size"] = 4
-    config["model"]["init_args"]["curriculum"]["max_student_updates"] = 7
+    config["model"]["init_args"]["curriculum"]["max_student_updates"] = 3
     (alone_ended,) = train_in_ranks(
         ["--config", str(write_config(tmp_path / "tiny.yaml", config)), "--ckpt_path", "last"],
         tmp_path,
         count=1,
     )
     assert alone_ended.code == 0, alone_ended
-    assert newest(tmp_path).name == "update_00000007-batch_00000014"
+    assert newest(tmp_path).name == "update_00000003-batch_00000006"
     # One shard short by a byte: the checkpoint is none.
     interrupted = newest(tmp_path)
     sizes = json.loads((interrupted / folders.MANIFEST).read_text())["sizes"]
