@@ -78,7 +78,9 @@ def load(two_processes: Path, strategy: str, optimizer: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 1e-6), ("adamw", 1e-2 * ADAMW_LR)])
+# Adam divides by the root of tiny second moments, so rounding (which also depends on the number of threads) reaches about a
+# hundredth of the learning rate: 1.2e-2 of it was seen.
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("sgd", 1e-6), ("adamw", 3e-2 * ADAMW_LR)])
 def test_same_weights_as_one_process(
     two_processes: Path,
     one_process: dict[str, dict[str, torch.Tensor]],
