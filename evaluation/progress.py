@@ -1,4 +1,4 @@
-"""How fast a distillation goes, and the progress bar that says so."""
+"""How fast a training goes, and the progress bar that says so; for every stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evaluation.loops import log_now, paused_seconds, student_updates_of
+from evaluation.loops import log_now, paused_seconds
+from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 
 
@@ -37,6 +38,8 @@ def peak_memory_gib(device: torch.device) -> float:
 class Throughput(pl.Callback):
     """Logs images/s over all ranks, student updates/s and peak memory; time spent on measuring is left out.
 
+    A stage without a student of its own counters counts its optimizer steps.
+
     Args:
         every_n_batches: how often; in between nothing waits for the device.
     """
@@ -50,7 +53,7 @@ class Throughput(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first window begins."""
-        self._begin(trainer, pl_module)
+        self._begin(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -66,17 +69,16 @@ class Throughput(pl.Callback):
         seconds = self._now(trainer) - self._start
         self.latest = {
             "throughput/images_per_second": self._images * trainer.world_size / seconds,
-            "throughput/student_updates_per_second": (student_updates_of(pl_module) - self._updates)
-            / seconds,
+            "throughput/student_updates_per_second": (counts_of(trainer).updates - self._updates) / seconds,
             "throughput/peak_memory_gib": peak_memory_gib(device),
         }
         log_now(trainer, self.latest)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest.items()})
-        self._begin(trainer, pl_module)
+        self._begin(trainer)
 
-    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _begin(self, trainer: pl.Trainer) -> None:
         self._images = self._batches = 0
-        self._updates, self._start = student_updates_of(module), self._now(trainer)
+        self._updates, self._start = counts_of(trainer).updates, self._now(trainer)
 
     @staticmethod
     def _now(trainer: pl.Trainer) -> float:
@@ -86,6 +88,9 @@ class Throughput(pl.Callback):
 SHOWN = {
     "student/distribution_matching": "student {:.3f}",
     "student/regression": "regression {:.4f}",
+    "student/output": "output {:.4f}",
+    "student/features": "features {:.4f}",
+    "student/task": "task {:.4f}",
     "fake_score/loss": "fake score {:.3f}",
     "discriminator/loss": "discriminator {:.3f}",
     "val/fid": "FID {:.1f}",
@@ -96,7 +101,7 @@ SHOWN = {
 
 
 class ProgressBar(LightningProgressBar):
-    """A bar of student updates, and the few numbers that tell whether a distillation goes well.
+    """A bar of student updates, and the few numbers that tell whether a training goes well.
 
     Where the output is no terminal it prints a line now and then, for logs.
 
@@ -112,7 +117,8 @@ class ProgressBar(LightningProgressBar):
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._numbers = ""
-        self._total = self._first_update = 0
+        self._total: int | None = None
+        self._first_update = 0
         self._start = self._last_line = 0.0
 
     def disable(self) -> None:
@@ -125,8 +131,8 @@ class ProgressBar(LightningProgressBar):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Show the bar, where the run stands."""
-        assert isinstance(pl_module, OneStepDistillation)
-        self._total, self._first_update = pl_module.curriculum.max_student_updates, pl_module.student_updates
+        self._total = _planned_updates(trainer, pl_module)
+        self._first_update = counts_of(trainer).updates
         self._start = self._last_line = time.monotonic()
         if not self._enabled or not self._console.is_terminal:
             return
@@ -148,12 +154,14 @@ class ProgressBar(LightningProgressBar):
             return
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._numbers = self._read(trainer)
-        updates = student_updates_of(pl_module)
+        updates = counts_of(trainer).updates
         if self._progress is not None:
             self._progress.update(self._task, completed=updates, description=self._numbers)
         elif time.monotonic() - self._last_line > self.line_seconds:
             self._last_line = time.monotonic()
-            self.print(f"student updates {updates}/{self._total}  {self._numbers}  {self._times(updates)}")
+            self.print(
+                f"student updates {updates}/{self._total or '?'}  {self._numbers}  {self._times(updates)}"
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the last state on the screen."""
@@ -183,6 +191,14 @@ class ProgressBar(LightningProgressBar):
     def _times(self, updates: int) -> str:
         elapsed = time.monotonic() - self._start
         done = updates - self._first_update
-        left = elapsed * (self._total - updates) / done if done else float("nan")
-        known = f", {timedelta(seconds=round(left))} left" if done else ""
-        return f"{timedelta(seconds=round(elapsed))}{known}"
+        if not done or self._total is None:
+            return f"{timedelta(seconds=round(elapsed))}"
+        left = elapsed * (self._total - updates) / done
+        return f"{timedelta(seconds=round(elapsed))}, {timedelta(seconds=round(left))} left"
+
+
+def _planned_updates(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:
+    """Where the run ends, if that is counted in updates."""
+    if isinstance(module, OneStepDistillation):
+        return module.curriculum.max_student_updates
+    return trainer.max_steps if trainer.max_steps >= 0 else None
