@@ -10,9 +10,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 PRELOAD = [
     "data.shards.datamodule",
@@ -20,6 +20,8 @@ PRELOAD = [
     "sdxs_lightning.cli",
     "sdxs_lightning.families.sd",
     "transformers.models.clip.modeling_clip",
+    "tests.evaluation.distributed_worker",
+    "tests.training.distributed_worker",
     "tests.training.faults",
 ]
 
@@ -43,12 +45,31 @@ def train_in_ranks(
         count: of ranks.
         seconds: after which all are killed.
     """
+    return in_ranks(_train, (list(arguments),), folder, count, seconds)
+
+
+def in_ranks(
+    function: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+    folder: Path,
+    count: int = 2,
+    seconds: float = 600,
+) -> list[Ended]:
+    """Calls a function in `count` processes that know each other's address; one CPU thread each.
+
+    Args:
+        function: of a module; what it returns is the exit code.
+        arguments: the same for each rank; `LOCAL_RANK` in the environment tells them apart.
+        folder: for what the ranks say.
+        count: of ranks.
+        seconds: after which all are killed.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     port = _free_port()
     files = [folder / f"rank_{rank}.txt" for rank in range(count)]
     ranks = [
-        context.Process(target=_train, args=(list(arguments), rank, count, port, file), daemon=True)
+        context.Process(target=_call, args=(function, arguments, rank, count, port, file), daemon=True)
         for rank, file in enumerate(files)
     ]
     for rank in ranks:
@@ -67,13 +88,21 @@ def train_in_ranks(
                 rank.kill()
 
 
-def _train(arguments: list[str], rank: int, count: int, port: int, file: Path) -> None:
+def _call(
+    function: Callable[..., int | None],
+    arguments: tuple[Any, ...],
+    rank: int,
+    count: int,
+    port: int,
+    file: Path,
+) -> None:
     os.environ |= {
         "LOCAL_RANK": str(rank),
         "NODE_RANK": "0",
         "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": "",
     }
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
@@ -81,9 +110,13 @@ def _train(arguments: list[str], rank: int, count: int, port: int, file: Path) -
     import torch
 
     torch.set_num_threads(1)
+    sys.exit(function(*arguments))
+
+
+def _train(arguments: list[str]) -> int:
     from sdxs_lightning.cli import main
 
-    sys.exit(main(arguments))
+    return main(arguments)
 
 
 def _free_port() -> int:

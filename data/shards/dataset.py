@@ -75,20 +75,19 @@ class ShardDataset(Dataset[TrainingBatch]):
         Args:
             shards: the index.
             order: which sample stands at which position.
-            contents: what a batch holds besides captions.
+            contents: what a batch holds besides captions; nothing reads captions alone.
             resolution: images are resized so that the shorter side has this many pixels, then cropped to a
                 centred square; None takes them as they are, all of one size.
             empty_captions: "keep" trains on samples without words, "refuse" stops at the first.
 
         Raises:
             BadSampleError: naming shard and key, if a sample has no member for a content or for the caption.
-            ValueError: on an unknown content, or none.
+            ValueError: on an unknown content.
         """
         unknown = sorted(set(contents) - (set(_MEMBERS) - {"captions"}))
-        if unknown or not contents:
+        if unknown:
             raise ValueError(
-                f"data.contents is {list(contents)}, but it names one or more of latents, images, "
-                "control_images, noise_seeds."
+                f"data.contents is {list(contents)}, but it names latents, images, control_images or noise_seeds."
             )
         self.shards = shards
         self.order = order

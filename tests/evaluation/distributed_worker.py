@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
+import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 
 from evaluation.callbacks import DistillationMetrics, SampleGrids
@@ -61,11 +60,11 @@ def measured(world: Path, out: Path, **settings: Any) -> dict[str, Any]:
     }
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    world, out, rank = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+def measure_everything(world: Path, out: Path) -> None:
+    """Both strategies, then the metrics alone; each rank writes what it saw."""
+    rank = int(os.environ["LOCAL_RANK"])
     for name in STRATEGIES:
         result = measured(world, out / name, devices=2, strategy=strategy_of(name))
         (out / f"{name}-{rank}.json").write_text(json.dumps(result))
     # Lightning has left the process group open.
-    (out / f"scores-{rank}.json").write_text(json.dumps(scores(world / "clip", int(rank), 2, batch_size=3)))
+    (out / f"scores-{rank}.json").write_text(json.dumps(scores(world / "clip", rank, 2, batch_size=3)))

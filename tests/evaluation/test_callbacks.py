@@ -13,13 +13,14 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
+from data.shards.datamodule import ShardDataModule
 from evaluation.callbacks import DistillationMetrics, ProgressBar, SampleGrids, Throughput
 from evaluation.generate import SampledImages
 from evaluation.protocols import PROTOCOLS
 from evaluation.report import Report
 from evaluation.scores import Judges, measure
 from sdxs_lightning.modules.curriculum import Curriculum
-from tests.training.tiny_distillation import TinyData, distillation, family_of
+from tests.training.tiny_distillation import distillation, family_of
 
 
 def fit(
@@ -39,7 +40,7 @@ def fit(
         enable_progress_bar=any(isinstance(one, ProgressBar) for one in callbacks),
         callbacks=callbacks,
     )
-    trainer.fit(module, datamodule=TinyData(str(world / "shards"), 4), ckpt_path=ckpt_path)
+    trainer.fit(module, datamodule=ShardDataModule(str(world / "shards"), 4), ckpt_path=ckpt_path)
     return trainer, module
 
 

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +10,16 @@ import pytest
 
 from evaluation.generate import rank_batches
 from evaluation.protocols import PROTOCOLS
-from tests.evaluation.distributed_worker import COUNT, UPDATES, measured, scores
-
-ROOT = Path(__file__).parents[2]
+from tests.evaluation.distributed_worker import COUNT, UPDATES, measure_everything, measured, scores
+from tests.processes import in_ranks
 
 
 @pytest.fixture(scope="module")
 def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with what both ranks saw under each strategy."""
     out = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "NODE_RANK": "0",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", "tests.evaluation.distributed_worker", str(world), str(out)]
-    pair = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            cwd=ROOT,
-            env=environment | {"LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=(out / f"rank{rank}.log").open("w"),
-        )
-        for rank in range(2)
-    ]
-    try:
-        codes = [process.wait(timeout=600) for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    if codes != [0, 0]:
-        pytest.fail(f"the processes ended with {codes}:\n{(out / 'rank0.log').read_text()[-3000:]}")
+    ended = in_ranks(measure_everything, (world, out), out)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].said[-3000:]
     return out
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sdxs_lightning.modules import gradients
 from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 from sdxs_lightning.modules.regression_warmup import RegressionWarmup
@@ -38,6 +36,17 @@ OPTIMIZERS: dict[str, Any] = {
 STRATEGIES = ("ddp", "fsdp2")
 
 
+class Case(NamedTuple):
+    """One comparison."""
+
+    optimizer: str
+    gan: bool = True
+    micro_batches: int = 1
+
+
+CASES = {"sgd": Case("sgd", micro_batches=2), "adamw": Case("adamw"), "no_gan": Case("sgd", gan=False)}
+
+
 def strategy_of(name: str) -> Strategy:
     """Two processes on the CPU."""
     if name == "ddp":
@@ -45,15 +54,16 @@ def strategy_of(name: str) -> Strategy:
     return ShardedNetworks(process_group_backend="gloo")
 
 
-def module_for(base: Path, optimizer: str, micro_batches: int) -> OneStepDistillation:
+def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillation:
     """Warm-up, critic turns and both: every kind of turn within ten."""
-    make = OPTIMIZERS[optimizer]
+    make = OPTIMIZERS[case.optimizer]
     falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)
     return distillation(
         base,
         student=StudentGenerator(make, falling),
         fake_score=FakeScore(make),
-        discriminator=Discriminator(make),
+        gan=case.gan,
+        optimizer=make,
         curriculum=Curriculum(
             max_student_updates=99,
             critic_updates_per_student_update=2,
@@ -106,16 +116,15 @@ class SaveAfter(Callback):
             trainer.save_checkpoint(self.path)
 
 
-def main(base: Path, shards: Path, out: Path, *strategies: str) -> None:
-    """Every strategy with every optimizer, then a resume from the checkpoint on the way."""
-    torch.set_num_threads(1)
-    for strategy in strategies or STRATEGIES:
-        for optimizer in OPTIMIZERS:
-            checkpoint = out / f"{strategy}-{optimizer}.ckpt"
-            micro = 2 if optimizer == "sgd" else 1
+def train_everything(base: Path, shards: Path, out: Path) -> None:
+    """Every case under every strategy, and with AdamW, whose state is worth restoring, a resume on the way."""
+    for strategy in STRATEGIES:
+        for name, case in CASES.items():
+            checkpoint = out / f"{strategy}-{name}.ckpt"
+            micro = case.micro_batches
             settings: dict[str, Any] = {"batch_size": 2 // micro, "devices": 2}
 
-            module = module_for(base, optimizer, micro)
+            module = module_for(base, case, micro)
             save = SaveAfter(SAVED_AFTER * micro, checkpoint)
             trainer = fit(
                 module, shards, TURNS * micro, callbacks=[save], strategy=strategy_of(strategy), **settings
@@ -123,8 +132,8 @@ def main(base: Path, shards: Path, out: Path, *strategies: str) -> None:
             results: dict[str, Any] = {"straight": arrived(module)}
             results["sent"], results["sent_by_reducer"] = save.sent, save.sent_by_reducer
             results["sharded"] = isinstance(next(module.student.parameters()), DTensor)
-            if optimizer == "adamw":  # its state is the one worth restoring
-                module = module_for(base, optimizer, micro)
+            if name == "adamw":
+                module = module_for(base, case, micro)
                 fit(
                     module,
                     shards,
@@ -136,8 +145,4 @@ def main(base: Path, shards: Path, out: Path, *strategies: str) -> None:
                 results["resumed"] = arrived(module)
             results["counters"] = (module.turns, module.student_updates)
             if trainer.is_global_zero:
-                torch.save(results, out / f"{strategy}-{optimizer}.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), *sys.argv[4:])
+                torch.save(results, out / f"{strategy}-{name}.pt")

@@ -18,40 +18,27 @@ from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.modules.curriculum import Curriculum
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.lr_schedules import TwoPhaseLR
-from sdxs_lightning.modules.network import prepare_unet
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.regression_warmup import RegressionWarmup, make_pairs
-from sdxs_lightning.modules.sample import Sample
 from sdxs_lightning.modules.student_generator import StudentGenerator
-from sdxs_lightning.modules.student_terms import AdversarialTerm
-from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
-from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.seeding import Stream, integers, normal
-from sdxs_lightning.teacher.target_sampler import TargetSampler
-from sdxs_lightning.timesteps import TimestepRange
 from tests.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
-from tests.training.tiny_distillation import KINDS, distillation, fit, weights
+from tests.training.tiny_distillation import (
+    KINDS,
+    WARMUP,
+    WARMUP_ONLY,
+    built,
+    distillation,
+    fit,
+    moved,
+    weights,
+)
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-def moved(before: dict[str, Tensor], module: torch.nn.Module, role: str) -> float:
-    """Share of a role's tensors that changed."""
-    now = weights(module)
-    names = [name for name in before if name.split(".")[0] == role]
-    return sum(not torch.equal(before[name], now[name]) for name in names) / len(names)
-
-
-def built(module: OneStepDistillation) -> OneStepDistillation:
-    module.configure_model()
-    return module
-
-
 CRITIC_ONLY = Curriculum(max_student_updates=9, fake_score_warmup_turns=9)
-WARMUP_ONLY = Curriculum(max_student_updates=9, warmup_updates=9)
-WARMUP = RegressionWarmup(pairs=8, sampler_steps=2, sampler_batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -279,207 +266,3 @@ def test_learning_rates_move_with_each_networks_own_updates(base: Base, shards: 
     trainer = fit(module, shards, batches=5)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
     assert rates == pytest.approx([0.1 * 0.5**2, 0.05, 0.1])
-
-
-# ---------------------------------------------------------------------------------------------------------- the GAN path
-
-
-def _sample(module: OneStepDistillation, seed: int = 0) -> Sample:
-    batch = tiny_batch(3)
-    noise = normal(seed, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
-    conditioning = module.family.encode_prompts(batch.captions)
-    latents = module.student(noise, conditioning)
-    return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
-
-
-def test_student_gan_gradient_reaches_the_student_through_resting_judges(base: Base) -> None:
-    from sdxs_lightning.modules.network import resting
-
-    module = built(distillation(base("sd-v_prediction")))
-    sample = _sample(module)
-    with resting(module.fake_score, module.discriminator):
-        loss, _ = AdversarialTerm(DiffusionAdversarial(student_weight=2.0))(sample, module.roles)
-        loss.backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.student.parameters())
-    for judge in (module.fake_score, module.discriminator):
-        assert judge is not None and all(p.grad is None and p.requires_grad for p in judge.parameters())
-    with torch.no_grad():
-        noisy = sample.renoise(
-            module.family.schedule, TimestepRange(0, 999), Stream.GAN_TIMESTEP, Stream.GAN_NOISE
-        )
-        _, features = module.fake_score.predict_with_features(
-            noisy.latents, noisy.timesteps, sample.conditioning
-        )
-        assert module.discriminator is not None
-        logits = module.discriminator(features)
-    torch.testing.assert_close(loss.detach(), 2 * softplus(-logits).mean())
-    # Downhill for the student is uphill for its logits.
-    with torch.no_grad():
-        for parameter in module.student.parameters():
-            assert parameter.grad is not None
-            parameter.sub_(parameter.grad, alpha=5e-3)
-    better, _ = AdversarialTerm(DiffusionAdversarial(student_weight=2.0))(_sample(module), module.roles)
-    assert better < loss
-
-
-def test_critic_gan_gradient_trains_head_and_encoder_only(base: Base) -> None:
-    module = built(distillation(base("sd-epsilon")))
-    fake = _sample(module).detach()
-    data = tiny_batch(3)
-    assert data.latents is not None and module.discriminator is not None
-    real = Sample(latents=data.latents, conditioning=fake.conditioning, positions=data.positions, seed=0)
-    noisy = fake.renoise(
-        module.family.schedule, TimestepRange(0, 999), Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE
-    )
-    _, features = module.fake_score.predict_with_features(noisy.latents, noisy.timesteps, fake.conditioning)
-    module._adversarial_loss(features, real).backward()
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.discriminator.parameters())
-    unet = module.fake_score.denoiser.unet
-    for part in (unet.conv_in, unet.time_embedding, unet.down_blocks, unet.mid_block):
-        assert all(p.grad is not None and p.grad.abs().max() > 0 for p in part.parameters())
-    for part in (unet.up_blocks, unet.conv_out):
-        assert all(p.grad is None for p in part.parameters())
-    assert all(p.grad is None for p in module.student.parameters())
-
-
-# ------------------------------------------------------------------------------------------------------------- switches
-
-
-def test_bf16_mixed_keeps_float32_masters_and_reaches_every_tensor(base: Base, shards: Path) -> None:
-    module = built(distillation(base("sd-v_prediction"), real_score_dtype="bfloat16"))
-    before = weights(module)
-    trainer = fit(module, shards, batches=1, precision="bf16-mixed")
-    for role in ("student", "fake_score", "ema"):
-        assert moved(before, module, role) == 1.0, role
-    # All but the last bias, whose gradient is mean sigmoid(fake) - mean sigmoid(-real), 0 in bfloat16 for a fresh head.
-    assert moved(before, module, "discriminator") >= 5 / 6
-    assert {value.dtype for value in weights(module).values()} == {torch.float32}
-    full = distillation(base("sd-v_prediction"))
-    reference = fit(full, shards, batches=1).callback_metrics
-    for name in ("student/distribution_matching", "fake_score/loss", "discriminator/loss"):
-        assert trainer.callback_metrics[name].dtype == torch.float32
-        torch.testing.assert_close(trainer.callback_metrics[name], reference[name], rtol=0.05, atol=1e-3)
-
-
-def test_gradient_checkpointing_changes_nothing(base: Base, shards: Path) -> None:
-    plain = distillation(base("sd-epsilon"))
-    saving = distillation(
-        base("sd-epsilon"),
-        student=StudentGenerator(SGD, gradient_checkpointing=True),
-        fake_score=FakeScore(SGD, gradient_checkpointing=True),
-    )
-    for module in (plain, saving):
-        fit(module, shards, batches=1)
-    assert saving.student.denoiser.unet.is_gradient_checkpointing
-    for one, two in zip(plain.parameters(), saving.parameters(), strict=True):
-        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
-
-
-def test_compiled_blocks_are_marked_and_can_be_copied() -> None:
-    unet = prepare_unet(tiny_sd_unet(), gradient_checkpointing=False, compile_blocks=True)
-    compiled = [m for m in unet.modules() if m._compiled_call_impl is not None]
-    assert len(compiled) == 11 + 7  # residual and transformer blocks
-    copied = copy.deepcopy(unet)
-    assert set(copied.state_dict()) == set(tiny_sd_unet().state_dict())
-
-
-def test_a_pruned_student_of_another_shape(base: Base, shards: Path, tmp_path: Path) -> None:
-    from diffusers import UNet2DConditionModel
-
-    config = {k: v for k, v in tiny_sd_unet().config.items() if not k.startswith("_")} | {
-        "mid_block_type": None
-    }
-    UNet2DConditionModel(**config).save_pretrained(tmp_path)
-    student = StudentGenerator(SGD, weights=str(tmp_path), conditioning_timestep=399)
-    module = built(distillation(base("sd-epsilon"), student=student))
-    before = weights(module)
-    fit(module, shards, batches=1)
-    assert module.student.denoiser.unet.mid_block is None and module.student.conditioning_timestep == 399
-    assert moved(before, module, "student") == 1.0
-
-
-def test_pairs_are_the_target_samplers_whatever_the_batches(base: Base) -> None:
-    module = built(distillation(base("sd-v_prediction")))
-    assert module.real_score is not None
-    captions = tiny_batch(5).captions
-    pairs = [
-        make_pairs(
-            RegressionWarmup(pairs=7, sampler_steps=3, guidance_scale=2.0, sampler_batch_size=size),
-            captions,
-            module.family,
-            module.real_score.module,
-            seed=5,
-        )
-        for size in (2, 7)
-    ]
-    torch.testing.assert_close(pairs[0].targets, pairs[1].targets, rtol=1e-4, atol=1e-4)
-    noise, conditioning, target = pairs[0].pick(torch.arange(100, 104))
-    guided = Conditioning(
-        prompt_embeds=conditioning.prompt_embeds,
-        negative_prompt_embeds=module.family.encode_prompts([""] * 4).prompt_embeds,
-    )
-    expected = TargetSampler(module.real_score.module, 3, 2.0)(noise, guided)
-    torch.testing.assert_close(target, expected, rtol=1e-4, atol=1e-4)
-    assert conditioning.negative_prompt_embeds is None
-
-
-def test_warmup_is_deterministic_and_lowers_its_loss(base: Base, shards: Path) -> None:
-    losses: list[list[float]] = []
-    for _ in range(2):
-        module = distillation(
-            base("sd-v_prediction"),
-            curriculum=Curriculum(max_student_updates=12, warmup_updates=12),
-            warmup=WARMUP,
-        )
-        seen: list[float] = []
-        trainer_metrics = _Metrics("student/regression", seen)
-        fit(module, shards, batches=12, batch_size=8, callbacks=[trainer_metrics])
-        losses.append(seen)
-    assert losses[0] == losses[1]
-    assert sum(losses[0][-3:]) < 0.9 * sum(losses[0][:3])
-
-
-class _Metrics(Callback):
-    def __init__(self, name: str, into: list[float]) -> None:
-        self.name, self.into = name, into
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self.into.append(float(trainer.callback_metrics[self.name]))
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"gan": False, "adversarial": DiffusionAdversarial()}, "go together"),
-        ({"gan": False, "distribution_matching": None}, "the student has no objective"),
-        ({"denoising": Denoising(timesteps=TimestepRange(0, 500))}, "must equal denoising.timesteps"),
-        ({"warmup": WARMUP}, "warmup_updates is 0 and warmup is RegressionWarmup"),
-        ({"curriculum": WARMUP_ONLY}, "give both, or 0 and null"),
-        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be 1 or more"),
-    ],
-)
-def test_parts_that_do_not_go_together(base: Base, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        distillation(base("sd-epsilon"), **settings)
-
-
-def test_latents_of_another_size_are_refused(base: Base) -> None:
-    module = built(distillation(base("sd-epsilon")))
-    batch = tiny_batch(2)
-    sample = _sample(module)
-    small = type(batch)(
-        captions=batch.captions,
-        positions=batch.positions,
-        sample_ids=batch.sample_ids,
-        latents=torch.zeros(2, 4, 8, 8),
-    )
-    with pytest.raises(
-        ValueError, match=r"latents of shape \(4, 16, 16\) in every batch and got shape \(4, 8, 8\)"
-    ):
-        module._data(small, sample)
-    none = type(batch)(captions=batch.captions, positions=batch.positions, sample_ids=batch.sample_ids)
-    with pytest.raises(ValueError, match="got none; make latent shards"):
-        module._data(none, sample)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import Tensor
 
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter, encode_latents
@@ -18,10 +19,15 @@ from sdxs_lightning.modules.curriculum import Curriculum
 from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.modules.regression_warmup import RegressionWarmup
+from sdxs_lightning.modules.sample import Sample
 from sdxs_lightning.modules.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
-from tests.tiny import save_tiny_sd, save_tiny_sdxl, tiny_batch
+from sdxs_lightning.seeding import Stream, normal
+from tests.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_batch
 
+WARMUP_ONLY = Curriculum(max_student_updates=9, warmup_updates=9)
+WARMUP = RegressionWarmup(pairs=8, sampler_steps=2, sampler_batch_size=4)
 KINDS = ("sd-epsilon", "sd-v_prediction", "sdxl-epsilon")
 
 
@@ -43,13 +49,6 @@ def save_shards(folder: Path, samples: int = 96) -> Path:
             for caption, latents in zip(batch.captions, batch.latents, strict=True):
                 writer.write({"txt": caption, "latent.safetensors": encode_latents(latents)})
     return folder
-
-
-class TinyData(ShardDataModule):
-    """Shards, with the captions that a warm-up asks for."""
-
-    def train_captions(self, count: int) -> list[str]:
-        return tiny_batch(count).captions
 
 
 def family_of(base: Path) -> StableDiffusion | StableDiffusionXL:
@@ -93,7 +92,7 @@ def fit(
         enable_checkpointing=False,
         **defaults | settings,
     )
-    data = TinyData(str(shards), batch_size, shuffle_window_shards=2 if shuffled else 0)
+    data = ShardDataModule(str(shards), batch_size, shuffle_window_shards=2 if shuffled else 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
@@ -119,3 +118,25 @@ def batches_of(trainer: Trainer) -> int:
 def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A detached copy of all parameters."""
     return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def moved(before: dict[str, Tensor], module: torch.nn.Module, role: str) -> float:
+    """Share of a role's tensors that changed."""
+    now = weights(module)
+    names = [name for name in before if name.split(".")[0] == role]
+    return sum(not torch.equal(before[name], now[name]) for name in names) / len(names)
+
+
+def built(module: OneStepDistillation) -> OneStepDistillation:
+    """With its networks."""
+    module.configure_model()
+    return module
+
+
+def sample_of(module: OneStepDistillation, seed: int = 0) -> Sample:
+    """The student's sample for three prompts, with its graph."""
+    batch = tiny_batch(3)
+    noise = normal(seed, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
+    conditioning = module.family.encode_prompts(batch.captions)
+    latents = module.student(noise, conditioning)
+    return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)

@@ -1,0 +1,78 @@
+"""What may be switched on or replaced: bf16, gradient checkpointing, compiled blocks, a student of another shape."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sdxs_lightning.modules.fake_score import FakeScore
+from sdxs_lightning.modules.network import prepare_unet
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from tests.tiny import tiny_sd_unet
+from tests.training.tiny_distillation import (
+    built,
+    distillation,
+    fit,
+    moved,
+    weights,
+)
+
+Base = Callable[[str], Path]
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def test_bf16_mixed_keeps_float32_masters_and_reaches_every_tensor(base: Base, shards: Path) -> None:
+    module = built(distillation(base("sd-v_prediction"), real_score_dtype="bfloat16"))
+    before = weights(module)
+    trainer = fit(module, shards, batches=1, precision="bf16-mixed")
+    for role in ("student", "fake_score", "ema"):
+        assert moved(before, module, role) == 1.0, role
+    # All but the last bias, whose gradient is mean sigmoid(fake) - mean sigmoid(-real), 0 in bfloat16 for a fresh head.
+    assert moved(before, module, "discriminator") >= 5 / 6
+    assert {value.dtype for value in weights(module).values()} == {torch.float32}
+    full = distillation(base("sd-v_prediction"))
+    reference = fit(full, shards, batches=1).callback_metrics
+    for name in ("student/distribution_matching", "fake_score/loss", "discriminator/loss"):
+        assert trainer.callback_metrics[name].dtype == torch.float32
+        torch.testing.assert_close(trainer.callback_metrics[name], reference[name], rtol=0.05, atol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing(base: Base, shards: Path) -> None:
+    plain = distillation(base("sd-epsilon"))
+    saving = distillation(
+        base("sd-epsilon"),
+        student=StudentGenerator(SGD, gradient_checkpointing=True),
+        fake_score=FakeScore(SGD, gradient_checkpointing=True),
+    )
+    for module in (plain, saving):
+        fit(module, shards, batches=1)
+    assert saving.student.denoiser.unet.is_gradient_checkpointing
+    for one, two in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+
+
+def test_compiled_blocks_are_marked_and_can_be_copied() -> None:
+    unet = prepare_unet(tiny_sd_unet(), gradient_checkpointing=False, compile_blocks=True)
+    compiled = [m for m in unet.modules() if m._compiled_call_impl is not None]
+    assert len(compiled) == 11 + 7  # residual and transformer blocks
+    copied = copy.deepcopy(unet)
+    assert set(copied.state_dict()) == set(tiny_sd_unet().state_dict())
+
+
+def test_a_pruned_student_of_another_shape(base: Base, shards: Path, tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    config = {k: v for k, v in tiny_sd_unet().config.items() if not k.startswith("_")} | {
+        "mid_block_type": None
+    }
+    UNet2DConditionModel(**config).save_pretrained(tmp_path)
+    student = StudentGenerator(SGD, weights=str(tmp_path), conditioning_timestep=399)
+    module = built(distillation(base("sd-epsilon"), student=student))
+    before = weights(module)
+    fit(module, shards, batches=1)
+    assert module.student.denoiser.unet.mid_block is None and module.student.conditioning_timestep == 399
+    assert moved(before, module, "student") == 1.0
