@@ -6,17 +6,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from sdxs_lightning.families import Family
-from sdxs_lightning.families.folders import read_json
+from sdxs_lightning.families.folders import pipeline_variant, read_json
+from sdxs_lightning.modules.tiny_decoder import load_tiny, tiny_factor
 
 
 def export_pipeline(
@@ -25,10 +27,11 @@ def export_pipeline(
     folder: str | Path,
     conditioning_timestep: int | None = None,
     dtype: torch.dtype = torch.float16,
+    vae: str | None = None,
 ) -> Path:
     """Writes a pipeline of the family's kind: run it with num_inference_steps=1 and guidance_scale=0.
 
-    Text encoders, tokenizers and VAE are the base's. The folder appears whole or not at all; one that is there already is
+    Text encoders and tokenizers are the base's. The folder appears whole or not at all; one that is there already is
     replaced.
 
     Args:
@@ -37,9 +40,15 @@ def export_pipeline(
         folder: where to write.
         conditioning_timestep: at which the student was trained; None takes the family's.
         dtype: of all weights in the files; float32 keeps the student's output to rounding.
+        vae: folder of a tiny autoencoder (stage `decoder`, or TAESD) to decode with; the base's VAE then goes to `vae_large`,
+            which pipelines do not read, as in the released SDXS folders. None exports the base's VAE.
 
     Returns:
         folder, as a Path.
+
+    Raises:
+        FileNotFoundError: without a tiny autoencoder in `vae`.
+        ValueError: for one that does not fit the base's latents.
     """
     folder = Path(folder)
     timestep = family.conditioning_timestep if conditioning_timestep is None else conditioning_timestep
@@ -48,17 +57,49 @@ def export_pipeline(
     parts: dict[str, Any] = {"unet": copy, "scheduler": one_step_scheduler(family, timestep)}
     if family.pipeline_class == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipeline = pipeline_class.from_pretrained(family.base, low_cpu_mem_usage=False, **parts)
+    if vae is not None:
+        parts["vae"] = fitting_tiny_vae(vae, family)
+    pipeline = pipeline_class.from_pretrained(
+        family.folder, use_safetensors=True, variant=pipeline_variant(family.folder), **parts
+    )
     pipeline.set_progress_bar_config(disable=True)
+    with new_folder(folder) as written:
+        pipeline.to(dtype=dtype).save_pretrained(written, safe_serialization=True)
+        if vae is not None:
+            family.load_vae().to(dtype=dtype).save_pretrained(written / "vae_large", safe_serialization=True)
+        _load_in_float32(written)
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A place to write to that becomes `folder` when everything is there, in place of an earlier one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        written = Path(temporary) / "pipeline"
-        pipeline.to(dtype=dtype).save_pretrained(written, safe_serialization=True)
-        _load_in_float32(written)
+        written = Path(temporary) / "whole"
+        yield written
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(written, folder)
-    return folder
+
+
+def fitting_tiny_vae(folder: str, family: Family) -> AutoencoderTiny:
+    """The AutoencoderTiny of a folder, if it decodes the base's latents.
+
+    Raises:
+        FileNotFoundError: where there is none.
+        ValueError: for other latent channels, or another factor between pixels and latents.
+    """
+    autoencoder = load_tiny(folder, "vae")
+    channels, side, _ = family.latent_shape()
+    needed = channels, family.resolution // side
+    found = autoencoder.config.latent_channels, tiny_factor(autoencoder.config)
+    if found != needed:
+        raise ValueError(
+            f"the tiny autoencoder in '{folder}' has {found[0]} latent channels and factor {found[1]}, and the base "
+            f"'{family.base}' has {needed[0]} and {needed[1]}; give one that was trained for this base as vae."
+        )
+    return autoencoder
 
 
 def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
@@ -92,7 +133,7 @@ def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMSchedu
     It knows only the betas up to that timestep, so "trailing" spacing begins there, and the step to alpha = 1 is the x_0
     estimate. A pipeline's noise is not scaled (init_noise_sigma 1), as in training.
     """
-    config = read_json(Path(family.base) / "scheduler" / "scheduler_config.json")
+    config = read_json(family.folder / "scheduler" / "scheduler_config.json")
     total = conditioning_timestep + 1
     settings: dict[str, Any] = {
         "num_train_timesteps": total,

@@ -28,6 +28,7 @@ class ExportPipeline(Checkpoint):
         folder: where the pipeline goes; None is `pipeline` in the run's folder (`trainer.default_root_dir`).
         average: the averaged student, or the current one.
         dtype: of the files' weights.
+        vae: folder of a tiny autoencoder to decode with instead of the base's VAE; see `export_pipeline`.
     """
 
     def __init__(
@@ -35,8 +36,10 @@ class ExportPipeline(Checkpoint):
         folder: str | None = None,
         average: bool = True,
         dtype: Literal["float16", "float32"] = "float16",
+        vae: str | None = None,
     ) -> None:
         self.folder = folder
+        self.vae = vae
         self.average = average
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.ranks = Ranks()
@@ -69,7 +72,7 @@ class ExportPipeline(Checkpoint):
         self, module: OneStepDistillation, unet: UNet2DConditionModel, folder: Path, timestep: int
     ) -> str | None:
         try:
-            export_pipeline(unet, module.family, folder, timestep, self.dtype)
+            export_pipeline(unet, module.family, folder, timestep, self.dtype, self.vae)
         except Exception as error:
             problem = write_failure(error)
             if problem is None:

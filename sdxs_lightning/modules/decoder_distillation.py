@@ -1,0 +1,314 @@
+"""Stage `decoder`: a tiny image decoder that imitates the base's own, on latents of the base.
+
+For *turn* and *micro-batch* see `manual_turns.py`. The student here is the decoder; it is updated on every turn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.families import Family
+from sdxs_lightning.latents import scale
+from sdxs_lightning.modules.gradients import average_gradients
+from sdxs_lightning.modules.image_features import FeatureNetwork, ImageFeatures
+from sdxs_lightning.modules.manual_turns import ManualTurns
+from sdxs_lightning.modules.network import Network, resting
+from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.modules.tiny_decoder import DecoderAverage, TinyDecoder
+from sdxs_lightning.objectives.decoder_distillation import (
+    ProjectedAdversarial,
+    Reconstruction,
+    hinge_critic_loss,
+    hinge_generator_loss,
+    r1_penalty,
+)
+from sdxs_lightning.seeding import Stream, normal, uniform
+from sdxs_lightning.teacher.denoiser import Denoiser
+from sdxs_lightning.teacher.frozen import Frozen
+from sdxs_lightning.teacher.target_sampler import TargetSampler
+from sdxs_lightning.timesteps import Spacing
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class SampledLatents:
+    """Latents that a frozen diffusion model makes from the batch's captions: no images are needed."""
+
+    steps: int = 4
+    """Steps of the ODE sampler."""
+    guidance_scale: float = 5.0
+    """Guidance; 1 means none, as few-step checkpoints want it."""
+    spacing: Spacing = "trailing"
+    """Timesteps of the sampler."""
+    weights: str | None = None
+    """U-Net or pipeline folder of another checkpoint of the base's kind, for example a few-step one; null is the base's."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"sampler.steps must be 1 or more, got {self.steps}.")
+
+
+class DecoderDistillation(ManualTurns):
+    """Trains a tiny decoder against the base's VAE decoder, which is frozen and runs in float32.
+
+    Args:
+        family: the base.
+        decoder: the network that will be exported.
+        max_student_updates: the run ends after so many updates of the decoder.
+        reconstruction: the loss against the VAE's images.
+        sampler: makes the latents, as in SDXS; None takes the batch's, which are VAE means of images.
+        features: what the discriminator sees images through, frozen; goes with the two below. None means no GAN.
+        discriminator: heads on the features.
+        adversarial: the GAN's schedule and strength.
+        ema_decay: of the averaged decoder that is evaluated and exported, per update.
+        accumulate_grad_batches: micro-batches of a turn; their gradients are averaged.
+        gradient_clip_norm: of each network by itself; None does not clip.
+        seed: of every random number of the step, together with a sample's position in the run.
+        real_score_dtype: of the frozen networks in the step but the VAE: the sampler's U-Net, text encoders, features.
+
+    Raises:
+        ValueError: for parts that do not go together.
+
+    Source: SDXS, arXiv:2403.16627, section 3.1 and eq. 5. Where the paper is silent the settings' classes say what is ours.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        decoder: TinyDecoder,
+        max_student_updates: int,
+        reconstruction: Reconstruction = Reconstruction(),
+        sampler: SampledLatents | None = SampledLatents(),
+        features: ImageFeatures | None = None,
+        discriminator: ProjectedDiscriminator | None = None,
+        adversarial: ProjectedAdversarial | None = None,
+        ema_decay: float = 0.999,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_norm: float | None = 1.0,
+        seed: int = 0,
+        real_score_dtype: Dtype = "float32",
+    ) -> None:
+        super().__init__(accumulate_grad_batches, gradient_clip_norm)
+        if max_student_updates < 1:
+            raise ValueError(f"max_student_updates must be 1 or more, got {max_student_updates}.")
+        if len({part is None for part in (features, discriminator, adversarial)}) > 1:
+            raise ValueError(
+                "features, discriminator and adversarial go together: set all three, or all to null."
+            )
+        self.family = family
+        self.decoder = decoder
+        self.discriminator = discriminator
+        self.average: DecoderAverage | None = None  # made in configure_model, as everything with weights
+        self.max_student_updates = max_student_updates
+        self.reconstruction = reconstruction
+        self.adversarial = adversarial
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.frozen_dtype: torch.dtype = getattr(torch, real_score_dtype)
+        self._sampling, self._feature_source = sampler, features
+        self._sampler: TargetSampler | None = None
+        self._sampler_network: Frozen[Denoiser] | None = None
+        self._features: Frozen[FeatureNetwork] | None = None
+
+    # ------------------------------------------------------------------------------------------------ the training step
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
+        """One micro-batch: the decoder imitates the VAE on the same latents, then the discriminator learns to tell them."""
+        latents = self._latents(batch)
+        target = self._decode_by_teacher(latents)
+        with self.without_reducer():
+            images = self.decoder(latents)
+            reconstruction = self.reconstruction.loss(images, target, self.vae_factor)
+            self.note("student/", reconstruction_loss=reconstruction)
+            if self.gan_is_on:
+                fake_features = self._adversarial_update(images, reconstruction, batch.positions)
+                self._critic_update(self._see(target, batch.positions), fake_features)
+            else:
+                self.accumulate(reconstruction)
+            if self.turn_is_ending:
+                self.apply_update("decoder")
+                if self.gan_is_on:
+                    self.apply_update("discriminator")
+                assert self.average is not None
+                self.average.update(self.decoder)
+        self.end_micro_batch(student_updates=self.student_updates)
+        if self.student_updates >= self.max_student_updates:
+            self.trainer.should_stop = True
+
+    def _adversarial_update(self, images: Tensor, reconstruction: Tensor, positions: Tensor) -> list[Tensor]:
+        """Gradients of both losses, weighed against each other, into the decoder; returns the features of its images."""
+        assert self.discriminator is not None and self.adversarial is not None
+        with resting(self.discriminator):
+            features = self._see(images, positions)
+            adversarial = hinge_generator_loss(self.discriminator(features))
+            # Each loss is followed back to the images once; the decoder, which both share, is passed once with their sum.
+            (by_reconstruction,) = torch.autograd.grad(reconstruction, images, retain_graph=True)
+            (by_adversarial,) = torch.autograd.grad(adversarial, images)
+        weight = self.adversarial.weight(
+            self._at_last_layer(images, by_reconstruction), self._at_last_layer(images, by_adversarial)
+        )
+        self.accumulate((images * (by_reconstruction + weight * by_adversarial)).sum())
+        self.note("student/", adversarial_loss=adversarial, adversarial_weight=weight)
+        return [part.detach() for part in features]
+
+    def _at_last_layer(self, images: Tensor, gradient: Tensor) -> Tensor:
+        """What a gradient at the images is at the decoder's last weight; the same on every rank."""
+        (at_weight,) = torch.autograd.grad(
+            images, self.decoder.last_weight, grad_outputs=gradient, retain_graph=True
+        )
+        if dist.is_initialized():  # else the weight would depend on how the batch lies on ranks
+            dist.all_reduce(at_weight)
+            at_weight = at_weight / dist.get_world_size()
+        return at_weight
+
+    def _critic_update(self, real_features: list[Tensor], fake_features: list[Tensor]) -> None:
+        """The heads learn to tell features of the VAE's images from those of the decoder's, as these were before its update."""
+        assert self.discriminator is not None and self.adversarial is not None
+        r1_weight = self.adversarial.r1_weight
+        real = [part.detach().float().requires_grad_(r1_weight is not None) for part in real_features]
+        both = [torch.cat([r, f.float()]) for r, f in zip(real, fake_features, strict=True)]
+        logits = [part.chunk(2) for part in self.discriminator(both)]
+        real_logits, fake_logits = [pair[0] for pair in logits], [pair[1] for pair in logits]
+        loss = hinge_critic_loss(real_logits, fake_logits)
+        right = torch.cat([(part > 0).flatten() for part in [*real_logits, *(-f for f in fake_logits)]])
+        self.note("discriminator/", loss=loss, accuracy=right.float().mean())
+        if r1_weight is not None:
+            penalty = r1_penalty(real_logits, real)
+            self.note("discriminator/", r1=penalty)
+            loss = loss + r1_weight * penalty
+        self.accumulate(loss)
+
+    # ------------------------------------------------------------------------------------------------ parts of the step
+
+    @property
+    def student_updates(self) -> int:
+        """Updates of the decoder: one a turn."""
+        return self.turns
+
+    @property
+    def gan_is_on(self) -> bool:
+        """Whether this turn has the GAN."""
+        if self.adversarial is None:
+            return False
+        return self.turns >= self.adversarial.starts_at(self.max_student_updates)
+
+    @property
+    def vae_factor(self) -> int:
+        """Pixels per latent, a side."""
+        return self.family.resolution // self.family.latent_shape()[1]
+
+    @torch.no_grad()
+    def _latents(self, batch: TrainingBatch) -> Tensor:
+        """Scaled latents (B, C, h, w), float32: sampled, or the batch's."""
+        channels = self.family.latent_shape()[0]
+        if self._sampler is not None:
+            noise = normal(self.seed, Stream.TEACHER_NOISE, batch.positions, self.family.latent_shape())
+            return self._sampler(
+                noise, self.family.encode_prompts(batch.captions, batch.original_sizes, batch.crops)
+            )
+        if batch.latents is None or batch.latents.shape[1] != channels:
+            found = "none" if batch.latents is None else f"{batch.latents.shape[1]} channels"
+            raise ValueError(
+                f"with sampler null the decoder learns on the batch's latents ({channels} channels) and got {found}; make "
+                "latent shards for this base and set data.contents to [latents], or set a sampler."
+            )
+        return scale(batch.latents, self.family.scaling_factor)
+
+    @torch.no_grad()
+    def _decode_by_teacher(self, latents: Tensor) -> Tensor:
+        """The VAE's images (B, 3, H, W), float32, as they are seen: in [-1, 1].
+
+        Outside autocast: bfloat16 would put an error of its own into the target. Clamped: the VAE overshoots, nobody sees
+        by how much, and imitating that would take capacity. The decoder's images are not clamped, since a value beyond the
+        range would then have no gradient that leads it back.
+        """
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.family.decode(latents).clamp(-1, 1)
+
+    def _see(self, images: Tensor, positions: Tensor) -> list[Tensor]:
+        """Feature maps of the images, or of a random square of each; with graph where images have one."""
+        assert self._features is not None and self.adversarial is not None
+        if self.adversarial.crop_px is not None:
+            places = uniform(self.seed, Stream.AUGMENTATION, positions, (2,))
+            images = cut_squares(images, places, self.adversarial.crop_px)
+        features: list[Tensor] = self._features(images)
+        return features
+
+    # -------------------------------------------------------------------------------------------------- building, moving
+
+    def configure_model(self) -> None:
+        """Loads every network, once. All are whole on every rank: there is nothing here that pays to shard."""
+        if self.average is not None:
+            return
+        self.decoder.build(self.family.latent_shape()[0], self.vae_factor)
+        if self.discriminator is not None:
+            assert self._feature_source is not None and self.adversarial is not None
+            network = self._feature_source.load()
+            self._features = Frozen(network)
+            self.discriminator.build(network.shapes(self.adversarial.crop_px or self.family.resolution))
+            self._features.to(dtype=self.frozen_dtype)
+        if self._sampling is not None:
+            unet = self.family.load_unet(self._sampling.weights)
+            denoiser = Denoiser(unet, self.family.schedule, self.family.prediction_type)
+            self._sampler_network = Frozen(denoiser).to(dtype=self.frozen_dtype)
+            settings = self._sampling.steps, self._sampling.guidance_scale, self._sampling.spacing
+            self._sampler = TargetSampler(denoiser, *settings)
+        self.average = DecoderAverage(self.decoder, self.ema_decay)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The networks that learn, by role."""
+        networks: dict[str, Network] = {"decoder": self.decoder}
+        return networks if self.discriminator is None else networks | {"discriminator": self.discriminator}
+
+    def apply_update(self, role: str) -> None:
+        """As everywhere; under FSDP2's strategy, where nothing is sharded, gradients are averaged as under DDP."""
+        if self.device_mesh is not None:
+            average_gradients(self.networks[role].parameters())
+        super().apply_update(role)
+
+    def on_fit_start(self) -> None:
+        """Moves what Lightning does not see."""
+        self.family.to(self.device, self.frozen_dtype)
+        for frozen in (self._sampler_network, self._features):
+            if frozen is not None:
+                frozen.to(self.device)
+
+    def on_train_start(self) -> None:
+        """A finished run that is resumed ends at once."""
+        if self.student_updates >= self.max_student_updates:
+            self.trainer.should_stop = True
+
+
+def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
+    """A square of each image, at its own place; differentiable.
+
+    Args:
+        images: (B, C, H, W), float.
+        places: (B, 2), float in [0, 1): top and left, as shares of the room that there is.
+        side_px: of the squares.
+
+    Returns:
+        (B, C, side_px, side_px).
+
+    Raises:
+        ValueError: for images smaller than the squares.
+    """
+    height, width = images.shape[-2:]
+    if min(height, width) < side_px:
+        raise ValueError(
+            f"adversarial.crop_px is {side_px} and the images are only {height}x{width}; make it smaller, or null."
+        )
+    room = torch.tensor([height - side_px + 1, width - side_px + 1], device=places.device)
+    top, left = (places * room).long().unbind(dim=1)
+    offsets = torch.arange(side_px, device=images.device)
+    rows = (top[:, None] + offsets).view(len(images), 1, side_px, 1)
+    columns = (left[:, None] + offsets).view(len(images), 1, 1, side_px)
+    return images.take_along_dim(rows, dim=2).take_along_dim(columns, dim=3)

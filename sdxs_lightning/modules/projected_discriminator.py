@@ -1,0 +1,75 @@
+"""The discriminator of the projected GAN: a small convolutional head on each of several frozen feature maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from sdxs_lightning.modules.image_features import FeatureShape
+from sdxs_lightning.modules.network import Network
+
+
+class ProjectedDiscriminator(Network):
+    """One head per tapped layer; it owns no features, which come from a frozen network.
+
+    The heads always run in float32: they are small, and spectral normalisation iterates on their weights.
+
+    Args:
+        optimizer: called with the trainable parameters.
+        lr_scheduler: stepped once per update of the discriminator; None keeps the rate.
+        seed: of the initial weights, which are thus the same on every rank.
+
+    Source: StyleGAN-T, arXiv:2301.09515, section 4.2, and ADD, arXiv:2311.17042, section 3.2: frozen ViT, equal heads of a
+        pointwise and a wider spectrally normalised convolution. Departures: 3x3 on the map instead of 9 along the token
+        sequence, group instead of virtual batch normalisation (so that samples do not see each other), no conditioning.
+    """
+
+    heads: nn.ModuleList
+
+    def __init__(
+        self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self._seed = seed
+
+    def build(self, feature_shapes: Sequence[FeatureShape]) -> None:
+        """Makes a head for each feature map (C, h, w); a second call does nothing."""
+        if hasattr(self, "heads"):
+            return
+        # Its own random state: heads that depended on what was drawn before would differ between ranks.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self.heads = nn.ModuleList(_Head(channels) for channels, _, _ in feature_shapes)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Per head, features (B, C, h, w) -> logits (B, h * w), float32; positive means real."""
+        device_type = features[0].device.type
+        with torch.autocast(device_type, enabled=False):
+            return [head(part.float()) for head, part in zip(self.heads, features, strict=True)]
+
+
+class _Head(nn.Module):
+    """Pointwise, then 3x3 around it, then a logit for every place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.project = _layer(channels, kernel_size=1)
+        self.look_around = _layer(channels, kernel_size=3)
+        self.logits = spectral_norm(nn.Conv2d(channels, 1, kernel_size=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.project(features)
+        hidden = (hidden + self.look_around(hidden)) / math.sqrt(2)  # keeps the variance
+        logits: Tensor = self.logits(hidden)
+        return logits.flatten(1)
+
+
+def _layer(channels: int, kernel_size: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
+    norm = nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.Sequential(spectral_norm(convolution), norm, nn.LeakyReLU(0.2))

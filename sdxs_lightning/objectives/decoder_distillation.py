@@ -1,0 +1,175 @@
+"""The tiny decoder's losses: L1 on averaged images, the hinge GAN on frozen features, and what weighs one against the other.
+
+All of them compare the tiny decoder's images with those of the base's own decoder for the same latents.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, relu
+
+from sdxs_lightning.objectives.checks import check_same_shape, check_weight
+
+
+def averaged_l1(images: Tensor, target: Tensor, factor: int) -> Tensor:
+    """Mean |images - target| after both were averaged over squares of factor x factor pixels.
+
+    Detail inside a square is left to the GAN: L1 on single pixels would blur what the latents do not determine. Averaging is
+    down-sampling without aliases, and with the VAE's own factor there is one square per latent.
+
+    Args:
+        images: (B, 3, H, W), float, H and W multiples of factor.
+        target: same shape; gets no gradient.
+        factor: side of a square; 1 compares pixels.
+
+    Returns:
+        (), float32.
+
+    Raises:
+        ValueError: unless the shapes agree and factor divides them.
+
+    Source: SDXS, arXiv:2403.16627, eq. 5, first term; that "down-sampling" is area averaging is ours.
+    """
+    check_same_shape(images=images, target=target)
+    height, width = images.shape[-2:]
+    if height % factor or width % factor:
+        raise ValueError(
+            f"averaging needs images whose sides are multiples of the factor, got {height}x{width} and factor {factor}; "
+            "change reconstruction.factor."
+        )
+    # Averaging is linear: once, over the difference.
+    difference = images.float() - target.detach().float()
+    return avg_pool2d(difference, factor).abs().mean()
+
+
+def hinge_generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
+    """The decoder's side: minus the mean logit, averaged over the heads.
+
+    Args:
+        fake_logits: per head (B, n), float, n places of a feature map; large means real. Images of the tiny decoder.
+
+    Returns:
+        (), float32.
+
+    Source: ADD, arXiv:2311.17042, eq. 3, averaged instead of summed over heads.
+    """
+    return -torch.stack([logits.float().mean() for logits in fake_logits]).mean()
+
+
+def hinge_critic_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
+    """The discriminator's side: mean relu(1 - real) + mean relu(1 + fake), averaged over the heads.
+
+    Args:
+        real_logits: per head (B, n), float: images of the base's decoder; large means real.
+        fake_logits: per head (B', n), float: images of the tiny decoder.
+
+    Returns:
+        (), float32; 2 where the discriminator knows nothing.
+
+    Source: ADD, arXiv:2311.17042, eq. 4, averaged instead of summed over heads.
+    """
+    losses = [
+        relu(1 - real.float()).mean() + relu(1 + fake.float()).mean()
+        for real, fake in zip(real_logits, fake_logits, strict=True)
+    ]
+    return torch.stack(losses).mean()
+
+
+def r1_penalty(real_logits: Sequence[Tensor], real_features: Sequence[Tensor]) -> Tensor:
+    """Squared gradient of each head's summed logits with respect to its input, averaged over samples, then over heads.
+
+    Args:
+        real_logits: per head (B, n), float, with graph to real_features.
+        real_features: per head (B, C, h, w), float; they require gradients.
+
+    Returns:
+        (), float32, with a graph for a second derivative.
+
+    Source: R1, arXiv:1801.04406, eq. 9, on the heads' inputs instead of pixels as in ADD, arXiv:2311.17042, section 3.2.
+    """
+    total = torch.stack([logits.float().sum() for logits in real_logits]).sum()
+    # Each head sees its own features only, so one gradient of the sum is that of every head.
+    gradients = torch.autograd.grad(total, list(real_features), create_graph=True)
+    return torch.stack([g.float().square().flatten(1).sum(dim=1).mean() for g in gradients]).mean()
+
+
+def adaptive_weight(
+    reconstruction_gradient: Tensor, adversarial_gradient: Tensor, fraction: float, maximum: float
+) -> Tensor:
+    """The factor that makes the GAN's gradient `fraction` of the reconstruction's in 2-norm.
+
+    Args:
+        reconstruction_gradient: any shape: at the decoder's last layer.
+        adversarial_gradient: same shape, same place.
+        fraction: of the reconstruction's norm that the GAN's gets.
+        maximum: the factor is never larger, however small the GAN's gradient is.
+
+    Returns:
+        (), float32, without graph.
+
+    Source: VQGAN, arXiv:2012.09841, eq. 7, there with fraction 0.8 and maximum 1e4.
+    """
+    wanted = fraction * reconstruction_gradient.detach().float().norm()
+    weight = wanted / adversarial_gradient.detach().float().norm().clamp_min(1e-12)
+    return weight.clamp(max=maximum)
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Settings of the loss against the images of the base's own decoder."""
+
+    weight: float = 1.0
+    """Factor of the averaged L1."""
+    factor: int | None = None
+    """Side of the squares that are averaged before the comparison; null is the VAE's own factor, 8 for SD and SDXL."""
+    full_resolution_weight: float | None = None
+    """Factor of L1 on single pixels; null leaves it out, as SDXS does. Raises PSNR, and blurs what latents leave open."""
+
+    def __post_init__(self) -> None:
+        check_weight("Reconstruction", weight=self.weight)
+        if self.full_resolution_weight is not None:
+            check_weight("Reconstruction", full_resolution_weight=self.full_resolution_weight)
+        if self.factor is not None and self.factor < 1:
+            raise ValueError(f"reconstruction.factor must be 1 or more, or null, got {self.factor}.")
+
+    def loss(self, images: Tensor, target: Tensor, vae_factor: int) -> Tensor:
+        """Weighted `averaged_l1`, with the full-resolution term where there is one: (), float32."""
+        loss = self.weight * averaged_l1(images, target, self.factor or vae_factor)
+        if self.full_resolution_weight is not None:
+            loss = loss + self.full_resolution_weight * averaged_l1(images, target, 1)
+        return loss
+
+
+@dataclass(frozen=True)
+class ProjectedAdversarial:
+    """Settings of the projected GAN: when it starts, and how strong it is."""
+
+    fraction: float = 0.5
+    """Norm of the GAN's gradient at the decoder's last layer over that of the reconstruction."""
+    max_weight: float = 1e4
+    """Bound of the factor that this takes; VQGAN's."""
+    l1_only_share: float = 0.1
+    """Share of the run's updates, from its start, in which the decoder learns from the reconstruction alone."""
+    r1_weight: float | None = 1e-5
+    """Factor of the R1 penalty on the heads' inputs; ADD's 1e-5. Null leaves it out."""
+    crop_px: int | None = None
+    """Side of the random square, at full resolution, that the features see; null shows them the whole image."""
+
+    def __post_init__(self) -> None:
+        check_weight("ProjectedAdversarial", fraction=self.fraction, max_weight=self.max_weight)
+        if self.r1_weight is not None:
+            check_weight("ProjectedAdversarial", r1_weight=self.r1_weight)
+        if not 0 <= self.l1_only_share < 1:
+            raise ValueError(f"adversarial.l1_only_share must be in [0, 1), got {self.l1_only_share}.")
+        if self.crop_px is not None and self.crop_px < 1:
+            raise ValueError(f"adversarial.crop_px must be 1 or more, or null, got {self.crop_px}.")
+
+    def starts_at(self, max_updates: int) -> int:
+        """The decoder update, counted from 0, that is the first with the GAN."""
+        return round(self.l1_only_share * max_updates)
+
+    def weight(self, reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:
+        """`adaptive_weight` with these settings."""
+        return adaptive_weight(reconstruction_gradient, adversarial_gradient, self.fraction, self.max_weight)
