@@ -1,0 +1,90 @@
+"""The operation itself: a smaller U-Net from a larger one, with an account of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from sdxs_lightning.surgery.anatomy import anatomy_of
+from sdxs_lightning.surgery.config import prune_config
+from sdxs_lightning.surgery.key_map import Source, block_map, key_map, superseded, teacher_blocks
+from sdxs_lightning.surgery.report import Shapes, TransferReport, account, input_axis
+from sdxs_lightning.surgery.selection import select
+from sdxs_lightning.surgery.shapes import shapes_of
+from sdxs_lightning.surgery.topology import Topology
+
+
+def prune(
+    teacher: UNet2DConditionModel, topology: Topology, transfer: bool = True, seed: int = 0
+) -> tuple[UNet2DConditionModel, TransferReport]:
+    """Makes the student.
+
+    Args:
+        teacher: the U-Net to prune; it is not changed. A pruned one may be pruned further.
+        topology: what to keep of it.
+        transfer: copy weights; False gives the same network with fresh weights, the control of experiments.
+        seed: of the fresh weights.
+
+    Returns:
+        The student in eval mode, with the teacher's dtype and device, and the account of its weights.
+
+    Raises:
+        ValueError: if the teacher does not contain such a student, or a tensor is left unaccounted for.
+    """
+    config = prune_config(teacher.config, topology)
+    weights = teacher.state_dict()
+    sources, report = _plan(
+        teacher.config, topology, transfer, {name: tensor.shape for name, tensor in weights.items()}
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        student = UNet2DConditionModel(**config)
+    student.to(device=teacher.device, dtype=teacher.dtype)
+    fill(student.state_dict(), weights, sources)
+    return student.eval(), report
+
+
+def plan(teacher_config: Mapping[str, Any], topology: Topology, transfer: bool = True) -> TransferReport:
+    """The account that `prune` would give, from the config alone.
+
+    Raises:
+        ValueError: as `prune`.
+    """
+    return _plan(teacher_config, topology, transfer, shapes_of(teacher_config))[1]
+
+
+@torch.no_grad()
+def fill(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
+    """Writes the teacher's weights into the student's tensors; those without a source stay as they are."""
+    for key, source in sources.items():
+        target = student[key]
+        if len(source.keys) > 1:
+            target.copy_(torch.stack([teacher[name].float() for name in source.keys]).mean(0))
+        elif source.keys and source.last_columns is None:
+            target.copy_(teacher[source.keys[0]])
+        elif source.keys:
+            axis, count = input_axis(target.shape), source.last_columns
+            assert count is not None
+            origin = teacher[source.keys[0]]
+            target.narrow(axis, target.shape[axis] - count, count).copy_(
+                origin.narrow(axis, origin.shape[axis] - count, count)
+            )
+
+
+def _plan(
+    teacher_config: Mapping[str, Any], topology: Topology, transfer: bool, teacher: Shapes
+) -> tuple[dict[str, Source], TransferReport]:
+    student = shapes_of(prune_config(teacher_config, topology))
+    anatomy = anatomy_of(teacher_config)
+    removable = teacher_blocks(anatomy)
+    if not transfer:
+        sources = {key: Source() for key in student}
+        return sources, account(topology.name, sources, student, teacher, removable)
+    sources = key_map(teacher_config, topology)
+    kept = {name for names in block_map(anatomy, select(anatomy, topology)).values() for name in names}
+    removable = tuple(name for name in removable if name not in kept) + superseded(teacher_config, topology)
+    return sources, account(topology.name, sources, student, teacher, removable)
