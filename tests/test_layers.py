@@ -22,7 +22,17 @@ MIDDLE_MAY_SEE = {
     "objectives": set[str](),
 }
 
-TOP = {"callbacks", "inference", "demo", "cli", "export", "config_errors", "checkpoint_folder"}
+TOP = {
+    "callbacks",
+    "inference",
+    "demo",
+    "cli",
+    "export",
+    "config_errors",
+    "checkpoint_folder",
+    "plan",
+    "prune",
+}
 """They see everything of sdxs_lightning."""
 
 PREPARING = ("data/prepare.py", "data/prepare/", "data/toy/")

@@ -31,8 +31,8 @@ class ShardDataModule(pl.LightningDataModule):
         Args:
             shards: a folder, a glob, a brace pattern such as `set/{00000..00127}.tar`, or a list of these.
             batch_size: samples of a micro-batch on each device.
-            contents: what a batch holds besides captions: latents, images, control_images, noise_seeds; by
-                default latents, and [] for captions alone.
+            contents: what a batch holds besides captions: latents, images, control_images, noise_seeds, sizes
+                (original size and crop of latents, for SDXL); by default latents, and [] for captions alone.
             num_workers: reading processes per device; the batches do not depend on it.
             seed: of the order.
             shuffle_window_shards: shards whose samples are mixed with each other; 0 keeps the written order.

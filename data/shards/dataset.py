@@ -28,7 +28,7 @@ from data.shards.order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.batch import TrainingBatch
 
-Content = Literal["latents", "images", "control_images", "noise_seeds"]
+Content = Literal["latents", "images", "control_images", "noise_seeds", "sizes"]
 EmptyCaptions = Literal["refuse", "keep"]
 
 _MEMBERS: dict[str, tuple[str, ...]] = {
@@ -36,9 +36,12 @@ _MEMBERS: dict[str, tuple[str, ...]] = {
     "images": IMAGE_MEMBERS,
     "control_images": CONTROL_IMAGE_MEMBERS,
     "noise_seeds": (JSON_MEMBER,),
+    "sizes": (JSON_MEMBER,),
     "captions": (*CAPTION_MEMBERS, JSON_MEMBER),
 }
 """For each content the members that can hold it; the first that a sample has is read."""
+_SIZE_FIELDS = ("original_height", "original_width", "crop_top", "crop_left")
+"""In the json member: the picture before resizing, as img2dataset names it, and where the crop began; pixels."""
 _OPEN_SHARDS = 128
 
 
@@ -87,7 +90,8 @@ class ShardDataset(Dataset[TrainingBatch]):
         unknown = sorted(set(contents) - (set(_MEMBERS) - {"captions"}))
         if unknown:
             raise ValueError(
-                f"data.contents is {list(contents)}, but it names latents, images, control_images or noise_seeds."
+                f"data.contents is {list(contents)}, but it names latents, images, control_images, noise_seeds "
+                "or sizes."
             )
         self.shards = shards
         self.order = order
@@ -208,6 +212,10 @@ class ShardDataset(Dataset[TrainingBatch]):
             sample[content] = self._caption(decode(extension, part, where), where)
         elif content == "noise_seeds":
             sample[content] = _field(decode(extension, part, where), "noise_seed", int, where)
+        elif content == "sizes":
+            fields = decode(extension, part, where)
+            height, width, top, left = (_field(fields, name, int, where) for name in _SIZE_FIELDS)
+            sample["original_size"], sample["crop"] = (height, width), (top, left)
         elif content == "latents":
             sample[content] = decode(extension, part, where)
         else:
@@ -249,7 +257,7 @@ def _fit(
 def _collate(samples: list[dict[str, Any]], positions: Sequence[int]) -> TrainingBatch:
     images, control = _stack(samples, "images"), _stack(samples, "control_images")
     latents = _stack(samples, "latents", torch.float32)
-    has_images = images is not None
+    has_sizes = "original_size" in samples[0]
     return TrainingBatch(
         captions=[sample["captions"] for sample in samples],
         positions=torch.as_tensor(positions, dtype=torch.int64),
@@ -259,8 +267,8 @@ def _collate(samples: list[dict[str, Any]], positions: Sequence[int]) -> Trainin
         pair_noise_seeds=torch.tensor([s["noise_seeds"] for s in samples])
         if "noise_seeds" in samples[0]
         else None,
-        original_sizes=torch.tensor([sample["original_size"] for sample in samples]) if has_images else None,
-        crops=torch.tensor([sample["crop"] for sample in samples]) if has_images else None,
+        original_sizes=torch.tensor([sample["original_size"] for sample in samples]) if has_sizes else None,
+        crops=torch.tensor([sample["crop"] for sample in samples]) if has_sizes else None,
         control_images=None if control is None else control.permute(0, 3, 1, 2).float().div_(255),
     )
 

@@ -11,7 +11,8 @@ from rich.progress import track
 from torch import Tensor
 
 from data.shards.datamodule import ShardDataModule
-from data.shards.writer import ShardWriter, encode_latents
+from data.shards.writer import Member, ShardWriter, encode_latents
+from data.toy.original_sizes import photograph
 from data.toy.rendered import render_batch
 from data.toy.world import captions
 
@@ -31,6 +32,7 @@ class ToyDataModule(ShardDataModule):
         batch_size: samples of a micro-batch on each device.
         num_workers: reading processes per device.
         seed: of the order.
+        original_sizes: a part of the pictures is of half the size or cropped, and batches say so (SDXL).
     """
 
     def __init__(
@@ -41,31 +43,50 @@ class ToyDataModule(ShardDataModule):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        original_sizes: bool = False,
     ) -> None:
-        folder = Path(cache) / f"{train_images}-{_weights_digest(Path(base) / 'vae')}"
-        super().__init__(shards=str(folder), batch_size=batch_size, num_workers=num_workers, seed=seed)
+        name = f"{train_images}-{_weights_digest(Path(base) / 'vae')}" + ("-sizes" if original_sizes else "")
+        folder = Path(cache) / name
+        super().__init__(
+            shards=str(folder),
+            batch_size=batch_size,
+            contents=["latents", "sizes"] if original_sizes else ["latents"],
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.base, self.train_images, self.folder = base, train_images, folder
+        self.original_sizes = original_sizes
 
     def prepare_data(self) -> None:
         """Render and encode what is not there yet; a folder cut off in the middle is made again."""
         finished = self.folder / "complete"
         if not finished.exists():
-            write_latent_shards(self.base, self.train_images, self.folder)
+            write_latent_shards(self.base, self.train_images, self.folder, self.original_sizes)
             finished.touch()
         super().prepare_data()
 
 
-def write_latent_shards(base: str, count: int, folder: Path) -> None:
-    """Render `count` train pictures and write their VAE means, unscaled, with their captions."""
+def write_latent_shards(base: str, count: int, folder: Path, original_sizes: bool = False) -> None:
+    """Render `count` train pictures and write their VAE means, unscaled, with their captions and where asked for sizes."""
     autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
     with ShardWriter(folder, samples_per_shard=4096, overwrite=True) as writer:
         for start in track(
             range(0, count, _ENCODE_BATCH), description="rendering and encoding the toy world"
         ):
             size = min(_ENCODE_BATCH, count - start)
-            latents = encode(autoencoder, render_batch("train", size, start))
-            for caption, sample in zip(captions("train", size, start), latents, strict=True):
-                writer.write({"latent.safetensors": encode_latents(sample), "txt": caption})
+            images, sizes = render_batch("train", size, start), [dict[str, int]()] * size
+            if original_sizes:
+                images, heights, crops = photograph(images, torch.arange(start, start + size))
+                sizes = [_size_fields(*row) for row in torch.cat([heights, crops], dim=1).tolist()]
+            for caption, sample, fields in zip(
+                captions("train", size, start), encode(autoencoder, images), sizes, strict=True
+            ):
+                members: dict[str, Member] = {"latent.safetensors": encode_latents(sample), "txt": caption}
+                writer.write(members | ({"json": fields} if fields else {}))
+
+
+def _size_fields(height: int, width: int, top: int, left: int) -> dict[str, int]:
+    return {"original_height": height, "original_width": width, "crop_top": top, "crop_left": left}
 
 
 @torch.no_grad()

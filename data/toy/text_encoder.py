@@ -7,6 +7,7 @@ the denoising loss left pairs unbound (colours and shapes landed on the wrong ob
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,12 +23,32 @@ from data.toy.training import ToyTraining
 from data.toy.world import parse_caption
 
 # What each of the last four token states has to name; captions of up to 12 tokens leave them to padding.
-_NAMED_BY_STATE: tuple[tuple[str, ...], ...] = (
+NAMED_BY_STATE: tuple[tuple[str, ...], ...] = (
     ("layout", "size", "background"),
     ("first_colour", "first_shape"),
     ("second_colour", "second_shape"),
     tuple(CLASSES),
 )
+
+
+def named_by(logits: Tensor, targets: Tensor, attributes: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and share of right answers for each of the attributes that some caption of the batch states.
+
+    Args:
+        logits: (B, sum of CLASS_COUNTS).
+        targets: (B, attributes), int64, as `attribute_table` makes them.
+        attributes: which of CLASSES these logits have to name.
+    """
+    losses, right = [], []
+    for column, (attribute, scores) in enumerate(
+        zip(CLASSES, logits.split(CLASS_COUNTS, dim=1), strict=True)
+    ):
+        stated = targets[:, column] != NOT_STATED
+        if attribute in attributes and stated.any():
+            chosen, wanted = scores[stated], targets[stated, column]
+            losses.append(F.cross_entropy(chosen, wanted))
+            right.append((chosen.argmax(dim=1) == wanted).float().mean())
+    return torch.stack(losses), torch.stack(right)
 
 
 class TextEncoderTraining(ToyTraining):
@@ -66,7 +87,7 @@ class TextEncoderTraining(ToyTraining):
                 projection_dim=hidden_size,
             )
         )
-        self.heads = nn.ModuleList(nn.Linear(hidden_size, sum(CLASS_COUNTS)) for _ in _NAMED_BY_STATE)
+        self.heads = nn.ModuleList(nn.Linear(hidden_size, sum(CLASS_COUNTS)) for _ in NAMED_BY_STATE)
 
     def training_step(self, batch: CaptionedImages, batch_idx: int) -> Tensor:
         """Mean cross-entropy over what each state has to name."""
@@ -85,16 +106,12 @@ class TextEncoderTraining(ToyTraining):
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         states = self.text_encoder(tokens.input_ids.to(self.device)).last_hidden_state
         targets = attribute_table([parse_caption(caption) for caption in captions]).to(self.device)
-        losses, right = [], []
-        for place, (head, named) in enumerate(zip(self.heads, _NAMED_BY_STATE, strict=True)):
-            logits = head(states[:, place - len(self.heads)]).split(CLASS_COUNTS, dim=1)
-            for column, attribute in enumerate(CLASSES):
-                stated = targets[:, column] != NOT_STATED
-                if attribute in named and stated.any():
-                    chosen, wanted = logits[column][stated], targets[stated, column]
-                    losses.append(F.cross_entropy(chosen, wanted))
-                    right.append((chosen.argmax(dim=1) == wanted).float().mean())
-        return torch.stack(losses).mean(), torch.stack(right).mean()
+        named = [
+            named_by(head(states[:, place - len(self.heads)]), targets, attributes)
+            for place, (head, attributes) in enumerate(zip(self.heads, NAMED_BY_STATE, strict=True))
+        ]
+        losses, right = (torch.cat(parts) for parts in zip(*named, strict=True))
+        return losses.mean(), right.mean()
 
     def on_fit_end(self) -> None:
         """Write `text_encoder/` (fp16) and `tokenizer/`."""

@@ -1,0 +1,58 @@
+"""Pictures of two original sizes and with crops, for bases that are told of both (SDXL's micro-conditioning).
+
+SDXL, arXiv:2307.01952, section 2.2: training images come in many sizes and are resized and cropped; telling the network so
+keeps blur and cut-off objects out of what it makes for "original size = target size, no crop".
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdxs_lightning.seeding import Stream, integers, uniform
+
+PLAIN, SMALL = 0.6, 0.8
+"""Below the first: as rendered; between them: from half the size; above: cropped."""
+_MARGIN_PX = 8
+
+
+class Photographs(NamedTuple):
+    """Pictures as a data set of the wild would hold them."""
+
+    images_uint8: Tensor
+    """(B, 3, H, W)."""
+    original_sizes: Tensor
+    """(B, 2), int64: height, width before resizing, in pixels."""
+    crops: Tensor
+    """(B, 2), int64: top, left of the crop in the resized picture, in pixels."""
+
+
+def photograph(images_uint8: Tensor, index: Tensor) -> Photographs:
+    """Take 60 % as they are, 20 % from half the resolution, 20 % as a crop out of an enlarged picture.
+
+    Args:
+        images_uint8: (B, 3, H, W), pictures of the toy world.
+        index: (B,), int64: their numbers, from which the choice is drawn.
+    """
+    side = images_uint8.shape[-1]
+    pictures = images_uint8.float()
+    kind = uniform(0, Stream.AUGMENTATION, index)
+    small = F.interpolate(F.avg_pool2d(pictures, 2), size=side, mode="bilinear", align_corners=False)
+    pictures = torch.where(
+        (kind >= PLAIN).view(-1, 1, 1, 1) & (kind < SMALL).view(-1, 1, 1, 1), small, pictures
+    )
+    sizes = torch.full((len(index), 2), side)
+    sizes[(kind >= PLAIN) & (kind < SMALL)] = side // 2
+    crops = torch.zeros(len(index), 2, dtype=torch.int64)
+    corners = integers(1, Stream.AUGMENTATION, index, 0, (_MARGIN_PX + 1) ** 2)
+    for row in torch.nonzero(kind >= SMALL).flatten().tolist():
+        top, left = divmod(int(corners[row]), _MARGIN_PX + 1)
+        enlarged = F.interpolate(
+            pictures[row : row + 1], size=side + _MARGIN_PX, mode="bilinear", align_corners=False
+        )
+        pictures[row] = enlarged[0, :, top : top + side, left : left + side]
+        crops[row] = torch.tensor([top, left])
+    return Photographs(pictures.round().clamp(0, 255).to(torch.uint8), sizes, crops)
