@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import torch
 from diffusers import UNet2DConditionModel
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from sdxs_lightning import seeding
-from sdxs_lightning.batch import Conditioning, TrainingBatch
+from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
-from sdxs_lightning.latents import scale
-from sdxs_lightning.noise_schedule import add_noise, target_of
+from sdxs_lightning.modules.averaged_training import AveragedTraining
+from sdxs_lightning.modules.data_sample import data_sample
+from sdxs_lightning.noise_schedule import target_of
 from sdxs_lightning.objectives.denoising import denoising_loss
 from sdxs_lightning.seeding import Stream
 from sdxs_lightning.teacher.denoiser import Denoiser
 from sdxs_lightning.timesteps import TimestepRange
 
 
-class DenoisingTraining(LightningModule):
+class DenoisingTraining(AveragedTraining):
     """Trains a new U-Net of the base's config with the base's own text encoder, latents and schedule.
 
     The loss is the mean square error of the network's own output (epsilon or v). For v it weighs errors of the clean
@@ -35,7 +34,7 @@ class DenoisingTraining(LightningModule):
         optimizer: from parameters to optimizer.
         lr_scheduler: from optimizer to a per-step schedule.
         output: folder that the EMA U-Net is saved to at the end, fp16 safetensors.
-        caption_dropout: share of captions replaced by "", which is what classifier-free guidance needs.
+        caption_dropout: share of captions left out ("" in SD, zeros in SDXL), which classifier-free guidance needs.
         ema_decay: of the averaged weights, per step.
         seed: of noise, timesteps and dropout, which are drawn by sample position.
     """
@@ -50,23 +49,24 @@ class DenoisingTraining(LightningModule):
         ema_decay: float = 0.999,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.family, self.optimizer, self.lr_scheduler = family, optimizer, lr_scheduler
+        super().__init__(optimizer, lr_scheduler)
+        self.family = family
         self.output, self.caption_dropout, self.seed = output, caption_dropout, seed
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(Path(family.base) / "unet"))
+        unet = UNet2DConditionModel.from_config(family.unet_config)
         self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
         self.denoiser.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(
             False
         )
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """One optimizer, its schedule stepped every batch."""
-        optimizer = self.optimizer(self.denoiser.parameters())
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+    @property
+    def learner(self) -> Denoiser:
+        """The network that learns."""
+        return self.denoiser
+
+    def average(self) -> None:
+        """Averages the weights."""
+        self.ema.update_parameters(self.denoiser)
 
     def on_fit_start(self) -> None:
         """Bring the frozen text encoder to the device."""
@@ -74,30 +74,17 @@ class DenoisingTraining(LightningModule):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Denoise at a uniform timestep."""
-        assert batch.latents is not None
-        latents = scale(batch.latents.float(), self.family.scaling_factor)
-        noise = seeding.normal(self.seed, Stream.FAKE_NOISE, batch.positions, latents.shape[1:])
-        timesteps = TimestepRange(0, 999).draw(self.seed, Stream.FAKE_TIMESTEP, batch.positions)
-        noisy_latents = add_noise(latents, noise, timesteps, self.family.schedule)
-        prediction = self.denoiser(noisy_latents, timesteps, self._encode(batch))
-        target = target_of(self.family.prediction_type, latents, noise, timesteps, self.family.schedule)
+        sample = data_sample(batch, self.family, self.seed, self.caption_dropout)
+        schedule, kind = self.family.schedule, self.family.prediction_type
+        noisy = sample.renoise(schedule, TimestepRange(0, 999), Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
+        prediction = self.denoiser(noisy.latents, noisy.timesteps, sample.conditioning)
+        target = target_of(kind, sample.latents, noisy.noise, noisy.timesteps, schedule)
         loss = denoising_loss(prediction.output, target)
         self.log("train/loss", loss, prog_bar=True)
         return loss
-
-    def on_train_batch_end(self, *_: object) -> None:
-        """Average the weights."""
-        self.ema.update_parameters(self.denoiser)
 
     def on_fit_end(self) -> None:
         """Save the averaged U-Net."""
         if self.trainer.is_global_zero:
             averaged = cast(Denoiser, self.ema.module)
             averaged.unet.half().save_pretrained(Path(self.output))
-
-    def _encode(self, batch: TrainingBatch) -> Conditioning:
-        dropped = seeding.uniform(self.seed, Stream.DROPOUT, batch.positions) < self.caption_dropout
-        captions = [
-            "" if drop else caption for drop, caption in zip(dropped.tolist(), batch.captions, strict=True)
-        ]
-        return self.family.encode_prompts(captions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 from diffusers import UNet2DConditionModel
@@ -28,6 +28,11 @@ class Network(LightningModule):
         super().__init__()
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
+
+    @property
+    def optimizer(self) -> OptimizerCallable:
+        """From parameters to the optimizer that the config names."""
+        return self._optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, with its scheduler where there is one.
@@ -62,19 +67,24 @@ def resting(*networks: nn.Module | None) -> Iterator[None]:
 
 
 def prepare_unet(
-    unet: UNet2DConditionModel, gradient_checkpointing: bool, compile_blocks: bool
+    unet: UNet2DConditionModel,
+    gradient_checkpointing: bool,
+    compile_blocks: bool,
+    taps: Collection[str] = (),
 ) -> UNet2DConditionModel:
     """Puts a U-Net into training mode with the chosen switches.
 
     Compiled are its residual and transformer blocks, each by itself: they repeat, so few graphs cover the network, and
-    they carry no hooks (feature taps and FSDP2's sit on the stages around them).
+    they carry no hooks (FSDP2's and most feature taps sit on the stages around them). A block with one of `taps` in it
+    stays as it is: a compiled graph does not notice hooks that come and go.
     """
     unet.train()
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if compile_blocks:
-        for block in unet.modules():
-            if isinstance(block, ResnetBlock2D | Transformer2DModel):
+        for name, block in unet.named_modules():
+            tapped = any(f"{tap}.".startswith(f"{name}.") for tap in taps)
+            if isinstance(block, ResnetBlock2D | Transformer2DModel) and not tapped:
                 block.compile()
     return unet
 

@@ -6,6 +6,7 @@ A *student update* is a step of the student's optimizer; progress, schedules and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, Literal
 
@@ -22,7 +23,14 @@ from sdxs_lightning.modules.ema import StudentEma
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.manual_turns import ManualTurns
 from sdxs_lightning.modules.network import Network, resting
-from sdxs_lightning.modules.regression_warmup import CaptionSource, RegressionWarmup, WarmupPairs, make_pairs
+from sdxs_lightning.modules.planned import PlannedNetwork, PlannedPhase
+from sdxs_lightning.modules.regression_warmup import (
+    CaptionSource,
+    RegressionWarmup,
+    WarmupPairs,
+    make_pairs,
+    planned_pairs,
+)
 from sdxs_lightning.modules.sample import Noisy, Roles, Sample
 from sdxs_lightning.modules.sharding import mixed_precision, shard_head, shard_unet
 from sdxs_lightning.modules.student_generator import StudentGenerator
@@ -133,7 +141,16 @@ class OneStepDistillation(ManualTurns):
         return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=self.seed)
 
     def _student_update(self, sample: Sample, terms: list[StudentTerm]) -> None:
-        """The student descends the sum of its terms; its judges only pass gradients on."""
+        """The student descends the sum of its terms."""
+        self._student_backward(sample, terms)
+        if self.turn_is_ending:
+            self.apply_update("student")
+            self.student_updates += 1
+            assert self.ema is not None
+            self.ema.update(self.student)
+
+    def _student_backward(self, sample: Sample, terms: list[StudentTerm]) -> None:
+        """The student's gradients; its judges only pass gradients on."""
         with resting(self.fake_score, self.discriminator):
             loss = torch.zeros((), device=self.device)
             for term in terms:
@@ -141,14 +158,17 @@ class OneStepDistillation(ManualTurns):
                 loss = loss + weighted
                 self.note("student/", **scalars)
             self.accumulate(loss)
-        if self.turn_is_ending:
-            self.apply_update("student")
-            self.student_updates += 1
-            assert self.ema is not None
-            self.ema.update(self.student)
 
     def _critic_update(self, fake: Sample, real: Sample | None) -> None:
         """The fake score learns to denoise the sample; it and the discriminator learn to tell it from data."""
+        self._critic_backward(fake, real)
+        if self.turn_is_ending:
+            self.apply_update("fake_score")
+            if self.discriminator is not None:
+                self.apply_update("discriminator")
+
+    def _critic_backward(self, fake: Sample, real: Sample | None) -> None:
+        """The gradients of fake score and discriminator."""
         noisy = self._renoise(fake, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
         prediction, fake_features = self.fake_score.predict_with_features(
             noisy.latents, noisy.timesteps, fake.conditioning
@@ -160,10 +180,6 @@ class OneStepDistillation(ManualTurns):
         if real is not None:
             loss = loss + self._adversarial_loss(fake_features, real)
         self.accumulate(loss)
-        if self.turn_is_ending:
-            self.apply_update("fake_score")
-            if self.discriminator is not None:
-                self.apply_update("discriminator")
 
     def _adversarial_loss(self, fake_features: Tensor, real: Sample) -> Tensor:
         """The critic's share of the GAN; its gradient also trains the fake score's encoder."""
@@ -294,6 +310,35 @@ class OneStepDistillation(ManualTurns):
         with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
             latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
         return self.family.decode(latents)
+
+    # ------------------------------------------------------------------------------------------------------ memory plan
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        """See `Plannable`."""
+        networks = [
+            PlannedNetwork(role, network, "trained", network.optimizer)
+            for role, network in self.networks.items()
+        ]
+        if self.ema is not None:
+            networks.append(PlannedNetwork("ema", self.ema, "averaged"))
+        if self.real_score is not None:
+            networks.append(PlannedNetwork("real_score", self.real_score.module, "frozen"))
+        return networks
+
+    def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
+        """See `Plannable`: a turn that updates every network, after the warm-up if there is one."""
+        if self.warmup is not None:
+            assert self.real_score is not None
+            self._pairs = planned_pairs(self.warmup, self.family, self.real_score.module)
+            yield PlannedPhase("making the warm-up's pairs", ())
+        sample = self._sample(batch, Turn(student=True, critic=True, warmup=False))
+        self._student_backward(sample, self.student_terms)
+        yield PlannedPhase("student's turn", ("student",))
+        sample = sample.detach()
+        self._critic_backward(sample, self._data(batch, sample))
+        yield PlannedPhase("critic's turn", tuple(name for name in self.networks if name != "student"))
+        self._scalars.clear()
+        self._pairs = None
 
     # ---------------------------------------------------------------------------------------------------------- helpers
 

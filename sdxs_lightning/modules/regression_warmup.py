@@ -123,6 +123,24 @@ def make_pairs(
     return WarmupPairs(_encode(family, prompts, settings.sampler_batch_size), targets, seed)
 
 
+@torch.no_grad()
+def planned_pairs(settings: RegressionWarmup, family: Family, real_score: Denoiser) -> WarmupPairs:
+    """What `make_pairs` holds, and at most holds for a moment, for the memory plan: one step of its sampler.
+
+    Args:
+        settings: how many pairs, and how many are sampled at once.
+        family: one without weights.
+        real_score: of the meta device.
+    """
+    device = family.schedule.alpha.device
+    count = min(settings.pairs, settings.sampler_batch_size)
+    sampler = TargetSampler(real_score, 1, settings.guidance_scale, settings.spacing)
+    noise = torch.empty(count, *family.latent_shape(), device=device)
+    sampler(noise, family.encode_prompts([""] * count))
+    targets = torch.empty(settings.pairs, *family.latent_shape(), device=device)
+    return WarmupPairs(_encode(family, [""] * settings.pairs, settings.sampler_batch_size), targets, 0)
+
+
 def _encode(family: Family, prompts: list[str], batch_size: int) -> Conditioning:
     """Conditioning of all prompts, without the unconditional twin, which the student never sees."""
     parts = [family.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]

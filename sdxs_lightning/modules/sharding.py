@@ -49,11 +49,18 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy()
 
 
+def blocks_of(module: nn.Module) -> list[nn.Module]:
+    """The groups of a U-Net that are gathered one at a time; none for another module."""
+    if not isinstance(module, UNet2DConditionModel):
+        return []
+    stages = [*module.down_blocks, module.mid_block, *module.up_blocks]
+    return [stage for stage in stages if stage is not None]
+
+
 def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Shards a U-Net in place, one group a stage, the rest in the U-Net's own group."""
-    for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
-        if block is not None:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
+    for block in blocks_of(unet):
+        fully_shard(block, mesh=mesh, mp_policy=policy)
     # By default the outermost group stays gathered after a forward pass. The gathered copies of a network that rested in
     # that pass (the fake score, judging without graph) would then still not require gradients when it is to learn.
     fully_shard(unet, mesh=mesh, mp_policy=policy, reshard_after_forward=True)

@@ -1,0 +1,133 @@
+"""Counts the bytes that are alive while code runs on the meta device, without having them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """While entered, follows the storage of every tensor that an operation returns, from its making to its end.
+
+    Views share a storage and count once. What the caching allocator of CUDA adds (rounding to 512 bytes, fragments) is
+    not in it, nor are the workspaces inside a kernel.
+
+    Args:
+        modules: their parameters and buffers are known beforehand and count nothing.
+        shapes: what an earlier count has learned.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module] = (), shapes: ShapeMemory | None = None) -> None:
+        super().__init__()
+        self.live = 0
+        """Bytes alive now, gradients included."""
+        self.gradients = 0
+        """Of these, bytes of gradients that an optimizer will read."""
+        self.line: list[tuple[int, int]] = []
+        """(live, gradients) after each time that they grew."""
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        self._held = [tensor.untyped_storage() for tensor in tensors]
+        self._known: dict[int, Any] = {storage._cdata: None for storage in self._held}
+        self._gradient_storages: set[int] = set()
+        self._shapes = shapes or ShapeMemory()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = self._shapes.call(func, args, kwargs or {})
+        for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return result
+
+    def add(self, size: int, gradients: bool = False) -> None:
+        """Counts bytes that no tensor stands for, such as a shard of a gradient; negative ones take them back."""
+        self.live += size
+        self.gradients += size if gradients else 0
+        self.line.append((self.live, self.gradients))
+
+    def mark_gradient(self, gradient: Tensor) -> None:
+        """From here on this tensor counts as a gradient."""
+        storage = gradient.untyped_storage()
+        self._see(storage)
+        key = storage._cdata
+        if key not in self._gradient_storages and key in self._known:
+            self._gradient_storages.add(key)
+            self.gradients += storage.nbytes()
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+        # torch keeps the Python object of a storage for as long as the storage lives, whoever holds it.
+        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self.live += size
+        self.line.append((self.live, self.gradients))
+
+    def _forget(self, key: int, size: int) -> None:
+        del self._known[key]
+        self.live -= size
+        if key in self._gradient_storages:
+            self._gradient_storages.remove(key)
+            self.gradients -= size
+
+
+class ShapeMemory:
+    """Remembers the shapes that operations return, because torch works them out in Python, and networks repeat themselves.
+
+    Makes the plan of SDXL several times faster. Operations whose result shares storage with an argument are not remembered.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Any, Any] = {}
+
+    def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of an operation, on the meta device."""
+        if any(value.alias_info is not None for value in func._schema.returns):
+            return func(*args, **kwargs)
+        try:
+            key = func, _description(args), _description(tuple(kwargs.items()))
+            known = self._known.get(key)
+        except TypeError:  # an argument that cannot be a key
+            return func(*args, **kwargs)
+        if known is not None:
+            return _made(known)
+        result = func(*args, **kwargs)
+        outputs = result if isinstance(result, tuple | list) else (result,)
+        if all(output is None or isinstance(output, Tensor) for output in outputs):
+            inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            storages = [one.untyped_storage()._cdata for one in (*inputs, *outputs) if one is not None]
+            devices = {one.device.type for one in (*inputs, *outputs) if one is not None}
+            own = {one.untyped_storage()._cdata for one in outputs if one is not None}
+            if devices == {"meta"} and all(storages.count(storage) == 1 for storage in own):
+                self._known[key] = _shape(result)
+        return result
+
+
+def _description(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return "tensor", value.dtype, value.device, tuple(value.shape), value.stride()
+    if isinstance(value, tuple | list):
+        return tuple(map(_description, value))
+    return type(value), value
+
+
+def _shape(result: Any) -> Any:
+    if isinstance(result, tuple | list):
+        return type(result), [_shape(one) for one in result]
+    return None if result is None else (tuple(result.shape), result.stride(), result.dtype)
+
+
+def _made(shape: Any) -> Any:
+    if shape is None:
+        return None
+    if isinstance(shape[0], type):
+        return shape[0](map(_made, shape[1]))
+    size, stride, dtype = shape
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
