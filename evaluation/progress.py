@@ -201,4 +201,6 @@ def _planned_updates(trainer: pl.Trainer, module: pl.LightningModule) -> int | N
     """Where the run ends, if that is counted in updates."""
     if isinstance(module, OneStepDistillation):
         return module.curriculum.max_student_updates
+    if isinstance(limit := getattr(module, "max_student_updates", None), int):
+        return limit
     return trainer.max_steps if trainer.max_steps >= 0 else None
