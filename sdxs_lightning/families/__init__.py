@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -17,7 +18,11 @@ class Family(Protocol):
     """A pretrained base: its networks, how it reads prompts, and its constants. `sd.py` and `sdxl.py` are two."""
 
     base: str
-    """Diffusers folder."""
+    """As the user named it: diffusers folder, hub id, or single .safetensors file. Read from `folder`, not from here."""
+    folder: Path
+    """The diffusers folder that the base was resolved to."""
+    unet_config: dict[str, Any]
+    """Settings of the base's U-Net, defaults included; known without reading its weights."""
     conditioning_timestep: int
     """The constant timestep at which a one-step student of this base is called."""
     schedule: NoiseSchedule
@@ -33,10 +38,10 @@ class Family(Protocol):
         """Shape (C, h, w) of one sample's latents."""
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
-        """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder."""
+        """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id."""
 
     def load_vae(self) -> AutoencoderKL:
-        """The base's VAE, float32."""
+        """The base's KL VAE, float32."""
 
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None

@@ -2,49 +2,61 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 
-# Without low_cpu_mem_usage=False diffusers asks for `accelerate` in a warning per network.
-_LOADING: dict[str, Any] = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+from sdxs_lightning.families.weights import check_not_pickled, load_network, weight_files
+
+VAE_FOLDERS = ("vae", "vae_large")
+"""Where a VAE may be. Released SDXS folders keep the tiny one in the first and the KL one in the second."""
 
 
-def check_base(base: str, family: str, pipeline_class: str, components: tuple[str, ...]) -> Path:
-    """The folder of a base, if it is one of this family and complete.
+@dataclass(frozen=True)
+class Layout:
+    """What a base of one kind consists of, on disk."""
 
-    Args:
-        base: a diffusers pipeline folder.
-        family: class name for the messages.
-        pipeline_class: the `_class_name` that `model_index.json` must have.
-        components: sub-folders that must be there.
+    family: str
+    """Class name, for messages."""
+    pipeline_class: str
+    """The `_class_name` that `model_index.json` must have."""
+    components: tuple[str, ...]
+    """Sub-folders that must be there."""
+    single_file: Mapping[str, tuple[str, ...]]
+    """Component -> beginnings of its tensors' names in a single file; one of them must occur."""
+
+
+def check_base(folder: Path, layout: Layout) -> Path:
+    """The folder, if it is a base of this kind and complete; reads one small file.
+
+    A U-Net or VAE without weights passes: they may be what is about to be trained.
 
     Raises:
-        FileNotFoundError: no such folder, no `model_index.json`, or a component is missing.
-        ValueError: a base of another family.
+        FileNotFoundError: no `model_index.json`, or a component is missing.
+        ValueError: a base of another family, or pickled weights only.
     """
-    folder = Path(base)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{family}: there is no folder '{base}'; give a diffusers folder (one with model_index.json) as "
-            "family.init_args.base."
-        )
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
-            f"{family}: '{base}' has no model_index.json, so it is not a diffusers pipeline folder."
+            f"{layout.family}: '{folder}' has no model_index.json, so it is not a diffusers pipeline folder."
         )
     found = read_json(folder / "model_index.json").get("_class_name")
-    if found != pipeline_class:
+    if found != layout.pipeline_class:
         raise ValueError(
-            f"{family}: '{base}' holds a {found}, and this family needs a {pipeline_class}; choose the other "
-            "family.class_path."
+            f"{layout.family}: '{folder}' holds a {found}, and this family needs a {layout.pipeline_class}; choose the "
+            "other family.class_path."
         )
-    missing = [name for name in components if not (folder / name).is_dir()]
+    missing = [name for name in layout.components if not (folder / name).is_dir()]
     if missing:
-        raise FileNotFoundError(f"{family}: '{base}' lacks the component folder(s) {', '.join(missing)}.")
+        raise FileNotFoundError(
+            f"{layout.family}: '{folder}' lacks the component folder(s) {', '.join(missing)}."
+        )
+    for name in layout.components:
+        check_not_pickled(folder / name)
     return folder
 
 
@@ -58,40 +70,147 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is missing.")
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"'{path}' is not readable as JSON ({error}); was its download cut off?") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"'{path}' must hold a JSON object, got a {type(content).__name__}.")
     return content
 
 
-def read_unet(base: Path, folder: str | None, cross_attention_dim: int) -> UNet2DConditionModel:
-    """A float32 U-Net from `base/unet`, or from a U-Net folder, or from a pipeline folder's `unet`.
+def unet_config(folder: Path) -> dict[str, Any]:
+    """The settings of the U-Net in a folder, those that its file leaves out included, without loading it.
 
     Raises:
-        FileNotFoundError: where none of these is there.
-        ValueError: for a U-Net that reads another text encoder.
+        FileNotFoundError: without config.json.
+        ValueError: for another kind of network.
     """
-    path = Path(folder) if folder is not None else base / "unet"
-    if not (path / "config.json").is_file():
-        path = path / "unet"
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(
-            f"weights '{folder or base}' is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json)."
-        )
-    unet = UNet2DConditionModel.from_pretrained(path, **_LOADING)
-    if unet.config.cross_attention_dim != cross_attention_dim:
+    config = read_json(folder / "config.json")
+    found = config.get("_class_name", "UNet2DConditionModel")
+    if found != "UNet2DConditionModel":
+        raise ValueError(f"'{folder}' holds a {found}, expected a UNet2DConditionModel.")
+    parameters = inspect.signature(UNet2DConditionModel.__init__).parameters.values()
+    defaults = {one.name: one.default for one in parameters if one.default is not inspect.Parameter.empty}
+    return defaults | {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+def unet_folder(source: Path, named: str) -> Path:
+    """The U-Net's own folder: the source itself, or its `unet`.
+
+    Args:
+        source: a U-Net folder or a pipeline folder.
+        named: how the user named it, for the message.
+
+    Raises:
+        FileNotFoundError: where it is neither.
+    """
+    for folder in (source, source / "unet"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(
+        f"weights '{named}' is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json)."
+    )
+
+
+def read_unet(folder: Path, base: Path, prompt_width: int) -> UNet2DConditionModel:
+    """A float32 U-Net that fits a base.
+
+    Args:
+        folder: of the U-Net.
+        base: the base's folder.
+        prompt_width: of the base's text encoders, together.
+
+    Raises:
+        ValueError: for a U-Net that reads another text encoder, other latents, or predicts something else; before its
+            weights are read.
+    """
+    found, expected = unet_config(folder), unet_config(base / "unet")
+    if _prompt_widths(found) != {prompt_width}:
+        widths = ", ".join(str(width) for width in sorted(_prompt_widths(found)))
         raise ValueError(
-            f"the U-Net in '{path}' reads prompts of width {unet.config.cross_attention_dim}, and the text encoders of "
-            f"'{base}' give {cross_attention_dim}; they are not of one family."
+            f"the U-Net in '{folder}' reads prompts of width {widths}, and the text encoders of '{base}' give "
+            f"{prompt_width}; they are not of one family."
         )
-    return unet
+    for name in (
+        "in_channels",
+        "out_channels",
+        "addition_embed_type",
+        "projection_class_embeddings_input_dim",
+    ):
+        if found.get(name) != expected.get(name):
+            raise ValueError(
+                f"the U-Net in '{folder}' has {name} {found.get(name)}, and that of '{base}' has {expected.get(name)}; "
+                "they are not of one family."
+            )
+    _check_prediction(folder.parent, base)
+    return load_network(UNet2DConditionModel, folder)
+
+
+def _prompt_widths(config: Mapping[str, Any]) -> set[int]:
+    widths = config["cross_attention_dim"]
+    return set(widths) if isinstance(widths, list | tuple) else {widths}
+
+
+def _check_prediction(pipeline: Path, base: Path) -> None:
+    """A student's pipeline folder says what its U-Net predicts; read as something else it would give noise."""
+    name = Path("scheduler") / "scheduler_config.json"
+    if not (pipeline / name).is_file():
+        return
+    found, expected = (
+        read_json(folder / name).get("prediction_type", "epsilon") for folder in (pipeline, base)
+    )
+    if found != expected:
+        raise ValueError(
+            f"the U-Net in '{pipeline}' predicts {found} (its {name}), and that of '{base}' {expected}; choose a base with "
+            "the same prediction_type."
+        )
+
+
+def kl_folder(base: Path) -> Path | None:
+    """The folder of a base's KL VAE, if it has one."""
+    for name in VAE_FOLDERS:
+        if (base / name).is_dir() and vae_class(base / name) is AutoencoderKL:
+            return base / name
+    return None
+
+
+def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
+    """The class of the VAE in a folder.
+
+    Raises:
+        ValueError: for one that is neither.
+    """
+    found = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
+    if found not in ("AutoencoderKL", "AutoencoderTiny"):
+        raise ValueError(f"'{folder}' holds a {found}, expected an AutoencoderKL or an AutoencoderTiny.")
+    chosen: type[AutoencoderKL] | type[AutoencoderTiny]
+    chosen = AutoencoderKL if found == "AutoencoderKL" else AutoencoderTiny
+    return chosen
 
 
 def read_vae(base: Path) -> AutoencoderKL:
-    """The VAE of a base, float32."""
-    return AutoencoderKL.from_pretrained(base / "vae", **_LOADING)
+    """The KL VAE of a base, float32.
+
+    Raises:
+        FileNotFoundError: for a base that has only a tiny one.
+    """
+    folder = kl_folder(base)
+    if folder is None:
+        raise FileNotFoundError(
+            f"'{base}' has an AutoencoderTiny as vae and no vae_large, and what was asked for needs an AutoencoderKL; take the "
+            "base that this folder was made from, or add its VAE as vae_large."
+        )
+    return load_network(AutoencoderKL, folder)
 
 
-def vae_factor(config: dict[str, Any]) -> int:
+def vae_factor(config: Mapping[str, Any]) -> int:
     """Pixels per latent, a side."""
-    return int(2 ** (len(config["block_out_channels"]) - 1))
+    # Older configs of AutoencoderTiny lack the first name.
+    widths = config.get("block_out_channels") or config["decoder_block_out_channels"]
+    return int(2 ** (len(widths) - 1))
+
+
+def pipeline_variant(folder: Path) -> str | None:
+    """The `variant` for loading a whole pipeline: "fp16" where some component has only such files."""
+    found = (weight_files(path.name for path in one.iterdir()) for one in folder.iterdir() if one.is_dir())
+    return next((files.variant for files in found if files is not None and files.variant), None)

@@ -1,0 +1,161 @@
+"""What the families share: everything but how prompts are read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from sdxs_lightning.batch import Conditioning
+from sdxs_lightning.families.folders import (
+    Layout,
+    kl_folder,
+    read_json,
+    read_unet,
+    read_vae,
+    unet_config,
+    vae_class,
+    vae_factor,
+)
+from sdxs_lightning.families.sources import resolve_base, resolve_unet
+from sdxs_lightning.families.weights import load_network
+from sdxs_lightning.latents import unscale
+from sdxs_lightning.noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
+from sdxs_lightning.teacher.frozen import Frozen
+
+
+class PretrainedBase(ABC):
+    """A base on disk: its constants at once, its networks when they are first asked for.
+
+    Construction reads only small JSON files, once a hub id has been fetched or a single file converted. Text encoders and
+    VAE are frozen and in no checkpoint.
+
+    Args:
+        base: diffusers folder, hub id (`org/name`, `org/name@revision`), or .safetensors file in the original layout.
+        conditioning_timestep: the student's constant timestep.
+        config: for a single file, the folder or hub id of its configs and tokenizers.
+
+    Raises:
+        FileNotFoundError: nothing there, or a component is missing.
+        ValueError: a base of another family, a pickle, a broken file, or a timestep that the schedule does not have.
+    """
+
+    layout: ClassVar[Layout]
+    kl_scaling_factor: ClassVar[float]
+    """Of a KL VAE whose config does not say."""
+    encoder_classes: ClassVar[dict[str, type[CLIPTextModel] | type[CLIPTextModelWithProjection]]]
+    """Folder of each text encoder -> its class."""
+
+    def __init__(self, base: str, conditioning_timestep: int, config: str | None = None) -> None:
+        self.base = base
+        self.folder = resolve_base(base, config, self.layout)
+        scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
+        self.schedule = NoiseSchedule.from_scheduler_config(scheduler)
+        self.prediction_type: PredictionType = scheduler.get("prediction_type", "epsilon")
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"{self.layout.family}: the scheduler of '{self.folder}' has prediction_type '{self.prediction_type}', "
+                f"known are {', '.join(PREDICTION_TYPES)}."
+            )
+        if not 0 <= conditioning_timestep < self.schedule.num_train_timesteps:
+            raise ValueError(
+                f"conditioning_timestep must be in [0, {self.schedule.num_train_timesteps - 1}], got "
+                f"{conditioning_timestep}; change family.init_args.conditioning_timestep."
+            )
+        self.conditioning_timestep = conditioning_timestep
+        self.pipeline_class: str = self.layout.pipeline_class
+        self.unet_config: dict[str, Any] = unet_config(self.folder / "unet")
+        self._vae_config = read_json(self.folder / "vae" / "config.json")
+        # Also where only a tiny VAE is here: the U-Net still sees latents of the KL VAE that it was trained on.
+        kl = kl_folder(self.folder)
+        kl_config = read_json(kl / "config.json") if kl is not None else {}
+        self.scaling_factor: float = kl_config.get("scaling_factor", self.kl_scaling_factor)
+        self.resolution: int = self.unet_config["sample_size"] * vae_factor(self._vae_config)
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+
+    def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
+        """Shape (C, h, w) of one sample's latents, by default at the base's own resolution."""
+        side = (resolution or self.resolution) // vae_factor(self._vae_config)
+        return self.unet_config["in_channels"], side, side
+
+    def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
+        """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id (a pruned student)."""
+        source = self.folder / "unet" if folder is None else resolve_unet(folder)
+        widths = [
+            read_json(self.folder / name / "config.json")["hidden_size"] for name in self.encoder_classes
+        ]
+        return read_unet(source, self.folder, sum(widths))
+
+    def load_vae(self) -> AutoencoderKL:
+        """The base's KL VAE, float32: `vae`, or `vae_large` where `vae` is a tiny one."""
+        return read_vae(self.folder)
+
+    @abstractmethod
+    def encode_prompts(
+        self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
+    ) -> Conditioning:
+        """Embeds B captions as the base's diffusers pipeline does, unconditional twin included, without graph."""
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1] up to the VAE's overshoot, float32.
+
+        By the base's `vae`. An AutoencoderTiny takes scaled latents as they are: its own scaling factor is 1.
+        """
+        factor = self._vae_config.get("scaling_factor", self._decoder_scaling_factor)
+        shift = self._vae_config.get("shift_factor")
+        images: Tensor = self._vae.module.decode(unscale(latents.to(self._device), factor, shift)).sample
+        return images.float()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Moves what is loaded and what will be. `dtype` is the text encoders'; the VAE stays float32 (SDXL's overflows in
+        float16).
+        """
+        self._device = torch.device(device) if device is not None else self._device
+        self._dtype = dtype or self._dtype
+        self.schedule.to(self._device)
+        self.__dict__.pop("_empty_prompt", None)  # was made in the old dtype
+        if "_text_encoders" in self.__dict__:
+            for encoder in self._text_encoders:
+                encoder.to(self._device, self._dtype)
+        if "_vae" in self.__dict__:
+            self._vae.to(self._device)
+        return self
+
+    @property
+    def _decoder_scaling_factor(self) -> float:
+        return 1.0 if vae_class(self.folder / "vae") is AutoencoderTiny else self.kl_scaling_factor
+
+    def _token_ids(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+        """(B, tokens), int64: padded to the encoder's length, longer prompts cut off, as the diffusers pipelines do."""
+        tokens = tokenizer(
+            captions,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        ids: Tensor = tokens.input_ids.to(self._device)
+        return ids
+
+    @cached_property
+    def _tokenizers(self) -> list[CLIPTokenizer]:
+        names = (name.replace("text_encoder", "tokenizer") for name in self.encoder_classes)
+        return [CLIPTokenizer.from_pretrained(self.folder / name, local_files_only=True) for name in names]
+
+    @cached_property
+    def _text_encoders(self) -> list[Frozen[CLIPTextModel]]:
+        return [
+            Frozen(load_network(network, self.folder / name, self._dtype)).to(self._device)
+            for name, network in self.encoder_classes.items()
+        ]
+
+    @cached_property
+    def _vae(self) -> Frozen[AutoencoderKL | AutoencoderTiny]:
+        folder = self.folder / "vae"
+        return Frozen(load_network(vae_class(folder), folder)).to(self._device)

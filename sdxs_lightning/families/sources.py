@@ -1,0 +1,100 @@
+"""From what a user names (a folder, a hub id, a single file) to one diffusers folder on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sdxs_lightning.families import hub, single_file
+from sdxs_lightning.families.folders import Layout, check_base, unet_folder
+from sdxs_lightning.families.weights import PICKLES
+
+
+def resolve_base(base: str, config: str | None, layout: Layout) -> Path:
+    """The diffusers folder of a base, checked; everything else is read from it.
+
+    Args:
+        base: a diffusers folder; a hub id, `org/name` or `org/name@revision`; or a .safetensors file in the original
+            layout of Stable Diffusion.
+        config: folder or hub id that a single file's configs and tokenizers come from; None for the others.
+        layout: what this family consists of.
+
+    Raises:
+        FileNotFoundError: nothing there, or something is missing in it.
+        ValueError: a base of another family, a pickle, a broken file, or a `config` that is lacking or superfluous.
+    """
+    path = Path(base)
+    _refuse_pickle(base, f"{layout.family}: base")
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise FileNotFoundError(f"{layout.family}: there is no file '{base}'; see family.init_args.base.")
+        return single_file.convert(path, _configs(base, config, layout), layout)
+    if config is not None:
+        raise ValueError(
+            f"{layout.family}: config '{config}' is for a base that is a single .safetensors file, got the base '{base}'; "
+            "remove family.init_args.config."
+        )
+    return _folder_or_hub(base, layout, weights=True)
+
+
+def resolve_unet(weights: str) -> Path:
+    """The folder of a U-Net, from a U-Net folder, a pipeline folder or a hub id of either.
+
+    Raises:
+        FileNotFoundError: where there is no U-Net.
+        ValueError: for a pickle or a single file.
+    """
+    _refuse_pickle(weights, "weights")
+    path = Path(weights)
+    if path.is_file():
+        raise ValueError(
+            f"weights '{weights}' is a file; give a U-Net folder (config.json and .safetensors) or a pipeline folder."
+        )
+    if path.is_dir() or not hub.is_hub_id(weights):
+        return unet_folder(path, weights)
+    try:
+        return unet_folder(hub.fetch(weights, "unet/config.json", ("unet", "scheduler")), weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"weights '{weights}' is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json); and "
+            f"{error}"
+        ) from error
+
+
+def _configs(base: str, config: str | None, layout: Layout) -> Path:
+    if config is None:
+        raise ValueError(
+            f"{layout.family}: '{base}' is a single file, which has neither configs nor tokenizers; name a diffusers folder "
+            "or hub id of the model that it was made from as family.init_args.config."
+        )
+    return _folder_or_hub(config, layout, weights=False)
+
+
+def _folder_or_hub(name: str, layout: Layout, weights: bool) -> Path:
+    path = Path(name)
+    key = "base" if weights else "config"
+    absent = (
+        f"{layout.family}: there is no folder '{name}'; give a diffusers folder (one with model_index.json) as "
+        f"family.init_args.{key}, or a hub id (org/name)"
+    )
+    if path.is_file():
+        raise ValueError(
+            f"{layout.family}: '{name}' is a file; give a diffusers folder (one with model_index.json), a hub id or a "
+            f".safetensors file as family.init_args.{key}."
+        )
+    if path.is_dir():
+        return check_base(path, layout)
+    if not hub.is_hub_id(name):
+        raise FileNotFoundError(f"{absent}.")
+    try:
+        folder = hub.fetch(name, "model_index.json", (*layout.components, "vae_large"), weights=weights)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{absent}: {error}") from error
+    return check_base(folder, layout)
+
+
+def _refuse_pickle(name: str, what: str) -> None:
+    if name.endswith(PICKLES):
+        raise ValueError(
+            f"{what} '{name}' is a pickle, which runs code when it is loaded; give the .safetensors file of the same "
+            "model, or convert it on a machine that you can lose."
+        )

@@ -1,0 +1,115 @@
+"""Which files of a folder hold a network's weights, and loading them.
+
+Safetensors only: unpickling a .bin or .ckpt runs whatever code its author put there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from torch import nn
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+
+_Network = TypeVar("_Network", bound=nn.Module)
+_VARIANTS = (None, "fp16", "bf16")
+
+
+class WeightFiles(NamedTuple):
+    """The files to load, and the `variant` by which diffusers and transformers find them."""
+
+    variant: str | None
+    names: list[str]
+
+
+def weight_files(names: Iterable[str]) -> WeightFiles | None:
+    """Of a folder's file names, those that hold the weights: plain ones, or fp16 ones where there are no others.
+
+    Args:
+        names: without folder, whole or in shards; other variants (`non_ema`) and foreign formats may be among them.
+
+    Returns:
+        the files of one precision, index of shards included; None where there are none.
+    """
+    names = list(names)
+    for variant in _VARIANTS:
+        mark = f"\\.{variant}" if variant else ""
+        # Libraries disagree on whether the variant stands before or after a shard's number.
+        shard = r"-\d+-of-\d+"
+        tensors = re.compile(
+            rf"(diffusion_pytorch_model|model)({mark}|{mark}{shard}|{shard}{mark})\.safetensors"
+        )
+        index = re.compile(rf"(diffusion_pytorch_model|model)\.safetensors\.index{mark}\.json")
+        found = sorted(name for name in names if tensors.fullmatch(name))
+        if found:
+            return WeightFiles(variant, found + sorted(name for name in names if index.fullmatch(name)))
+    return None
+
+
+def pickled(names: Iterable[str]) -> str | None:
+    """A pickled weight file among the names where no safetensors are; None where all is well."""
+    names = list(names)
+    if weight_files(names) is not None:
+        return None
+    return next((name for name in sorted(names) if name.endswith(PICKLES)), None)
+
+
+def check_not_pickled(folder: Path) -> None:
+    """Refuses a network's folder that has only pickled weights.
+
+    Raises:
+        ValueError: naming the file and the way out.
+    """
+    name = pickled(path.name for path in folder.iterdir())
+    if name is not None:
+        raise ValueError(
+            f"'{folder}' has only pickled weights ({name}), which run code when they are loaded; give a folder with "
+            ".safetensors (save_pretrained(..., safe_serialization=True) writes them)."
+        )
+
+
+def load_network(network: type[_Network], folder: Path, dtype: torch.dtype = torch.float32) -> _Network:
+    """A network of a folder, whole or in shards, without a second copy and without random weights beneath.
+
+    Args:
+        network: a model class of diffusers or transformers.
+        folder: with config.json and safetensors.
+        dtype: of its weights, whatever the files hold.
+
+    Raises:
+        FileNotFoundError: without safetensors.
+        ValueError: for pickles, for files that cannot be read, or that lack tensors or have foreign shapes.
+    """
+    check_not_pickled(folder)
+    files = weight_files(path.name for path in folder.iterdir())
+    if files is None:
+        raise FileNotFoundError(
+            f"'{folder}' has no weights: expected diffusion_pytorch_model.safetensors or model.safetensors."
+        )
+    named: dict[str, Any] = {("torch_dtype" if issubclass(network, ModelMixin) else "dtype"): dtype}
+    if files.variant is not None:
+        named["variant"] = files.variant
+    try:
+        loaded, report = network.from_pretrained(  # type: ignore[attr-defined]
+            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **named
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"the weights in '{folder}' cannot be loaded: {_first_line(error)}") from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(
+            f"the weights in '{folder}' lack {len(missing)} tensor(s) of the network in its config.json, such as "
+            f"{missing[0]}; was a file cut off or of another network?"
+        )
+    result: _Network = loaded
+    return result
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
