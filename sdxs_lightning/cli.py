@@ -118,10 +118,48 @@ class TrainingCLI(LightningCLI):
             default=None,
             help="checkpoint to go on from; 'last' is the newest complete one of the run's folder",
         )
+        parser.add_argument(
+            "--plan",
+            action="store_true",
+            help="print what the run needs of a device's memory, and whether it fits, instead of training; needs the "
+            "base's JSON files only, and no GPU",
+        )
+        parser.add_argument(
+            "--plan_gpu_gb",
+            type=float | None,
+            default=None,
+            help="GiB of a device, for --plan; by default those of the GPU at hand, or 80",
+        )
+        parser.add_argument(
+            "--plan_json", type=str | None, default=None, help="file that --plan writes its numbers to"
+        )
 
     def before_instantiate_classes(self) -> None:
         """Lets what a class says about its arguments through unchanged."""
         self.parser.add_instantiator(_construct, object, subclasses=True)
+
+    def instantiate_classes(self) -> None:
+        """Everything, or with `--plan` the stage alone: a plan needs neither data nor the run's machine."""
+        if not self.config.plan:
+            super().instantiate_classes()
+            return
+        config = self.config.clone()
+        config.data = None
+        for name in ("callbacks", "logger", "strategy", "plugins", "profiler"):
+            if name in config.trainer:
+                config.trainer[name] = None
+        self.model = self.parser.instantiate_classes(config).model
+
+    def plan(self) -> None:
+        """Prints the memory plan.
+
+        Raises:
+            UserError: for what the plan cannot read.
+        """
+        # Here, because a training has no use for it.
+        from sdxs_lightning.plan.command import show_plan
+
+        show_plan(self.model, self.config.as_dict())
 
     def fit(self) -> None:
         """Trains.
@@ -189,6 +227,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _quiet()
     try:
         cli = _build(arguments)
+        if cli.config.plan:
+            cli.plan()
+            return 0
         trainer = cli.trainer
         cli.fit()
     except RunStopped as stop:

@@ -16,6 +16,7 @@ from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
 from sdxs_lightning.modules.averaged_training import AveragedTraining
 from sdxs_lightning.modules.data_sample import data_sample
+from sdxs_lightning.modules.planned import PlannedNetwork, PlannedPhase
 from sdxs_lightning.noise_schedule import target_of
 from sdxs_lightning.objectives.denoising import denoising_loss
 from sdxs_lightning.seeding import Stream
@@ -88,3 +89,15 @@ class DenoisingTraining(AveragedTraining):
         if self.trainer.is_global_zero:
             averaged = cast(Denoiser, self.ema.module)
             averaged.unet.half().save_pretrained(Path(self.output))
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        """See `Plannable`."""
+        return [
+            PlannedNetwork("denoiser", self.denoiser, "trained", self.optimizer, sharded=False),
+            PlannedNetwork("ema", self.ema, "averaged", sharded=False),
+        ]
+
+    def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
+        """See `Plannable`."""
+        self.training_step(batch, 0).backward()
+        yield PlannedPhase("training step", ("denoiser",))

@@ -48,6 +48,8 @@ class AsOnCuda(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        if name == "__get__":  # a property such as .shape, by far the most frequent
+            return func(*args, **kwargs)
         if name == "backward":
             return self._backward(args[0])
         if name == "grad" and func is torch.autograd.grad:

@@ -86,10 +86,15 @@ class ShapeMemory:
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
+        self._fresh: dict[Any, bool] = {}
+        """Operation -> whether its schema says that its results are new tensors."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation, on the meta device."""
-        if any(value.alias_info is not None for value in func._schema.returns):
+        fresh = self._fresh.get(func)
+        if fresh is None:
+            fresh = self._fresh[func] = all(value.alias_info is None for value in func._schema.returns)
+        if not fresh:
             return func(*args, **kwargs)
         try:
             key = func, _description(args), _description(tuple(kwargs.items()))

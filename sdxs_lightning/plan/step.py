@@ -15,13 +15,12 @@ from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.modules.planned import Plannable, PlannedNetwork
+from sdxs_lightning.plan.batch_shape import BatchShape
 from sdxs_lightning.plan.as_on_cuda import AsOnCuda
 from sdxs_lightning.plan.hardware import Hardware
 from sdxs_lightning.plan.live_bytes import LiveBytes, ShapeMemory
 from sdxs_lightning.plan.states import sharded_numel
-from sdxs_lightning.plan.weightless import META
 
 PROBES = 2, 3
 """Batch sizes that are run. Not 1: a batch dimension of 1 lets some operations copy less."""
@@ -47,7 +46,7 @@ class _Line:
     name: str
     live: list[tuple[int, int]]
     kept: int
-    """Bytes that the forward pass left for the backward pass."""
+    """Bytes that the forward pass left for the backward pass: activations, and autocast's copies of weights."""
 
 
 @dataclass(frozen=True)
@@ -113,31 +112,6 @@ def measure(
     return StepProfile(tuple(low.name for low in first), tuple(constants), tuple(slopes), tuple(kept))
 
 
-@dataclass(frozen=True)
-class BatchShape:
-    """What a micro-batch holds, and how many of them share gradients."""
-
-    latents: tuple[int, int, int]
-    """(C, h, w)."""
-    images: int | None = None
-    """Side in pixels; None: the data yields no images."""
-    accumulate: int = 1
-    """Micro-batches whose gradients are averaged; from 2 on, gradients outlive a micro-batch."""
-
-    def make(self, size: int) -> TrainingBatch:
-        """A batch of that size on the meta device."""
-        images = None if self.images is None else torch.empty(size, 3, self.images, self.images, device=META)
-        return TrainingBatch(
-            captions=[""] * size,
-            positions=torch.empty(size, dtype=torch.int64, device=META),
-            sample_ids=[str(i) for i in range(size)],
-            latents=torch.empty(size, *self.latents, device=META),
-            images=images,
-            original_sizes=torch.empty(size, 2, dtype=torch.int64, device=META),
-            crops=torch.empty(size, 2, dtype=torch.int64, device=META),
-        )
-
-
 def _run(
     stage: LightningModule,
     networks: Sequence[PlannedNetwork],
@@ -152,9 +126,9 @@ def _run(
     modules = [stage, *(one.module for one in networks)]
     live = LiveBytes(modules, shapes)
     kept: list[int] = []
-    cuda = AsOnCuda(hardware.autocast, lambda: kept.append(live.live))
+    cuda = AsOnCuda(hardware.autocast, lambda: kept.append(live.live - live.gradients))
     lines: list[_Line] = []
-    gradients = _Gradients(live, trained, hardware.shards, carried=batch.accumulate > 1)
+    gradients = _Gradients(live, trained, hardware, carried=batch.accumulate > 1)
     with _quiet(), _outside_a_trainer(stage), gradients, live, cuda, cuda.islands():
         before = len(live.line)
         for phase in stage.plan_step(batch.make(size)):
@@ -173,11 +147,17 @@ class _Gradients:
     """Counts the gradients of the trained networks: whole, or the shard that is left when the others have theirs."""
 
     def __init__(
-        self, live: LiveBytes, trained: dict[str, PlannedNetwork], shards: int, carried: bool
+        self, live: LiveBytes, trained: Mapping[str, PlannedNetwork], hardware: Hardware, carried: bool
     ) -> None:
-        self._live, self._shards, self._carried = live, shards, carried
+        self._live, self._carried = live, carried
+        self._itemsize = 4 if hardware.weights is None else hardware.weights.itemsize
         self._trained = {
             name: [p for p in one.module.parameters() if p.requires_grad] for name, one in trained.items()
+        }
+        self._shards = {
+            id(p): hardware.shards if trained[name].sharded else 1
+            for name, parameters in self._trained.items()
+            for p in parameters
         }
         self._sizes: dict[int, int] = {}
         self._handles: list[Any] = []
@@ -201,18 +181,20 @@ class _Gradients:
         for name in names:
             for parameter in self._trained[name]:
                 parameter.grad = None
-                self._live.add(-self._sizes.pop(id(parameter), 0), gradients=True)
+                if id(parameter) in self._sizes:
+                    self._live.add(-self._sizes.pop(id(parameter)), gradients=True)
 
     def _arrived(self, parameter: nn.Parameter | Tensor) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        if self._shards == 1:
+        shards = self._shards[id(parameter)]
+        if shards == 1:
             self._live.mark_gradient(gradient)
             return
-        # FSDP2 sends the others their shares and keeps its own, in float32.
+        # FSDP2 sends the others their shares and keeps its own, in the type of the master weights.
         parameter.grad = None
         if id(parameter) not in self._sizes:
-            self._sizes[id(parameter)] = sharded_numel(parameter, self._shards) * 4
+            self._sizes[id(parameter)] = sharded_numel(parameter, shards) * self._itemsize
             self._live.add(self._sizes[id(parameter)], gradients=True)
 
 

@@ -29,6 +29,8 @@ class WeightlessFamily:
     def __init__(self, family: Family) -> None:
         self._family = family
         self._dtype = torch.float32
+        self.encodes = False
+        """Whether the stage has asked for prompts' embeddings."""
 
     def __getattr__(self, name: str) -> Any:
         # The object is not complete yet when copy or pickle ask.
@@ -54,6 +56,7 @@ class WeightlessFamily:
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
         """Embeddings of the right shapes and type; the text encoders' own, short-lived activations are left out."""
+        self.encodes = True
         encoders, count = list(self.text_encoders.values()), len(captions)
         configs = [encoder.config for encoder in encoders]
         shape = count, configs[0].max_position_embeddings, sum(config.hidden_size for config in configs)

@@ -1,0 +1,35 @@
+"""The micro-batch of the planned step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.plan.weightless import META
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What a micro-batch holds, and how many of them share gradients."""
+
+    latents: tuple[int, int, int]
+    """(C, h, w)."""
+    images: int | None = None
+    """Side in pixels; None: the data yields no images."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are averaged; from 2 on, gradients outlive a micro-batch."""
+
+    def make(self, size: int) -> TrainingBatch:
+        """A batch of that size on the meta device."""
+        images = None if self.images is None else torch.empty(size, 3, self.images, self.images, device=META)
+        return TrainingBatch(
+            captions=[""] * size,
+            positions=torch.empty(size, dtype=torch.int64, device=META),
+            sample_ids=[str(i) for i in range(size)],
+            latents=torch.empty(size, *self.latents, device=META),
+            images=images,
+            original_sizes=torch.empty(size, 2, dtype=torch.int64, device=META),
+            crops=torch.empty(size, 2, dtype=torch.int64, device=META),
+        )
