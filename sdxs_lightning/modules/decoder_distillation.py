@@ -5,6 +5,7 @@ For *turn* and *micro-batch* see `manual_turns.py`. The student here is the deco
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +20,8 @@ from sdxs_lightning.modules.gradients import average_gradients
 from sdxs_lightning.modules.image_features import FeatureNetwork, ImageFeatures
 from sdxs_lightning.modules.manual_turns import ManualTurns
 from sdxs_lightning.modules.network import Network, resting
+from sdxs_lightning.modules.planned import PlannedNetwork, PlannedPhase
+from sdxs_lightning.modules.precision import without_autocast
 from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.modules.tiny_decoder import DecoderAverage, TinyDecoder
 from sdxs_lightning.objectives.decoder_distillation import (
@@ -128,8 +131,8 @@ class DecoderDistillation(ManualTurns):
             reconstruction = self.reconstruction.loss(images, target, self.vae_factor)
             self.note("student/", reconstruction_loss=reconstruction)
             if self.gan_is_on:
-                fake_features = self._adversarial_update(images, reconstruction, batch.positions)
-                self._critic_update(self._see(target, batch.positions), fake_features)
+                fake_features = self._adversarial_backward(images, reconstruction, batch.positions)
+                self._critic_backward(self._see(target, batch.positions), fake_features)
             else:
                 self.accumulate(reconstruction)
             if self.turn_is_ending:
@@ -142,8 +145,10 @@ class DecoderDistillation(ManualTurns):
         if self.student_updates >= self.max_student_updates:
             self.trainer.should_stop = True
 
-    def _adversarial_update(self, images: Tensor, reconstruction: Tensor, positions: Tensor) -> list[Tensor]:
-        """Gradients of both losses, weighed against each other, into the decoder; returns the features of its images."""
+    def _adversarial_backward(
+        self, images: Tensor, reconstruction: Tensor, positions: Tensor
+    ) -> list[Tensor]:
+        """The decoder's gradients of both losses, weighed against each other; returns the features of its images."""
         assert self.discriminator is not None and self.adversarial is not None
         with resting(self.discriminator):
             features = self._see(images, positions)
@@ -168,7 +173,7 @@ class DecoderDistillation(ManualTurns):
             at_weight = at_weight / dist.get_world_size()
         return at_weight
 
-    def _critic_update(self, real_features: list[Tensor], fake_features: list[Tensor]) -> None:
+    def _critic_backward(self, real_features: list[Tensor], fake_features: list[Tensor]) -> None:
         """The heads learn to tell features of the VAE's images from those of the decoder's, as these were before its update."""
         assert self.discriminator is not None and self.adversarial is not None
         r1_weight = self.adversarial.r1_weight
@@ -229,7 +234,7 @@ class DecoderDistillation(ManualTurns):
         by how much, and imitating that would take capacity. The decoder's images are not clamped, since a value beyond the
         range would then have no gradient that leads it back.
         """
-        with torch.autocast(latents.device.type, enabled=False):
+        with without_autocast(latents.device):
             return self.family.decode(latents).clamp(-1, 1)
 
     def _see(self, images: Tensor, positions: Tensor) -> list[Tensor]:
@@ -285,6 +290,36 @@ class DecoderDistillation(ManualTurns):
         """A finished run that is resumed ends at once."""
         if self.student_updates >= self.max_student_updates:
             self.trainer.should_stop = True
+
+    # ------------------------------------------------------------------------------------------------------ memory plan
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        """See `Plannable`."""
+        networks = [
+            PlannedNetwork(role, network, "trained", network.optimizer, sharded=False)
+            for role, network in self.networks.items()
+        ]
+        assert self.average is not None
+        networks.append(PlannedNetwork("average", self.average, "averaged", sharded=False))
+        if self._sampler_network is not None:
+            networks.append(PlannedNetwork("sampler", self._sampler_network.module, "frozen", sharded=False))
+        if self._features is not None:
+            networks.append(PlannedNetwork("features", self._features.module, "frozen", sharded=False))
+        return networks
+
+    def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
+        """See `Plannable`: a turn with the GAN, if there is one."""
+        latents = self._latents(batch)
+        target = self._decode_by_teacher(latents)
+        images = self.decoder(latents)
+        reconstruction = self.reconstruction.loss(images, target, self.vae_factor)
+        if self.discriminator is None:
+            self.accumulate(reconstruction)
+        else:
+            fake_features = self._adversarial_backward(images, reconstruction, batch.positions)
+            self._critic_backward(self._see(target, batch.positions), fake_features)
+        yield PlannedPhase("decoder and discriminator", tuple(self.networks))
+        self._scalars.clear()
 
 
 def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from sdxs_lightning.modules.image_features import FeatureShape
 from sdxs_lightning.modules.network import Network
+from sdxs_lightning.modules.precision import without_autocast
 
 
 class ProjectedDiscriminator(Network):
@@ -48,8 +49,7 @@ class ProjectedDiscriminator(Network):
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Per head, features (B, C, h, w) -> logits (B, h * w), float32; positive means real."""
-        device_type = features[0].device.type
-        with torch.autocast(device_type, enabled=False):
+        with without_autocast(features[0].device):
             return [head(part.float()) for head, part in zip(self.heads, features, strict=True)]
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from sdxs_lightning.modules.network import Network
+from sdxs_lightning.modules.precision import without_autocast
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class DecoderTopology:
 
 class TinyDecoder(Network):
     """Scaled latents -> images; a plain CNN without attention and without normalisation.
+
+    It always trains in float32: images in bfloat16 have steps of half a byte near white, which a discriminator sees, and
+    beside the sampler and the VAE the cost does not show.
 
     Args:
         optimizer: called with the trainable parameters.
@@ -135,8 +139,9 @@ class TinyDecoder(Network):
 
     def forward(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1] and not clamped, float32."""
-        images: Tensor = self.decoder(latents)
-        return images.float()
+        with without_autocast(latents.device):
+            images: Tensor = self.decoder(latents.float())
+        return images
 
     @property
     def last_weight(self) -> nn.Parameter:
