@@ -47,16 +47,18 @@ class Teacher:
     seed: int = 0
     """Of the noise; the protocol's."""
 
-    def images(self, steps: int, guidance_scale: float | None = None) -> SampledImages:
-        """A maker of images in so many steps."""
+    def images(
+        self, steps: int, guidance_scale: float | None = None, denoiser: Denoiser | None = None
+    ) -> SampledImages:
+        """A maker of images in so many steps, of the base's network or of another in its place."""
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        sampler = TargetSampler(self._denoiser, steps, guidance_scale, self.spacing)
+        sampler = TargetSampler(denoiser or self._denoiser, steps, guidance_scale, self.spacing)
         return SampledImages(sampler, self.family, self.device, self.seed)
 
     def key(self) -> dict[str, Any]:
         """What its scores depend on besides the protocol."""
         return {
-            "base_sha256": hash_weights(self.family.base),
+            "base_sha256": hash_weights(self.family.folder),
             "guidance_scale": self.guidance_scale,
             "spacing": self.spacing,
         }
