@@ -16,7 +16,7 @@ other places, so that its attention is the teacher's only after distillation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,15 @@ class Source:
     """Only the last so many input channels are copied, and the others are new; None copies the whole."""
 
 
-def key_map(teacher_config: Mapping[str, Any], topology: Topology) -> dict[str, Source]:
+def key_map(
+    teacher_config: Mapping[str, Any], topology: Topology, names: Iterable[str] | None = None
+) -> dict[str, Source]:
     """The source of every tensor of the pruned student, by its name in `state_dict()`.
+
+    Args:
+        teacher_config: arguments of the teacher's `UNet2DConditionModel`.
+        topology: what the student keeps.
+        names: the student's tensors where they are known already; None finds them on the meta device.
 
     Raises:
         ValueError: if the teacher does not contain such a student, or a tensor of either belongs to no known block.
@@ -61,7 +68,7 @@ def key_map(teacher_config: Mapping[str, Any], topology: Topology) -> dict[str, 
     selection = select(teacher, topology)
     blocks = block_map(teacher, selection)
     sources: dict[str, Source] = {}
-    for key in shapes_of(prune_config(teacher_config, topology)):
+    for key in shapes_of(prune_config(teacher_config, topology)) if names is None else names:
         block = block_of(key, blocks)
         if block is None:
             raise ValueError(f"the student's tensor '{key}' has no source: surgery does not know its block.")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxs_lightning.surgery.anatomy import anatomy_of
 from sdxs_lightning.surgery.config import prune_config
@@ -36,15 +36,14 @@ def prune(
         ValueError: if the teacher does not contain such a student, or a tensor is left unaccounted for.
     """
     config = prune_config(teacher.config, topology)
-    weights = teacher.state_dict()
-    sources, report = _plan(
-        teacher.config, topology, transfer, {name: tensor.shape for name, tensor in weights.items()}
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = UNet2DConditionModel(**config)
-    student.to(device=teacher.device, dtype=teacher.dtype)
-    fill(student.state_dict(), weights, sources)
+    # nn.Module's own to(): diffusers' warns of modules to keep in float32, of which this class has none.
+    nn.Module.to(student, device=teacher.device, dtype=teacher.dtype)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    sources, report = _plan(teacher.config, topology, transfer, _shapes(ours), _shapes(theirs))
+    fill(ours, theirs, sources)
     return student.eval(), report
 
 
@@ -54,7 +53,8 @@ def plan(teacher_config: Mapping[str, Any], topology: Topology, transfer: bool =
     Raises:
         ValueError: as `prune`.
     """
-    return _plan(teacher_config, topology, transfer, shapes_of(teacher_config))[1]
+    student = shapes_of(prune_config(teacher_config, topology))
+    return _plan(teacher_config, topology, transfer, student, shapes_of(teacher_config))[1]
 
 
 @torch.no_grad()
@@ -76,15 +76,18 @@ def fill(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sources: 
 
 
 def _plan(
-    teacher_config: Mapping[str, Any], topology: Topology, transfer: bool, teacher: Shapes
+    teacher_config: Mapping[str, Any], topology: Topology, transfer: bool, student: Shapes, teacher: Shapes
 ) -> tuple[dict[str, Source], TransferReport]:
-    student = shapes_of(prune_config(teacher_config, topology))
     anatomy = anatomy_of(teacher_config)
     removable = teacher_blocks(anatomy)
     if not transfer:
         sources = {key: Source() for key in student}
         return sources, account(topology.name, sources, student, teacher, removable)
-    sources = key_map(teacher_config, topology)
+    sources = key_map(teacher_config, topology, student)
     kept = {name for names in block_map(anatomy, select(anatomy, topology)).values() for name in names}
     removable = tuple(name for name in removable if name not in kept) + superseded(teacher_config, topology)
     return sources, account(topology.name, sources, student, teacher, removable)
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> Shapes:
+    return {name: tensor.shape for name, tensor in weights.items()}

@@ -71,7 +71,7 @@ def _build(kind: type[_Class], content: Any, where: str) -> _Class:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value read from YAML is of a type as the topology's fields have them."""
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return any(_fits(value, one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
@@ -81,11 +81,18 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint  # True is no number here
 
 
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (
+        types.UnionType,
+        typing.Union,
+    )  # two spellings of one thing before Python 3.14
+
+
 def _plain(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
+    if _is_union(hint):
         return " or ".join(_plain(one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return ", ".join(typing.get_args(hint))
     if typing.get_origin(hint) is tuple:
         return f"a list of {_plain(typing.get_args(hint)[0])}"
-    return _WORDS.get(hint, hint.__name__)
+    return _WORDS.get(hint) or str(hint.__name__)

@@ -1,0 +1,187 @@
+"""`python -m sdxs_lightning.prune`: what it writes, and its one-sentence refusals."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from sdxs_lightning import prune as command
+from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.surgery import PRESETS, Topology, plan, prune
+from tests.surgery.teachers import SD, load, make_teacher, run
+from tests.tiny import save_tiny_sd
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "unet"
+    make_teacher(SD).save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def refused(arguments: list[str | Path], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    with pytest.raises(SystemExit) as end:
+        command.main([str(argument) for argument in arguments])
+    told = capsys.readouterr()
+    assert (end.value.code, told.out) == (code, "")
+    assert told.err.startswith("prune: ") and told.err.count("\n") == 1
+    return told.err
+
+
+def test_it_writes_the_pruned_u_net(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "made" / "bk-tiny"
+    command.main(["--base", str(base), "--preset", "bk-tiny", "--output", str(output)])
+    told = capsys.readouterr().out
+    expected, report = prune(load(base), PRESETS["bk-tiny"])
+    assert torch.equal(run(load(output)), run(expected))
+    assert told == f"{report}\nwritten to {output} in float32\n"
+    assert sorted(path.name for path in output.iterdir()) == ["config.json", WEIGHTS]
+    assert list(output.parent.iterdir()) == [output]
+    # It is a base for the next.
+    command.main(["--base", str(output), "--preset", "sdxs-512", "--output", str(tmp_path / "next")])
+    assert torch.equal(run(load(tmp_path / "next")), run(prune(load(base), PRESETS["sdxs-512"])[0]))
+
+
+def test_it_halves_the_files_and_forgets_the_weights_where_told(base: Path, tmp_path: Path) -> None:
+    arguments = ["--base", str(base), "--preset", "bk-tiny", "--output"]
+    command.main([*arguments, str(tmp_path / "half"), "--dtype", "float16"])
+    half = UNet2DConditionModel.from_pretrained(tmp_path / "half", torch_dtype="auto")
+    assert half.dtype == torch.float16
+    assert torch.equal(half.conv_in.weight, load(base).conv_in.weight.half())
+    command.main([*arguments, str(tmp_path / "fresh"), "--fresh", "--seed", "3"])
+    expected, _ = prune(load(base), PRESETS["bk-tiny"], transfer=False, seed=3)
+    assert torch.equal(load(tmp_path / "fresh").conv_in.weight, expected.conv_in.weight)
+
+
+def test_a_student_starts_from_the_folder(tmp_path: Path) -> None:
+    base = save_tiny_sd(tmp_path / "base")
+    topology = tmp_path / "no_middle.yaml"
+    topology.write_text("mid_block: none\n")
+    output = tmp_path / "student"
+    command.main(["--base", str(base), "--topology", str(topology), "--output", str(output)])
+    student = StableDiffusion(str(base)).load_unet(str(output))
+    assert student.mid_block is None and student.config.layers_per_block == 1
+    expected, _ = prune(load(base / "unet"), Topology(mid_block="none"))
+    assert all(
+        torch.equal(tensor, expected.state_dict()[key]) for key, tensor in student.state_dict().items()
+    )
+
+
+def test_a_dry_run_reads_no_weights(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(base / "config.json", tmp_path / "config.json")
+    command.main(["--base", str(tmp_path), "--preset", "bk-small", "--dry-run"])
+    assert capsys.readouterr().out == f"{plan(SD, PRESETS['bk-small'])}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_wrong_choices_are_told_in_a_sentence(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = ["--output", tmp_path / "out"]
+    assert "'sdxs-1024' is for a U-Net of the kind SDXL's" in refused(
+        ["--base", base, "--preset", "sdxs-1024", *output], capsys
+    )
+    assert "no preset 'bk-huge'; there are sdxs-512" in refused(
+        ["--base", base, "--preset", "bk-huge", *output], capsys
+    )
+    assert "no topology file" in refused(
+        ["--base", base, "--topology", tmp_path / "none.yaml", *output], capsys
+    )
+    assert "is no folder" in refused(["--base", tmp_path / "none", "--preset", "bk-tiny", *output], capsys)
+    assert "neither a U-Net folder" in refused(["--base", tmp_path, "--preset", "bk-tiny", *output], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_left_alone(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    arguments = ["--base", base, "--preset", "bk-tiny", "--output"]
+    assert "exists and is not empty" in refused([*arguments, tmp_path], capsys)
+    assert "exists and is not empty" in refused([*arguments, tmp_path / "notes.txt"], capsys)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    command.main([str(argument) for argument in [*arguments, tmp_path / "empty"]])
+    assert (tmp_path / "empty" / WEIGHTS).is_file()
+
+
+def test_a_disk_that_refuses_leaves_nothing(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    arguments: list[str | Path] = ["--base", base, "--preset", "bk-tiny", "--output"]
+    told = refused([*arguments, tmp_path / "file" / "out"], capsys, code=4)
+    assert "could not be written: not a directory" in told or "could not be written: file exists" in told
+
+
+def test_an_interrupted_writing_leaves_nothing(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(unet: UNet2DConditionModel, folder: Path, **settings: object) -> None:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(UNet2DConditionModel, "save_pretrained", full)
+    arguments: list[str | Path] = ["--base", base, "--preset", "bk-tiny", "--output", tmp_path / "out"]
+    assert "could not be written: no space left on device" in refused(arguments, capsys, code=4)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unusable_base_is_told_in_a_sentence(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[str | Path] = [
+        "--preset",
+        "bk-tiny",
+        "--output",
+        tmp_path / "out",
+        "--base",
+        tmp_path / "b",
+    ]
+    broken = tmp_path / "b"
+    shutil.copytree(base, broken)
+    weights, config = broken / WEIGHTS, broken / "config.json"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be read" in refused(arguments, capsys)
+    weights.rename(broken / "diffusion_pytorch_model.bin")
+    assert "has no diffusion_pytorch_model.safetensors, only a pickle" in refused(arguments, capsys)
+    (broken / "diffusion_pytorch_model.bin").unlink()
+    assert "has no diffusion_pytorch_model.safetensors.\n" in refused(arguments, capsys)
+    shutil.copy(base / WEIGHTS, weights)
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps(content | {"mid_block_type": None}))
+    assert "are not those of its config.json: unexpected keys mid_block" in refused(arguments, capsys)
+    config.write_text(json.dumps(content | {"_class_name": "AutoencoderKL"}))
+    assert "holds a AutoencoderKL, and only a UNet2DConditionModel" in refused(arguments, capsys)
+    config.write_text("{")
+    assert "not readable as JSON" in refused(arguments, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_precision_files_of_a_hub_folder_are_read(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "unet"
+    load(base).half().save_pretrained(folder, variant="fp16", safe_serialization=True)
+    command.main(["--base", str(tmp_path), "--preset", "bk-tiny", "--output", str(tmp_path / "out")])
+    assert torch.equal(load(tmp_path / "out").conv_in.weight, load(base).conv_in.weight.half().float())
+
+
+def test_help_shows_examples_and_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(["--help"])
+    told = capsys.readouterr().out
+    assert end.value.code == 0 and "--preset sdxs-512 --output" in told
+    assert all(f"  {name} " in told and preset.note in told for name, preset in PRESETS.items())
+
+
+def test_a_missing_output_is_a_usage_error(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        command.main(["--base", str(base), "--preset", "bk-tiny"])
+    assert end.value.code == 2 and "--output is needed" in capsys.readouterr().err
