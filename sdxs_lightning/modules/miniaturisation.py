@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -17,6 +18,7 @@ from sdxs_lightning.modules.data_sample import data_sample
 from sdxs_lightning.modules.ema import DenoiserEma
 from sdxs_lightning.modules.network import prepare_unet
 from sdxs_lightning.modules.one_step_distillation import Dtype
+from sdxs_lightning.modules.planned import PlannedNetwork, PlannedPhase
 from sdxs_lightning.modules.sample import Noisy, Sample
 from sdxs_lightning.modules.sharding import mixed_precision, shard_unet
 from sdxs_lightning.noise_schedule import target_of
@@ -106,33 +108,40 @@ class Miniaturisation(AveragedTraining):
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
         """Both networks denoise the same latents; the student is drawn to what the teacher says and sees."""
+        terms, by_tap = self._terms(batch)
+        loss = torch.stack(list(terms.values())).sum()
+        self.log_dict({f"student/{name}": value.detach() for name, value in (terms | {"loss": loss}).items()})
+        self.log_dict({f"student/features/{tap}": value.detach() for tap, value in by_tap.items()})
+        return loss
+
+    def _terms(self, batch: TrainingBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The weighted terms of the loss, and the parts of the features' term by tap."""
         sample = data_sample(batch, self.family, self.seed, self.caption_dropout)
         schedule = self.family.schedule
         noisy = sample.renoise(schedule, self.timesteps, Stream.TEACHER_TIMESTEP, Stream.TEACHER_NOISE)
-        terms: dict[str, Tensor] = {}
+        wanted, seen = self._ask_teacher(noisy, sample)
         output, features = self._predict(self.student, list(self.taps), noisy, sample)
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted, seen = self._predict(self.teacher.module, list(self.taps.values()), noisy, sample)
-            if self.output_distillation is not None:
-                terms["output"] = self.output_distillation.loss(output, wanted)
-            if self.feature_distillation is not None:
-                seen = {own: seen[block] for own, block in self.taps.items()}
-                terms["features"] = self._feature_loss(self.feature_distillation, features, seen)
+        terms: dict[str, Tensor] = {}
+        by_tap: dict[str, Tensor] = {}
+        if self.output_distillation is not None:
+            assert wanted is not None
+            terms["output"] = self.output_distillation.loss(output, wanted)
+        if self.feature_distillation is not None:
+            by_tap = self.feature_distillation.losses(features, seen)
+            terms["features"] = torch.stack(list(by_tap.values())).sum()
         if self.task is not None:
             kind = self.family.prediction_type
             target = target_of(kind, sample.latents, noisy.noise, noisy.timesteps, schedule)
             terms["task"] = self.task.loss(output, target)
-        loss = torch.stack(list(terms.values())).sum()
-        self.log_dict({f"student/{name}": value.detach() for name, value in (terms | {"loss": loss}).items()})
-        return loss
+        return terms, by_tap
 
-    def _feature_loss(
-        self, objective: FeatureDistillation, features: dict[str, Tensor], seen: dict[str, Tensor]
-    ) -> Tensor:
-        losses = objective.losses(features, seen)
-        self.log_dict({f"student/features/{tap}": loss.detach() for tap, loss in losses.items()})
-        return torch.stack(list(losses.values())).sum()
+    @torch.no_grad()
+    def _ask_teacher(self, noisy: Noisy, sample: Sample) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The teacher's output, and its features by the student's blocks; nothing without a teacher."""
+        if self.teacher is None:
+            return None, {}
+        wanted, seen = self._predict(self.teacher.module, list(self.taps.values()), noisy, sample)
+        return wanted, {own: seen[block] for own, block in self.taps.items()}
 
     @staticmethod
     def _predict(
@@ -210,6 +219,24 @@ class Miniaturisation(AveragedTraining):
         assert self.ema is not None
         frozen = [] if self.teacher is None else [self.teacher.module]
         return [self.student, self.ema.denoiser, *frozen]
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        """See `Plannable`."""
+        assert self.ema is not None
+        networks = [
+            PlannedNetwork("student", self.student, "trained", self.optimizer),
+            PlannedNetwork("ema", self.ema, "averaged"),
+        ]
+        if self.teacher is not None:
+            networks.append(PlannedNetwork("teacher", self.teacher.module, "frozen"))
+        return networks
+
+    def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
+        """See `Plannable`: every step is the same."""
+        terms, _ = self._terms(batch)
+        torch.stack(list(terms.values())).sum().backward()
+        del terms
+        yield PlannedPhase("student's step", ("student",))
 
     @property
     def learner(self) -> Denoiser:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ OVERLAYS = {
     "hardware/fsdp2.yaml": ["sdxl/distill.yaml"],
     "hardware/multi_node.yaml": ["sdxl/distill.yaml", "hardware/fsdp2.yaml"],
     "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
+    "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
+    **{
+        f"{base}/miniaturise_{size}.yaml": [f"{base}/miniaturise.yaml"]
+        for base in ("sd15", "sd21", "sdxl")
+        for size in ("1gpu", "8gpu")
+    },
 }
 """Files that are laid over others."""
 
@@ -64,29 +71,36 @@ def test_overlays_merge_field_by_field(capsys: pytest.CaptureFixture[str]) -> No
     assert (model["seed"], data["seed"]) == (7, 7)
 
 
-def tiny_overrides(name: str, folder: Path) -> list[str]:
+Flags = dict[str, object]
+
+
+def tiny(name: str, folder: Path) -> Flags:
+    """What makes any stage small: a tiny base, few samples, batches of two."""
     kind = "sdxl-epsilon" if name.startswith("sdxl") else "sd-epsilon"
-    flags = {
+    flags: Flags = {
         "model.init_args.family.init_args.base": save_base(kind, folder),
-        "model.init_args.curriculum.max_student_updates": 2,
-        "model.init_args.curriculum.critic_updates_per_student_update": 1,
-        "model.init_args.accumulate_grad_batches": 1,
         "data.init_args.batch_size": 2,
-        "data.init_args.num_workers": 0,
         "trainer.default_root_dir": folder / name.replace("/", "-"),
         "trainer.enable_model_summary": False,
     }
     if name.startswith(("toy", "quickstart")):
+        return flags | {"data.init_args.train_images": 64, "data.init_args.cache": folder / "rendered"}
+    return flags | {"data.init_args.num_workers": 0, "data.init_args.shards": save_shards(folder / "shards")}
+
+
+def tiny_distill(name: str, folder: Path) -> Flags:
+    flags = tiny(name, folder) | {
+        "model.init_args.curriculum.max_student_updates": 2,
+        "model.init_args.curriculum.critic_updates_per_student_update": 1,
+        "model.init_args.accumulate_grad_batches": 1,
+    }
+    if name.startswith(("toy", "quickstart")):
         flags |= {
             "model.init_args.curriculum.fake_score_warmup_turns": 0,
-            "data.init_args.train_images": 64,
-            "data.init_args.cache": folder / "rendered",
             # What measures needs the real toy base, and is tested with the evaluation.
             "trainer.callbacks": "null",
             "trainer.enable_checkpointing": False,
         }
-    else:
-        flags["data.init_args.shards"] = save_shards(folder / "shards")
     text = (CONFIGS / name).read_text()
     if "warmup_updates:" in text and "warmup: null" not in text:
         flags |= {
@@ -94,16 +108,30 @@ def tiny_overrides(name: str, folder: Path) -> list[str]:
             "model.init_args.warmup.pairs": 4,
             "model.init_args.warmup.sampler_steps": 2,
         }
-    return [f"--{key}={value}" for key, value in flags.items()]
+    return flags
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in names() if name.endswith(("distill.yaml", "quickstart.yaml"))]
-)
+def tiny_miniaturise(name: str, folder: Path) -> Flags:
+    flags = tiny(name, folder) | {"trainer.max_steps": 2, "trainer.accumulate_grad_batches": 1}
+    if name.startswith("sdxl"):  # the preset's Transformers are deeper than the tiny base's
+        flags["model.init_args.topology"] = '{"stages": [{}, {}, {}], "mid_block": "resnet"}'
+    return flags
+
+
+STAGES: dict[str, Callable[[str, Path], Flags]] = {
+    "quickstart.yaml": tiny_distill,
+    "distill.yaml": tiny_distill,
+    "miniaturise.yaml": tiny_miniaturise,
+}
+"""Name of a stage's files -> the flags under which it takes two steps at tiny size."""
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name.rpartition("/")[2] in STAGES])
 def test_a_stage_runs_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
-    assert (
-        main([*stack(name), "--config", str(CONFIGS / "hardware/cpu.yaml"), *tiny_overrides(name, folder)])
-        == 0
-    )
-    assert (folder / name.replace("/", "-") / "config.yaml").is_file()
+    flags = STAGES[name.rpartition("/")[2]](name, folder)
+    overrides = [f"--{key}={value}" for key, value in flags.items()]
+    assert main([*stack(name), "--config", str(CONFIGS / "hardware/cpu.yaml"), *overrides]) == 0
+    run = folder / name.replace("/", "-")
+    assert (run / "config.yaml").is_file()
+    assert (run / "unet" / "config.json").is_file() == name.endswith("miniaturise.yaml")

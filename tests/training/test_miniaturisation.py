@@ -62,8 +62,22 @@ def built(module: Miniaturisation) -> Miniaturisation:
     return module
 
 
+def moved_away(module: Miniaturisation) -> Miniaturisation:
+    """With a student that differs from its teacher everywhere: after the surgery its first stages are equal."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in built(module).student.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
 def fit(
-    module: LightningModule, shards: Path, steps: int, ckpt: Path | None = None, **settings: Any
+    module: LightningModule,
+    shards: Path,
+    steps: int,
+    ckpt: Path | None = None,
+    batch_size: int = 4,
+    **settings: Any,
 ) -> Trainer:
     trainer = Trainer(
         enable_checkpointing=any(isinstance(one, Checkpoint) for one in settings.get("callbacks", [])),
@@ -77,7 +91,7 @@ def fit(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        data = ShardDataModule(str(shards), batch_size=4)
+        data = ShardDataModule(str(shards), batch_size)
         trainer.fit(module, datamodule=data, ckpt_path=None if ckpt is None else str(ckpt))
     return trainer
 
@@ -111,7 +125,7 @@ def mean_square(one: Tensor, two: Tensor) -> float:
 def test_step_equals_plain_torch(base: Base, kind: str) -> None:
     folder = base(kind)
     features = FeatureDistillation(weight=0.5, tap_weights={"up_blocks.1": 3.0})
-    module = built(stage(folder, feature_distillation=features, task=TaskLoss(0.25)))
+    module = moved_away(stage(folder, feature_distillation=features, task=TaskLoss(0.25)))
     assert module.taps == TAPS
     # Sizes that are not the target's, which SDXL is told.
     batch = replace(tiny_batch(5), original_sizes=torch.full((5, 2), 48), crops=torch.full((5, 2), 3))
@@ -152,14 +166,14 @@ def test_step_equals_plain_torch(base: Base, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_only_in_the_student(base: Base, kind: str) -> None:
-    module = built(stage(base(kind)))
+    module = moved_away(stage(base(kind)))
     assert module.teacher is not None and module.ema is not None
     loss, _ = logged(module, tiny_batch(4))
     loss.backward()
     for name, parameter in module.student.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().max() > 0, name
-    for frozen in (module.teacher.module, module.ema):
+    for frozen in (module.teacher.module, module.ema.denoiser):
         assert all(p.grad is None and not p.requires_grad for p in frozen.parameters())
         assert not frozen.training
 
@@ -269,9 +283,8 @@ def test_resumed_run_equals_the_uninterrupted_one(
         )
         saver = Checkpointing(every_n_student_updates=2, keep=9, folder=str(tmp_path / name))
         settings: dict[str, Any] = {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
-        # Twelve steps an epoch: the cut is inside the first, the end inside the second.
-        trainer = fit(module, shards, 14, ckpt, callbacks=[saver], **settings)
-        assert trainer.current_epoch == 1
+        # Three steps an epoch: the cut is inside the first, the end inside the second.
+        fit(module, shards, 5, ckpt, batch_size=16, callbacks=[saver], **settings)
         contents: dict[str, Any] = torch.load(
             folders.complete_checkpoints(tmp_path / name)[-1] / folders.STATE, weights_only=False
         )
@@ -279,11 +292,11 @@ def test_resumed_run_equals_the_uninterrupted_one(
 
     straight = run("straight")
     torch.manual_seed(12345)  # the global state must not matter
-    cut = next((tmp_path / "straight").glob("update_00000004-*")) / folders.STATE
+    cut = next((tmp_path / "straight").glob("update_00000002-*")) / folders.STATE
     resumed = run("resumed", cut)
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch"):
         same(straight[part], resumed[part], part)
-    assert resumed["global_step"] == 14
+    assert resumed["global_step"] == 5 and resumed["epoch"] >= 1
 
 
 def test_control_runs(base: Base) -> None:
@@ -400,7 +413,7 @@ def test_a_full_disk_leaves_the_earlier_export(base: Base, shards: Path, tmp_pat
     module = stage(base("sd-epsilon"))
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
-    with pytest.raises(CheckpointNotWritten, match="the U-Net could not be written to.*not a directory"):
+    with pytest.raises(CheckpointNotWritten, match="the U-Net could not be written to.*file exists"):
         fit(module, shards, 1, callbacks=[ExportUNet(str(blocked / "unet"))])
     assert blocked.read_text() == "no folder"
 
