@@ -91,6 +91,7 @@ SHOWN = {
     "student/output": "output {:.4f}",
     "student/features": "features {:.4f}",
     "student/task": "task {:.4f}",
+    "student/reconstruction_loss": "reconstruction {:.4f}",
     "fake_score/loss": "fake score {:.3f}",
     "discriminator/loss": "discriminator {:.3f}",
     "val/fid": "FID {:.1f}",

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderTiny
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
@@ -171,8 +172,29 @@ class TinyDecoder(Network):
             # Its own random state: weights that depended on what was drawn before would differ between ranks.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
-                return AutoencoderTiny(**self._topology.config(latent_channels))
+                autoencoder = AutoencoderTiny(**self._topology.config(latent_channels))
+                _initialise(autoencoder.decoder)
+                return autoencoder
         return load_tiny(self._base_weights, "decoder.init_args.base_weights")
+
+
+@torch.no_grad()
+def _initialise(decoder: nn.Module) -> None:
+    """Weights that keep the variance through the network, with blocks that begin near the identity, around mid-grey.
+
+    There is no normalisation to repair torch's own, smaller weights: on the toy world these gain 1 dB in the first 400 updates.
+    """
+    for module in decoder.modules():
+        if isinstance(module, nn.Conv2d):
+            # The convolutions after up-sampling have neither bias nor activation.
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if module.bias is None else "relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    blocks = [module.conv[-1] for module in decoder.modules() if isinstance(module, AutoencoderTinyBlock)]
+    layers: Any = decoder.layers
+    for convolution in (*blocks, layers[-1]):
+        convolution.weight.mul_(0.1)
+    layers[-1].bias.fill_(0.5)  # inside, images are in [0, 1]
 
 
 def load_tiny(folder: str, option: str) -> AutoencoderTiny:

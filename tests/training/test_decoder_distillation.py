@@ -61,6 +61,21 @@ def test_defaults_are_taesd() -> None:
     }
 
 
+def test_new_decoders_begin_grey_and_let_gradients_through() -> None:
+    decoder = TinyDecoder(SGD, topology=DecoderTopology((16,) * 4, (3, 3, 3, 1)))
+    decoder.build(latent_channels=4, vae_factor=8)
+    images = decoder(random_latents())
+    assert images.abs().mean() < 0.5
+    hidden = decoder.decoder.layers[:-1](random_latents())
+    assert 0.1 < hidden.std() < 10
+    images.square().mean().backward()
+    norms = [parameter.grad.norm().item() for parameter in decoder.parameters() if parameter.grad is not None]
+    assert len(norms) == len(list(decoder.parameters())) and min(norms) > 0
+    again = TinyDecoder(SGD, topology=DecoderTopology((16,) * 4, (3, 3, 3, 1)))
+    again.build(latent_channels=4, vae_factor=8)
+    same(dict(decoder.state_dict()), dict(again.state_dict()))
+
+
 def test_tiny_decoder_is_autoencoder_tiny_on_scaled_latents(tmp_path: Path) -> None:
     folder = save_tiny_autoencoder(tmp_path / "tiny")
     stock = AutoencoderTiny.from_pretrained(folder)
