@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -11,6 +11,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Inside, autocast casts nothing; what bfloat16 would spoil stands in here, and its inputs are float32.
 
     Args:
-        device: of the tensors; the meta device has no autocast to switch off.
+        device: of the tensors.
     """
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    # torch has no autocast of the meta device; the memory plan puts its own in the place of torch.autocast.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)

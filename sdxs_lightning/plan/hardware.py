@@ -97,9 +97,7 @@ def read_hardware(trainer: Mapping[str, Any], gpu_gib: float | None = None) -> H
     precision = _PRECISIONS.get(precision, str(precision))
     known = ("32-true", *_AUTOCAST, *_WEIGHTS)
     if precision not in known:
-        raise UserError(
-            f"--plan does not know trainer.precision {precision!r}; it knows {', '.join(known)}."
-        )
+        raise UserError(f"--plan does not know trainer.precision {precision!r}; it knows {', '.join(known)}.")
     strategy = _strategy(trainer.get("strategy", "auto"), processes)
     return Hardware(processes, strategy, precision, on_gpu, memory, source, assumed)
 

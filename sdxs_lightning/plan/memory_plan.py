@@ -232,7 +232,10 @@ def _checkpoint(network: PlannedNetwork) -> bool:
     """Switches gradient checkpointing on; whether that changed anything."""
     changed = False
     for module in network.module.modules():
-        if getattr(module, "_supports_gradient_checkpointing", False) and not module.is_gradient_checkpointing:
+        if (
+            getattr(module, "_supports_gradient_checkpointing", False)
+            and not module.is_gradient_checkpointing
+        ):
             module.enable_gradient_checkpointing()
             changed = True
     return changed

@@ -153,9 +153,7 @@ def _networks(plan: MemoryPlan) -> Table:
 
 
 def _phases(plan: MemoryPlan) -> Table:
-    table = Table(
-        title=f"The training step at batch {plan.batch_size}, at its fullest", title_justify="left"
-    )
+    table = Table(title=f"The training step at batch {plan.batch_size}, at its fullest", title_justify="left")
     table.add_column("phase")
     for name in ("kept for backward", "activations", "gradients", "with what is always there"):
         table.add_column(name, justify="right")

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.fabric import Fabric
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from sdxs_lightning.modules.planned import Plannable, PlannedNetwork
-from sdxs_lightning.plan.batch_shape import BatchShape
 from sdxs_lightning.plan.as_on_cuda import AsOnCuda
+from sdxs_lightning.plan.batch_shape import BatchShape
 from sdxs_lightning.plan.hardware import Hardware
 from sdxs_lightning.plan.live_bytes import LiveBytes, ShapeMemory
 from sdxs_lightning.plan.states import sharded_numel
@@ -133,7 +132,9 @@ def _run(
         before = len(live.line)
         for phase in stage.plan_step(batch.make(size)):
             workspace = sum(workspaces[name] for name in phase.updates)
-            line = live.line[before:] + [(live.live + workspace, live.gradients)]
+            line = [*live.line[before:], (live.live + workspace, live.gradients)]
+            if not phase.updates:  # before the training: there are no gradients yet
+                line = [(total - gradient, 0) for total, gradient in line]
             lines.append(_Line(phase.name, line, max(kept, default=0)))
             if batch.accumulate == 1:
                 gradients.clear(phase.updates)
@@ -200,13 +201,18 @@ class _Gradients:
 
 @contextmanager
 def _outside_a_trainer(stage: LightningModule) -> Iterator[None]:
-    """Lightning's own way to call `manual_backward` without a Trainer."""
-    fabric = Fabric(accelerator="cpu", devices=1)
-    stage.fabric = fabric
+    """What a stage asks of its Trainer during a step: a plain backward pass, and no log, which would read values."""
+    replaced = {"manual_backward": lambda loss: loss.backward(), "log": _nothing, "log_dict": _nothing}
+    vars(stage).update(replaced)
     try:
         yield
     finally:
-        stage.fabric = None
+        for name in replaced:
+            del vars(stage)[name]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 @contextmanager

@@ -6,28 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-_UNET = {"_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "layers_per_block": 2}
-SD15_UNET = _UNET | {
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL_UNET = _UNET | {
-    "sample_size": 128,
-    "block_out_channels": [320, 640, 1280],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "transformer_layers_per_block": [1, 2, 10],
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from tests.full_size import sd15_unet_config, sdxl_unet_config
+
 VAE = {
     "_class_name": "AutoencoderKL",
     "block_out_channels": [128, 256, 512, 512],
@@ -70,7 +50,7 @@ def save_configs(kind: str, folder: Path) -> Path:
     sdxl = kind == "sdxl"
     files: dict[str, dict[str, Any]] = {
         "model_index.json": {"_class_name": f"StableDiffusion{'XL' if sdxl else ''}Pipeline"},
-        "unet/config.json": SDXL_UNET if sdxl else SD15_UNET,
+        "unet/config.json": sdxl_unet_config() if sdxl else sd15_unet_config(),
         "vae/config.json": VAE | {"scaling_factor": 0.13025 if sdxl else 0.18215},
         "scheduler/scheduler_config.json": SCHEDULER,
         "text_encoder/config.json": CLIP_L,

@@ -1,0 +1,472 @@
+"""The memory plan against arithmetic, against what autograd really keeps, and on the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from sdxs_lightning.cli import main
+from sdxs_lightning.errors import UserError
+from sdxs_lightning.modules.denoising_training import DenoisingTraining
+from sdxs_lightning.modules.fake_score import FakeScore
+from sdxs_lightning.modules.lr_schedules import TrapezoidLR
+from sdxs_lightning.modules.planned import PlannedNetwork
+from sdxs_lightning.modules.sharding import blocks_of
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.plan.as_on_cuda import AsOnCuda
+from sdxs_lightning.plan.hardware import GIB, Hardware, read_hardware
+from sdxs_lightning.plan.live_bytes import LiveBytes
+from sdxs_lightning.plan.memory_plan import MemoryPlan, Planner
+from sdxs_lightning.plan.report import sentences
+from sdxs_lightning.plan.states import network_bytes, state_per_element, update_workspace
+from tests.config.plan_bases import save_configs
+from tests.config.test_configs import stack
+from tests.config.tiny_run import ROOT, tiny_config, write_config
+from tests.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet, tiny_sdxl_unet
+from tests.training.tiny_distillation import distillation, family_of, save_base
+
+ADAMW = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+ONE_GPU = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
+ONE_CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
+
+SCHEDULE = 3 * 1000 * 4
+"""Buffers of a noise schedule, float32 always."""
+
+
+def hardware(gpu_gib: float = 80.0, **trainer: Any) -> Hardware:
+    return read_hardware(ONE_GPU | trainer, gpu_gib)
+
+
+def without_weights(base: Path, folder: Path) -> Path:
+    """The JSON files of a base, which is all that a laptop may have."""
+    copy = folder / base.name
+    if not copy.exists():
+        shutil.copytree(base, copy, ignore=shutil.ignore_patterns("*.safetensors"))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="session")
+def configs(folder: Path) -> dict[str, Path]:
+    """Tiny bases of both kinds without a weight."""
+    kinds = "sd-epsilon", "sdxl-epsilon"
+    return {
+        kind.partition("-")[0]: without_weights(save_base(kind, folder / "whole"), folder) for kind in kinds
+    }
+
+
+@pytest.fixture(scope="session")
+def planner(configs: dict[str, Path]) -> Planner:
+    """Of a distillation on one GPU whose gradients outlive a micro-batch."""
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "real_score_dtype": "bfloat16"}
+    return Planner(distillation(configs["sdxl"], optimizer=ADAMW, **settings), hardware(), 16)
+
+
+@pytest.fixture(scope="session")
+def planned(planner: Planner) -> MemoryPlan:
+    return planner.plan()
+
+
+def teacher(base: Path, **settings: Any) -> DenoisingTraining:
+    schedule = partial(TrapezoidLR, total_updates=10, rise_updates=1, fall_updates=1)
+    return DenoisingTraining(family_of(base), settings.pop("optimizer", ADAMW), schedule, "", **settings)
+
+
+# ------------------------------------------------------------------------------------------------ exact arithmetic
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_per_element"),
+    [
+        (ADAMW, 8),
+        (partial(torch.optim.AdamW, lr=1e-3), 8),
+        (partial(torch.optim.SGD, lr=1e-3, momentum=0.9), 4),
+        (partial(torch.optim.SGD, lr=1e-3), 0),
+    ],
+)
+def test_bytes_of_a_network_and_of_its_optimizers_state(optimizer: Any, bytes_per_element: int) -> None:
+    unet = tiny_sd_unet()
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    result = network_bytes(PlannedNetwork("student", unet, "trained", optimizer), shards=1)
+    assert (result.parameters, result.trainable) == (count, count)
+    assert (result.weights, result.gradients) == (4 * count, 4 * count)
+    # What the optimizer really holds after a step on the network itself.
+    real = optimizer(unet.parameters())
+    for parameter in unet.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    real.step()
+    held = [value for entry in real.state.values() for value in entry.values() if isinstance(value, Tensor)]
+    assert sum(value.nbytes for value in held if value.ndim) == result.optimizer == bytes_per_element * count
+
+
+def test_masters_in_bfloat16_have_states_in_bfloat16(configs: dict[str, Path]) -> None:
+    planner = Planner(distillation(configs["sd"], optimizer=ADAMW), hardware(precision="bf16-true"), 4)
+    rows = {one.name: network_bytes(one, 1) for one in planner.networks}
+    student, real = rows["student"], rows["real_score"]
+    assert (
+        student.weights == 2 * student.parameters + SCHEDULE and student.gradients == 2 * student.parameters
+    )
+    assert student.optimizer == 4 * student.parameters
+    assert real.weights == 4 * real.parameters + SCHEDULE  # frozen networks follow real_score_dtype
+
+
+@pytest.mark.parametrize("shards", [2, 8])
+@pytest.mark.parametrize("unet", [tiny_sd_unet(), tiny_sdxl_unet()], ids=["sd", "sdxl"])
+def test_a_sharded_network_has_the_first_chunk_of_every_tensor(unet: nn.Module, shards: int) -> None:
+    result = network_bytes(PlannedNetwork("student", unet, "trained", ADAMW), shards)
+    mine = sum(parameter.chunk(shards)[0].numel() for parameter in unet.parameters())
+    assert (result.weights, result.gradients, result.optimizer) == (4 * mine, 4 * mine, 8 * mine)
+    unsharded = network_bytes(PlannedNetwork("student", unet, "trained", ADAMW, sharded=False), shards)
+    assert unsharded == network_bytes(PlannedNetwork("student", unet, "trained", ADAMW), 1)
+
+
+def test_roles_of_a_distillation(planned: MemoryPlan) -> None:
+    found = {one.name: one for one in planned.networks}
+    roles = {"student": "trained", "fake_score": "trained", "discriminator": "trained", "ema": "averaged"}
+    roles |= dict.fromkeys(("real_score", "text_encoder", "text_encoder_2"), "frozen")
+    assert {name: one.role for name, one in found.items()} == roles
+    count = sum(parameter.numel() for parameter in tiny_sdxl_unet().parameters())
+    assert found["ema"].weights == 4 * count + SCHEDULE
+    assert found["ema"].gradients == found["ema"].optimizer == 0
+    assert found["real_score"].weights == 2 * count + SCHEDULE
+    assert found["fake_score"].trainable == count and found["real_score"].trainable == 0
+    assert planned.buffers == {"CUDA context": 3 * GIB // 4}
+    sizes = [one.weights + one.optimizer for one in planned.networks]
+    assert planned.needed() == sum(sizes) + 3 * GIB // 4 + planned.step.peak(16).total
+
+
+def test_ddp_has_buckets_of_every_trained_network(planner: Planner, planned: MemoryPlan) -> None:
+    trained = sum(one.trainable for one in planned.networks)
+    buffers = planner._buffers(hardware(devices=4, strategy="ddp"))
+    assert buffers == {"DDP buckets": 4 * trained, "CUDA context, NCCL": 7 * GIB // 4}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "processes", "strategy", "shards"),
+    [
+        ({"devices": 1}, 1, "one device", 1),
+        ({"devices": "2"}, 2, "ddp", 1),
+        ({"devices": [0, 1, 3], "strategy": "ddp"}, 3, "ddp", 1),
+        ({"devices": 4, "num_nodes": 2, "strategy": "ddp"}, 8, "ddp", 1),
+        (
+            {
+                "devices": 8,
+                "num_nodes": 4,
+                "strategy": {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"},
+            },
+            32,
+            "fsdp2",
+            32,
+        ),
+    ],
+)
+def test_the_machine_is_read_from_the_trainer_section(
+    trainer: dict[str, Any], processes: int, strategy: str, shards: int
+) -> None:
+    found = read_hardware(ONE_GPU | trainer, 40)
+    assert (found.processes, found.strategy, found.shards) == (processes, strategy, shards)
+    assert found.memory == 40 * GIB and found.assumed is None
+    assert found.autocast == torch.bfloat16 and found.weights is None
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"strategy": "deepspeed"}, "trainer.strategy 'deepspeed'; it knows auto, ddp and"),
+        ({"precision": "transformer-engine"}, "trainer.precision 'transformer-engine'; it knows 32-true"),
+    ],
+)
+def test_an_unknown_machine_is_refused(trainer: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        hardware(**trainer)
+
+
+# ---------------------------------------------------------------------------------------------- what a step keeps
+
+
+def kept_on_cpu(stage: DenoisingTraining, batch_size: int) -> int:
+    """Bytes of the storages that autograd keeps between forward and backward of a real step; weights left out."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = stage.training_step(tiny_batch(batch_size), 0)
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", ["sd-epsilon", "sdxl-epsilon"])
+def test_what_the_forward_pass_keeps_is_what_autograd_keeps(
+    kind: str, folder: Path, configs: dict[str, Path]
+) -> None:
+    plan = Planner(teacher(configs[kind.partition("-")[0]]), read_hardware(ONE_CPU), 4).plan()
+    real = teacher(folder / "whole" / kind)
+    for batch_size in (2, 8):
+        counted = plan.step.kept_bytes(batch_size)["training step"]
+        assert counted == pytest.approx(kept_on_cpu(real, batch_size), rel=0.03)
+
+
+def test_one_profile_tells_every_batch_size(
+    planner: Planner, planned: MemoryPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = planned.step
+    monkeypatch.setattr("sdxs_lightning.plan.step.PROBES", (16, 17))
+    counted = planner.plan().step
+    assert told.moments(16) == counted.moments(16)
+    assert told.kept_bytes(17) == counted.kept_bytes(17)
+    # Activations grow in proportion; gradients and autocast's copies of weights do not grow at all.
+    kept = [told.kept_bytes(size)["student's turn"] for size in (1, 2, 3)]
+    assert kept[2] - kept[1] == kept[1] - kept[0] > 0
+
+
+def test_gradient_checkpointing_keeps_less(planned: MemoryPlan, configs: dict[str, Path]) -> None:
+    networks: dict[str, Any] = {
+        "student": StudentGenerator(ADAMW, gradient_checkpointing=True),
+        "fake_score": FakeScore(ADAMW, gradient_checkpointing=True),
+    }
+    stage = distillation(configs["sdxl"], optimizer=ADAMW, accumulate_grad_batches=2, **networks)
+    checkpointed = Planner(stage, hardware(), 16).plan()
+    assert planned.checkpointed == () and checkpointed.checkpointed == ("student", "fake_score")
+    for phase in ("student's turn", "critic's turn"):
+        assert checkpointed.step.kept_bytes(16)[phase] < 0.5 * planned.step.kept_bytes(16)[phase]
+    assert checkpointed.step.peak(16).activations < planned.step.peak(16).activations
+    assert checkpointed.step.peak(16).gradients <= planned.step.moments(16)[0].gradients
+
+
+def test_mixed_precision_keeps_a_copy_of_every_weight_that_is_multiplied(configs: dict[str, Path]) -> None:
+    plan = Planner(teacher(configs["sd"]), hardware(), 4).plan()
+    multiplied = [m for m in tiny_sd_unet().modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    copies = 2 * sum(parameter.numel() for module in multiplied for parameter in module.parameters())
+    # What does not grow with the batch; a few scalars beside the copies.
+    assert plan.step.kept[0][0] == pytest.approx(copies, abs=4096)
+
+
+def test_attention_keeps_no_matrix_of_rows_by_rows() -> None:
+    heads, rows, width = 4, 1000, 16
+    query, key, value = (torch.empty(1, heads, rows, width, device="meta") for _ in range(3))
+    query.requires_grad_()
+    live = LiveBytes()
+    with live, AsOnCuda():
+        live.line.clear()
+        before = live.live
+        output = nn.functional.scaled_dot_product_attention(query, key, value)
+    assert live.live - before == 4 * heads * rows * (width + 1)  # the output, and one number per row
+    assert output.transpose(1, 2).reshape(1, rows, -1).untyped_storage() is output.untyped_storage()
+
+
+def test_live_bytes_follow_storages() -> None:
+    live = LiveBytes()
+    with live:
+        kept = torch.empty(1000, device="meta")
+        view = kept.view(10, 100)
+        assert live.live == 4000
+        dropped = kept + 1
+        assert live.live == 8000
+        dropped.mul_(2)
+        del dropped
+        assert live.live == 4000
+        del kept
+        assert live.live == 4000  # the view holds it
+        del view
+    assert live.live == 0
+    assert max(total for total, _ in live.line) == 8000
+
+
+def test_fsdp2_shares_gradients_and_copies_no_weights(planner: Planner, planned: MemoryPlan) -> None:
+    sharded = {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"}
+    plan = planner.plan(hardware(devices=8, strategy=sharded))
+    for one in plan, planned:
+        assert one.step.peak(16).gradients == sum(network.gradients for network in one.networks)
+    # The gathered weights are bfloat16 already, and counted with the gathering.
+    assert plan.step.kept[0][0] < 0.1 * planned.step.kept[0][0]
+    # At least a block of a trained network gathered in bfloat16, with its gradients there and in float32.
+    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks_of(tiny_sdxl_unet()))
+    assert (2 + 2 + 4) * largest < plan.buffers["FSDP2 gathering"] < 2 * (2 + 2 + 2 + 4 + 4) * largest
+    learning = [p for one in planner.networks if one.role == "trained" for p in one.module.parameters()]
+    assert {p.dtype for p in learning} == {torch.float32}  # as before
+
+
+def test_optimizers_that_step_all_tensors_together_need_a_copy() -> None:
+    unet = tiny_sd_unet()
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    expected = {ADAMW: 0, partial(torch.optim.AdamW, lr=1e-3): 4 * count}
+    for optimizer, workspace in expected.items():
+        network = PlannedNetwork("student", unet, "trained", optimizer)
+        assert update_workspace(network, 1) == workspace
+        assert state_per_element(network) == 8
+
+
+# --------------------------------------------------------------------------------------------------- command line
+
+
+def plan_of(arguments: list[str], folder: Path) -> dict[str, Any]:
+    file = folder / "plan.json"
+    assert (
+        main([*arguments, "--plan", f"--plan_json={file}", f"--trainer.default_root_dir={folder}/run"]) == 0
+    )
+    assert not (folder / "run").exists()
+    result: dict[str, Any] = json.loads(file.read_text())
+    return result
+
+
+def test_sdxl_on_one_gpu_needs_more_than_90_gb(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = save_configs("sdxl", folder)
+    arguments = [*stack("sdxl/distill.yaml"), "--config", str(ROOT / "configs/hardware/one_gpu.yaml")]
+    arguments += [f"--model.init_args.family.init_args.base={base}", "--plan_gpu_gb=192"]
+    plan = plan_of(arguments, tmp_path)
+    networks, count = plan["networks"], 2_567_463_684
+    assert networks["student"]["parameters"] == networks["fake_score"]["trainable"] == count
+    assert networks["fake_score"]["optimizer"] == 8 * count
+    assert networks["text_encoder_2"]["parameters"] == 694_659_840  # OpenCLIP bigG
+    assert "vae" not in networks
+    # METHOD.md 7: more than 90 GB without sharding. Masters, states, EMA, gradients and the real score are exact:
+    assert plan["needed"] > 4 * count * (2 + 4 + 1 + 2) + 2 * count > 90e9
+    assert plan["fits"] and plan["largest_batch"] > 4
+    shown = capsys.readouterr().out
+    assert "2,567,463,684" in shown and "bf16-mixed, one device" in shown
+    assert "of 192.00 GiB (--plan_gpu_gb)" in shown and "the largest batch per device that fits is" in shown
+
+
+def tiny_arguments(folder: Path, base: Path, *flags: str) -> list[str]:
+    config = tiny_config(folder)
+    config["model"]["init_args"]["family"]["init_args"]["base"] = str(base)
+    config["trainer"] |= {"accelerator": "gpu", "precision": "bf16-mixed"}
+    # No data and no GPU are at hand.
+    config["data"]["init_args"]["shards"] = "nowhere"
+    return ["--config", str(write_config(folder / "tiny.yaml", config)), *flags]
+
+
+def test_a_smaller_batch_may_be_what_fits(planner: Planner, planned: MemoryPlan) -> None:
+    assert planned.fits and "Fits: " in " ".join(sentences(planned))
+    memory = planned.needed_at_most(7)
+    tight = replace(planned, hardware=replace(planned.hardware, memory=memory))
+    assert not tight.fits and tight.largest_batch == 7
+    (change,) = planner.changes(tight)
+    assert change.plan.fits and change.plan.batch_size == 7
+    told = sentences(tight, [change])
+    assert "Does not fit: " in told[1] and told[1].endswith("the largest batch per device that fits is 7.")
+    assert told[2].startswith(
+        "Change: data.init_args.batch_size 7 with accumulate_grad_batches 6, for the same"
+    )
+    narrow = replace(planned, hardware=replace(planned.hardware, memory=planned.needed()))
+    assert sentences(narrow)[1].startswith("May not fit: ")
+
+
+def test_a_plan_that_does_not_fit_says_what_would(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(tiny_arguments(tmp_path, configs["sd"], "--plan_gpu_gb=0.5"), tmp_path)
+    assert not plan["fits"] and plan["largest_batch"] == 0
+    whats = [change["what"] for change in plan["changes"]]
+    assert whats[0] == "gradient_checkpointing: true of student and fake_score"
+    assert whats[1].endswith("and --config configs/hardware/fsdp2.yaml on 8 GPUs")
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "not even a batch of 1 fits" in shown and "of 0.50 GiB (--plan_gpu_gb)" in shown
+
+
+@pytest.mark.parametrize("stage", ["miniaturise", "decoder", "teacher"])
+def test_every_stage_has_a_plan(stage: str, tmp_path: Path) -> None:
+    plan = plan_of(["--config", str(ROOT / f"configs/toy/{stage}.yaml")], tmp_path)
+    trained = [name for name, network in plan["networks"].items() if network["trainable"]]
+    expected = {
+        "miniaturise": ["student"],
+        "decoder": ["decoder", "discriminator"],
+        "teacher": ["denoiser"],
+    }
+    assert trained == expected[stage]
+    assert any(network["role"] == "averaged" for network in plan["networks"].values())
+    assert plan["needed"] > sum(network["weights"] for network in plan["networks"].values())
+    assert ("vae" in plan["networks"]) == (stage == "decoder")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--model.init_args.family.init_args.base=nowhere/at/all", "there is no folder 'nowhere/at/all'"),
+        ("--plan_gpu_gb=0", "--plan_gpu_gb must be above 0"),
+        ("--trainer.precision=64-true", "--plan does not know trainer.precision '64-true'"),
+    ],
+)
+def test_what_a_plan_cannot_read_is_said_in_a_sentence(
+    flag: str, message: str, configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*tiny_arguments(tmp_path, configs["sd"]), "--plan", flag]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_stage_that_does_not_describe_itself_is_refused() -> None:
+    with pytest.raises(UserError, match="does not know LightningModule: it has no plan_networks"):
+        Planner(LightningModule(), hardware(), 4)
+
+
+# ------------------------------------------------------------------------------------------------------ on a GPU
+
+
+@pytest.mark.gpu
+def test_the_plan_is_what_the_gpu_allocates(folder: Path) -> None:
+    """One turn of a distillation of moderate size; everything but the CUDA context is in max_memory_allocated."""
+    from diffusers import UNet2DConditionModel
+
+    base = folder / "moderate"
+    shutil.copytree(folder / "whole" / "sd-epsilon", base)
+    unet = UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(128, 256, 512),
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=2,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+    )
+    unet.save_pretrained(base / "unet")
+    size, device = 8, torch.device("cuda")
+
+    def made() -> Any:
+        return distillation(base, optimizer=ADAMW, real_score_dtype="bfloat16")
+
+    plan = Planner(made(), hardware(), size).plan()
+    stage = made()
+    stage.configure_model()
+    stage.to(device)
+    stage.on_fit_start()
+    batch = tiny_batch(size).to(device)
+    batch = batch.__class__(
+        **(batch.__dict__ | {"latents": torch.randn(size, *stage.family.latent_shape(), device=device)})
+    )
+    optimizers = {
+        name: network.configure_optimizers()["optimizer"] for name, network in stage.networks.items()
+    }
+    stage.manual_backward = lambda loss: loss.backward()
+    for turn in range(3):
+        if turn == 2:  # by now the optimizers have their states and cuDNN its plans
+            torch.cuda.reset_peak_memory_stats()
+        with torch.autocast("cuda", torch.bfloat16):
+            for phase in stage.plan_step(batch):
+                for name in phase.updates:
+                    optimizers[name].step()
+                    optimizers[name].zero_grad(set_to_none=True)
+    allocated = torch.cuda.max_memory_allocated()
+    counted = plan.needed() - plan.hardware.allowance
+    assert counted == pytest.approx(allocated, rel=0.15)
+    assert stage.family.latent_shape() != LATENT_SHAPE
