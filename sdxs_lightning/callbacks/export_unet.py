@@ -22,7 +22,8 @@ class ExportUNet(Checkpoint):
 
     The folder is what `UNet2DConditionModel.from_pretrained` reads, and `weights` of a `StudentGenerator` or of a next
     `Miniaturisation`. It appears whole or not at all; one that is there already is replaced. List it behind
-    `Checkpointing`, so that a full disk costs the export only.
+    `Checkpointing`, so that a full disk costs the export only. A finished run that is resumed takes no step and exports
+    nothing; with one step more it does.
 
     Args:
         folder: where it goes; None is `unet` in the run's folder (`trainer.default_root_dir`).
@@ -60,7 +61,8 @@ class ExportUNet(Checkpoint):
         if problem:
             raise CheckpointNotWritten(
                 f"the U-Net could not be written to '{folder}' ({problem}); the last checkpoint is complete. Make room or "
-                "set another folder of ExportUNet, and run again with --ckpt_path last."
+                "set another folder of ExportUNet, and run again with --ckpt_path last --trainer.max_steps "
+                f"{trainer.global_step + 1}."
             )
         rank_zero_info(f"U-Net after {trainer.global_step} steps: {folder}")
 

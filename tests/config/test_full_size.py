@@ -37,7 +37,7 @@ def test_student_and_teacher_at_full_size(name: str, sizes: tuple[int, int], tmp
     arguments = [f"--model.init_args.family.init_args.base={base}", "--trainer.accelerator=cpu"]
     module = TrainingCLI([*stack(name), *arguments]).model
     assert isinstance(module, Miniaturisation)
-    module.family = WeightlessFamily(module.family)  # type: ignore[assignment]
+    module.family = WeightlessFamily(module.family)
     with torch.device("meta"):
         module.configure_model()
     assert module.teacher is not None and module.ema is not None
