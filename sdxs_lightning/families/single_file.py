@@ -155,10 +155,6 @@ def _write(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any],
 
 def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) -> DiffusionPipeline:
     pipeline_class: type[DiffusionPipeline] = getattr(diffusers, layout.pipeline_class)
-    names = tuple(beginning for parts in layout.single_file.values() for beginning in parts)
-    found = {entry["dtype"] for name, entry in header.items() if name.startswith(names)} & set(_DTYPES)
-    # Files are of one precision as a rule; a mixed one is widened, so that nothing is rounded.
-    dtype = _DTYPES[found.pop()] if len(found) == 1 else torch.float32
     unused: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
     if layout.pipeline_class == "StableDiffusionPipeline":
         unused |= {"safety_checker": None, "requires_safety_checker": False}
@@ -166,7 +162,6 @@ def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) 
         pipeline = pipeline_class.from_single_file(
             str(file),
             config=str(configs),
-            torch_dtype=dtype,
             local_files_only=True,
             extract_ema=True,  # where a file has both: the averaged U-Net is the one that was released
             **unused,
@@ -182,7 +177,17 @@ def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) 
             "another version of the model?"
         ) from error
     _check_whole(pipeline, file, configs, layout)
+    for network in pipeline.components.values():
+        if isinstance(network, nn.Module):
+            network.to(_dtype(header, layout))
     return pipeline
+
+
+def _dtype(header: Mapping[str, Any], layout: Layout) -> torch.dtype:
+    """The file's own; where it mixes several, as few do, float32, so that nothing is rounded."""
+    names = tuple(beginning for parts in layout.single_file.values() for beginning in parts)
+    found = {entry["dtype"] for name, entry in header.items() if name.startswith(names)} & set(_DTYPES)
+    return _DTYPES[found.pop()] if len(found) == 1 else torch.float32
 
 
 def _check_whole(pipeline: DiffusionPipeline, file: Path, configs: Path, layout: Layout) -> None:

@@ -92,9 +92,10 @@ def load_network(network: type[_Network], folder: Path, dtype: torch.dtype = tor
         raise FileNotFoundError(
             f"'{folder}' has no weights: expected diffusion_pytorch_model.safetensors or model.safetensors."
         )
-    named: dict[str, Any] = {("torch_dtype" if issubclass(network, ModelMixin) else "dtype"): dtype}
-    if files.variant is not None:
-        named["variant"] = files.variant
+    named: dict[str, Any] = {"variant": files.variant} if files.variant is not None else {}
+    if not issubclass(network, ModelMixin):
+        # transformers otherwise takes the dtype of the config; diffusers loads in float32 whatever the files hold.
+        named["dtype"] = dtype
     try:
         loaded, report = network.from_pretrained(  # type: ignore[attr-defined]
             folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **named
@@ -107,7 +108,7 @@ def load_network(network: type[_Network], folder: Path, dtype: torch.dtype = tor
             f"the weights in '{folder}' lack {len(missing)} tensor(s) of the network in its config.json, such as "
             f"{missing[0]}; was a file cut off or of another network?"
         )
-    result: _Network = loaded
+    result: _Network = loaded.to(dtype)
     return result
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from sdxs_lightning.export import export_pipeline
+from sdxs_lightning.families import single_file
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.families.single_file import read_header
@@ -110,18 +112,50 @@ def test_half_precision_stays_half_on_disk_and_is_widened_when_loaded(world: Pat
     assert torch.equal(unet.conv_in.weight, halved["model.diffusion_model.input_blocks.0.0.weight"].float())
 
 
-def _folder(arguments: tuple[str, str, str]) -> str:
-    home, file, config = arguments
-    constants.HF_HOME = home
+def test_averaged_weights_are_taken_where_a_file_has_both(world: Path, tmp_path: Path) -> None:
+    """The original trainer keeps its average under names without dots; the released folders hold the average."""
+
+    def with_average(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.startswith("model.diffusion_model.")]:
+            tensors["model_ema." + name.removeprefix("model.").replace(".", "")] = tensors[name] + 1
+
+    family = StableDiffusion(_changed(world, tmp_path, with_average), config=str(world / "sd15"))
+    plain = load_file(world / "sd15.safetensors")["model.diffusion_model.out.2.bias"]
+    assert torch.equal(family.load_unet().conv_out.bias, plain + 1)
+
+
+def _folder(arguments: tuple[str, str]) -> str:
+    file, config = arguments
     return str(StableDiffusion(file, config=config).folder)
 
 
-def test_processes_that_start_together_share_one_conversion(world: Path, cache: Path, tmp_path: Path) -> None:
-    arguments = (str(tmp_path / "home"), str(world / "sd15.safetensors"), str(world / "sd15"))
+def test_processes_that_start_together_convert_once(
+    world: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = single_file._write
+
+    def counted(*arguments: Any) -> None:
+        with (tmp_path / "conversions").open("a") as log:
+            log.write("one\n")
+        written(*arguments)
+
+    monkeypatch.setattr(single_file, "_write", counted)  # the forked processes inherit it
+    arguments = str(world / "sd15.safetensors"), str(world / "sd15")
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        folders = pool.map(_folder, [arguments] * 4, chunksize=1)
-    assert len(set(folders)) == 1
-    assert [path.name for path in cache.iterdir() if path.is_dir()] == [Path(folders[0]).name]
+        folders = set(pool.map(_folder, [arguments] * 4, chunksize=1))
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [
+        Path(folder).name for folder in folders
+    ]
+    assert (tmp_path / "conversions").read_text() == "one\n"
+
+
+def test_whoever_comes_second_without_a_lock_keeps_the_first_folder(world: Path, tmp_path: Path) -> None:
+    file, configs, target = world / "sd15.safetensors", world / "sd15", tmp_path / "made"
+    for _ in range(2):
+        single_file._write(file, configs, StableDiffusion.layout, read_header(file), target)
+        (target / "mark").touch()
+    assert (target / "mark").is_file() and (target / "model_index.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 
 def _changed(world: Path, tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> str:
