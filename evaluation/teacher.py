@@ -22,7 +22,7 @@ from sdxs_lightning.teacher.denoiser import Denoiser
 from sdxs_lightning.teacher.target_sampler import TargetSampler
 from sdxs_lightning.timesteps import Spacing
 
-GUIDANCE_SCALE = 2.0
+GUIDANCE_SCALE = 1.5
 STEPS = (50, 25, 8, 4, 1)
 RESULTS = Path(__file__).parent / "results" / "toy_teacher.json"
 
