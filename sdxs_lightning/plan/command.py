@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule
 
 from sdxs_lightning.errors import UserError
 from sdxs_lightning.plan.hardware import read_hardware
-from sdxs_lightning.plan.memory_plan import MemoryPlan, Planner
+from sdxs_lightning.plan.memory_plan import MemoryPlan
+from sdxs_lightning.plan.planner import Planner
 from sdxs_lightning.plan.report import as_json, show
 
 

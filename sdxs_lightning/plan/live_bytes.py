@@ -104,6 +104,9 @@ class ShapeMemory:
         if known is not None:
             return _made(known)
         result = func(*args, **kwargs)
+        if func is torch.ops.aten.convolution.default and _is_channels_last(args[1]):
+            # As cuDNN answers; on the meta device torch looks at the input alone.
+            result = torch.empty_like(result, memory_format=torch.channels_last)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if all(output is None or isinstance(output, Tensor) for output in outputs):
             inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -113,6 +116,11 @@ class ShapeMemory:
             if devices == {"meta"} and all(storages.count(storage) == 1 for storage in own):
                 self._known[key] = _shape(result)
         return result
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    # By the strides: a weight of 1x1 is contiguous in either order, and torch then goes by them too.
+    return weight.ndim == 4 and weight.stride()[1] == 1 and weight.stride()[3] == weight.shape[1] > 1
 
 
 def _description(value: Any) -> Any:

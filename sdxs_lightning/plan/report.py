@@ -16,11 +16,11 @@ from sdxs_lightning.plan.memory_plan import MARGIN, Change, MemoryPlan
 def show(plan: MemoryPlan, changes: Sequence[Change] = ()) -> None:
     """Prints the plan."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(heading(plan), markup=False)
+    console.print(heading(plan), markup=False, soft_wrap=True)
     console.print(_networks(plan))
     console.print(_phases(plan))
     for sentence in sentences(plan, changes):
-        console.print(sentence, markup=False)
+        console.print(sentence, markup=False, soft_wrap=True)
 
 
 def heading(plan: MemoryPlan) -> str:

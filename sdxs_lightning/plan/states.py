@@ -119,7 +119,9 @@ def _neighbours(blocks: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, 
 
 def _groups(module: nn.Module) -> list[list[Tensor]]:
     """What is gathered together: first what no block has, then the blocks."""
-    blocks = [list(block.parameters()) for part in module.modules() for block in blocks_of(part)]
+    blocks: list[list[Tensor]] = [
+        list(block.parameters()) for part in module.modules() for block in blocks_of(part)
+    ]
     known = {id(p) for block in blocks for p in block}
     rest: list[Tensor] = [p for p in module.parameters() if id(p) not in known]
     return [rest, *blocks]

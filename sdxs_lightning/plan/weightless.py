@@ -58,7 +58,7 @@ class WeightlessFamily:
         """Embeddings of the right shapes and type; the text encoders' own, short-lived activations are left out."""
         self.encodes = True
         encoders, count = list(self.text_encoders.values()), len(captions)
-        configs = [encoder.config for encoder in encoders]
+        configs: list[Any] = [encoder.config for encoder in encoders]
         shape = count, configs[0].max_position_embeddings, sum(config.hidden_size for config in configs)
         embeds = torch.empty(shape, dtype=self._dtype, device=META)
         if len(encoders) == 1:
