@@ -1,7 +1,7 @@
 """Writes the tiny decoder as an AutoencoderTiny folder when the training ends."""
 
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import lightning.pytorch as pl
 import torch
@@ -48,7 +48,7 @@ class ExportDecoder(Checkpoint):
         """
         assert isinstance(pl_module, DecoderDistillation) and pl_module.average is not None
         folder = Path(self.folder or Path(trainer.default_root_dir) / "decoder")
-        source = cast(nn.Module, pl_module.average.decoder if self.average else pl_module.decoder.decoder)
+        source = pl_module.average.decoder if self.average else pl_module.decoder.decoder
         problem = None
         if self.ranks.first:
             problem = self._write(pl_module, source, folder)

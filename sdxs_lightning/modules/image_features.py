@@ -117,7 +117,7 @@ class TimmFeatures:
                 f"there is no file '{self.checkpoint}'; give the weights of '{self.name}' as features.init_args.checkpoint."
             )
         # Through timm's own loader, which knows how each model's files differ from its state dict.
-        model = timm.create_model(
+        model: Any = timm.create_model(
             self.name, pretrained=True, pretrained_cfg_overlay={"file": self.checkpoint}, **self.arguments
         )
         config = model.pretrained_cfg
@@ -191,7 +191,7 @@ class _Intermediates(nn.Module):
         self.network, self.layers = network, list(layers)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        taps: Any = self.network.forward_intermediates  # type: ignore[operator]
+        taps: Any = self.network.forward_intermediates
         output = taps(
             images, indices=self.layers, stop_early=True, output_fmt="NCHW", intermediates_only=True
         )

@@ -113,7 +113,8 @@ def adaptive_weight(
     """
     wanted = fraction * reconstruction_gradient.detach().float().norm()
     weight = wanted / adversarial_gradient.detach().float().norm().clamp_min(1e-12)
-    return weight.clamp(max=maximum)
+    bounded: Tensor = weight.clamp(max=maximum)
+    return bounded
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def test_new_decoders_begin_grey_and_let_gradients_through() -> None:
     decoder.build(latent_channels=4, vae_factor=8)
     images = decoder(random_latents())
     assert images.abs().mean() < 0.5
-    hidden = decoder.decoder.layers[:-1](random_latents())
+    layers: Any = decoder.decoder.layers
+    hidden = layers[:-1](random_latents())
     assert 0.1 < hidden.std() < 10
     images.square().mean().backward()
     norms = [parameter.grad.norm().item() for parameter in decoder.parameters() if parameter.grad is not None]
@@ -154,7 +155,7 @@ class ByHand:
 
         fake = see(images)
         adversarial = -torch.stack([x.mean() for x in self.discriminator(fake)]).mean()
-        last = self.decoder.layers[-1].weight
+        last, _ = list(self.decoder.parameters())[-2:]  # the last weight and its bias
         norms = [
             torch.autograd.grad(loss, last, retain_graph=True)[0].norm()
             for loss in (reconstruction, adversarial)
@@ -196,8 +197,8 @@ def test_one_step_equals_plain_torch(base: Base, shards: Path, dinov2: Path) -> 
         torch.testing.assert_close(averaged, 0.75 * start + 0.25 * now.detach(), rtol=1e-5, atol=1e-6)
     heads = [(n, v) for n, v in before.items() if n.startswith("discriminator.")]
     for (name, start), gradient in zip(heads, hand.critic_gradients, strict=True):
-        now = dict(module.named_parameters())[name].detach()
-        torch.testing.assert_close(now, start - 0.1 * gradient, rtol=1e-5, atol=1e-6)
+        changed = dict(module.named_parameters())[name].detach()
+        torch.testing.assert_close(changed, start - 0.1 * gradient, rtol=1e-5, atol=1e-6)
 
 
 def test_accumulated_reconstruction_equals_one_large_batch(base: Base, shards: Path) -> None:

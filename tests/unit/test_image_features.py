@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import pytest
@@ -25,7 +26,7 @@ from tests.config.tiny_run import ROOT
 from tests.training.tiny_decoding import save_dinov2
 
 IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-TINY_VIT = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
+TINY_VIT: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}
 
 
 def images(side: int = 32) -> Tensor:
@@ -49,7 +50,7 @@ def test_dinov2_gives_patch_tokens_as_maps(tmp_path: Path) -> None:
 
 
 def test_timm_reads_a_local_file(tmp_path: Path) -> None:
-    model = timm.create_model("vit_tiny_patch16_224", **TINY_VIT).eval()
+    model: Any = timm.create_model("vit_tiny_patch16_224", **TINY_VIT).eval()
     save_file(model.state_dict(), tmp_path / "vit.safetensors")
     arguments = TINY_VIT | {"num_classes": 1000}
     source = TimmFeatures("vit_tiny_patch16_224", str(tmp_path / "vit.safetensors"), [1], 32, arguments)
