@@ -57,7 +57,7 @@ def silence_block(block: BasicTransformerBlock) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def silence_layer(stage: nn.Module, layer: int) -> None:
+def silence_layer(stage: Any, layer: int) -> None:
     silence_resnet(stage.resnets[layer])
     if hasattr(stage, "attentions"):
         silence_transformer(stage.attentions[layer])
@@ -163,6 +163,7 @@ def test_a_preset_copies_runs_and_loads(kind: str, preset: str, tmp_path: Path) 
     weights, copies = teacher.state_dict(), student.state_dict()
     for key, source in key_map(CONFIGS[kind], topology).items():
         assert torch.equal(copies[key], weights[source.keys[0]]), key
+    assert not student.training
     assert report.student_parameters == sum(parameter.numel() for parameter in student.parameters())
     output = run(student)
     assert output.shape == (1, 4, 16, 16) and output.isfinite().all()
