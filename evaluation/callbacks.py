@@ -110,6 +110,9 @@ class DistillationMetrics(StudentUpdateCallback):
         reference: npz of the reference's statistics, None for the protocol's.
     """
 
+    decodes_images = True
+    """For the memory plan: the VAE is on the device."""
+
     def __init__(
         self,
         every_n_student_updates: int = 50,
@@ -192,6 +195,9 @@ class SampleGrids(StudentUpdateCallback):
         folder: for the PNG files; None means `samples` in the trainer's default_root_dir.
         at_start: also before the first update.
     """
+
+    decodes_images = True
+    """For the memory plan: the VAE is on the device."""
 
     def __init__(
         self,
