@@ -63,7 +63,8 @@ def fill(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sources: 
     for key, source in sources.items():
         target = student[key]
         if len(source.keys) > 1:
-            target.copy_(torch.stack([teacher[name].float() for name in source.keys]).mean(0))
+            # torch adds up halves in float32.
+            target.copy_(torch.stack([teacher[name] for name in source.keys]).mean(0))
         elif source.keys and source.last_columns is None:
             target.copy_(teacher[source.keys[0]])
         elif source.keys:

@@ -103,6 +103,14 @@ def test_keeping_everything_keeps_the_config(kind: str) -> None:
     assert prune_config(pruned | {"_class_name": "UNet2DConditionModel"}, Topology()) == pruned
 
 
+def test_settings_that_a_teacher_gives_for_each_stage_lose_the_removed_one() -> None:
+    listed = ("cross_attention_dim", "layers_per_block", "transformer_layers_per_block", "attention_head_dim")
+    defaults = SD | {"transformer_layers_per_block": 1}
+    pruned = prune_config(SD | {name: [defaults[name]] * 4 for name in listed}, PRESETS["bk-tiny"])
+    assert [pruned[name] for name in listed] == [[32] * 3, [1] * 3, [1] * 3, [2] * 3]
+    assert count(pruned) == count(prune_config(SD, PRESETS["bk-tiny"]))
+
+
 @pytest.mark.parametrize(("kind", "preset"), PAIRS)
 def test_a_pruned_u_net_contains_itself(kind: str, preset: str) -> None:
     pruned = prune_config(CONFIGS[kind], topology_of(preset))
