@@ -233,7 +233,16 @@ def test_who_learns_when(base: Base, shards: Path, dinov2: Path) -> None:
     before = weights(module)
     assert module._features is not None and module._sampler_network is not None
     frozen = [module._features.module, module._sampler_network.module]
+    updates: list[str] = []
+    apply_update = module.apply_update
+
+    def note_and_apply(role: str) -> None:
+        updates.append(role)
+        apply_update(role)
+
+    module.apply_update = note_and_apply  # type: ignore[method-assign]
     trainer = fit(module, shards, batches=50)  # type: ignore[arg-type]  # ends by itself
+    assert updates == ["decoder"] * 3 + ["discriminator", "decoder", "discriminator"]
     assert (module.turns, module.student_updates) == (4, 4)
     assert (moved("decoder"), moved("average"), moved("discriminator")) == (1, 1, 1)
     names = {"student/reconstruction_loss", "student/adversarial_loss", "student/adversarial_weight"}
