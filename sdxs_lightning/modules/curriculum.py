@@ -14,12 +14,12 @@ class Turn(NamedTuple):
     critic: bool
     """Fake score and discriminator are updated."""
     warmup: bool
-    """The student learns from regression on the target sampler's pairs only."""
+    """The student learns from the target sampler's pairs only."""
 
 
 @dataclass(frozen=True)
 class Curriculum:
-    """First regression on pairs, then the critic alone, then both: the critic on every turn, the student on every r-th.
+    """First the target sampler's pairs, then the critic alone, then both: the critic on every turn, the student on every r-th.
 
     A turn is `accumulate_grad_batches` micro-batches.
     """
@@ -29,7 +29,7 @@ class Curriculum:
     critic_updates_per_student_update: int = 5
     """The ratio r: 10 for SD-1.5 and 5 for SDXL in DMD2."""
     warmup_updates: int = 0
-    """Student updates of the regression warm-up; more than 0 needs `warmup`."""
+    """Student updates on the target sampler's pairs alone; more than 0 needs `pairs`."""
     fake_score_warmup_turns: int = 0
     """Turns after the warm-up on which only the critic learns: a fake score that does not yet know the student, and a
     fresh discriminator, point the student the wrong way."""
@@ -48,6 +48,11 @@ class Curriculum:
                 f"curriculum.max_student_updates counts the warm-up too, so it must be at least 1 and at least "
                 f"warmup_updates ({self.warmup_updates}), got {self.max_student_updates}."
             )
+
+    def progress(self, student_updates: int) -> float:
+        """Share of the student updates after the warm-up that lie behind: 0 at the first of them, 1 at the last."""
+        first, last = self.warmup_updates, self.max_student_updates - 1
+        return min(max((student_updates - first) / max(last - first, 1), 0.0), 1.0)
 
     def turn(self, index: int) -> Turn:
         """What the turn of that index, counted from 0, updates."""

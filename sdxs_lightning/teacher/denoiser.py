@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -79,6 +80,19 @@ class Denoiser(nn.Module):
     def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Bottleneck features alone: the encoder's share of the work and nothing more."""
         return self._call(encoder_of(self.unet), noisy_latents, timesteps, conditioning)
+
+    def encoder_features(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, blocks: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Outputs (B, C', h', w') of named blocks of the encoder, at the encoder's cost.
+
+        Raises:
+            ValueError: for a name that the encoder does not have.
+        """
+        encoder = encoder_of(self.unet)
+        with FeatureTap(encoder, *blocks) as tap:
+            self._call(encoder, noisy_latents, timesteps, conditioning)
+            return {block: tap[block] for block in blocks}
 
     def _call(
         self, unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning

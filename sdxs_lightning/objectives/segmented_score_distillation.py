@@ -1,0 +1,77 @@
+"""Segmented score distillation: scores judge the student at low noise only, and feature matching stands in for the rest.
+
+At high noise two scores agree while the student is still blurred, and where they differ they average over images; the pair
+that the target sampler made from the same noise says more there. As the student's distribution comes to overlap the base's,
+the segment shrinks to the low noise levels that make texture, and feature matching lets go.
+"""
+
+import math
+from dataclasses import dataclass
+
+from sdxs_lightning.timesteps import TimestepRange
+
+
+def cosine_ramp(start: float, end: float, progress: float) -> float:
+    """From start to end on half a cosine wave: end + (start - end) (1 + cos(pi progress)) / 2.
+
+    Args:
+        start: value at progress 0.
+        end: value at progress 1.
+        progress: in [0, 1]; beyond it the nearer end counts.
+    """
+    share = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
+    return end + (start - end) * share
+
+
+@dataclass(frozen=True)
+class SegmentedScoreDistillation:
+    """Settings of the mode: two ramps over the student updates after the warm-up.
+
+    The gradient is E_{t in [0, alpha T]} [score difference] + lambda * [feature matching]; alpha 1 and lambda 0 at both ends
+    is plain score distillation. lambda counts in units of the score difference: at 1 both gradients have the same norm at
+    the student's latents.
+
+    Source: SDXS, arXiv:2403.16627, eq. 11, where alpha and lambda fall during the training; their values and the shape of
+        the fall are not published, nor is the unit of lambda: all are ours.
+    """
+
+    alpha_start: float = 0.95
+    """Share of the timesteps, from the clean end, on which scores are compared, at the first update after the warm-up."""
+    alpha_end: float = 0.5
+    """The same at the last update."""
+    lambda_start: float = 1.0
+    """Norm of the gradient of feature matching over that of the score difference, at first."""
+    lambda_end: float = 0.05
+    """The same at the last update."""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha_start", "alpha_end"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"segmented.{name} must be in (0, 1], got {getattr(self, name)}.")
+        for name in ("lambda_start", "lambda_end"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"segmented.{name} must be 0 or more, got {getattr(self, name)}.")
+
+    @property
+    def matches_features(self) -> bool:
+        """Whether feature matching has a part in it at all."""
+        return self.lambda_start > 0 or self.lambda_end > 0
+
+    def alpha(self, progress: float) -> float:
+        """The segment's end as a share of all timesteps; progress as in `cosine_ramp`."""
+        return cosine_ramp(self.alpha_start, self.alpha_end, progress)
+
+    def feature_matching_ratio(self, progress: float) -> float:
+        """lambda; progress as in `cosine_ramp`."""
+        return cosine_ramp(self.lambda_start, self.lambda_end, progress)
+
+    def segment(self, timesteps: TimestepRange, progress: float, num_train_timesteps: int) -> TimestepRange:
+        """The part of `timesteps` that lies in [0, alpha T].
+
+        Args:
+            timesteps: of plain score distillation.
+            progress: as in `cosine_ramp`.
+            num_train_timesteps: T.
+        """
+        high = min(timesteps.high, round(self.alpha(progress) * num_train_timesteps))
+        return TimestepRange(timesteps.low, max(high, timesteps.low))
