@@ -4,6 +4,7 @@ It corrects what distribution matching alone cannot: the teacher's own errors.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -48,9 +49,12 @@ class DiffusionAdversarial:
     student_weight: float = 1e-3
     """Factor of the student's loss: DMD2 has 1e-3 for SD-1.5, 5e-3 for SDXL."""
     critic_weight: float = 1e-2
-    """Factor of the discriminator's loss, which also trains the fake score's encoder."""
+    """Factor of the discriminator's loss, which also trains the fake score's encoder where that gives the features."""
     timesteps: TimestepRange = TimestepRange(0, 999)
     """Noise levels at which real and fake are compared."""
+    features: Literal["fake_score", "real_score"] = "fake_score"
+    """Whose bottleneck the discriminator reads: the fake score's, which its loss then also trains, as in DMD2, or the frozen
+    base's."""
 
     def __post_init__(self) -> None:
         check_weight(

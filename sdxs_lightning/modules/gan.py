@@ -1,0 +1,168 @@
+"""What a GAN is to the training step: a term of the student's loss, and a loss of the discriminator.
+
+`DiffusionGan` compares re-noised latents by a U-Net's features; `PixelGan` (`pixel_gan.py`) compares images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sdxs_lightning.batch import Conditioning, TrainingBatch
+from sdxs_lightning.families import Family
+from sdxs_lightning.latents import scale
+from sdxs_lightning.modules.discriminator import Discriminator
+from sdxs_lightning.modules.sample import Noisy, Roles, Sample
+from sdxs_lightning.modules.student_terms import Scalars
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.seeding import Stream
+from sdxs_lightning.teacher.feature_taps import bottleneck_shape
+
+
+class Data(NamedTuple):
+    """What the discriminator is shown as real."""
+
+    batch: TrainingBatch
+    conditioning: Conditioning
+    """Of the batch's own captions."""
+    seed: int
+    """Of the run."""
+
+
+class Gan(Protocol):
+    """A discriminator with what it looks through, and with both sides' losses.
+
+    The discriminator itself belongs to the stage, which registers, optimises and saves it; what is frozen belongs to the GAN.
+    """
+
+    needs_real_score: bool
+    """Whether it asks `roles.real_score`."""
+    reads_denoising_pass: bool
+    """Whether `critic_loss` takes the features of the pass in which the fake score learns to denoise the sample."""
+
+    def build(self, family: Family, roles: Roles) -> None:
+        """Loads what is frozen and makes the discriminator's weights; a second call does nothing."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves what is frozen; `dtype` is that of frozen networks whose precision does not show in images."""
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """What is frozen and the GAN's own, by name, for the memory plan."""
+
+    def student_term(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
+        """See `StudentTerm`."""
+
+    def critic_loss(
+        self, fake: Sample, real: Data, roles: Roles, fake_features: Tensor | None
+    ) -> tuple[Tensor, Scalars]:
+        """The discriminator's loss and scalars for the log, `loss` and `accuracy` among them.
+
+        Args:
+            fake: the student's sample, without graph.
+            real: the batch.
+            roles: the networks.
+            fake_features: (B, C', h', w'), with graph, of the denoising pass over `fake`; None unless `reads_denoising_pass`.
+
+        Returns:
+            (), float32, and scalars.
+
+        Raises:
+            ValueError: for a batch that does not hold what the discriminator is to see.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class DiffusionGan:
+    """A head on a U-Net's bottleneck tells re-noised data from re-noised samples.
+
+    Through the fake score, as in DMD2, its loss also trains that network's encoder. Through the real score the features stay
+    what the base made them, and two passes of its encoder come on top.
+    """
+
+    discriminator: Discriminator
+    objective: DiffusionAdversarial
+    family: Family
+
+    @property
+    def needs_real_score(self) -> bool:
+        """See `Gan`."""
+        return self.objective.features == "real_score"
+
+    @property
+    def reads_denoising_pass(self) -> bool:
+        """See `Gan`."""
+        return self.objective.features == "fake_score"
+
+    def build(self, family: Family, roles: Roles) -> None:
+        """See `Gan`."""
+        if self.objective.features == "real_score":
+            assert roles.real_score is not None
+            shape = bottleneck_shape(roles.real_score.unet, family.latent_shape())
+        else:
+            assert roles.fake_score is not None
+            shape = roles.fake_score.feature_shape(family.latent_shape())
+        self.discriminator.build(shape)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """See `Gan`: there is nothing of its own."""
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """See `Gan`: there is nothing of its own."""
+        return {}
+
+    def student_term(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
+        """Makes the re-noised sample look real; the graph goes through the features' network."""
+        noisy = sample.renoise(
+            roles.schedule, self.objective.timesteps, Stream.GAN_TIMESTEP, Stream.GAN_NOISE
+        )
+        loss = self.objective.student_loss(self.discriminator(self._features(noisy, sample, roles)))
+        return loss, {"adversarial": loss}
+
+    def critic_loss(
+        self, fake: Sample, real: Data, roles: Roles, fake_features: Tensor | None
+    ) -> tuple[Tensor, Scalars]:
+        """See `Gan`. Both halves are one batch to the head."""
+        data = self._data(real)
+        if self.objective.features == "real_score":
+            with torch.no_grad():  # the features cannot learn, so nothing is kept for a backward pass
+                fake_features = self._seen(fake, roles, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
+                real_features = self._seen(data, roles, Stream.REAL_TIMESTEP, Stream.REAL_NOISE)
+        else:
+            real_features = self._seen(data, roles, Stream.REAL_TIMESTEP, Stream.REAL_NOISE)
+        assert fake_features is not None
+        fake_logits, real_logits = self.discriminator(torch.cat([fake_features, real_features])).chunk(2)
+        loss = self.objective.critic_loss(real_logits, fake_logits)
+        right = torch.cat([real_logits > 0, fake_logits < 0]).float().mean()
+        return loss, {"loss": loss, "accuracy": right}
+
+    def _seen(self, sample: Sample, roles: Roles, timestep_stream: Stream, noise_stream: Stream) -> Tensor:
+        noisy = sample.renoise(roles.schedule, self.objective.timesteps, timestep_stream, noise_stream)
+        return self._features(noisy, sample, roles)
+
+    def _features(self, noisy: Noisy, sample: Sample, roles: Roles) -> Tensor:
+        """(B, C', h', w') of the noisy latents, with graph where they have one."""
+        asked = noisy.latents, noisy.timesteps, sample.conditioning
+        if self.objective.features == "real_score":
+            assert roles.real_score is not None
+            return roles.real_score.features(*asked).float()  # it may be bfloat16 as a whole; the head is not
+        assert roles.fake_score is not None
+        return roles.fake_score.features(*asked)
+
+    def _data(self, real: Data) -> Sample:
+        """The batch's own latents."""
+        batch, shape = real.batch, self.family.latent_shape()
+        if batch.latents is None or tuple(batch.latents.shape[1:]) != shape:
+            found = "none" if batch.latents is None else f"shape {tuple(batch.latents.shape[1:])}"
+            raise ValueError(
+                f"the discriminator needs latents of shape {shape} in every batch and got {found}; make latent shards for "
+                "this base and resolution, or set discriminator and adversarial to null."
+            )
+        return Sample(
+            latents=scale(batch.latents, self.family.scaling_factor),
+            conditioning=real.conditioning,
+            positions=batch.positions,
+            seed=real.seed,
+        )
