@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -74,31 +73,26 @@ class Gan(Protocol):
         """
 
 
-@dataclass(frozen=True, eq=False)
 class DiffusionGan:
     """A head on a U-Net's bottleneck tells re-noised data from re-noised samples.
 
     Through the fake score, as in DMD2, its loss also trains that network's encoder. Through the real score the features stay
     what the base made them, and two passes of its encoder come on top.
+
+    Args:
+        discriminator: the head.
+        objective: losses, noise levels, and whose features.
     """
 
-    discriminator: Discriminator
-    objective: DiffusionAdversarial
-    family: Family
-
-    @property
-    def needs_real_score(self) -> bool:
-        """See `Gan`."""
-        return self.objective.features == "real_score"
-
-    @property
-    def reads_denoising_pass(self) -> bool:
-        """See `Gan`."""
-        return self.objective.features == "fake_score"
+    def __init__(self, discriminator: Discriminator, objective: DiffusionAdversarial) -> None:
+        self.discriminator, self.objective = discriminator, objective
+        self.needs_real_score = objective.features == "real_score"
+        self.reads_denoising_pass = not self.needs_real_score
 
     def build(self, family: Family, roles: Roles) -> None:
         """See `Gan`."""
-        if self.objective.features == "real_score":
+        self._family = family
+        if self.needs_real_score:
             assert roles.real_score is not None
             shape = bottleneck_shape(roles.real_score.unet, family.latent_shape())
         else:
@@ -126,7 +120,7 @@ class DiffusionGan:
     ) -> tuple[Tensor, Scalars]:
         """See `Gan`. Both halves are one batch to the head."""
         data = self._data(real)
-        if self.objective.features == "real_score":
+        if self.needs_real_score:
             with torch.no_grad():  # the features cannot learn, so nothing is kept for a backward pass
                 fake_features = self._seen(fake, roles, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
                 real_features = self._seen(data, roles, Stream.REAL_TIMESTEP, Stream.REAL_NOISE)
@@ -145,7 +139,7 @@ class DiffusionGan:
     def _features(self, noisy: Noisy, sample: Sample, roles: Roles) -> Tensor:
         """(B, C', h', w') of the noisy latents, with graph where they have one."""
         asked = noisy.latents, noisy.timesteps, sample.conditioning
-        if self.objective.features == "real_score":
+        if self.needs_real_score:
             assert roles.real_score is not None
             return roles.real_score.features(*asked).float()  # it may be bfloat16 as a whole; the head is not
         assert roles.fake_score is not None
@@ -153,7 +147,7 @@ class DiffusionGan:
 
     def _data(self, real: Data) -> Sample:
         """The batch's own latents."""
-        batch, shape = real.batch, self.family.latent_shape()
+        batch, shape = real.batch, self._family.latent_shape()
         if batch.latents is None or tuple(batch.latents.shape[1:]) != shape:
             found = "none" if batch.latents is None else f"shape {tuple(batch.latents.shape[1:])}"
             raise ValueError(
@@ -161,7 +155,7 @@ class DiffusionGan:
                 "this base and resolution, or set discriminator and adversarial to null."
             )
         return Sample(
-            latents=scale(batch.latents, self.family.scaling_factor),
+            latents=scale(batch.latents, self._family.scaling_factor),
             conditioning=real.conditioning,
             positions=batch.positions,
             seed=real.seed,
