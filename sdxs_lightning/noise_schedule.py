@@ -102,6 +102,12 @@ class NoiseSchedule(nn.Module):
             betas = _rescale_zero_terminal_snr(betas)
         return cls(betas, config.get("prediction_type", "epsilon"))
 
+    def betas(self) -> list[float]:
+        """The T betas, for schedulers that take them as `trained_betas`."""
+        abar = self._alphas_cumprod64
+        betas: list[float] = (1.0 - abar / np.concatenate([[1.0], abar[:-1]])).tolist()
+        return betas
+
     def alpha_t(self, timesteps: Tensor) -> Tensor:
         """sqrt(abar_t) per sample: (B,) int64 -> (B, 1, 1, 1) float32."""
         return self._at(self.alpha, timesteps)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("sdxs_lightning", "data", "evaluation", "tests", "train")
 
-PURE = {"batch", "noise_schedule", "timesteps", "guidance", "latents", "seeding", "errors"}
+PURE = {"batch", "noise_schedule", "timesteps", "guidance", "latents", "seeding", "pair_noise", "errors"}
 """Modules of sdxs_lightning that know neither Lightning nor how models are loaded."""
 
 MIDDLE = {"families", "surgery", "teacher", "objectives"}

@@ -30,6 +30,7 @@ class BatchShape:
             sample_ids=[str(i) for i in range(size)],
             latents=torch.empty(size, *self.latents, device=META),
             images=images,
+            pair_noise_seeds=torch.empty(size, dtype=torch.int64, device=META),
             original_sizes=torch.empty(size, 2, dtype=torch.int64, device=META),
             crops=torch.empty(size, 2, dtype=torch.int64, device=META),
         )

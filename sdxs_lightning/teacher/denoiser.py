@@ -65,9 +65,18 @@ class Denoiser(nn.Module):
         """
         if guidance_scale == 1.0:
             return cast(Prediction, self(noisy_latents, timesteps, conditioning))
+        output = self.guided_output(noisy_latents, timesteps, conditioning, guidance_scale)
+        return self._interpret(output, noisy_latents, timesteps)
+
+    def guided_output(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """`Prediction.output` of `guided` alone; timesteps may lie between two whole ones, as some schedulers ask for."""
+        if guidance_scale == 1.0:
+            return self._call(self.unet, noisy_latents, timesteps, conditioning).float()
         twice = torch.cat([noisy_latents, noisy_latents]), torch.cat([timesteps, timesteps])
         uncond, cond = self._call(self.unet, *twice, conditioning.doubled()).chunk(2)
-        return self._interpret(guide(cond, uncond, guidance_scale), noisy_latents, timesteps)
+        return guide(cond, uncond, guidance_scale)
 
     def with_features(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning

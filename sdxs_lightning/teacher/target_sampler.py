@@ -1,4 +1,4 @@
-"""A few-step ODE sampler with guidance: makes the warm-up's targets and the teacher's pictures."""
+"""A few-step ODE sampler with guidance: makes the pairs' targets and the teacher's pictures."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.teacher.denoiser import Denoiser
+from sdxs_lightning.teacher.scheduler_sampler import SchedulerSampler
 from sdxs_lightning.timesteps import Spacing, few_step_timesteps
 
 
@@ -59,3 +60,27 @@ class TargetSampler:
     @staticmethod
     def _full(timestep: int, latents: Tensor) -> Tensor:
         return torch.full((len(latents),), timestep, dtype=torch.int64, device=latents.device)
+
+
+def make_sampler(
+    denoiser: Denoiser,
+    steps: int,
+    guidance_scale: float,
+    spacing: Spacing = "trailing",
+    scheduler: str | None = None,
+) -> TargetSampler | SchedulerSampler:
+    """The target sampler of a scheduler.
+
+    Args:
+        denoiser: the network.
+        steps: of the scheduler.
+        guidance_scale: 1 means none.
+        spacing: of the timesteps.
+        scheduler: class name in diffusers, one of ODE_SCHEDULERS; None is DDIM by this file.
+
+    Raises:
+        ValueError: for a scheduler that is not known, or that cannot sample this base.
+    """
+    if scheduler is None:
+        return TargetSampler(denoiser, steps, guidance_scale, spacing)
+    return SchedulerSampler(denoiser, steps, guidance_scale, scheduler, spacing)
