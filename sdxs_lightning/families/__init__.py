@@ -51,5 +51,8 @@ class Family(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32, without graph."""
 
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
+        """The same with a graph to the latents, for losses on images."""
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Moves what is loaded and what will be; dtype is that of the text encoders."""

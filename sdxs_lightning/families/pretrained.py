@@ -103,6 +103,10 @@ class PretrainedBase(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
+        """`decode_with_graph` without graph."""
+        return self.decode_with_graph(latents)
+
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1] up to the VAE's overshoot, float32.
 
         By the base's `vae`. An AutoencoderTiny takes scaled latents as they are: its own scaling factor is 1.

@@ -16,21 +16,17 @@ from torch import Tensor
 from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
 from sdxs_lightning.latents import scale
+from sdxs_lightning.modules.augmentation import cut_squares
 from sdxs_lightning.modules.gradients import average_gradients
 from sdxs_lightning.modules.image_features import FeatureNetwork, ImageFeatures
 from sdxs_lightning.modules.manual_turns import ManualTurns
 from sdxs_lightning.modules.network import Network, resting
 from sdxs_lightning.modules.planned import PlannedNetwork, PlannedPhase
 from sdxs_lightning.modules.precision import without_autocast
-from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator, projected_critic_loss
 from sdxs_lightning.modules.tiny_decoder import DecoderAverage, TinyDecoder
-from sdxs_lightning.objectives.decoder_distillation import (
-    ProjectedAdversarial,
-    Reconstruction,
-    hinge_critic_loss,
-    hinge_generator_loss,
-    r1_penalty,
-)
+from sdxs_lightning.objectives.decoder_distillation import ProjectedAdversarial, Reconstruction
+from sdxs_lightning.objectives.projected_gan import hinge_generator_loss
 from sdxs_lightning.seeding import Stream, normal, uniform
 from sdxs_lightning.teacher.denoiser import Denoiser
 from sdxs_lightning.teacher.frozen import Frozen
@@ -177,17 +173,8 @@ class DecoderDistillation(ManualTurns):
         """The heads learn to tell features of the VAE's images from those of the decoder's, as these were before its update."""
         assert self.discriminator is not None and self.adversarial is not None
         r1_weight = self.adversarial.r1_weight
-        real = [part.detach().float().requires_grad_(r1_weight is not None) for part in real_features]
-        both = [torch.cat([r, f.float()]) for r, f in zip(real, fake_features, strict=True)]
-        logits = [part.chunk(2) for part in self.discriminator(both)]
-        real_logits, fake_logits = [pair[0] for pair in logits], [pair[1] for pair in logits]
-        loss = hinge_critic_loss(real_logits, fake_logits)
-        right = torch.cat([(part > 0).flatten() for part in [*real_logits, *(-f for f in fake_logits)]])
-        self.note("discriminator/", loss=loss, accuracy=right.float().mean())
-        if r1_weight is not None:
-            penalty = r1_penalty(real_logits, real)
-            self.note("discriminator/", r1=penalty)
-            loss = loss + r1_weight * penalty
+        loss, scalars = projected_critic_loss(self.discriminator, real_features, fake_features, r1_weight)
+        self.note("discriminator/", **scalars)
         self.accumulate(loss)
 
     # ------------------------------------------------------------------------------------------------ parts of the step
@@ -320,30 +307,3 @@ class DecoderDistillation(ManualTurns):
             self._critic_backward(self._see(target, batch.positions), fake_features)
         yield PlannedPhase("decoder and discriminator", tuple(self.networks))
         self._scalars.clear()
-
-
-def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
-    """A square of each image, at its own place; differentiable.
-
-    Args:
-        images: (B, C, H, W), float.
-        places: (B, 2), float in [0, 1): top and left, as shares of the room that there is.
-        side_px: of the squares.
-
-    Returns:
-        (B, C, side_px, side_px).
-
-    Raises:
-        ValueError: for images smaller than the squares.
-    """
-    height, width = images.shape[-2:]
-    if min(height, width) < side_px:
-        raise ValueError(
-            f"adversarial.crop_px is {side_px} and the images are only {height}x{width}; make it smaller, or null."
-        )
-    room = torch.tensor([height - side_px + 1, width - side_px + 1], device=places.device)
-    top, left = (places * room).long().unbind(dim=1)
-    offsets = torch.arange(side_px, device=images.device)
-    rows = (top[:, None] + offsets).view(len(images), 1, side_px, 1)
-    columns = (left[:, None] + offsets).view(len(images), 1, 1, side_px)
-    return images.take_along_dim(rows, dim=2).take_along_dim(columns, dim=3)

@@ -1,14 +1,12 @@
-"""The tiny decoder's losses: L1 on averaged images, the hinge GAN on frozen features, and what weighs one against the other.
+"""The tiny decoder's losses: L1 on averaged images, and what weighs the projected GAN against it.
 
-All of them compare the tiny decoder's images with those of the base's own decoder for the same latents.
+Both compare the tiny decoder's images with those of the base's own decoder for the same latents.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, relu
+from torch.nn.functional import avg_pool2d
 
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
 
@@ -42,57 +40,6 @@ def averaged_l1(images: Tensor, target: Tensor, factor: int) -> Tensor:
     # Averaging is linear: once, over the difference.
     difference = images.float() - target.detach().float()
     return avg_pool2d(difference, factor).abs().mean()
-
-
-def hinge_generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
-    """The decoder's side: minus the mean logit, averaged over the heads.
-
-    Args:
-        fake_logits: per head (B, n), float, n places of a feature map; large means real. Images of the tiny decoder.
-
-    Returns:
-        (), float32.
-
-    Source: ADD, arXiv:2311.17042, eq. 3, averaged instead of summed over heads.
-    """
-    return -torch.stack([logits.float().mean() for logits in fake_logits]).mean()
-
-
-def hinge_critic_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
-    """The discriminator's side: mean relu(1 - real) + mean relu(1 + fake), averaged over the heads.
-
-    Args:
-        real_logits: per head (B, n), float: images of the base's decoder; large means real.
-        fake_logits: per head (B', n), float: images of the tiny decoder.
-
-    Returns:
-        (), float32; 2 where the discriminator knows nothing.
-
-    Source: ADD, arXiv:2311.17042, eq. 4, averaged instead of summed over heads.
-    """
-    losses = [
-        relu(1 - real.float()).mean() + relu(1 + fake.float()).mean()
-        for real, fake in zip(real_logits, fake_logits, strict=True)
-    ]
-    return torch.stack(losses).mean()
-
-
-def r1_penalty(real_logits: Sequence[Tensor], real_features: Sequence[Tensor]) -> Tensor:
-    """Squared gradient of each head's summed logits with respect to its input, averaged over samples, then over heads.
-
-    Args:
-        real_logits: per head (B, n), float, with graph to real_features.
-        real_features: per head (B, C, h, w), float; they require gradients.
-
-    Returns:
-        (), float32, with a graph for a second derivative.
-
-    Source: R1, arXiv:1801.04406, eq. 9, on the heads' inputs instead of pixels as in ADD, arXiv:2311.17042, section 3.2.
-    """
-    total = torch.stack([logits.float().sum() for logits in real_logits]).sum()
-    # Each head sees its own features only, so one gradient of the sum is that of every head.
-    gradients = torch.autograd.grad(total, list(real_features), create_graph=True)
-    return torch.stack([g.float().square().flatten(1).sum(dim=1).mean() for g in gradients]).mean()
 
 
 def adaptive_weight(

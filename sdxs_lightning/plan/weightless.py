@@ -76,7 +76,11 @@ class WeightlessFamily:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32."""
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, without graph."""
+        return self.decode_with_graph(latents)
+
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
+        """The same with graph."""
         images: Tensor = self.vae.decode(unscale(latents, self._family.scaling_factor)).sample
         return images.float()
 

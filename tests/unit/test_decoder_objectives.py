@@ -7,16 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxs_lightning.modules.decoder_distillation import cut_squares
+from sdxs_lightning.modules.augmentation import cut_squares
 from sdxs_lightning.objectives.decoder_distillation import (
     ProjectedAdversarial,
     Reconstruction,
     adaptive_weight,
     averaged_l1,
-    hinge_critic_loss,
-    hinge_generator_loss,
-    r1_penalty,
 )
+from sdxs_lightning.objectives.projected_gan import hinge_critic_loss, hinge_generator_loss, r1_penalty
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,123 @@
+"""What a discriminator sees of an image: a square of it, shifted, recoloured, partly covered. All differentiable.
+
+Where and how is given by numbers in [0, 1), which the caller draws by the samples' positions. So a real and a fake image of one
+position are changed alike, and a resumed run sees what the uninterrupted one sees. No call waits for the device.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sdxs_lightning.objectives.pixel_adversarial import Augmentation
+
+NUMBERS = 7
+"""Numbers per image that `augment` takes: brightness, saturation, contrast, shift down and right, row and column covered."""
+
+
+def augment(images: Tensor, numbers: Tensor, settings: Augmentation) -> Tensor:
+    """Recolours, shifts, then covers, each where its setting is not None.
+
+    Args:
+        images: (B, 3, H, W), float, in [-1, 1].
+        numbers: (B, 7), float in [0, 1).
+        settings: ranges.
+
+    Returns:
+        (B, 3, H, W), float32, with graph to the images; colours may leave [-1, 1].
+
+    Source: DiffAugment, arXiv:2006.10738, section 3.2.
+    """
+    images = images.float()
+    if settings.colour is not None:
+        images = recolour(images, numbers[:, :3], settings.colour)
+    if settings.translation is not None:
+        images = shift(images, numbers[:, 3:5], settings.translation)
+    if settings.cutout is not None:
+        images = cover(images, numbers[:, 5:7], settings.cutout)
+    return images
+
+
+def recolour(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
+    """Brightness, then saturation about each pixel's grey, then contrast about each image's mean.
+
+    Args:
+        images: (B, 3, H, W), float.
+        numbers: (B, 3), float in [0, 1); 0.5 changes nothing.
+        strength: 1 gives brightness +-0.5, saturation 1 +- 1 and contrast 1 +- 0.5.
+    """
+    by = strength * (2 * numbers - 1)
+    brightness, saturation, contrast = (
+        (by * by.new_tensor([0.5, 1.0, 0.5])).view(-1, 3, 1, 1, 1).unbind(dim=1)
+    )
+    images = images + brightness
+    grey = images.mean(dim=1, keepdim=True)
+    images = grey + (1 + saturation) * (images - grey)
+    middle = images.mean(dim=(1, 2, 3), keepdim=True)
+    return middle + (1 + contrast) * (images - middle)
+
+
+def shift(images: Tensor, numbers: Tensor, share: float) -> Tensor:
+    """Moves each image by whole pixels, at most round(share * side) along each axis; grey (0) comes in.
+
+    Args:
+        images: (B, C, H, W), float.
+        numbers: (B, 2), float in [0, 1): 0 moves down, right by the most, towards 1 up, left.
+        share: of the side.
+    """
+    height, width = images.shape[-2:]
+    most_down, most_right = round(share * height), round(share * width)
+    padded = F.pad(images, (most_right, most_right, most_down, most_down))
+    return cut_windows(padded, numbers, height, width)
+
+
+def cover(images: Tensor, numbers: Tensor, share: float) -> Tensor:
+    """Sets a rectangle of each image to grey (0), its centre anywhere in the image; parts outside are lost.
+
+    Args:
+        images: (B, C, H, W), float.
+        numbers: (B, 2), float in [0, 1): row and column of the centre, as shares of the sides.
+        share: of the sides that the rectangle takes, rounded to pixels.
+    """
+    covered = []
+    for side, centre in zip(images.shape[-2:], numbers.unbind(dim=1), strict=True):
+        length = round(share * side)
+        first = (centre * (side + 1 - length % 2)).long() - length // 2
+        pixels = torch.arange(side, device=images.device)
+        covered.append((pixels >= first[:, None]) & (pixels < first[:, None] + length))
+    rows, columns = covered
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0.0)
+
+
+def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
+    """A square of each image, at its own place; differentiable.
+
+    Args:
+        images: (B, C, H, W), float.
+        places: (B, 2), float in [0, 1): top and left, as shares of the room that there is.
+        side_px: of the squares.
+
+    Returns:
+        (B, C, side_px, side_px).
+
+    Raises:
+        ValueError: for images smaller than the squares.
+    """
+    height, width = images.shape[-2:]
+    if min(height, width) < side_px:
+        raise ValueError(
+            f"adversarial.crop_px is {side_px} and the images are only {height}x{width}; make it smaller, or null."
+        )
+    return cut_windows(images, places, side_px, side_px)
+
+
+def cut_windows(images: Tensor, places: Tensor, height_px: int, width_px: int) -> Tensor:
+    """`cut_squares` with two sides, (B, C, height_px, width_px), of images that are at least as large."""
+    height, width = images.shape[-2:]
+    room = torch.tensor([height - height_px + 1, width - width_px + 1], device=places.device)
+    top, left = (places * room).long().unbind(dim=1)
+    rows = top[:, None] + torch.arange(height_px, device=images.device)
+    columns = left[:, None] + torch.arange(width_px, device=images.device)
+    down = images.take_along_dim(rows.view(len(images), 1, height_px, 1), dim=2)
+    return down.take_along_dim(columns.view(len(images), 1, 1, width_px), dim=3)
