@@ -11,17 +11,20 @@ from sdxs_lightning.objectives.distribution_matching import (
     distribution_matching_gradient,
     distribution_matching_loss,
 )
+from sdxs_lightning.objectives.f_divergence import FDivergence, divergence_weight
 from sdxs_lightning.objectives.regression import Regression, regression_loss
 
 __all__ = [
     "Denoising",
     "DiffusionAdversarial",
     "DistributionMatching",
+    "FDivergence",
     "Regression",
     "critic_loss",
     "denoising_loss",
     "distribution_matching_gradient",
     "distribution_matching_loss",
+    "divergence_weight",
     "generator_loss",
     "regression_loss",
 ]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
+from sdxs_lightning.objectives.f_divergence import FDivergence
 from sdxs_lightning.timesteps import TimestepRange
 
 
@@ -75,11 +76,25 @@ class DistributionMatching:
     """Guidance of the real score. DMD2: 1.75 for SD-1.5, chosen for FID (more looks better); 8 for SDXL."""
     timesteps: TimestepRange = TimestepRange(20, 980)
     """Where the scores are compared: as in DMD2, without the two ends."""
+    f_divergence: FDivergence | None = None
+    """Another divergence than the reverse KL, through the ratio of a diffusion GAN's discriminator; null is DMD2."""
 
     def __post_init__(self) -> None:
         check_weight("DistributionMatching", weight=self.weight)
 
-    def loss(self, pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
-        """Weighted `distribution_matching_loss` along `distribution_matching_gradient`: (), float32."""
+    def loss(
+        self, pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor, fake_logits: Tensor | None = None
+    ) -> Tensor:
+        """Weighted `distribution_matching_loss` along `distribution_matching_gradient`: (), float32.
+
+        Args:
+            pred_x0: (B, 4, h, w), float, the student's clean latents, with their graph.
+            real_x0: same shape, the guided real score's estimate of them from their re-noised version.
+            fake_x0: same shape, the fake score's.
+            fake_logits: (B,), float, the discriminator's at the re-noised version; only `f_divergence` reads them.
+        """
         gradient = distribution_matching_gradient(pred_x0, real_x0, fake_x0)
+        if self.f_divergence is not None:
+            assert fake_logits is not None
+            gradient = gradient * self.f_divergence.weights(fake_logits)
         return self.weight * distribution_matching_loss(pred_x0, gradient)
