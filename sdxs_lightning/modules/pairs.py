@@ -5,20 +5,19 @@ What the student descends on them is said elsewhere (`Regression`, `FeatureMatch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
+from torch import nn
 
-from sdxs_lightning.batch import Conditioning, TrainingBatch
+from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
 from sdxs_lightning.latents import scale
+from sdxs_lightning.modules.stored_pairs import PickedPairs, StoredPairs, planned_pairs, sample_pairs
 from sdxs_lightning.pair_noise import pair_noise
-from sdxs_lightning.seeding import Stream, integers, normal
+from sdxs_lightning.seeding import Stream, normal
 from sdxs_lightning.teacher.denoiser import Denoiser
 from sdxs_lightning.teacher.frozen import Frozen
 from sdxs_lightning.teacher.scheduler_sampler import SchedulerSampler, check_scheduler
@@ -86,17 +85,6 @@ class Pairs:
         return self.samples and self.weights is None
 
 
-class PickedPairs(NamedTuple):
-    """One pair per sample of a micro-batch."""
-
-    noise: Tensor
-    """(B, C, h, w), float32, N(0, 1): what the student is given."""
-    conditioning: Conditioning
-    """Of the pairs' prompts, unconditional twin included."""
-    target: Tensor
-    """(B, C, h, w), float32, scaled latents: what the target sampler made of the same noise and prompts."""
-
-
 class TargetPairs:
     """The pairs of a run, whatever their source; holds no module that Lightning would see.
 
@@ -116,23 +104,22 @@ class TargetPairs:
         self._sampler: TargetSampler | SchedulerSampler | None = None
         self._stored: StoredPairs | None = None
 
-    def build(self, family: Family, dtype: torch.dtype = torch.float32) -> None:
-        """Loads the network of `weights`, if there is one.
-
-        Args:
-            family: the base.
-            dtype: of the frozen networks.
-        """
+    def build(self, family: Family) -> None:
+        """Loads the network of `weights`, if there is one."""
         self._family = family
         if self.settings.weights is not None:
             unet = family.load_unet(self.settings.weights)
             own = Denoiser(unet, family.schedule, family.prediction_type)
-            self.own = Frozen(own).to(dtype=dtype)
+            self.own = Frozen(own)
 
-    def to(self, device: torch.device) -> None:
-        """Moves the network of `weights`, if there is one."""
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves and casts the network of `weights`, if there is one."""
         if self.own is not None:
-            self.own.to(device)
+            self.own.to(device, dtype)
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """By name, for the memory plan: the network of `weights`, if there is one."""
+        return {} if self.own is None else {"target_sampler": self.own.module}
 
     def start(self, real_score: Denoiser | None, datamodule: object) -> None:
         """Makes the sampler, and the pairs in memory; every rank has to call it, once per fit, also of a resumed run.
@@ -146,15 +133,18 @@ class TargetPairs:
             ValueError: for pairs in memory, without captions; for a scheduler that cannot sample this base.
         """
         assert self._family is not None
-        self._sampler = self._make_sampler(real_score, self.settings.sampler_steps)
-        if self.settings.source == "memory" and self._stored is None:
+        settings = self.settings
+        self._sampler = self._make_sampler(real_score, settings.sampler_steps)
+        if settings.source == "memory" and self._stored is None:
             assert self._sampler is not None
-            captions = _captions(datamodule, self.settings.count)
+            captions = _captions(datamodule, settings.count)
             rank_zero_info(
-                f"Making {self.settings.count} pairs with {self.settings.sampler_steps} steps of the "
+                f"Making {settings.count} pairs with {settings.sampler_steps} steps of the "
                 f"{'base' if self.own is None else 'target sampler'}."
             )
-            self._stored = sample_pairs(self.settings, captions, self._family, self._sampler, self._seed)
+            self._stored = sample_pairs(
+                settings.count, settings.sampler_batch_size, captions, self._family, self._sampler, self._seed
+            )
 
     def plan(self, real_score: Denoiser | None) -> bool:
         """Stands in for `start` in a memory plan: one step of the sampler, and room for what `start` would keep.
@@ -167,7 +157,9 @@ class TargetPairs:
         if self.settings.source != "memory":
             return False
         assert self._sampler is not None
-        self._stored = planned_pairs(self.settings, self._family, self._sampler)
+        self._stored = planned_pairs(
+            self.settings.count, self.settings.sampler_batch_size, self._family, self._sampler
+        )
         return True
 
     def forget(self) -> None:
@@ -225,133 +217,6 @@ class TargetPairs:
         settings = self.settings
         name = settings.scheduler if scheduler else None
         return make_sampler(denoiser, steps, settings.guidance_scale, settings.spacing, name)
-
-
-class StoredPairs:
-    """Pairs in memory: prompts and target latents; the noise is made anew from each pair's index.
-
-    Prompt embeddings stay on the device, so that a batch is picked there without waiting for it: 2048 pairs are 0.5 GB
-    for SD in float32.
-
-    Args:
-        conditioning: of n prompts; its unconditional twin has one row, which serves them all.
-        targets: (n, C, h, w), scaled latents.
-        seed: of the run.
-    """
-
-    def __init__(self, conditioning: Conditioning, twin: Conditioning, targets: Tensor, seed: int) -> None:
-        self.conditioning = conditioning
-        self.targets = targets
-        self._twin = twin
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def pick(self, positions: Tensor) -> PickedPairs:
-        """The pairs that stand at these positions of the run."""
-        # Drawn with replacement: a function of the position alone needs no state of a shuffle. The stream is the one that
-        # would make the student's noise at these positions, which the pair brings along here.
-        chosen = integers(self._seed, Stream.STUDENT_NOISE, positions, 0, len(self))
-        noise = normal(self._seed, Stream.PAIRS, chosen, tuple(self.targets.shape[1:]))
-        return PickedPairs(noise, self._conditioning_of(chosen), self.targets[chosen])
-
-    def _conditioning_of(self, chosen: Tensor) -> Conditioning:
-        values = {entry.name: getattr(self.conditioning, entry.name) for entry in fields(Conditioning)}
-        rows = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
-        twin = {
-            f"negative_{name}": getattr(self._twin, name).expand_as(rows[name])
-            for name in ("prompt_embeds", "pooled_prompt_embeds")
-            if getattr(self._twin, name) is not None
-        }
-        return replace(self.conditioning, **rows, **twin)
-
-
-@torch.no_grad()
-def sample_pairs(
-    settings: Pairs,
-    captions: Sequence[str],
-    family: Family,
-    sampler: TargetSampler | SchedulerSampler,
-    seed: int,
-) -> StoredPairs:
-    """Samples the target of every caption; ranks share the work and each gets all pairs.
-
-    Args:
-        settings: how many, and how many at once.
-        captions: prompts; used again from the start when there are fewer than pairs.
-        family: encodes them.
-        sampler: makes the targets.
-        seed: of the run; with a pair's index it determines the pair's noise.
-
-    Returns:
-        The same pairs on every rank, and after a resume.
-
-    Raises:
-        ValueError: without captions.
-    """
-    if not captions:
-        raise ValueError("pairs in memory need captions and the training data has none.")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    # Rounded up to whole batches on every rank: a sharded network needs all ranks in every call.
-    share = -(-settings.count // world_size)
-    batches = []
-    for start in range(0, share, settings.sampler_batch_size):
-        count = min(settings.sampler_batch_size, share - start)
-        first = rank * share + start
-        index = torch.arange(first, first + count, device=family.schedule.alpha.device)
-        prompts = [captions[i % len(captions)] for i in range(first, first + count)]
-        noise = normal(seed, Stream.PAIRS, index, family.latent_shape())
-        batches.append(sampler(noise, family.encode_prompts(prompts)))
-        if len(batches) % 4 == 0:
-            rank_zero_info(f"pairs: {world_size * (start + count)} of {world_size * share}")
-    targets = _gather(torch.cat(batches), world_size)[: settings.count]
-    prompts = [captions[i % len(captions)] for i in range(settings.count)]
-    return StoredPairs(*_encode(family, prompts, settings.sampler_batch_size), targets, seed)
-
-
-@torch.no_grad()
-def planned_pairs(settings: Pairs, family: Family, sampler: TargetSampler | SchedulerSampler) -> StoredPairs:
-    """What `sample_pairs` holds, and at most holds for a moment, for the memory plan.
-
-    Args:
-        settings: how many pairs, and how many are sampled at once.
-        family: one without weights.
-        sampler: of one step, on the meta device.
-    """
-    device = family.schedule.alpha.device
-    count = min(settings.count, settings.sampler_batch_size)
-    noise = torch.empty(count, *family.latent_shape(), device=device)
-    sampler(noise, family.encode_prompts([""] * count))
-    targets = torch.empty(settings.count, *family.latent_shape(), device=device)
-    return StoredPairs(*_encode(family, [""] * settings.count, settings.sampler_batch_size), targets, 0)
-
-
-def _encode(family: Family, prompts: list[str], batch_size: int) -> tuple[Conditioning, Conditioning]:
-    """Conditioning of all prompts without its unconditional twin, and one row of the twin: it is the same for all."""
-    parts = [family.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
-    kept = {
-        entry.name: torch.cat([getattr(part, entry.name) for part in parts])
-        for entry in fields(Conditioning)
-        if isinstance(getattr(parts[0], entry.name), Tensor) and not entry.name.startswith("negative_")
-    }
-    # Cloned: a view of one row would keep the whole batch.
-    twin = parts[0][:1].unconditional()
-    row = {
-        entry.name: value.clone()
-        for entry in fields(Conditioning)
-        if isinstance(value := getattr(twin, entry.name), Tensor)
-    }
-    return Conditioning(**kept), Conditioning(**row)
-
-
-def _gather(share: Tensor, world_size: int) -> Tensor:
-    """The ranks' shares one after another, on every rank."""
-    if world_size == 1:
-        return share
-    everything = share.new_empty((world_size * len(share), *share.shape[1:]))
-    dist.all_gather_into_tensor(everything, share.contiguous())
-    return everything
 
 
 def _captions(datamodule: object, count: int) -> list[str]:
