@@ -41,7 +41,7 @@ class Sample:
     seed: int
     """Of the run."""
     target: Tensor | None = None
-    """(B, C, h, w), what the latents are regressed on, in the warm-up only."""
+    """(B, C, h, w), float32: what the target sampler made from the same noise and prompt, where the step uses pairs."""
 
     def detach(self) -> Sample:
         """The same sample without the student's graph."""
@@ -60,10 +60,14 @@ class Roles(NamedTuple):
     """The networks that a student's objective may ask."""
 
     schedule: NoiseSchedule
-    fake_score: FakeScore
+    fake_score: FakeScore | None
+    """None in a run that is warm-up only."""
     real_score: Denoiser | None
     """Frozen; None where no enabled part needs it."""
     discriminator: Discriminator | None
+    """Of latents; None without, or where the GAN looks at images."""
+    progress: float = 0.0
+    """Share of the student updates after the warm-up that lie behind, for what changes over a run."""
 
 
 def mean_absolute(tensor: Tensor) -> Tensor:

@@ -14,10 +14,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sdxs_lightning.modules.matched_features import MatchedFeatures
 from sdxs_lightning.modules.sample import Roles, Sample, mean_absolute
-from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 from sdxs_lightning.seeding import Stream
 
 Scalars = Mapping[str, Tensor]
@@ -35,14 +37,18 @@ class DistributionMatchingTerm:
     """Moves the sample along real minus fake score, both asked about the same re-noised sample, without graph."""
 
     objective: DistributionMatching
+    segmented: SegmentedScoreDistillation | None = None
+    """Restricts the timesteps, by the run's progress."""
 
     def __call__(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
         """See `StudentTerm`."""
-        assert roles.real_score is not None
+        assert roles.real_score is not None and roles.fake_score is not None
+        timesteps = self.objective.timesteps
+        if self.segmented is not None:
+            total = roles.schedule.num_train_timesteps
+            timesteps = self.segmented.segment(timesteps, roles.progress, total)
         with torch.no_grad():
-            noisy = sample.renoise(
-                roles.schedule, self.objective.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE
-            )
+            noisy = sample.renoise(roles.schedule, timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)
             asked = noisy.latents, noisy.timesteps, sample.conditioning
             fake_x0 = roles.fake_score.predict(*asked).pred_x0
             real_x0 = roles.real_score.guided(*asked, self.objective.guidance_scale).pred_x0
@@ -51,25 +57,25 @@ class DistributionMatchingTerm:
 
 
 @dataclass(frozen=True)
-class AdversarialTerm:
-    """Makes the re-noised sample look real to the discriminator; the graph goes through the fake score's encoder."""
+class FeatureMatchingTerm:
+    """Statistics of features against those of the target sampler's latents for the same noise and prompt."""
 
-    objective: DiffusionAdversarial
+    objective: FeatureMatching
+    features: MatchedFeatures
 
     def __call__(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
         """See `StudentTerm`."""
-        assert roles.discriminator is not None
-        noisy = sample.renoise(
-            roles.schedule, self.objective.timesteps, Stream.GAN_TIMESTEP, Stream.GAN_NOISE
-        )
-        features = roles.fake_score.features(noisy.latents, noisy.timesteps, sample.conditioning)
-        loss = self.objective.student_loss(roles.discriminator(features))
-        return loss, {"adversarial": loss}
+        assert sample.target is not None
+        with torch.no_grad():
+            targets = self.features(sample.target, sample.conditioning, roles)
+        features = self.features(sample.latents, sample.conditioning, roles)
+        loss = self.objective.loss(features, targets)
+        return loss, {"feature_matching": loss}
 
 
 @dataclass(frozen=True)
 class RegressionTerm:
-    """The warm-up: the target sampler's latents for the same noise and prompt."""
+    """The target sampler's latents for the same noise and prompt."""
 
     objective: Regression
 

@@ -18,9 +18,10 @@ from sdxs_lightning.modules import gradients
 from sdxs_lightning.modules.curriculum import Curriculum
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.regression_warmup import RegressionWarmup
+from sdxs_lightning.modules.pairs import Pairs
 from sdxs_lightning.modules.sharding import ShardedNetworks
 from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.objectives.regression import Regression
 from tests.training.tiny_distillation import batches_of, distillation, fit
 
 TURNS = 10
@@ -70,7 +71,8 @@ def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillatio
             warmup_updates=2,
             fake_score_warmup_turns=1,
         ),
-        warmup=RegressionWarmup(pairs=7, sampler_steps=2, sampler_batch_size=4),
+        pairs=Pairs(count=7, sampler_steps=2, sampler_batch_size=4),
+        regression=Regression(),
         accumulate_grad_batches=micro_batches,
         gradient_clip_norm=0.5,
     )

@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.denoising import Denoising
+from sdxs_lightning.objectives.feature_matching import FeatureMatching
+from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 from sdxs_lightning.timesteps import TimestepRange
-from tests.tiny import tiny_batch
 from tests.training.tiny_distillation import (
     WARMUP,
     WARMUP_ONLY,
-    built,
     distillation,
-    sample_of,
 )
 
 Base = Callable[[str], Path]
@@ -30,30 +29,25 @@ Base = Callable[[str], Path]
         ({"gan": False, "adversarial": DiffusionAdversarial()}, "go together"),
         ({"gan": False, "distribution_matching": None}, "the student has no objective"),
         ({"denoising": Denoising(timesteps=TimestepRange(0, 500))}, "must equal denoising.timesteps"),
-        ({"warmup": WARMUP}, "warmup_updates is 0 and warmup is RegressionWarmup"),
-        ({"curriculum": WARMUP_ONLY}, "give both, or 0 and null"),
+        (WARMUP, "pairs are set, but curriculum.warmup_updates is 0"),
+        ({"curriculum": WARMUP_ONLY}, "the warm-up has no objective"),
+        (
+            {"curriculum": WARMUP_ONLY, "regression": Regression()},
+            "pairs are null, but curriculum.warmup_updates is 9",
+        ),
+        (
+            {"fake_score": None, "gan": False},
+            r"goes on after the warm-up \(0 of 1000000 updates\) and fake_score is null",
+        ),
+        ({"feature_matching": FeatureMatching()}, "feature_matching and features go together"),
+        ({"segmented": SegmentedScoreDistillation()}, "segmented needs feature_matching and features"),
+        (
+            {"segmented": SegmentedScoreDistillation(), "distribution_matching": None},
+            "segmented restricts distribution_matching, which is null",
+        ),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be 1 or more"),
     ],
 )
 def test_parts_that_do_not_go_together(base: Base, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         distillation(base("sd-epsilon"), **settings)
-
-
-def test_latents_of_another_size_are_refused(base: Base) -> None:
-    module = built(distillation(base("sd-epsilon")))
-    batch = tiny_batch(2)
-    sample = sample_of(module)
-    small = type(batch)(
-        captions=batch.captions,
-        positions=batch.positions,
-        sample_ids=batch.sample_ids,
-        latents=torch.zeros(2, 4, 8, 8),
-    )
-    with pytest.raises(
-        ValueError, match=r"latents of shape \(4, 16, 16\) in every batch and got shape \(4, 8, 8\)"
-    ):
-        module._data(small, sample)
-    none = type(batch)(captions=batch.captions, positions=batch.positions, sample_ids=batch.sample_ids)
-    with pytest.raises(ValueError, match="got none; make latent shards"):
-        module._data(none, sample)

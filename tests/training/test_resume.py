@@ -17,8 +17,9 @@ from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.lr_schedules import TwoPhaseLR
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.regression_warmup import RegressionWarmup
+from sdxs_lightning.modules.pairs import Pairs
 from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.objectives.regression import Regression
 from tests.training.tiny_distillation import batches_of, distillation, fit
 
 Base = Callable[[str], Path]
@@ -40,7 +41,8 @@ def module_for(base: Path, max_student_updates: int = 99) -> OneStepDistillation
             warmup_updates=2,
             fake_score_warmup_turns=1,
         ),
-        warmup=RegressionWarmup(pairs=6, sampler_steps=2, sampler_batch_size=4),
+        pairs=Pairs(count=6, sampler_steps=2, sampler_batch_size=4),
+        regression=Regression(),
         accumulate_grad_batches=2,
     )
 

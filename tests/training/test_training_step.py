@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 
 from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.modules.curriculum import Curriculum
+from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.lr_schedules import TwoPhaseLR
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
@@ -52,7 +53,7 @@ CRITIC_ONLY = Curriculum(max_student_updates=9, fake_score_warmup_turns=9)
         ),
         ({"curriculum": CRITIC_ONLY}, {"student": 0, "ema": 0, "fake_score": 1.0, "discriminator": 1.0}),
         (
-            {"curriculum": WARMUP_ONLY, "warmup": WARMUP},
+            {"curriculum": WARMUP_ONLY, **WARMUP},
             {"student": 1.0, "ema": 1.0, "fake_score": 0, "discriminator": 0},
         ),
     ],
@@ -74,16 +75,20 @@ def test_which_networks_move(
     assert all(parameter.grad is None for parameter in module.parameters())  # cleared, none left lying about
 
 
+def head_of(module: OneStepDistillation) -> torch.nn.Module:
+    """The head of the latents' discriminator."""
+    assert isinstance(module.discriminator, Discriminator)
+    return module.discriminator.head
+
+
 class ByHand:
     """The same step in plain torch on raw U-Nets: no class of ours but the addresses of the noise."""
 
     def __init__(self, module: OneStepDistillation, size: int) -> None:
         batch = tiny_batch(size)
-        assert (
-            batch.latents is not None and module.real_score is not None and module.discriminator is not None
-        )
+        assert batch.latents is not None and module.real_score is not None and module.fake_score is not None
         self.student, self.fake = module.student.denoiser.unet, module.fake_score.denoiser.unet
-        self.real, self.head = module.real_score.module.unet, module.discriminator.head
+        self.real, self.head = module.real_score.module.unet, head_of(module)
         self.v = module.family.prediction_type == "v_prediction"
         self.timestep = module.family.conditioning_timestep
         self.conditioning = module.family.encode_prompts(batch.captions)
@@ -156,6 +161,7 @@ class ByHand:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_turn_equals_the_same_step_in_plain_torch(base: Base, shards: Path, kind: str) -> None:
     module = built(distillation(base(kind), gradient_clip_norm=None))
+    assert module.fake_score is not None
     # Apart from the base, as after training: at the start fake equals real and the score difference is guidance alone.
     for parameter, other in zip(
         module.fake_score.parameters(), tiny_sd_unet(seed=3).parameters(), strict=False

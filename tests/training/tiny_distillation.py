@@ -19,15 +19,19 @@ from sdxs_lightning.modules.curriculum import Curriculum
 from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.regression_warmup import RegressionWarmup
+from sdxs_lightning.modules.pairs import Pairs
 from sdxs_lightning.modules.sample import Sample
 from sdxs_lightning.modules.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.seeding import Stream, normal
 from tests.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_batch
 
 WARMUP_ONLY = Curriculum(max_student_updates=9, warmup_updates=9)
-WARMUP = RegressionWarmup(pairs=8, sampler_steps=2, sampler_batch_size=4)
+WARMUP: dict[str, Any] = {
+    "pairs": Pairs(count=8, sampler_steps=2, sampler_batch_size=4),
+    "regression": Regression(),
+}
 KINDS = ("sd-epsilon", "sd-v_prediction", "sdxl-epsilon")
 
 

@@ -1,0 +1,144 @@
+"""Which parts of a one-step distillation go together, and the student's terms that follow from them."""
+
+from __future__ import annotations
+
+from sdxs_lightning.modules.curriculum import Curriculum
+from sdxs_lightning.modules.discriminator import Discriminator
+from sdxs_lightning.modules.gan import DiffusionGan, Gan
+from sdxs_lightning.modules.image_features import ImageFeatures
+from sdxs_lightning.modules.matched_features import MatchedFeatures
+from sdxs_lightning.modules.pixel_gan import PixelGan
+from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.modules.student_terms import (
+    DistributionMatchingTerm,
+    FeatureMatchingTerm,
+    RegressionTerm,
+    StudentTerm,
+)
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.denoising import Denoising
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.objectives.feature_matching import FeatureMatching
+from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
+from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
+
+Terms = dict[str, StudentTerm]
+
+
+def gan_of(
+    discriminator: Discriminator | ProjectedDiscriminator | None,
+    adversarial: DiffusionAdversarial | PixelAdversarial | None,
+    image_features: ImageFeatures | None,
+) -> Gan | None:
+    """The GAN that a config's parts make; None where it names none.
+
+    Raises:
+        ValueError: for parts that do not go together.
+    """
+    match discriminator, adversarial, image_features:
+        case None, None, None:
+            return None
+        case Discriminator(), DiffusionAdversarial(), None:
+            return DiffusionGan(discriminator, adversarial)
+        case ProjectedDiscriminator(), PixelAdversarial(), source if source is not None:
+            return PixelGan(discriminator, adversarial, source)
+    got = ", ".join(type(part).__name__ for part in (discriminator, adversarial, image_features))
+    raise ValueError(
+        "discriminator and adversarial go together, a Discriminator with DiffusionAdversarial, or a ProjectedDiscriminator "
+        f"with PixelAdversarial and image_features, got {got.replace('NoneType', 'null')}; set all or all to null."
+    )
+
+
+def warmup_terms(
+    regression: Regression | None, feature_matching: FeatureMatching | None, features: MatchedFeatures | None
+) -> Terms:
+    """What the student descends in the warm-up."""
+    terms: Terms = {}
+    if regression is not None:
+        terms["regression"] = RegressionTerm(regression)
+    if feature_matching is not None and features is not None:
+        terms["feature_matching"] = FeatureMatchingTerm(feature_matching, features)
+    return terms
+
+
+def terms_after_warmup(
+    distribution_matching: DistributionMatching | None,
+    segmented: SegmentedScoreDistillation | None,
+    gan: Gan | None,
+    feature_matching: FeatureMatching | None,
+    features: MatchedFeatures | None,
+) -> Terms:
+    """What the student descends afterwards."""
+    terms: Terms = {}
+    if distribution_matching is not None:
+        terms["distribution_matching"] = DistributionMatchingTerm(distribution_matching, segmented)
+    if segmented is not None and segmented.matches_features:
+        assert feature_matching is not None and features is not None
+        terms["feature_matching"] = FeatureMatchingTerm(feature_matching, features)
+    if gan is not None:
+        terms["adversarial"] = gan.student_term
+    return terms
+
+
+def check_curriculum(
+    curriculum: Curriculum, has_fake_score: bool, has_pairs: bool, warmup: Terms, after: Terms
+) -> None:
+    """Raises ValueError unless every phase of the curriculum has what it learns from."""
+    distils = curriculum.max_student_updates > curriculum.warmup_updates
+    if distils and not after:
+        raise ValueError(
+            "the student has no objective after the warm-up: set distribution_matching, or discriminator and adversarial, or "
+            "curriculum.max_student_updates to curriculum.warmup_updates."
+        )
+    if distils and not has_fake_score:
+        raise ValueError(
+            f"curriculum goes on after the warm-up ({curriculum.warmup_updates} of {curriculum.max_student_updates} updates) "
+            "and fake_score is null: set it, or end with the warm-up."
+        )
+    if curriculum.warmup_updates and not warmup:
+        raise ValueError(
+            f"curriculum.warmup_updates is {curriculum.warmup_updates} and the warm-up has no objective: set regression, or "
+            "feature_matching and features, or warmup_updates to 0."
+        )
+    needs_pairs = curriculum.warmup_updates > 0 or "feature_matching" in after
+    if needs_pairs != has_pairs:
+        raise ValueError(
+            f"pairs are {'set' if has_pairs else 'null'}, but curriculum.warmup_updates is {curriculum.warmup_updates} and "
+            f"segmented {'matches' if 'feature_matching' in after else 'does not match'} features: a warm-up or the segmented "
+            "mode needs pairs, and nothing else reads them."
+        )
+
+
+def check_features(
+    feature_matching: FeatureMatching | None,
+    features: MatchedFeatures | None,
+    segmented: SegmentedScoreDistillation | None,
+    distribution_matching: DistributionMatching | None,
+) -> None:
+    """Raises ValueError unless feature matching and the segmented mode have their parts."""
+    if (feature_matching is None) != (features is None):
+        raise ValueError("feature_matching and features go together: set both, or both to null.")
+    if segmented is None:
+        return
+    if distribution_matching is None:
+        raise ValueError(
+            "segmented restricts distribution_matching, which is null: set it, or segmented to null."
+        )
+    if segmented.matches_features and feature_matching is None:
+        raise ValueError(
+            "segmented needs feature_matching and features, unless lambda_start and lambda_end are both 0."
+        )
+
+
+def check_timesteps(
+    adversarial: DiffusionAdversarial | PixelAdversarial | None, denoising: Denoising
+) -> None:
+    """Raises ValueError where the discriminator would read a denoising pass over other timesteps than its own."""
+    if not isinstance(adversarial, DiffusionAdversarial) or adversarial.features != "fake_score":
+        return
+    if adversarial.timesteps != denoising.timesteps:
+        raise ValueError(
+            f"adversarial.timesteps ({adversarial.timesteps}) must equal denoising.timesteps ({denoising.timesteps}), "
+            "because the discriminator reads the denoising pass."
+        )
