@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from sdxs_lightning.seeding import Stream, normal
 
+SEEDS = range(1 << 31)
+"""The seeds that a set of pairs can have."""
 _INDEX_BITS = 32
-_SEED_BITS = 31
 
 
 def noise_seeds(seed: int, indices: Tensor) -> Tensor:
@@ -24,8 +24,8 @@ def noise_seeds(seed: int, indices: Tensor) -> Tensor:
     Raises:
         ValueError: for a seed outside its range.
     """
-    if not 0 <= seed < 1 << _SEED_BITS:
-        raise ValueError(f"the seed of a set of pairs must be in [0, 2^{_SEED_BITS}), got {seed}.")
+    if seed not in SEEDS:
+        raise ValueError(f"the seed of a set of pairs must be in [0, {SEEDS[-1]}], got {seed}.")
     return indices + (seed << _INDEX_BITS)
 
 
@@ -39,4 +39,4 @@ def pair_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     Returns:
         (B, *shape), float32, N(0, 1), on the device of seeds.
     """
-    return normal(0, Stream.PAIRS, seeds.to(torch.int64), shape)
+    return normal(0, Stream.PAIRS, seeds, shape)

@@ -132,4 +132,5 @@ class SchedulerSampler:
                 scaled, timestep.expand(len(noise)), conditioning, self.guidance_scale
             )
             latents = scheduler.step(output, timestep, latents).prev_sample
-        return latents.float()
+        result: Tensor = latents.float()
+        return result

@@ -1,0 +1,1 @@
+"""Preparing data before a training: `python -m data.prepare COMMAND`."""
