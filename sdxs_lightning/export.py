@@ -6,18 +6,20 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import pipeline_variant, read_json
+from sdxs_lightning.modules.backward_simulation import original_inference_steps
+from sdxs_lightning.modules.lora import merged_weights
 from sdxs_lightning.modules.tiny_decoder import load_tiny, tiny_factor
 
 
@@ -28,8 +30,9 @@ def export_pipeline(
     conditioning_timestep: int | None = None,
     dtype: torch.dtype = torch.float16,
     vae: str | None = None,
+    timesteps: Sequence[int] | None = None,
 ) -> Path:
-    """Writes a pipeline of the family's kind: run it with num_inference_steps=1 and guidance_scale=0.
+    """Writes a pipeline of the family's kind: run it with guidance_scale=0 and num_inference_steps=1, or the student's number.
 
     Text encoders and tokenizers are the base's. The folder appears whole or not at all; one that is there already is
     replaced.
@@ -42,6 +45,7 @@ def export_pipeline(
         dtype: of all weights in the files; float32 keeps the student's output to rounding.
         vae: folder of a tiny autoencoder (stage `decoder`, or TAESD) to decode with; the base's VAE then goes to `vae_large`,
             which pipelines do not read, as in the released SDXS folders. None exports the base's VAE.
+        timesteps: of the student's steps, in place of conditioning_timestep; None is one step.
 
     Returns:
         folder, as a Path.
@@ -52,9 +56,13 @@ def export_pipeline(
     """
     folder = Path(folder)
     timestep = family.conditioning_timestep if conditioning_timestep is None else conditioning_timestep
+    steps = list(timesteps or [timestep])
     copy = plain_unet(unet, unet.state_dict())
     pipeline_class: type[DiffusionPipeline] = getattr(diffusers, family.pipeline_class)
-    parts: dict[str, Any] = {"unet": copy, "scheduler": one_step_scheduler(family, timestep)}
+    scheduler = (
+        one_step_scheduler(family, steps[0]) if len(steps) == 1 else several_step_scheduler(family, steps)
+    )
+    parts: dict[str, Any] = {"unet": copy, "scheduler": scheduler}
     if family.pipeline_class == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if vae is not None:
@@ -103,7 +111,7 @@ def fitting_tiny_vae(folder: str, family: Family) -> AutoencoderTiny:
 
 
 def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
-    """A new network of the same config with the given weights: no hooks, no shards.
+    """A new network of the same config with the given weights: no hooks, no shards, adapters merged.
 
     Args:
         unet: where the config comes from.
@@ -112,7 +120,7 @@ def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNe
     # Not from_config(): it resets what a config names in _use_default_values, even where that was changed since.
     settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     copy = UNet2DConditionModel(**settings)
-    copy.load_state_dict(weights)
+    copy.load_state_dict(merged_weights(unet, weights))
     return copy
 
 
@@ -133,15 +141,36 @@ def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMSchedu
     It knows only the betas up to that timestep, so "trailing" spacing begins there, and the step to alpha = 1 is the x_0
     estimate. A pipeline's noise is not scaled (init_noise_sigma 1), as in training.
     """
+    settings = _schedule_up_to(family, conditioning_timestep)
+    return DDIMScheduler(**settings, timestep_spacing="trailing")
+
+
+def several_step_scheduler(family: Family, timesteps: Sequence[int]) -> LCMScheduler:
+    """A scheduler that visits these timesteps in as many steps, with fresh noise between them, and returns pred_x0.
+
+    The fresh noise is the pipeline's `generator`'s, where the student in training makes its own from the first noise.
+
+    Raises:
+        ValueError: for timesteps that it cannot visit.
+    """
+    return LCMScheduler(
+        **_schedule_up_to(family, timesteps[0]),
+        original_inference_steps=original_inference_steps(timesteps),
+        # It mixes the network's input into pred_x0 by 1 / (4 (scale t)^2): nothing, at this scale.
+        timestep_scaling=1e4,
+    )
+
+
+def _schedule_up_to(family: Family, last_timestep: int) -> dict[str, Any]:
+    """Settings that the schedulers share: the base's betas up to a timestep, and x_0 as the network says it."""
     config = read_json(family.folder / "scheduler" / "scheduler_config.json")
-    total = conditioning_timestep + 1
+    total = last_timestep + 1
     settings: dict[str, Any] = {
         "num_train_timesteps": total,
         "prediction_type": family.prediction_type,
-        "timestep_spacing": "trailing",
         "set_alpha_to_one": True,
         "clip_sample": False,
-        "steps_offset": 1,  # unused by "trailing"; the pipeline warns about any other value
+        "steps_offset": 1,  # unused by the spacings here; the pipeline warns about any other value
     }
     if total == family.schedule.num_train_timesteps:
         kept = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
@@ -149,4 +178,4 @@ def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMSchedu
     else:
         abar = family.schedule.alphas_cumprod[:total].double().cpu()
         settings["trained_betas"] = (1 - abar / torch.cat([abar.new_ones(1), abar[:-1]])).tolist()
-    return DDIMScheduler(**settings)
+    return settings

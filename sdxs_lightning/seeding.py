@@ -47,6 +47,8 @@ class Stream(IntEnum):
     TEACHER_TIMESTEP = 13
     VAE_SAMPLE = 14
     AUGMENTATION = 15
+    STEP_NOISE = 16
+    STEP_INDEX = 17
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -111,6 +113,22 @@ def integers(seed: int, stream: int, positions: Tensor, low: int, high: int) -> 
         raise ValueError(f"integers needs low < high, at most 2^31 apart, got low {low} and high {high}.")
     words = _words(seed, stream, positions, 1).squeeze(1)
     return low + ((((words >> 32) & 0xFFFFFFFF) * (high - low)) >> 32)
+
+
+def fingerprint(values: Tensor) -> Tensor:
+    """A number for each sample's values, to stand for its position where only the values are known.
+
+    Args:
+        values: (B, ...), float; compared as float32, bit for bit.
+
+    Returns:
+        (B,), int64: equal for equal values; for others equal by chance, one in 2^64.
+    """
+    bits = values.detach().float().contiguous().view(torch.int32).flatten(1).to(torch.int64)
+    elements = torch.arange(1, bits.shape[1] + 1, device=bits.device, dtype=torch.int64)
+    # Hashed before they are added: the sum of plain bits would not see two elements change places. int64 sums wrap around,
+    # so their order does not matter.
+    return _mix(_mix(bits ^ _mix(elements)[None, :]).sum(dim=1))
 
 
 def _words(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:

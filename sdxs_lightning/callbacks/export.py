@@ -1,5 +1,7 @@
 """Writes the student as a pipeline when the training ends."""
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal, cast
 
@@ -15,6 +17,7 @@ from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.checkpoint_folder import write_failure
 from sdxs_lightning.errors import CheckpointNotWritten
 from sdxs_lightning.export import export_pipeline, plain_unet
+from sdxs_lightning.modules.ema import StudentEma
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 
 
@@ -53,13 +56,14 @@ class ExportPipeline(Checkpoint):
         assert isinstance(pl_module, OneStepDistillation) and pl_module.ema is not None
         source = pl_module.ema if self.average else pl_module.student
         folder = Path(self.folder or Path(trainer.default_root_dir) / "pipeline")
-        weights = get_model_state_dict(
-            source.denoiser.unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-        )
+        with source.applied() if isinstance(source, StudentEma) else nullcontext():
+            weights = get_model_state_dict(
+                source.denoiser.unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+            )
         problem = None
         if self.ranks.first:
             unet = plain_unet(source.denoiser.unet, cast(dict[str, Tensor], weights))
-            problem = self._write(pl_module, unet, folder, source.conditioning_timestep)
+            problem = self._write(pl_module, unet, folder, source.timesteps)
         problem = self.ranks.first_message(problem)
         if problem:
             raise CheckpointNotWritten(
@@ -69,10 +73,10 @@ class ExportPipeline(Checkpoint):
         rank_zero_info(f"Pipeline of student update {pl_module.student_updates}: {folder}")
 
     def _write(
-        self, module: OneStepDistillation, unet: UNet2DConditionModel, folder: Path, timestep: int
+        self, module: OneStepDistillation, unet: UNet2DConditionModel, folder: Path, timesteps: Sequence[int]
     ) -> str | None:
         try:
-            export_pipeline(unet, module.family, folder, timestep, self.dtype, self.vae)
+            export_pipeline(unet, module.family, folder, dtype=self.dtype, vae=self.vae, timesteps=timesteps)
         except Exception as error:
             problem = write_failure(error)
             if problem is None:

@@ -1,52 +1,43 @@
-"""The one-step student."""
+"""The student: one step, or a few."""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.families import Family
-from sdxs_lightning.modules.network import Network, prepare_unet
+from sdxs_lightning.modules.backward_simulation import check_timesteps, sample_in_steps, simulated_sample
+from sdxs_lightning.modules.lora import LoRA, add_lora
+from sdxs_lightning.modules.network import Network, prepare_unet, save_adapters_only
 from sdxs_lightning.teacher.denoiser import Denoiser
 
 
-def one_step(denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timestep: int) -> Tensor:
-    """Noise straight to clean latents: the network's x_0 estimate at one constant timestep.
-
-    Args:
-        denoiser: the student's network.
-        noise: (B, C, h, w), N(0, 1), unscaled whatever the timestep is (DMD2's "timestep shift" for SDXL).
-        conditioning: of B prompts.
-        timestep: the conditioning timestep.
-
-    Returns:
-        (B, C, h, w), float32, scaled latents.
-
-    Source: DMD2, arXiv:2405.14867, section 4.2.
-    """
-    timesteps = torch.full((len(noise),), timestep, dtype=torch.int64, device=noise.device)
-    prediction = denoiser(noise, timesteps, conditioning)
-    pred_x0: Tensor = prediction.pred_x0
-    return pred_x0
-
-
 class StudentGenerator(Network):
-    """Maps noise and a prompt to clean latents in one step; its network may be smaller than the base's.
+    """Maps noise and a prompt to clean latents in one step, or a few; its network may be smaller than the base's.
 
     Args:
         optimizer: called with the trainable parameters.
         lr_scheduler: stepped once per student update; None keeps the rate.
         weights: U-Net folder, or pipeline folder, to start from (a pruned student, a warmed-up one); None starts from
             the base.
-        conditioning_timestep: None takes the family's.
+        conditioning_timestep: of a one-step student; None takes the family's.
+        timesteps: of a student of several steps, from noise to clean, such as [999, 749, 499, 249] of DMD2; None is one step.
+        lora: learns by adapters on frozen weights, which an export merges; None trains every weight.
         gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more work.
         compile_blocks: torch.compile of each block; pays on a GPU for runs of more than minutes.
+
+    Raises:
+        ValueError: for both conditioning_timestep and timesteps.
     """
 
     denoiser: Denoiser
     conditioning_timestep: int
+    """Of its first step."""
+    timesteps: Sequence[int]
+    """Of all its steps, from noise to clean."""
 
     def __init__(
         self,
@@ -54,19 +45,28 @@ class StudentGenerator(Network):
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
         conditioning_timestep: int | None = None,
+        timesteps: list[int] | None = None,
+        lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self._weights = weights
+        self.lora = lora
         self._conditioning_timestep = conditioning_timestep
+        if conditioning_timestep is not None and timesteps is not None:
+            raise ValueError(
+                f"conditioning_timestep ({conditioning_timestep}) is for a student of one step and timesteps ({timesteps}) for "
+                "one of several; set one of them in student.init_args."
+            )
+        self._timesteps = timesteps
         self._switches = gradient_checkpointing, compile_blocks
 
     def build(self, family: Family) -> None:
         """Loads the network; a second call does nothing.
 
         Raises:
-            ValueError: for a conditioning timestep outside the family's schedule.
+            ValueError: for timesteps outside the family's schedule, or that an exported pipeline could not visit.
         """
         if hasattr(self, "denoiser"):
             return
@@ -78,9 +78,23 @@ class StudentGenerator(Network):
                 f"conditioning_timestep must be in [0, {total - 1}], got {self.conditioning_timestep}; change "
                 "student.init_args.conditioning_timestep."
             )
-        unet = prepare_unet(family.load_unet(self._weights), *self._switches)
-        self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
+        if self._timesteps is not None:
+            check_timesteps(self._timesteps, total)
+            self.conditioning_timestep = self._timesteps[0]
+        self.timesteps = self._timesteps or [self.conditioning_timestep]
+        unet = family.load_unet(self._weights)
+        if self.lora is not None:
+            add_lora(unet, self.lora)
+        self.denoiser = Denoiser(
+            prepare_unet(unet, *self._switches), family.schedule, family.prediction_type
+        )
+        if self.lora is not None:
+            save_adapters_only(self)
 
     def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise (B, C, h, w) -> clean latents pred_x0 (B, C, h, w), float32."""
-        return one_step(self.denoiser, noise, conditioning, self.conditioning_timestep)
+        """Noise (B, C, h, w) -> clean latents pred_x0 (B, C, h, w), float32: through all steps, for pictures."""
+        return sample_in_steps(self.denoiser, noise, conditioning, self.timesteps)
+
+    def simulate(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """The same, but of one step each, for training: see `simulated_sample`. One step is `forward`."""
+        return simulated_sample(self.denoiser, noise, conditioning, self.timesteps)
