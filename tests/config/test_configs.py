@@ -101,12 +101,11 @@ def tiny_distill(name: str, folder: Path) -> Flags:
             "trainer.callbacks": "null",
             "trainer.enable_checkpointing": False,
         }
-    text = (CONFIGS / name).read_text()
-    if "warmup_updates:" in text and "warmup: null" not in text:
+    if "warmup_updates:" in (CONFIGS / name).read_text():
         flags |= {
             "model.init_args.curriculum.warmup_updates": 1,
-            "model.init_args.warmup.pairs": 4,
-            "model.init_args.warmup.sampler_steps": 2,
+            "model.init_args.pairs.count": 4,
+            "model.init_args.pairs.sampler_steps": 2,
         }
     return flags
 
