@@ -13,6 +13,7 @@ import torch
 
 from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
+from sdxs_lightning.latents import scale
 from sdxs_lightning.modules.curriculum import Curriculum, Turn
 from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.distillation_networks import DistillationNetworks, DistillationParts
@@ -36,6 +37,7 @@ from sdxs_lightning.modules.sample import Sample
 from sdxs_lightning.modules.student_generator import StudentGenerator
 from sdxs_lightning.modules.student_terms import StudentTerm
 from sdxs_lightning.modules.term_gradients import balanced, comparison, term_gradients
+from sdxs_lightning.modules.vital_signs import latent_signs
 from sdxs_lightning.noise_schedule import target_of
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.denoising import Denoising
@@ -154,8 +156,9 @@ class OneStepDistillation(DistillationNetworks):
             conditioning = self.family.encode_prompts(batch.captions)
             noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
         with torch.set_grad_enabled(turn.student):
-            latents = self.student(noise, conditioning)
-        self.note("student/", mean=latents.mean(), std=latents.std())
+            latents = self.student.simulate(noise, conditioning)
+        data = None if batch.latents is None else scale(batch.latents, self.family.scaling_factor)
+        self.note("student/", **latent_signs(latents, data))
         return Sample(
             latents=latents,
             conditioning=conditioning,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from sdxs_lightning.batch import Conditioning
@@ -68,8 +67,3 @@ class Roles(NamedTuple):
     """Of latents; None without, or where the GAN looks at images."""
     progress: float = 0.0
     """Share of the student updates after the warm-up that lie behind, for what changes over a run."""
-
-
-def mean_absolute(tensor: Tensor) -> Tensor:
-    """Mean |x|, without graph."""
-    return torch.mean(torch.abs(tensor.detach().float()))

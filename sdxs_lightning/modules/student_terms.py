@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sdxs_lightning.modules.matched_features import MatchedFeatures
-from sdxs_lightning.modules.sample import Roles, Sample, mean_absolute
+from sdxs_lightning.modules.sample import Roles, Sample
+from sdxs_lightning.modules.vital_signs import score_signs
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.regression import Regression
@@ -53,7 +54,7 @@ class DistributionMatchingTerm:
             fake_x0 = roles.fake_score.predict(*asked).pred_x0
             real_x0 = roles.real_score.guided(*asked, self.objective.guidance_scale).pred_x0
         loss = self.objective.loss(sample.latents, real_x0, fake_x0)
-        return loss, {"distribution_matching": loss, "score_gap": mean_absolute(fake_x0 - real_x0)}
+        return loss, {"distribution_matching": loss, **score_signs(sample.latents, real_x0, fake_x0)}
 
 
 @dataclass(frozen=True)
