@@ -1,0 +1,169 @@
+"""Watches how a distillation fares, and says the likely cause when it is about to collapse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.callbacks.diagnosis import Diagnosis, Thresholds
+from sdxs_lightning.modules.diversity import BottleneckFeatures, measure_diversity
+from sdxs_lightning.modules.matched_features import MatchedFeatures
+from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+
+WATCHED = ("student/fake_score_lag", "student/saturation", "student/cosine_", "discriminator/accuracy")
+"""Beginnings of the logged names that are averaged from reading to reading."""
+
+
+class Health(Callback):
+    """Measures diversity, averages what the stage logs, and warns; every n student updates.
+
+    What the stage logs by itself on every turn (score gap and lag, saturation, gradient norms and cosines, the discriminator's
+    accuracy) is summed on the device on the student's turns and read here only, so that nothing waits for it in between. The
+    readings are rank 0's.
+
+    Args:
+        every_n_student_updates: distance of two readings.
+        thresholds: what is a symptom, and for how long it must last.
+        prompts: for diversity; None takes the first captions of the run's first batch.
+        diversity_prompts: how many of these; 0 measures no diversity.
+        samples_per_prompt: how many samples of each are compared.
+        features: what they are compared by; None is `BottleneckFeatures`.
+
+    Raises:
+        ValueError: for counts that make no reading or no pair.
+    """
+
+    def __init__(
+        self,
+        every_n_student_updates: int = 50,
+        thresholds: Thresholds = Thresholds(),
+        prompts: list[str] | None = None,
+        diversity_prompts: int = 4,
+        samples_per_prompt: int = 8,
+        features: MatchedFeatures | None = None,
+    ) -> None:
+        counts = {
+            "every_n_student_updates": (every_n_student_updates, 1),
+            "diversity_prompts": (diversity_prompts, 0),
+            "samples_per_prompt": (samples_per_prompt, 2),
+        }
+        for name, (value, least) in counts.items():
+            if value < least:
+                raise ValueError(f"Health.{name} must be {least} or more, got {value}.")
+        self.every_n_student_updates = every_n_student_updates
+        self.prompts = prompts
+        self.diversity_prompts = diversity_prompts
+        self.samples_per_prompt = samples_per_prompt
+        self.features: MatchedFeatures = BottleneckFeatures() if features is None else features
+        self.diagnosis = Diagnosis(thresholds)
+        self.warnings: list[str] = []
+        """All that were given in this process."""
+        self._sums: dict[str, Tensor] = {}
+        self._counted: dict[str, int] = {}
+        self._seen_updates = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Loads what the features need.
+
+        Raises:
+            TypeError: for a stage that distils no one-step student.
+            ValueError: for features of a network that the stage does not have.
+        """
+        if not isinstance(pl_module, OneStepDistillation):
+            raise TypeError(
+                f"Health follows a OneStepDistillation, not a {type(pl_module).__name__}; take it out of trainer.callbacks."
+            )
+        if self.diversity_prompts:
+            if self.features.needs_real_score and pl_module.real_score is None:
+                raise ValueError(
+                    f"Health.features is {type(self.features).__name__}, which asks the real score, and this stage loads none; "
+                    "give null or features of an image network, or set diversity_prompts to 0."
+                )
+            self.features.build(pl_module.family)
+            self.features.to(pl_module.device, pl_module.real_score_dtype)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """By now a resumed run knows its counters."""
+        assert isinstance(pl_module, OneStepDistillation)
+        self._seen_updates = pl_module.student_updates
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: TrainingBatch,
+        batch_idx: int,
+    ) -> None:
+        """Sums on the student's turns; reads at each multiple."""
+        assert isinstance(pl_module, OneStepDistillation)
+        if self.prompts is None:
+            self.prompts = list(batch.captions)
+        updates, seen = pl_module.student_updates, self._seen_updates
+        if updates == seen:
+            return
+        self._seen_updates = updates
+        self._sum(trainer.callback_metrics)
+        if updates // self.every_n_student_updates > seen // self.every_n_student_updates:
+            self.read(trainer, pl_module)
+
+    def read(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
+        """Measures diversity, logs it, and warns of what is wrong. Called on all ranks; waits for the device."""
+        signs = self._means()
+        if self.diversity_prompts:
+            signs["student/diversity"] = float(self._diversity(trainer, module))
+            self._log(trainer, "student/diversity", signs["student/diversity"])
+        for warning in self.diagnosis.read(signs):
+            self.warnings.append(warning)
+            rank_zero_warn(f"Student update {module.student_updates}: {warning}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """A resumed run compares with the same prompts, and with what the run had been."""
+        return {"prompts": self.prompts, "diagnosis": self.diagnosis.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self.prompts = state_dict["prompts"]
+        self.diagnosis.load_state_dict(state_dict["diagnosis"])
+
+    def _sum(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            if name.startswith(WATCHED):
+                before = self._sums.get(name)
+                self._sums[name] = value.detach().clone() if before is None else before + value.detach()
+                self._counted[name] = self._counted.get(name, 0) + 1
+
+    def _means(self) -> dict[str, float]:
+        if not self._sums:
+            return {}
+        sums = torch.stack([value.reshape(()).float() for value in self._sums.values()]).tolist()
+        means = {name: value / self._counted[name] for name, value in zip(self._sums, sums, strict=True)}
+        self._sums, self._counted = {}, {}
+        return means
+
+    def _diversity(self, trainer: pl.Trainer, module: OneStepDistillation) -> Tensor:
+        assert self.prompts is not None
+        captions = self.prompts[: self.diversity_prompts]
+        with trainer.precision_plugin.forward_context():
+            return measure_diversity(
+                module.student,
+                module.family,
+                module.roles,
+                self.features,
+                captions,
+                self.samples_per_prompt,
+            )
+
+    @staticmethod
+    def _log(trainer: pl.Trainer, name: str, value: float) -> None:
+        """At once: `log` would drop what falls between two of `log_every_n_steps`."""
+        for logger in trainer.loggers:
+            logger.log_metrics({name: value}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        trainer.callback_metrics[name] = torch.tensor(value)
