@@ -178,9 +178,11 @@ class Dinov2Features:
             raise FileNotFoundError(
                 f"no transformers model at '{self.folder}' (config.json is missing); change features.init_args.folder."
             )
-        model = Dinov2Model.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
+        with torch.device("cpu"):  # transformers refuses to load under the memory plan's meta device
+            model = Dinov2Model.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
         imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what DINOv2 was trained with
-        return FeatureNetwork(_Dinov2Layers(model, self.layers), *imagenet, self.size_px)
+        network = FeatureNetwork(_Dinov2Layers(model, self.layers), *imagenet, self.size_px)
+        return network.to(torch.get_default_device())
 
 
 class _Intermediates(nn.Module):

@@ -216,10 +216,11 @@ def load_tiny(folder: str, option: str) -> AutoencoderTiny:
         raise FileNotFoundError(
             f"'{folder}' holds {what} and no AutoencoderTiny; give the folder of one as {option}."
         )
-    autoencoder: AutoencoderTiny = AutoencoderTiny.from_pretrained(
-        path, torch_dtype=torch.float32, low_cpu_mem_usage=False
-    )
-    return autoencoder
+    with torch.device("cpu"):  # under the memory plan's meta device loading is a warning for each tensor
+        autoencoder: AutoencoderTiny = AutoencoderTiny.from_pretrained(
+            path, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+    return autoencoder.to(torch.get_default_device())
 
 
 def tiny_factor(config: Any) -> int:
