@@ -107,8 +107,7 @@ class DistillationNetworks(ManualTurns):
             self.fake_score.build(self.family)
         self.ema = StudentEma(self.student, self.ema_decay)
         if self._needs_real_score:
-            real = Denoiser(self.family.load_unet(), self.family.schedule, self.family.prediction_type)
-            self.real_score = Frozen(real).to(dtype=self.real_score_dtype)
+            self.real_score = Frozen(self._load_real_score()).to(dtype=self.real_score_dtype)
         if self.gan is not None:
             self.gan.build(self.family, self.roles)
         for part in (self.features, self.pairs):
@@ -116,6 +115,13 @@ class DistillationNetworks(ManualTurns):
                 part.build(self.family)
         if self.device_mesh is not None:
             self._shard()
+
+    def _load_real_score(self) -> Denoiser:
+        """The base, which a fake score with adapters has in memory already."""
+        shared = self.fake_score.shared_base(self.real_score_dtype) if self.fake_score is not None else None
+        if shared is not None:
+            return shared
+        return Denoiser(self.family.load_unet(), self.family.schedule, self.family.prediction_type)
 
     def _shard(self) -> None:
         assert self.device_mesh is not None and self.ema is not None
@@ -126,6 +132,7 @@ class DistillationNetworks(ManualTurns):
         denoisers += [network.module for network in frozen if network is not None]
         for denoiser in denoisers:
             shard_unet(denoiser.unet, mesh, policy)
+        self.ema.after_sharding()
         if isinstance(self.discriminator, Discriminator):
             shard_head(self.discriminator.head, mesh, policy)
 

@@ -38,7 +38,7 @@ class DenoiserEma(nn.Module):
             raise ValueError(f"ema_decay must be in [0, 1), got {decay}; change model.init_args.ema_decay.")
         self.decay = decay
         adapted = bool(lora_parameters(denoiser))
-        self.denoiser = AveragedView(denoiser) if adapted else copy.deepcopy(denoiser)
+        self.denoiser: Denoiser = AveragedView(denoiser) if adapted else copy.deepcopy(denoiser)
         self.denoiser.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.families import Family
-from sdxs_lightning.modules.network import Network, prepare_unet
+from sdxs_lightning.modules.adapter_views import BaseView
+from sdxs_lightning.modules.lora import LoRA, add_lora, cast_base
+from sdxs_lightning.modules.network import Network, prepare_unet, save_adapters_only
 from sdxs_lightning.teacher.denoiser import Denoiser, Prediction
 from sdxs_lightning.teacher.feature_taps import bottleneck_shape
 
 
 class FakeScore(Network):
-    """A trainable copy of the base, whose bottleneck also is the discriminator's eye.
+    """A trainable copy of the base, or adapters on it, whose bottleneck also is the discriminator's eye.
 
     Args:
         optimizer: called with the trainable parameters.
         lr_scheduler: stepped once per update of the fake score; None keeps the rate.
         weights: U-Net or pipeline folder to start from; None starts from the base.
+        lora: learns by adapters on the base itself, so that one copy of its weights serves the fake and the real score: less
+            memory, and a smaller optimizer; None trains every weight of a copy.
         gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more work.
         compile_blocks: torch.compile of each block; pays on a GPU for runs of more than minutes.
+
+    Raises:
+        ValueError: for both weights and lora.
     """
 
     denoiser: Denoiser
@@ -32,19 +40,43 @@ class FakeScore(Network):
         optimizer: OptimizerCallable,
         lr_scheduler: LRSchedulerCallable | None = None,
         weights: str | None = None,
+        lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
+        if weights is not None and lora is not None:
+            raise ValueError(
+                f"fake_score.lora learns on the base's own weights, and fake_score.weights is '{weights}'; set one of them to "
+                "null."
+            )
         self._weights = weights
+        self.lora = lora
         self._switches = gradient_checkpointing, compile_blocks
 
     def build(self, family: Family) -> None:
         """Loads the network; a second call does nothing."""
         if hasattr(self, "denoiser"):
             return
-        unet = prepare_unet(family.load_unet(self._weights), *self._switches)
-        self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
+        unet = family.load_unet(self._weights)
+        if self.lora is not None:
+            add_lora(unet, self.lora)
+        self.denoiser = Denoiser(
+            prepare_unet(unet, *self._switches), family.schedule, family.prediction_type
+        )
+        if self.lora is not None:
+            save_adapters_only(self)
+
+    def shared_base(self, dtype: torch.dtype) -> Denoiser | None:
+        """The base inside this network, to serve as real score; None for a fake score that has weights of its own.
+
+        Args:
+            dtype: of the base's weights from now on; the adapters stay float32.
+        """
+        if self.lora is None:
+            return None
+        cast_base(self.denoiser.unet, dtype)
+        return BaseView(self.denoiser)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Noise prediction (B, C, h, w), float32."""

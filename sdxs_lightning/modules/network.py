@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
 
 class Network(LightningModule):
@@ -47,6 +47,28 @@ class Network(LightningModule):
         if self._lr_scheduler is None:
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+
+
+def save_adapters_only(network: nn.Module) -> None:
+    """Takes the frozen weights of a network out of what its `state_dict()` gives, and so out of a run's checkpoints.
+
+    When a checkpoint is loaded they stay as they are; everything else is as strict as ever.
+
+    Args:
+        network: built, with adapters; gets two hooks.
+    """
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+
+    def drop(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    def keep(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        own = dict(module.named_parameters())
+        state.update({prefix + name: own[name].detach() for name in frozen})
+
+    network.register_state_dict_post_hook(drop)
+    network.register_load_state_dict_pre_hook(keep)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 class ShardedNetworks(ModelParallelStrategy):
@@ -58,7 +58,12 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shards a U-Net in place, one group a stage, the rest in the U-Net's own group."""
+    """Shards a U-Net in place, one group a stage, the rest in the U-Net's own group; a second time does nothing.
+
+    Two roles may be the same U-Net, with its adapters and without.
+    """
+    if isinstance(unet, FSDPModule):
+        return
     for block in blocks_of(unet):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # By default the outermost group stays gathered after a forward pass. The gathered copies of a network that rested in

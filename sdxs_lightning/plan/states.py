@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -99,22 +100,32 @@ def gathered_bytes(network: PlannedNetwork, compute_dtype: torch.dtype | None) -
     """
     groups = [_group_bytes(group, compute_dtype) for group in _groups(network.module)]
     rest, *blocks = groups
-    blocks = blocks or [(0, 0)]
-    forward = max(one + following for (one, _), (following, _) in _neighbours(blocks))
+    blocks = blocks or [_Group(0, 0, 0)]
+    forward = max(one.weights + following.weights for one, following in _neighbours(blocks))
     if network.role != "trained":
-        return rest[0] + forward
+        return rest.weights + forward
     backward = max(
-        2 * one + previous + reduced + reduced_before
-        for (one, reduced), (previous, reduced_before) in _neighbours(blocks)
+        one.weights + one.gradients + previous.weights + one.reduced + previous.reduced
+        for one, previous in _neighbours(blocks)
     )
-    return rest[0] + max(forward, backward)
+    return rest.weights + max(forward, backward)
 
 
-def _neighbours(blocks: Sequence[tuple[int, int]]) -> Iterator[tuple[tuple[int, int], tuple[int, int]]]:
+class _Group(NamedTuple):
+    """Bytes of weights that are gathered together."""
+
+    weights: int
+    gradients: int
+    """In the type in which the weights are gathered, of those that learn."""
+    reduced: int
+    """The same in float32."""
+
+
+def _neighbours(blocks: Sequence[_Group]) -> Iterator[tuple[_Group, _Group]]:
     """Each with the larger of those beside it."""
     for index, block in enumerate(blocks):
         beside = [*blocks[max(index - 1, 0) : index], *blocks[index + 1 : index + 2]]
-        yield block, max(beside, default=(0, 0))
+        yield block, max(beside, default=_Group(0, 0, 0))
 
 
 def _groups(module: nn.Module) -> list[list[Tensor]]:
@@ -127,10 +138,12 @@ def _groups(module: nn.Module) -> list[list[Tensor]]:
     return [rest, *blocks]
 
 
-def _group_bytes(group: Sequence[Tensor], dtype: torch.dtype | None) -> tuple[int, int]:
-    """(gathered weights, float32 gradients)."""
-    weights = sum(p.numel() * (p.element_size() if dtype is None else dtype.itemsize) for p in group)
-    return weights, sum(p.numel() * 4 for p in group)
+def _group_bytes(group: Sequence[Tensor], dtype: torch.dtype | None) -> _Group:
+    def size(parameter: Tensor) -> int:
+        return parameter.numel() * (parameter.element_size() if dtype is None else dtype.itemsize)
+
+    learning = [p for p in group if p.requires_grad]
+    return _Group(sum(map(size, group)), sum(map(size, learning)), sum(p.numel() * 4 for p in learning))
 
 
 def _probe(network: PlannedNetwork) -> tuple[Optimizer, nn.Parameter]:
