@@ -142,3 +142,28 @@ def check_timesteps(
             f"adversarial.timesteps ({adversarial.timesteps}) must equal denoising.timesteps ({denoising.timesteps}), "
             "because the discriminator reads the denoising pass."
         )
+
+
+def check_f_divergence(
+    distribution_matching: DistributionMatching | None,
+    adversarial: DiffusionAdversarial | PixelAdversarial | None,
+) -> None:
+    """Raises ValueError unless the discriminator can say the density ratio that f_divergence asks for."""
+    if distribution_matching is None or distribution_matching.f_divergence is None:
+        return
+    if not isinstance(adversarial, DiffusionAdversarial) or adversarial.features != "fake_score":
+        if isinstance(adversarial, DiffusionAdversarial):
+            got = f"DiffusionAdversarial on features of the {adversarial.features}"
+        else:
+            got = "null" if adversarial is None else type(adversarial).__name__
+        raise ValueError(
+            "distribution_matching.f_divergence reads the density ratio from a discriminator of noisy latents, so adversarial "
+            f"must be a DiffusionAdversarial on features of the fake_score, got {got}; change adversarial, or set f_divergence "
+            "to null."
+        )
+    asked, known = distribution_matching.timesteps, adversarial.timesteps
+    if asked.low < known.low or asked.high > known.high:
+        raise ValueError(
+            f"distribution_matching.f_divergence asks the discriminator at timesteps {asked.low} to {asked.high}, and it "
+            f"learns at {known.low} to {known.high} only; widen adversarial.timesteps."
+        )

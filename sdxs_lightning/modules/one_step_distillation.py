@@ -19,6 +19,7 @@ from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.distillation_networks import DistillationNetworks, DistillationParts
 from sdxs_lightning.modules.distillation_parts import (
     check_curriculum,
+    check_f_divergence,
     check_features,
     check_timesteps,
     gan_of,
@@ -123,6 +124,7 @@ class OneStepDistillation(DistillationNetworks):
         self.seed = seed
         check_features(feature_matching, features, segmented, distribution_matching)
         check_timesteps(adversarial, denoising)
+        check_f_divergence(distribution_matching, adversarial)
         self.warmup_terms = warmup_terms(regression, feature_matching, features)
         self.student_terms = terms_after_warmup(
             distribution_matching, segmented, gan, feature_matching, features

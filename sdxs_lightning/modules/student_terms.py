@@ -51,9 +51,15 @@ class DistributionMatchingTerm:
         with torch.no_grad():
             noisy = sample.renoise(roles.schedule, timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)
             asked = noisy.latents, noisy.timesteps, sample.conditioning
-            fake_x0 = roles.fake_score.predict(*asked).pred_x0
+            fake_logits = None
+            if self.objective.f_divergence is None:
+                fake_x0 = roles.fake_score.predict(*asked).pred_x0
+            else:  # the density ratio at the same noisy samples, from the features of the same pass
+                assert roles.discriminator is not None
+                (_, fake_x0, _), features = roles.fake_score.predict_with_features(*asked)
+                fake_logits = roles.discriminator(features)
             real_x0 = roles.real_score.guided(*asked, self.objective.guidance_scale).pred_x0
-        loss = self.objective.loss(sample.latents, real_x0, fake_x0)
+        loss = self.objective.loss(sample.latents, real_x0, fake_x0, fake_logits)
         return loss, {"distribution_matching": loss, **score_signs(sample.latents, real_x0, fake_x0)}
 
 
