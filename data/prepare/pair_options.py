@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=_seed, default=0, help="of the noise (default: %(default)s)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on GPUs, else float32")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: GPUs, if there are any")
-    add("--processes", type=_at_least(1), help="default: one a GPU, or one")
+    add("--processes", type=_at_least(1), help="default: one a GPU, or one a core (at most 8)")
     add(
         "--part",
         type=_part,

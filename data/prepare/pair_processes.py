@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -22,6 +23,28 @@ from sdxs_lightning.checkpoint_folder import write_failure
 from sdxs_lightning.errors import CheckpointNotWritten, RunStopped, UserError
 
 Told = Callable[[int], None]
+
+
+@contextmanager
+def same_bits(device: str) -> Iterator[None]:
+    """Inside, a CPU samples the same bits whatever the number of processes: with one thread, since sums over several are
+    cut elsewhere.
+    """
+    before = torch.get_num_threads()
+    if device == "cpu":
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def default_processes(device: str) -> int:
+    """One a GPU; without any, one a core, but no more than 8: each holds the networks."""
+    if device == "cuda":
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
 
 
 @dataclass(frozen=True)
@@ -101,8 +124,6 @@ def _listen(workers: Sequence[BaseProcess], heard: Any, told: Told) -> None:
 def _work(job: PairJob, process: int, shards: Sequence[int], heard: Any) -> None:
     parent = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // job.processes)))
 
     def told(count: int) -> None:
         # A command that was killed cannot end its processes; the fork server, whose children they are, ends with it.
@@ -118,14 +139,18 @@ def _work(job: PairJob, process: int, shards: Sequence[int], heard: Any) -> None
 
 def _make(job: PairJob, process: int, shards: Sequence[int], told: Told) -> None:
     torch.backends.cudnn.deterministic = True
-    try:
-        sampler = PairSampler(job.settings, open_prompts(job.settings.captions), job.device_of(process))
-        make_shards(sampler, job.folder, shards, job.batch_size, told)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{job.batch_size} pairs at once do not fit the GPU; give a smaller --batch-size ({error})."
-        ) from error
-    except OSError as error:
-        raise CheckpointNotWritten(
-            f"a shard could not be written to '{job.folder}': {write_failure(error)}."
-        ) from error
+    with same_bits(job.device):
+        try:
+            sampler = PairSampler(job.settings, open_prompts(job.settings.captions), job.device_of(process))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model or --unet: {error}") from error
+        try:
+            make_shards(sampler, job.folder, shards, job.batch_size, told)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{job.batch_size} pairs at once do not fit the GPU; give a smaller --batch-size ({error})."
+            ) from error
+        except OSError as error:
+            raise CheckpointNotWritten(
+                f"a shard could not be written to '{job.folder}': {write_failure(error)}."
+            ) from error

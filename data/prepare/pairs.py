@@ -13,7 +13,7 @@ import torch
 
 from data.prepare.pair_check import open_set, statistics, verify
 from data.prepare.pair_options import DDIM, EXAMPLES, add_arguments
-from data.prepare.pair_processes import PairJob, make_all
+from data.prepare.pair_processes import PairJob, default_processes, make_all, same_bits
 from data.prepare.pair_sampler import PairSampler
 from data.prepare.pair_settings import PairSettings, begin, fingerprint, write_json
 from data.prepare.pair_shards import missing, tidy
@@ -54,8 +54,9 @@ def run(options: argparse.Namespace) -> str:
     seconds = time.monotonic() - started
     checked: dict[str, Any] = {}
     if options.verify:
-        sampler = PairSampler(settings, prompts, job.device_of(0))
-        checked = verify(options.out, sampler, job.batch_size, options.verify)
+        with same_bits(job.device):
+            sampler = PairSampler(settings, prompts, job.device_of(0))
+            checked = verify(options.out, sampler, job.batch_size, options.verify)
     return _told(options.out, settings, family, news.total, seconds, checked)
 
 
@@ -165,7 +166,7 @@ def _device(options: argparse.Namespace) -> str:
 
 def _job(options: argparse.Namespace, settings: PairSettings) -> PairJob:
     device = _device(options)
-    processes = options.processes or (torch.cuda.device_count() if device == "cuda" else 1)
+    processes = options.processes or default_processes(device)
     return PairJob(settings, options.out, options.batch_size, device, processes)
 
 

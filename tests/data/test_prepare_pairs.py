@@ -1,0 +1,353 @@
+"""`python -m data.prepare pairs`: what it writes, how it goes on, and its one-sentence refusals."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+
+from data.prepare.__main__ import main
+from data.prepare.prompts import open_prompts
+from data.shards.datamodule import ShardDataModule
+from data.shards.writer import ShardWriter, encode_latents
+from data.toy.world import captions
+from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.pair_noise import noise_seeds, pair_noise
+from tests.processes import PRELOAD
+from tests.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, save_tiny_sdxl
+
+LINES = ["a red circle", "a small blue square", "a green cat above a dog", "the white star", "a photo"]
+SCALING_FACTOR = 0.5  # of the tiny VAE
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        "sd": save_tiny_sd(folder / "sd", "v_prediction"),
+        "other": save_tiny_sd(folder / "other", "v_prediction", seed=1),
+        "sdxl": save_tiny_sdxl(folder / "sdxl"),
+    }
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    file.write_text("\n".join([*LINES[:2], "", *LINES[2:], "  "]), encoding="utf-8-sig")
+    return file
+
+
+def arguments(base: Path, prompts: Path | str, out: Path, *more: object) -> list[str]:
+    """11 pairs in shards of 4, batches of 3; later options override earlier ones."""
+    fixed = ["--steps", 2, "--guidance", 2, "--samples-per-shard", 4, "--batch-size", 3, "--seed", 5]
+    named = ["--model", base, "--captions", prompts, "--count", 11, "--out", out]
+    return [str(one) for one in ("pairs", *named, "--device", "cpu", "--processes", "1", *fixed, *more)]
+
+
+def tars(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.tar"))}
+
+
+def read(folder: Path, count: int = 11) -> TrainingBatch:
+    data = ShardDataModule(
+        str(folder), 4, contents=["latents", "noise_seeds", "sizes"], shuffle_window_shards=0
+    )
+    data.setup()
+    assert data.dataset is not None
+    return data.dataset.batch(range(count))
+
+
+def refused(command: Sequence[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(list(command))
+    told = capsys.readouterr()
+    assert (end.value.code, told.out) == (code, "")
+    assert "Traceback" not in told.err
+    (sentence,) = [line for line in told.err.splitlines() if line.startswith("prepare pairs: ")]
+    return sentence
+
+
+@pytest.fixture(scope="module")
+def made(bases: dict[str, Path], prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of one process."""
+    out = tmp_path_factory.mktemp("sets") / "made"
+    main(arguments(bases["sd"], prompts, out))
+    return out
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_pairs_are_the_stock_pipelines(
+    bases: dict[str, Path], prompts: Path, tmp_path: Path, kind: str
+) -> None:
+    out = tmp_path / "set"
+    main(arguments(bases[kind], prompts, out, "--scheduler", "EulerDiscreteScheduler", "--count", 7))
+    batch = read(out, 7)
+    assert batch.captions == [LINES[i % 5] for i in range(7)]
+    assert batch.sample_ids == [f"{i // 4:05d}/{i:09d}" for i in range(7)]
+    assert batch.latents is not None and batch.pair_noise_seeds is not None
+    assert torch.equal(batch.pair_noise_seeds, noise_seeds(5, torch.arange(7)))
+    assert batch.original_sizes is not None and batch.crops is not None
+    assert batch.original_sizes.unique().tolist() == [RESOLUTION_PX] and batch.crops.unique().tolist() == [0]
+    pipeline = (StableDiffusionXLPipeline if kind == "sdxl" else StableDiffusionPipeline).from_pretrained(
+        bases[kind]
+    )
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="trailing"
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        batch.captions,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        latents=pair_noise(batch.pair_noise_seeds, LATENT_SHAPE),
+        output_type="latent",
+    ).images
+    scale = float(expected.std())
+    torch.testing.assert_close(batch.latents * SCALING_FACTOR / scale, expected / scale, rtol=2e-3, atol=2e-3)
+
+
+def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
+    bases: dict[str, Path], prompts: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "set"
+    command = arguments(bases["sd"], prompts, out)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOAD, "data.prepare.__main__"])
+    run = context.Process(target=_killed_in_its_second_shard, args=(command, out))
+    run.start()
+    run.join(120)
+    assert run.exitcode == -signal.SIGKILL
+    assert list(tars(out)) == ["00000.tar"] and len(list(out.glob(".making-*/*.tar.partial"))) == 1
+    before = (out / "00000.tar").stat().st_mtime_ns
+    # The second of two parts first: it leaves the rest to the other.
+    main([*command, "--part", "1/2"])
+    assert "7 pairs made" not in capsys.readouterr().out and list(tars(out)) == ["00000.tar", "00001.tar"]
+    main([*command, "--processes", "2"])
+    assert tars(out) == tars(made) and len(tars(out)) == 3
+    assert (out / "00000.tar").stat().st_mtime_ns == before and not list(out.glob(".making-*"))
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["pairs"], summary["shards"], summary["made"]) == (11, 3, 3)
+
+
+def _killed_in_its_second_shard(command: list[str], out: Path) -> None:
+    from data.prepare import pairs
+
+    told = pairs._News.__call__
+
+    def call(self: pairs._News, count: int) -> None:
+        told(self, count)
+        if (out / "00000.tar").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pairs._News.__call__ = call  # type: ignore[method-assign]
+    main(command)
+
+
+def test_a_finished_set_is_only_looked_at(
+    bases: dict[str, Path], prompts: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tars(made)
+    main(arguments(bases["sd"], prompts, made, "--verify", 20))
+    told = capsys.readouterr().out
+    assert told.startswith("0 pairs made in ") and "; 11 sampled again, largest difference 0;" in told
+    assert f"{made} holds 11 pairs in 3 shards, scaled latents of mean" in told
+    summary = json.loads((made / "summary.json").read_text())
+    assert summary["verified"] == list(range(11)) and summary["largest_difference"] == 0
+    assert summary["settings"]["guidance"] == 2 and summary["settings"]["seed"] == 5
+    batch = read(made)
+    assert batch.latents is not None
+    scaled = batch.latents * SCALING_FACTOR
+    assert summary["latents_std"] == pytest.approx(float(scaled.std()), rel=1e-4)
+    assert tars(made) == before
+
+
+def test_another_batch_size_differs_by_rounding_only(
+    bases: dict[str, Path], prompts: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(arguments(bases["sd"], prompts, made, "--verify", 11, "--batch-size", 1))
+    assert "11 sampled again" in capsys.readouterr().out
+
+
+def test_a_pair_that_is_another_is_found(
+    bases: dict[str, Path], prompts: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "set"
+    command = arguments(bases["sd"], prompts, out)
+    main(command)
+    first, second = out / "00000.tar", out / "00001.tar"
+    contents = first.read_bytes(), second.read_bytes()
+    first.write_bytes(contents[1])
+    second.write_bytes(contents[0])
+    told = refused([*command, "--verify", "11"], capsys)
+    assert "pair 0 of" in told and f"should have 'a red circle' and {5 * 2**32}" in told
+    second.write_bytes(contents[1])
+    batch = read(made)
+    assert batch.latents is not None
+    with ShardWriter(tmp_path / "forged") as writer:
+        for index in range(4):
+            sizes = {"original_height": 32, "original_width": 32, "crop_top": 0, "crop_left": 0}
+            latents = batch.latents[index] + (0.1 if index == 2 else 0)
+            writer.write(
+                {
+                    "latent.safetensors": encode_latents(latents),
+                    "txt": LINES[index],
+                    "json": {"noise_seed": 5 * 2**32 + index, **sizes},
+                },
+                key=f"{index:09d}",
+            )
+    first.write_bytes((tmp_path / "forged" / "00000.tar").read_bytes())
+    assert "pair 2 of" in refused([*command, "--verify", "11"], capsys)
+    first.write_bytes(contents[0][: len(contents[0]) // 2])
+    assert "Remove that shard; the same command makes it again." in refused(command, capsys)
+    first.unlink()
+    main([*command, "--verify", "11"])
+    assert tars(out) == tars(made)
+
+
+def test_another_unet_in_the_models_place(
+    bases: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fewer = ["--count", 2, "--batch-size", 2]
+    main(arguments(bases["sd"], prompts, tmp_path / "one", "--unet", bases["other"], *fewer))
+    main(arguments(bases["sd"], prompts, tmp_path / "two", "--unet", bases["other"] / "unet", *fewer))
+    main(arguments(bases["sd"], prompts, tmp_path / "three", *fewer))
+    assert tars(tmp_path / "one") == tars(tmp_path / "two") != tars(tmp_path / "three")
+    command = arguments(bases["sd"], prompts, tmp_path / "four", "--unet", bases["sdxl"], *fewer)
+    assert "reads prompts of width 48" in refused(command, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--steps", 3], "was begun with steps 2 and this command says 3: give what it was begun with"),
+        (["--guidance", 3], "was begun with guidance 2.0 and this command says 3.0"),
+        (["--seed", 6], "was begun with seed 5 and this command says 6"),
+        (["--count", 12], "was begun with count 11"),
+        (["--scheduler", "UniPCMultistepScheduler"], "was begun with scheduler None"),
+        (["--captions", "toy:train"], "was begun with captions_fingerprint"),
+        (["--dtype", "float16"], "was begun with dtype 'float32' and this command says 'float16'"),
+        (["--samples-per-shard", 5], "was begun with samples_per_shard 4"),
+    ],
+)
+def test_a_set_is_not_gone_on_with_in_another_way(
+    bases: dict[str, Path],
+    prompts: Path,
+    made: Path,
+    capsys: pytest.CaptureFixture[str],
+    changed: list[object],
+    message: str,
+) -> None:
+    before = tars(made)
+    assert message in refused(arguments(bases["sd"], prompts, made, *changed), capsys)
+    assert tars(made) == before
+
+
+def test_another_model_is_seen_by_its_weights(
+    bases: dict[str, Path], prompts: Path, made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(arguments(bases["other"], prompts, made), capsys)
+    assert "was begun with model_fingerprint" in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--model", "nowhere"], "--model: StableDiffusion: there is no folder 'nowhere'"),
+        (
+            ["--scheduler", "LCMScheduler"],
+            "--scheduler: scheduler 'LCMScheduler' is not known as one that draws no",
+        ),
+        (["--steps", 1001], "--steps: steps must be in [1, 1000], got 1001"),
+        (["--captions", "toy:tarin"], "it has toy:train, toy:val, toy:test"),
+        (["--captions", "nothing.txt"], "--captions 'nothing.txt': There is no shard or folder"),
+        (["--captions", "EMPTY"], "holds no prompt; give one prompt a line"),
+        (["--captions", "BYTES"], "cannot be read as UTF-8 text"),
+        (["--unet", "nowhere"], "--unet: weights 'nowhere' is neither"),
+    ],
+)
+def test_bad_inputs_are_refused(
+    bases: dict[str, Path],
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    changed: list[object],
+    message: str,
+) -> None:
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_text("\n \n")
+    latin.write_bytes(b"caf\xe9")
+    changed = [{"EMPTY": empty, "BYTES": latin}.get(str(one), one) for one in changed]
+    assert message in refused(arguments(bases["sd"], prompts, tmp_path / "set", *changed), capsys)
+    assert not (tmp_path / "set").exists()
+
+
+def test_foreign_shards_and_endless_prompts_are_refused(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ShardWriter(tmp_path / "foreign") as writer:
+        writer.write({"txt": "a"})
+    told = refused(arguments(bases["sd"], "toy:train", tmp_path / "foreign"), capsys)
+    assert "holds shards and no pairs.json" in told
+    endless = arguments(bases["sd"], "toy:train", tmp_path / "set")
+    del endless[endless.index("--count") : endless.index("--count") + 2]
+    assert "--count is needed with --captions toy:train, which has no end" in refused(endless, capsys)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_latents_that_are_not_finite_are_refused_and_nothing_is_left(
+    bases: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
+) -> None:
+    out = tmp_path / "set"
+    command = arguments(bases["sd"], prompts, out, "--guidance", 1e30, "--processes", processes)
+    told = refused(command, capsys)
+    assert "not finite in float16" in told and "Take another --dtype, or less --guidance." in told
+    assert tars(out) == {} and (processes == 2 or not list(out.glob(".making-*")))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--guidance", "0"], "'0' is no guidance scale from 1 (none) on"),
+        (["--steps", "0"], "'0' is no whole number from 1 on"),
+        (["--part", "4/4"], "'4/4' is no part; 0/4 is the first of four"),
+        (["--seed", "-1"], "'-1' is no seed"),
+    ],
+)
+def test_wrong_numbers_are_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, wrong: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([*arguments(tmp_path, "toy:train", tmp_path), *wrong])
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_prompts_come_from_text_shards_and_the_toy_world(prompts: Path, made: Path) -> None:
+    text = open_prompts(str(prompts))
+    assert text.size == 5 and text.at([0, 4, 5, 11]) == [LINES[i] for i in (0, 4, 0, 1)]
+    shards = open_prompts(str(made))
+    assert shards.size == 11 and shards.at([1, 10, 12]) == [LINES[i] for i in (1, 0, 1)]
+    assert open_prompts(f"{made}/{{00000..00001}}.tar").size == 8
+    toy = open_prompts("toy:val")
+    assert toy.size is None and toy.at([3, 4]) == captions("val", 2, 3)
+    assert (
+        len({text.fingerprint, shards.fingerprint, toy.fingerprint, open_prompts("toy:train").fingerprint})
+        == 4
+    )
+
+
+def test_help_names_schedulers_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["pairs", "--help"])
+    told = capsys.readouterr().out
+    assert "UniPCMultistepScheduler" in told and "data.contents [latents, noise_seeds]" in told
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "pairs" in capsys.readouterr().out
