@@ -69,30 +69,29 @@ class Health(Callback):
         self._counted: dict[str, int] = {}
         self._seen_updates = 0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Loads what the features need.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Knows one kind of stage.
 
         Raises:
-            TypeError: for a stage that distils no one-step student.
-            ValueError: for features of a network that the stage does not have.
+            TypeError: for another.
         """
         if not isinstance(pl_module, OneStepDistillation):
             raise TypeError(
                 f"Health follows a OneStepDistillation, not a {type(pl_module).__name__}; take it out of trainer.callbacks."
             )
-        if self.diversity_prompts:
-            if self.features.needs_real_score and pl_module.real_score is None:
-                raise ValueError(
-                    f"Health.features is {type(self.features).__name__}, which asks the real score, and this stage loads none; "
-                    "give null or features of an image network, or set diversity_prompts to 0."
-                )
-            self.features.build(pl_module.family)
-            self.features.to(pl_module.device, pl_module.real_score_dtype)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """By now a resumed run knows its counters."""
+        """Loads the features' own network; by now a resumed run knows its counters.
+
+        Raises:
+            ValueError: for features of a network that the stage does not have.
+        """
         assert isinstance(pl_module, OneStepDistillation)
         self._seen_updates = pl_module.student_updates
+        if self.diversity_prompts:
+            self._check_features(pl_module)
+            self.features.build(pl_module.family)
+            self.features.to(pl_module.device, pl_module.real_score_dtype)
 
     def on_train_batch_end(
         self,
@@ -132,6 +131,18 @@ class Health(Callback):
         """From the checkpoint."""
         self.prompts = state_dict["prompts"]
         self.diagnosis.load_state_dict(state_dict["diagnosis"])
+
+    def _check_features(self, module: OneStepDistillation) -> None:
+        judged = module.real_score is not None
+        if isinstance(self.features, BottleneckFeatures):
+            judged = judged or module.fake_score is not None
+        elif not self.features.needs_real_score:
+            judged = True
+        if not judged:
+            raise ValueError(
+                f"Health compares samples by {type(self.features).__name__}, and this stage has no network for it to ask; "
+                "give features of an image network as Health.features, or set diversity_prompts to 0."
+            )
 
     def _sum(self, metrics: Mapping[str, Tensor]) -> None:
         for name, value in metrics.items():

@@ -1,0 +1,69 @@
+"""A student of several steps in the whole distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+
+from sdxs_lightning.callbacks.export import ExportPipeline
+from sdxs_lightning.modules.backward_simulation import sample_in_steps
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.seeding import Stream, fingerprint, integers, normal
+from tests.tiny import LATENT_SHAPE, tiny_batch
+from tests.training.tiny_distillation import built, distillation, fit, moved, weights
+
+Base = Callable[[str], Path]
+SGD = partial(torch.optim.SGD, lr=0.1)
+STEPS = [999, 499]
+
+
+@pytest.mark.parametrize("kind", ["sd-v_prediction", "sdxl-epsilon"])
+def test_every_network_learns_from_samples_of_all_steps(
+    base: Base, shards: Path, kind: str, tmp_path: Path
+) -> None:
+    module = built(distillation(base(kind), student=StudentGenerator(SGD, timesteps=STEPS)))
+    before = weights(module)
+    calls: list[tuple[bool, list[int]]] = []
+    module.student.denoiser.unet.register_forward_pre_hook(
+        lambda m, inputs: calls.append((torch.is_grad_enabled(), inputs[1].tolist()))
+    )
+    export = ExportPipeline(str(tmp_path / "out"), average=False, dtype="float32")
+    trainer = fit(module, shards, batches=1, batch_size=8)
+    export.on_train_end(trainer, module)
+    for role in ("student", "ema", "fake_score", "discriminator"):
+        assert moved(before, module, role) == pytest.approx(1.0, abs=0.01)
+    noise = normal(0, Stream.STUDENT_NOISE, torch.arange(8), LATENT_SHAPE)
+    drawn = integers(0, Stream.STEP_INDEX, fingerprint(noise), 0, 2)
+    assert calls == [(False, [999] * 8), (True, [STEPS[step] for step in drawn.tolist()])]
+    assert set(drawn.tolist()) == {0, 1}
+
+    captions = tiny_batch(2).captions
+    conditioning = module.family.encode_prompts(captions)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        expected = sample_in_steps(
+            module.student.denoiser,
+            noise[:2],
+            conditioning,
+            STEPS,
+            lambda noise, step: torch.randn(noise.shape, generator=generator),
+        )
+        images = module.generate(captions, noise[:2], use_ema=False)
+        assert torch.equal(images, module.family.decode(module.student(noise[:2], conditioning)))
+    pipeline = getattr(diffusers, module.family.pipeline_class).from_pretrained(tmp_path / "out")
+    found = pipeline(
+        captions,
+        num_inference_steps=2,
+        guidance_scale=0.0,
+        latents=noise[:2],
+        width=32,
+        height=32,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
