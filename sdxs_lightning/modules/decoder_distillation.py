@@ -17,7 +17,6 @@ from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
 from sdxs_lightning.latents import scale
 from sdxs_lightning.modules.augmentation import cut_squares
-from sdxs_lightning.modules.gradients import average_gradients
 from sdxs_lightning.modules.image_features import FeatureNetwork, ImageFeatures
 from sdxs_lightning.modules.manual_turns import ManualTurns
 from sdxs_lightning.modules.network import Network, resting
@@ -259,12 +258,6 @@ class DecoderDistillation(ManualTurns):
         """The networks that learn, by role."""
         networks: dict[str, Network] = {"decoder": self.decoder}
         return networks if self.discriminator is None else networks | {"discriminator": self.discriminator}
-
-    def apply_update(self, role: str) -> None:
-        """As everywhere; under FSDP2's strategy, where nothing is sharded, gradients are averaged as under DDP."""
-        if self.device_mesh is not None:
-            average_gradients(self.networks[role].parameters())
-        super().apply_update(role)
 
     def on_fit_start(self) -> None:
         """Moves what Lightning does not see."""

@@ -18,6 +18,7 @@ from sdxs_lightning.modules.matched_features import MatchedFeatures
 from sdxs_lightning.modules.network import Network
 from sdxs_lightning.modules.pairs import TargetPairs
 from sdxs_lightning.modules.planned import PlannedNetwork
+from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.modules.sample import Roles
 from sdxs_lightning.modules.sharding import mixed_precision, shard_head, shard_unet
 from sdxs_lightning.modules.student_generator import StudentGenerator
@@ -176,7 +177,14 @@ class DistillationNetworks(ManualTurns):
     def plan_networks(self) -> list[PlannedNetwork]:
         """See `Plannable`."""
         networks = [
-            PlannedNetwork(role, network, "trained", network.optimizer)
+            # As in _shard: the heads of the projected GAN are whole on every rank.
+            PlannedNetwork(
+                role,
+                network,
+                "trained",
+                network.optimizer,
+                sharded=not isinstance(network, ProjectedDiscriminator),
+            )
             for role, network in self.networks.items()
         ]
         if self.ema is not None:

@@ -17,6 +17,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -76,8 +77,9 @@ class ManualTurns(LightningModule):
     def apply_update(self, role: str) -> None:
         """Averages over ranks, clips, steps, clears, moves the learning rate: the one place where weights change."""
         optimizer, network = self._optimizer_of(role), self.networks[role]
-        if isinstance(self.trainer.model, DistributedDataParallel):
-            average_gradients(network.parameters())
+        if isinstance(self.trainer.model, DistributedDataParallel) or self.device_mesh is not None:
+            # FSDP2 has averaged what it shards while scattering it; what is whole there is left to us.
+            average_gradients(p for p in network.parameters() if not isinstance(p, DTensor))
         norm = clip_gradients(network.parameters(), self.gradient_clip_norm)
         self.note(f"{role}/", gradient_norm=norm, lr=optimizer.param_groups[0]["lr"])
         optimizer.step()

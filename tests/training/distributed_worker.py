@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from sdxs_lightning.modules.pairs import Pairs
 from sdxs_lightning.modules.sharding import ShardedNetworks
 from sdxs_lightning.modules.student_generator import StudentGenerator
 from sdxs_lightning.objectives.regression import Regression
+from tests.training.tiny_decoding import pixel_gan
 from tests.training.tiny_distillation import batches_of, distillation, fit
 
 TURNS = 10
@@ -41,11 +42,16 @@ class Case(NamedTuple):
     """One comparison."""
 
     optimizer: str
-    gan: bool = True
+    gan: Literal["latents", "pixels"] | None = "latents"
     micro_batches: int = 1
 
 
-CASES = {"sgd": Case("sgd", micro_batches=2), "adamw": Case("adamw"), "no_gan": Case("sgd", gan=False)}
+CASES = {
+    "sgd": Case("sgd", micro_batches=2),
+    "adamw": Case("adamw"),
+    "no_gan": Case("sgd", gan=None),
+    "pixel_gan": Case("sgd", gan="pixels"),
+}
 
 
 def strategy_of(name: str) -> Strategy:
@@ -58,12 +64,14 @@ def strategy_of(name: str) -> Strategy:
 def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillation:
     """Warm-up, critic turns and both: every kind of turn within ten."""
     make = OPTIMIZERS[case.optimizer]
+    pixels = pixel_gan(base.parent / "dinov2", make, crop_px=24) if case.gan == "pixels" else {}
     falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)
     return distillation(
         base,
         student=StudentGenerator(make, falling),
         fake_score=FakeScore(make),
-        gan=case.gan,
+        gan=case.gan is not None,
+        **pixels,
         optimizer=make,
         curriculum=Curriculum(
             max_student_updates=99,

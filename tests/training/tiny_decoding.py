@@ -15,6 +15,7 @@ from sdxs_lightning.modules.image_features import Dinov2Features
 from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.modules.tiny_decoder import DecoderTopology, TinyDecoder
 from sdxs_lightning.objectives.decoder_distillation import ProjectedAdversarial, Reconstruction
+from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
 from tests.training.tiny_distillation import family_of
 
 TOPOLOGY = DecoderTopology(block_out_channels=(8, 8), num_decoder_blocks=(1, 1))
@@ -58,6 +59,21 @@ def decoding(base: Path, features: Path | None = None, **settings: Any) -> Decod
         "seed": 3,
     }
     return DecoderDistillation(family=family_of(base), **defaults | settings)
+
+
+def pixel_gan(dinov2: Path, optimizer: Any = SGD, **settings: Any) -> dict[str, Any]:
+    """The parts of a GAN on images, for `distillation`.
+
+    Args:
+        dinov2: folder of `save_dinov2`.
+        optimizer: of the heads.
+        settings: of `PixelAdversarial`.
+    """
+    return {
+        "discriminator": ProjectedDiscriminator(optimizer),
+        "adversarial": PixelAdversarial(**{"student_weight": 0.3, "r1_weight": 0.1} | settings),
+        "image_features": Dinov2Features(str(dinov2), layers=[0, 1], size_px=32),
+    }
 
 
 SAMPLER = SampledLatents(steps=2, guidance_scale=3.0)
