@@ -23,6 +23,9 @@ from sdxs_lightning.pair_noise import noise_seeds, pair_noise
 from tests.processes import PRELOAD
 from tests.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, save_tiny_sdxl
 
+# Of numpy's, inside diffusers.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
 LINES = ["a red circle", "a small blue square", "a green cat above a dog", "the white star", "a photo"]
 SCALING_FACTOR = 0.5  # of the tiny VAE
 
