@@ -60,9 +60,14 @@ class ExportPipeline(Checkpoint):
             weights = get_model_state_dict(
                 source.denoiser.unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
             )
+            # Inside, because these are the U-Net's own tensors where nothing has to be gathered or moved.
+            unet = (
+                plain_unet(source.denoiser.unet, cast(dict[str, Tensor], weights))
+                if self.ranks.first
+                else None
+            )
         problem = None
-        if self.ranks.first:
-            unet = plain_unet(source.denoiser.unet, cast(dict[str, Tensor], weights))
+        if unet is not None:
             problem = self._write(pl_module, unet, folder, source.timesteps)
         problem = self.ranks.first_message(problem)
         if problem:

@@ -61,9 +61,7 @@ class FakeScore(Network):
         unet = family.load_unet(self._weights)
         if self.lora is not None:
             add_lora(unet, self.lora)
-        self.denoiser = Denoiser(
-            prepare_unet(unet, *self._switches), family.schedule, family.prediction_type
-        )
+        self.denoiser = Denoiser(prepare_unet(unet, *self._switches), family.schedule, family.prediction_type)
         if self.lora is not None:
             save_adapters_only(self)
 
@@ -90,11 +88,16 @@ class FakeScore(Network):
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[Prediction, Tensor]:
         """`predict`, and the bottleneck's features (B, C', h', w') of the same pass."""
-        return self.denoiser.with_features(noisy_latents, timesteps, conditioning)
+        prediction, features = self.denoiser.with_features(noisy_latents, timesteps, conditioning)
+        return prediction, self._for_heads(features)
 
     def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Bottleneck features alone, at the encoder's cost."""
-        return self.denoiser.features(noisy_latents, timesteps, conditioning)
+        return self._for_heads(self.denoiser.features(noisy_latents, timesteps, conditioning))
+
+    def _for_heads(self, features: Tensor) -> Tensor:
+        # A shared base may be bfloat16 as a whole; what reads the features is not.
+        return features if self.lora is None else features.float()
 
     def feature_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """Shape (C', h', w') of the features for latents of that shape."""

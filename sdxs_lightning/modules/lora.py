@@ -61,7 +61,9 @@ class LoRA:
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"lora.alpha must be above 0, or null for the rank, got {self.alpha}.")
         if not self.targets:
-            raise ValueError("lora.targets names no layer; leave it out for the usual ones, or set lora to null.")
+            raise ValueError(
+                "lora.targets names no layer; leave it out for the usual ones, or set lora to null."
+            )
 
 
 def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:

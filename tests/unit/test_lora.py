@@ -23,7 +23,12 @@ NOISY = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3)
 
 def schedule() -> NoiseSchedule:
     return NoiseSchedule.from_scheduler_config(
-        {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+        {
+            "beta_start": 0.00085,
+            "beta_end": 0.012,
+            "beta_schedule": "scaled_linear",
+            "num_train_timesteps": 1000,
+        }
     )
 
 
@@ -108,7 +113,9 @@ def test_the_released_adapter_has_as_many_weights() -> None:
     expected = 0
     for layer in layers:
         weight = layer.weight
-        expected += 64 * (weight[0].numel() + weight.shape[0])  # A sees what a row of W sees, B makes the rows
+        expected += 64 * (
+            weight[0].numel() + weight.shape[0]
+        )  # A sees what a row of W sees, B makes the rows
     add_lora(unet, LoRA(rank=64))
     assert sum(p.numel() for p in lora_parameters(unet).values()) == expected
     assert round(expected / 1e6, 2) == 27.07
@@ -137,7 +144,10 @@ def test_only_adapters_learn_and_they_depend_on_their_seed_only() -> None:
         ({"rank": 0}, r"lora\.rank must be 1 or more, got 0"),
         ({"alpha": -1.0}, r"lora\.alpha must be above 0, or null for the rank, got -1\.0"),
         ({"targets": ()}, r"lora\.targets names no layer; leave it out"),
-        ({"targets": ("to_q", "to_x")}, r"lora\.targets: 'to_x' is no layer of this U-Net; give ends of names"),
+        (
+            {"targets": ("to_q", "to_x")},
+            r"lora\.targets: 'to_x' is no layer of this U-Net; give ends of names",
+        ),
         ({"targets": ("mid_block",)}, r"'mid_block' is a UNetMidBlock2DCrossAttn; give ends of names"),
     ],
 )

@@ -1,0 +1,141 @@
+"""Two processes with adapters reach what one reaches, under DDP and under FSDP2; checkpoints and exports included."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.tensor import DTensor
+
+from sdxs_lightning.callbacks.export import ExportPipeline
+from sdxs_lightning.modules.curriculum import Curriculum
+from sdxs_lightning.modules.fake_score import FakeScore
+from sdxs_lightning.modules.lora import LoRA, lora_parameters, merged_weights
+from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.modules.pairs import Pairs
+from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.objectives.regression import Regression
+from tests.processes import in_ranks
+from tests.training.distributed_worker import STRATEGIES, SaveAfter, arrived, strategy_of
+from tests.training.tiny_distillation import built, distillation, fit
+
+pytestmark = pytest.mark.timeout(600)
+
+TURNS, SAVED_AFTER = 5, 3
+LR = 1e-3
+TARGETS = ("to_q", "ff.net.2", "conv1", "conv_shortcut")
+
+
+def module_for(base: Path) -> OneStepDistillation:
+    """Two turns of warm-up, whose pairs the shared base samples, then the student on every second turn."""
+    adamw = partial(torch.optim.AdamW, lr=LR, eps=1e-6)
+    return distillation(
+        base,
+        optimizer=adamw,
+        student=StudentGenerator(adamw, lora=LoRA(rank=2, targets=TARGETS)),
+        fake_score=FakeScore(adamw, lora=LoRA(rank=3, targets=TARGETS)),
+        curriculum=Curriculum(max_student_updates=99, critic_updates_per_student_update=2, warmup_updates=2),
+        pairs=Pairs(count=7, sampler_steps=2, sampler_batch_size=4),
+        regression=Regression(),
+    )
+
+
+def train(base: Path, shards: Path, out: Path) -> None:
+    """In each of two processes: a run that exports, and its second half once more from the checkpoint."""
+    for strategy in STRATEGIES:
+        two: dict[str, Any] = {"batch_size": 2, "devices": 2}
+        module, save = module_for(base), SaveAfter(SAVED_AFTER, out / f"{strategy}.ckpt")
+        trainer = fit(module, shards, TURNS, callbacks=[save], strategy=strategy_of(strategy), **two)
+        ExportPipeline(str(out / strategy), dtype="float32").on_train_end(trainer, module)
+        straight = arrived(module)
+        resumed = module_for(base)
+        fit(resumed, shards, TURNS, ckpt_path=str(save.path), strategy=strategy_of(strategy), **two)
+        results = {
+            "straight": straight,
+            "resumed": arrived(resumed),
+            "sent": save.sent,
+            "sharded": all(isinstance(p, DTensor) for p in module.parameters()),
+        }
+        if trainer.is_global_zero:
+            torch.save(results, out / f"{strategy}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_processes(
+    base: Callable[[str], Path], shards: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Folder with the results of the pair; it runs once for all tests here."""
+    out = tmp_path_factory.mktemp("two")
+    ended = in_ranks(train, (base("sd-v_prediction"), shards, out), out)
+    assert [rank.code for rank in ended] == [0, 0], [rank.said[-3000:] for rank in ended]
+    return out
+
+
+@pytest.fixture(scope="module")
+def one_process(base: Callable[[str], Path], shards: Path) -> OneStepDistillation:
+    """A single process on the same global batches."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in each of the two: the order of sums depends on it
+    module = module_for(base("sd-v_prediction"))
+    fit(module, shards, TURNS, batch_size=4)
+    torch.set_num_threads(threads)
+    return module
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_processes_are_one(two_processes: Path, one_process: OneStepDistillation, strategy: str) -> None:
+    results = torch.load(two_processes / f"{strategy}.pt")
+    assert results["sharded"] == (strategy == "fsdp2")
+    expected = arrived(one_process)
+    start = arrived(built(module_for(one_process.family.folder)))
+    assert results["straight"].keys() == results["resumed"].keys() == expected.keys()
+    for name, value in expected.items():
+        adapter = ".lora_" in name.replace("/", ".")
+        # Adam divides by the root of tiny second moments, so rounding reaches about a hundredth of the learning rate.
+        atol = 1e-2 * LR if adapter or name.startswith("discriminator") else 0.0
+        torch.testing.assert_close(results["straight"][name], value, rtol=0, atol=atol, msg=name)
+        assert torch.equal(results["resumed"][name], results["straight"][name]), name
+        if ".lora_B." in name:
+            assert float((value - start[name]).abs().max()) > LR / 2, name
+    assert one_process.ema is not None
+    with one_process.ema.applied():
+        unet = one_process.ema.denoiser.unet
+        averaged = merged_weights(unet, {name: value.clone() for name, value in unet.state_dict().items()})
+    exported = load_file(two_processes / strategy / "unet" / "diffusion_pytorch_model.safetensors")
+    assert exported.keys() == averaged.keys()
+    for name, value in exported.items():
+        torch.testing.assert_close(value, averaged[name], rtol=0, atol=1e-2 * LR, msg=name)
+
+
+def test_checkpoints_are_small_and_only_adapters_travel(
+    two_processes: Path, one_process: OneStepDistillation
+) -> None:
+    state = torch.load(two_processes / "ddp.ckpt", weights_only=False)["state_dict"]
+    parts = {name.split(".")[0]: 0 for name in state}
+    for name, value in state.items():
+        parts[name.split(".")[0]] += value.numel()
+    sizes = {
+        role: sum(p.numel() for p in (lora_parameters(network) or dict(network.named_parameters())).values())
+        for role, network in one_process.networks.items()
+    }
+    buffers = sum(buffer.numel() for buffer in one_process.discriminator.buffers())  # type: ignore[union-attr]
+    assert parts == sizes | {
+        "ema": sizes["student"],
+        "discriminator": sizes["discriminator"] + buffers,
+    }
+    sharded = FileSystemReader(two_processes / "fsdp2.ckpt").read_metadata().state_dict_metadata
+    assert {name for name in sharded if name.startswith("state_dict.")} == {
+        f"state_dict.{name}" for name in state
+    }
+    sent = torch.load(two_processes / "ddp.pt")["sent"]
+    critic = [sizes["fake_score"], sizes["discriminator"]]
+    student = [sizes["student"]]
+    both = student + critic
+    turns = [student, student, both, critic, both]
+    assert sent == [size for turn in turns for size in turn]
