@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,34 +14,41 @@ import torch
 from safetensors.torch import load_file
 
 from sdxs_lightning.callbacks.export import ExportPipeline
+from sdxs_lightning.cli import main
 from sdxs_lightning.modules.adapter_views import AveragedView, BaseView
 from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.lora import LoRA, lora_parameters
+from sdxs_lightning.modules.lora import LoRA, add_lora, lora_parameters
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
 from sdxs_lightning.modules.student_generator import StudentGenerator
 from sdxs_lightning.plan.hardware import read_hardware
 from sdxs_lightning.plan.planner import Planner
 from sdxs_lightning.teacher.denoiser import Denoiser
+from tests.config.tiny_run import tiny_config, write_config
 from tests.tiny import LATENT_SHAPE, tiny_batch
 from tests.training.test_resume import Witness, same
-from tests.training.tiny_distillation import built, distillation, family_of, fit, weights
+from tests.training.tiny_distillation import built, distillation, family_of, fit, save_base, weights
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
 ADAMW = partial(torch.optim.AdamW, lr=1e-3)
-STUDENT, FAKE = LoRA(rank=2, alpha=4.0, seed=1), LoRA(rank=3)
+FEW = ("to_q", "ff.net.2", "conv1", "conv_shortcut")
+STUDENT, FAKE = LoRA(rank=2, alpha=4.0, seed=1, targets=FEW), LoRA(rank=3, targets=FEW)
 
 
 def with_adapters(
-    base: Path, optimizer: Any = SGD, student: LoRA | None = STUDENT, **settings: Any
+    base: Path,
+    optimizer: Any = SGD,
+    student: LoRA | None = STUDENT,
+    fake_score: LoRA = FAKE,
+    **settings: Any,
 ) -> OneStepDistillation:
     switches = {"gradient_checkpointing": settings.pop("gradient_checkpointing", False)}
     return distillation(
         base,
         optimizer=optimizer,
         student=StudentGenerator(optimizer, lora=student, **switches),
-        fake_score=FakeScore(optimizer, lora=FAKE, **switches),
+        fake_score=FakeScore(optimizer, lora=fake_score, **switches),
         **settings,
     )
 
@@ -54,7 +62,8 @@ def test_adapters_move_and_the_base_is_on_disk_what_it_is_in_memory(
     base: Base, shards: Path, kind: str
 ) -> None:
     # SGD would leave A where it is: its gradient goes through B, which one update of 0.1 leaves far below A's last digit.
-    module = built(with_adapters(base(kind), partial(torch.optim.AdamW, lr=1e-2, eps=1e-12, weight_decay=0)))
+    adamw = partial(torch.optim.AdamW, lr=1e-2, eps=1e-12, weight_decay=0)
+    module = built(with_adapters(base(kind), adamw, LoRA(rank=2), LoRA(rank=3)))
     assert module.real_score is not None and module.ema is not None
     assert isinstance(module.real_score.module, BaseView) and isinstance(module.ema.denoiser, AveragedView)
     assert module.real_score.module.unet is module.fake_score.denoiser.unet  # type: ignore[union-attr]
@@ -129,7 +138,7 @@ def test_a_checkpoint_has_adapters_only_and_resumes_exactly(base: Base, shards: 
 def test_the_exported_folder_is_the_student_with_its_adapters_merged(
     base: Base, shards: Path, tmp_path: Path, kind: str, average: bool
 ) -> None:
-    module = with_adapters(base(kind), partial(torch.optim.SGD, lr=1.0))
+    module = with_adapters(base(kind), partial(torch.optim.SGD, lr=1.0), LoRA(rank=2, alpha=4.0))
     export = ExportPipeline(str(tmp_path / "out"), average=average, dtype="float32")
     export.on_train_end(fit(module, shards, batches=3), module)
     captions = tiny_batch(3).captions
@@ -197,6 +206,22 @@ def test_the_plan_counts_frozen_and_trained_weights(base: Base) -> None:
     )
     gathered = [one.plan(sharded).buffers["FSDP2 gathering"] for one in (planner, full)]
     assert gathered[0] < 0.7 * gathered[1]
+
+
+def test_the_command_line_reads_adapters(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path)
+    parts = config["model"]["init_args"]
+    parts["student"]["init_args"]["lora"] = {"rank": 2, "targets": ["to_q", "conv1"]}
+    parts["fake_score"]["init_args"]["lora"] = {"rank": 5}
+    arguments = ["--config", str(write_config(tmp_path / "run.yaml", config))]
+    arguments += ["--model.init_args.fake_score.init_args.lora.rank=3", "--plan"]
+    assert main([*arguments, f"--plan_json={tmp_path / 'plan.json'}"]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())["networks"]
+    family = family_of(save_base("sd-epsilon", tmp_path))
+    few, all_of_them = LoRA(rank=2, targets=("to_q", "conv1")), LoRA(rank=3)
+    for role, lora in (("student", few), ("fake_score", all_of_them), ("ema", few)):
+        expected = sum(p.numel() for p in lora_parameters(add_lora(family.load_unet(), lora)).values())
+        assert plan[role]["parameters" if role == "ema" else "trainable"] == expected
 
 
 def test_refusal_of_two_bases() -> None:
