@@ -22,6 +22,7 @@ from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.config_errors import sentence
 from sdxs_lightning.errors import Interrupted, RunStopped, UserError
+from sdxs_lightning.null_flags import nulls_as_configs
 
 os.environ.setdefault(
     "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
@@ -93,7 +94,8 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str] | None) -> None:
-        TrainingParser.arguments = sys.argv[1:] if arguments is None else arguments
+        arguments = nulls_as_configs(sys.argv[1:] if arguments is None else arguments)
+        TrainingParser.arguments = arguments
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
@@ -106,7 +108,7 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"default_root_dir": "outputs/run"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=None if arguments is None else list(arguments),
+            args=arguments,
             run=False,
         )
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 class Thresholds:
     """Beyond which a number is a symptom. null switches that warning off."""
 
-    fake_score_lag: float | None = 1.1
+    fake_score_lag: float | None = 1.05
     """Squared error of the fake score over the real score's on the student's samples; at most 1 for one that keeps up."""
     discriminator_accuracy: float | None = 0.95
     """Share of samples and data that the discriminator tells apart, at all noise levels together."""

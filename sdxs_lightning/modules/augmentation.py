@@ -107,7 +107,7 @@ def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
     height, width = images.shape[-2:]
     if min(height, width) < side_px:
         raise ValueError(
-            f"adversarial.crop_px is {side_px} and the images are only {height}x{width}; make it smaller, or null."
+            f"crop_px of the GAN is {side_px} and the images are only {height}x{width}; make it smaller, or null."
         )
     return cut_windows(images, places, side_px, side_px)
 

@@ -103,7 +103,7 @@ def simulated_sample(
         return one_step(denoiser, noise, conditioning, timesteps[0])
     drawn = integers(0, Stream.STEP_INDEX, fingerprint(noise), 0, len(timesteps))
     chosen, chosen_timesteps = noise.float(), torch.full_like(drawn, timesteps[0])
-    # Resting, since autocast would keep the weights' casts that have no graph, for the pass that needs one.
+    # Resting, as autocast may keep casts of the weights that have no graph, for the pass that needs one.
     with torch.no_grad(), resting(denoiser):
         noisy = noise
         for step, timestep in enumerate(timesteps[1:], start=1):

@@ -28,7 +28,8 @@ Terms = dict[str, StudentTerm]
 
 def gan_of(
     discriminator: Discriminator | ProjectedDiscriminator | None,
-    adversarial: DiffusionAdversarial | PixelAdversarial | None,
+    adversarial: DiffusionAdversarial | None,
+    pixel_adversarial: PixelAdversarial | None,
     image_features: ImageFeatures | None,
 ) -> Gan | None:
     """The GAN that a config's parts make; None where it names none.
@@ -36,17 +37,23 @@ def gan_of(
     Raises:
         ValueError: for parts that do not go together.
     """
-    match discriminator, adversarial, image_features:
-        case None, None, None:
+    match discriminator, adversarial, pixel_adversarial, image_features:
+        case None, None, None, None:
             return None
-        case Discriminator(), DiffusionAdversarial(), None:
+        case Discriminator(), DiffusionAdversarial(), None, None:
             return DiffusionGan(discriminator, adversarial)
-        case ProjectedDiscriminator(), PixelAdversarial(), source if source is not None:
-            return PixelGan(discriminator, adversarial, source)
-    got = ", ".join(type(part).__name__ for part in (discriminator, adversarial, image_features))
+        case ProjectedDiscriminator(), None, PixelAdversarial(), source if source is not None:
+            return PixelGan(discriminator, pixel_adversarial, source)
+    found = {
+        "discriminator": discriminator,
+        "adversarial": adversarial,
+        "pixel_adversarial": pixel_adversarial,
+        "image_features": image_features,
+    }
+    named = [f"{name} {type(part).__name__}" for name, part in found.items() if part is not None]
     raise ValueError(
-        "discriminator and adversarial go together, a Discriminator with DiffusionAdversarial, or a ProjectedDiscriminator "
-        f"with PixelAdversarial and image_features, got {got.replace('NoneType', 'null')}; set all or all to null."
+        "these go together: discriminator (a Discriminator) and adversarial, or discriminator (a ProjectedDiscriminator), "
+        f"pixel_adversarial and image_features; got {', '.join(named)}. Set all of a group and the rest to null."
     )
 
 
@@ -131,11 +138,9 @@ def check_features(
         )
 
 
-def check_timesteps(
-    adversarial: DiffusionAdversarial | PixelAdversarial | None, denoising: Denoising
-) -> None:
+def check_timesteps(adversarial: DiffusionAdversarial | None, denoising: Denoising) -> None:
     """Raises ValueError where the discriminator would read a denoising pass over other timesteps than its own."""
-    if not isinstance(adversarial, DiffusionAdversarial) or adversarial.features != "fake_score":
+    if adversarial is None or adversarial.features != "fake_score":
         return
     if adversarial.timesteps != denoising.timesteps:
         raise ValueError(
@@ -146,19 +151,16 @@ def check_timesteps(
 
 def check_f_divergence(
     distribution_matching: DistributionMatching | None,
-    adversarial: DiffusionAdversarial | PixelAdversarial | None,
+    adversarial: DiffusionAdversarial | None,
 ) -> None:
     """Raises ValueError unless the discriminator can say the density ratio that f_divergence asks for."""
     if distribution_matching is None or distribution_matching.f_divergence is None:
         return
-    if not isinstance(adversarial, DiffusionAdversarial) or adversarial.features != "fake_score":
-        if isinstance(adversarial, DiffusionAdversarial):
-            got = f"DiffusionAdversarial on features of the {adversarial.features}"
-        else:
-            got = "null" if adversarial is None else type(adversarial).__name__
+    if adversarial is None or adversarial.features != "fake_score":
+        got = "null" if adversarial is None else f"features of the {adversarial.features}"
         raise ValueError(
             "distribution_matching.f_divergence reads the density ratio from a discriminator of noisy latents, so adversarial "
-            f"must be a DiffusionAdversarial on features of the fake_score, got {got}; change adversarial, or set f_divergence "
+            f"must be set, on features of the fake_score, got {got}; change adversarial, or set f_divergence "
             "to null."
         )
     asked, known = distribution_matching.timesteps, adversarial.timesteps

@@ -45,7 +45,9 @@ class DenoiserEma(nn.Module):
     def follow(self, denoiser: Denoiser) -> None:
         """Moves the average towards the network; shard by shard where both are sharded."""
         averaged: list[Tensor] = list(self.parameters())
-        current: list[Tensor] = list((lora_parameters(denoiser) or dict(denoiser.named_parameters())).values())
+        current: list[Tensor] = list(
+            (lora_parameters(denoiser) or dict(denoiser.named_parameters())).values()
+        )
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
 
     def after_sharding(self) -> None:

@@ -69,8 +69,9 @@ class OneStepDistillation(DistillationNetworks):
         features: what feature matching compares; goes with it.
         denoising: the fake score's own loss.
         discriminator: tells data from samples; None means no GAN.
-        adversarial: the GAN's settings; goes with the discriminator.
-        image_features: what a discriminator of images looks through; None for one of latents.
+        adversarial: the GAN on latents: goes with a Discriminator.
+        pixel_adversarial: the GAN on images, of the stage `finish`: goes with a ProjectedDiscriminator and image_features.
+        image_features: what a discriminator of images looks through.
         ema_decay: of the averaged student that is evaluated and exported, per student update.
         accumulate_grad_batches: micro-batches of a turn; their gradients are averaged.
         gradient_clip_norm: of each network by itself; None does not clip.
@@ -100,7 +101,8 @@ class OneStepDistillation(DistillationNetworks):
         features: MatchedFeatures | None = None,
         denoising: Denoising = Denoising(),
         discriminator: Discriminator | ProjectedDiscriminator | None = None,
-        adversarial: DiffusionAdversarial | PixelAdversarial | None = None,
+        adversarial: DiffusionAdversarial | None = None,
+        pixel_adversarial: PixelAdversarial | None = None,
         image_features: ImageFeatures | None = None,
         ema_decay: float = 0.999,
         accumulate_grad_batches: int = 1,
@@ -108,7 +110,7 @@ class OneStepDistillation(DistillationNetworks):
         seed: int = 0,
         real_score_dtype: Dtype = "float32",
     ) -> None:
-        gan = gan_of(discriminator, adversarial, image_features)
+        gan = gan_of(discriminator, adversarial, pixel_adversarial, image_features)
         target_pairs = TargetPairs(pairs, seed) if pairs is not None else None
         super().__init__(
             DistillationParts(family, student, fake_score, discriminator, gan, features, target_pairs),

@@ -39,7 +39,7 @@ class PixelGan:
         self.discriminator, self.objective = discriminator, objective
         self._source = features
         self._features: Frozen[FeatureNetwork] | None = None
-        self._decoder = PixelDecoder(objective.decoder, "adversarial.decoder")
+        self._decoder = PixelDecoder(objective.decoder, "pixel_adversarial.decoder")
 
     def build(self, family: Family, roles: Roles) -> None:
         """See `Gan`."""
@@ -97,13 +97,13 @@ class PixelGan:
                 found = "none" if images is None else f"some of {images.shape[-2]}x{images.shape[-1]}"
                 raise ValueError(
                     f"the discriminator needs images of {side}x{side} pixels in every batch and got {found}; let data.contents "
-                    "name images, or set adversarial.real to latents."
+                    "name images, or set pixel_adversarial.real to latents."
                 )
             return images.float()
         if latents is None or tuple(latents.shape[1:]) != self._family.latent_shape():
             found = "none" if latents is None else f"shape {tuple(latents.shape[1:])}"
             raise ValueError(
                 f"the discriminator needs latents of shape {self._family.latent_shape()} in every batch and got {found}; make "
-                "latent shards for this base and resolution, or set adversarial.real to images."
+                "latent shards for this base and resolution, or set pixel_adversarial.real to images."
             )
         return self._decoder(scale(latents, self._family.scaling_factor))

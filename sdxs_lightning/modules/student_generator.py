@@ -85,9 +85,7 @@ class StudentGenerator(Network):
         unet = family.load_unet(self._weights)
         if self.lora is not None:
             add_lora(unet, self.lora)
-        self.denoiser = Denoiser(
-            prepare_unet(unet, *self._switches), family.schedule, family.prediction_type
-        )
+        self.denoiser = Denoiser(prepare_unet(unet, *self._switches), family.schedule, family.prediction_type)
         if self.lora is not None:
             save_adapters_only(self)
 

@@ -61,7 +61,7 @@ class PixelAdversarial:
         if self.r1_weight is not None:
             check_weight("PixelAdversarial", r1_weight=self.r1_weight)
         if self.crop_px is not None and self.crop_px < 1:
-            raise ValueError(f"adversarial.crop_px must be 1 or more, or null, got {self.crop_px}.")
+            raise ValueError(f"pixel_adversarial.crop_px must be 1 or more, or null, got {self.crop_px}.")
 
     def student_loss(self, fake_logits: Sequence[Tensor]) -> Tensor:
         """Weighted `hinge_generator_loss`: (), float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import yaml
 
 from sdxs_lightning.cli import TrainingCLI, main
 from tests.config.tiny_run import ROOT
+from tests.training.tiny_decoding import save_dinov2
 from tests.training.tiny_distillation import save_base, save_shards
 
 CONFIGS = ROOT / "configs"
@@ -21,6 +23,18 @@ OVERLAYS = {
     "hardware/multi_node.yaml": ["sdxl/distill.yaml", "hardware/fsdp2.yaml"],
     "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
     "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
+    "toy/recipe.yaml": ["toy/warmup.yaml"],
+    "toy/stored_pairs.yaml": ["toy/warmup.yaml"],
+    **{
+        f"{base}/{name}.yaml": [f"{base}/distill.yaml"]
+        for base in ("toy", "sd15", "sd21", "sdxl")
+        for name in ("distill_segmented", "finish")
+    },
+    **{
+        f"{base}/distill_{size}.yaml": [f"{base}/distill.yaml"]
+        for base in ("sd15", "sd21", "sdxl")
+        for size in ("1gpu", "8gpu", "64gpu")
+    },
     **{
         f"{base}/miniaturise_{size}.yaml": [f"{base}/miniaturise.yaml"]
         for base in ("sd15", "sd21", "sdxl")
@@ -76,7 +90,7 @@ Flags = dict[str, object]
 
 def tiny(name: str, folder: Path) -> Flags:
     """What makes any stage small: a tiny base, few samples, batches of two."""
-    kind = "sdxl-epsilon" if name.startswith("sdxl") else "sd-epsilon"
+    kind = "sdxl-epsilon" if name.startswith(("sdxl", "toy_sdxl")) else "sd-epsilon"
     flags: Flags = {
         "model.init_args.family.init_args.base": save_base(kind, folder),
         "data.init_args.batch_size": 2,
@@ -90,6 +104,7 @@ def tiny(name: str, folder: Path) -> Flags:
 
 def tiny_distill(name: str, folder: Path) -> Flags:
     flags = tiny(name, folder) | {
+        "model.init_args.student.init_args.weights": "null",  # what an earlier stage would have left
         "model.init_args.curriculum.max_student_updates": 2,
         "model.init_args.curriculum.critic_updates_per_student_update": 1,
         "model.init_args.accumulate_grad_batches": 1,
@@ -101,13 +116,41 @@ def tiny_distill(name: str, folder: Path) -> Flags:
             "trainer.callbacks": "null",
             "trainer.enable_checkpointing": False,
         }
-    if "warmup_updates:" in (CONFIGS / name).read_text():
+    if "warmup_updates:" in (CONFIGS / name).read_text() and "segmented" not in name and "finish" not in name:
         flags |= {
             "model.init_args.curriculum.warmup_updates": 1,
             "model.init_args.pairs.count": 4,
             "model.init_args.pairs.sampler_steps": 2,
         }
     return flags
+
+
+def tiny_warmup(name: str, folder: Path) -> Flags:
+    pairs = {"source": "memory", "count": 4, "sampler_steps": 2}
+    return tiny_distill(name, folder) | {
+        "model.init_args.curriculum.warmup_updates": 2,
+        "model.init_args.pairs": json.dumps(pairs),
+        "data.init_args.contents": "[latents]",
+    }
+
+
+def tiny_segmented(name: str, folder: Path) -> Flags:
+    return tiny_distill(name, folder) | {
+        "model.init_args.pairs.sampler_steps": 1,
+        "data.init_args.contents": "[latents]",
+    }
+
+
+def tiny_finish(name: str, folder: Path) -> Flags:
+    flags = tiny_distill(name, folder)
+    if name.startswith("toy"):
+        return flags
+    return flags | {
+        "model.init_args.pixel_adversarial.decoder": "null",
+        "model.init_args.image_features.init_args.folder": save_dinov2(folder / "dinov2"),
+        "model.init_args.image_features.init_args.layers": "[0, 1]",
+        "model.init_args.image_features.init_args.size_px": 32,
+    }
 
 
 def tiny_miniaturise(name: str, folder: Path) -> Flags:
@@ -120,6 +163,9 @@ def tiny_miniaturise(name: str, folder: Path) -> Flags:
 STAGES: dict[str, Callable[[str, Path], Flags]] = {
     "quickstart.yaml": tiny_distill,
     "distill.yaml": tiny_distill,
+    "warmup.yaml": tiny_warmup,
+    "distill_segmented.yaml": tiny_segmented,
+    "finish.yaml": tiny_finish,
     "miniaturise.yaml": tiny_miniaturise,
 }
 """Name of a stage's files -> the flags under which it takes two steps at tiny size."""

@@ -138,10 +138,16 @@ def test_memory_plan_counts_what_is_frozen_and_keeps_the_heads_whole(
     [
         (
             {"image_features": None},
-            "got ProjectedDiscriminator, PixelAdversarial, null; set all or all to null",
+            "got discriminator ProjectedDiscriminator, pixel_adversarial PixelAdversarial. Set all of a group",
         ),
-        ({"discriminator": Discriminator(SGD)}, "got Discriminator, PixelAdversarial, Dinov2Features"),
-        ({"adversarial": None}, "got ProjectedDiscriminator, null, Dinov2Features"),
+        (
+            {"discriminator": Discriminator(SGD)},
+            "got discriminator Discriminator, pixel_adversarial PixelAdversarial, image_features Dinov2Features",
+        ),
+        (
+            {"pixel_adversarial": None},
+            "got discriminator ProjectedDiscriminator, image_features Dinov2Features",
+        ),
     ],
 )
 def test_parts_that_do_not_go_together(
@@ -152,7 +158,10 @@ def test_parts_that_do_not_go_together(
 
 
 def test_data_without_images_is_refused_in_the_step(base: Base, dinov2: Path) -> None:
-    images = {"adversarial": PixelAdversarial(real="images"), "discriminator": ProjectedDiscriminator(SGD)}
+    images = {
+        "pixel_adversarial": PixelAdversarial(real="images"),
+        "discriminator": ProjectedDiscriminator(SGD),
+    }
     module = built(finishing(base("sd-epsilon"), dinov2, **images))
     with pytest.raises(ValueError, match="needs images of 32x32 pixels in every batch and got none"):
         module._critic_backward(sample_of(module).detach(), tiny_batch(3))

@@ -269,7 +269,7 @@ def test_refusals(base: Base, dinov2: Path, tiny: Path, tmp_path: Path) -> None:
     folder = base("sd-epsilon")
     sample, roles = sample_of(folder).detach(), roles_of(folder)
     with pytest.raises(
-        ValueError, match=r"latents of shape \(4, 16, 16\) .* got none; .* adversarial.real to images"
+        ValueError, match=r"latents of shape \(4, 16, 16\) .* got none; .* pixel_adversarial.real to images"
     ):
         gan_of(folder, dinov2).critic_loss(sample, data_of(folder, latents=None), roles, None)
     with pytest.raises(ValueError, match=r"got shape \(4, 8, 8\)"):
@@ -286,7 +286,7 @@ def test_refusals(base: Base, dinov2: Path, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"crop_px is 40 and the images are only 32x32"):
         gan_of(folder, dinov2, crop_px=40).student_term(sample, roles)
     with pytest.raises(
-        FileNotFoundError, match="no AutoencoderTiny; give the folder of one as adversarial.decoder"
+        FileNotFoundError, match="no AutoencoderTiny; give the folder of one as pixel_adversarial.decoder"
     ):
         gan_of(folder, dinov2, decoder=str(tmp_path))
     wide = save_tiny_autoencoder(tmp_path / "wide", latent_channels=16)

@@ -71,7 +71,8 @@ def pixel_gan(dinov2: Path, optimizer: Any = SGD, **settings: Any) -> dict[str, 
     """
     return {
         "discriminator": ProjectedDiscriminator(optimizer),
-        "adversarial": PixelAdversarial(**{"student_weight": 0.3, "r1_weight": 0.1} | settings),
+        "adversarial": None,
+        "pixel_adversarial": PixelAdversarial(**{"student_weight": 0.3, "r1_weight": 0.1} | settings),
         "image_features": Dinov2Features(str(dinov2), layers=[0, 1], size_px=32),
     }
 
