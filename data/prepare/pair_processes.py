@@ -122,12 +122,13 @@ def _listen(workers: Sequence[BaseProcess], heard: Any, told: Told) -> None:
 
 
 def _work(job: PairJob, process: int, shards: Sequence[int], heard: Any) -> None:
-    parent = os.getppid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
 
     def told(count: int) -> None:
-        # A command that was killed cannot end its processes; the fork server, whose children they are, ends with it.
-        if os.getppid() != parent:
+        # A command that was killed cannot end its processes. Not getppid: that is the fork server, which lives on with them.
+        if not parent.is_alive():
             os._exit(1)
         heard.put(count)
 

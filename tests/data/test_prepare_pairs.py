@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from data.prepare import pairs
 from data.prepare.__main__ import main
 from data.prepare.prompts import open_prompts
 from data.shards.datamodule import ShardDataModule
@@ -141,8 +142,6 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
 
 
 def _killed_in_its_second_shard(command: list[str], out: Path) -> None:
-    from data.prepare import pairs
-
     told = pairs._News.__call__
 
     def call(self: pairs._News, count: int) -> None:
@@ -313,6 +312,31 @@ def test_latents_that_are_not_finite_are_refused_and_nothing_is_left(
     told = refused(command, capsys)
     assert "not finite in float16" in told and "Take another --dtype, or less --guidance." in told
     assert tars(out) == {} and (processes == 2 or not list(out.glob(".making-*")))
+
+
+def test_a_process_that_is_killed_ends_the_command_in_one_sentence(
+    bases: dict[str, Path],
+    prompts: Path,
+    made: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = arguments(bases["sd"], prompts, tmp_path / "set", "--processes", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(pairs._News, "__call__", lambda self, count: _kill_a_child())
+        told = refused(command, capsys, code=1)
+    assert (
+        "a process was killed by signal 9; the same command goes on from the shards that are there." in told
+    )
+    assert not multiprocessing.active_children()
+    main([*command, "--processes", "1"])
+    assert tars(tmp_path / "set") == tars(made)
+
+
+def _kill_a_child() -> None:
+    for child in multiprocessing.active_children()[:1]:
+        child.kill()
 
 
 @pytest.mark.parametrize(

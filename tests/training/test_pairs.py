@@ -255,7 +255,7 @@ def test_every_source_trains(base: Base, pair_set: Callable[[str], Path], source
     before = weights(module)
     assert (module.real_score is None) == (source == "batch")
     losses = fit(module, pair_set(kind), contents)
-    assert len(losses) == 10 and sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    assert len(losses) == 10 and sum(losses[-3:]) < 0.95 * sum(losses[:3])
     assert moved(before, module, "student") == 1
     if source == "on_the_fly":
         assert losses == fit(warmup(base(kind), source=source), pair_set(kind), contents)
