@@ -29,6 +29,7 @@ TOP = {
     "cli",
     "export",
     "config_errors",
+    "null_flags",
     "checkpoint_folder",
     "plan",
     "prune",

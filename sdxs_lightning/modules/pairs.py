@@ -41,8 +41,9 @@ class Pairs:
 
     source: Source = "memory"
     """"memory": `count` pairs are sampled when the fit starts, on prompts of the training data. "batch": the loader's
-    stored pairs, made by `python -m data.prepare pairs`. "on_the_fly": the target sampler runs in every step, on the batch's
-    prompts and on the noise that the student gets there anyway."""
+    stored pairs, made by `python -m data.prepare pairs`; a GAN in the same run then takes their targets for data.
+    "on_the_fly": the target sampler runs in every step, on the batch's prompts and on the noise that the student gets there
+    anyway."""
     count: int = 2048
     """Number of pairs in memory; each costs `sampler_steps` guided calls."""
     sampler_steps: int = 15

@@ -256,6 +256,7 @@ def test_nan_weights_are_not_saved_over_good_ones(
         step(self, batch, batch_idx)
         if self.turns == 4:
             with torch.no_grad():
+                assert self.fake_score is not None
                 next(self.fake_score.parameters()).fill_(float("inf"))
 
     monkeypatch.setattr(OneStepDistillation, "training_step", poisoned)
