@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from sdxs_lightning.callbacks.health import Health
 from sdxs_lightning.modules import gradients
 from sdxs_lightning.modules.curriculum import Curriculum
 from sdxs_lightning.modules.fake_score import FakeScore
@@ -44,6 +45,7 @@ class Case(NamedTuple):
     optimizer: str
     gan: Literal["latents", "pixels"] | None = "latents"
     micro_batches: int = 1
+    timesteps: tuple[int, ...] | None = None
 
 
 CASES = {
@@ -51,6 +53,7 @@ CASES = {
     "adamw": Case("adamw"),
     "no_gan": Case("sgd", gan=None),
     "pixel_gan": Case("sgd", gan="pixels"),
+    "two_steps": Case("sgd", gan=None, timesteps=(999, 499)),
 }
 
 
@@ -68,7 +71,7 @@ def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillatio
     falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)
     return distillation(
         base,
-        student=StudentGenerator(make, falling),
+        student=StudentGenerator(make, falling, timesteps=list(case.timesteps) if case.timesteps else None),
         fake_score=FakeScore(make),
         gan=case.gan is not None,
         **pixels,
@@ -84,6 +87,11 @@ def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillatio
         accumulate_grad_batches=micro_batches,
         gradient_clip_norm=0.5,
     )
+
+
+def health_of() -> Health:
+    """Measures diversity at the last student update, on all ranks."""
+    return Health(6, prompts=["a red circle"], samples_per_prompt=4)
 
 
 def arrived(module: OneStepDistillation) -> dict[str, torch.Tensor]:
@@ -136,8 +144,14 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
 
             module = module_for(base, case, micro)
             save = SaveAfter(SAVED_AFTER * micro, checkpoint)
+            callbacks = [save, health_of()] if name == "two_steps" else [save]
             trainer = fit(
-                module, shards, TURNS * micro, callbacks=[save], strategy=strategy_of(strategy), **settings
+                module,
+                shards,
+                TURNS * micro,
+                callbacks=callbacks,
+                strategy=strategy_of(strategy),
+                **settings,
             )
             results: dict[str, Any] = {"straight": arrived(module)}
             results["sent"], results["sent_by_reducer"] = save.sent, save.sent_by_reducer
@@ -153,6 +167,7 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
                     **settings,
                 )
                 results["resumed"] = arrived(module)
+            results["diversity"] = trainer.callback_metrics.get("student/diversity")
             results["counters"] = (module.turns, module.student_updates)
             if trainer.is_global_zero:
                 torch.save(results, out / f"{strategy}-{name}.pt")

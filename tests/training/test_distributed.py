@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from tests.processes import in_ranks
 from tests.training.distributed_worker import (
@@ -16,6 +17,7 @@ from tests.training.distributed_worker import (
     STRATEGIES,
     TURNS,
     arrived,
+    health_of,
     module_for,
     train_everything,
 )
@@ -46,8 +48,11 @@ def one_process(base: Callable[[str], Path], shards: Path) -> dict[str, dict[str
     torch.set_num_threads(1)  # as in each of the two: the order of sums depends on it
     for name, case in CASES.items():
         module = module_for(base("sd-v_prediction"), case, 1)
-        fit(module, shards, TURNS, batch_size=4)
+        callbacks: list[Callback] = [health_of()] if name == "two_steps" else []
+        trainer = fit(module, shards, TURNS, batch_size=4, callbacks=callbacks)
         results[name] = arrived(module)
+        if callbacks:
+            results["diversity"] = {"of two_steps": trainer.callback_metrics["student/diversity"]}
     torch.set_num_threads(threads)
     return results
 
@@ -61,7 +66,7 @@ def load(two_processes: Path, strategy: str, case: str) -> dict[str, Any]:
 # Adam divides by the root of tiny second moments, so rounding reaches about a hundredth of the learning rate.
 @pytest.mark.parametrize(
     ("case", "tolerance"),
-    [("sgd", 1e-6), ("adamw", 1e-2 * ADAMW_LR), ("no_gan", 1e-6), ("pixel_gan", 1e-6)],
+    [("sgd", 1e-6), ("adamw", 1e-2 * ADAMW_LR), ("no_gan", 1e-6), ("pixel_gan", 1e-6), ("two_steps", 1e-6)],
 )
 def test_same_weights_as_one_process(
     two_processes: Path,
@@ -78,6 +83,15 @@ def test_same_weights_as_one_process(
     worst = max(difference, key=difference.__getitem__)
     print(f"{strategy} {case}: largest difference {difference[worst]:.2e} in {worst}")
     assert difference[worst] <= tolerance, worst
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_diversity_is_that_of_one_process(
+    two_processes: Path, one_process: dict[str, dict[str, torch.Tensor]], strategy: str
+) -> None:
+    found = load(two_processes, strategy, "two_steps")["diversity"]
+    assert float(found) > 0.1
+    torch.testing.assert_close(found, one_process["diversity"]["of two_steps"], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -19,6 +19,7 @@ from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.callbacks.diagnosis import Thresholds
 from sdxs_lightning.callbacks.health import Health
 from sdxs_lightning.families import Family
+from sdxs_lightning.modules.curriculum import Curriculum
 from sdxs_lightning.modules.discriminator import Discriminator
 from sdxs_lightning.modules.fake_score import FakeScore
 from sdxs_lightning.modules.matched_features import EncoderFeatures
@@ -130,9 +131,12 @@ class _Mirrored:
 def test_features_of_ones_own_on_the_prompts_of_the_first_batch(base: Base, shards: Path) -> None:
     features = _Mirrored()
     health = Health(2, diversity_prompts=3, samples_per_prompt=5, features=features)
-    module = distillation(base("sd-v_prediction"), gan=False, distribution_matching=DistributionMatching())
-    fit(module, shards, 2, callbacks=[health], shuffled=False)
+    curriculum = Curriculum(max_student_updates=9, critic_updates_per_student_update=2)
+    module = distillation(base("sd-v_prediction"), gan=False, curriculum=curriculum)
+    fit(module, shards, 6, callbacks=[health], shuffled=False)
     assert features.calls == ["build", "to", "5", "5", "5"]
+    # Read at the second student update; the turns of the critic before and after the third are not counted.
+    assert module.student_updates == 3 and set(health._counted.values()) == {1}
     assert health.prompts == ["a red circle", "a green square", "a blue triangle", "a yellow circle"]
 
 
