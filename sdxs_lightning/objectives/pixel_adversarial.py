@@ -42,8 +42,9 @@ class PixelAdversarial:
         its losses. Neither gives a weight beside score distillation: that is ours.
     """
 
-    student_weight: float = 1.0
-    """Factor of the student's loss."""
+    student_weight: float = 0.1
+    """Factor of the student's loss. On the toy world, with heads of 15 to 60 updates, the gradient at the latents is 6.5 to 9.4
+    times that of distribution matching at weight 1 each; so 0.1 makes them about equal."""
     r1_weight: float | None = 1e-5
     """Factor of the R1 penalty on the heads' inputs; ADD's 1e-5. Null leaves it out."""
     crop_px: int | None = None
