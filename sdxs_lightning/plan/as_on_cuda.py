@@ -5,7 +5,7 @@ torch has neither for meta tensors: attention falls back to the plain formula, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,7 +53,7 @@ class AsOnCuda(TorchFunctionMode):
         if name == "backward":
             return self._backward(args[0])
         if name == "grad" and func is torch.autograd.grad:
-            self._at_backward()
+            return self._grad(*args, **kwargs)
         if self._autocast is not None and name in LOWER:
             args, kwargs = self._mapped(self._lower, args, kwargs)
         elif self._autocast is not None and name in FLOAT32:
@@ -88,20 +88,45 @@ class AsOnCuda(TorchFunctionMode):
             self._autocast = outside
 
     def _backward(self, loss: Tensor) -> None:
+        self._run_engine((loss,), (), None, keep=False, differentiable=False)
+
+    def _grad(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        inputs: Tensor | Sequence[Tensor],
+        grad_outputs: Tensor | Sequence[Tensor] | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, ...]:
+        keep = create_graph if retain_graph is None else retain_graph
+        given = None if grad_outputs is None else _tuple(grad_outputs)
+        return self._run_engine(_tuple(outputs), _tuple(inputs), given, keep, create_graph)
+
+    def _run_engine(
+        self,
+        outputs: tuple[Tensor, ...],
+        inputs: tuple[Tensor, ...],
+        gradients: tuple[Tensor, ...] | None,
+        keep: bool,
+        differentiable: bool,
+    ) -> tuple[Tensor, ...]:
+        """Gradients with respect to `inputs`; without inputs into every weight that learns."""
         self._at_backward()
         # torch leaves the mode while it handles a function, and recomputation of checkpointed blocks needs it. Every public
         # way into the engine is such a function, so the engine itself is called.
         with self:
             engine = torch.autograd.Variable._execution_engine
-            engine.run_backward(
-                (loss,),
-                (torch.ones_like(loss),),
-                False,
-                False,
-                (),
-                allow_unreachable=True,
-                accumulate_grad=True,
+            result: tuple[Tensor, ...] = engine.run_backward(
+                outputs,
+                gradients or tuple(map(torch.ones_like, outputs)),
+                keep,
+                differentiable,
+                inputs,
+                allow_unreachable=not inputs,
+                accumulate_grad=not inputs,
             )
+        return result
 
     def _mapped(
         self, cast: Callable[[Any], Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -117,6 +142,10 @@ class AsOnCuda(TorchFunctionMode):
                 self._casts[id(value)] = value.to(self._autocast)
             return self._casts[id(value)]
         return value.to(self._autocast)
+
+
+def _tuple(tensors: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (tensors,) if isinstance(tensors, Tensor) else tuple(tensors)
 
 
 def _float32(value: Any) -> Any:
