@@ -86,7 +86,7 @@ def test_students_gradient_is_the_sum_of_anchor_and_gan(base: Base, dinov2: Path
         parts = [p.grad.flatten() for p in module.student.parameters() if p.grad is not None]
         return torch.cat(parts)
 
-    no_gan = {"discriminator": None, "adversarial": None, "image_features": None, "gan": False}
+    no_gan = {"discriminator": None, "pixel_adversarial": None, "image_features": None, "gan": False}
     anchor, gan = gradient(**no_gan), gradient(distribution_matching=None)
     torch.testing.assert_close(gradient(), anchor + gan, rtol=1e-3, atol=1e-6)
     assert min(anchor.norm().item(), gan.norm().item()) > 1e-4

@@ -283,7 +283,7 @@ def test_refusals(base: Base, dinov2: Path, tiny: Path, tmp_path: Path) -> None:
         gan.critic_loss(sample, data_of(folder), roles, None)
     with pytest.raises(ValueError, match=r"got some of 16x32; let data.contents"):
         gan.critic_loss(sample, data_of(folder, images=torch.zeros(3, 3, 16, 32)), roles, None)
-    with pytest.raises(ValueError, match=r"crop_px is 40 and the images are only 32x32"):
+    with pytest.raises(ValueError, match=r"crop_px of the GAN is 40 and the images are only 32x32"):
         gan_of(folder, dinov2, crop_px=40).student_term(sample, roles)
     with pytest.raises(
         FileNotFoundError, match="no AutoencoderTiny; give the folder of one as pixel_adversarial.decoder"

@@ -129,5 +129,5 @@ def test_squares_equal_slices_and_pass_gradients() -> None:
     assert torch.equal(squares, expected)
     squares.sum().backward()
     assert images.grad is not None and images.grad.sum().item() == 3 * 2 * 25
-    with pytest.raises(ValueError, match=r"crop_px is 9 and the images are only 8x10"):
+    with pytest.raises(ValueError, match=r"crop_px of the GAN is 9 and the images are only 8x10"):
         cut_squares(images, places, 9)
