@@ -29,7 +29,10 @@ from evaluation.protocols import REPOSITORY, Protocol, get_protocol, hash_weight
 from evaluation.scores import Judges, measure
 
 MODEL = "--model.init_args."
-DISTILL, FINISH, WARMUP = "toy/distill.yaml", "toy/finish.yaml", "toy/warmup.yaml"
+DISTILL, FINISH = "toy/distill.yaml", "toy/finish.yaml"
+WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
+PAIRS = "outputs/toy-pairs"
+"""What `python -m data.prepare pairs` wrote; all seeds share it."""
 DIVERSITY_PROMPTS = 50
 
 
@@ -52,9 +55,9 @@ def _finish_of(row: str) -> Recipe:
 PRUNED = "outputs/toy-miniaturise/unet"
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 RECIPES: dict[str, Recipe] = {
-    "regression": Recipe((WARMUP,), flags=_NO_FEATURES),
-    "feature_matching": Recipe((WARMUP,), flags=(f"{MODEL}regression=null",)),
-    "warmup": Recipe((WARMUP,)),
+    "regression": Recipe(WARMUP, flags=_NO_FEATURES),
+    "feature_matching": Recipe(WARMUP, flags=(f"{MODEL}regression=null",)),
+    "warmup": Recipe(WARMUP),
     "segmented": Recipe((DISTILL, "toy/distill_segmented.yaml"), "warmup"),
     "dmd2_no_gan": Recipe((DISTILL,), "warmup", (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")),
     "dmd2": Recipe((DISTILL,), "warmup"),
@@ -67,12 +70,29 @@ RECIPES: dict[str, Recipe] = {
     "dmd2+finish": _finish_of("dmd2"),
     "dmd2_jensen_shannon+finish": _finish_of("dmd2_jensen_shannon"),
     "dmd2_lora_fake+finish": _finish_of("dmd2_lora_fake"),
-    "pruned_warmup": Recipe((WARMUP,), PRUNED),
+    "pruned_warmup": Recipe(WARMUP, PRUNED),
     "pruned_segmented": Recipe((DISTILL, "toy/distill_segmented.yaml"), "pruned_warmup"),
     "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),
     "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
 }
 """By name of the row. Those without a start, or with a folder, come before those that start from them."""
+
+
+def make_pairs() -> None:
+    """The pairs of every warm-up, by the project's own command; does nothing where they are complete."""
+    options = ["--captions", "toy:train", "--count", "8192", "--steps", "8", "--guidance", "1.5"]
+    line = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "pairs",
+        "--model",
+        "data/toy/base",
+        *options,
+        "--batch-size",
+        "64",
+    ]
+    subprocess.run([*line, "--out", PAIRS], cwd=REPOSITORY, check=True)
 
 
 def run_folder(root: Path, row: str, seed: int) -> Path:
@@ -192,12 +212,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judges = Judges.load(protocol)
     rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows}
     try:
+        make_pairs()
         for seed in options.seeds:
             for row in options.rows:
                 train(options.root, row, seed)
                 rows[row][seed] = score(options.root, row, seed, protocol, judges)
                 Console(stderr=True).print(f"{row} seed {seed}: {rows[row][seed]}")
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"recipes: {error}")
     summary = summarise(rows)
     if options.out is not None:
