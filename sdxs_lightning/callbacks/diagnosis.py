@@ -12,11 +12,13 @@ class Thresholds:
     """Beyond which a number is a symptom. null switches that warning off."""
 
     fake_score_lag: float | None = 1.05
-    """Squared error of the fake score over the real score's on the student's samples; at most 1 for one that keeps up."""
+    """Squared error of the fake score over the real score's on the student's samples; at most 1 for one that keeps up.
+    Measured on the toy base with guidance 1.5: 0.84 to 0.91 in a good run, 1.05 to 1.09 with a frozen fake score."""
     discriminator_accuracy: float | None = 0.95
     """Share of samples and data that the discriminator tells apart, at all noise levels together."""
     saturation: float | None = 0.02
-    """Share of the student's latents beyond four standard deviations of the data."""
+    """Share of the student's latents beyond four standard deviations of the data; 0.001 in the toy base's good run and in its
+    data, 0.03 after 48 updates with a frozen fake score."""
     diversity: float | None = 0.5
     """Diversity over the highest that the run has had."""
     cosine: float | None = -0.8

@@ -144,7 +144,7 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
 
             module = module_for(base, case, micro)
             save = SaveAfter(SAVED_AFTER * micro, checkpoint)
-            callbacks = [save, health_of()] if name == "two_steps" else [save]
+            callbacks: list[Callback] = [save, health_of()] if name == "two_steps" else [save]
             trainer = fit(
                 module,
                 shards,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from sdxs_lightning.callbacks.export import ExportPipeline
 from sdxs_lightning.modules.backward_simulation import sample_in_steps
 from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.plan.hardware import read_hardware
+from sdxs_lightning.plan.planner import Planner
 from sdxs_lightning.seeding import Stream, fingerprint, integers, normal
 from tests.tiny import LATENT_SHAPE, tiny_batch
 from tests.training.tiny_distillation import built, distillation, fit, moved, weights
@@ -67,3 +70,19 @@ def test_every_network_learns_from_samples_of_all_steps(
         output_type="latent",
     ).images
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_memory_plan_counts_the_passes_without_graph_as_nothing_that_stays(
+    base: Base, tmp_path: Path
+) -> None:
+    """They keep no activations: the peak is that of one step, but for a few latents."""
+    folder = tmp_path / "configs"
+    shutil.copytree(base("sd-epsilon"), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    hardware = read_hardware({"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}, 80.0)
+    needed = [
+        Planner(distillation(folder, student=StudentGenerator(SGD, timesteps=steps)), hardware, 16)
+        .plan()
+        .needed()
+        for steps in (None, STEPS)
+    ]
+    assert needed[0] <= needed[1] < 1.05 * needed[0]
