@@ -47,6 +47,8 @@ class PipelineImages:
             latents=noise.to(self.pipeline.unet.dtype),
             num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale,
+            # Of schedulers that draw noise between steps; the first noise is given.
+            generator=[torch.Generator().manual_seed(number) for number in sample_ids.tolist()],
             output_type="pt",
         ).images
         return to_uint8(images.float() * 2 - 1)

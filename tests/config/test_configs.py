@@ -30,6 +30,7 @@ OVERLAYS = {
         for base in ("toy", "sd15", "sd21", "sdxl")
         for name in ("distill_segmented", "finish")
     },
+    **{f"{base}/distill_4step.yaml": [f"{base}/distill.yaml"] for base in ("sd15", "sd21", "sdxl")},
     **{
         f"{base}/distill_{size}.yaml": [f"{base}/distill.yaml"]
         for base in ("sd15", "sd21", "sdxl")
@@ -116,7 +117,8 @@ def tiny_distill(name: str, folder: Path) -> Flags:
             "trainer.callbacks": "null",
             "trainer.enable_checkpointing": False,
         }
-    if "warmup_updates:" in (CONFIGS / name).read_text() and "segmented" not in name and "finish" not in name:
+    has_own_stage = name.endswith(("segmented.yaml", "finish.yaml", "4step.yaml"))
+    if "warmup_updates:" in (CONFIGS / name).read_text() and not has_own_stage:
         flags |= {
             "model.init_args.curriculum.warmup_updates": 1,
             "model.init_args.pairs.count": 4,
@@ -127,18 +129,15 @@ def tiny_distill(name: str, folder: Path) -> Flags:
 
 def tiny_warmup(name: str, folder: Path) -> Flags:
     pairs = {"source": "memory", "count": 4, "sampler_steps": 2}
-    return tiny_distill(name, folder) | {
+    flags = tiny_distill(name, folder) | {
         "model.init_args.curriculum.warmup_updates": 2,
         "model.init_args.pairs": json.dumps(pairs),
-        "data.init_args.contents": "[latents]",
     }
+    return flags if name.startswith("toy") else flags | {"data.init_args.contents": "[latents]"}
 
 
 def tiny_segmented(name: str, folder: Path) -> Flags:
-    return tiny_distill(name, folder) | {
-        "model.init_args.pairs.sampler_steps": 1,
-        "data.init_args.contents": "[latents]",
-    }
+    return tiny_distill(name, folder) | {"model.init_args.pairs.sampler_steps": 1}
 
 
 def tiny_finish(name: str, folder: Path) -> Flags:
@@ -166,6 +165,7 @@ STAGES: dict[str, Callable[[str, Path], Flags]] = {
     "warmup.yaml": tiny_warmup,
     "distill_segmented.yaml": tiny_segmented,
     "finish.yaml": tiny_finish,
+    "distill_4step.yaml": tiny_distill,
     "miniaturise.yaml": tiny_miniaturise,
 }
 """Name of a stage's files -> the flags under which it takes two steps at tiny size."""
