@@ -16,7 +16,7 @@ from sdxs_lightning.seeding import Stream, integers, uniform
 
 PLAIN, SMALL = 0.6, 0.8
 """Below the first: as rendered; between them: from half the size; above: cropped."""
-_MARGIN_PX = 8
+MARGIN_PX = 8
 
 
 class Photographs(NamedTuple):
@@ -47,11 +47,11 @@ def photograph(images_uint8: Tensor, index: Tensor) -> Photographs:
     sizes = torch.full((len(index), 2), side)
     sizes[(kind >= PLAIN) & (kind < SMALL)] = side // 2
     crops = torch.zeros(len(index), 2, dtype=torch.int64)
-    corners = integers(1, Stream.AUGMENTATION, index, 0, (_MARGIN_PX + 1) ** 2)
+    corners = integers(1, Stream.AUGMENTATION, index, 0, (MARGIN_PX + 1) ** 2)
     for row in torch.nonzero(kind >= SMALL).flatten().tolist():
-        top, left = divmod(int(corners[row]), _MARGIN_PX + 1)
+        top, left = divmod(int(corners[row]), MARGIN_PX + 1)
         enlarged = F.interpolate(
-            pictures[row : row + 1], size=side + _MARGIN_PX, mode="bilinear", align_corners=False
+            pictures[row : row + 1], size=side + MARGIN_PX, mode="bilinear", align_corners=False
         )
         pictures[row] = enlarged[0, :, top : top + side, left : left + side]
         crops[row] = torch.tensor([top, left])
