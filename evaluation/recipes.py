@@ -31,6 +31,7 @@ from evaluation.scores import Judges, measure
 MODEL = "--model.init_args."
 DISTILL, FINISH = "toy/distill.yaml", "toy/finish.yaml"
 WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
+SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
 """What `python -m data.prepare pairs` wrote; all seeds share it."""
 DIVERSITY_PROMPTS = 50
@@ -58,7 +59,7 @@ RECIPES: dict[str, Recipe] = {
     "regression": Recipe(WARMUP, flags=_NO_FEATURES),
     "feature_matching": Recipe(WARMUP, flags=(f"{MODEL}regression=null",)),
     "warmup": Recipe(WARMUP),
-    "segmented": Recipe((DISTILL, "toy/distill_segmented.yaml"), "warmup"),
+    "segmented": Recipe(SEGMENTED, "warmup"),
     "dmd2_no_gan": Recipe((DISTILL,), "warmup", (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")),
     "dmd2": Recipe((DISTILL,), "warmup"),
     "dmd2_jensen_shannon": Recipe(
@@ -71,7 +72,7 @@ RECIPES: dict[str, Recipe] = {
     "dmd2_jensen_shannon+finish": _finish_of("dmd2_jensen_shannon"),
     "dmd2_lora_fake+finish": _finish_of("dmd2_lora_fake"),
     "pruned_warmup": Recipe(WARMUP, PRUNED),
-    "pruned_segmented": Recipe((DISTILL, "toy/distill_segmented.yaml"), "pruned_warmup"),
+    "pruned_segmented": Recipe(SEGMENTED, "pruned_warmup"),
     "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),
     "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
 }

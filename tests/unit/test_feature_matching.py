@@ -26,12 +26,7 @@ def reference_ssim(x: list[float], y: list[float]) -> float:
     var_y = math.fsum((v - mean_y) ** 2 for v in y) / n
     cov = math.fsum((v - mean_x) * (w - mean_y) for v, w in zip(x, y, strict=True)) / n
     c = 1e-6
-    return (
-        (2 * mean_x * mean_y + c)
-        / (mean_x**2 + mean_y**2 + c)
-        * (2 * cov + c)
-        / (var_x + var_y + c)
-    )
+    return (2 * mean_x * mean_y + c) / (mean_x**2 + mean_y**2 + c) * (2 * cov + c) / (var_x + var_y + c)
 
 
 def reference_loss(layers: list[tuple[Tensor, Tensor]], weights: list[float]) -> float:
@@ -72,7 +67,12 @@ def test_gradient_equals_autograd_of_a_float64_reference_everywhere() -> None:
     mean = both.mean(dim=(3, 4))
     var = both.var(dim=(3, 4), unbiased=False)
     cov = ((x - mean[0][..., None, None]) * (y - mean[1][..., None, None])).mean(dim=(2, 3))
-    ssim = (2 * mean[0] * mean[1] + 1e-6) / (mean.square().sum(0) + 1e-6) * (2 * cov + 1e-6) / (var.sum(0) + 1e-6)
+    ssim = (
+        (2 * mean[0] * mean[1] + 1e-6)
+        / (mean.square().sum(0) + 1e-6)
+        * (2 * cov + 1e-6)
+        / (var.sum(0) + 1e-6)
+    )
     (1 - ssim).mean().backward()
     ours = x.detach().float().requires_grad_()
     feature_matching_loss({"a": ours}, {"a": y.float()}).backward()
