@@ -78,9 +78,9 @@ class MixtureUnet(nn.Module):
                 nn.Unflatten(1, (WIDTH, 1, 1)),
             )
             self.up_blocks = nn.ModuleList([nn.Flatten(), nn.SiLU(), nn.Linear(WIDTH, WIDTH), nn.SiLU()])
-            self.conv_out: nn.Module = nn.Linear(WIDTH, 2)
-        nn.init.zeros_(cast(nn.Linear, self.conv_out).weight)
-        nn.init.zeros_(cast(nn.Linear, self.conv_out).bias)
+            self.conv_out = nn.Linear(WIDTH, 2)
+        nn.init.zeros_(self.conv_out.weight)
+        nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> SimpleNamespace:
         angles = timestep.float()[:, None] / 1000 * math.pi * torch.tensor([0.5, 1.0, 2.0, 4.0])

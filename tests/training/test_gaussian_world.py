@@ -105,7 +105,7 @@ def objective(timestep: int, f_divergence: FDivergence | None = None) -> Distrib
 
 def cosine(first: Tensor, second: Tensor) -> float:
     first, second = first.flatten().double(), second.flatten().double()
-    return (first @ second / (first.norm() * second.norm())).item()
+    return float(first @ second / (first.norm() * second.norm()))
 
 
 # ------------------------------------------------------------------------------------------------------ sample by sample
@@ -287,7 +287,8 @@ def _log_ratio(noisy: Tensor, alpha: float, sigma: float) -> Tensor:
     """What the best discriminator says: log of the data's density over the samples'."""
     real = Normal(alpha * REAL_MEAN, math.hypot(alpha * REAL_STD, sigma))
     fake = Normal(alpha * FAKE_MEAN, math.hypot(alpha * math.exp(FAKE_LOG_STD), sigma))
-    return real.log_prob(noisy[:, 0]) - fake.log_prob(noisy[:, 0])
+    log_ratio: Tensor = real.log_prob(noisy[:, 0]) - fake.log_prob(noisy[:, 0])
+    return log_ratio
 
 
 def _exact_gradient(divergence: Divergence, timestep: int) -> Tensor:

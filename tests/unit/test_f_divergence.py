@@ -96,7 +96,7 @@ def _fitted_logits(real: Tensor, fake: Tensor) -> Tensor:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    optimizer.step(closure)
     return logits(fake).detach()
 
 
