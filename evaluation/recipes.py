@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
 """What `python -m data.prepare pairs` wrote; all seeds share it."""
 DIVERSITY_PROMPTS = 50
+COST = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -129,15 +130,22 @@ def train(root: Path, row: str, seed: int) -> None:
     line = command(root, row, seed)
     if (folder / "checkpoints").is_dir():
         line += ["--ckpt_path", "last"]
-    began = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     with (folder / "log.txt").open("a") as log:
         code = subprocess.run(
             line, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=False
         ).returncode
+    # Of the processor, not of the clock: several rows may run beside each other.
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before + cpu_seconds(folder)
+    (folder / COST).write_text(json.dumps({"cpu_seconds": seconds, "command": line[1:]}) + "\n")
     if code:
         raise RuntimeError(f"{row} with seed {seed} ended with exit code {code}; see {folder / 'log.txt'}")
-    seconds = time.perf_counter() - began
-    (folder / "seconds.json").write_text(json.dumps({"seconds": seconds, "command": line[1:]}) + "\n")
+
+
+def cpu_seconds(folder: Path) -> float:
+    """What a run has cost so far, of one core; 0 where nothing was written down."""
+    file = folder / COST
+    return float(json.loads(file.read_text())["cpu_seconds"]) if file.is_file() else 0.0
 
 
 def score(root: Path, row: str, seed: int, protocol: Protocol, judges: Judges) -> dict[str, Any]:
@@ -166,8 +174,8 @@ def score(root: Path, row: str, seed: int, protocol: Protocol, judges: Judges) -
 
 
 def summarise(rows: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Per row mean, smallest and largest of each score over its seeds."""
-    keys = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity")
+    """Per row mean, smallest and largest over its seeds of each score, and of the cost of its own stage."""
+    keys = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity", "cpu_seconds")
     summary = {}
     for row, by_seed in rows.items():
         spreads = {key: [scores[key] for scores in by_seed.values()] for key in keys}
@@ -184,15 +192,20 @@ def summarise(rows: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, 
 
 def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
     """A table on the terminal."""
-    table = Table("recipe", "seeds", "FID", "CLIP score", "all right", "diversity", "parameters")
+    table = Table(
+        "recipe", "seeds", "FID", "CLIP score", "all right", "diversity", "parameters", "cost, first row = 1"
+    )
+    first = next(iter(summary.values()))["cpu_seconds"]["mean"]
     for row, scores in summary.items():
         cells = [
             f"{scores['fid']['mean']:.3f}",
             f"{scores['clip_score']['mean']:.1f}",
             f"{100 * scores['caption_accuracy']['mean']:.1f} %",
             f"{scores['diversity']['mean']:.3f}",
+            f"{scores['parameters']:,}",
+            f"{scores['cpu_seconds']['mean'] / first:.2f}" if first else "",
         ]
-        table.add_row(row, str(len(scores["seeds"])), *cells, f"{scores['parameters']:,}")
+        table.add_row(row, str(len(scores["seeds"])), *cells)
     Console().print(table)
 
 
@@ -217,7 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in options.seeds:
             for row in options.rows:
                 train(options.root, row, seed)
-                rows[row][seed] = score(options.root, row, seed, protocol, judges)
+                scores = score(options.root, row, seed, protocol, judges)
+                rows[row][seed] = scores | {"cpu_seconds": cpu_seconds(run_folder(options.root, row, seed))}
                 Console(stderr=True).print(f"{row} seed {seed}: {rows[row][seed]}")
     except (RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"recipes: {error}")
