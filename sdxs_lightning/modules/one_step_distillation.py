@@ -147,6 +147,8 @@ class OneStepDistillation(DistillationNetworks):
             if turn.critic:
                 self._critic_update(sample.detach(), batch)
         self.end_micro_batch(student_updates=self.student_updates)
+        if self.pairs is not None and not self._pairs_are_needed:
+            self.pairs.forget()
         if self.student_updates >= self.curriculum.max_student_updates:
             self.trainer.should_stop = True
 

@@ -163,6 +163,11 @@ class TargetPairs:
         )
         return True
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether it holds pairs."""
+        return self._stored is not None
+
     def forget(self) -> None:
         """Gives the memory back, when the last update that needs pairs is over."""
         self._stored, self._sampler = None, None

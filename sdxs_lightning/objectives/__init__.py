@@ -12,19 +12,26 @@ from sdxs_lightning.objectives.distribution_matching import (
     distribution_matching_loss,
 )
 from sdxs_lightning.objectives.f_divergence import FDivergence, divergence_weight
+from sdxs_lightning.objectives.feature_matching import FeatureMatching, feature_matching_loss
+from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
 from sdxs_lightning.objectives.regression import Regression, regression_loss
+from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 
 __all__ = [
     "Denoising",
     "DiffusionAdversarial",
     "DistributionMatching",
     "FDivergence",
+    "FeatureMatching",
+    "PixelAdversarial",
     "Regression",
+    "SegmentedScoreDistillation",
     "critic_loss",
     "denoising_loss",
     "distribution_matching_gradient",
     "distribution_matching_loss",
     "divergence_weight",
+    "feature_matching_loss",
     "generator_loss",
     "regression_loss",
 ]

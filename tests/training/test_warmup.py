@@ -34,6 +34,21 @@ def test_warmup_is_deterministic_and_lowers_its_loss(base: Base, shards: Path) -
     assert sum(losses[0][-3:]) < 0.9 * sum(losses[0][:3])
 
 
+def test_pairs_are_given_back_when_their_time_is_over(base: Base, shards: Path) -> None:
+    module = distillation(
+        base("sd-epsilon"), curriculum=Curriculum(max_student_updates=9, warmup_updates=2), **WARMUP
+    )
+    held: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            assert module.pairs is not None
+            held.append(module.pairs.in_memory)
+
+    fit(module, shards, batches=3, callbacks=[Look()])
+    assert held == [True, False, False]
+
+
 class _Metrics(Callback):
     def __init__(self, name: str, into: list[float]) -> None:
         self.name, self.into = name, into
