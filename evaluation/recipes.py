@@ -19,14 +19,19 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from PIL.Image import Image
 from rich.console import Console
 from rich.table import Table
 
 from evaluation.diversity import diversity
 from evaluation.evaluate import PipelineImages
+from evaluation.generate import RealImages
 from evaluation.machine import where
+from evaluation.pictures import sheet
 from evaluation.protocols import REPOSITORY, Protocol, get_protocol, hash_weights
 from evaluation.scores import Judges, measure
+from evaluation.teacher import Teacher
+from sdxs_lightning.families.sd import StableDiffusion
 
 MODEL = "--model.init_args."
 DISTILL, FINISH = "toy/distill.yaml", "toy/finish.yaml"
@@ -34,7 +39,7 @@ WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
 SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
 """What `python -m data.prepare pairs` wrote; all seeds share it."""
-DIVERSITY_PROMPTS = 50
+DIVERSITY_PROMPTS, PICTURES = 50, 10
 COST = "cost.json"
 
 
@@ -156,13 +161,11 @@ def score(root: Path, row: str, seed: int, protocol: Protocol, judges: Judges) -
         stored: dict[str, Any] = json.loads(kept.read_text())
         if (stored["model_sha256"], stored["fingerprint"]) == (digest, protocol.fingerprint()):
             return stored
-    pipeline = DiffusionPipeline.from_pretrained(folder / "pipeline", torch_dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    maker = PipelineImages(pipeline, steps=1, guidance_scale=0.0, seed=protocol.seed)
+    maker = student_of(folder / "pipeline", protocol)
     prompts = protocol.captions()
     scores = measure(maker, prompts, judges, torch.device("cpu")).as_dict()
     scores["diversity"] = diversity(maker, prompts[:DIVERSITY_PROMPTS], judges.clip)
-    parameters = sum(parameter.numel() for parameter in pipeline.unet.parameters())
+    parameters = sum(parameter.numel() for parameter in maker.pipeline.unet.parameters())
     result = {
         **scores,
         "parameters": parameters,
@@ -171,6 +174,25 @@ def score(root: Path, row: str, seed: int, protocol: Protocol, judges: Judges) -
     }
     kept.write_text(json.dumps(result, indent=2) + "\n")
     return result
+
+
+def draw(root: Path, rows: Sequence[str], seed: int, protocol: Protocol) -> Image:
+    """The first prompts of the protocol: real, the base in many steps and in one, and each row."""
+    prompts, numbers = protocol.captions()[:PICTURES], torch.arange(PICTURES)
+    teacher = Teacher(StableDiffusion("data/toy/base"), torch.device("cpu"), seed=protocol.seed)
+    drawn = {"real": RealImages(protocol.split)(prompts, numbers)}
+    drawn |= {f"base\n{steps} steps": teacher.images(steps)(prompts, numbers) for steps in (25, 1)}
+    for row in rows:
+        maker = student_of(run_folder(root, row, seed) / "pipeline", protocol)
+        drawn[row.replace("_", "\n").replace("+", "\n+")] = maker(prompts, numbers)
+    return sheet(drawn, prompts)
+
+
+def student_of(folder: Path, protocol: Protocol) -> PipelineImages:
+    """A maker of images in one step, from an exported pipeline."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return PipelineImages(pipeline, steps=1, guidance_scale=0.0, seed=protocol.seed)
 
 
 def summarise(rows: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
@@ -183,7 +205,9 @@ def summarise(rows: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, 
             "seeds": list(by_seed),
             "parameters": next(iter(by_seed.values()))["parameters"],
             **{
-                key: {"mean": statistics.fmean(values), "smallest": min(values), "largest": max(values)}
+                key: None
+                if None in values
+                else {"mean": statistics.fmean(values), "smallest": min(values), "largest": max(values)}
                 for key, values in spreads.items()
             },
         }
@@ -195,7 +219,7 @@ def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
     table = Table(
         "recipe", "seeds", "FID", "CLIP score", "all right", "diversity", "parameters", "cost, first row = 1"
     )
-    first = next(iter(summary.values()))["cpu_seconds"]["mean"]
+    first = next(iter(summary.values()))["cpu_seconds"]
     for row, scores in summary.items():
         cells = [
             f"{scores['fid']['mean']:.3f}",
@@ -203,7 +227,7 @@ def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
             f"{100 * scores['caption_accuracy']['mean']:.1f} %",
             f"{scores['diversity']['mean']:.3f}",
             f"{scores['parameters']:,}",
-            f"{scores['cpu_seconds']['mean'] / first:.2f}" if first else "",
+            f"{scores['cpu_seconds']['mean'] / first['mean']:.2f}" if first and scores["cpu_seconds"] else "",
         ]
         table.add_row(row, str(len(scores["seeds"])), *cells)
     Console().print(table)
@@ -221,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--root", type=Path, default=Path("outputs/recipes"), help="default: %(default)s")
     parser.add_argument("--protocol", default="toy", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--picture", type=Path, help="PNG file to draw, of the first seed")
     options = parser.parse_args(arguments)
     protocol = get_protocol(options.protocol)
     judges = Judges.load(protocol)
@@ -231,11 +256,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in options.rows:
                 train(options.root, row, seed)
                 scores = score(options.root, row, seed, protocol, judges)
-                rows[row][seed] = scores | {"cpu_seconds": cpu_seconds(run_folder(options.root, row, seed))}
+                cost = cpu_seconds(run_folder(options.root, row, seed)) or None  # none was written down
+                rows[row][seed] = scores | {"cpu_seconds": cost}
                 Console(stderr=True).print(f"{row} seed {seed}: {rows[row][seed]}")
     except (RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"recipes: {error}")
     summary = summarise(rows)
+    if options.picture is not None:
+        draw(options.root, options.rows, options.seeds[0], protocol).save(options.picture)
     if options.out is not None:
         result = {"rows": summary, "protocol": protocol.describe(), **where(torch.device("cpu"))}
         options.out.parent.mkdir(parents=True, exist_ok=True)
