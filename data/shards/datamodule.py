@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from data.shards.dataset import Content, EmptyCaptions, ShardDataset
+from data.shards.image_condition import ImageCondition
 from data.shards.index import ShardSet, find_shards, index_shard
 from data.shards.loader import Pass, ShardLoader
 from data.shards.order import ORDER_VERSION, SampleOrder
@@ -25,6 +26,7 @@ class ShardDataModule(pl.LightningDataModule):
         empty_captions: EmptyCaptions = "refuse",
         index_folder: str | None = None,
         pin_memory: bool | None = None,
+        condition: ImageCondition | None = None,
     ) -> None:
         """Keep the settings; files are looked at in `prepare_data` and `setup`.
 
@@ -41,6 +43,7 @@ class ShardDataModule(pl.LightningDataModule):
             empty_captions: "refuse" stops at a sample without words, "keep" trains on it.
             index_folder: where indexes are kept if not beside the shards.
             pin_memory: page-locked batches; by default where the run is on CUDA.
+            condition: makes control_images from the pictures while they are read; None reads cond.png members.
 
         Raises:
             ValueError: unless batch_size is at least 1 and num_workers at least 0.
@@ -64,6 +67,7 @@ class ShardDataModule(pl.LightningDataModule):
         self.empty_captions: EmptyCaptions = empty_captions
         self.index_folder = index_folder
         self.pin_memory = pin_memory
+        self.condition = condition
         self.dataset: ShardDataset | None = None
         self._loader: ShardLoader | None = None
 
@@ -78,7 +82,9 @@ class ShardDataModule(pl.LightningDataModule):
             return
         shard_set = ShardSet.open(self.shards, self.index_folder)
         order = SampleOrder(shard_set.sizes, self.seed, self.shuffle_window_shards)
-        self.dataset = ShardDataset(shard_set, order, self.contents, self.resolution, self.empty_captions)
+        self.dataset = ShardDataset(
+            shard_set, order, self.contents, self.resolution, self.empty_captions, self.condition
+        )
 
     def train_dataloader(self) -> ShardLoader:
         """This rank's loader.

@@ -23,6 +23,7 @@ from data.shards.decoders import (
     decode,
     decode_image,
 )
+from data.shards.image_condition import ImageCondition
 from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
@@ -72,6 +73,7 @@ class ShardDataset(Dataset[TrainingBatch]):
         contents: Sequence[Content] = ("latents",),
         resolution: int | None = None,
         empty_captions: EmptyCaptions = "refuse",
+        condition: ImageCondition | None = None,
     ) -> None:
         """Check, from the index alone, that every sample has what will be read.
 
@@ -82,6 +84,7 @@ class ShardDataset(Dataset[TrainingBatch]):
             resolution: images are resized so that the shorter side has this many pixels, then cropped to a
                 centred square; None takes them as they are, all of one size.
             empty_captions: "keep" trains on samples without words, "refuse" stops at the first.
+            condition: makes control_images from the picture, as resized and cropped; None reads them as members.
 
         Raises:
             BadSampleError: naming shard and key, if a sample has no member for a content or for the caption.
@@ -98,6 +101,7 @@ class ShardDataset(Dataset[TrainingBatch]):
         self.contents = tuple(contents)
         self.resolution = resolution
         self.empty_captions = empty_captions
+        self.condition = condition
         self._first_samples = np.cumsum(shards.sizes) - np.asarray(shards.sizes)
         self._names = shards.names()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
@@ -174,7 +178,8 @@ class ShardDataset(Dataset[TrainingBatch]):
         columns = []
         for content in ("captions", *self.contents):
             column = np.full(len(index), -1, dtype=np.int64)
-            for extension in reversed(_MEMBERS[content]):
+            made = content == "control_images" and self.condition is not None
+            for extension in reversed(_MEMBERS["images" if made else content]):
                 if (found := index.column(extension)) is not None:
                     column[index.offsets[:, found] >= 0] = found
             if (column < 0).any():
@@ -220,6 +225,8 @@ class ShardDataset(Dataset[TrainingBatch]):
             sample[content] = decode(extension, part, where)
         else:
             pixels, original_size, crop = _fit(decode_image(part, where), self.resolution)
+            if content == "control_images" and self.condition is not None:
+                pixels = _conditioned(self.condition, pixels, where)
             sample[content] = pixels
             if content == "images":
                 sample["original_size"], sample["crop"] = original_size, crop
@@ -232,6 +239,16 @@ class ShardDataset(Dataset[TrainingBatch]):
                 "without words."
             )
         return caption
+
+
+def _conditioned(condition: ImageCondition, pixels: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
+    made = condition(pixels)
+    if made.dtype != np.uint8 or made.shape != pixels.shape:
+        raise ValueError(
+            f"{where}: data.condition made {made.dtype} {made.shape} of a picture of {pixels.shape}, but a condition "
+            "image is uint8 of the picture's shape."
+        )
+    return made
 
 
 def _field(decoded: dict[str, Any], name: str, kind: type, where: str) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from data.shards.dataset import Content, ShardDataset
@@ -243,3 +244,23 @@ def test_bounded_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert copy.batch([4]).captions == ["4"] and len(copy._open) == 1
     samples.close()
     assert not samples._open
+
+
+def mirrored(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A condition that can be told apart."""
+    return image[:, ::-1]
+
+
+def test_a_condition_made_on_the_fly(tmp_path: Path) -> None:
+    """It sees the picture as it was resized and cropped, and needs no content 'images' beside it."""
+    samples = [{"png": picture(60, 40), "txt": "a"}]
+    both = dataset(tmp_path, samples, ["images", "control_images"], resolution=20, condition=mirrored).batch(
+        [0]
+    )
+    assert both.images is not None and both.control_images is not None
+    assert torch.allclose(both.control_images, both.images.flip(3) / 2 + 0.5, atol=1e-6)
+    alone = reading(tmp_path, ["control_images"], resolution=20, condition=mirrored).batch([0])
+    assert alone.images is None and alone.control_images is not None
+    assert torch.equal(alone.control_images, both.control_images)
+    with pytest.raises(ValueError, match=r"made uint8 \(20, 20\) of a picture of \(20, 20, 3\)"):
+        reading(tmp_path, ["control_images"], resolution=20, condition=lambda image: image[..., 0]).batch([0])
