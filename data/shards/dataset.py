@@ -248,7 +248,7 @@ def _conditioned(condition: ImageCondition, pixels: NDArray[np.uint8], where: st
             f"{where}: data.condition made {made.dtype} {made.shape} of a picture of {pixels.shape}, but a condition "
             "image is uint8 of the picture's shape."
         )
-    return made
+    return np.ascontiguousarray(made)  # torch takes no array of negative strides
 
 
 def _field(decoded: dict[str, Any], name: str, kind: type, where: str) -> Any:
