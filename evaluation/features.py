@@ -1,11 +1,13 @@
-"""The judge that FID and CLIP score share: an open_clip model in a local folder, frozen, in float32."""
+"""Networks that images are judged by, frozen, in float32: the protocol of all of them, and a CLIP in a local folder."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import open_clip
 import torch
@@ -33,6 +35,67 @@ def full_precision(device: torch.device) -> Iterator[None]:
             torch.backends.cudnn.allow_tf32 = before[1]
 
 
+class Features(Protocol):
+    """A network that turns images into the vectors that distances between sets of images are measured in.
+
+    Always in eval mode, without gradients, in float32 also under autocast, and not an nn.Module: no checkpoint, optimizer or
+    DDP bucket sees its weights. It follows the images to their device.
+    """
+
+    name: str
+    """Short; stands in results."""
+    dimensions: int
+    """d."""
+
+    def __call__(self, images_uint8: Tensor) -> Tensor:
+        """(B,3,H,W) uint8 images to (B, d) float32 features."""
+
+    def identity(self) -> dict[str, str]:
+        """What the features depend on: hash of the weights, resize, normalisation. Enters the protocol's hash."""
+
+
+@dataclass(frozen=True)
+class CentreCrop:
+    """Features of the middle of each image at its full resolution: what patch FID is measured in.
+
+    Source: SDXL-Lightning, arXiv:2402.13929; DMD2's evaluator crops both sets to the 299 pixels of Inception.
+    """
+
+    features: Features
+    """Of the crop."""
+    px: int = 299
+    """Side of the crop."""
+
+    @property
+    def name(self) -> str:
+        """Of the network, and the crop."""
+        return f"{self.features.name}-centre{self.px}"
+
+    @property
+    def dimensions(self) -> int:
+        """As of the network."""
+        return self.features.dimensions
+
+    def __call__(self, images_uint8: Tensor) -> Tensor:
+        """See Features.
+
+        Raises:
+            ValueError: for images smaller than the crop (other tools measure those uncropped, without a word).
+        """
+        height, width = images_uint8.shape[-2:]
+        if min(height, width) < self.px:
+            raise ValueError(
+                f"patch FID crops {self.px} x {self.px} pixels out of each image, but these have {height} x {width}; "
+                "use images at full resolution, or a protocol without patch FID"
+            )
+        top, left = (round((side - self.px) / 2) for side in (height, width))
+        return self.features(images_uint8[..., top : top + self.px, left : left + self.px])
+
+    def identity(self) -> dict[str, str]:
+        """See Features."""
+        return self.features.identity() | {"crop": f"centre {self.px}"}
+
+
 class FrozenClip:
     """An open_clip model that only ever judges.
 
@@ -53,6 +116,7 @@ class FrozenClip:
                 "to such a folder"
             )
         self.folder = Path(folder)
+        self.name = f"clip-{self.folder.name}"
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         self.model = model.float().eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -105,6 +169,17 @@ class FrozenClip:
             features: Tensor = self.model.encode_image(self.preprocess(images_uint8))
         return features.float()
 
+    __call__ = image_features
+
+    def identity(self) -> dict[str, str]:
+        """See Features."""
+        return {
+            "network": "open_clip image features before normalisation",
+            "weights_sha256": hash_files(self.folder),
+            "resize": "shortest side, bicubic, centre crop",
+            "normalisation": "mean and deviation of the folder's preprocess_cfg",
+        }
+
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """B captions to (B, dimensions) float32, before normalisation."""
         with full_precision(self.device):
@@ -126,6 +201,25 @@ class FrozenClip:
         unfinished = (token_ids != self.eos_token_id).all(dim=-1)
         token_ids[unfinished, -1] = self.eos_token_id
         return token_ids
+
+
+def hash_files(path: str | Path) -> str:
+    """16 hex digits over the weights: of a file, or of every .safetensors, .pt, .pth and .bin of a folder.
+
+    Raises:
+        FileNotFoundError: if there are none.
+    """
+    path = Path(path)
+    suffixes = {".safetensors", ".pt", ".pth", ".bin"}
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in suffixes)
+    if not files:
+        raise FileNotFoundError(f"no weights at {path}; a file or a folder with .safetensors is needed")
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:16]
 
 
 def _eos_token_id(tokenizer: Any) -> int:

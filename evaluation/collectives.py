@@ -1,0 +1,64 @@
+"""Rows that lie on several ranks: gathering them, and finding those that more than one rank has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+NO_ID = -1
+"""Sample id of an image that was given without one: never a duplicate."""
+
+
+def collective_device(device: torch.device, group: Any | None = None) -> torch.device:
+    """Where tensors have to lie to be sent: gloo takes them from the CPU, NCCL from the metric's GPU."""
+    return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
+
+
+def all_gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) -> list[Tensor]:
+    """Rows (n_rank, k) of every rank, on every rank, in the order of the ranks; n may differ, and be 0."""
+    padded, sizes = _padded(rows.to(collective_device(device, group)), group)
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded, group=group)
+    return [part[:size].cpu() for part, size in zip(parts, sizes, strict=True)]
+
+
+def gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) -> Tensor:
+    """Rows (n_rank, k) of every rank one below the other on the first rank; the others get none."""
+    padded, sizes = _padded(rows.to(collective_device(device, group)), group)
+    first = dist.get_rank(group) == 0
+    parts = [torch.empty_like(padded) for _ in sizes] if first else None
+    dist.gather(padded, parts, dst=dist.get_global_rank(group or dist.group.WORLD, 0), group=group)
+    if parts is None:
+        return padded[:0].cpu()
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).cpu()
+
+
+def first_positions(sample_ids: Tensor) -> Tensor:
+    """(n,) bool: True for the first row of each id, and for every row without one."""
+    _, inverse = torch.unique(sample_ids, return_inverse=True)
+    positions = torch.arange(len(sample_ids))
+    first = torch.full((len(sample_ids),), len(sample_ids)).scatter_reduce(0, inverse, positions, "amin")
+    return (first[inverse] == positions) | (sample_ids == NO_ID)
+
+
+def own_share(sample_ids: Tensor, device: torch.device, group: Any | None = None) -> Tensor:
+    """(n,) bool: which of this rank's rows count, so that each id counts once over all ranks (on the lowest)."""
+    parts = all_gather_rows(sample_ids.unsqueeze(1), device, group)
+    kept = first_positions(torch.cat(parts).squeeze(1))
+    start = sum(len(part) for part in parts[: dist.get_rank(group)])
+    return kept[start : start + len(sample_ids)]
+
+
+def _padded(rows: Tensor, group: Any | None) -> tuple[Tensor, list[int]]:
+    """The rows filled up to the longest rank's number, and every rank's number; an empty rank learns the width."""
+    shape = torch.tensor(rows.shape, device=rows.device)
+    shapes = [torch.zeros_like(shape) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shapes, shape, group=group)
+    sizes = [int(each[0]) for each in shapes]
+    padded = rows.new_zeros(max(sizes), max(int(each[1]) for each in shapes))
+    if len(rows) > 0:
+        padded[: len(rows)] = rows
+    return padded, sizes
