@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.toy.world import Split, captions
+from evaluation.image_protocol import ImageProtocol, Measurement
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -84,16 +85,95 @@ PROTOCOLS = {
 }
 """`toy`: the held-out figures of reports. `toy-val`: the curves of a training, and what settings may be chosen by."""
 
+_CLEAN = "inception:clean"
+_DMD2_SD, _DMD2_SDXL = ("crop", "resize 256 lanczos"), ("crop", "resize 512 lanczos")
+_DMD2_CLIP = Measurement("clip_score", "clip_text:ViT-g-14/laion2b_s12b_b42k:dmd2", _DMD2_SD)
+_BK_SDM = ("resize 256 bicubic", "jpeg 75")
+
+IMAGE_PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        ImageProtocol(
+            "coco2017-5k",
+            (
+                Measurement("fid", _CLEAN, ("crop",), ("crop",)),
+                Measurement("clip_score", "clip_text:ViT-g-14/laion2b_s12b_b42k"),
+            ),
+            samples=5000,
+            lossless=True,
+            source="SDXS, arXiv:2403.16627, table 3, whose FID tool, crop and CLIP are not stated: here clean-fid's resize of "
+            "centred squares and OpenCLIP ViT-g-14; prompts: one caption of each val2017 image; reference: val2017",
+        ),
+        ImageProtocol(
+            "coco2014-30k-256",
+            (Measurement("fid", _CLEAN, _DMD2_SD, _DMD2_SD), _DMD2_CLIP),
+            samples=30_000,
+            image_px=512,
+            lossless=True,
+            source="DMD2, arXiv:2405.14867, SD-1.5: main/coco_eval/coco_evaluator.py; reference: all of val2014. Bytes are "
+            "rounded here and truncated there, and noise is seeded by sample rather than by batch",
+        ),
+        ImageProtocol(
+            "coco2014-10k-512",
+            (
+                Measurement("fid", _CLEAN, _DMD2_SDXL, _DMD2_SDXL),
+                Measurement("patch_fid", _CLEAN, ("crop 299",), ("crop 299",)),
+                _DMD2_CLIP,
+            ),
+            samples=10_000,
+            image_px=1024,
+            lossless=True,
+            source="DMD2, arXiv:2405.14867, SDXL: FID at 512 px, patch FID on 299 px of the full image, CLIP score at 256 px; "
+            "departures as in coco2014-30k-256",
+        ),
+        ImageProtocol(
+            "bk-sdm",
+            (
+                Measurement("fid", "inception:pytorch-fid", ("jpeg 75", *_BK_SDM), _BK_SDM),
+                Measurement("clip_score", "clip_text:ViT-g-14/laion2b_s34b_b88k", ("jpeg 75", *_BK_SDM)),
+            ),
+            samples=30_000,
+            image_px=512,
+            inception="inception:pytorch-fid",
+            source="BK-SDM, arXiv:2305.15798: src/generate.py, src/utils/misc.py, src/eval_clip_score.py; reference: all of "
+            "val2014, squashed. Its CLIP score is on the scale 0 to 1, ours 0 to 100",
+        ),
+        *(
+            ImageProtocol(
+                name, (Measurement("fid", f"inception:{name}"),), inception=f"inception:{name}", source=source
+            )
+            for name, source in (
+                ("clean", "clean-fid 0.1.35, mode clean, on files as they are"),
+                ("torch-fidelity", "torch-fidelity 0.4, inception-v3-compat, 2048 features"),
+                ("pytorch-fid", "pytorch-fid 0.3.0, 2048 features"),
+                ("torchmetrics", "torchmetrics 1.9 with its default resize (bilinear with antialias)"),
+            )
+        ),
+    )
+}
+"""Protocols of published numbers and of other tools."""
+
+NAMES = (*PROTOCOLS, *IMAGE_PROTOCOLS)
+
+
+def find_protocol(name: str) -> Protocol | ImageProtocol:
+    """A protocol of either kind.
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    return IMAGE_PROTOCOLS[name] if name in IMAGE_PROTOCOLS else get_protocol(name)
+
 
 def get_protocol(name: str, **changes: Any) -> Protocol:
-    """A protocol by name; `changes` (those that are not None) make another one, with another fingerprint.
+    """A protocol of the toy world by name; `changes` (those that are not None) make another one, with another fingerprint.
 
     Raises:
         ValueError: for an unknown name.
     """
     if name not in PROTOCOLS:
         raise ValueError(
-            f"no protocol named {name!r}; there are {', '.join(PROTOCOLS)} (evaluation/protocols.py)"
+            f"no protocol named {name!r}; there are {', '.join(NAMES)} (evaluation/protocols.py)"
         )
     return replace(PROTOCOLS[name], **{key: value for key, value in changes.items() if value is not None})
 
