@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
+from data.prepare.option_types import add_device, add_part, at_least
 from sdxs_lightning.pair_noise import SEEDS
 from sdxs_lightning.teacher.scheduler_sampler import ODE_SCHEDULERS
 from sdxs_lightning.timesteps import Spacing
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="text file with a prompt a line, shards (folder, glob, pattern), or toy:train",
     )
-    add("--count", type=_at_least(1), help="number of pairs (default: one a prompt); prompts are used again")
+    add("--count", type=at_least(1), help="number of pairs (default: one a prompt); prompts are used again")
     add("--out", type=Path, required=True, help="folder of the shards, made or gone on with")
-    add("--steps", type=_at_least(1), required=True, help="of the scheduler")
+    add("--steps", type=at_least(1), required=True, help="of the scheduler")
     add("--guidance", type=_guidance, required=True, help="guidance scale, 1 means none")
     add("--scheduler", default=DDIM, help="one of those below (default: %(default)s)")
     add(
@@ -52,39 +52,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--seed", type=_seed, default=0, help="of the noise (default: %(default)s)")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on GPUs, else float32")
-    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="default: GPUs, if there are any")
-    add("--processes", type=_at_least(1), help="default: one a GPU, or one a core (at most 8)")
-    add(
-        "--part",
-        type=_part,
-        default=(0, 1),
-        metavar="I/N",
-        help="make the I-th of N parts, counted from 0: one command a machine, all with the same --out",
-    )
-    add("--batch-size", type=_at_least(1), default=16, help="pairs at once (default: %(default)s)")
+    add_device(add)
+    add_part(add)
+    add("--batch-size", type=at_least(1), default=16, help="pairs at once (default: %(default)s)")
     add(
         "--samples-per-shard",
-        type=_at_least(1),
+        type=at_least(1),
         default=1024,
         help="also what an interruption may cost a process (default: %(default)s)",
     )
     add(
         "--verify",
-        type=_at_least(1),
+        type=at_least(1),
         nargs="?",
         const=1,
         metavar="PAIRS",
         help="sample random pairs of the set again and compare",
     )
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.lstrip("-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"'{text}' is no whole number from {least} on")
-        return int(text)
-
-    return number
 
 
 def _guidance(text: str) -> float:
@@ -102,10 +86,3 @@ def _seed(text: str) -> int:
     if not text.isdigit() or int(text) not in SEEDS:
         raise argparse.ArgumentTypeError(f"'{text}' is no seed, a whole number from 0 to {SEEDS[-1]}")
     return int(text)
-
-
-def _part(text: str) -> tuple[int, int]:
-    part, slash, parts = text.partition("/")
-    if not (slash and part.isdigit() and parts.isdigit() and int(part) < int(parts)):
-        raise argparse.ArgumentTypeError(f"'{text}' is no part; 0/4 is the first of four, 3/4 the last")
-    return int(part), int(parts)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sdxs_lightning.errors import UserError
+from data.prepare import settings_file
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.sources import resolve_unet
 from sdxs_lightning.timesteps import Spacing
@@ -71,45 +67,8 @@ class PairSettings:
 
 
 def begin(folder: Path, settings: PairSettings) -> None:
-    """Writes the settings into a new folder, or compares them with those that a set was begun with.
-
-    Raises:
-        UserError: for a set with other settings, or shards without any.
-    """
-    file = folder / SETTINGS_FILE
-    if not file.is_file():
-        if any(folder.glob("*.tar")):
-            raise UserError(
-                f"--out '{folder}' holds shards and no {SETTINGS_FILE}, so they are not of this command; give another "
-                "folder."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, asdict(settings))
-        return
-    try:
-        before: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"'{file}' cannot be read ({error}); remove the folder or give another --out."
-        ) from error
-    now = asdict(settings)
-    for name in (entry.name for entry in fields(PairSettings) if entry.name not in _NAMES_ONLY):
-        if before.get(name) != now[name]:
-            raise UserError(
-                f"--out '{folder}' was begun with {name} {before.get(name)!r} and this command says {now[name]!r}: "
-                "give what it was begun with to go on, or another folder."
-            )
-
-
-def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file that appears whole or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", dir=file.parent, prefix=f".{file.name}-", delete=False, encoding="utf-8"
-    ) as stream:
-        json.dump(content, stream, indent=2)
-        stream.write("\n")
-    os.chmod(stream.name, 0o644)
-    os.replace(stream.name, file)
+    """As `settings_file.begin`."""
+    settings_file.begin(folder, SETTINGS_FILE, settings, _NAMES_ONLY)
 
 
 def fingerprint(family: Family, unet: str | None) -> str:

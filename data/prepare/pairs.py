@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from data.prepare.machine import choose_device, default_processes, device_of, same_bits
 from data.prepare.pair_check import open_set, statistics, verify
 from data.prepare.pair_options import DDIM, EXAMPLES, add_arguments
-from data.prepare.pair_processes import PairJob, default_processes, make_all, same_bits
+from data.prepare.pair_processes import PairJob
 from data.prepare.pair_sampler import PairSampler
-from data.prepare.pair_settings import PairSettings, begin, fingerprint, write_json
+from data.prepare.pair_settings import PairSettings, begin, fingerprint
 from data.prepare.pair_shards import missing, tidy
+from data.prepare.processes import run_all
+from data.prepare.progress import Progress
 from data.prepare.prompts import Prompts, open_prompts
+from data.prepare.settings_file import write_json
 from data.prepare.subcommand import Subcommand
-from sdxs_lightning.errors import Interrupted, UserError
+from sdxs_lightning.errors import UserError
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.teacher.scheduler_sampler import scheduler_config
 from sdxs_lightning.timesteps import few_step_timesteps
 
 SUMMARY_FILE = "summary.json"
-_SECONDS_BETWEEN_NEWS = 10.0
 
 
 def run(options: argparse.Namespace) -> str:
@@ -44,20 +44,15 @@ def run(options: argparse.Namespace) -> str:
     begin(options.out, settings)
     to_make = missing(options.out, settings, part, parts)
     started = time.monotonic()
-    news = _News(sum(len(settings.indices(shard)) for shard in to_make))
-    try:
-        make_all(job, to_make, news)
-    except KeyboardInterrupt:
-        raise Interrupted(
-            "interrupted; the same command goes on from the shards that are there.", 2
-        ) from None
+    progress = Progress(sum(len(settings.indices(shard)) for shard in to_make), "pairs")
+    run_all(job, to_make, progress)
     seconds = time.monotonic() - started
     checked: dict[str, Any] = {}
     if options.verify:
         with same_bits(job.device):
-            sampler = PairSampler(settings, prompts, job.device_of(0))
+            sampler = PairSampler(settings, prompts, device_of(job.device, 0))
             checked = verify(options.out, sampler, job.batch_size, options.verify)
-    return _told(options.out, settings, family, news.total, seconds, checked)
+    return _told(options.out, settings, family, progress.total, seconds, checked)
 
 
 def _told(
@@ -82,29 +77,6 @@ def _told(
         f"{done}; {folder} holds {len(dataset)} pairs in {settings.shards} shards, scaled latents of mean "
         f"{numbers['latents_mean']:.3f} and standard deviation {numbers['latents_std']:.3f}"
     )
-
-
-class _News:
-    """Says on stderr how far the work is, now and then.
-
-    Args:
-        total: pairs that are to be made.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total, self._made = total, 0
-        self._started = self._told = time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        """So many more have been made."""
-        self._made += count
-        now = time.monotonic()
-        if now - self._told < _SECONDS_BETWEEN_NEWS and self._made < self.total:
-            return
-        self._told = now
-        rate = self._made / max(now - self._started, 1e-9)
-        left = (self.total - self._made) / rate
-        sys.stderr.write(f"pairs: {self._made} of {self.total}, {rate:.3g} a second, {left:.0f} s left\n")
 
 
 def _settings(options: argparse.Namespace, prompts: Prompts) -> tuple[PairSettings, Family]:
@@ -137,7 +109,7 @@ def _settings(options: argparse.Namespace, prompts: Prompts) -> tuple[PairSettin
         scheduler=scheduler,
         spacing=options.spacing,
         seed=options.seed,
-        dtype=options.dtype or ("float32" if _device(options) == "cpu" else "bfloat16"),
+        dtype=options.dtype or ("float32" if choose_device(options.device) == "cpu" else "bfloat16"),
     )
     return settings, family
 
@@ -156,16 +128,8 @@ def _check_sampler(options: argparse.Namespace, scheduler: str | None, family: F
         raise UserError(f"--scheduler: {error}") from error
 
 
-def _device(options: argparse.Namespace) -> str:
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device is cuda and this machine has no GPU that torch can use; give --device cpu.")
-    return str(options.device)
-
-
 def _job(options: argparse.Namespace, settings: PairSettings) -> PairJob:
-    device = _device(options)
+    device = choose_device(options.device)
     processes = options.processes or default_processes(device)
     return PairJob(settings, options.out, options.batch_size, device, processes)
 

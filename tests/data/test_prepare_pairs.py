@@ -13,8 +13,8 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from data.prepare import pairs
 from data.prepare.__main__ import main
+from data.prepare.progress import Progress
 from data.prepare.prompts import open_prompts
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter, encode_latents
@@ -142,14 +142,14 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
 
 
 def _killed_in_its_second_shard(command: list[str], out: Path) -> None:
-    told = pairs._News.__call__
+    told = Progress.__call__
 
-    def call(self: pairs._News, count: int) -> None:
+    def call(self: Progress, count: int) -> None:
         told(self, count)
         if (out / "00000.tar").exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pairs._News.__call__ = call  # type: ignore[method-assign]
+    Progress.__call__ = call  # type: ignore[method-assign]
     main(command)
 
 
@@ -324,7 +324,7 @@ def test_a_process_that_is_killed_ends_the_command_in_one_sentence(
 ) -> None:
     command = arguments(bases["sd"], prompts, tmp_path / "set", "--processes", 2)
     with monkeypatch.context() as patched:
-        patched.setattr(pairs._News, "__call__", lambda self, count: _kill_a_child())
+        patched.setattr(Progress, "__call__", lambda self, count: _kill_a_child())
         told = refused(command, capsys, code=1)
     assert (
         "a process was killed by signal 9; the same command goes on from the shards that are there." in told
