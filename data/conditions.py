@@ -1,0 +1,203 @@
+"""Condition images made of pictures: edges, soft edges, sketches, depth. For ControlNet-like training, and to judge it.
+
+Each is called with a picture and gives a condition image of the same size; a class of your own that does so works as well.
+In YAML:
+
+    data:
+      init_args:
+        contents: [images, control_images]
+        condition: {class_path: data.conditions.Canny, init_args: {low: 100, high: 200}}
+
+Without `condition`, control images are read from the shards (`cond.png`): those that were given, or made beforehand by
+`python -m data.prepare images --condition ...`, which a network such as `Depth` is better used for.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.shards.image_condition import ImageCondition
+
+__all__ = ["Canny", "Depth", "ImageCondition", "Sketch", "SoftEdge"]
+
+Pixels = NDArray[np.uint8]
+_Floats = NDArray[np.float32]
+
+
+class Canny:
+    """White edges on black, by OpenCV's Canny on the colour picture, as ControlNet's conditions are made.
+
+    Args:
+        low: gradients from here on go on with an edge.
+        high: gradients from here on begin one. 100 and 200 are the defaults of ControlNet's demo.
+
+    Raises:
+        ValueError: unless 0 <= low <= high.
+
+    Source: Canny, "A computational approach to edge detection", PAMI 1986; ControlNet, arXiv:2302.05543, section 4.
+    """
+
+    def __init__(self, low: int = 100, high: int = 200) -> None:
+        if not 0 <= low <= high:
+            raise ValueError(
+                f"Canny needs 0 <= low <= high, got low {low} and high {high}; see data.condition."
+            )
+        self.low, self.high = low, high
+
+    def __call__(self, image: Pixels) -> Pixels:
+        """See `ImageCondition`."""
+        return _three(cv2.Canny(np.ascontiguousarray(image), self.low, self.high))
+
+
+class SoftEdge:
+    """Edges of graded strength, white on black: the smoothed picture's gradient.
+
+    The strongest of the three colours' Scharr gradients of the picture after a Gaussian blur, divided by its own 99th
+    percentile. A filter and no network: it does not know which edges belong to things, as HED and PiDiNet do. Those fit in
+    its place as a class of your own.
+
+    Args:
+        blur: standard deviation of the blur, in pixels.
+
+    Raises:
+        ValueError: unless blur is positive.
+
+    Source: Scharr, "Optimale Operatoren in der digitalen Bildverarbeitung", 2000.
+    """
+
+    def __init__(self, blur: float = 1.5) -> None:
+        _check_blur("SoftEdge", blur)
+        self.blur = blur
+
+    def __call__(self, image: Pixels) -> Pixels:
+        """See `ImageCondition`."""
+        smooth = cv2.GaussianBlur(image.astype(np.float32), (0, 0), self.blur)
+        across, down = cv2.Scharr(smooth, cv2.CV_32F, 1, 0), cv2.Scharr(smooth, cv2.CV_32F, 0, 1)
+        strength: _Floats = np.sqrt(across**2 + down**2).max(axis=2)
+        # An even picture has gradients of rounding errors only, which are no edges: 1 is a thirtieth of a grey level a pixel.
+        full = max(float(np.percentile(strength, 99)), 1.0)
+        return _three(_bytes(strength / full))
+
+
+class Sketch:
+    """White strokes on black, as drawn by pen: the extended difference of Gaussians, inverted.
+
+    u = (1 + p) G_s - p G_ks of the grey picture in [0, 1] is 1 or more on even ground; darker than `threshold` becomes a stroke,
+    softened by tanh.
+
+    Args:
+        blur: s, standard deviation of the finer blur, in pixels.
+        sharpness: p, how much of the difference is added. 20, k 1.6 and phi below are near the paper's figures for pen.
+        threshold: of u.
+
+    Raises:
+        ValueError: unless blur is positive.
+
+    Source: Winnemoeller et al., "XDoG: An eXtended difference-of-Gaussians compendium", 2012, eqs. 5 and 7.
+    """
+
+    _RATIO = 1.6
+    _PHI = 10.0
+
+    def __init__(self, blur: float = 1.0, sharpness: float = 20.0, threshold: float = 0.4) -> None:
+        _check_blur("Sketch", blur)
+        self.blur, self.sharpness, self.threshold = blur, sharpness, threshold
+
+    def __call__(self, image: Pixels) -> Pixels:
+        """See `ImageCondition`."""
+        grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
+        fine = cv2.GaussianBlur(grey, (0, 0), self.blur)
+        coarse = cv2.GaussianBlur(grey, (0, 0), self.blur * self._RATIO)
+        # Relative to the ground's own brightness: otherwise every dark area would be filled with ink.
+        sharpened = 1 + self.sharpness * (fine - coarse) / np.maximum(coarse, 0.1)
+        ink = np.tanh(self._PHI * (self.threshold - sharpened))
+        return _three(_bytes(np.where(sharpened < self.threshold, ink, 0.0)))
+
+
+class Depth:
+    """Near is white, far is black: relative depth by a network of transformers (DPT, Depth Anything, ZoeDepth, ...).
+
+    The network is loaded at the first picture, once in each process. On a CPU a picture takes about a second: make depth
+    beforehand (`python -m data.prepare images --condition depth:FOLDER`) rather than while training.
+
+    Args:
+        model: folder or hub id of the network with its preprocessor_config.json; safetensors only.
+        device: where it runs.
+        metric: the network predicts distances, which are turned over, and not inverse depth.
+    """
+
+    def __init__(self, model: str, device: str = "cpu", metric: bool = False) -> None:
+        self.model, self.device, self.metric = model, device, metric
+
+    @torch.no_grad()
+    def __call__(self, image: Pixels) -> Pixels:
+        """See `ImageCondition`."""
+        depth = self.depth(image)
+        depth = -depth if self.metric else depth
+        low, high = float(depth.min()), float(depth.max())
+        # A picture without any depth, such as an even one, is all far.
+        return _three(_bytes((depth - low) / max(high - low, 1e-6)))
+
+    @torch.no_grad()
+    def depth(self, image: Pixels) -> _Floats:
+        """What the network says, at the size of the picture: (H, W), float32, before any scaling."""
+        processor, network = self._loaded
+        inputs = processor(images=image, return_tensors="pt").to(self.device)
+        predicted = network(**inputs).predicted_depth[:, None].float()
+        resized = torch.nn.functional.interpolate(
+            predicted, size=image.shape[:2], mode="bicubic", align_corners=False
+        )
+        found: _Floats = resized[0, 0].cpu().numpy()
+        return found
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        # Here, since it takes seconds, and the other conditions need none of it.
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation
+
+        folder = Path(self.model)
+        if not folder.is_dir() and "/" not in self.model:
+            raise FileNotFoundError(
+                f"Depth: there is no folder '{self.model}'; give a folder with config.json, preprocessor_config.json and "
+                "model.safetensors, or a hub id (org/name), as data.condition.init_args.model."
+            )
+        try:
+            processor = AutoImageProcessor.from_pretrained(self.model)
+            network = AutoModelForDepthEstimation.from_pretrained(
+                self.model, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ValueError(
+                f"Depth: '{self.model}' cannot be loaded as a depth network of transformers ({first_line}); see "
+                "data.condition.init_args.model."
+            ) from error
+        return processor, network.to(self.device).eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the network, which every process loads by itself."""
+        return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
+
+
+def _check_blur(name: str, blur: float) -> None:
+    if not blur > 0:
+        raise ValueError(
+            f"{name} needs a blur above 0 pixels, got {blur}; see data.condition.init_args.blur."
+        )
+
+
+def _three(grey: Pixels) -> Pixels:
+    return np.repeat(grey[:, :, None], 3, axis=2)
+
+
+def _bytes(values: _Floats) -> Pixels:
+    """From [0, 1], clipped, to the nearest byte."""
+    rounded: Pixels = np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
+    return rounded
