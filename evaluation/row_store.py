@@ -1,0 +1,106 @@
+"""What networks said of images, batch by batch on disk, so that a measurement that was killed goes on where it stood."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Part(NamedTuple):
+    """One batch."""
+
+    rows: Tensor
+    """(B, k), what was measured."""
+    sizes: NDArray[np.int64]
+    """(B, 2), width and height of each image as it was read."""
+
+
+@dataclass(frozen=True)
+class RowStore:
+    """The rows of one network over one set of images: a folder with a file a batch.
+
+    A file appears under its name when it is complete. The folder's name is made of everything that the rows depend on, so
+    that nothing else can be mistaken for them.
+    """
+
+    folder: Path
+    count: int
+    """Images."""
+    batch_size: int
+    """A batch is the images k * batch_size up to (k + 1) * batch_size, whoever measures it."""
+
+    @classmethod
+    def at(cls, root: Path, what: str, settings: Mapping[str, Any], count: int, batch_size: int) -> RowStore:
+        """The store of these settings.
+
+        Args:
+            root: holds the stores of many.
+            what: begins the folder's name.
+            settings: everything that the rows depend on, for JSON.
+            count: images.
+            batch_size: images a file.
+        """
+        described = {**settings, "count": count, "batch_size": batch_size}
+        digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
+        folder = root / f"{what}-{digest}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "settings.json").write_text(json.dumps(described, indent=2) + "\n")
+        return cls(folder, count, batch_size)
+
+    @property
+    def batches(self) -> int:
+        """How many."""
+        return -(-self.count // self.batch_size)
+
+    def numbers(self, batch: int) -> list[int]:
+        """The images of a batch."""
+        start = batch * self.batch_size
+        return list(range(start, min(start + self.batch_size, self.count)))
+
+    def path(self, batch: int) -> Path:
+        """Where a batch's rows are."""
+        return self.folder / f"batch_{batch:06d}.npz"
+
+    def missing(self) -> list[int]:
+        """Batches without a file."""
+        there = {path.name for path in self.folder.glob("batch_*.npz")}
+        return [batch for batch in range(self.batches) if self.path(batch).name not in there]
+
+    def save(self, batch: int, part: Part) -> None:
+        """Write a batch, whole or not at all."""
+        with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
+            np.savez(file, rows=part.rows.cpu().numpy(), sizes=part.sizes)
+        os.replace(file.name, self.path(batch))
+
+    def load(self, batch: int) -> Part:
+        """Read a batch.
+
+        Raises:
+            ValueError: if the file is not what `save` wrote.
+        """
+        path = self.path(batch)
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                part = Part(torch.from_numpy(archive["rows"]), archive["sizes"])
+        except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it and run again") from error
+        if len(part.rows) != len(self.numbers(batch)):
+            raise ValueError(f"{path} holds {len(part.rows)} rows; remove it and run again")
+        return part
+
+    def all(self) -> Part:
+        """All rows, in the order of the images."""
+        parts = [self.load(batch) for batch in range(self.batches)]
+        return Part(torch.cat([part.rows for part in parts]), np.concatenate([part.sizes for part in parts]))
