@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from data.toy.attributes import NOT_STATED, attribute_table
 from data.toy.world import parse_caption
+from evaluation.estimates import Estimate, mean_estimate
 from evaluation.features import full_precision
-from evaluation.summed import SummedMetric
+from evaluation.sampled import SampledMetric
 
 
 class Classifier(Protocol):
@@ -26,7 +28,7 @@ def stated_attributes(captions: Sequence[str]) -> Tensor:
     return attribute_table([parse_caption(caption) for caption in captions]) != NOT_STATED
 
 
-class CaptionAccuracy(SummedMetric):
+class CaptionAccuracy(SampledMetric):
     """Share of stated attributes that are right, and share of images with all of them right.
 
     Args:
@@ -35,10 +37,7 @@ class CaptionAccuracy(SummedMetric):
     """
 
     higher_is_better = True
-    attributes_right: Tensor
-    attributes: Tensor
-    images_right: Tensor
-    images: Tensor
+    names = ("caption_accuracy", "attribute_accuracy")
 
     def __init__(
         self, classifier: Classifier, stated: Callable[[Sequence[str]], Tensor] = stated_attributes
@@ -47,29 +46,28 @@ class CaptionAccuracy(SummedMetric):
         # In a tuple, so that nn.Module does not register a classifier that is itself a module.
         self._classifier = (classifier,)
         self._stated = stated
-        for name in ("attributes_right", "attributes", "images_right", "images"):
-            self.add_sum(name, dtype=torch.int64)
 
-    def update(self, images_uint8: Tensor, captions: Sequence[str]) -> None:
-        """Add images (B,3,H,W) uint8 with their B captions; B may be 0.
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return "caption accuracy"
+
+    def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Of each image: whether all is right, how many stated attributes are right, how many are stated: (B, 3).
 
         Raises:
-            ValueError: unless there is one caption per image.
+            ValueError: without captions.
         """
-        if len(images_uint8) != len(captions):
-            raise ValueError(f"caption accuracy of {len(images_uint8)} images with {len(captions)} captions")
-        if len(captions) == 0:
-            return
+        if captions is None:
+            raise ValueError("caption accuracy needs the captions of the images")
         classifier = self._classifier[0]
         if isinstance(classifier, nn.Module):
             classifier.to(images_uint8.device)
         with full_precision(images_uint8.device):
             right = classifier.right(images_uint8, captions)
         stated = self._stated(captions).to(right.device)
-        self.attributes_right += (right & stated).sum()
-        self.attributes += stated.sum()
-        self.images_right += (right | ~stated).all(dim=1).sum()
-        self.images += len(captions)
+        all_right = (right | ~stated).all(dim=1)
+        return torch.stack([all_right, (right & stated).sum(1), stated.sum(1)], dim=1).double()
 
     def compute(self) -> dict[str, Tensor]:
         """`attributes` and `all`, float64 scalars in [0, 1]; collective under torch.distributed.
@@ -77,9 +75,21 @@ class CaptionAccuracy(SummedMetric):
         Raises:
             ValueError: if no rank had an image.
         """
-        if int(self.images) == 0:
-            raise ValueError("caption accuracy needs at least 1 image, got 0")
+        found = self.estimate()
         return {
-            "attributes": self.attributes_right.double() / self.attributes,
-            "all": self.images_right.double() / self.images,
+            key: torch.tensor(found[name].value, dtype=torch.float64, device=self.device)
+            for key, name in (("attributes", "attribute_accuracy"), ("all", "caption_accuracy"))
+        }
+
+    def estimate(self) -> dict[str, Estimate]:
+        """See SampledMetric. The share of attributes is a ratio of sums; its interval is the delta method's."""
+        rows = self.rows_of("fake")[0]
+        if len(rows) == 0:
+            raise ValueError("caption accuracy needs at least 1 image, got 0")
+        right, stated = rows[:, 1], rows[:, 2]
+        share = right.sum() / stated.sum()
+        attributes = mean_estimate(share + (right - share * stated) / stated.mean())
+        return {
+            "caption_accuracy": mean_estimate(rows[:, 0]),
+            "attribute_accuracy": replace(attributes, value=float(share)),
         }

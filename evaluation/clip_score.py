@@ -1,54 +1,59 @@
-"""CLIP score: how well images fit their captions in the eyes of a CLIP model."""
+"""CLIP score: how well images fit their captions in the eyes of a CLIP model; and preference scores, which are CLIP's too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from evaluation.features import FrozenClip
-from evaluation.summed import SummedMetric
+from evaluation.per_image import PerImageMetric
 
 
-class ClipScore(SummedMetric):
+class ClipScore(PerImageMetric):
     """Mean of 100 * cos(image, caption), not clamped at zero.
 
     Args:
         clip: the judge; its weights are in no checkpoint.
+        scale: what the cosine is multiplied by.
+        name: of the number.
 
     Source: Hessel et al., arXiv:2104.08718, without its factor 2.5; the scale of the SDXS, BK-SDM and DMD2 tables.
     """
 
     higher_is_better = True
-    total: Tensor
-    count: Tensor
 
-    def __init__(self, clip: FrozenClip) -> None:
+    def __init__(self, clip: FrozenClip, scale: float = 100.0, name: str = "clip_score") -> None:
         super().__init__()
-        self.clip = clip
-        self.add_sum("total")
-        self.add_sum("count", dtype=torch.int64)
+        self.clip, self.scale, self.names = clip, scale, (name,)
 
-    def update(self, images_uint8: Tensor, captions: Sequence[str]) -> None:
-        """Add images (B,3,H,W) uint8 with their B captions; B may be 0.
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return "CLIP score" if self.names[0] == "clip_score" else self.names[0]
 
-        Raises:
-            ValueError: unless there is one caption per image.
-        """
-        if len(images_uint8) != len(captions):
-            raise ValueError(f"CLIP score of {len(images_uint8)} images with {len(captions)} captions")
-        if len(captions) == 0:
-            return
-        self.total += 100 * self.clip.cosine(images_uint8, captions).double().sum()
-        self.count += len(captions)
-
-    def compute(self) -> Tensor:
-        """The mean as a float64 scalar; collective under torch.distributed.
+    def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Scaled cosines (B, 1).
 
         Raises:
-            ValueError: if no rank had an image.
+            ValueError: without captions.
         """
-        if int(self.count) == 0:
-            raise ValueError("CLIP score needs at least 1 image, got 0")
-        return self.total / self.count
+        if captions is None:
+            raise ValueError(f"{self.title} needs the captions of the images")
+        return self.scale * self.clip.cosine(images_uint8, captions).double().unsqueeze(1)
+
+
+class PreferenceScore(ClipScore):
+    """A CLIP that was trained on people's choices between images of one prompt: PickScore, HPSv2.
+
+    Args:
+        clip: the judge, with the weights of the preference model.
+        scale: what the cosine is multiplied by; None: the checkpoint's own exp(logit_scale), as PickScore's authors do
+            (about 100). HPSv2's authors use 1.
+        name: of the number.
+
+    Source: Kirstain et al., arXiv:2305.01569; Wu et al., arXiv:2306.09341.
+    """
+
+    def __init__(self, clip: FrozenClip, scale: float | None = None, name: str = "pickscore") -> None:
+        super().__init__(clip, float(clip.model.logit_scale.exp()) if scale is None else scale, name)

@@ -80,12 +80,12 @@ class SampledMetric(Metric):
         side = "real" if real else "fake"
         if side not in self.sides:
             raise ValueError(
-                f"{side} images given to a {type(self).__name__} that was built with a fixed reference"
+                f"{side} images given to a {type(self).__name__} that was built with reference statistics"
                 if real and "fake" in self.sides
                 else f"{type(self).__name__} has no {side} side"
             )
-        ids = torch.full((len(rows),), NO_ID) if sample_ids is None else torch.as_tensor(sample_ids).cpu()
-        if len(ids) != len(rows) or (sample_ids is not None and bool((ids < 0).any())):
+        ids = torch.arange(len(rows)) if sample_ids is None else torch.as_tensor(sample_ids).cpu()
+        if len(ids) != len(rows) or bool((ids < 0).any()):
             raise ValueError(
                 f"{self.title} of {len(rows)} images with {len(ids)} sample ids; one each is needed, none negative"
             )
@@ -94,8 +94,14 @@ class SampledMetric(Metric):
                 f"{self.title}: what was measured of the images is not finite; look at the weights of the judge and at the "
                 "images"
             )
-        getattr(self, f"{side}_rows").append(rows.detach().cpu().to(self.row_dtype))
-        getattr(self, f"{side}_ids").append(ids.long())
+        self._computed = None  # what torchmetrics remembers between updates
+        self._update_count += 1
+        self._keep(side, rows.detach().to(self.row_dtype), None if sample_ids is None else ids)
+
+    def _keep(self, side: str, rows: Tensor, ids: Tensor | None) -> None:
+        """Keep rows (B, k) with their ids (B,); None where the images have none."""
+        getattr(self, f"{side}_rows").append(rows.cpu())
+        getattr(self, f"{side}_ids").append(torch.full((len(rows),), NO_ID) if ids is None else ids.long())
 
     @property
     def title(self) -> str:
