@@ -45,7 +45,10 @@ class ImageSource(Protocol):
         """One an image, where the set holds them."""
 
     def digest(self) -> str:
-        """16 hex digits over what the set holds: names and sizes in bytes, not the folder."""
+        """16 hex digits over what the set holds: names and sizes in bytes, not the folder. Stands in results."""
+
+    def stamp(self) -> str:
+        """16 hex digits that change when a file is written anew, be it as long as before. Not for results."""
 
 
 class FolderImages:
@@ -79,6 +82,10 @@ class FolderImages:
     def digest(self) -> str:
         """See ImageSource."""
         return _digest(self.names, (os.path.getsize(self.folder / name) for name in self.names))
+
+    def stamp(self) -> str:
+        """See ImageSource."""
+        return _digest(self.names, ((self.folder / name).stat().st_mtime_ns for name in self.names))
 
 
 class ZipImages:
@@ -125,6 +132,10 @@ class ZipImages:
     def digest(self) -> str:
         """See ImageSource; equal to that of the folder that was zipped."""
         return _digest(self.names, self._sizes)
+
+    def stamp(self) -> str:
+        """See ImageSource."""
+        return _digest([self.path.name], [self.path.stat().st_mtime_ns])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open file, which another process cannot use."""
@@ -183,6 +194,11 @@ class ShardImages:
     def digest(self) -> str:
         """See ImageSource."""
         return self._shards.fingerprint[:16]
+
+    def stamp(self) -> str:
+        """See ImageSource."""
+        paths = [shard.path for shard in self._shards.shards]
+        return _digest([str(path) for path in paths], [path.stat().st_mtime_ns for path in paths])
 
     def _member(self, number: int, wanted: Sequence[str]) -> tuple[str, bytes | None, str]:
         """Extension and content of the first of the wanted members that a sample has, and where it is."""

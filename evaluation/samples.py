@@ -190,7 +190,7 @@ class StoredSamples:
 
     def origin(self) -> dict[str, Any]:
         """See Samples."""
-        return {"images": self.source.digest()}
+        return {"images": self.source.digest(), "stamp": self.source.stamp()}
 
     def prepare(self, image: Image.Image, number: int, steps: Sequence[str]) -> Image.Image:
         """See Samples; the steps that its file shows to have been taken are left out."""

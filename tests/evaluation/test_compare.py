@@ -1,0 +1,113 @@
+"""Results side by side: what compares is a table, what does not is refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from evaluation.compare import main
+from evaluation.html_report import write_report
+from evaluation.image_protocol import metric_hash
+from evaluation.tables import metric_rows, result_markdown
+
+
+def result(path: Path, fid: float, clip: float | None = None, **changes: Any) -> Path:
+    """A result file; `changes` go into the settings of FID."""
+    settings = {"protocol": "clean", "samples": 100, "judge": {"weights": "a"}} | changes
+    metrics = {
+        "fid": {
+            "value": fid,
+            "samples": settings["samples"],
+            "low": fid - 1,
+            "high": fid + 1,
+            "infinity": fid - 0.5,
+            "hash": metric_hash(settings),
+            "settings": settings,
+        }
+    }
+    if clip is not None:
+        metrics["clip_score"] = {"value": clip, "samples": 100, "hash": "c", "settings": {}}
+    content = {
+        "model": "m",
+        "nfe": 1,
+        "guidance_scale": 0.0,
+        "protocol": {"name": "clean"},
+        "metrics": metrics,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_table_of_what_compares(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [result(tmp_path / "student.json", 20.5, 30.0), result(tmp_path / "teacher.json", 13.25, 31.0)]
+    main([*map(str, files), "--out", str(tmp_path / "out.md")])
+    said = capsys.readouterr().out
+    assert "|  | FID ↓ | CLIP score ↑ |" in said
+    assert "| student | 20.5 (19.5 to 21.5) | 30 |" in said
+    assert "| teacher | **13.25** (12.25 to 14.25) | **31** |" in said
+    assert "(N = 100)" in said
+    assert (tmp_path / "out.md").read_text() == said
+
+
+def test_different_hashes_are_refused_with_what_differs(tmp_path: Path) -> None:
+    a = result(tmp_path / "a.json", 20.0, 30.0)
+    b = result(tmp_path / "b.json", 20.0, 30.0, samples=50, judge={"weights": "b"})
+    with pytest.raises(
+        SystemExit,
+        match=r"compare: FID of a and b do not compare \(samples: 100 != 50, judge.weights: a != b\); "
+        r"--metrics clip_score compares\.",
+    ):
+        main([str(a), str(b)])
+    main([str(a), str(b), "--metrics", "clip_score"])
+
+
+def test_files_that_are_no_results(tmp_path: Path) -> None:
+    good = result(tmp_path / "a.json", 1.0)
+    (tmp_path / "b.json").write_text("{}")
+    (tmp_path / "c.json").write_text("no json")
+    for name, message in (("b", "it has no `metrics`"), ("c", "cannot be read"), ("d", "cannot be read")):
+        with pytest.raises(SystemExit, match=f"compare: .*{name}.json.*{message}"):
+            main([str(good), str(tmp_path / f"{name}.json")])
+    with pytest.raises(SystemExit, match="a has no kid; it has fid"):
+        main([str(good), "--metrics", "kid"])
+    with pytest.raises(SystemExit, match="one result was given twice"):
+        main([str(good), str(good)])
+    other = result(tmp_path / "x" / "a.json", 1.0)
+    main([str(good), str(other)])  # told apart by their folders
+
+
+def test_results_of_before_still_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = {"model": "m", "fid": 1.5, "clip_score": 90.0, "protocol": {"fingerprint": "f", "samples": 7}}
+    for name, changes in (
+        ("a", {}),
+        ("b", {"fid": 1.25}),
+        ("c", {"protocol": {"fingerprint": "g", "samples": 8}}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(old | changes))
+    main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    assert "| b | **1.25** |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="samples: 7 != 8"):
+        main([str(tmp_path / "a.json"), str(tmp_path / "c.json")])
+
+
+def test_markdown_and_html_hold_every_number(tmp_path: Path) -> None:
+    content = json.loads(result(tmp_path / "a.json", 20.5, 30.0).read_text())
+    rows = metric_rows(content)
+    assert rows[0][1:5] == ["20.5", "19.5 to 21.5", "20", "100"]
+    page = result_markdown(content)
+    pictures = {0: Image.new("RGB", (600, 300), "red"), 3: Image.new("RGB", (20, 20))}
+    write_report(tmp_path / "r" / "a.html", content, pictures, ["a <b>", "", "", "d"], {0: pictures[3]})
+    text = (tmp_path / "r" / "a.html").read_text()
+    for row in rows:
+        for cell in row:
+            assert cell in page
+            assert cell in text
+    assert text.count("data:image/png;base64,") == 3
+    assert "a &lt;b&gt;" in text
+    assert "http" not in text  # needs nothing else
+    assert text.count("<figcaption>d<") == 1
