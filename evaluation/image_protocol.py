@@ -72,7 +72,7 @@ class ImageProtocol:
         return Measurement(metric, judges[metric], steps.steps, steps.reference_steps)
 
 
-INCEPTION_METRICS = ("fid", "patch_fid", "kid", "precision", "recall")
+INCEPTION_METRICS = ("fid", "patch_fid", "kid", "precision_recall")
 DEFAULT_JUDGES = {
     "fd_dinov2": "dinov2:facebook/dinov2-large",
     "cmmd": "clip_image:ViT-L-14-336/openai",

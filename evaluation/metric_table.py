@@ -1,0 +1,122 @@
+"""From the words of a protocol to metrics: which network, which weights, which number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.toy.classifier import AttributeClassifier
+from evaluation.caption_accuracy import CaptionAccuracy
+from evaluation.clip_score import ClipScore, PreferenceScore
+from evaluation.features import FrozenClip
+from evaluation.frechet import FeatureStatistics, FrechetDistance
+from evaluation.image_protocol import Measurement
+from evaluation.inception import InceptionFeatures
+from evaluation.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
+from evaluation.precision_recall import PrecisionRecall
+from evaluation.protocols import REPOSITORY, hash_weights
+from evaluation.sampled import SampledMetric
+from sdxs_lightning.errors import UserError
+
+READS_CAPTIONS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
+FRECHET = ("fid", "patch_fid", "fd_dinov2")
+FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
+    "kid": KernelDistance,
+    "precision_recall": PrecisionRecall,
+    "cmmd": MaximumMeanDiscrepancy,
+}
+"""Metrics that compare with the features of a reference set; statistics are not enough."""
+COMPARES = (*FRECHET, *FEATURE_SETS)
+"""Metrics that need a reference."""
+
+
+@dataclass
+class Networks:
+    """The networks that judge, each loaded once.
+
+    A protocol's words name them: KIND:NAME, where KIND is `inception`, `clip_image`, `clip_text`, `dinov2`, `pickscore`,
+    `hpsv2` or `attributes`.
+    """
+
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """By KIND, where its weights are: a file or a folder instead of the usual place."""
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.weights) - set(_LOADERS))
+        if unknown:
+            raise UserError(f"--weights names {', '.join(unknown)}, but takes {', '.join(_LOADERS)}.")
+
+    def network(self, judge: str) -> Any:
+        """The network of a protocol's words.
+
+        Raises:
+            UserError: if its weights are missing; the message says where to put them.
+        """
+        kind, _, name = judge.partition(":")
+        path = self.weights.get(kind)
+        key = f"{'clip' if kind.startswith('clip_') else kind}:{name}:{path}"
+        if key not in self._loaded:
+            try:
+                self._loaded[key] = _LOADERS[kind](name, path)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"{judge}: {error}") from error
+        return self._loaded[key]
+
+    def metric(self, measurement: Measurement, reference: FeatureStatistics | None = None) -> SampledMetric:
+        """A metric that has seen nothing yet.
+
+        Args:
+            measurement: which one.
+            reference: statistics of the real side, where the metric can do with them.
+        """
+        name, network = measurement.metric, self.network(measurement.judge)
+        if name in FRECHET:
+            return FrechetDistance(network, reference=reference, name=name)
+        if name in FEATURE_SETS:
+            return FEATURE_SETS[name](network)
+        if name == "clip_score":
+            return ClipScore(network)
+        if name == "caption_accuracy":
+            return CaptionAccuracy(network)
+        return PreferenceScore(network, scale=1.0 if name == "hpsv2" else None, name=name)
+
+    def identity(self, measurement: Measurement) -> dict[str, str]:
+        """Of the network of a measurement, for hashes."""
+        network = self.network(measurement.judge)
+        if isinstance(network, AttributeClassifier):
+            folder = _place(measurement.judge.partition(":")[2], self.weights.get("attributes"))
+            return {"network": "attribute classifier", "weights_sha256": hash_weights(folder)}
+        identity: dict[str, str] = network.identity()
+        return identity
+
+    def all(self) -> list[Any]:
+        """Those that are loaded."""
+        return list(self._loaded.values())
+
+
+def _inception(name: str, path: str | None) -> InceptionFeatures:
+    return InceptionFeatures(path, name)  # type: ignore[arg-type]
+
+
+def _clip(name: str, path: str | None) -> FrozenClip:
+    return FrozenClip(_place(name, path))
+
+
+def _attributes(name: str, path: str | None) -> AttributeClassifier:
+    return AttributeClassifier.from_pretrained(_place(name, path))
+
+
+def _place(name: str, path: str | None) -> Path:
+    """Paths of a protocol start at the repository, those of a user where the command runs."""
+    return Path(path) if path is not None else REPOSITORY / name
+
+
+_LOADERS: dict[str, Callable[[str, str | None], Any]] = {
+    "inception": _inception,
+    "clip_image": _clip,
+    "clip_text": _clip,
+    "attributes": _attributes,
+}
