@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 
 from data.shards.datamodule import ShardDataModule
+from data.shards.dataset import Content
 from data.shards.writer import Member, ShardWriter, encode_latents
 from data.toy.original_sizes import photograph
 from data.toy.rendered import render_batch
@@ -33,6 +36,7 @@ class ToyDataModule(ShardDataModule):
         num_workers: reading processes per device.
         seed: of the order.
         original_sizes: a part of the pictures is of half the size or cropped, and batches say so (SDXL).
+        images: batches hold the pictures beside their latents.
     """
 
     def __init__(
@@ -44,30 +48,37 @@ class ToyDataModule(ShardDataModule):
         num_workers: int = 0,
         seed: int = 0,
         original_sizes: bool = False,
+        images: bool = False,
     ) -> None:
-        name = f"{train_images}-{_weights_digest(Path(base) / 'vae')}" + ("-sizes" if original_sizes else "")
+        name = f"{train_images}-{_weights_digest(Path(base) / 'vae')}"
+        name += "-sizes" * original_sizes + "-images" * images
         folder = Path(cache) / name
+        contents: list[Content] = ["latents"]
+        contents += ["sizes"] if original_sizes else []
+        contents += ["images"] if images else []
         super().__init__(
             shards=str(folder),
             batch_size=batch_size,
-            contents=["latents", "sizes"] if original_sizes else ["latents"],
+            contents=contents,
             num_workers=num_workers,
             seed=seed,
         )
         self.base, self.train_images, self.folder = base, train_images, folder
-        self.original_sizes = original_sizes
+        self.original_sizes, self.images = original_sizes, images
 
     def prepare_data(self) -> None:
         """Render and encode what is not there yet; a folder cut off in the middle is made again."""
         finished = self.folder / "complete"
         if not finished.exists():
-            write_latent_shards(self.base, self.train_images, self.folder, self.original_sizes)
+            write_latent_shards(self.base, self.train_images, self.folder, self.original_sizes, self.images)
             finished.touch()
         super().prepare_data()
 
 
-def write_latent_shards(base: str, count: int, folder: Path, original_sizes: bool = False) -> None:
-    """Render `count` train pictures and write their VAE means, unscaled, with their captions and where asked for sizes."""
+def write_latent_shards(
+    base: str, count: int, folder: Path, original_sizes: bool = False, with_images: bool = False
+) -> None:
+    """Render `count` train pictures and write VAE means, unscaled, with captions, and where asked for sizes and pictures."""
     autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
     with ShardWriter(folder, samples_per_shard=4096, overwrite=True) as writer:
         for start in track(
@@ -78,15 +89,23 @@ def write_latent_shards(base: str, count: int, folder: Path, original_sizes: boo
             if original_sizes:
                 images, heights, crops = photograph(images, torch.arange(start, start + size))
                 sizes = [_size_fields(*row) for row in torch.cat([heights, crops], dim=1).tolist()]
-            for caption, sample, fields in zip(
-                captions("train", size, start), encode(autoencoder, images), sizes, strict=True
+            for caption, sample, fields, image in zip(
+                captions("train", size, start), encode(autoencoder, images), sizes, images, strict=True
             ):
                 members: dict[str, Member] = {"latent.safetensors": encode_latents(sample), "txt": caption}
-                writer.write(members | ({"json": fields} if fields else {}))
+                members |= {"json": fields} if fields else {}
+                writer.write(members | ({"png": png(image)} if with_images else {}))
 
 
 def _size_fields(height: int, width: int, top: int, left: int) -> dict[str, int]:
     return {"original_height": height, "original_width": width, "crop_top": top, "crop_left": left}
+
+
+def png(image_uint8: Tensor) -> bytes:
+    """A picture (3, H, W) uint8 as the bytes of a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image_uint8.permute(1, 2, 0).numpy()).save(file, format="PNG")
+    return file.getvalue()
 
 
 @torch.no_grad()

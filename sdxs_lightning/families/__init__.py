@@ -48,6 +48,9 @@ class Family(Protocol):
     ) -> Conditioning:
         """Embeds B captions, unconditional twin included, without graph."""
 
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), float32: the VAE's means, without graph."""
+
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32, without graph."""
 

@@ -24,7 +24,7 @@ from sdxs_lightning.families.folders import (
 )
 from sdxs_lightning.families.sources import resolve_base, resolve_unet
 from sdxs_lightning.families.weights import load_network
-from sdxs_lightning.latents import unscale
+from sdxs_lightning.latents import scale, unscale
 from sdxs_lightning.noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
 from sdxs_lightning.teacher.frozen import Frozen
 
@@ -102,6 +102,16 @@ class PretrainedBase(ABC):
         """Embeds B captions as the base's diffusers pipeline does, unconditional twin included, without graph."""
 
     @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), float32: means of the KL VAE.
+
+        Also where the base decodes with a tiny VAE: latents are those that the U-Net was trained on.
+        """
+        vae = self._kl_vae.module
+        mean = vae.encode(images.to(self._device, torch.float32)).latent_dist.mode()
+        return scale(mean, self.scaling_factor, vae.config.shift_factor)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """`decode_with_graph` without graph."""
         return self.decode_with_graph(latents)
@@ -127,8 +137,9 @@ class PretrainedBase(ABC):
         if "_text_encoders" in self.__dict__:
             for encoder in self._text_encoders:
                 encoder.to(self._device, self._dtype)
-        if "_vae" in self.__dict__:
-            self._vae.to(self._device)
+        for name in ("_vae", "_own_kl_vae"):
+            if name in self.__dict__:
+                self.__dict__[name].to(self._device)
         return self
 
     @property
@@ -158,6 +169,14 @@ class PretrainedBase(ABC):
             Frozen(load_network(network, self.folder / name, self._dtype)).to(self._device)
             for name, network in self.encoder_classes.items()
         ]
+
+    @property
+    def _kl_vae(self) -> Frozen[AutoencoderKL]:
+        return self._vae if isinstance(self._vae.module, AutoencoderKL) else self._own_kl_vae
+
+    @cached_property
+    def _own_kl_vae(self) -> Frozen[AutoencoderKL]:
+        return Frozen(self.load_vae()).to(self._device)
 
     @cached_property
     def _vae(self) -> Frozen[AutoencoderKL | AutoencoderTiny]:

@@ -1,9 +1,11 @@
-"""The tiny decoder's losses: L1 on averaged images, and what weighs the projected GAN against it.
+"""The tiny decoder's losses: L1 on averaged images, a distance of single pixels, and the weight of the projected GAN.
 
-Both compare the tiny decoder's images with those of the base's own decoder for the same latents.
+They compare the tiny decoder's images with those of the base's own decoder for the same latents, or with the pictures that the
+latents were encoded from.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
@@ -42,6 +44,23 @@ def averaged_l1(images: Tensor, target: Tensor, factor: int) -> Tensor:
     return avg_pool2d(difference, factor).abs().mean()
 
 
+def pixel_mse(images: Tensor, target: Tensor) -> Tensor:
+    """Mean of (images - target)^2 over single pixels: what PSNR measures.
+
+    Args:
+        images: (B, 3, H, W), float.
+        target: same shape; gets no gradient.
+
+    Returns:
+        (), float32.
+
+    Raises:
+        ValueError: unless the shapes agree.
+    """
+    check_same_shape(images=images, target=target)
+    return (images.float() - target.detach().float()).square().mean()
+
+
 def adaptive_weight(
     reconstruction_gradient: Tensor, adversarial_gradient: Tensor, fraction: float, maximum: float
 ) -> Tensor:
@@ -66,14 +85,16 @@ def adaptive_weight(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Settings of the loss against the images of the base's own decoder."""
+    """Settings of the loss against the target images."""
 
     weight: float = 1.0
     """Factor of the averaged L1."""
     factor: int | None = None
     """Side of the squares that are averaged before the comparison; null is the VAE's own factor, 8 for SD and SDXL."""
     full_resolution_weight: float | None = None
-    """Factor of L1 on single pixels; null leaves it out, as SDXS does. Raises PSNR, and blurs what latents leave open."""
+    """Factor of the distance of single pixels; null leaves it out, as SDXS does. Raises PSNR, blurs what latents leave open."""
+    full_resolution_distance: Literal["l1", "mse"] = "l1"
+    """Of single pixels: mean |d|, or mean d^2, which is what PSNR measures."""
 
     def __post_init__(self) -> None:
         check_weight("Reconstruction", weight=self.weight)
@@ -86,7 +107,9 @@ class Reconstruction:
         """Weighted `averaged_l1`, with the full-resolution term where there is one: (), float32."""
         loss = self.weight * averaged_l1(images, target, self.factor or vae_factor)
         if self.full_resolution_weight is not None:
-            loss = loss + self.full_resolution_weight * averaged_l1(images, target, 1)
+            squared = self.full_resolution_distance == "mse"
+            pixels = pixel_mse(images, target) if squared else averaged_l1(images, target, 1)
+            loss = loss + self.full_resolution_weight * pixels
         return loss
 
 

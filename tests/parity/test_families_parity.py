@@ -125,6 +125,21 @@ def test_decode_equals_the_pipelines_last_step(name: str, releases: Path) -> Non
     assert isinstance(pipeline.vae, AutoencoderTiny) == (name == "sdxs")
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxs", "sdxl"])
+def test_encode_is_the_scaled_mean_of_the_kl_vae(name: str, releases: Path) -> None:
+    kind = StableDiffusionXL if name == "sdxl" else StableDiffusion
+    family = kind(str(releases / name))
+    images = (
+        torch.rand(2, 3, RESOLUTION_PX, RESOLUTION_PX, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
+    vae = family.load_vae()
+    with torch.no_grad():
+        expected = vae.encode(images).latent_dist.mean * vae.config.scaling_factor
+    latents = family.encode(images)
+    torch.testing.assert_close(latents, expected, rtol=1e-6, atol=1e-6)
+    assert latents.shape[1:] == LATENT_SHAPE and not latents.requires_grad
+
+
 def test_a_base_with_a_tiny_vae_keeps_the_kl_conventions_of_latents(releases: Path, tmp_path: Path) -> None:
     family = StableDiffusion(str(releases / "sdxs"))
     vae = family.load_vae()

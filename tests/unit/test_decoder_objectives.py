@@ -13,6 +13,7 @@ from sdxs_lightning.objectives.decoder_distillation import (
     Reconstruction,
     adaptive_weight,
     averaged_l1,
+    pixel_mse,
 )
 from sdxs_lightning.objectives.projected_gan import hinge_critic_loss, hinge_generator_loss, r1_penalty
 
@@ -59,6 +60,12 @@ def test_reconstruction_weighs_both_scales() -> None:
     both = Reconstruction(weight=2.0, full_resolution_weight=0.5)
     assert both.loss(images, target, vae_factor=4).item() == pytest.approx(2 * coarse + 0.5 * fine, rel=1e-6)
     assert Reconstruction().loss(images, target, vae_factor=4).item() == pytest.approx(coarse, rel=1e-6)
+    squared = Reconstruction(weight=2.0, full_resolution_weight=0.5, full_resolution_distance="mse")
+    mse = float(np.mean((images - target).double().numpy() ** 2))
+    assert pixel_mse(images, target).item() == pytest.approx(mse, rel=1e-6)
+    assert squared.loss(images, target, vae_factor=4).item() == pytest.approx(
+        2 * coarse + 0.5 * mse, rel=1e-6
+    )
     own = Reconstruction(factor=2).loss(images, target, vae_factor=4)
     assert own.item() == pytest.approx(averaged_l1(images, target, 2).item(), rel=1e-6)
 
