@@ -1,4 +1,4 @@
-"""Networks that images are judged by, frozen, in float32: the protocol of all of them, and a CLIP in a local folder."""
+"""Networks that images are judged by, frozen, in float32: the protocol of all of them, and CLIP."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import open_clip
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+from evaluation.clip_loading import LoadedClip, load_folder
+from evaluation.resize import centre_square, resize_shortest_and_crop, resize_uint8
 
 
 @contextmanager
@@ -96,39 +98,46 @@ class CentreCrop:
         return self.features.identity() | {"crop": f"centre {self.px}"}
 
 
+@dataclass(frozen=True)
+class ClipRule:
+    """What happens to captions and images before a CLIP model sees them."""
+
+    prefix: str = ""
+    """Put before every caption, token by token: after the start token, and what then sticks out is cut off."""
+    square_px: int | None = None
+    """Images are first cropped to a square and brought to this size by Lanczos, as 8-bit images."""
+
+
+PLAIN = ClipRule()
+"""Captions and images as they are; what open_clip's examples do."""
+
+
 class FrozenClip:
-    """An open_clip model that only ever judges.
+    """A CLIP model that only ever judges.
 
     Not an nn.Module: whatever holds it, its weights are in no checkpoint, no optimizer and no DDP bucket, and no `train()`
     of a parent reaches it. It follows the images to their device.
 
     Args:
-        folder: open_clip's local layout: `open_clip_config.json`, weights in safetensors, tokenizer files.
+        source: a folder in open_clip's layout (`open_clip_config.json`, weights in safetensors, tokenizer files) or in that
+            of transformers, or what `clip_loading` loaded. `clip_models.load_clip` knows the models of published numbers.
+        rule: what happens to captions and images first.
 
     Raises:
         FileNotFoundError: if the folder or its configuration is missing.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        if not (Path(folder) / "open_clip_config.json").is_file():
-            raise FileNotFoundError(
-                f"no CLIP in open_clip layout at {folder} (open_clip_config.json is missing); set the protocol's `clip` "
-                "to such a folder"
-            )
-        self.folder = Path(folder)
-        self.name = f"clip-{self.folder.name}"
-        model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-        self.model = model.float().eval().requires_grad_(False)
-        self.tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        self.eos_token_id = _eos_token_id(self.tokenizer)
+    def __init__(self, source: str | Path | LoadedClip, rule: ClipRule = PLAIN) -> None:
+        loaded = source if isinstance(source, LoadedClip) else load_folder(source)
+        self.name, self.rule = loaded.name, rule
+        self.model = loaded.model.eval().requires_grad_(False)
+        self.tokenizer, self.eos_token_id = loaded.tokenizer, loaded.eos_token_id
         self.device = torch.device("cpu")
-        preprocessing = model.visual.preprocess_cfg
-        self._size = int(_first(preprocessing["size"]))
-        self._mean = torch.tensor(preprocessing["mean"]).view(1, 3, 1, 1)
-        self._std = torch.tensor(preprocessing["std"]).view(1, 3, 1, 1)
-        with full_precision(self.device):
-            probe = self.model.encode_image(torch.zeros(1, 3, self._size, self._size))
-        self.dimensions = int(probe.shape[1])
+        self.size = loaded.size
+        self._encode_image, self._encode_text = loaded.encode_image, loaded.encode_text
+        self._mean = torch.tensor(loaded.mean).view(1, 3, 1, 1)
+        self._std = torch.tensor(loaded.std).view(1, 3, 1, 1)
+        self.dimensions = int(self.features_of(torch.zeros(1, 3, self.size, self.size)).shape[1])
 
     def to(self, device: torch.device) -> FrozenClip:
         """Move the weights, if they are not there already."""
@@ -139,10 +148,9 @@ class FrozenClip:
         return self
 
     def preprocess(self, images_uint8: Tensor) -> Tensor:
-        """What open_clip's evaluation transform does: shortest side to size (bicubic), centre crop, normalise.
+        """What open_clip's evaluation transform does to Pillow images: shortest side to size, centre crop, normalise.
 
-        Images of the right size are only normalised. Otherwise torch's bicubic with antialias stands in for PIL's, in
-        float, clamped and rounded: they differ by at most one grey level.
+        Bit for bit, on any device; images of the right size are only normalised.
 
         Args:
             images_uint8: (B,3,H,W), uint8.
@@ -153,37 +161,44 @@ class FrozenClip:
         Raises:
             TypeError: for images that are not uint8: floats in [0,1] would be divided by 255 once more.
         """
-        if images_uint8.dtype != torch.uint8:
-            raise TypeError(
-                f"images to judge are uint8 in 0..255, got {images_uint8.dtype}; use latents.to_uint8"
-            )
-        images = images_uint8.float()
-        if images.shape[-2:] != (self._size, self._size):
-            images = _shortest_side_and_centre(images, self._size).clamp(0, 255).round()
+        check_uint8(images_uint8)
+        if self.rule.square_px is not None:
+            px = self.rule.square_px
+            images_uint8 = resize_uint8(centre_square(images_uint8), (px, px), "lanczos")
+        return self.normalise(resize_shortest_and_crop(images_uint8, self.size).float())
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Float images in [0, 255] to what the model takes."""
         return (images / 255 - self._mean) / self._std
+
+    def features_of(self, pixels: Tensor) -> Tensor:
+        """(B,3,size,size) normalised pixels to (B, dimensions) float32."""
+        with full_precision(self.device):
+            features = self._encode_image(pixels)
+        return features.float()
 
     def image_features(self, images_uint8: Tensor) -> Tensor:
         """(B,3,H,W) uint8 to (B, dimensions) float32, before normalisation to the unit sphere: FID's features."""
         self.to(images_uint8.device)
-        with full_precision(self.device):
-            features: Tensor = self.model.encode_image(self.preprocess(images_uint8))
-        return features.float()
+        return self.features_of(self.preprocess(images_uint8))
 
     __call__ = image_features
 
     def identity(self) -> dict[str, str]:
         """See Features."""
+        square = f"centre square to {self.rule.square_px} by Lanczos, then " if self.rule.square_px else ""
         return {
-            "network": "open_clip image features before normalisation",
-            "weights_sha256": hash_files(self.folder),
-            "resize": "shortest side, bicubic, centre crop",
-            "normalisation": "mean and deviation of the folder's preprocess_cfg",
+            "network": "CLIP image features before normalisation to length 1",
+            "weights_sha256": hash_state(self.model),
+            "resize": f"{square}shortest side to {self.size}, bicubic, 8 bits (Pillow), centre crop",
+            "normalisation": f"mean {self._mean.flatten().tolist()}, deviation {self._std.flatten().tolist()}",
+            "caption_prefix": self.rule.prefix,
         }
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """B captions to (B, dimensions) float32, before normalisation."""
         with full_precision(self.device):
-            features: Tensor = self.model.encode_text(self.tokenize(captions).to(self.device))
+            features = self._encode_text(self.tokenize(captions).to(self.device))
         return features.float()
 
     def cosine(self, images_uint8: Tensor, captions: Sequence[str]) -> Tensor:
@@ -197,10 +212,44 @@ class FrozenClip:
         The text vector is read at that token. A tokenizer that cuts it off makes every long caption read at its first
         token, so that all of them get the same vector (torchmetrics 1.9 does).
         """
-        token_ids: Tensor = self.tokenizer(list(captions))
+        token_ids = self.tokenizer(list(captions))
         unfinished = (token_ids != self.eos_token_id).all(dim=-1)
         token_ids[unfinished, -1] = self.eos_token_id
+        return self._with_prefix(token_ids) if self.rule.prefix else token_ids
+
+    def _with_prefix(self, token_ids: Tensor) -> Tensor:
+        """The prefix's tokens after the start token; where the row is full, its last token becomes the end.
+
+        Source: DMD2's evaluator, token for token (padding is 0, and a 0 in the last column stays).
+        """
+        prefix = self.tokenizer([self.rule.prefix])[0]
+        length = int((prefix == self.eos_token_id).nonzero()[0, 0]) - 1
+        inserted = prefix[1 : 1 + length].expand(len(token_ids), -1)
+        token_ids = torch.cat([token_ids[:, :1], inserted, token_ids[:, 1:]], dim=1)[:, : token_ids.shape[1]]
+        full = token_ids[:, -1] > 0
+        token_ids[full, -1] = self.eos_token_id
         return token_ids
+
+
+def check_uint8(images_uint8: Tensor) -> None:
+    """Refuse float images.
+
+    Raises:
+        TypeError: for another dtype.
+    """
+    if images_uint8.dtype != torch.uint8:
+        raise TypeError(
+            f"images to judge are uint8 in 0..255, got {images_uint8.dtype}; use latents.to_uint8"
+        )
+
+
+def hash_state(module: nn.Module) -> str:
+    """16 hex digits over the names and values of all parameters and buffers, wherever they were loaded from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def hash_files(path: str | Path) -> str:
@@ -220,25 +269,3 @@ def hash_files(path: str | Path) -> str:
             while block := content.read(1 << 24):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _eos_token_id(tokenizer: Any) -> int:
-    """open_clip's own tokenizer names it differently from the transformers one that it wraps."""
-    if hasattr(tokenizer, "eot_token_id"):
-        return int(tokenizer.eot_token_id)
-    return int(tokenizer.tokenizer.eos_token_id)
-
-
-def _first(size: int | Sequence[int]) -> int:
-    return size if isinstance(size, int) else size[0]
-
-
-def _shortest_side_and_centre(images: Tensor, size: int) -> Tensor:
-    """(B,C,H,W) float to (B,C,size,size), with torchvision's rounding of sizes and offsets."""
-    height, width = images.shape[-2:]
-    shortest = min(height, width)
-    resized = F.interpolate(
-        images, (size * height // shortest, size * width // shortest), mode="bicubic", antialias=True
-    )
-    top, left = (round((side - size) / 2) for side in resized.shape[-2:])
-    return resized[..., top : top + size, left : left + size]

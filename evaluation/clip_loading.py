@@ -1,0 +1,159 @@
+"""CLIP models from where they lie: open_clip's or transformers' folders, open_clip's named models, plain checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import Tensor, nn
+
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class LoadedClip:
+    """A CLIP model and what has to be known to use it, whichever library it is from."""
+
+    name: str
+    """Short."""
+    model: nn.Module
+    """In float32; has `logit_scale`."""
+    encode_image: Callable[[Tensor], Tensor]
+    """(B,3,size,size) normalised pixels to (B, d), not normalised."""
+    encode_text: Callable[[Tensor], Tensor]
+    """(B, context length) ids to (B, d), not normalised."""
+    tokenizer: Callable[[Sequence[str]], Tensor]
+    """Captions to (B, context length) int64 ids."""
+    eos_token_id: int
+    """The text vector is read at this token."""
+    size: int
+    """Of the pixels."""
+    mean: tuple[float, ...]
+    """What is subtracted of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    """What they are divided by then."""
+
+
+def load_folder(folder: str | Path) -> LoadedClip:
+    """A CLIP in a local folder, of open_clip's layout or transformers'.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    folder = Path(folder)
+    if (folder / "open_clip_config.json").is_file():
+        model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        return _of_open_clip(f"clip-{folder.name}", model, open_clip.get_tokenizer(f"local-dir:{folder}"))
+    if (folder / "config.json").is_file():
+        return load_transformers(folder)
+    raise FileNotFoundError(
+        f"no CLIP in open_clip layout at {folder} (open_clip_config.json is missing), nor in transformers' (config.json); set "
+        "the protocol's `clip` to such a folder"
+    )
+
+
+def load_open_clip(model: str, tag: str, weights: str | Path | None = None) -> LoadedClip:
+    """One of open_clip's models by name, with the weights of a tag, or of a file.
+
+    Args:
+        model: such as "ViT-g-14".
+        tag: such as "laion2b_s34b_b88k"; its weights come from the Hugging Face cache, or from the hub.
+        weights: a file instead: .safetensors, or a checkpoint that torch.load reads with weights_only.
+
+    Raises:
+        FileNotFoundError: if the weights are neither here nor to be had.
+    """
+    if weights is not None and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"no CLIP weights at {weights}; give a file, or none to take {model}/{tag} from the hub"
+        )
+    # OpenAI's own weights were trained with an approximate GELU, which the architecture's name does not say.
+    quick_gelu = tag == "openai"
+    try:
+        network = open_clip.create_model(
+            model, pretrained=tag if weights is None else str(weights), force_quick_gelu=quick_gelu
+        )
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"weights of CLIP {model}/{tag} could not be loaded ({str(error).splitlines()[0][:200]}); without a network, "
+            "put them into the Hugging Face cache beforehand, or name a file or a folder"
+        ) from error
+    return _of_open_clip(f"{model}/{tag}", network, open_clip.get_tokenizer(model))
+
+
+def _of_open_clip(name: str, model: Any, tokenizer: Any) -> LoadedClip:
+    preprocessing = model.visual.preprocess_cfg
+    # open_clip's own tokenizer names it differently from the transformers one that it wraps.
+    eos = tokenizer.eot_token_id if hasattr(tokenizer, "eot_token_id") else tokenizer.tokenizer.eos_token_id
+    size = preprocessing["size"]
+    return LoadedClip(
+        name,
+        model.float(),
+        model.encode_image,
+        model.encode_text,
+        lambda captions: tokenizer(list(captions)),
+        int(eos),
+        int(size if isinstance(size, int) else size[0]),
+        tuple(preprocessing["mean"]),
+        tuple(preprocessing["std"]),
+    )
+
+
+def load_transformers(model: str | Path, processor: str | Path | None = None) -> LoadedClip:
+    """A CLIPModel of transformers, from a folder or by hub id.
+
+    Args:
+        model: folder or id.
+        processor: where tokenizer and preprocessing are, if not with the model.
+
+    Raises:
+        FileNotFoundError: if it cannot be loaded.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        network = CLIPModel.from_pretrained(str(model), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(processor or model))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"no CLIP of transformers at {model} ({str(error).strip().splitlines()[0][:200]}); it needs config.json, weights "
+            "and tokenizer files"
+        ) from error
+    settings = _image_settings(Path(processor or model))
+    length = network.config.text_config.max_position_embeddings
+
+    def tokenize(captions: Sequence[str]) -> Tensor:
+        encoded = tokenizer(
+            list(captions), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+        )
+        ids: Tensor = encoded.input_ids
+        return ids
+
+    return LoadedClip(
+        f"transformers-{Path(model).name}",
+        network,
+        lambda pixels: _tensor(network.get_image_features(pixel_values=pixels)),
+        lambda token_ids: _tensor(network.get_text_features(input_ids=token_ids)),
+        tokenize,
+        int(tokenizer.eos_token_id),
+        int(network.config.vision_config.image_size),
+        tuple(settings.get("image_mean", OPENAI_MEAN)),
+        tuple(settings.get("image_std", OPENAI_STD)),
+    )
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    file = folder / "preprocessor_config.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _tensor(output: Any) -> Tensor:
+    """Transformers 5 returns an object where transformers 4 returned its tensor."""
+    found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
+    return found
