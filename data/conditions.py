@@ -89,18 +89,18 @@ class SoftEdge:
 class Sketch:
     """White strokes on black, as drawn by pen: the extended difference of Gaussians, inverted.
 
-    u = (1 + p) G_s - p G_ks of the grey picture in [0, 1] is 1 or more on even ground; darker than `threshold` becomes a stroke,
-    softened by tanh.
+    u = 1 + p (G_s - G_ks) / G_ks of the grey picture is 1 on even ground; where it falls below a threshold there is a stroke,
+    softened by tanh. Our departure from the paper is the quotient: without it every dark area would be filled with ink.
 
     Args:
-        blur: s, standard deviation of the finer blur, in pixels.
-        sharpness: p, how much of the difference is added. 20, k 1.6 and phi below are near the paper's figures for pen.
+        blur: s, standard deviation of the finer blur, in pixels; k is 1.6.
+        sharpness: p, how much of the difference is added.
         threshold: of u.
 
     Raises:
         ValueError: unless blur is positive.
 
-    Source: Winnemoeller et al., "XDoG: An eXtended difference-of-Gaussians compendium", 2012, eqs. 5 and 7.
+    Source: after Winnemoeller et al., "XDoG: An eXtended difference-of-Gaussians compendium", 2012.
     """
 
     _RATIO = 1.6
@@ -115,7 +115,7 @@ class Sketch:
         grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
         fine = cv2.GaussianBlur(grey, (0, 0), self.blur)
         coarse = cv2.GaussianBlur(grey, (0, 0), self.blur * self._RATIO)
-        # Relative to the ground's own brightness: otherwise every dark area would be filled with ink.
+        # A tenth of white at least, or the noise of black areas would be drawn.
         sharpened = 1 + self.sharpness * (fine - coarse) / np.maximum(coarse, 0.1)
         ink = np.tanh(self._PHI * (self.threshold - sharpened))
         return _three(_bytes(np.where(sharpened < self.threshold, ink, 0.0)))

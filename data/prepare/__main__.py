@@ -1,15 +1,18 @@
-"""The command line: `python -m data.prepare pairs --help`."""
+"""The command line: `python -m data.prepare images|latents|pairs|verify --help`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
+from data.prepare.images import IMAGES
+from data.prepare.latents import LATENTS
 from data.prepare.pairs import PAIRS
 from data.prepare.subcommand import Subcommand
+from data.prepare.verify import VERIFY
 from sdxs_lightning.errors import RunStopped
 
-SUBCOMMANDS: tuple[Subcommand, ...] = (PAIRS,)
+SUBCOMMANDS: tuple[Subcommand, ...] = (IMAGES, LATENTS, PAIRS, VERIFY)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from data.prepare.image_tables import TABLES, TableSource
-from data.prepare.raw_shards import RawShards
+from data.prepare.raw_shards import RawSample, RawShards
 from data.prepare.source_sample import SampleFaultError, SourceSample
 from data.shards.decoders import CAPTION_MEMBERS, CONTROL_IMAGE_MEMBERS, IMAGE_MEMBERS, JSON_MEMBER
 from data.shards.index import ShardSet, expand_braces, find_shards
@@ -69,14 +69,20 @@ class FolderSource:
     def read(self, index: int) -> SourceSample:
         """See `ImageSource`."""
         path = self._folder / self.paths[index]
-        fields = self._json(path.with_suffix(".json"))
+        try:
+            return self._read(path, self.paths[index])
+        except OSError as error:
+            raise SampleFaultError(f"{path} cannot be read ({error.strerror})") from error
+        except SampleFaultError as error:
+            raise SampleFaultError(f"{path}: {error}") from error
+
+    def _read(self, path: Path, where: str) -> SourceSample:
+        described = path.with_suffix(".json")
+        fields = json_object(described.read_bytes()) if described.is_file() else {}
         files = [path.with_suffix(f".{name}") for name in CAPTION_MEMBERS]
         texts = [file.read_bytes() for file in files if file.is_file()]
         caption = text(texts[0]) if texts else fields.get("caption")
-        return SourceSample(self.paths[index], path.read_bytes(), caption, fields)
-
-    def _json(self, file: Path) -> dict[str, Any]:
-        return json_object(file.read_bytes()) if file.is_file() else {}
+        return SourceSample(where, path.read_bytes(), caption, fields)
 
 
 class ShardSource:
@@ -104,15 +110,27 @@ class ShardSource:
     def read(self, index: int) -> SourceSample:
         """See `ImageSource`."""
         sample = self._samples.sample(index)
-        fields = json_object(sample.members[JSON_MEMBER]) if JSON_MEMBER in sample.members else {}
-        image = first(sample.members, IMAGE_MEMBERS)
-        if image is None:
-            raise SampleFaultError(f"there is no image ({', '.join(IMAGE_MEMBERS)})")
-        words = first(sample.members, CAPTION_MEMBERS)
-        caption = fields.get("caption") if words is None else text(words)
-        return SourceSample(
-            sample.where, image, caption, fields, control=first(sample.members, CONTROL_IMAGE_MEMBERS)
-        )
+        try:
+            return from_members(sample)
+        except SampleFaultError as error:
+            raise SampleFaultError(f"{sample.where}: {error}") from error
+
+
+def from_members(sample: RawSample) -> SourceSample:
+    """The picture and caption among the members of a shard's sample.
+
+    Raises:
+        SampleFaultError: where there is no picture, or caption or json are broken.
+    """
+    members = sample.members
+    fields = json_object(members[JSON_MEMBER]) if JSON_MEMBER in members else {}
+    image = first(members, IMAGE_MEMBERS)
+    if image is None:
+        raise SampleFaultError(f"there is no image ({', '.join(IMAGE_MEMBERS)})")
+    words = first(members, CAPTION_MEMBERS)
+    caption = fields.get("caption") if words is None else text(words)
+    control = first(members, CONTROL_IMAGE_MEMBERS)
+    return SourceSample(sample.where, image, caption, fields, control)
 
 
 def open_source(named: str, columns: Columns) -> ImageSource:

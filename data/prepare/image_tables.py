@@ -71,7 +71,11 @@ class TableSource:
         image, caption = row.pop(self._image), row.pop(self._caption)
         # A number that is none (nan) has no place in JSON.
         fields = {name: one for name, one in row.items() if isinstance(one, str | int | float) and one == one}
-        return SourceSample(f"{file}, row {index - start}", _bytes(image, file.parent), caption, fields)
+        where = f"{file}, row {index - start}"
+        try:
+            return SourceSample(where, _bytes(image, file.parent), caption, fields)
+        except (SampleFaultError, OSError) as error:
+            raise SampleFaultError(f"{where}: {error}") from error
 
 
 def _layout(file: Path) -> tuple[list[str], list[int]]:
