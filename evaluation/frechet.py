@@ -184,7 +184,8 @@ class FrechetDistance(SampledMetric):
         """The distance without each group of fake images; the ranks share the groups."""
         rows, ids = self.rows_of("fake")
         totals, groups = self._totals("fake"), group_of(ids)
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if self._is_synced else (0, 1)
+        members = self.process_group
+        rank, ranks = (dist.get_rank(members), dist.get_world_size(members)) if self._is_synced else (0, 1)
         distances = torch.zeros(GROUPS, dtype=torch.float64)
         for group in range(GROUPS):
             own = group % ranks == rank
@@ -195,13 +196,13 @@ class FrechetDistance(SampledMetric):
                 continue
             part = sums_of(rows[groups == group], self.dimensions, self.device)
             if ranks > 1:
-                part = _reduced(part, group % ranks)
+                part = _reduced(part, group % ranks, members)
             if own:
                 distances[group] = _between(totals.without(part).statistics(), real)
         if ranks > 1:
-            device = collective_device(self.device)
+            device = collective_device(self.device, members)
             everywhere = distances.to(device)
-            dist.all_reduce(everywhere)
+            dist.all_reduce(everywhere, group=members)
             distances = everywhere.cpu()
         return distances.tolist()
 
@@ -262,10 +263,10 @@ def sums_of(features: Tensor, dimensions: int, device: torch.device, chunk: int 
     return Sums(torch.tensor(len(features), device=device), total, outer)
 
 
-def _reduced(sums: Sums, rank: int) -> Sums:
+def _reduced(sums: Sums, rank: int, group: Any | None) -> Sums:
     """The sums over all ranks, on one of them."""
     for each in sums:
-        dist.reduce(each, dst=rank)
+        dist.reduce(each, dst=dist.get_global_rank(group or dist.group.WORLD, rank), group=group)
     return sums
 
 
