@@ -11,8 +11,9 @@ from torch import Tensor
 from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.families import Family
 from sdxs_lightning.modules.adapter_views import BaseView
-from sdxs_lightning.modules.lora import LoRA, add_lora, cast_base
-from sdxs_lightning.modules.network import Network, prepare_unet, save_adapters_only
+from sdxs_lightning.modules.lora import LoRA, cast_base
+from sdxs_lightning.modules.network import Network, save_adapters_only
+from sdxs_lightning.modules.trained_denoiser import load_denoiser
 from sdxs_lightning.teacher.denoiser import Denoiser, Prediction
 from sdxs_lightning.teacher.feature_taps import bottleneck_shape
 
@@ -58,10 +59,7 @@ class FakeScore(Network):
         """Loads the network; a second call does nothing."""
         if hasattr(self, "denoiser"):
             return
-        unet = family.load_unet(self._weights)
-        if self.lora is not None:
-            add_lora(unet, self.lora)
-        self.denoiser = Denoiser(prepare_unet(unet, *self._switches), family.schedule, family.prediction_type)
+        self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
         if self.lora is not None:
             save_adapters_only(self)
 

@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.families import Family
-from sdxs_lightning.modules.image_features import FeatureNetwork, ImageFeatures
-from sdxs_lightning.modules.pixel_decoder import PixelDecoder
+from sdxs_lightning.modules.image_features import ImageFeatures
+from sdxs_lightning.modules.pixel_eye import PixelEye
 from sdxs_lightning.modules.sample import Roles
 from sdxs_lightning.teacher.feature_taps import bottleneck_of
-from sdxs_lightning.teacher.frozen import Frozen
 
 
 @runtime_checkable
@@ -89,31 +88,21 @@ class PixelFeatures:
     needs_real_score = False
 
     def __init__(self, network: ImageFeatures, decoder: str | None = None) -> None:
-        self._source = network
-        self._network: Frozen[FeatureNetwork] | None = None
-        self._decoder = PixelDecoder(decoder, "features.init_args.decoder")
+        self._eye = PixelEye(network, decoder, "features.init_args.decoder")
 
     def build(self, family: Family) -> None:
         """See `MatchedFeatures`."""
-        self._decoder.build(family)
-        if self._network is None:
-            self._network = Frozen(self._source.load())
+        self._eye.build(family)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """See `MatchedFeatures`; the decoder stays float32."""
-        assert self._network is not None
-        self._network.to(device, dtype)
-        self._decoder.to(device)
+        """See `MatchedFeatures`."""
+        self._eye.to(device, dtype)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """See `MatchedFeatures`; the VAE is the family's."""
-        assert self._network is not None
-        networks: dict[str, nn.Module] = {"matched_features": self._network.module}
-        decoder = self._decoder.module
-        return networks if decoder is None else networks | {"feature_decoder": decoder}
+        """See `MatchedFeatures`."""
+        return self._eye.frozen_networks("matched_features", "feature_decoder")
 
     def __call__(self, latents: Tensor, conditioning: Conditioning, roles: Roles) -> dict[str, Tensor]:
         """See `MatchedFeatures`."""
-        assert self._network is not None
-        maps: list[Tensor] = self._network(self._decoder(latents))
+        maps = self._eye.see(self._eye.decode(latents))
         return {f"layer_{i}": features for i, features in enumerate(maps)}

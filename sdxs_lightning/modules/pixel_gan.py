@@ -9,14 +9,13 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.latents import scale
 from sdxs_lightning.modules.augmentation import NUMBERS, augment, cut_squares
 from sdxs_lightning.modules.gan import Data
-from sdxs_lightning.modules.image_features import FeatureNetwork, ImageFeatures
-from sdxs_lightning.modules.pixel_decoder import PixelDecoder
+from sdxs_lightning.modules.image_features import ImageFeatures
+from sdxs_lightning.modules.pixel_eye import PixelEye
 from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator, projected_critic_loss
 from sdxs_lightning.modules.sample import Roles, Sample
 from sdxs_lightning.modules.student_terms import Scalars
 from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
 from sdxs_lightning.seeding import Stream, uniform
-from sdxs_lightning.teacher.frozen import Frozen
 
 
 class PixelGan:
@@ -37,35 +36,25 @@ class PixelGan:
         self, discriminator: ProjectedDiscriminator, objective: PixelAdversarial, features: ImageFeatures
     ) -> None:
         self.discriminator, self.objective = discriminator, objective
-        self._source = features
-        self._features: Frozen[FeatureNetwork] | None = None
-        self._decoder = PixelDecoder(objective.decoder, "pixel_adversarial.decoder")
+        self._eye = PixelEye(features, objective.decoder, "pixel_adversarial.decoder")
 
     def build(self, family: Family, roles: Roles) -> None:
         """See `Gan`."""
         self._family = family
-        self._decoder.build(family)
-        if self._features is None:
-            self._features = Frozen(self._source.load())
-        self.discriminator.build(self._features.module.shapes(self.objective.crop_px or family.resolution))
+        self._eye.build(family)
+        self.discriminator.build(self._eye.network.shapes(self.objective.crop_px or family.resolution))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """See `Gan`; the decoder stays float32."""
-        assert self._features is not None
-        self._features.to(device, dtype)
-        self._decoder.to(device)
+        """See `Gan`."""
+        self._eye.to(device, dtype)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """See `Gan`; the VAE is the family's."""
-        assert self._features is not None
-        networks: dict[str, nn.Module] = {"image_features": self._features.module}
-        return (
-            networks if self._decoder.module is None else networks | {"pixel_decoder": self._decoder.module}
-        )
+        """See `Gan`."""
+        return self._eye.frozen_networks("image_features", "pixel_decoder")
 
     def student_term(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
         """Makes the sample's image look real; the graph goes through features, augmentation and decoder."""
-        features = self._see(self._decoder(sample.latents), sample.positions, sample.seed)
+        features = self._see(self._eye.decode(sample.latents), sample.positions, sample.seed)
         loss = self.objective.student_loss(self.discriminator(features))
         return loss, {"adversarial": loss}
 
@@ -75,19 +64,17 @@ class PixelGan:
         """See `Gan`. Only the heads learn, so images and features are made without graph."""
         with torch.no_grad():
             real_features = self._see(self._real_images(real), real.batch.positions, real.seed)
-            seen = self._see(self._decoder(fake.latents), fake.positions, fake.seed)
+            seen = self._see(self._eye.decode(fake.latents), fake.positions, fake.seed)
         return projected_critic_loss(self.discriminator, real_features, seen, self.objective.r1_weight)
 
     def _see(self, images: Tensor, positions: Tensor, seed: int) -> list[Tensor]:
         """Feature maps of the images, cut and augmented as their positions say; with graph where images have one."""
-        assert self._features is not None
         numbers = uniform(seed, Stream.AUGMENTATION, positions, (2 + NUMBERS,))
         if self.objective.crop_px is not None:
             images = cut_squares(images, numbers[:, :2], self.objective.crop_px)
         if self.objective.augmentation is not None:
             images = augment(images, numbers[:, 2:], self.objective.augmentation)
-        features: list[Tensor] = self._features(images)
-        return features
+        return self._eye.see(images)
 
     def _real_images(self, real: Data) -> Tensor:
         """(B, 3, H, W), float32: the batch's own, or its latents as the student's are decoded."""
@@ -106,4 +93,4 @@ class PixelGan:
                 f"the discriminator needs latents of shape {self._family.latent_shape()} in every batch and got {found}; make "
                 "latent shards for this base and resolution, or set pixel_adversarial.real to images."
             )
-        return self._decoder(scale(latents, self._family.scaling_factor))
+        return self._eye.decode(scale(latents, self._family.scaling_factor))

@@ -10,8 +10,9 @@ from torch import Tensor
 from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.families import Family
 from sdxs_lightning.modules.backward_simulation import check_timesteps, sample_in_steps, simulated_sample
-from sdxs_lightning.modules.lora import LoRA, add_lora
-from sdxs_lightning.modules.network import Network, prepare_unet, save_adapters_only
+from sdxs_lightning.modules.lora import LoRA
+from sdxs_lightning.modules.network import Network, save_adapters_only
+from sdxs_lightning.modules.trained_denoiser import load_denoiser
 from sdxs_lightning.teacher.denoiser import Denoiser
 
 
@@ -82,10 +83,7 @@ class StudentGenerator(Network):
             check_timesteps(self._timesteps, total)
             self.conditioning_timestep = self._timesteps[0]
         self.timesteps = self._timesteps or [self.conditioning_timestep]
-        unet = family.load_unet(self._weights)
-        if self.lora is not None:
-            add_lora(unet, self.lora)
-        self.denoiser = Denoiser(prepare_unet(unet, *self._switches), family.schedule, family.prediction_type)
+        self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
         if self.lora is not None:
             save_adapters_only(self)
 
