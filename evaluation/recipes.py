@@ -80,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
     "pruned_warmup": Recipe(WARMUP, PRUNED),
     "pruned_segmented": Recipe(SEGMENTED, "pruned_warmup"),
     "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),
+    "pruned_segmented+finish": _finish_of("pruned_segmented"),
     "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
 }
 """By name of the row. Those without a start, or with a folder, come before those that start from them."""
@@ -181,7 +182,9 @@ def draw(root: Path, rows: Sequence[str], seed: int, protocol: Protocol) -> Imag
     prompts, numbers = protocol.captions()[:PICTURES], torch.arange(PICTURES)
     teacher = Teacher(StableDiffusion("data/toy/base"), torch.device("cpu"), seed=protocol.seed)
     drawn = {"real": RealImages(protocol.split)(prompts, numbers)}
-    drawn |= {f"base\n{steps} steps": teacher.images(steps)(prompts, numbers) for steps in (25, 1)}
+    drawn |= {
+        f"base\n{steps} step{'s' * (steps > 1)}": teacher.images(steps)(prompts, numbers) for steps in (25, 1)
+    }
     for row in rows:
         maker = student_of(run_folder(root, row, seed) / "pipeline", protocol)
         drawn[row.replace("_", "\n").replace("+", "\n+")] = maker(prompts, numbers)
