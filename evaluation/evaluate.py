@@ -1,136 +1,163 @@
-"""Score a model folder: `python -m evaluation.evaluate --model outputs/quickstart/pipeline --protocol toy --out FILE.json`."""
+"""Score images: `python -m evaluation.evaluate --model DIR | --images SET --protocol NAME --out FILE.json`."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
 
+from data.prepare.machine import choose_device
+from evaluation.html_report import write_report
+from evaluation.judging import Judged, Machine, Request, judge
 from evaluation.machine import milliseconds_per_image, where
-from evaluation.protocols import PROTOCOLS, get_protocol, hash_weights
-from evaluation.scores import Judges, measure
-from sdxs_lightning.latents import to_uint8
-from sdxs_lightning.seeding import Stream, normal
+from evaluation.protocols import NAMES
+from evaluation.requests import request_of
+from evaluation.samples import DTYPES, ModelSamples, PipelineImages
+from evaluation.tables import result_markdown
+from sdxs_lightning.errors import RunStopped
+
+__all__ = ["PipelineImages", "main"]
+
+EPILOG = """examples:
+  python -m evaluation.evaluate --model outputs/quickstart/pipeline --protocol toy --out student.json
+  python -m evaluation.evaluate --model DIR --steps 25 --guidance_scale 7.5 --protocol coco2014-30k-256 \\
+      --captions captions_val2014.json --reference val2014 --out teacher.json
+  python -m evaluation.evaluate --images samples.zip --protocol clean --reference real.npz --metrics fid --out samples.json
+
+A run that was stopped goes on where it stood when the command is given again with the same --out."""
 
 
-@dataclass(frozen=True)
-class PipelineImages:
-    """Images of a diffusers pipeline, from the noise that training-time measurements use too."""
-
-    pipeline: Any
-    """A text-to-image pipeline of Stable Diffusion's kind."""
-    steps: int
-    """Network calls."""
-    guidance_scale: float
-    """As diffusers counts it: 0 and 1 are none."""
-    seed: int
-    """Of the noise."""
-
-    def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
-        """B captions and their numbers (B,) int64 to (B,3,H,W) uint8."""
-        config = self.pipeline.unet.config
-        shape = (config.in_channels, config.sample_size, config.sample_size)
-        device = self.pipeline.device
-        noise = normal(self.seed, Stream.EVALUATION, sample_ids.to(device), shape)
-        images: Tensor = self.pipeline(
-            prompt=list(captions),
-            latents=noise.to(self.pipeline.unet.dtype),
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            # Of schedulers that draw noise between steps; the first noise is given.
-            generator=[torch.Generator().manual_seed(number) for number in sample_ids.tolist()],
-            output_type="pt",
-        ).images
-        return to_uint8(images.float() * 2 - 1)
-
-
-def evaluate(
-    model: str,
-    protocol_name: str,
-    steps: int,
-    guidance_scale: float,
-    samples: int | None,
-    batch_size: int,
-    device: str,
-) -> dict[str, Any]:
-    """Load, generate, score.
+def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], Judged, Request]:
+    """Measures what the options ask for.
 
     Raises:
-        FileNotFoundError: if there is no pipeline in the folder, or a judge is missing.
+        RunStopped: with one sentence, for whatever the user can mend.
     """
-    if not (Path(model) / "model_index.json").is_file():
-        raise FileNotFoundError(
-            f"no diffusers pipeline at {model} (model_index.json is missing); --model takes its folder"
-        )
-    protocol = get_protocol(protocol_name, samples=samples)
-    judges = Judges.load(protocol)
-    pipeline = DiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32).to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    maker = PipelineImages(pipeline, steps, guidance_scale, protocol.seed)
-    prompts = protocol.captions()
-    with Progress(console=Console(stderr=True)) as progress:
-        task = progress.add_task(f"{protocol.name}: {model}", total=len(prompts))
-        scores = measure(
-            maker,
-            prompts,
-            judges,
-            torch.device(device),
-            batch_size,
-            advance=lambda images: progress.advance(task, images),
-        )
-    return {
-        "model": model,
-        "model_sha256": hash_weights(model),
-        "nfe": steps,
-        "guidance_scale": guidance_scale,
-        **scores.as_dict(),
-        "samples": len(prompts),
-        "ms_per_image": milliseconds_per_image(maker, prompts[0]),
-        "protocol": protocol.describe(),
-        **where(torch.device(device)),
-    }
+    started = time.perf_counter()
+    device = choose_device(options.device)
+    request = request_of(options)
+    if isinstance(request.samples, ModelSamples):
+        request.samples.check()
+    with ExitStack() as stack:
+        work = options.work or (options.out and options.out.with_suffix(".work"))
+        work = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluation-")))
+        machine = Machine(device, options.processes, options.batch_size)
+        judged = judge(request, machine, work, options.pictures)
+    result = describe(options, request, judged, torch.device(device))
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    return result, judged, request
 
 
-def main(arguments: list[str] | None = None) -> None:
+def describe(
+    options: argparse.Namespace, request: Request, judged: Judged, device: torch.device
+) -> dict[str, Any]:
+    """The result file: what was measured, the numbers, how they were obtained."""
+    result: dict[str, Any] = {}
+    if isinstance(request.samples, ModelSamples):
+        result |= {"model": options.model, **request.samples.origin()}
+    else:
+        result |= {"images": options.images, **request.samples.origin(), "formats": request.samples.formats}
+    result |= {name: entry["value"] for name, entry in judged.metrics.items()}
+    result["samples"] = request.samples.count
+    if isinstance(request.samples, ModelSamples) and request.captions:
+        maker = request.samples.maker(device)
+        result["ms_per_image"] = milliseconds_per_image(maker, request.captions[0])
+    named = {"name": request.protocol.name, "version": request.protocol.version}
+    source = {"source": request.protocol.source}
+    result["protocol"] = {**(named if request.fingerprint is None else request.fingerprint[1]), **source}
+    return {**result, "metrics": judged.metrics, **where(device)}
+
+
+def write_files(out: Path, result: dict[str, Any], judged: Judged, request: Request) -> None:
+    """FILE.json, FILE.md and FILE.html."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    out.with_suffix(".md").write_text(result_markdown(result))
+    write_report(
+        out.with_suffix(".html"), result, judged.pictures, request.captions, judged.reference_pictures
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
+    options = _parser().parse_args(arguments)
+    try:
+        result, judged, request = evaluate(options)
+        if options.out is not None:
+            write_files(options.out, result, judged, request)
+    except (RunStopped, OSError, ValueError) as error:
+        sys.exit(f"evaluate: {error}")
+    sys.stdout.write(result_markdown(result))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.evaluate",
-        description="FID, CLIP score and caption accuracy of a diffusers pipeline folder under a named protocol.",
-        epilog="example: python -m evaluation.evaluate --model outputs/quickstart/pipeline --protocol toy --out student.json",
+        description="FID, CLIP score and other numbers of a model or of images, under a named protocol.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--model", required=True, help="diffusers pipeline folder")
-    parser.add_argument("--protocol", default="toy", choices=list(PROTOCOLS), help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=1, help="default: %(default)s")
-    parser.add_argument(
-        "--guidance_scale", type=float, default=0.0, help="0 means none (default: %(default)s)"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR", help="diffusers pipeline folder (SD or SDXL kind)")
+    what.add_argument("--images", metavar="SET", help="folder, .zip file or .tar shards of images")
+    add = parser.add_argument
+    add("--protocol", default="toy", choices=NAMES, metavar="NAME", help=f"{', '.join(NAMES)} (default: toy)")
+    add("--captions", metavar="FILE", help="prompts: COCO's json, or txt, json, csv, tsv, parquet")
+    add("--reference", metavar="SET|NPZ", help="real images, or the npz of `python -m evaluation.reference`")
+    add("--metrics", nargs="+", metavar="NAME", help="default: the protocol's; also " + ", ".join(FURTHER))
+    add(
+        "--samples",
+        type=_count,
+        metavar="N",
+        help="another number of images than the protocol's; another hash",
     )
-    parser.add_argument(
-        "--samples", type=int, help="fewer than the protocol's, for a quick look; it changes FID"
+    add("--steps", type=_count, default=1, help="network calls of the model (default: %(default)s)")
+    add("--guidance_scale", type=float, default=0.0, help="0 means none (default: %(default)s)")
+    add("--seed", type=int, help="of the noise (default: the protocol's)")
+    add(
+        "--image_px",
+        type=_count,
+        metavar="PX",
+        help="side of the images (default: the protocol's, or the model's)",
     )
-    parser.add_argument("--batch_size", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--device", default="cpu", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    try:
-        settings = options.steps, options.guidance_scale, options.samples, options.batch_size, options.device
-        result = evaluate(options.model, options.protocol, *settings)
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(result, indent=2) + "\n")
-    except (FileNotFoundError, PermissionError, ValueError) as error:
-        sys.exit(f"evaluate: {error}")
-    shown = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "samples", "ms_per_image")
-    Console().print_json(data={key: result[key] for key in shown})
+    add("--precision", choices=list(DTYPES), default="fp32", help="of the model (default: %(default)s)")
+    add("--batch_size", type=_count, default=100, help="images at once (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add(
+        "--processes",
+        type=_count,
+        metavar="N",
+        help="default: one a GPU or core, where there is enough to do",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        default=[],
+        metavar="KIND=PATH",
+        help="judges from here: inception, clip_text, ...",
+    )
+    add("--pictures", type=int, default=24, metavar="N", help="in the HTML report (default: %(default)s)")
+    add("--work", type=Path, metavar="DIR", help="what is measured so far (default: FILE.work beside --out)")
+    add("--out", type=Path, metavar="FILE.json", help="writes FILE.json, FILE.md and FILE.html")
+    return parser
+
+
+FURTHER = ("patch_fid", "kid", "precision_recall", "cmmd", "fd_dinov2", "clip_score", "pickscore", "hpsv2")
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number of 1 or more")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -75,10 +75,10 @@ class ImageProtocol:
 INCEPTION_METRICS = ("fid", "patch_fid", "kid", "precision_recall")
 DEFAULT_JUDGES = {
     "fd_dinov2": "dinov2:facebook/dinov2-large",
-    "cmmd": "clip_image:ViT-L-14-336/openai",
-    "clip_score": "clip_text:ViT-g-14/laion2b_s12b_b42k",
-    "pickscore": "pickscore:yuvalkirstain/PickScore_v1",
-    "hpsv2": "hpsv2:HPS_v2.1_compressed.pt",
+    "cmmd": "clip_unit:vit-l-14-336",
+    "clip_score": "clip_text:vit-g-14-s12b",
+    "pickscore": "pickscore:pickscore",
+    "hpsv2": "hpsv2:hpsv2",
 }
 """For metrics that a protocol does not name."""
 

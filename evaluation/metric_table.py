@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from data.toy.classifier import AttributeClassifier
 from evaluation.caption_accuracy import CaptionAccuracy
+from evaluation.clip_models import load_clip
 from evaluation.clip_score import ClipScore, PreferenceScore
 from evaluation.features import FrozenClip
 from evaluation.frechet import FeatureStatistics, FrechetDistance
@@ -18,6 +20,7 @@ from evaluation.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.precision_recall import PrecisionRecall
 from evaluation.protocols import REPOSITORY, hash_weights
 from evaluation.sampled import SampledMetric
+from evaluation.vit_features import ClipImageFeatures, DinoV2Features
 from sdxs_lightning.errors import UserError
 
 READS_CAPTIONS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
@@ -36,8 +39,8 @@ COMPARES = (*FRECHET, *FEATURE_SETS)
 class Networks:
     """The networks that judge, each loaded once.
 
-    A protocol's words name them: KIND:NAME, where KIND is `inception`, `clip_image`, `clip_text`, `dinov2`, `pickscore`,
-    `hpsv2` or `attributes`.
+    A protocol's words name them: KIND:NAME, where KIND is `inception`, `dinov2`, `clip_image` (features as they are),
+    `clip_unit` (of length 1, squashed), `clip_text`, `pickscore`, `hpsv2` or `attributes`.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -57,7 +60,7 @@ class Networks:
         """
         kind, _, name = judge.partition(":")
         path = self.weights.get(kind)
-        key = f"{'clip' if kind.startswith('clip_') else kind}:{name}:{path}"
+        key = f"{_LOADERS[kind].__name__}:{name}:{path}"  # CLIP for FID and for CLIP score is one network
         if key not in self._loaded:
             try:
                 self._loaded[key] = _LOADERS[kind](name, path)
@@ -97,12 +100,27 @@ class Networks:
         return list(self._loaded.values())
 
 
+@lru_cache(maxsize=1)
+def shared_networks(weights: tuple[tuple[str, str], ...]) -> Networks:
+    """The networks of this process, so that checking them and measuring with them loads them once."""
+    return Networks(dict(weights))
+
+
 def _inception(name: str, path: str | None) -> InceptionFeatures:
     return InceptionFeatures(path, name)  # type: ignore[arg-type]
 
 
 def _clip(name: str, path: str | None) -> FrozenClip:
-    return FrozenClip(_place(name, path))
+    """A preset, a folder of the repository, or the folder or file that a user names in a preset's place."""
+    return load_clip(REPOSITORY / name) if (REPOSITORY / name).is_dir() else load_clip(name, path)
+
+
+def _clip_unit(name: str, path: str | None) -> ClipImageFeatures:
+    return ClipImageFeatures(_clip(name, path))
+
+
+def _dinov2(name: str, path: str | None) -> DinoV2Features:
+    return DinoV2Features(path or name)
 
 
 def _attributes(name: str, path: str | None) -> AttributeClassifier:
@@ -118,5 +136,9 @@ _LOADERS: dict[str, Callable[[str, str | None], Any]] = {
     "inception": _inception,
     "clip_image": _clip,
     "clip_text": _clip,
+    "clip_unit": _clip_unit,
+    "dinov2": _dinov2,
+    "pickscore": _clip,
+    "hpsv2": _clip,
     "attributes": _attributes,
 }

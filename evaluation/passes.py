@@ -16,7 +16,7 @@ from data.prepare.machine import default_processes, device_of, same_bits
 from data.prepare.processes import Told, run_all
 from data.prepare.progress import Progress
 from evaluation.image_protocol import Measurement
-from evaluation.metric_table import Networks
+from evaluation.metric_table import shared_networks
 from evaluation.row_store import Part, RowStore
 from evaluation.sampled import SampledMetric
 from evaluation.samples import Samples, stacked
@@ -48,7 +48,7 @@ class Pass:
     """Who looks; all stores have the same batches."""
     captions: tuple[str, ...] | None
     """One an image."""
-    weights: Mapping[str, str]
+    weights: tuple[tuple[str, str], ...]
     """Where networks are, by kind."""
     device: str
     """ "cpu" or "cuda"."""
@@ -83,7 +83,7 @@ class Pass:
         with same_bits(self.device):
             try:
                 read = self.samples.open(device)
-                networks = Networks(self.weights)
+                networks = shared_networks(self.weights)
                 metrics = [networks.metric(look.measurement) for look in self.looks]
                 for part in parts:
                     self._measure(part, read, metrics, device)

@@ -56,9 +56,10 @@ class PromptList:
         return PromptList(tuple(self.captions[i] for i in chosen), names, self.origin)
 
     def of_images(self, image_names: Sequence[str], source: str) -> list[str]:
-        """The caption of each image, by name where the file has names, otherwise by position.
+        """The caption of each image, by name where the file has names of these images, otherwise by position.
 
-        A name matches without its folder and its ending, so that a PNG finds the caption of COCO's JPEG.
+        Images that are numbered rather than named as COCO's stand in the order of the selection of as many prompts. A name
+        matches without its folder and its ending, so that a PNG finds the caption of COCO's JPEG.
 
         Raises:
             UserError: for an image without a caption, or another number of captions than images.
@@ -73,6 +74,8 @@ class PromptList:
                     f"'{source}' has no caption for {len(missing)} of {len(image_names)} images, the first of them "
                     f"'{missing[0]}'; its names have to be those of the images."
                 )
+        if self.origin == "coco" and len(self.captions) > len(image_names):
+            return list(self.selection(len(image_names), source).captions)
         if len(self.captions) != len(image_names):
             raise UserError(
                 f"{len(image_names)} images and {len(self.captions)} captions in '{source}'; give one caption an image, in "
@@ -81,8 +84,13 @@ class PromptList:
         return list(self.captions)
 
     def digest(self) -> str:
-        """16 hex digits over the captions in their order."""
-        return hashlib.sha256("\n".join(self.captions).encode()).hexdigest()[:16]
+        """16 hex digits over the captions, in whatever order: that of images in a folder is not that of their prompts."""
+        return captions_digest(self.captions)
+
+
+def captions_digest(captions: Sequence[str]) -> str:
+    """16 hex digits over captions, in whatever order."""
+    return hashlib.sha256("\n".join(sorted(captions)).encode()).hexdigest()[:16]
 
 
 def read_prompts(path: str | Path) -> PromptList:

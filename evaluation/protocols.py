@@ -87,7 +87,7 @@ PROTOCOLS = {
 
 _CLEAN = "inception:clean"
 _DMD2_SD, _DMD2_SDXL = ("crop", "resize 256 lanczos"), ("crop", "resize 512 lanczos")
-_DMD2_CLIP = Measurement("clip_score", "clip_text:ViT-g-14/laion2b_s12b_b42k:dmd2", _DMD2_SD)
+_DMD2_CLIP = Measurement("clip_score", "clip_text:dmd2", _DMD2_SD)
 _BK_SDM = ("resize 256 bicubic", "jpeg 75")
 
 IMAGE_PROTOCOLS = {
@@ -97,7 +97,7 @@ IMAGE_PROTOCOLS = {
             "coco2017-5k",
             (
                 Measurement("fid", _CLEAN, ("crop",), ("crop",)),
-                Measurement("clip_score", "clip_text:ViT-g-14/laion2b_s12b_b42k"),
+                Measurement("clip_score", "clip_text:vit-g-14-s12b"),
             ),
             samples=5000,
             lossless=True,
@@ -130,7 +130,7 @@ IMAGE_PROTOCOLS = {
             "bk-sdm",
             (
                 Measurement("fid", "inception:pytorch-fid", ("jpeg 75", *_BK_SDM), _BK_SDM),
-                Measurement("clip_score", "clip_text:ViT-g-14/laion2b_s34b_b88k", ("jpeg 75", *_BK_SDM)),
+                Measurement("clip_score", "clip_text:bk-sdm", ("jpeg 75", *_BK_SDM)),
             ),
             samples=30_000,
             image_px=512,

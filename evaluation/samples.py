@@ -120,16 +120,24 @@ class ModelSamples:
         """See Samples."""
         return "lossless"
 
+    def check(self) -> None:
+        """Before anything heavy.
+
+        Raises:
+            UserError: if there is no pipeline in the folder.
+        """
+        if not (Path(self.model) / "model_index.json").is_file():
+            raise UserError(
+                f"no diffusers pipeline at {self.model} (model_index.json is missing); --model takes its folder"
+            )
+
     def maker(self, device: torch.device) -> PipelineImages:
         """The pipeline, loaded.
 
         Raises:
             UserError: if there is none in the folder, or if it makes images of no such size.
         """
-        if not (Path(self.model) / "model_index.json").is_file():
-            raise UserError(
-                f"no diffusers pipeline at {self.model} (model_index.json is missing); --model takes its folder"
-            )
+        self.check()
         pipeline = DiffusionPipeline.from_pretrained(self.model, torch_dtype=DTYPES[self.precision]).to(
             device
         )
@@ -190,7 +198,7 @@ class StoredSamples:
 
     def origin(self) -> dict[str, Any]:
         """See Samples."""
-        return {"images": self.source.digest(), "stamp": self.source.stamp()}
+        return {"images_sha256": self.source.digest(), "stamp": self.source.stamp()}
 
     def prepare(self, image: Image.Image, number: int, steps: Sequence[str]) -> Image.Image:
         """See Samples; the steps that its file shows to have been taken are left out."""

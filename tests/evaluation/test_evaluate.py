@@ -1,23 +1,101 @@
-"""The command that scores a folder: the same numbers as in training, from the exported files."""
+"""The command that scores a model or images: equal numbers by every way, restarts, and one sentence for bad input."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
 
+from data.shards.writer import ShardWriter
+from evaluation import reference
+from evaluation.estimates import mean_estimate
 from evaluation.evaluate import main
+from evaluation.features import FrozenClip
+from evaluation.frechet import FeatureStatistics, frechet_distance
 from evaluation.generate import SampledImages
-from evaluation.protocols import PROTOCOLS
+from evaluation.image_protocol import ImageProtocol, Measurement
+from evaluation.image_steps import apply_steps
+from evaluation.protocols import IMAGE_PROTOCOLS, PROTOCOLS
+from evaluation.samples import ModelSamples, stacked
 from evaluation.scores import Judges, measure
 from sdxs_lightning.export import export_pipeline
+from tests.evaluation.judges import random_images
+from tests.tiny import save_tiny_sd, save_tiny_sdxl
 from tests.training.tiny_distillation import distillation
+
+CAPTIONS = [
+    f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square")
+] * 5
+STEPS = ("crop", "resize 24 lanczos")
+
+
+def small(name: str = "small", **changes: Any) -> ImageProtocol:
+    """Judged by the tiny CLIP of the tests, which stands in for every network."""
+    settings: dict[str, Any] = {
+        "measurements": (
+            Measurement("fid", "clip_image:vit-b-32", STEPS, STEPS),
+            Measurement("clip_score", "clip_text:vit-b-32"),
+        ),
+        "samples": 30,
+    }
+    return ImageProtocol(name, **settings | changes)
+
+
+@pytest.fixture
+def protocols(world: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Protocols `small` and `small-lossless`; returns the options that name the judges."""
+    monkeypatch.setitem(IMAGE_PROTOCOLS, "small", small())
+    monkeypatch.setitem(IMAGE_PROTOCOLS, "lossless", small("lossless", lossless=True))
+    monkeypatch.setattr("evaluation.evaluate.NAMES", (*PROTOCOLS, *IMAGE_PROTOCOLS))
+    monkeypatch.setattr("evaluation.reference.NAMES", (*PROTOCOLS, *IMAGE_PROTOCOLS))
+    return ["--weights", f"clip_image={world / 'clip'}", f"clip_text={world / 'clip'}"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 30 `images` (with captions), 40 pictures `real` of several sizes, and a `captions.txt`."""
+    root = tmp_path_factory.mktemp("sets")
+    for name, count, seed in (("images", 30, 0), ("real", 40, 1)):
+        (root / name).mkdir()
+        for number, image in enumerate(random_images(count, seed, 40)):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            if name == "real" and number % 2:
+                picture = picture.resize((50, 36))
+            picture.save(root / name / f"{number:03d}.png")
+    (root / "captions.txt").write_text("\n".join(CAPTIONS) + "\n")
+    return root
+
+
+def run(out: Path, arguments: Sequence[object]) -> dict[str, Any]:
+    """The command in this process; its result."""
+    main([*map(str, arguments), "--out", str(out), "--device", "cpu"])
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def numbers(result: dict[str, Any], name: str) -> list[float]:
+    """A metric's value, interval and count."""
+    return [value for value in result["metrics"][name].values() if isinstance(value, int | float)]
+
+
+def on_images(sets: Path, protocols: list[str], *more: object) -> list[object]:
+    """Arguments that score the folder of images."""
+    return [
+        "--images", sets / "images", "--reference", sets / "real", "--captions", sets / "captions.txt",
+        "--protocol", "small", "--batch_size", 8, *protocols, *more,
+    ]  # fmt: skip
 
 
 def test_an_exported_student_scores_as_it_did_in_training(
-    world: Path, judged: dict[str, str], tmp_path: Path
+    world: Path, judged: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = distillation(world / "sd-epsilon")
     module.configure_model()
@@ -28,15 +106,202 @@ def test_an_exported_student_scores_as_it_did_in_training(
 
     unet, timestep = module.ema.denoiser.unet, module.ema.conditioning_timestep
     folder = export_pipeline(unet, module.family, tmp_path / "pipeline", timestep, torch.float32)
-    main(["--model", str(folder), "--out", str(tmp_path / "scores.json")])
-    exported = json.loads((tmp_path / "scores.json").read_text())
+    exported = run(tmp_path / "scores.json", ["--model", folder])
     # A grey level may tip over where the two paths round differently.
     assert exported["fid"] == pytest.approx(in_training.fid, rel=1e-3)
     assert exported["clip_score"] == pytest.approx(in_training.clip_score, abs=0.02)
     assert exported["caption_accuracy"] == in_training.caption_accuracy
+    assert exported["attribute_accuracy"] == in_training.attribute_accuracy
     assert exported["protocol"]["fingerprint"] == protocol.fingerprint()
+    assert {entry["hash"] for entry in exported["metrics"].values()} == {protocol.fingerprint()}
+    assert exported["ms_per_image"] > 0
+    assert "| FID ↓ |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="protocol toy is the toy world's own: .*leave out --captions"):
+        main(["--model", str(folder), "--captions", "x.txt"])
+    with pytest.raises(SystemExit, match="it measures a --model"):
+        main(["--images", str(folder)])
 
 
-def test_a_folder_without_a_pipeline_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="model_index.json is missing"):
-        main(["--model", str(tmp_path)])
+def test_numbers_equal_a_direct_computation(
+    world: Path, sets: Path, protocols: list[str], tmp_path: Path
+) -> None:
+    result = run(tmp_path / "a.json", on_images(sets, protocols))
+    clip = FrozenClip(world / "clip")
+
+    def features(name: str) -> torch.Tensor:
+        images = [Image.open(path).convert("RGB") for path in sorted((sets / name).iterdir())]
+        ready = [apply_steps(image, STEPS) for image in images]
+        return torch.cat([clip.image_features(stacked([image], torch.device("cpu"))) for image in ready])
+
+    fake, real = (FeatureStatistics.from_features(features(name)) for name in ("images", "real"))
+    direct = frechet_distance(fake.mean, fake.covariance, real.mean, real.covariance)
+    assert result["fid"] == pytest.approx(direct, rel=1e-4)  # float32 features in batches of 8 and of 1
+    pictures = [Image.open(path).convert("RGB") for path in sorted((sets / "images").iterdir())]
+    cosines = 100 * clip.cosine(stacked(pictures, torch.device("cpu")), CAPTIONS)
+    expected = mean_estimate(cosines)
+    entry = result["metrics"]["clip_score"]
+    assert (entry["value"], entry["low"]) == pytest.approx((expected.value, expected.low), rel=1e-5)
+    fid = result["metrics"]["fid"]
+    assert fid["samples"] == 30
+    assert fid["low"] < fid["value"] < fid["high"]
+    assert fid["infinity"] < fid["value"]
+    assert fid["hash"] != entry["hash"]
+    assert fid["settings"]["reference_steps"] == list(STEPS)
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<img") == 24 + 24
+    assert "a red circle" in page
+    assert f"{fid['value']:.5g}" in (tmp_path / "a.md").read_text()
+
+
+def test_zip_shards_npz_processes_and_restarts_give_the_same_numbers(
+    sets: Path, protocols: list[str], tmp_path: Path
+) -> None:
+    weights = [*protocols, f"clip_unit={protocols[1].partition('=')[2]}"]
+    metrics = ["--metrics", "fid", "clip_score", "cmmd"]
+    first = run(tmp_path / "a.json", on_images(sets, weights, *metrics))
+    assert first["images"] == str(sets / "images")
+    shutil.make_archive(str(tmp_path / "images"), "zip", sets / "images")
+    with ShardWriter(tmp_path / "shards", samples_per_shard=11) as writer:
+        for path, caption in zip(sorted((sets / "images").iterdir()), CAPTIONS, strict=True):
+            writer.write({"png": path.read_bytes(), "txt": caption}, path.stem)
+    reference.main(
+        ["--protocol", "small", "--images", str(sets / "real"), "--metrics", "fid", "cmmd", *weights,
+         "--out", str(tmp_path / "real.npz"), "--batch_size", "8", "--device", "cpu"]
+    )  # fmt: skip
+    ways: list[list[object]] = [
+        ["--images", tmp_path / "images.zip", "--captions", sets / "captions.txt"],
+        ["--images", tmp_path / "shards"],
+        ["--images", sets / "images", "--captions", sets / "captions.txt", "--processes", 2],
+    ]
+    for number, way in enumerate(ways):
+        arguments = [*way, "--reference", tmp_path / "real.npz", "--protocol", "small", "--batch_size", 8]
+        found = run(tmp_path / f"{number}.json", [*arguments, *metrics, *weights])
+        for name in ("fid", "clip_score", "cmmd"):
+            assert numbers(found, name) == pytest.approx(numbers(first, name), rel=1e-9), (way, name)
+            assert found["metrics"][name]["settings"] == first["metrics"][name]["settings"]
+            assert found["metrics"][name]["hash"] == first["metrics"][name]["hash"]
+
+    # Killed after its first batches: what is there is kept, what is missing is measured.
+    batches = sorted((tmp_path / "0.work").glob("clip_image-*/batch_*.npz"))
+    assert len(batches) == 4
+    before = batches[0].stat().st_mtime_ns
+    batches[2].unlink()
+    again = run(tmp_path / "0.json", [*ways[0], "--reference", tmp_path / "real.npz", "--protocol", "small",
+                "--batch_size", 8, *metrics, *weights])  # fmt: skip
+    assert again["fid"] == pytest.approx(first["fid"], rel=1e-9)
+    assert batches[0].stat().st_mtime_ns == before
+    assert batches[2].is_file()
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_a_model_makes_the_same_images_in_any_batch_and_size(kind: str, tmp_path: Path) -> None:
+    base = (save_tiny_sd if kind == "sd" else save_tiny_sdxl)(tmp_path / kind)
+    prompts = tuple(CAPTIONS[:5])
+    made = [ModelSamples(str(base), prompts, steps, 2.0).open(torch.device("cpu")) for steps in (1, 3)]
+    together, apart = made[1]([0, 1, 2, 3, 4]), [made[1]([number])[0] for number in (3, 1)]
+    for image, number in zip(apart, (3, 1), strict=True):
+        # A grey level may tip over where batches round differently.
+        assert np.abs(np.int16(image) - np.int16(together[number])).max() <= 1
+    assert not np.array_equal(together[0], made[0]([0])[0])
+    larger = ModelSamples(str(base), prompts, image_px=64).open(torch.device("cpu"))
+    assert larger([0])[0].size == (64, 64)
+    assert together[0].size == (32, 32)
+
+
+def test_a_model_is_scored_on_the_prompts_of_a_file(sets: Path, protocols: list[str], tmp_path: Path) -> None:
+    base = save_tiny_sd(tmp_path / "sd")
+    arguments = [
+        "--model",
+        base,
+        "--captions",
+        sets / "captions.txt",
+        "--reference",
+        sets / "real",
+        *protocols,
+    ]
+    result = run(
+        tmp_path / "a.json", [*arguments, "--protocol", "small", "--steps", 2, "--guidance_scale", 3]
+    )
+    assert (result["nfe"], result["guidance_scale"], result["samples"]) == (2, 3.0, 30)
+    assert result["metrics"]["fid"]["settings"]["formats"] == "lossless"
+    few = run(tmp_path / "b.json", [*arguments, "--protocol", "lossless", "--samples", 12])
+    assert few["metrics"]["fid"]["samples"] == 12
+    assert few["metrics"]["fid"]["hash"] != result["metrics"]["fid"]["hash"]
+
+
+def refused(arguments: Sequence[object]) -> str:
+    """What the command says when it exits."""
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, arguments), "--device", "cpu"])
+    assert isinstance(caught.value.code, str)
+    assert "\n" not in caught.value.code
+    return caught.value.code
+
+
+def test_bad_input_is_one_sentence(sets: Path, protocols: list[str], tmp_path: Path) -> None:
+    images, real, captions = sets / "images", sets / "real", sets / "captions.txt"
+    usual = ["--protocol", "small", "--reference", real, *protocols]
+    assert "model_index.json is missing" in refused(["--model", tmp_path, "--captions", captions, *usual])
+    assert "--model needs --captions" in refused(["--model", tmp_path, *usual])
+    assert "clip_score reads captions; give --captions" in refused(["--images", images, *usual])
+    assert "fid compares with real images; give --reference" in refused(
+        ["--images", images, "--captions", captions, "--protocol", "small", *protocols]
+    )
+    assert "holds 40 images, but protocol small measures 30" in refused(
+        ["--images", real, "--captions", captions, *usual]
+    )
+    fid = [*usual, "--metrics", "fid"]
+    assert "different sizes: number 0 has 40 x 40 pixels, number 1 has 50 x 36" in refused(
+        ["--images", real, "--samples", 40, *fid]
+    )
+    assert "no metric named 'is'" in refused(["--images", images, *usual, "--metrics", "is"])
+    assert "kid: FID" not in (told := refused(["--images", images, *usual, "--metrics", "kid"]))
+    assert "no Inception weights" in told
+    assert "--weights takes KIND=PATH" in refused(
+        ["--images", images, "--protocol", "small", "--weights", "x"]
+    )
+    assert "--weights names clip" in refused(
+        ["--images", images, *fid[:4], "--weights", "clip=x", "--metrics", "fid"]
+    )
+
+    broken = tmp_path / "broken"
+    shutil.copytree(images, broken)
+    (broken / "007.png").write_bytes(b"no picture")
+    assert "007.png: the image cannot be decoded" in refused(["--images", broken, *fid])
+    (broken / "007.png").unlink()
+    assert "holds 29 images, but protocol small measures 30; give --samples 29" in refused(
+        ["--images", broken, *fid]
+    )
+    Image.new("RGB", (40, 40)).save(broken / "007.jpg")
+    lossless = ["--protocol", "lossless", "--reference", real, *protocols, "--metrics", "fid"]
+    assert "jpg+png files, but protocol lossless takes lossless ones" in refused(
+        ["--images", broken, *lossless]
+    )
+
+
+def test_wrong_statistics_are_one_sentence(
+    world: Path, sets: Path, protocols: list[str], tmp_path: Path
+) -> None:
+    images = ["--images", sets / "images", *protocols, "--metrics", "fid", "--protocol", "small"]
+    clip = FrozenClip(world / "clip")
+    features = clip.image_features(random_images(40))
+    FeatureStatistics.from_features(
+        features, {"judge": {"weights": "x"}, "steps": [], "reference": "r"}
+    ).save(tmp_path / "other.npz")
+    assert "was measured otherwise than this protocol does (judge." in refused(
+        [*images, "--reference", tmp_path / "other.npz"]
+    )
+    assert "other.kid.npz, which is not there" in refused(
+        [*images[:4], "--metrics", "fid", "--protocol", "small", "--reference", tmp_path / "none.npz"]
+    ).replace("none.npz", "other.kid.npz")
+    np.savez(tmp_path / "no.npz", x=np.zeros(3))
+    assert "holds no statistics" in refused([*images, "--reference", tmp_path / "no.npz"])
+    np.savez(tmp_path / "tiny.npz", mu=np.zeros(3), sigma=np.eye(3))
+    assert "both sides have to come from the same feature network" in refused(
+        [*images, "--reference", tmp_path / "tiny.npz"]
+    )
+    # Statistics of another tool say nothing about their origin: they count, under a hash of their own.
+    np.savez(tmp_path / "foreign.npz", mu=features.double().mean(0).numpy(), sigma=np.cov(features.T.numpy()))
+    result = run(tmp_path / "a.json", [*images, "--reference", tmp_path / "foreign.npz"])
+    assert result["metrics"]["fid"]["settings"]["reference"].startswith("npz-")
+    assert load_file(world / "clip" / "open_clip_model.safetensors")

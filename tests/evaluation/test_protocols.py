@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from data.shards.writer import ShardWriter
+from evaluation.clip_models import CLIP_PRESETS
 from evaluation.image_protocol import DEFAULT_JUDGES, INCEPTION_METRICS, hashed_settings, metric_hash
 from evaluation.image_sources import ShardImages, open_images
 from evaluation.image_steps import apply_steps, still_to_do
@@ -70,8 +71,13 @@ def test_published_settings() -> None:
     assert bk.measurement("fid").steps == ("jpeg 75", "resize 256 bicubic", "jpeg 75")
     assert bk.measurement("kid").judge == "inception:pytorch-fid"
     assert bk.measurement("kid").reference_steps == bk.measurement("fid").reference_steps
-    assert "s34b_b88k" in bk.measurement("clip_score").judge
-    assert "s12b_b42k" in dmd2.measurement("clip_score").judge
+    assert (
+        CLIP_PRESETS[bk.measurement("clip_score").judge.removeprefix("clip_text:")].tag == "laion2b_s34b_b88k"
+    )
+    assert (
+        CLIP_PRESETS[dmd2.measurement("clip_score").judge.removeprefix("clip_text:")].tag
+        == "laion2b_s12b_b42k"
+    )
     for metric in (*INCEPTION_METRICS, *DEFAULT_JUDGES):
         assert dmd2.measurement(metric).metric == metric
     with pytest.raises(UserError, match="no metric named 'is'; there are clip_score, cmmd"):
