@@ -46,10 +46,11 @@ class InceptionFeatures:
         self.resize: InceptionResize = resize
         self.name = f"inception-{resize}"
         self.weights = find_weights(weights)
-        self.network = Inception()
+        with torch.device("meta"):  # no time spent on random weights
+            self.network = Inception()
         state: dict[str, Any] = torch.load(self.weights, map_location="cpu", weights_only=True)
         try:
-            self.network.load_state_dict(state)
+            self.network.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise ValueError(
                 f"{self.weights} holds no FID Inception ({str(error).splitlines()[-1].strip()[:120]}); use {WEIGHTS_URL}"
