@@ -149,14 +149,36 @@ class DistillationNetworks(ManualTurns):
     # ------------------------------------------------------------------------------------------------- saving, sampling
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counter of student updates."""
+        """Adds the counter of student updates, and what the weights under adapters are recognised by."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["student_updates"] = self.student_updates
+        checkpoint["frozen_weights"] = self._frozen_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores it."""
+        """Restores the counter.
+
+        Raises:
+            ValueError: if adapters would be put on other weights than those that they were trained on.
+        """
         super().on_load_checkpoint(checkpoint)
         self.student_updates = checkpoint["student_updates"]
+        for role, now in self._frozen_weights().items():
+            before = checkpoint.get("frozen_weights", {}).get(role, now)
+            if before != now:
+                option = "student.init_args.weights" if role == "student" else "family.init_args.base"
+                raise ValueError(
+                    f"the checkpoint's {role} is adapters on weights with fingerprint {before}, and this run loaded weights "
+                    f"with {now}; set {option} (or the base) to what the run began with, or start a new run."
+                )
+
+    def _frozen_weights(self) -> dict[str, str]:
+        """Fingerprint by role of what lies under adapters, and is not in the checkpoint."""
+        roles = {"student": self.student, "fake_score": self.fake_score}
+        return {
+            role: network.frozen_fingerprint
+            for role, network in roles.items()
+            if network is not None and network.frozen_fingerprint is not None
+        }
 
     @torch.no_grad()
     def generate(self, captions: list[str], noise: Tensor, use_ema: bool = True) -> Tensor:

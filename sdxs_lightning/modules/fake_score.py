@@ -13,7 +13,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.modules.adapter_views import BaseView
 from sdxs_lightning.modules.lora import LoRA, cast_base
 from sdxs_lightning.modules.network import Network, save_adapters_only
-from sdxs_lightning.modules.trained_denoiser import load_denoiser
+from sdxs_lightning.modules.trained_denoiser import frozen_fingerprint, load_denoiser
 from sdxs_lightning.teacher.denoiser import Denoiser, Prediction
 from sdxs_lightning.teacher.feature_taps import bottleneck_shape
 
@@ -35,6 +35,8 @@ class FakeScore(Network):
     """
 
     denoiser: Denoiser
+    frozen_fingerprint: str | None
+    """Of the weights under its adapters; None where every weight learns."""
 
     def __init__(
         self,
@@ -60,6 +62,7 @@ class FakeScore(Network):
         if hasattr(self, "denoiser"):
             return
         self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
+        self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
         if self.lora is not None:
             save_adapters_only(self)
 

@@ -12,7 +12,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.modules.backward_simulation import check_timesteps, sample_in_steps, simulated_sample
 from sdxs_lightning.modules.lora import LoRA
 from sdxs_lightning.modules.network import Network, save_adapters_only
-from sdxs_lightning.modules.trained_denoiser import load_denoiser
+from sdxs_lightning.modules.trained_denoiser import frozen_fingerprint, load_denoiser
 from sdxs_lightning.teacher.denoiser import Denoiser
 
 
@@ -35,6 +35,8 @@ class StudentGenerator(Network):
     """
 
     denoiser: Denoiser
+    frozen_fingerprint: str | None
+    """Of the weights under its adapters; None where every weight learns."""
     conditioning_timestep: int
     """Of its first step."""
     timesteps: Sequence[int]
@@ -84,6 +86,7 @@ class StudentGenerator(Network):
             self.conditioning_timestep = self._timesteps[0]
         self.timesteps = self._timesteps or [self.conditioning_timestep]
         self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
+        self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
         if self.lora is not None:
             save_adapters_only(self)
 

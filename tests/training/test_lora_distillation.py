@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
 from sdxs_lightning.callbacks.export import ExportPipeline
@@ -132,6 +134,16 @@ def test_a_checkpoint_has_adapters_only_and_resumes_exactly(base: Base, shards: 
         built(make(student=LoRA(rank=5))).load_state_dict(saved)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\).*student\.denoiser\.unet\.conv_in\.weight"):
         built(make(student=None)).load_state_dict(saved)
+    # Neither is another base of the same shape the one that the adapters were trained on.
+    shutil.copytree(folder, tmp_path / "other")
+    unet = UNet2DConditionModel.from_pretrained(tmp_path / "other" / "unet")
+    with torch.no_grad():
+        unet.conv_in.bias.add_(1e-3)
+    unet.save_pretrained(tmp_path / "other" / "unet")
+    built(make()).on_load_checkpoint(contents[0])
+    moved = built(with_adapters(tmp_path / "other", ADAMW, discriminator=Discriminator(ADAMW)))
+    with pytest.raises(ValueError, match="checkpoint's student is adapters on weights with fingerprint"):
+        moved.on_load_checkpoint(contents[0])
 
 
 @pytest.mark.parametrize(("kind", "average"), [("sd-v_prediction", True), ("sdxl-epsilon", False)])
