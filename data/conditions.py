@@ -142,8 +142,7 @@ class Depth:
         depth = self.depth(image)
         depth = -depth if self.metric else depth
         low, high = float(depth.min()), float(depth.max())
-        # A picture without any depth, such as an even one, is all far.
-        return _three(_bytes((depth - low) / max(high - low, 1e-6)))
+        return _three(_bytes((depth - low) / ((high - low) or 1.0)))
 
     @torch.no_grad()
     def depth(self, image: Pixels) -> _Floats:

@@ -11,6 +11,7 @@ from data.prepare.image_settings import ImageSettings
 from data.prepare.image_sources import Columns, ImageSource, open_source
 from data.prepare.machine import device_of, same_bits
 from data.prepare.processes import Told
+from data.prepare.remote import Reach
 from data.prepare.shard_files import LeftOut, Prepared, make_shard
 from data.prepare.source_sample import SampleFaultError
 from data.shards.tar_headers import BrokenShardError
@@ -30,11 +31,14 @@ class ImageJob:
     device: str
     """ "cpu" or "cuda", for a condition that is made by a network."""
     processes: int
+    reach: Reach = Reach()
 
     def work(self, process: int, parts: Sequence[int], told: Told) -> None:
         """Makes shards; see `processes.Job`."""
         settings = self.settings
-        source = open_source(settings.source, Columns(settings.image_column, settings.caption_column))
+        source = open_source(
+            settings.source, Columns(settings.image_column, settings.caption_column), self.reach
+        )
         prepare = Preparer(settings, str(device_of(self.device, process)))
         with same_bits(self.device):
             for shard in parts:

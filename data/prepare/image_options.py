@@ -10,6 +10,7 @@ from data.prepare.image_settings import Crop
 from data.prepare.named_condition import NAMES
 from data.prepare.option_types import add_device, add_part, at_least
 from data.prepare.pictures import ImageFormat
+from data.prepare.remote import add_cache
 
 EXAMPLES = """examples:
   python -m data.prepare images --from photos/ --out datasets/photos
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--quality", type=_quality, default=95, help="of jpg and webp (default: %(default)s)")
     add("--samples-per-shard", type=at_least(1), default=10_000, help="read for each (default: %(default)s)")
+    add_cache(add)
     add_device(add)
     add_part(add)
 

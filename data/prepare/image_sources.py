@@ -10,9 +10,10 @@ from typing import Any, NamedTuple, Protocol
 
 from data.prepare.image_tables import TABLES, TableSource
 from data.prepare.raw_shards import RawSample, RawShards
+from data.prepare.remote import Reach
 from data.prepare.source_sample import SampleFaultError, SourceSample
 from data.shards.decoders import CAPTION_MEMBERS, CONTROL_IMAGE_MEMBERS, IMAGE_MEMBERS, JSON_MEMBER
-from data.shards.index import ShardSet, expand_braces, find_shards
+from data.shards.index import expand_braces, find_shards
 from sdxs_lightning.errors import UserError
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -89,18 +90,19 @@ class ShardSource:
     """The samples of tars, as img2dataset and `data.prepare` write them.
 
     Args:
-        shards: a folder, glob or brace pattern.
+        shards: a folder, glob, brace pattern or URL.
+        reach: how they are reached.
 
     Raises:
         UserError: for shards that are not there or broken.
     """
 
-    def __init__(self, shards: str) -> None:
+    def __init__(self, shards: str, reach: Reach) -> None:
         try:
-            found = ShardSet.open(shards)
+            found = reach.open(shards)
         except (OSError, ValueError) as error:
             raise UserError(f"--from '{shards}': {error}") from error
-        self._samples = RawShards(found)
+        self._samples = RawShards(found, reach.store())
         self.fingerprint = found.fingerprint
 
     def __len__(self) -> int:
@@ -133,12 +135,13 @@ def from_members(sample: RawSample) -> SourceSample:
     return SourceSample(sample.where, image, caption, fields, control)
 
 
-def open_source(named: str, columns: Columns) -> ImageSource:
+def open_source(named: str, columns: Columns, reach: Reach = Reach()) -> ImageSource:
     """What `--from` names.
 
     Args:
         named: a folder of pictures, tars or parquet files; a CSV, TSV or parquet file, glob or brace pattern; tars.
         columns: of tables.
+        reach: how shards are reached.
 
     Raises:
         UserError: where it is none of these, or holds nothing.
@@ -147,9 +150,9 @@ def open_source(named: str, columns: Columns) -> ImageSource:
     if path.suffix.lower() in TABLES:
         return TableSource(_files(named), columns.image, columns.caption)
     if not path.is_dir():
-        return ShardSource(named)
+        return ShardSource(named, reach)
     if any(path.glob("*.tar")):
-        return ShardSource(named)
+        return ShardSource(named, reach)
     tables = sorted(path.glob("*.parquet"))
     return TableSource(tables, columns.image, columns.caption) if tables else FolderSource(path)
 

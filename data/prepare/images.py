@@ -14,6 +14,7 @@ from data.prepare.machine import choose_device, default_processes
 from data.prepare.named_condition import given_folder
 from data.prepare.processes import run_all
 from data.prepare.progress import Progress
+from data.prepare.remote import Reach
 from data.prepare.settings_file import begin
 from data.prepare.shard_files import missing
 from data.prepare.shard_summary import summarise
@@ -35,7 +36,8 @@ def run(options: argparse.Namespace) -> str:
     device = choose_device(options.device) if network else "cpu"
     Preparer(settings)  # a condition that does not exist is refused before anything is made
     begin(options.out, SETTINGS_FILE, settings, NAMES_ONLY)
-    job = ImageJob(settings, options.out, device, options.processes or default_processes(device))
+    processes = options.processes or default_processes(device)
+    job = ImageJob(settings, options.out, device, processes, Reach.of(options))
     part, parts = options.part
     to_make = missing(options.out, settings.shards, part, parts)
     started = time.monotonic()
@@ -55,7 +57,9 @@ def _settings(options: argparse.Namespace) -> ImageSettings:
         raise UserError(
             f"--min-caption {options.min_caption} is above --max-caption {options.max_caption}; no caption fits."
         )
-    source = open_source(options.source, Columns(options.image_column, options.caption_column))
+    source = open_source(
+        options.source, Columns(options.image_column, options.caption_column), Reach.of(options)
+    )
     if given_folder(options.condition) is not None and not isinstance(source, FolderSource):
         raise UserError(
             f"--condition {options.condition} finds its images by the paths of a folder of pictures, and --from is none; in "

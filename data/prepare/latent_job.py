@@ -18,8 +18,8 @@ from data.prepare.latent_vae import Encoder
 from data.prepare.machine import cores, device_of, same_bits
 from data.prepare.processes import Told
 from data.prepare.raw_shards import RawShard
+from data.prepare.remote import Reach
 from data.prepare.shard_files import LeftOut, Prepared, make_shard
-from data.shards.index import ShardSet
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.checkpoint_folder import write_failure
 from sdxs_lightning.errors import CheckpointNotWritten, UserError
@@ -41,10 +41,11 @@ class LatentJob:
     device: str
     """ "cpu" or "cuda"."""
     processes: int
+    reach: Reach = Reach()
 
     def work(self, process: int, parts: Sequence[int], told: Told) -> None:
         """Makes shards; see `processes.Job`."""
-        shards = ShardSet.open(self.settings.source).shards
+        shards, store = self.reach.open(self.settings.source).shards, self.reach.store()
         threads = min(_DECODE_THREADS, max(1, cores() // self.processes))
         with same_bits(self.device), ThreadPoolExecutor(threads) as pool:
             try:
@@ -52,7 +53,7 @@ class LatentJob:
             except (OSError, ValueError) as error:
                 raise UserError(f"--model or --vae: {error}") from error
             for shard in parts:
-                with RawShard(shards[shard]) as raw:
+                with RawShard(shards[shard], store) as raw:
                     self._make(shard, _Maker(self, encoder, raw, pool).samples(told))
 
     def _make(self, shard: int, samples: Iterator[Prepared | LeftOut]) -> None:
@@ -97,8 +98,8 @@ class _Maker:
                 bad += 1
                 if bad > allowed:
                     raise UserError(
-                        f"{self.raw.index.path}: more than {allowed} of {len(self.raw)} samples are broken, now {one.fault}; "
-                        "look at it with `python -m data.prepare verify`, or raise --bad-samples."
+                        f"{self.raw.index.location}: more than {allowed} of {len(self.raw)} samples are broken, now "
+                        f"{one.fault}; look at it with `python -m data.prepare verify`, or raise --bad-samples."
                     )
                 yield one
                 told(1)

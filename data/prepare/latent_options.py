@@ -9,6 +9,7 @@ from typing import get_args
 from data.prepare.geometry import Size
 from data.prepare.latent_settings import Store, StoredDtype, VaeDtype
 from data.prepare.option_types import add_device, add_part, at_least
+from data.prepare.remote import add_cache
 
 EXAMPLES = """examples:
   python -m data.prepare latents --model models/sd15 --from datasets/photos --out datasets/photos-sd15
@@ -46,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const=0,
         metavar="SIDE",
-        help="sizes of aspects from about 1:2 to 2:1 with the area of SIDE squared (default: the base's own), in steps of a sixteenth",
+        help="sizes with the area of SIDE squared (default: the base's own) and aspects from about 1:2 to 2:1, in steps of a "
+        "sixteenth of SIDE",
     )
     add("--dtype", choices=get_args(StoredDtype), default="float16", help="stored (default: %(default)s)")
     add(
@@ -69,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of a shard that may be broken and is left out; more stops the command (default: %(default)s)",
     )
+    add_cache(add)
     add_device(add)
     add_part(add)
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from data.prepare.geometry import Size, fill, nearest_aspect
+from data.prepare.geometry import Size, fill
 from data.prepare.image_sources import from_members
 from data.prepare.latent_member import latent_member
 from data.prepare.latent_settings import StoredDtype
@@ -18,6 +19,7 @@ from data.prepare.raw_shards import RawSample
 from data.prepare.shard_files import LeftOut, Prepared
 from data.prepare.sizes import size_fields
 from data.prepare.source_sample import SampleFaultError
+from data.shards.buckets import nearest_bucket
 from data.shards.decoders import LATENT_MEMBER
 
 
@@ -46,7 +48,7 @@ def fit_sample(sample: RawSample, sizes: Sequence[Size]) -> Fitted | LeftOut:
         found = from_members(sample)
         image = open_picture(found.image).image
         size = (image.height, image.width)
-        fit = fill(size, nearest_aspect(size, sizes))
+        fit = fill(size, sizes[int(nearest_bucket(np.array([size]), sizes)[0])])
         control = None if found.control is None else open_picture(found.control).image
         if control is not None and (control.height, control.width) != size:
             raise SampleFaultError(

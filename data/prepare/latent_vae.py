@@ -38,7 +38,7 @@ class Encoder:
 
     def __init__(self, folder: Path, dtype: VaeDtype, device: torch.device) -> None:
         self._device, self._dtype = device, getattr(torch, dtype)
-        self._vae = load_network(AutoencoderKL, folder).to(device, self._dtype).requires_grad_(False).eval()
+        self._vae = load_network(AutoencoderKL, folder, self._dtype).to(device).requires_grad_(False).eval()
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Posterior:

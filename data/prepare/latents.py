@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from data.prepare.geometry import Size, aspect_buckets
 from data.prepare.latent_job import LatentJob
 from data.prepare.latent_options import EXAMPLES, add_arguments
 from data.prepare.latent_settings import NAMES_ONLY, SETTINGS_FILE, LatentSettings, fingerprint
@@ -16,10 +15,12 @@ from data.prepare.latent_vae import check_dtype, find_vae, pixels_per_latent
 from data.prepare.machine import choose_device, default_processes
 from data.prepare.processes import run_all
 from data.prepare.progress import Progress
+from data.prepare.remote import Reach
 from data.prepare.settings_file import begin, write_json
 from data.prepare.shard_files import missing
 from data.prepare.shard_summary import SUMMARY_FILE, summarise
 from data.prepare.subcommand import Subcommand
+from data.shards.buckets import Buckets, Size
 from data.shards.index import ShardSet
 from sdxs_lightning.errors import UserError
 from sdxs_lightning.families import Family
@@ -42,8 +43,9 @@ def run(options: argparse.Namespace) -> str:
         raise UserError(f"--model: {error}") from error
     vae_folder = find_vae(family, options.vae)
     check_dtype(vae_folder, options.vae_dtype)
+    reach = Reach.of(options)
     try:
-        source = ShardSet.open(options.source)
+        source = reach.open(options.source)
     except (OSError, ValueError) as error:
         raise UserError(f"--from '{options.source}': {error}") from error
     sizes = _sizes(options, family, pixels_per_latent(vae_folder))
@@ -51,7 +53,7 @@ def run(options: argparse.Namespace) -> str:
     device = choose_device(options.device)
     processes = options.processes or default_processes(device)
     begin(options.out, SETTINGS_FILE, settings, NAMES_ONLY)
-    job = LatentJob(settings, options.out, vae_folder, options.bad_samples, device, processes)
+    job = LatentJob(settings, options.out, vae_folder, options.bad_samples, device, processes, reach)
     part, parts = options.part
     to_make = missing(options.out, settings.shards, part, parts)
     started = time.monotonic()
@@ -86,7 +88,10 @@ def _sizes(options: argparse.Namespace, family: Family, factor: int) -> list[Siz
         sizes = list(dict.fromkeys(options.sizes))
     elif options.buckets is not None:
         side = options.buckets or family.resolution
-        sizes = aspect_buckets(side, max(side // _STEPS_PER_SIDE, factor))
+        try:
+            sizes = Buckets(side, max(side // _STEPS_PER_SIDE, factor)).sizes()
+        except ValueError as error:
+            raise UserError(f"--buckets: {error}") from error
     else:
         sizes = [(options.resolution or family.resolution,) * 2]
     for height, width in sizes:

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.shards.images import MAX_PIXELS
+
 ImageFormat = Literal["jpg", "png", "webp"]
 
 _MEMBER_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -33,12 +35,14 @@ def open_picture(content: bytes) -> Picture:
     """Decodes a picture to its last row; transparency is laid over white, as by the reader.
 
     Raises:
-        UnreadableImageError: for bytes that hold no whole picture, or one of more than about 179 million pixels.
+        UnreadableImageError: for bytes that hold no whole picture, or one of more than MAX_PIXELS.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content)) as opened:
+                if opened.width * opened.height > MAX_PIXELS:
+                    raise ValueError(f"{opened.width}x{opened.height} is more than {MAX_PIXELS:,} pixels")
                 opened.load()
                 member = _MEMBER_OF.get(opened.format or "")
                 if opened.getexif().get(_ORIENTATION, 1) != 1:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_right
 from itertools import accumulate
 from typing import NamedTuple
 
 from data.shards.index import ShardIndex, ShardSet
+from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 
 
@@ -25,20 +25,20 @@ class RawShard:
 
     Args:
         index: of the shard.
+        store: how it is reached.
     """
 
-    def __init__(self, index: ShardIndex) -> None:
-        self.index = index
-        self._descriptor = -1
+    def __init__(self, index: ShardIndex, store: ShardStore) -> None:
+        self.index, self._store = index, store
 
     def __enter__(self) -> RawShard:
         """Open."""
-        self._descriptor = os.open(self.index.path, os.O_RDONLY)
+        self._file = self._store.open(self.index.location)
         return self
 
     def __exit__(self, *_: object) -> None:
         """Close."""
-        os.close(self._descriptor)
+        self._file.close()
 
     def __len__(self) -> int:
         """Samples in it."""
@@ -52,14 +52,14 @@ class RawShard:
         """
         index = self.index
         key = index.key(row)
-        where = f"{index.path}, key '{key}'"
+        where = f"{index.location}, key '{key}'"
         members = {}
         for extension, offset, size in zip(
             index.extensions, index.offsets[row].tolist(), index.sizes[row].tolist(), strict=True
         ):
             if offset < 0:
                 continue
-            members[extension] = os.pread(self._descriptor, size, offset)
+            members[extension] = bytes(self._file.read(offset, size))
             if len(members[extension]) != size:
                 raise BrokenShardError(f"{where}: the shard ends inside this sample; write or copy it again.")
         return RawSample(key, where, members)
@@ -70,10 +70,11 @@ class RawShards:
 
     Args:
         shards: their index.
+        store: how they are reached.
     """
 
-    def __init__(self, shards: ShardSet) -> None:
-        self._shards = shards
+    def __init__(self, shards: ShardSet, store: ShardStore) -> None:
+        self._shards, self._store = shards, store
         self._ends = list(accumulate(shards.sizes))
         self._open: tuple[int, RawShard] | None = None
 
@@ -86,7 +87,7 @@ class RawShards:
         shard = bisect_right(self._ends, number)
         if self._open is None or self._open[0] != shard:
             self.close()
-            self._open = shard, RawShard(self._shards.shards[shard]).__enter__()
+            self._open = shard, RawShard(self._shards.shards[shard], self._store).__enter__()
         return self._open[1].sample(number - (self._ends[shard - 1] if shard else 0))
 
     def close(self) -> None:

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from data.prepare.__main__ import main
-from data.prepare.geometry import aspect_buckets, fill, nearest_aspect, shorter_side
+from data.prepare.geometry import fill, shorter_side
 from data.prepare.image_sources import Columns, open_source
 from data.prepare.pictures import UnreadableImageError, open_picture
 from data.prepare.progress import Progress
@@ -28,6 +28,7 @@ from data.prepare.raw_shards import RawShards
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
+from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
 from tests.processes import PRELOAD
 
@@ -67,7 +68,7 @@ def command(source: Path | str, out: Path, *more: object) -> list[str]:
 
 
 def members(folder: Path) -> dict[str, dict[str, bytes]]:
-    shards = RawShards(ShardSet.open(str(folder)))
+    shards = RawShards(ShardSet.open(str(folder)), ShardStore())
     samples = [shards.sample(i) for i in range(len(shards))]
     shards.close()
     return {sample.key: sample.members for sample in samples}
@@ -181,7 +182,11 @@ def test_a_resized_square_is_what_the_reader_would_make(photos: Path, tmp_path: 
     expected = read(tmp_path / "plain", resolution=24)
     squares = read(tmp_path / "square", resolution=None)
     assert expected.images is not None and squares.images is not None
-    assert expected.images.equal(squares.images) and squares.images.shape == (7, 3, 24, 24)
+    # Two bicubic kernels, which round otherwise.
+    assert (
+        squares.images.shape == (7, 3, 24, 24)
+        and (expected.images - squares.images).abs().max() < 1.01 / 127.5
+    )
     assert read(tmp_path / "whole", resolution=24).images is not None
     assert expected.original_sizes is not None and expected.crops is not None
     for row, (key, sample) in enumerate(members(tmp_path / "square").items()):
@@ -206,25 +211,16 @@ def read(folder: Path, resolution: int | None) -> Any:
 @pytest.mark.parametrize(
     ("options", "kept", "reasons"),
     [
-        (["--min-side", 32], [1, 2, 4, 7, 8], {"too small": 3, "too elongated": 1}),
+        (["--min-side", 32], [1, 2, 4, 7, 8], {"too small": 4}),
         (["--max-aspect", 1.5], [0, 3, 4, 7, 8], {"too elongated": 4}),
-        (["--min-caption", 22], [], {}),
-        (["--max-caption", 20], [], {}),
+        (["--min-caption", 22, "--max-aspect", 8], [6], {"caption too short": 8}),
+        (["--max-caption", 21], [0, 1, 2, 3, 4, 5, 7, 8], {"caption too long": 1}),
     ],
 )
 def test_what_is_unwanted_is_left_out_and_counted(
     photos: Path, tmp_path: Path, options: list[object], kept: list[int], reasons: dict[str, int]
 ) -> None:
-    # All captions but that of the picture 100 wide have 21 characters.
-    if not kept:
-        many = "--max-caption" in options
-        kept = [] if many else [6]
-        reasons = {"caption too long": 9} if many else {"caption too short": 8}
-        options = [*options, "--max-aspect", 8]
-    if not kept:
-        with pytest.raises(SystemExit):
-            main(command(photos, tmp_path / "set", *options))
-        return
+    # All captions have 21 characters but that of the picture 100 wide, which has 22.
     main(command(photos, tmp_path / "set", *options))
     assert [int(key) for key in members(tmp_path / "set")] == kept
     assert json.loads((tmp_path / "set" / "summary.json").read_text())["left_out"] == reasons
@@ -247,11 +243,8 @@ def test_what_is_broken_is_left_out_and_named(tmp_path: Path, capsys: pytest.Cap
     faults = dict(json.loads((tmp_path / "set" / "summary.json").read_text())["faults"])
     assert faults["000000000"].startswith("a.jpg: the image cannot be decoded (")
     assert faults["000000001"].startswith("b.jpg: the image cannot be decoded (")
-    assert faults[
-        "000000003"
-    ] == f"{folder}/d.jpg: the caption is not UTF-8 (invalid continuation byte at byte 3)" or (
-        "is not UTF-8 (" in faults["000000003"]
-    )
+    broken_text = "the caption is not UTF-8 (unexpected end of data at byte 3)"
+    assert faults["000000003"] == f"{folder}/d.jpg: {broken_text}"
     (folder / "c.jpg").unlink()
     message = refused(command(folder, tmp_path / "other"), capsys)
     assert message.startswith("prepare images: no sample was kept of 4: a.jpg: the image cannot be decoded")
@@ -442,13 +435,6 @@ def test_geometry() -> None:
     assert fill((768, 1024), (512, 512))[:3] == ((512, 683), 0, 85)
     assert fill((100, 100), (64, 128)) == ((128, 128), 32, 0, (64, 128))
     assert shorter_side((300, 200), 100).target == (150, 100)
-    buckets = aspect_buckets(1024, 64)
-    assert (1024, 1024) in buckets and (832, 1216) in buckets and (1216, 832) in buckets
-    for height, width in buckets:
-        assert height % 64 == width % 64 == 0 and max(height, width) <= 2 * min(height, width)
-        assert 1024 * 1024 - 64 * max(height, width) < height * width <= 1024 * 1024
-    assert nearest_aspect((500, 1000), buckets) == (704, 1408)
-    assert nearest_aspect((1000, 990), buckets) == (1024, 1024)
 
 
 def test_pictures_of_every_kind_become_rgb() -> None:
