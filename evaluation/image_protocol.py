@@ -72,6 +72,9 @@ class ImageProtocol:
         return Measurement(metric, judges[metric], steps.steps, steps.reference_steps)
 
 
+FRECHET = ("fid", "patch_fid", "fd_dinov2")
+"""Metrics that compare with the statistics of a reference set."""
+
 INCEPTION_METRICS = ("fid", "patch_fid", "kid", "precision_recall")
 DEFAULT_JUDGES = {
     "fd_dinov2": "dinov2:facebook/dinov2-large",

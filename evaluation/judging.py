@@ -12,7 +12,7 @@ from PIL import Image
 
 from evaluation.image_protocol import ImageProtocol, Measurement, hashed_settings, metric_hash
 from evaluation.image_sources import open_images
-from evaluation.metric_table import COMPARES, FRECHET, READS_CAPTIONS, Networks, shared_networks
+from evaluation.metric_table import COMPARES, READS_CAPTIONS, Networks, shared_networks
 from evaluation.passes import Look, Pass, pictures_of, processes_for, run_pass
 from evaluation.prompt_files import captions_digest
 from evaluation.references import Reference, read_reference
@@ -162,13 +162,9 @@ def _estimates(
     networks: Networks, one: Measurement, part: Part, reference: Reference | None
 ) -> dict[str, dict[str, Any]]:
     """The numbers of one metric."""
-    statistics = reference.statistics if reference is not None and one.metric in FRECHET else None
-    metric = networks.metric(one, statistics)
-    metric.add(part.rows, torch.arange(len(part.rows)))
-    if reference is not None and statistics is None:
-        assert reference.rows is not None
-        metric.add(reference.rows, torch.arange(len(reference.rows)), real=True)
     try:
+        metric = networks.metric(one, reference)
+        metric.add(part.rows, torch.arange(len(part.rows)))
         return {name: estimate.as_dict() for name, estimate in metric.estimates().items()}
     except ValueError as error:
         raise UserError(str(error)) from error

@@ -13,18 +13,18 @@ from evaluation.caption_accuracy import CaptionAccuracy
 from evaluation.clip_models import load_clip
 from evaluation.clip_score import ClipScore, PreferenceScore
 from evaluation.features import FrozenClip
-from evaluation.frechet import FeatureStatistics, FrechetDistance
-from evaluation.image_protocol import Measurement
+from evaluation.frechet import FrechetDistance
+from evaluation.image_protocol import FRECHET, Measurement
 from evaluation.inception import InceptionFeatures
 from evaluation.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.precision_recall import PrecisionRecall
 from evaluation.protocols import REPOSITORY, hash_weights
+from evaluation.references import Reference
 from evaluation.sampled import SampledMetric
 from evaluation.vit_features import ClipImageFeatures, DinoV2Features
 from sdxs_lightning.errors import UserError
 
 READS_CAPTIONS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
-FRECHET = ("fid", "patch_fid", "fd_dinov2")
 FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
     "kid": KernelDistance,
     "precision_recall": PrecisionRecall,
@@ -68,18 +68,19 @@ class Networks:
                 raise UserError(f"{judge}: {error}") from error
         return self._loaded[key]
 
-    def metric(self, measurement: Measurement, reference: FeatureStatistics | None = None) -> SampledMetric:
+    def metric(self, measurement: Measurement, reference: Reference | None = None) -> SampledMetric:
         """A metric that has seen nothing yet.
 
         Args:
             measurement: which one.
-            reference: statistics of the real side, where the metric can do with them.
+            reference: the real side; without one, a metric that compares only measures.
         """
         name, network = measurement.metric, self.network(measurement.judge)
         if name in FRECHET:
-            return FrechetDistance(network, reference=reference, name=name)
+            statistics = None if reference is None else reference.as_statistics()
+            return FrechetDistance(network, reference=statistics, name=name)
         if name in FEATURE_SETS:
-            return FEATURE_SETS[name](network)
+            return FEATURE_SETS[name](network, None if reference is None else reference.rows)
         if name == "clip_score":
             return ClipScore(network)
         if name == "caption_accuracy":

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from evaluation.compare import differences
 from evaluation.frechet import FeatureStatistics
-from evaluation.image_protocol import Measurement
-from evaluation.metric_table import FRECHET
+from evaluation.image_protocol import FRECHET, Measurement
 from sdxs_lightning.errors import UserError
 
 
@@ -30,6 +29,13 @@ class Reference:
     """For Frechet distances."""
     rows: Tensor | None = None
     """(n, d) features, for the others."""
+
+    def as_statistics(self) -> FeatureStatistics:
+        """Those that are there, or of the features."""
+        if self.statistics is not None:
+            return self.statistics
+        assert self.rows is not None
+        return FeatureStatistics.from_features(self.rows)
 
 
 def file_of(path: Path, metric: str) -> Path:
