@@ -1,14 +1,38 @@
 """Shards as a LightningDataModule: the same global batches for any ranks and workers, exactly resumed."""
 
-from typing import Any
+import logging
+from dataclasses import replace
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 
-from data.shards.dataset import Content, EmptyCaptions, ShardDataset
+from data.shards.buckets import AnyOrder, BucketOrder, Buckets, open_buckets
+from data.shards.dataset import Content, EmptyCaptions, Reading, ShardDataset
+from data.shards.faults import Faults, Quarantine
 from data.shards.image_condition import ImageCondition
-from data.shards.index import ShardSet, find_shards, index_shard
+from data.shards.image_sizes import sizes_of
+from data.shards.images import Fitting
+from data.shards.index import ShardSet
 from data.shards.loader import Pass, ShardLoader
-from data.shards.order import ORDER_VERSION, SampleOrder
+from data.shards.mixture import Source
+from data.shards.order import Int64Array
+from data.shards.plan import OrderPlan
+from data.shards.shard_cache import ShardCache
+from data.shards.sources import joined, open_sources
+from data.shards.store import ShardStore
+
+_log = logging.getLogger(__name__)
+
+_ADVICE = {
+    "shards": "point data.shards at the shards that the run began with, unchanged",
+    "global_batch_size": "choose data.batch_size so that batch_size x devices is the same",
+    "seed": "set data.seed back",
+    "shuffle_window_shards": "set data.shuffle_window_shards back",
+    "order_version": "use the version of this project that began the run",
+    "weights": "set the weights of data.sources back",
+    "buckets": "set data.buckets back",
+}
 
 
 class ShardDataModule(pl.LightningDataModule):
@@ -16,7 +40,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        shards: str | list[str],
+        shards: str | list[str] | None,
         batch_size: int,
         contents: list[Content] | None = None,
         num_workers: int = 0,
@@ -27,26 +51,43 @@ class ShardDataModule(pl.LightningDataModule):
         index_folder: str | None = None,
         pin_memory: bool | None = None,
         condition: ImageCondition | None = None,
+        sources: list[Source] | None = None,
+        buckets: Buckets | None = None,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = False,
+        caption_fields: list[str] | None = None,
+        faults: Faults | None = None,
+        cache_folder: str | None = None,
+        cache_gb: float = 100.0,
     ) -> None:
         """Keep the settings; files are looked at in `prepare_data` and `setup`.
 
         Args:
-            shards: a folder, a glob, a brace pattern such as `set/{00000..00127}.tar`, or a list of these.
+            shards: a folder, a glob, a brace pattern such as `set/{00000..00127}.tar`, URLs that fsspec knows,
+                `pipe:` and a command, or a list of these; null with `sources`.
             batch_size: samples of a micro-batch on each device.
             contents: what a batch holds besides captions: latents, images, control_images, noise_seeds, sizes
                 (original size and crop of latents, for SDXL); by default latents, and [] for captions alone.
             num_workers: reading processes per device; the batches do not depend on it.
-            seed: of the order.
+            seed: of the order, and of what is drawn for each sample.
             shuffle_window_shards: shards whose samples are mixed with each other; 0 keeps the written order.
-            resolution: side of the centred square that images are resized and cropped to; None takes them as
-                they are.
+            resolution: side of the square that images are resized and cropped to; None takes them as they are.
             empty_captions: "refuse" stops at a sample without words, "keep" trains on it.
             index_folder: where indexes are kept if not beside the shards.
             pin_memory: page-locked batches; by default where the run is on CUDA.
             condition: makes control_images from the pictures while they are read; None reads cond.png members.
+            sources: a mixture of data sets with weights, in place of `shards`.
+            buckets: sizes of many aspects for images; latents are put together by the size they were stored in.
+            crop: "random" draws a place for each visit.
+            flip: mirror half of the visits.
+            caption_fields: fields of the json member of which one is drawn for each visit; by default the text
+                member, else the field `caption`.
+            faults: replace bad samples within a budget; by default the first one stops the run.
+            cache_folder: where remote shards are kept; without it they are read by ranges each time.
+            cache_gb: 10^9 bytes that the cache may hold.
 
         Raises:
-            ValueError: unless batch_size is at least 1 and num_workers at least 0.
+            ValueError: for a setting that cannot be, or two that exclude each other.
         """
         super().__init__()
         if batch_size < 1:
@@ -57,33 +98,61 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"data.num_workers is {num_workers}, but it is a number of processes: 0 or more."
             )
+        if (shards is None) == (sources is None):
+            raise ValueError(
+                f"data.shards is {shards} and data.sources {sources}, but a run reads either one data set or a mixture."
+            )
+        if buckets is not None and resolution is not None:
+            raise ValueError(
+                f"data.buckets and data.resolution {resolution} exclude each other; the buckets' sizes come from side_px."
+            )
+        self.sources = [Source(shards)] if shards is not None else list(sources or [])
         self.shards = shards
         self.batch_size = batch_size
         self.contents: list[Content] = ["latents"] if contents is None else contents
         self.num_workers = num_workers
         self.seed = seed
         self.shuffle_window_shards = shuffle_window_shards
-        self.resolution = resolution
-        self.empty_captions: EmptyCaptions = empty_captions
-        self.index_folder = index_folder
+        self.index_folder = index_folder or cache_folder
         self.pin_memory = pin_memory
-        self.condition = condition
+        self.buckets = buckets
+        self.faults = faults
         self.dataset: ShardDataset | None = None
+        self._reading = Reading(
+            resolution=resolution,
+            empty_captions=empty_captions,
+            caption_fields=tuple(caption_fields or ()),
+            condition=condition,
+            fitting=Fitting(seed, crop == "random", flip),
+        )
+        self._cache = None if cache_folder is None else (cache_folder, cache_gb)
+        self._opened: list[ShardSet] | None = None
         self._loader: ShardLoader | None = None
 
     def prepare_data(self) -> None:
         """Index the shards once a node, so that the ranks find the indexes made."""
-        for path in find_shards(self.shards):
-            index_shard(path, self.index_folder)
+        self._open()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indexes and check that every sample has what will be read."""
         if self.dataset is not None:
             return
-        shard_set = ShardSet.open(self.shards, self.index_folder)
-        order = SampleOrder(shard_set.sizes, self.seed, self.shuffle_window_shards)
+        store = self._store()
+        sets = self._open(store)
+        plan = OrderPlan(
+            [shards.sizes for shards in sets],
+            [source.weight for source in self.sources],
+            self.seed,
+            self.shuffle_window_shards,
+        )
+        order, reading = self._order(plan, sets)
         self.dataset = ShardDataset(
-            shard_set, order, self.contents, self.resolution, self.empty_captions, self.condition
+            joined(sets),
+            order,
+            self.contents,
+            reading=reading,
+            store=store,
+            quarantine=None if self.faults is None else Quarantine(self.faults),
         )
 
     def train_dataloader(self) -> ShardLoader:
@@ -130,20 +199,14 @@ class ShardDataModule(pl.LightningDataModule):
         """Refuse to go on where the counters of the checkpoint would point at other samples.
 
         Raises:
-            ValueError: if shards, seed, shuffle window or global batch differ from the checkpoint's.
+            ValueError: if shards, seed, shuffle window, global batch, weights or buckets differ from the
+                checkpoint's.
         """
-        advice = {
-            "shards": "point data.shards at the shards that the run began with, unchanged",
-            "global_batch_size": "choose data.batch_size so that batch_size x devices is the same",
-            "seed": "set data.seed back",
-            "shuffle_window_shards": "set data.shuffle_window_shards back",
-            "order_version": "use the version of this project that began the run",
-        }
         for name, now in self._identity().items():
             if state_dict.get(name, now) != now:
                 raise ValueError(
                     f"The checkpoint was written with {name} {state_dict[name]}, but this run has {now}: its "
-                    f"position would mean other samples. To resume, {advice[name]}; otherwise start a new "
+                    f"position would mean other samples. To resume, {_ADVICE[name]}; otherwise start a new "
                     "run from the weights."
                 )
 
@@ -155,8 +218,44 @@ class ShardDataModule(pl.LightningDataModule):
             "global_batch_size": self.batch_size * self._rank_and_world_size()[1],
             "seed": self.seed,
             "shuffle_window_shards": self.shuffle_window_shards,
-            "order_version": ORDER_VERSION,
+            "order_version": self.dataset.order.version,
+            "weights": [source.weight for source in self.sources],
+            "buckets": None if self.buckets is None else repr(self.buckets),
         }
+
+    def _open(self, store: ShardStore | None = None) -> list[ShardSet]:
+        if self._opened is None:
+            sized = None
+            if self.buckets is not None:
+                sized = "latents" if "latents" in self.contents else "images"
+            self._opened = open_sources(
+                self.sources, self.index_folder, store or self._store(), self.faults is not None, sized
+            )
+        return self._opened
+
+    def _store(self) -> ShardStore:
+        return ShardStore(None if self._cache is None else ShardCache(*self._cache))
+
+    def _order(self, plan: OrderPlan, sets: list[ShardSet]) -> tuple[AnyOrder | BucketOrder, Reading]:
+        if self.buckets is None:
+            return plan.order(), self._reading
+        sizes = sizes_of(joined(sets).shards)
+        global_batch_size = self.batch_size * self._rank_and_world_size()[1]
+        if "latents" in self.contents:
+            bucket_of: Int64Array = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)
+            rarest = np.unique(sizes, axis=0, return_counts=True)[1].min()
+            if rarest < global_batch_size:
+                _log.warning(
+                    "Of one size of latents there are only %d samples, fewer than a global batch of %d, so some come twice "
+                    "in it; write larger sets of that size, or none.",
+                    rarest,
+                    global_batch_size,
+                )
+            return plan.bucket_order(bucket_of, global_batch_size), self._reading
+        choices = self.buckets.sizes()
+        bucket_of = open_buckets(sizes, choices, global_batch_size)
+        reading = replace(self._reading, sizes=np.asarray(choices)[bucket_of])
+        return plan.bucket_order(bucket_of, global_batch_size), reading
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         # As Lightning would tell its own sampler: under tensor parallelism fewer data ranks than processes.

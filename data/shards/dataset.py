@@ -1,65 +1,46 @@
-"""Reading samples by position: one pread spans the members of a sample, then each is decoded."""
+"""Reading samples by position: one read spans the members of a sample, then each is decoded."""
 
-import os
+from __future__ import annotations
+
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.shards.decoders import (
-    CAPTION_MEMBERS,
-    CONTROL_IMAGE_MEMBERS,
-    IMAGE_MEMBERS,
-    JSON_MEMBER,
-    LATENT_MEMBER,
-    BadSampleError,
-    decode,
-    decode_image,
-)
+from data.shards.buckets import AnyOrder, BucketOrder
+from data.shards.collate import collate
+from data.shards.decoders import BadSampleError
+from data.shards.faults import Quarantine, UnreadableBatch
 from data.shards.image_condition import ImageCondition
-from data.shards.index import ShardSet
-from data.shards.order import SampleOrder
+from data.shards.images import fast_jpeg_decoder
+from data.shards.index import ShardIndex, ShardSet
+from data.shards.layout import CONTENTS, Content, incomplete_samples, missing_member, sample_rows
+from data.shards.sample_decoder import EmptyCaptions, Reading, SampleDecoder
+from data.shards.store import ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.errors import UserError
 
-Content = Literal["latents", "images", "control_images", "noise_seeds", "sizes"]
-EmptyCaptions = Literal["refuse", "keep"]
-
-_MEMBERS: dict[str, tuple[str, ...]] = {
-    "latents": (LATENT_MEMBER,),
-    "images": IMAGE_MEMBERS,
-    "control_images": CONTROL_IMAGE_MEMBERS,
-    "noise_seeds": (JSON_MEMBER,),
-    "sizes": (JSON_MEMBER,),
-    "captions": (*CAPTION_MEMBERS, JSON_MEMBER),
-}
-"""For each content the members that can hold it; the first that a sample has is read."""
-_SIZE_FIELDS = ("original_height", "original_width", "crop_top", "crop_left")
-"""In the json member: the picture before resizing, as img2dataset names it, and where the crop began; pixels."""
+__all__ = ["Content", "EmptyCaptions", "Reading", "ShardDataset"]
 _OPEN_SHARDS = 128
+_REPLACEMENTS = 100  # tried for one position before the shards count as unreadable
+_MAX_SAMPLE_BYTES = 1 << 30  # a size in a header may be anything
 
 
 @dataclass(frozen=True)
 class _OpenShard:
-    """An open file and, as rows of plain numbers, where to read each of its samples.
+    """An open file, and where to read each of its samples: see `sample_rows`."""
 
-    A row is the span's start and length, then for each content: where its member begins in the span, its
-    size, and the column of its extension. One row costs 0.3 us to look up; the same numbers one by one from
-    the index cost five times as much.
-    """
-
-    descriptor: int
+    file: ShardFile
     rows: NDArray[np.int64]
 
 
-class ShardDataset(Dataset[TrainingBatch]):
+class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
     """Whole batches by position, map-style: `dataset.batch([p0, p1, ...])` is a `TrainingBatch`.
 
     As a torch Dataset its item is a sequence of positions too, so that a DataLoader without automatic
@@ -69,11 +50,15 @@ class ShardDataset(Dataset[TrainingBatch]):
     def __init__(
         self,
         shards: ShardSet,
-        order: SampleOrder,
+        order: AnyOrder | BucketOrder,
         contents: Sequence[Content] = ("latents",),
         resolution: int | None = None,
         empty_captions: EmptyCaptions = "refuse",
         condition: ImageCondition | None = None,
+        *,
+        reading: Reading | None = None,
+        store: ShardStore | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Check, from the index alone, that every sample has what will be read.
 
@@ -81,40 +66,48 @@ class ShardDataset(Dataset[TrainingBatch]):
             shards: the index.
             order: which sample stands at which position.
             contents: what a batch holds besides captions; nothing reads captions alone.
-            resolution: images are resized so that the shorter side has this many pixels, then cropped to a
-                centred square; None takes them as they are, all of one size.
-            empty_captions: "keep" trains on samples without words, "refuse" stops at the first.
-            condition: makes control_images from the picture, as resized and cropped; None reads them as members.
+            resolution: see `Reading`.
+            empty_captions: see `Reading`.
+            condition: see `Reading`.
+            reading: everything about decoding, in place of the three before it.
+            store: how remote shards are reached.
+            quarantine: where bad samples are written down while others take their places; None stops at one.
 
         Raises:
             BadSampleError: naming shard and key, if a sample has no member for a content or for the caption.
+            TooManyFaultsError: with a quarantine, if there are more of these than its budget.
             ValueError: on an unknown content.
         """
-        unknown = sorted(set(contents) - (set(_MEMBERS) - {"captions"}))
+        unknown = sorted(set(contents) - set(CONTENTS))
         if unknown:
             raise ValueError(
                 f"data.contents is {list(contents)}, but it names latents, images, control_images, noise_seeds "
                 "or sizes."
             )
-        self.shards = shards
-        self.order = order
-        self.contents = tuple(contents)
-        self.resolution = resolution
-        self.empty_captions = empty_captions
-        self.condition = condition
+        self.shards, self.order, self.contents = shards, order, tuple(contents)
+        self.reading = reading or Reading(
+            resolution=resolution, empty_captions=empty_captions, condition=condition
+        )
+        self._store, self._quarantine = store or ShardStore(), quarantine
+        self._decoder = SampleDecoder(self.contents, self.reading)
+        self._parts = self._decoder.parts
         self._first_samples = np.cumsum(shards.sizes) - np.asarray(shards.sizes)
         self._names = shards.names()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
-        for number in range(len(shards.shards)):
-            self._columns(number)  # raises where a member is missing; kept only for the shards being read
+        if {"images", "control_images"} & set(contents):
+            fast_jpeg_decoder()  # loaded here, once, rather than in each reading process
+        self._check_index()
 
     def __len__(self) -> int:
         """Samples in an epoch."""
         return len(self.order)
 
-    def __getitem__(self, positions: Sequence[int]) -> TrainingBatch:
-        """As `batch`."""
-        return self.batch(positions)
+    def __getitem__(self, positions: Sequence[int]) -> TrainingBatch | UnreadableBatch:
+        """As `batch`, with errors about the data as a value, for the process that trains to raise."""
+        try:
+            return self.batch(positions)
+        except (UserError, BadSampleError, BrokenShardError, OSError) as error:
+            return UnreadableBatch(error)
 
     def batch(self, positions: Sequence[int]) -> TrainingBatch:
         """The samples at these positions.
@@ -122,18 +115,25 @@ class ShardDataset(Dataset[TrainingBatch]):
         Raises:
             BadSampleError: if a member cannot be decoded, a caption is empty and may not be, or sizes differ.
             BrokenShardError: if a shard has become shorter than its index says.
+            OSError: if a shard cannot be reached.
+            TooManyFaultsError: with a quarantine, in place of the others, beyond its budget.
         """
-        return _collate(self._read_all(self.order.samples_at(positions)), positions)
+        samples = self.order.samples_at(positions).tolist()
+        read = [self._read(*pair) for pair in zip(samples, positions, strict=True)]
+        return collate(read, positions)
 
     def captions(self, count: int) -> list[str]:
         """The captions of the first `count` samples in stored order, or of all if there are fewer."""
-        samples = np.arange(min(count, len(self)), dtype=np.int64)
-        return [sample["captions"] for sample in self._read_all(samples)]
+        return [self._read(sample, sample)["captions"] for sample in range(min(count, len(self)))]
+
+    def raw(self, positions: Sequence[int]) -> list[list[memoryview]]:
+        """The undecoded members of the samples at these positions: of each the caption's, then those of `contents`."""
+        return [self._span(sample)[2] for sample in self.order.samples_at(positions).tolist()]
 
     def close(self) -> None:
         """Close the shards that are open."""
         for shard in self._open.values():
-            os.close(shard.descriptor)
+            shard.file.close()
         self._open.clear()
 
     def __del__(self) -> None:
@@ -145,163 +145,96 @@ class ShardDataset(Dataset[TrainingBatch]):
         """Without open files, which another process cannot use."""
         return self.__dict__ | {"_open": OrderedDict()}
 
-    def _read_all(self, samples: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Samples by their number in stored order."""
+    def _check_index(self) -> None:
+        for index in self.shards.shards:
+            rows = incomplete_samples(index, self._parts)
+            if self._quarantine is None and rows.size:
+                raise missing_member(index, self._parts, int(rows[0]))
+            if self._quarantine is None:
+                index.require_whole()
+                continue
+            for fault in index.faults:
+                self._quarantine.record(index.location, fault.key, fault.reason)
+            for row in rows.tolist():
+                error = missing_member(index, self._parts, row)
+                self._quarantine.record(index.location, index.key(row), str(error))
+
+    def _read(self, sample: int, position: int) -> dict[str, Any]:
+        """One sample by its number in stored order, or the one that stands in for it."""
+        chosen = sample
+        for attempt in range(_REPLACEMENTS):
+            try:
+                return self._decoded(chosen, position)
+            except (BadSampleError, BrokenShardError, OSError) as error:
+                if self._quarantine is None:
+                    raise
+                number, row = self._place(chosen)
+                index = self.shards.shards[number]
+                self._quarantine.record(index.location, index.key(row), str(error))
+            chosen = self.order.replacement(sample, attempt)
+        raise UserError(
+            f"{_REPLACEMENTS} samples that could stand in for one that cannot be read cannot be read either; is the storage "
+            "of data.shards reachable?"
+        )
+
+    def _place(self, sample: int) -> tuple[int, int]:
         # An empty shard begins where the next one does; "right" passes over it.
-        numbers = np.searchsorted(self._first_samples, samples, side="right") - 1
-        rows = samples - self._first_samples[numbers]
-        return [self._read(number, row) for number, row in zip(numbers.tolist(), rows.tolist(), strict=True)]
+        number = int(np.searchsorted(self._first_samples, sample, side="right")) - 1
+        return number, sample - int(self._first_samples[number])
 
-    def _read(self, number: int, row: int) -> dict[str, Any]:
-        index, shard = self.shards.shards[number], self._shard(number)
+    def _span(self, sample: int) -> tuple[int, int, list[memoryview], list[int]]:
+        """Shard, row, the bytes of each part, and its column in the index."""
+        number, row = self._place(sample)
+        shard = self._shard(number)
         start, length, *members = shard.rows[row].tolist()
-        # pread rather than a mapping: a file that has shrunk gives a short read, not a bus error.
-        # A bytearray, since torch takes no memory that may not be written to.
-        span = memoryview(bytearray(os.pread(shard.descriptor, length, start)))
-        key = index.key(row)
-        if len(span) != length:
-            raise BrokenShardError(
-                f"{index.path} ends at byte {os.fstat(shard.descriptor).st_size}, before its sample '{key}' "
-                "does: it changed while it was being read; write or copy it again."
+        if start < 0:
+            raise missing_member(self.shards.shards[number], self._parts, row)
+        if length > _MAX_SAMPLE_BYTES:
+            raise BadSampleError(
+                f"{self._where(number, row)}: the sample claims {length:,} bytes, more than {_MAX_SAMPLE_BYTES:,}."
             )
-        where = f"{index.path}, key '{key}'"
-        sample: dict[str, Any] = {"id": f"{self._names[number]}/{key}"}
-        for content, begin, size, column in zip(
-            ("captions", *self.contents), members[::3], members[1::3], members[2::3], strict=True
-        ):
-            self._decode(sample, content, index.extensions[column], span[begin : begin + size], where)
-        return sample
+        span = shard.file.read(start, length)
+        if len(span) != length:
+            index = self.shards.shards[number]
+            raise BrokenShardError(
+                f"{index.location} ends before its sample '{index.key(row)}' does: it changed while it was "
+                "being read; write or copy it again."
+            )
+        parts = [span[begin : begin + size] for begin, size in zip(members[::3], members[1::3], strict=True)]
+        return number, row, parts, members[2::3]
 
-    def _columns(self, number: int) -> list[NDArray[np.int64]]:
-        """For the caption and each content the column of its member, (samples,)."""
+    def _where(self, number: int, row: int) -> str:
         index = self.shards.shards[number]
-        columns = []
-        for content in ("captions", *self.contents):
-            column = np.full(len(index), -1, dtype=np.int64)
-            made = content == "control_images" and self.condition is not None
-            for extension in reversed(_MEMBERS["images" if made else content]):
-                if (found := index.column(extension)) is not None:
-                    column[index.offsets[:, found] >= 0] = found
-            if (column < 0).any():
-                first = int(np.flatnonzero(column < 0)[0])
-                what = "caption" if content == "captions" else f"member for '{content}'"
-                raise BadSampleError(
-                    f"{index.path}, key '{index.key(first)}': there is no {what} "
-                    f"({', '.join(_MEMBERS[content])}) in this sample and in {int((column < 0).sum()) - 1} "
-                    "more of this shard; write them, or change data.contents."
-                )
-            columns.append(column)
-        return columns
+        return f"{index.location}, key '{index.key(row)}'"
 
     def _shard(self, number: int) -> _OpenShard:
         if (shard := self._open.get(number)) is None:
-            index, columns = self.shards.shards[number], np.stack(self._columns(number))
-            every = np.arange(len(index))
-            offsets, sizes = index.offsets[every, columns], index.sizes[every, columns]
-            starts = offsets.min(axis=0)
-            lengths = (offsets + sizes).max(axis=0) - starts
-            per_content = np.stack([offsets - starts, sizes, columns], axis=-1)  # (contents, samples, 3)
-            rows = np.column_stack([starts, lengths, *per_content])
-            shard = _OpenShard(os.open(index.path, os.O_RDONLY), rows)
+            index = self.shards.shards[number]
+            shard = _OpenShard(self._store.open(index.location), sample_rows(index, self._parts))
             if len(self._open) >= _OPEN_SHARDS:
-                os.close(self._open.popitem(last=False)[1].descriptor)
+                self._open.popitem(last=False)[1].file.close()
             self._open[number] = shard
         else:
             self._open.move_to_end(number)
         return shard
 
-    def _decode(
-        self, sample: dict[str, Any], content: str, extension: str, part: memoryview, where: str
-    ) -> None:
-        if content == "captions":
-            sample[content] = self._caption(decode(extension, part, where), where)
-        elif content == "noise_seeds":
-            sample[content] = _field(decode(extension, part, where), "noise_seed", int, where)
-        elif content == "sizes":
-            fields = decode(extension, part, where)
-            height, width, top, left = (_field(fields, name, int, where) for name in _SIZE_FIELDS)
-            sample["original_size"], sample["crop"] = (height, width), (top, left)
-        elif content == "latents":
-            sample[content] = decode(extension, part, where)
-        else:
-            pixels, original_size, crop = _fit(decode_image(part, where), self.resolution)
-            if content == "control_images" and self.condition is not None:
-                pixels = _conditioned(self.condition, pixels, where)
-            sample[content] = pixels
-            if content == "images":
-                sample["original_size"], sample["crop"] = original_size, crop
+    def _decoded(self, sample: int, position: int) -> dict[str, Any]:
+        number, row, members, columns = self._span(sample)
+        index = self.shards.shards[number]
+        where = self._where(number, row)
+        if index.checksums is not None:
+            _check(index, row, members, columns, where)
+        extensions = [index.extensions[column] for column in columns]
+        decoded = self._decoder.decode(extensions, members, sample, position, where)
+        return decoded | {"id": f"{self._names[number]}/{index.key(row)}"}
 
-    def _caption(self, decoded: str | dict[str, Any], where: str) -> str:
-        caption = decoded if isinstance(decoded, str) else str(_field(decoded, "caption", str, where)).strip()
-        if not caption and self.empty_captions == "refuse":
+
+def _check(
+    index: ShardIndex, row: int, members: Sequence[memoryview], columns: Sequence[int], where: str
+) -> None:
+    assert index.checksums is not None
+    for content, column in zip(members, columns, strict=True):
+        if zlib.crc32(content) != index.checksums[row, column]:
             raise BadSampleError(
-                f"{where}: the caption is empty; set data.empty_captions to 'keep' to train on samples "
-                "without words."
+                f"{where}: the member '{index.extensions[column]}' has other bytes than when the shard was verified."
             )
-        return caption
-
-
-def _conditioned(condition: ImageCondition, pixels: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
-    made = condition(pixels)
-    if made.dtype != np.uint8 or made.shape != pixels.shape:
-        raise ValueError(
-            f"{where}: data.condition made {made.dtype} {made.shape} of a picture of {pixels.shape}, but a condition "
-            "image is uint8 of the picture's shape."
-        )
-    return np.ascontiguousarray(made)  # torch takes no array of negative strides
-
-
-def _field(decoded: dict[str, Any], name: str, kind: type, where: str) -> Any:
-    if not isinstance(decoded.get(name), kind):
-        raise BadSampleError(f"{where}: the json member has no {kind.__name__} named '{name}'.")
-    return decoded[name]
-
-
-def _fit(
-    image: Image.Image, resolution: int | None
-) -> tuple[NDArray[np.uint8], tuple[int, int], tuple[int, int]]:
-    """The image as (H, W, 3), its height and width before, and top and left of the crop after resizing."""
-    original = (image.height, image.width)
-    if resolution is None or original == (resolution, resolution):
-        return np.array(image), original, (0, 0)
-    scale = resolution / min(image.size)
-    width, height = max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale))
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    resized = image.resize((width, height), Image.Resampling.LANCZOS)
-    return np.array(resized.crop((left, top, left + resolution, top + resolution))), original, (top, left)
-
-
-def _collate(samples: list[dict[str, Any]], positions: Sequence[int]) -> TrainingBatch:
-    images, control = _stack(samples, "images"), _stack(samples, "control_images")
-    latents = _stack(samples, "latents", torch.float32)
-    has_sizes = "original_size" in samples[0]
-    return TrainingBatch(
-        captions=[sample["captions"] for sample in samples],
-        positions=torch.as_tensor(positions, dtype=torch.int64),
-        sample_ids=[sample["id"] for sample in samples],
-        latents=latents,
-        images=None if images is None else images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1),
-        pair_noise_seeds=torch.tensor([s["noise_seeds"] for s in samples])
-        if "noise_seeds" in samples[0]
-        else None,
-        original_sizes=torch.tensor([sample["original_size"] for sample in samples]) if has_sizes else None,
-        crops=torch.tensor([sample["crop"] for sample in samples]) if has_sizes else None,
-        control_images=None if control is None else control.permute(0, 3, 1, 2).float().div_(255),
-    )
-
-
-def _stack(samples: list[dict[str, Any]], content: str, dtype: torch.dtype = torch.uint8) -> Tensor | None:
-    if content not in samples[0]:
-        return None
-    shape = samples[0][content].shape
-    for sample in samples:
-        if sample[content].shape != shape:
-            raise BadSampleError(
-                f"One batch holds {content} of one size, but {samples[0]['id']} has {shape} and {sample['id']} has "
-                f"{sample[content].shape}; set data.resolution, or write shards of one size."
-            )
-    # Written where it stays: stacking first and converting then takes five times as long for latents of SDXL.
-    stacked = torch.empty((len(samples), *shape), dtype=dtype)
-    for row, sample in zip(stacked, samples, strict=True):
-        row.copy_(torch.from_numpy(sample[content]))
-    return stacked

@@ -4,14 +4,15 @@ A shard from elsewhere is untrusted input. Formats that can carry code (pickle, 
 no decoder here, so a member of that kind is never opened.
 """
 
-import io
 import json
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+
+from data.shards.images import UndecodableImageError, decode_pil, decode_pixels
 
 Bytes = bytes | memoryview
 
@@ -22,6 +23,9 @@ CONTROL_IMAGE_MEMBERS = ("cond.png", "cond.jpg", "cond.jpeg", "cond.webp")
 CAPTION_MEMBERS = ("txt", "text", "caption")
 JSON_MEMBER = "json"
 READABLE = (*IMAGE_MEMBERS, *CAPTION_MEMBERS, JSON_MEMBER, *CONTROL_IMAGE_MEMBERS, LATENT_MEMBER)
+
+MAX_TEXT_BYTES = 1 << 20
+"""Of a caption or a json member; one of more is no caption."""
 
 
 class BadSampleError(ValueError):
@@ -47,7 +51,7 @@ def decode(extension: str, content: Bytes, where: str) -> Any:
     if extension in CAPTION_MEMBERS:
         return decode_text(content, where)
     if extension in IMAGE_MEMBERS or extension in CONTROL_IMAGE_MEMBERS:
-        return np.asarray(decode_image(content, where))
+        return decode_array(content, where)
     if extension == JSON_MEMBER:
         return decode_json(content, where)
     raise BadSampleError(
@@ -73,6 +77,11 @@ def decode_latents(content: Bytes, where: str) -> NDArray[np.generic]:
         ) from error
     if latents.ndim != 3:
         raise BadSampleError(f"{where}: latents of one sample are (4, h, w), but these are {latents.shape}.")
+    # All bits of the exponent are set in infinity and NaN alone. Six times as fast as isfinite of float16.
+    bits = latents.view(np.int16 if latents.itemsize == 2 else np.int32)
+    exponent = 0x7C00 if latents.itemsize == 2 else 0x7F800000
+    if ((bits & exponent) == exponent).any():
+        raise BadSampleError(f"{where}: {LATENT_MEMBER} holds NaN or infinity.")
     return latents
 
 
@@ -91,8 +100,23 @@ def _latent_layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int, 
     )
 
 
+def latent_size(content: Bytes, where: str) -> tuple[int, int]:
+    """Height and width of latents, from the header alone.
+
+    Raises:
+        BadSampleError: as `decode_latents`.
+    """
+    try:
+        length = int.from_bytes(content[:8], "little")
+        _, (_, height, width), _, _ = _latent_layout(bytes(content[8 : 8 + length]))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise BadSampleError(f"{where}: {LATENT_MEMBER} has no header of latents ({error}).") from error
+    return height, width
+
+
 def decode_text(content: Bytes, where: str) -> str:
     """UTF-8 text without surrounding white space."""
+    _check_length(content, where)
     try:
         return str(content, "utf-8").strip()
     except UnicodeDecodeError as error:
@@ -103,9 +127,10 @@ def decode_text(content: Bytes, where: str) -> str:
 
 def decode_json(content: Bytes, where: str) -> dict[str, Any]:
     """A JSON object."""
+    _check_length(content, where)
     try:
         value = json.loads(bytes(content))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadSampleError(f"{where}: the json member cannot be parsed ({error}).") from error
     if not isinstance(value, dict):
         raise BadSampleError(
@@ -114,14 +139,25 @@ def decode_json(content: Bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def _check_length(content: Bytes, where: str) -> None:
+    if len(content) > MAX_TEXT_BYTES:
+        raise BadSampleError(
+            f"{where}: a text member has {len(content):,} bytes, more than {MAX_TEXT_BYTES:,} (MAX_TEXT_BYTES in "
+            "data/shards/decoders.py)."
+        )
+
+
 def decode_image(content: Bytes, where: str) -> Image.Image:
     """An RGB image, decoded to its last row; transparency is laid over white."""
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            opened.load()  # a JPEG that was cut short fails here rather than giving a grey lower half
-            image: Image.Image = opened
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decode_pil(content)
+    except UndecodableImageError as error:
+        raise BadSampleError(f"{where}: the image cannot be decoded ({error}).") from error
+
+
+def decode_array(content: Bytes, where: str) -> NDArray[np.uint8]:
+    """As `decode_image`, as (H, W, 3) uint8 and by the fastest decoder."""
+    try:
+        return decode_pixels(content)
+    except UndecodableImageError as error:
         raise BadSampleError(f"{where}: the image cannot be decoded ({error}).") from error

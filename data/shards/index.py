@@ -1,229 +1,91 @@
-"""The index of shards: for every sample its key, and for every member where it lies and how long it is.
-
-One pass over the headers of each tar, kept beside it as `<shard>.tar.index.npz`. The sidecar knows the size
-and the modification time of the tar that it describes and is rebuilt when they differ.
-"""
+"""The index of shards: one pass over the headers of each tar, kept as its sidecar."""
 
 import hashlib
-import logging
 import os
-import re
-import tempfile
-import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from glob import glob, has_magic
-from itertools import accumulate
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
+from data.shards.img2dataset import stated_samples
+from data.shards.locations import expand_braces, file_name, find_locations, find_shards, is_remote
+from data.shards.scan import SampleFault, ShardIndex, scan_members, scan_shard
+from data.shards.sidecar import SIDECAR_SUFFIX, Stamp, load_sidecar, save_sidecar, sidecar_path
+from data.shards.store import ShardStore
+from data.shards.tar_headers import BrokenShardError
 
-from data.shards.tar_headers import BrokenShardError, TarMember, tar_members
-
-_log = logging.getLogger(__name__)
-
-SIDECAR_VERSION = 1
-_BRACES = re.compile(r"\{([^{}]*)\}")
-_RANGE = re.compile(r"(\d+)\.\.(\d+)")
-# WebDataset's rule: the key ends at the first dot of the file's name; what follows says what the member is.
-_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """`a{00..02}b` and `{x,y}` as in a shell and in webdataset: numbers keep their leading zeros."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    numbers = _RANGE.fullmatch(match[1])
-    if numbers:
-        first, last = numbers[1], numbers[2]
-        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        choices = match[1].split(",")
-    before, after = pattern[: match.start()], pattern[match.end() :]
-    return [expanded for choice in choices for expanded in expand_braces(before + choice + after)]
+__all__ = [
+    "ShardIndex",
+    "ShardSet",
+    "expand_braces",
+    "find_shards",
+    "index_shard",
+    "scan_shard",
+    "sidecar_path",
+]
+_THREADS = 8  # sidecars are small files, which a network file system hands out one at a time
 
 
-def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """The tar files that a folder, a glob, a brace pattern, or a list of these names; sorted within each.
+def index_shard(
+    location: str | Path,
+    index_folder: str | Path | None = None,
+    store: ShardStore | None = None,
+    tolerant: bool = False,
+) -> ShardIndex:
+    """The index of one shard: its sidecar if that describes the file of now, otherwise scanned and saved.
 
-    Raises:
-        FileNotFoundError: if one of them names no file.
-    """
-    patterns = [shards] if isinstance(shards, str | Path) else list(shards)
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        for expanded in expand_braces(str(pattern)):
-            for path in _files_of(os.path.expanduser(expanded)):
-                found[path] = None
-    if not found:
-        raise FileNotFoundError(
-            "No shards were named: data.shards takes a folder, a glob, or a pattern like "
-            "'set/{00000..00009}.tar'."
-        )
-    return list(found)
-
-
-def _files_of(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        files = sorted(path.glob("*.tar"))
-        missing = f"The folder {path} holds no .tar file"
-    elif has_magic(pattern):
-        files = sorted(Path(name) for name in glob(pattern, recursive=True))
-        missing = f"No file matches '{pattern}'"
-    else:
-        files = [path] if path.is_file() else []
-        missing = f"There is no shard or folder '{path}'"
-    if not files:
-        raise FileNotFoundError(
-            f"{missing}; set data.shards to a folder of shards, a glob, or a pattern like "
-            f"'set/{{00000..00009}}.tar'."
-        )
-    return files
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the samples of one shard lie.
-
-    `offsets` and `sizes` are (samples, extensions), int64, in bytes; -1 where a sample has no such member.
-    """
-
-    path: Path
-    extensions: tuple[str, ...]
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-    keys: NDArray[np.uint8]
-    """All keys as UTF-8, one after another: strings of Python would take ten times the memory."""
-    key_ends: NDArray[np.int64]
-    fingerprint: str
-    """Of keys, members and sizes, not of time or folder: a copied shard keeps it."""
-
-    def __len__(self) -> int:
-        """Samples in this shard."""
-        return len(self.offsets)
-
-    def key(self, sample: int) -> str:
-        """The key of a sample."""
-        start = int(self.key_ends[sample - 1]) if sample else 0
-        return self.keys[start : int(self.key_ends[sample])].tobytes().decode("utf-8", "surrogateescape")
-
-    def column(self, extension: str) -> int | None:
-        """Where this extension stands in `offsets` and `sizes`, None if no sample has it."""
-        return self.extensions.index(extension) if extension in self.extensions else None
-
-
-def scan_shard(path: Path) -> ShardIndex:
-    """Index one tar by its headers.
+    Args:
+        location: path, URL or command.
+        index_folder: where the sidecar is kept if not beside the shard.
+        store: how remote shards are reached.
+        tolerant: give an index with `faults` rather than raise; the sidecar of a shard that is gone or was
+            cut since still says which samples there were.
 
     Raises:
-        BrokenShardError: if the tar is not whole, if members of a sample do not stand together, or if one
-            occurs twice.
+        BrokenShardError: unless tolerant, if something is wrong with the shard.
+        OSError: unless tolerant, if it cannot be read.
     """
-    samples: dict[str, dict[str, TarMember]] = {}
-    current = ""
-    for member in tar_members(path):
-        match = _KEY_AND_EXTENSION.fullmatch(member.name)
-        if match is None:
-            continue  # a name without a dot or beginning with one is no sample for webdataset either
-        key, extension = match[1], match[2].lower()
-        if key != current and key in samples:
-            raise BrokenShardError(
-                f"{path}: the members of '{key}' do not stand together; write the shard again, sorted by key."
-            )
-        current = key
-        members = samples.setdefault(key, {})
-        if extension in members:
-            raise BrokenShardError(
-                f"{path}: '{key}' has the member '{extension}' twice; write the shard again with unique keys."
-            )
-        members[extension] = member
-    return _build(path, samples)
-
-
-def _build(path: Path, samples: dict[str, dict[str, TarMember]]) -> ShardIndex:
-    extensions = tuple(sorted({extension for members in samples.values() for extension in members}))
-    offsets = np.full((len(samples), len(extensions)), -1, dtype=np.int64)
-    sizes = np.full_like(offsets, -1)
-    columns = {extension: column for column, extension in enumerate(extensions)}
-    for row, members in enumerate(samples.values()):
-        for extension, member in members.items():
-            offsets[row, columns[extension]], sizes[row, columns[extension]] = member.offset, member.size
-    encoded = [key.encode("utf-8", "surrogateescape") for key in samples]
-    keys = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-    key_ends = np.fromiter(accumulate(map(len, encoded)), dtype=np.int64, count=len(encoded))
-    digest = hashlib.blake2b("\0".join(extensions).encode(), digest_size=16)
-    for array in (offsets, sizes, keys, key_ends):
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return ShardIndex(path, extensions, offsets, sizes, keys, key_ends, digest.hexdigest())
-
-
-def sidecar_path(path: Path, index_folder: str | Path | None = None) -> Path:
-    """Where a shard's index is kept: beside it, or in `index_folder` under a name made from its full path."""
-    if index_folder is None:
-        return path.with_name(path.name + ".index.npz")
-    # The full path, since every data set calls its first shard 00000.tar.
-    name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
-    return Path(index_folder) / f"{path.stem}-{name}.index.npz"
-
-
-def index_shard(path: Path, index_folder: str | Path | None = None) -> ShardIndex:
-    """The index of one shard: its sidecar if that describes the file of now, otherwise scanned and saved."""
-    sidecar = sidecar_path(path, index_folder)
-    status = path.stat()
-    stamp = np.array([SIDECAR_VERSION, status.st_size, status.st_mtime_ns], dtype=np.int64)
-    loaded = _load_sidecar(sidecar, path, stamp)
-    if loaded is not None:
-        return loaded
-    index = scan_shard(path)
-    _save_sidecar(sidecar, index, stamp)
-    return index
-
-
-def _load_sidecar(sidecar: Path, path: Path, stamp: NDArray[np.int64]) -> ShardIndex | None:
+    location, store = str(location), store or ShardStore()
+    sidecar = sidecar_path(location, index_folder)
     try:
-        with np.load(sidecar, allow_pickle=False) as stored:
-            if not np.array_equal(stored["stamp"], stamp):
-                return None
-            return ShardIndex(
-                path=path,
-                extensions=tuple(stored["extensions"].tolist()),
-                offsets=stored["offsets"],
-                sizes=stored["sizes"],
-                keys=stored["keys"],
-                key_ends=stored["key_ends"],
-                fingerprint=str(stored["fingerprint"]),
-            )
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        return None  # absent, or cut short by a full disk: the tar is the truth
-
-
-def _save_sidecar(sidecar: Path, index: ShardIndex, stamp: NDArray[np.int64]) -> None:
-    try:
-        sidecar.parent.mkdir(parents=True, exist_ok=True)
-        # Through a name of its own, since several processes may index the same shard.
-        with tempfile.NamedTemporaryFile(dir=sidecar.parent, suffix=".partial", delete=False) as stream:
-            np.savez(
-                stream,
-                stamp=stamp,
-                extensions=np.array(index.extensions, dtype=np.str_),
-                offsets=index.offsets,
-                sizes=index.sizes,
-                keys=index.keys,
-                key_ends=index.key_ends,
-                fingerprint=np.array(index.fingerprint),
-            )
-        os.chmod(stream.name, 0o644)
-        os.replace(stream.name, sidecar)
+        stamp = store.stamp(location)
+        index = load_sidecar(sidecar, location, stamp)
+        if index is None:
+            index = _checked(scan_members(location, store.members(location)))
+            earlier = load_sidecar(sidecar, location, None) if index.faults else None
+            if tolerant and earlier is not None and len(earlier) > len(index):
+                return replace(earlier, faults=earlier.faults + index.faults)
+            save_sidecar(sidecar, index, stamp)
     except OSError as error:
-        _log.warning(
-            "The index of %s cannot be saved (%s), so every start scans the shard again; "
-            "set data.index_folder to a writable folder.",
-            index.path,
-            error,
-        )
+        if not tolerant:
+            raise
+        return _of_unreachable(location, sidecar, error)
+    return index if tolerant else index.require_whole()
+
+
+def save_index(index: ShardIndex, index_folder: str | Path | None, stamp: Stamp) -> None:
+    """Keep an index to which something was added."""
+    save_sidecar(sidecar_path(index.location, index_folder), index, stamp)
+
+
+def _checked(index: ShardIndex) -> ShardIndex:
+    """With a fault if img2dataset counted other samples than the tar holds: it was cut at a member's end, say."""
+    stated = stated_samples(index.location)
+    if stated is None or stated == len(index) or index.faults:
+        return index
+    reason = (
+        f"{index.location} holds {len(index)} samples, but its _stats.json counts {stated}; write or copy it "
+        "again, or remove that file if the shard was changed on purpose."
+    )
+    return replace(index, faults=(SampleFault("", reason),))
+
+
+def _of_unreachable(location: str, sidecar: Path, error: OSError) -> ShardIndex:
+    fault = SampleFault("", f"{location} cannot be read ({error}).")
+    known = load_sidecar(sidecar, location, None)
+    if known is not None:
+        return replace(known, faults=(*known.faults, fault))
+    return replace(scan_members(location, ()), faults=(fault,))
 
 
 @dataclass(frozen=True)
@@ -234,18 +96,27 @@ class ShardSet:
 
     @classmethod
     def open(
-        cls, shards: str | Path | Sequence[str | Path], index_folder: str | Path | None = None
+        cls,
+        shards: str | Path | Sequence[str | Path],
+        index_folder: str | Path | None = None,
+        store: ShardStore | None = None,
+        tolerant: bool = False,
     ) -> "ShardSet":
-        """Find and index shards.
+        """Find and index shards; arguments as of `index_shard`.
 
         Raises:
             FileNotFoundError: if there is none.
             BrokenShardError: if one is not a whole tar, or if none holds a sample.
         """
-        found = cls(tuple(index_shard(path, index_folder) for path in find_shards(shards)))
+        locations = find_locations(shards, gone=SIDECAR_SUFFIX if tolerant and index_folder is None else None)
+        with ThreadPoolExecutor(_THREADS if len(locations) > 1 else 1) as threads:
+            indexes = threads.map(
+                lambda location: index_shard(location, index_folder, store, tolerant), locations
+            )
+            found = cls(tuple(indexes))
         if not sum(found.sizes):
             raise BrokenShardError(
-                f"{len(found.shards)} shards were found, from {found.shards[0].path} on, but they hold no "
+                f"{len(found.shards)} shards were found, from {found.shards[0].location} on, but they hold no "
                 "sample."
             )
         return found
@@ -258,13 +129,20 @@ class ShardSet:
     @property
     def fingerprint(self) -> str:
         """Of all samples in their order, the same wherever the folder lies."""
-        return _digest(f"{shard.path.name} {shard.fingerprint}" for shard in self.shards)
+        return _digest(f"{file_name(shard.location)} {shard.fingerprint}" for shard in self.shards)
 
     def names(self) -> list[str]:
         """A unique name for each shard: its path without '.tar', below the folder that all have in common."""
-        paths = [shard.path.resolve() for shard in self.shards]
-        common = Path(os.path.commonpath([path.parent for path in paths]))
+        paths = [_unique_path(shard.location) for shard in self.shards]
+        common = os.path.commonpath([path.parent for path in paths])
         return [path.relative_to(common).with_suffix("").as_posix() for path in paths]
+
+
+def _unique_path(location: str) -> Path:
+    """Remote shards as if their URL were a path; of a command its whole text, in a form that can be a path."""
+    if not is_remote(location):
+        return Path(location).resolve()
+    return Path("/", *[part for part in location.replace("\0", "").split("/") if part not in ("", ".", "..")])
 
 
 def _digest(lines: Iterable[str]) -> str:

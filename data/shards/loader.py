@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data.shards.dataset import ShardDataset
+from data.shards.faults import UnreadableBatch
 from sdxs_lightning.batch import TrainingBatch
 
 
@@ -84,7 +85,7 @@ class ShardLoader:
         self._following_first = 0
         self._positions = RankPositions(batch_size, rank, world_size)
         self._options: dict[str, Any] = {"num_workers": num_workers, "pin_memory": pin_memory}
-        self._loader: DataLoader[TrainingBatch] | None = None
+        self._loader: DataLoader[TrainingBatch | UnreadableBatch] | None = None
 
     def __len__(self) -> int:
         """Batches in an epoch. What is left over begins the next one, so no sample is passed over."""
@@ -95,7 +96,10 @@ class ShardLoader:
         self._positions.current = self._next_pass(len(self))
         if self._loader is None:
             self._loader = self._open()
-        yield from self._loader
+        for batch in self._loader:
+            if isinstance(batch, UnreadableBatch):
+                raise batch.error
+            yield batch
 
     def close(self) -> None:
         """End the workers; another pass starts new ones."""
@@ -109,7 +113,7 @@ class ShardLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing, see `state_dict`."""
 
-    def _open(self) -> DataLoader[TrainingBatch]:
+    def _open(self) -> DataLoader[TrainingBatch | UnreadableBatch]:
         return DataLoader(
             self.dataset,
             batch_size=None,  # a list of positions is one item: the workers make whole batches

@@ -4,9 +4,11 @@ Nothing is stored and nothing is drawn from a stateful generator, so any rank an
 position, and a run continues from one integer. A position p counts every sample that the run consumed before
 it; with n samples it lies in epoch p // n at place p % n, and each epoch visits each sample exactly once.
 
-The shuffle is bounded: shards are permuted, cut into windows of K shards, and the samples of one window are
+The shuffle is bounded: shards are dealt into windows of at most K shards, and the samples of one window are
 permuted among themselves. Only K shards are open at a time; K at least the number of shards is a full
-shuffle.
+shuffle. Each window gets shards from everywhere in the written order (one of each run of as many shards as
+there are windows), so that a data set that was written sorted comes as mixed as 1 / K^1.5 allows; windows of
+shards drawn at random would leave a correlation of about 1 / sqrt(shards).
 """
 
 from collections import OrderedDict
@@ -21,8 +23,11 @@ Int64Array = NDArray[np.int64]
 _K = TypeVar("_K")
 _V = TypeVar("_V")
 
-ORDER_VERSION = 1
-"""Raised when the same seed starts to give another order: an older checkpoint then refuses to resume."""
+ORDER_VERSION = 2
+"""Raised when the same seed starts to give another order: an older checkpoint then refuses to resume.
+
+2: shards are dealt into windows rather than drawn. Where one window holds all shards, the order is that of 1.
+"""
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8  # even, so that halves of unequal width end where they began
@@ -136,6 +141,24 @@ class SampleOrder:
         """Samples in one epoch."""
         return self._total
 
+    @property
+    def version(self) -> int:
+        """The version of the order that began to order these shards as now."""
+        shards = np.count_nonzero(self._sizes)
+        return ORDER_VERSION if 0 < self.shuffle_window_shards < shards else 1
+
+    def replacement(self, sample: int, attempt: int) -> int:
+        """The sample that stands in for one that cannot be read, the same each time.
+
+        Any sample of the data set: neighbours of one that cannot be read often cannot be read either.
+
+        Args:
+            sample: its number.
+            attempt: 0 for the first choice, 1 where that cannot be read either, and so on.
+        """
+        step = 1 + key_of(self.seed, 2, sample, attempt) % max(1, self._total - 1)
+        return (sample + step) % self._total
+
     def samples_at(self, positions: Sequence[int] | Int64Array) -> Int64Array:
         """Sample numbers at the given positions.
 
@@ -178,14 +201,29 @@ class SampleOrder:
     def _epoch(self, epoch: int) -> _Epoch:
         if (found := self._epochs.get(epoch)) is None:
             shards = np.flatnonzero(self._sizes)  # a shard without samples would open a window of no length
-            window = self.shuffle_window_shards or len(shards)
+            windows = [shards]
             if self.shuffle_window_shards:
-                shards = shards[permute(np.arange(len(shards)), len(shards), key_of(self.seed, epoch, 0))]
+                windows = _deal(shards, self.shuffle_window_shards, key_of(self.seed, epoch, 0))
+            shards = np.concatenate(windows)
             sizes = self._sizes[shards]
             starts = np.cumsum(sizes) - sizes
-            found = _Epoch(shards, starts, np.append(starts[::window], self._total))
+            first = np.cumsum([0, *(len(window) for window in windows[:-1])])
+            found = _Epoch(shards, starts, np.append(starts[first], self._total))
             _remember(self._epochs, epoch, found)
         return found
+
+
+def _deal(shards: Int64Array, window: int, key: int) -> list[Int64Array]:
+    """Shards in windows of at most `window`, one of each run of consecutive shards to each window."""
+    count = -(-len(shards) // window)
+    if count == 1:
+        return [shards[permute(np.arange(len(shards)), len(shards), key)]]
+    dealt = np.full((window, count), -1, dtype=np.int64)
+    for run in range(-(-len(shards) // count)):
+        members = shards[run * count : (run + 1) * count]
+        # A last run that is too short for all windows goes to some of them.
+        dealt[run, permute(np.arange(len(members)), count, key_of(key, run))] = members
+    return [column[column >= 0] for column in dealt.T]
 
 
 def _remember(cache: OrderedDict[_K, _V], key: _K, value: _V, size: int = 4) -> None:

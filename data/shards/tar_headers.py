@@ -8,14 +8,24 @@ import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 _BLOCK = 512
 _REGULAR = frozenset(b"0\0" + b"7")  # '0', NUL of the old format, '7' contiguous
+_EXTENDED = frozenset(b"xgLK")  # pax for one member and for all, GNU's long name and long link
 _ZEROS = bytes(_BLOCK)
 
 
 class BrokenShardError(ValueError):
     """A shard that is not a whole, plain WebDataset tar."""
+
+
+class Bytes(Protocol):
+    """A file's bytes, cut out by slices: a mapping of a local one, ranged reads of a remote one."""
+
+    def __getitem__(self, part: slice, /) -> bytes:
+        """The bytes of a slice; fewer where the file ends."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +53,17 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     if size == 0:
         raise BrokenShardError(f"{path} is empty; write or copy the shard again.")
     with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield from _members(path, data, size)
+        yield from members_of(str(path), data, size)
 
 
-def _members(path: Path, data: mmap.mmap, total: int) -> Iterator[TarMember]:
+def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
+    """As `tar_members`, of bytes that lie anywhere.
+
+    Args:
+        path: for messages.
+        data: the file.
+        total: its length in bytes.
+    """
     at, overrides = 0, dict[str, str]()
     while True:
         header = data[at : at + _BLOCK]
@@ -59,27 +76,48 @@ def _members(path: Path, data: mmap.mmap, total: int) -> Iterator[TarMember]:
             return
         name, size, kind = _parse(path, header, at)
         start = at + _BLOCK
-        size = int(overrides.get("size", size))
-        name = overrides.get("path", name)
+        if kind not in _EXTENDED:
+            size, name = _overridden(path, at, size, name, overrides)
         if start + size > total:
             raise BrokenShardError(
                 f"{path} is truncated: '{name}' should end at byte {start + size}, but the file has {total}; "
                 "write or copy it again."
             )
-        if kind == ord("x"):
-            overrides = overrides | _pax_records(data[start : start + size])
-        elif kind == ord("L"):
-            overrides = overrides | {
-                "path": data[start : start + size].rstrip(b"\0").decode("utf-8", "surrogateescape")
-            }
-        elif kind != ord("g"):
+        if kind in _EXTENDED:
+            overrides = overrides | _extension(path, at, kind, data[start : start + size])
+        else:
             if kind in _REGULAR:
                 yield TarMember(name, start, size)
             overrides = {}
         at = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
-def _parse(path: Path, header: bytes, at: int) -> tuple[str, int, int]:
+def _overridden(path: str, at: int, size: int, name: str, overrides: dict[str, str]) -> tuple[int, str]:
+    if not overrides:
+        return size, name
+    stated = overrides.get("size", str(size))
+    if not stated.isascii() or not stated.isdigit():  # a negative size would lead back to this header
+        raise _no_header(path, at)
+    return int(stated), overrides.get("path", name)
+
+
+def _extension(path: str, at: int, kind: int, payload: bytes) -> dict[str, str]:
+    """What an extended header says of the member after it."""
+    if kind == ord("L"):
+        return {"path": payload.rstrip(b"\0").decode("utf-8", "surrogateescape")}
+    if kind == ord("K") or kind == ord("g"):
+        return {}
+    try:
+        return _pax_records(payload)
+    except ValueError:
+        raise _no_header(path, at) from None
+
+
+def _no_header(path: str, at: int, hint: str = "") -> BrokenShardError:
+    return BrokenShardError(f"{path} has no valid tar header at byte {at}{hint}; write or copy it again.")
+
+
+def _parse(path: str, header: bytes, at: int) -> tuple[str, int, int]:
     try:
         stated = int(header[148:156].strip(b" \0"), 8)
         # The checksum is taken with its own eight bytes as spaces.
@@ -90,15 +128,15 @@ def _parse(path: Path, header: bytes, at: int) -> tuple[str, int, int]:
             if header[124] & 0x80
             else int(header[124:136].strip(b" \0") or b"0", 8)
         )
+        if size < 0:
+            raise ValueError
     except ValueError:
         compressed = (
             " (it looks compressed; shards are plain .tar files)"
             if header[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7")
             else ""
         )
-        raise BrokenShardError(
-            f"{path} has no valid tar header at byte {at}{compressed}; write or copy it again."
-        ) from None
+        raise _no_header(path, at, compressed) from None
     name = header[:100].split(b"\0", 1)[0]
     if header[257:263] == b"ustar\0" and header[345]:
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
@@ -109,6 +147,8 @@ def _pax_records(payload: bytes) -> dict[str, str]:
     records, at = dict[str, str](), 0
     while at < len(payload):
         length = int(payload[at : payload.index(b" ", at)])
+        if length < 5:  # "5 a=\n" is the shortest; a length of 0 would be read for ever
+            raise ValueError
         field, _, value = payload[at : at + length].partition(b" ")[2].partition(b"=")
         records[field.decode()] = value.rstrip(b"\n").decode("utf-8", "surrogateescape")
         at += length

@@ -225,9 +225,7 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "00000.tar"
     path.write_bytes(path.read_bytes()[:2000])
     assert len(samples.batch([0])) == 1
-    with pytest.raises(
-        BrokenShardError, match=r"00000\.tar ends at byte 2000, before its sample '000000001' does"
-    ):
+    with pytest.raises(BrokenShardError, match=r"00000\.tar ends before its sample '000000001' does"):
         samples.batch([1])
 
 

@@ -4,6 +4,7 @@ import gzip
 import io
 import os
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from data.shards.index import (
     scan_shard,
     sidecar_path,
 )
-from data.shards.tar_headers import BrokenShardError, tar_members
+from data.shards.scan import scan_members
+from data.shards.tar_headers import BrokenShardError, TarMember, tar_members
 
 LONG = "folder/" + "n" * 120 + "/" + "k" * 130
 
@@ -101,13 +103,13 @@ def test_other_damage_is_refused(tmp_path: Path) -> None:
 def test_sidecar_is_used_and_rebuilt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tar(tmp_path / "s.tar", [("a.txt", b"1")])
     first = index_shard(path)
-    scans: list[Path] = []
+    scans: list[str] = []
 
-    def counted(scanned: Path) -> ShardIndex:
-        scans.append(scanned)
-        return scan_shard(scanned)
+    def counted(location: str, members: Iterable[TarMember]) -> ShardIndex:
+        scans.append(location)
+        return scan_members(location, members)
 
-    monkeypatch.setattr("data.shards.index.scan_shard", counted)
+    monkeypatch.setattr("data.shards.index.scan_members", counted)
     again = index_shard(path)
     assert not scans
     assert again.fingerprint == first.fingerprint and again.offsets.tolist() == first.offsets.tolist()

@@ -66,8 +66,15 @@ def test_seeds_differ() -> None:
 
 def test_the_order_of_this_version() -> None:
     """If this fails, ORDER_VERSION has to rise: checkpoints count on the order."""
+    order = SampleOrder([6, 5, 9], seed=7, shuffle_window_shards=3)
+    assert (
+        order.samples_at(range(20, 30)).tolist() == [14, 19, 1, 12, 18, 3, 9, 10, 15, 4]
+        and order.version == 1
+    )
     order = SampleOrder([6, 5, 9], seed=7, shuffle_window_shards=2)
-    assert order.samples_at(range(20, 30)).tolist() == [13, 0, 15, 2, 17, 12, 18, 14, 5, 16]
+    assert (
+        order.samples_at(range(20, 30)).tolist() == [10, 7, 8, 9, 6, 17, 4, 18, 16, 0] and order.version == 2
+    )
 
 
 def test_refuses() -> None:

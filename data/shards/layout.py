@@ -1,0 +1,87 @@
+"""From the index of a shard to rows of plain numbers: where to read what a batch holds."""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.shards.decoders import (
+    CAPTION_MEMBERS,
+    CONTROL_IMAGE_MEMBERS,
+    IMAGE_MEMBERS,
+    JSON_MEMBER,
+    LATENT_MEMBER,
+    BadSampleError,
+)
+from data.shards.scan import ShardIndex
+
+Content = Literal["latents", "images", "control_images", "noise_seeds", "sizes"]
+CONTENTS: tuple[str, ...] = get_args(Content)
+
+MEMBERS: dict[str, tuple[str, ...]] = {
+    "latents": (LATENT_MEMBER,),
+    "images": IMAGE_MEMBERS,
+    "control_images": CONTROL_IMAGE_MEMBERS,
+    "noise_seeds": (JSON_MEMBER,),
+    "sizes": (JSON_MEMBER,),
+    "captions": (*CAPTION_MEMBERS, JSON_MEMBER),
+}
+"""For each content the members that can hold it; the first that a sample has is read."""
+
+
+class Part(NamedTuple):
+    """What is read of each sample: a content, and the members that can hold it."""
+
+    content: str
+    members: tuple[str, ...]
+
+
+def member_columns(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
+    """(parts, samples): for each part the column of its member in the index, -1 where a sample has none."""
+    columns = np.full((len(parts), len(index)), -1, dtype=np.int64)
+    for column, part in zip(columns, parts, strict=True):
+        for extension in reversed(part.members):
+            if (found := index.column(extension)) is not None:
+                column[index.offsets[:, found] >= 0] = found
+    return columns
+
+
+def missing_member(index: ShardIndex, parts: Sequence[Part], row: int) -> BadSampleError:
+    """The error of a sample that lacks a part, or that the index found at fault."""
+    where = f"{index.location}, key '{index.key(row)}'"
+    for fault in index.faults:
+        if fault.key == index.key(row):
+            return BadSampleError(f"{where}: {fault.reason}")
+    columns = member_columns(index, parts)
+    part, column = next(
+        (part, column) for part, column in zip(parts, columns, strict=True) if column[row] < 0
+    )
+    what = "caption" if part.content == "captions" else f"member for '{part.content}'"
+    return BadSampleError(
+        f"{where}: there is no {what} ({', '.join(part.members)}) in this sample and in "
+        f"{int((column < 0).sum()) - 1} more of this shard; write them, or change data.contents."
+    )
+
+
+def incomplete_samples(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
+    """Rows of the samples that lack a part."""
+    return np.flatnonzero((member_columns(index, parts) < 0).any(axis=0))
+
+
+def sample_rows(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
+    """One row a sample: the span's start and length, then for each part where it begins in the span, its size, its column.
+
+    The start is -1 where a part is missing. One row costs 0.3 us to look up; the same numbers one by one from
+    the index cost five times as much.
+    """
+    columns = member_columns(index, parts)
+    if not index.extensions:  # no sample is whole
+        return np.full((len(index), 2 + 3 * len(parts)), -1, dtype=np.int64)
+    every = np.arange(len(index))
+    offsets, sizes = index.offsets[every, columns], index.sizes[every, columns]
+    starts = offsets.min(axis=0)
+    lengths = (offsets + sizes).max(axis=0) - starts
+    per_part = np.stack([offsets - starts, sizes, columns], axis=-1)  # (parts, samples, 3)
+    starts[(columns < 0).any(axis=0)] = -1
+    return np.column_stack([starts, lengths, *per_part])

@@ -1,0 +1,128 @@
+"""Where shards lie: folders, globs and braces of local files, URLs of anything fsspec knows, and commands.
+
+A location is a string: the path of a local file, a URL (`s3://`, `gs://`, `hf://`, `https://`, ...), or
+`pipe:` with a shell command that writes the tar to its standard output.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from glob import escape as glob_escape
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import fsspec
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_HOW = "set data.shards to a folder of shards, a glob, or a pattern like 'set/{00000..00009}.tar', local or as a URL"
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a{00..02}b` and `{x,y}` as in a shell and in webdataset: numbers keep their leading zeros."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    numbers = _RANGE.fullmatch(match[1])
+    if numbers:
+        first, last = numbers[1], numbers[2]
+        choices = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        choices = match[1].split(",")
+    before, after = pattern[: match.start()], pattern[match.end() :]
+    return [expanded for choice in choices for expanded in expand_braces(before + choice + after)]
+
+
+def is_pipe(location: str) -> bool:
+    """Whether this is a command whose output is the shard."""
+    return location.startswith("pipe:")
+
+
+def is_remote(location: str) -> bool:
+    """Whether this is a URL or a command rather than the path of a local file."""
+    return "://" in location or is_pipe(location)
+
+
+def file_name(location: str) -> str:
+    """The last part of a location, for messages and for names of samples."""
+    if is_pipe(location):
+        words = [word for word in location[5:].split() if word.endswith(".tar")]
+        return file_name(words[-1]) if words else "pipe"
+    path = urlsplit(location).path or urlsplit(location).netloc if is_remote(location) else location
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None = None) -> list[str]:
+    """The shards that folders, globs, brace patterns, URLs and commands name; sorted within each.
+
+    Args:
+        shards: what names them.
+        gone: ending of the sidecars of local shards; with it, a shard counts as long as its sidecar is there.
+
+    Raises:
+        FileNotFoundError: if one of them names no file. A URL without a glob is looked at when it is indexed.
+    """
+    patterns = [shards] if isinstance(shards, str | Path) else list(shards)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        for expanded in expand_braces(str(pattern)):
+            found |= dict.fromkeys(
+                _remote_files(expanded) if is_remote(expanded) else _local_files(expanded, gone)
+            )
+    if not found:
+        raise FileNotFoundError(
+            "No shards were named: data.shards takes a folder, a glob, or a pattern like "
+            "'set/{00000..00009}.tar'."
+        )
+    return list(found)
+
+
+def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
+    """As `find_locations`, for local files."""
+    return [Path(location) for location in find_locations(shards)]
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, and the file's path in it.
+
+    Raises:
+        ValueError: where fsspec has no such protocol, or the package for it is missing.
+    """
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"'{url}' cannot be read ({error}); install the package that fsspec names, or read the shard through "
+            "'pipe:' and a command."
+        ) from error
+    return system, path
+
+
+def _remote_files(pattern: str) -> list[str]:
+    if is_pipe(pattern) or not (has_magic(pattern) or pattern.endswith("/")):
+        return [pattern]
+    system, path = file_system(pattern)
+    names = system.glob(path.rstrip("/") + "/*.tar" if pattern.endswith("/") else path)
+    if not names:
+        raise FileNotFoundError(f"No file matches '{pattern}'; {_HOW}.")
+    return sorted(system.unstrip_protocol(name) for name in names)
+
+
+def _local_files(pattern: str, gone: str | None) -> list[str]:
+    path = Path(pattern := os.path.expanduser(pattern))
+    if path.is_dir():
+        pattern = f"{glob_escape(pattern)}/*.tar"
+        missing = f"The folder {path} holds no .tar file"
+    elif has_magic(pattern):
+        missing = f"No file matches '{pattern}'"
+    else:
+        pattern = glob_escape(pattern)
+        missing = f"There is no shard or folder '{path}'"
+    files = {str(Path(name)) for name in glob(pattern, recursive=True)}
+    if gone is not None:
+        files |= {str(Path(name)).removesuffix(gone) for name in glob(pattern + gone, recursive=True)}
+    if not files:
+        raise FileNotFoundError(f"{missing}; {_HOW}.")
+    return sorted(files)
