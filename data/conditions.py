@@ -53,7 +53,8 @@ class Canny:
 
     def __call__(self, image: Pixels) -> Pixels:
         """See `ImageCondition`."""
-        return _three(cv2.Canny(np.ascontiguousarray(image), self.low, self.high))
+        edges: Any = cv2.Canny(np.ascontiguousarray(image), self.low, self.high)
+        return _three(edges)
 
 
 class SoftEdge:

@@ -53,7 +53,8 @@ class Preparer:
             return LeftOut(key, "too elongated")
         fit = self._fit(size)
         name, content, image = self._pack(picture, sample.image, fit)
-        members = {name: content, "txt": caption} | self._control(sample, image, fit, size)
+        members: dict[str, bytes | str] = {name: content, "txt": caption}
+        members |= self._control(sample, image, fit, size)
         fields = {**sample.fields, **size_fields(sample.fields, size, fit)}
         return Prepared(key, members, fields, {PADDED: 1.0} if _is_padded(picture.image, fields) else {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from data.conditions import Canny, Depth, ImageCondition, Sketch, SoftEdge
@@ -9,7 +10,7 @@ from sdxs_lightning.errors import UserError
 
 NAMES = "canny, soft_edge, sketch, depth:MODEL, given:FOLDER"
 GIVEN = "given:"
-_PLAIN = {"canny": Canny, "soft_edge": SoftEdge, "sketch": Sketch}
+_PLAIN: dict[str, Callable[[], ImageCondition]] = {"canny": Canny, "soft_edge": SoftEdge, "sketch": Sketch}
 
 
 def open_condition(named: str, device: str = "cpu") -> ImageCondition:

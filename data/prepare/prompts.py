@@ -117,3 +117,21 @@ def open_prompts(named: str) -> Prompts:
     if path.is_file() and path.suffix != ".tar":
         return TextPrompts(path)
     return ShardPrompts(named)
+
+
+def grid_prompts(named: str, count: int) -> list[str]:
+    """Fixed prompts for pictures of a training's progress, spread evenly over all that there are.
+
+    Args:
+        named: as for `open_prompts`; a set of validation captions, say.
+        count: how many.
+
+    Raises:
+        UserError: where there are fewer.
+    """
+    prompts = open_prompts(named)
+    size = count if prompts.size is None else prompts.size
+    if size < count:
+        raise UserError(f"'{named}' holds {size} prompts, fewer than the {count} of the grid.")
+    # Not the first ones: shards are often sorted by where their captions come from.
+    return prompts.at([i * size // count for i in range(count)])
