@@ -218,10 +218,12 @@ def _deal(shards: Int64Array, window: int, key: int) -> list[Int64Array]:
     count = -(-len(shards) // window)
     if count == 1:
         return [shards[permute(np.arange(len(shards)), len(shards), key)]]
+    runs = -(-len(shards) // count)
+    lengths = np.full(runs, count)
+    # The run that is too short for all windows is the middle one, which moves their averages the least.
+    lengths[runs // 2] = len(shards) - count * (runs - 1)
     dealt = np.full((window, count), -1, dtype=np.int64)
-    for run in range(-(-len(shards) // count)):
-        members = shards[run * count : (run + 1) * count]
-        # A last run that is too short for all windows goes to some of them.
+    for run, members in enumerate(np.split(shards, np.cumsum(lengths)[:-1])):
         dealt[run, permute(np.arange(len(members)), count, key_of(key, run))] = members
     return [column[column >= 0] for column in dealt.T]
 

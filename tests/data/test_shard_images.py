@@ -1,0 +1,150 @@
+"""Decoding, resizing, and what is drawn for each visit."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from data.shards import images
+from data.shards.choices import Draw, draw
+from data.shards.datamodule import ShardDataModule
+from data.shards.decoders import decode
+from data.shards.images import Fitting, UndecodableImageError, decode_pixels, fast_jpeg_decoder, fit
+from data.shards.writer import ShardWriter
+
+
+def smooth(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
+    small = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return np.array(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def jpeg(pixels: NDArray[np.uint8], mode: str = "RGB", **options: Any) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, "JPEG", quality=90, **options)
+    return stream.getvalue()
+
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("RGB", {}),
+    ("RGB", {"subsampling": 0}),
+    ("RGB", {"progressive": True}),
+    ("L", {}),
+    ("CMYK", {}),
+]
+
+
+@pytest.mark.parametrize(("mode", "options"), CASES)
+def test_the_fast_decoder_gives_the_pixels_of_pil(mode: str, options: dict[str, Any]) -> None:
+    assert fast_jpeg_decoder() is not None
+    content = jpeg(smooth(70, 51), mode, **options)
+    with Image.open(io.BytesIO(content)) as opened:
+        expected = np.array(opened.convert("RGB"))
+    assert np.array_equal(decode_pixels(content), expected)
+    assert np.array_equal(decode("jpg", memoryview(content), "here"), expected)
+    for cut in [*range(0, len(content), 97), len(content) - 2, len(content) - 1]:
+        with pytest.raises(UndecodableImageError):
+            decode_pixels(content[:cut])
+
+
+def test_without_the_fast_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = jpeg(smooth(40, 40))
+    expected = decode_pixels(content)
+    monkeypatch.setattr(images, "fast_jpeg_decoder", lambda: None)
+    assert np.array_equal(images.decode_pixels(content), expected)
+
+
+def test_the_orientation_of_cameras_is_left_alone() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_pixels(jpeg(smooth(30, 50), exif=exif)).shape == (30, 50, 3)
+
+
+@pytest.mark.parametrize("size", [(60, 90), (40, 40), (20, 64), (99, 150)])
+def test_resizing_is_that_of_pil(size: tuple[int, int]) -> None:
+    pixels = smooth(120, 180)
+    fitted = fit(pixels, size, Fitting(), 0)
+    scale = max(size[0] / 120, size[1] / 180)
+    height, width = max(size[0], round(120 * scale)), max(size[1], round(180 * scale))
+    resized = Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    expected = np.array(resized)[top : top + size[0], left : left + size[1]]
+    assert fitted.pixels.shape == (*size, 3) and fitted.original_size == (120, 180)
+    assert fitted.crop == (top, left)
+    assert np.abs(fitted.pixels.astype(int) - expected.astype(int)).max() <= 1
+
+
+def test_random_crops_and_mirroring() -> None:
+    pixels = np.arange(40 * 60 * 3, dtype=np.uint32).reshape(40, 60, 3).astype(np.uint8)
+    pixels[..., 0] = np.arange(60)
+    fitting = Fitting(seed=4, random_crop=True, flip=True)
+    seen = [fit(pixels, (40, 40), fitting, position) for position in range(300)]
+    lefts = [fitted.crop[1] for fitted in seen]
+    assert {fitted.crop[0] for fitted in seen} == {0} and set(lefts) == set(range(21))
+    mirrored = [bool(fitted.pixels[0, 0, 0] > fitted.pixels[0, 1, 0]) for fitted in seen]
+    assert 110 < sum(mirrored) < 190
+    assert abs(np.corrcoef(lefts, mirrored)[0, 1]) < 0.2
+    for fitted, flipped in zip(seen, mirrored, strict=True):
+        # The crop counts in the picture as it was mirrored.
+        first = 59 - fitted.crop[1] if flipped else fitted.crop[1]
+        assert fitted.pixels[0, 0, 0] == first
+    again = fit(pixels, (40, 40), fitting, 7)
+    assert np.array_equal(again.pixels, seen[7].pixels) and again.crop == seen[7].crop
+    assert [fit(pixels, (40, 40), Fitting(5, True), p).crop for p in range(300)] != [f.crop for f in seen]
+
+
+def test_draws_are_uniform_and_apart() -> None:
+    drawn = np.array([[draw(1, position, what, 5) for what in Draw] for position in range(4000)])
+    for column in drawn.T:
+        counts = np.bincount(column, minlength=5)
+        assert ((counts - 800) ** 2 / 800).sum() < 18.5  # 4 degrees of freedom, p = 0.001
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(len(Draw))).max() < 0.06
+
+
+def test_one_of_several_captions(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path) as writer:
+        fields = {"caption": "web", "long": ["first", "second", " "]}
+        writer.write({"json": fields, "txt": "not this"})
+        writer.write({"json": {"caption": "only"}, "txt": "not this"})
+    data = ShardDataModule(
+        str(tmp_path), 2, contents=[], caption_fields=["caption", "long"], shuffle_window_shards=0
+    )
+    data.setup()
+    assert data.dataset is not None
+    captions = data.dataset.batch(range(600)).captions
+    counts = {caption: captions.count(caption) for caption in set(captions)}
+    assert counts.pop("only") == 300 and set(counts) == {"web", "first", "second"}
+    assert min(counts.values()) > 70
+    assert data.dataset.batch([8]).captions == [captions[8]]
+    bad = ShardDataModule(str(tmp_path), 2, contents=[], caption_fields=["nothing"])
+    bad.setup()
+    assert bad.dataset is not None
+    with pytest.raises(ValueError, match="the caption is empty"):
+        bad.dataset.batch([0])
+
+
+def test_a_control_image_is_cropped_as_its_picture(tmp_path: Path) -> None:
+    pixels = smooth(40, 70)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    with ShardWriter(tmp_path) as writer:
+        writer.write(
+            {"png": stream.getvalue(), "cond.png": stream.getvalue(), "json": json.dumps({"caption": "a"})}
+        )
+    data = ShardDataModule(
+        str(tmp_path), 1, contents=["images", "control_images"], resolution=32, crop="random", flip=True
+    )
+    data.setup()
+    assert data.dataset is not None
+    crops = set()
+    for position in range(20):
+        batch = data.dataset.batch([position])
+        assert batch.images is not None and batch.control_images is not None and batch.crops is not None
+        assert torch.allclose(batch.images / 2 + 0.5, batch.control_images, atol=1e-6)
+        crops.add(tuple(batch.crops[0].tolist()))
+    assert len(crops) > 8
