@@ -33,7 +33,7 @@ LONG_FILES = (
     "test_lora_distributed.py",
     "test_mixture.py",
     "test_prepare_pairs.py",
-    "test_plan.py",
+    "test_plan_command.py",
 )
 """Begun first, or at the end one worker would wait for the other: minutes, in few tests each."""
 

@@ -14,8 +14,8 @@ from sdxs_lightning.plan.weightless import META
 class BatchShape:
     """What a micro-batch holds, and how many of them share gradients."""
 
-    latents: tuple[int, int, int]
-    """(C, h, w)."""
+    latents: tuple[int, int, int] | None
+    """(C, h, w); None: the data yields images and no latents."""
     images: int | None = None
     """Side in pixels; None: the data yields no images."""
     accumulate: int = 1
@@ -23,12 +23,13 @@ class BatchShape:
 
     def make(self, size: int) -> TrainingBatch:
         """A batch of that size on the meta device."""
+        latents = None if self.latents is None else torch.empty(size, *self.latents, device=META)
         images = None if self.images is None else torch.empty(size, 3, self.images, self.images, device=META)
         return TrainingBatch(
             captions=[""] * size,
             positions=torch.empty(size, dtype=torch.int64, device=META),
             sample_ids=[str(i) for i in range(size)],
-            latents=torch.empty(size, *self.latents, device=META),
+            latents=latents,
             images=images,
             pair_noise_seeds=torch.empty(size, dtype=torch.int64, device=META),
             original_sizes=torch.empty(size, 2, dtype=torch.int64, device=META),

@@ -34,7 +34,7 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
         stage,
         read_hardware(trainer, config.get("plan_gpu_gb")),
         batch_size=data["batch_size"],
-        images="images" in (data.get("contents") or []),
+        contents=[*(data.get("contents") or ["latents"]), *(["images"] if data.get("images") else [])],
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         decodes=_callbacks_decode(trainer.get("callbacks")),
     )

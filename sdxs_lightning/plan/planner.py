@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,7 +28,7 @@ class Planner:
         stage: as constructed; it gets a family without weights, builds its networks, and goes to the meta device.
         hardware: the machine.
         batch_size: per device.
-        images: whether the data yields images.
+        contents: what the data yields besides captions, as in data.contents.
         accumulate: micro-batches per update, of a stage that leaves that to the Trainer.
         decodes: whether a callback decodes images, for which the VAE stays on the device.
 
@@ -41,7 +41,7 @@ class Planner:
         stage: LightningModule,
         hardware: Hardware,
         batch_size: int,
-        images: bool = False,
+        contents: Collection[str] = ("latents",),
         accumulate: int = 1,
         decodes: bool = False,
     ) -> None:
@@ -59,7 +59,8 @@ class Planner:
             for one in self.networks:
                 if one.role != "frozen":
                     one.module.to(hardware.weights)
-        self._images = self.family.resolution if images else None
+        self._images = self.family.resolution if "images" in contents else None
+        self._latents = None if self._images and "latents" not in contents else self.family.latent_shape()
 
     def plan(self, hardware: Hardware | None = None, accumulate: int | None = None) -> MemoryPlan:
         """The plan, as configured or with another machine or accumulation."""
@@ -69,7 +70,7 @@ class Planner:
             one.name: update_workspace(one, hardware.shards if one.sharded else 1) if hardware.on_gpu else 0
             for one in trained
         }
-        batch = BatchShape(self.family.latent_shape(), self._images, accumulate)
+        batch = BatchShape(self._latents, self._images, accumulate)
         with _gathered(self.networks, hardware):
             step = measure(self.stage, self.networks, hardware, batch, workspaces)
         networks = [*self.networks, *self._of_the_family()]

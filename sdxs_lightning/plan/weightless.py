@@ -14,7 +14,7 @@ from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import kl_folder, read_json, unet_config, vae_class
 from sdxs_lightning.families.sources import resolve_unet
-from sdxs_lightning.latents import unscale
+from sdxs_lightning.latents import scale, unscale
 
 META = torch.device("meta")
 
@@ -75,6 +75,12 @@ class WeightlessFamily:
         )
 
     @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> scaled latents (B, C, h, w), float32, without graph."""
+        assert isinstance(self.vae, AutoencoderKL)
+        return scale(self.vae.encode(images).latent_dist.mode(), self._family.scaling_factor)
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, without graph."""
         return self.decode_with_graph(latents)
@@ -101,7 +107,7 @@ class WeightlessFamily:
 
     @cached_property
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
-        """The VAE that `decode` uses, the base's `vae`; made when it is first asked for."""
+        """The VAE that `decode` and `encode` use, the base's `vae`; made when it is first asked for."""
         folder = self._family.folder / "vae"
         with META:
             vae = vae_class(folder).from_config(read_json(folder / "config.json"))

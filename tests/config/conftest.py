@@ -1,0 +1,39 @@
+"""Plans of a tiny distillation, made once for the tests of both plan files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdxs_lightning.plan.memory_plan import MemoryPlan
+from sdxs_lightning.plan.planner import Planner
+from tests.config.planned import ADAMW, hardware, without_weights
+from tests.training.tiny_distillation import distillation, save_base
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="session")
+def configs(folder: Path) -> dict[str, Path]:
+    """Tiny bases of both kinds without a weight."""
+    kinds = "sd-epsilon", "sdxl-epsilon"
+    return {
+        kind.partition("-")[0]: without_weights(save_base(kind, folder / "whole"), folder) for kind in kinds
+    }
+
+
+@pytest.fixture(scope="session")
+def planner(configs: dict[str, Path]) -> Planner:
+    """Of a distillation on one GPU whose gradients outlive a micro-batch."""
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "real_score_dtype": "bfloat16"}
+    return Planner(distillation(configs["sdxl"], optimizer=ADAMW, **settings), hardware(), 16)
+
+
+@pytest.fixture(scope="session")
+def planned(planner: Planner) -> MemoryPlan:
+    return planner.plan()
