@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import os
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -21,7 +23,12 @@ from data.shards.decoders import (
     decode_image,
 )
 from data.shards.index import ShardSet
+from data.shards.locations import is_remote
+from data.shards.store import ShardFile, ShardStore
 from sdxs_lightning.errors import UserError
+
+INDEX_FOLDER = Path.home() / ".cache" / "sdxs-lightning" / "shard-index"
+"""Indexes of remote shards."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -146,26 +153,36 @@ class ShardImages:
     """The images of WebDataset tars, in stored order, with their captions.
 
     Args:
-        shards: a folder, a glob or a brace pattern.
+        shards: a folder, a glob, a brace pattern, or a URL of one.
 
     Raises:
         UserError: for shards that are missing or broken, or a sample without an image.
     """
 
     def __init__(self, shards: str) -> None:
+        self._store = ShardStore()
+        self._open: dict[int, ShardFile] = {}
+        remote = INDEX_FOLDER if is_remote(shards) else None
         try:
-            self._shards = ShardSet.open(shards)
+            self._shards = ShardSet.open(shards, remote, self._store)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         self.formats = "+".join(
-            sorted({e for shard in self._shards.shards for e in shard.extensions if e in IMAGE_MEMBERS})
+            sorted(
+                {
+                    extension.replace("jpeg", "jpg")
+                    for shard in self._shards.shards
+                    for extension in shard.extensions
+                    if extension in IMAGE_MEMBERS
+                }
+            )
         )
         self.names = [
             f"{name}/{shard.key(row)}"
             for name, shard in zip(self._shards.names(), self._shards.shards, strict=True)
             for row in range(len(shard))
         ]
-        self._first = [sum(self._shards.sizes[:i]) for i in range(len(self._shards.sizes))]
+        self._ends = list(accumulate(self._shards.sizes))
 
     def read(self, number: int) -> Image.Image:
         """See ImageSource."""
@@ -197,25 +214,39 @@ class ShardImages:
 
     def stamp(self) -> str:
         """See ImageSource."""
-        paths = [shard.path for shard in self._shards.shards]
-        return _digest([str(path) for path in paths], [path.stat().st_mtime_ns for path in paths])
+        places = [shard.location for shard in self._shards.shards]
+        stamps = [self._store.stamp(place) for place in places]
+        return hashlib.sha256(repr(list(zip(places, stamps, strict=True))).encode()).hexdigest()[:16]
 
     def _member(self, number: int, wanted: Sequence[str]) -> tuple[str, bytes | None, str]:
         """Extension and content of the first of the wanted members that a sample has, and where it is."""
-        import bisect
-
-        shard_number = bisect.bisect_right(self._first, number) - 1
-        while not self._shards.sizes[shard_number]:  # an empty shard begins where the next one does
-            shard_number += 1
-        shard, row = self._shards.shards[shard_number], number - self._first[shard_number]
-        where = f"{shard.path}, key '{shard.key(row)}'"
+        shard_number = bisect.bisect_right(self._ends, number)
+        shard = self._shards.shards[shard_number]
+        row = number - (self._ends[shard_number] - len(shard))
+        where = f"{shard.location}, key '{shard.key(row)}'"
         for extension in wanted:
             column = shard.column(extension)
             if column is not None and shard.offsets[row, column] >= 0:
-                with open(shard.path, "rb") as file:
-                    file.seek(int(shard.offsets[row, column]))
-                    return extension, file.read(int(shard.sizes[row, column])), where
+                if shard_number not in self._open:  # one at a time: they are read in their order
+                    self._close()
+                    self._open[shard_number] = self._store.open(shard.location)
+                place = int(shard.offsets[row, column]), int(shard.sizes[row, column])
+                return extension, bytes(self._open[shard_number].read(*place)), where
         return "", None, where
+
+    def _close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __del__(self) -> None:
+        """Let go of the shard that is open."""
+        if hasattr(self, "_open"):
+            self._close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open shard, which another process cannot use."""
+        return self.__dict__ | {"_open": {}}
 
 
 def open_images(text: str) -> ImageSource:
@@ -224,6 +255,8 @@ def open_images(text: str) -> ImageSource:
     Raises:
         UserError: where there are no images.
     """
+    if is_remote(text):
+        return ShardImages(text)
     path = Path(text).expanduser()
     if path.suffix.lower() == ".zip":
         return _filled(ZipImages(path), text)
@@ -234,11 +267,6 @@ def open_images(text: str) -> ImageSource:
     if not path.exists():
         raise UserError(f"there is nothing at '{text}'; give a folder of images, a .zip file or .tar shards.")
     raise UserError(f"'{text}' is neither a folder of images nor a .zip file nor .tar shards.")
-
-
-def same_names(first: ImageSource, second: ImageSource) -> bool:
-    """Whether two sets name the same images."""
-    return list(first.names) == list(second.names)
 
 
 def _filled(source: FolderImages | ZipImages, text: str) -> ImageSource:

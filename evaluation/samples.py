@@ -10,9 +10,11 @@ from typing import Any, Literal, Protocol, cast
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers.utils import logging as transformers_logging
 
 from data.toy.world import Split
 from evaluation.generate import RealImages
@@ -138,9 +140,9 @@ class ModelSamples:
             UserError: if there is none in the folder, or if it makes images of no such size.
         """
         self.check()
-        pipeline = DiffusionPipeline.from_pretrained(self.model, torch_dtype=DTYPES[self.precision]).to(
-            device
-        )
+        for library in (diffusers_logging, transformers_logging):
+            library.disable_progress_bar()  # of files; they tear the command's own progress apart
+        pipeline = DiffusionPipeline.from_pretrained(self.model).to(device, DTYPES[self.precision])
         pipeline.set_progress_bar_config(disable=True)
         if self.image_px is not None and self.image_px % pipeline.vae_scale_factor:
             raise UserError(f"--image_px {self.image_px} is no multiple of {pipeline.vae_scale_factor}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -221,7 +222,7 @@ def write_set(folder: Path, count: int = 5) -> None:
         (folder / f"{i:03d}.txt").write_text(f"caption {i}")
 
 
-def test_folder_zip_and_shards_are_the_same_images(tmp_path: Path) -> None:
+def test_folder_zip_and_shards_are_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path / "set")
     with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
         for path in (tmp_path / "set").iterdir():
@@ -231,7 +232,9 @@ def test_folder_zip_and_shards_are_the_same_images(tmp_path: Path) -> None:
             content = (tmp_path / "set" / f"{i:03d}.png").read_bytes()
             writer.write({"png": content, "txt": f"caption {i}"}, f"{i:03d}")
     sources = [open_images(str(tmp_path / name)) for name in ("set", "set.zip", "shards")]
-    for source in sources:
+    monkeypatch.setattr("evaluation.image_sources.INDEX_FOLDER", tmp_path / "index")
+    remote = open_images(f"file://{tmp_path}/shards/{{00000..00002}}.tar")
+    for source in (*sources, remote, pickle.loads(pickle.dumps(remote))):
         assert len(source.names) == 5
         assert source.formats == "png"
         for number in (4, 0, 2):
