@@ -81,14 +81,16 @@ class FeatureSetMetric(SampledMetric):
         if dist.get_rank(self.process_group) == 0:
             for row, each in enumerate(self._between()):
                 cells = (each.value, each.samples, each.low, each.high, each.infinity)
-                table[row] = torch.tensor([blank if cell is None else float(cell) for cell in cells])
+                filled = [blank if cell is None else float(cell) for cell in cells]
+                table[row] = torch.tensor(filled, dtype=torch.float64)
         table = table.to(collective_device(self.device, self.process_group))
         world = self.process_group or dist.group.WORLD
         dist.broadcast(table, src=dist.get_global_rank(world, 0), group=self.process_group)
         return {name: _estimate(row) for name, row in zip(self.names, table.tolist(), strict=True)}
 
-    def _exchange(self, side: str, rows: Tensor, ids: Tensor, group: Any | None) -> None:
+    def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
         """The first rank gets every row."""
+        rows, ids = (each[kept] for each in self.rows_of(side))
         count = torch.tensor([[len(rows)]])
         self._counts[side] = int(torch.cat(all_gather_rows(count, self.device, group)).sum())
         setattr(self, f"{side}_rows", [gather_rows(rows, self.device, group)])

@@ -142,10 +142,11 @@ class FrechetDistance(SampledMetric):
         return self.features(images_uint8)
 
     def _keep(self, side: str, rows: Tensor, ids: Tensor | None) -> None:
-        """Features without ids only enter the sums: they can be no duplicates, and need no memory."""
+        """All features enter the sums; those without ids can be no duplicates, and need not be kept."""
+        for state, value in zip(self._sums(side), self._sums_of(rows), strict=True):
+            state += value
         if ids is not None:
-            return super()._keep(side, rows, ids)
-        return self._add_to_sums(side, rows)
+            super()._keep(side, rows, ids)
 
     def statistics(self, real: bool = False) -> FeatureStatistics:
         """Mean and covariance of one side, over this rank's images (over all ranks' inside `compute`).
@@ -156,7 +157,7 @@ class FrechetDistance(SampledMetric):
         if real and self.reference is not None:
             return self.reference
         side = "real" if real else "fake"
-        sums, rows = self._totals(side), self.rows_of(side)[0]
+        sums, rows = self._sums(side), self.rows_of(side)[0]
         count = int(sums.count)
         if count < 2:
             raise ValueError(f"FID needs at least 2 {side} images, got {count}")
@@ -183,7 +184,7 @@ class FrechetDistance(SampledMetric):
     def _left_out(self, real: FeatureStatistics) -> list[float]:
         """The distance without each group of fake images; the ranks share the groups."""
         rows, ids = self.rows_of("fake")
-        totals, groups = self._totals("fake"), group_of(ids)
+        totals, groups = self._sums("fake"), group_of(ids)
         members = self.process_group
         rank, ranks = (dist.get_rank(members), dist.get_world_size(members)) if self._is_synced else (0, 1)
         distances = torch.zeros(GROUPS, dtype=torch.float64)
@@ -194,7 +195,7 @@ class FrechetDistance(SampledMetric):
                     left = FeatureStatistics.from_features(rows[groups != group].to(self.device))
                     distances[group] = _between(left, real)
                 continue
-            part = sums_of(rows[groups == group], self.dimensions, self.device)
+            part = self._sums_of(rows[groups == group])
             if ranks > 1:
                 part = _reduced(part, group % ranks, members)
             if own:
@@ -220,36 +221,30 @@ class FrechetDistance(SampledMetric):
     def _sums(self, side: str) -> Sums:
         return Sums(*(getattr(self, f"{side}_{part}") for part in ("count", "sum", "outer")))
 
-    def _add_to_sums(self, side: str, rows: Tensor) -> None:
-        if len(rows) > 0:
-            more = sums_of(rows, self.dimensions, self.device)
-            for state, value in zip(self._sums(side), more, strict=True):
-                state += value
-
-    def _totals(self, side: str) -> Sums:
-        """Of all images: after the exchange the states hold them, before it the kept rows are not among the sums."""
-        sums, rows = self._sums(side), self.rows_of(side)[0]
-        if self._is_synced or len(rows) == 0:
-            return sums
-        return Sums(*(a + b for a, b in zip(sums, sums_of(rows, self.dimensions, self.device), strict=True)))
+    def _sums_of(self, rows: Tensor) -> Sums:
+        return sums_of(rows, self.dimensions, self.device)
 
     def _kept(self, side: str) -> int:
         """How many images have their features kept, on all ranks."""
         return self._kept_on_ranks[side] if self._is_synced else len(self.rows_of(side)[0])
 
-    def _exchange(self, side: str, rows: Tensor, ids: Tensor, group: Any | None) -> None:
+    def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
         """Add the sums up over the ranks, in place: `unsync` restores the states from torchmetrics' copy."""
-        self._add_to_sums(side, rows)
+        rows, ids = self.rows_of(side)
         sums = self._sums(side)
-        for state in sums:
-            dist.all_reduce(state, group=group)
-        kept = torch.tensor([[len(rows)]])
-        self._kept_on_ranks[side] = int(torch.cat(all_gather_rows(kept, self.device, group)).sum())
+        if not bool(kept.all()):
+            for state, value in zip(sums, self._sums_of(rows[~kept]), strict=True):
+                state -= value
+        dist.all_reduce(sums.count, group=group)
+        dist.all_reduce(sums.total, group=group)
+        all_reduce_symmetric(sums.outer, group)
+        many = torch.tensor([[int(kept.sum())]])
+        self._kept_on_ranks[side] = int(torch.cat(all_gather_rows(many, self.device, group)).sum())
         if self._kept_on_ranks[side] == int(sums.count) <= self.dimensions:
-            super()._exchange(side, rows, ids, group)
+            super()._exchange(side, kept, group)
         else:
-            setattr(self, f"{side}_rows", [rows])
-            setattr(self, f"{side}_ids", [ids])
+            setattr(self, f"{side}_rows", [rows[kept]])
+            setattr(self, f"{side}_ids", [ids[kept]])
 
 
 def sums_of(features: Tensor, dimensions: int, device: torch.device, chunk: int = 4096) -> Sums:
@@ -261,6 +256,20 @@ def sums_of(features: Tensor, dimensions: int, device: torch.device, chunk: int 
         total += part.sum(0)
         outer.addmm_(part.T, part)
     return Sums(torch.tensor(len(features), device=device), total, outer)
+
+
+def all_reduce_symmetric(matrix: Tensor, group: Any | None = None, parts: int = 8) -> None:
+    """Sum of a symmetric (d, d) matrix over the ranks, in place; a band of rows at a time, right of the diagonal.
+
+    Nearly half of the bytes need not be sent, and gloo's copies are those of a band.
+    """
+    height = -(-len(matrix) // parts)
+    for start in range(0, len(matrix), height):
+        end = min(start + height, len(matrix))
+        band = matrix[start:end, start:].contiguous()
+        dist.all_reduce(band, group=group)
+        matrix[start:end, start:] = band
+        matrix[end:, start:end] = band[:, end - start :].T
 
 
 def _reduced(sums: Sums, rank: int, group: Any | None) -> Sums:

@@ -96,12 +96,20 @@ class SampledMetric(Metric):
             )
         self._computed = None  # what torchmetrics remembers between updates
         self._update_count += 1
-        self._keep(side, rows.detach().to(self.row_dtype), None if sample_ids is None else ids)
+        rows = rows.detach().to(self.row_dtype)
+        if sample_ids is None:
+            return self._keep(side, rows, None)
+        new = first_positions(ids)
+        for known in getattr(self, f"{side}_ids"):  # one tensor, or none
+            new &= ~torch.isin(ids, known.cpu())
+        return self._keep(side, rows[new.to(rows.device)], ids[new].long())
 
     def _keep(self, side: str, rows: Tensor, ids: Tensor | None) -> None:
         """Keep rows (B, k) with their ids (B,); None where the images have none."""
         getattr(self, f"{side}_rows").append(rows.cpu())
-        getattr(self, f"{side}_ids").append(torch.full((len(rows),), NO_ID) if ids is None else ids.long())
+        ids = torch.full((len(rows),), NO_ID) if ids is None else ids
+        before = getattr(self, f"{side}_ids")
+        setattr(self, f"{side}_ids", [torch.cat([*before, ids.to(before[0].device)]) if before else ids])
 
     @property
     def title(self) -> str:
@@ -109,14 +117,13 @@ class SampledMetric(Metric):
         return self.names[0] if self.names else type(self).__name__
 
     def rows_of(self, side: str) -> tuple[Tensor, Tensor]:
-        """Rows (n, k) and ids (n,) of one side, without duplicates, in the order of the ids."""
+        """Rows (n, k) and ids (n,) of one side, in the order of the ids."""
         parts = getattr(self, f"{side}_rows")
         if not parts:
             return torch.zeros(0, 0, dtype=self.row_dtype), torch.zeros(0, dtype=torch.int64)
         rows = torch.cat([part.cpu() for part in parts])
         ids = torch.cat([part.cpu() for part in getattr(self, f"{side}_ids")])
         order = ids.argsort(stable=True)
-        order = order[first_positions(ids[order])]
         return rows[order], ids[order]
 
     def estimates(self) -> dict[str, Estimate]:
@@ -134,12 +141,11 @@ class SampledMetric(Metric):
         """Leave each row on one rank only, then let the subclass bring together what it needs."""
         group = process_group or self.process_group
         for side in self.sides:
-            rows, ids = self.rows_of(side)
-            kept = own_share(ids, self.device, group)
-            self._exchange(side, rows[kept], ids[kept], group)
+            self._exchange(side, own_share(self.rows_of(side)[1], self.device, group), group)
 
-    def _exchange(self, side: str, rows: Tensor, ids: Tensor, group: Any | None) -> None:
-        """Every rank gets every row: for rows of a few numbers."""
+    def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
+        """Bring together the rows (of `rows_of`) that count: every rank gets every row, as is right for a few numbers each."""
+        rows, ids = (each[kept] for each in self.rows_of(side))
         both = [torch.cat(all_gather_rows(each, self.device, group)) for each in (rows, ids.unsqueeze(1))]
         setattr(self, f"{side}_rows", [both[0]])
         setattr(self, f"{side}_ids", [both[1].squeeze(1)])

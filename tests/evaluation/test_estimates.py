@@ -1,0 +1,83 @@
+"""Intervals and extrapolation to infinitely many images, against worlds whose numbers are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from evaluation.estimates import GROUPS, group_of, jackknife, mean_estimate
+from evaluation.frechet import FeatureStatistics, FrechetDistance, frechet_distance
+
+DIMENSIONS = 16
+
+
+def gaussian(count: int, seed: int) -> torch.Tensor:
+    """Features of mean 0.2 and deviation 1.2, as a generator's would be."""
+    generator = torch.Generator().manual_seed(seed)
+    return 0.2 + 1.2 * torch.randn(count, DIMENSIONS, generator=generator)
+
+
+REAL = FeatureStatistics(torch.zeros(DIMENSIONS), torch.eye(DIMENSIONS).double(), 10**6)
+TRUTH = DIMENSIONS * (0.2**2 + 0.2**2)
+"""|mu|^2 + sum (sigma - 1)^2."""
+
+
+def test_intervals_cover_what_other_images_would_give_and_infinity_is_the_truth() -> None:
+    trials, covered, values, infinities = 40, 0, [], []
+    for seed in range(trials):
+        metric = FrechetDistance(lambda images: images, DIMENSIONS, REAL)
+        metric.add(gaussian(400, seed), range(400))
+        found = metric.estimates()["fid"]
+        assert found.low is not None and found.high is not None and found.infinity is not None
+        assert found.samples == 400
+        values.append(found.value)
+        infinities.append(found.infinity)
+        # The interval, moved to the extrapolated value, is to hold the truth 95 times in 100.
+        covered += abs(found.infinity - TRUTH) < found.high - found.value
+    mean, extrapolated = sum(values) / trials, sum(infinities) / trials
+    bias = mean - TRUTH
+    assert bias > 0.1 * TRUTH  # 400 images are too few: FID reads too large
+    assert abs(extrapolated - TRUTH) < 0.15 * bias
+    assert 0.85 <= covered / trials <= 1.0
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    groups = torch.arange(1000) % GROUPS
+    left_out = [float(values[groups != group].mean()) for group in range(GROUPS)]
+    found, direct = jackknife(float(values.mean()), left_out, 1000), mean_estimate(values)
+    assert found.infinity == pytest.approx(float(values.mean()), abs=1e-12)  # a mean has no bias
+    assert found.low is not None and direct.low is not None
+    assert found.value - found.low == pytest.approx(direct.value - direct.low, rel=0.5)
+
+
+def test_the_jackknife_removes_a_bias_of_one_over_n() -> None:
+    # The mean square deviation of n numbers is too small by 1/n, the textbook's case.
+    values = torch.randn(GROUPS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    left_out = [float(values[torch.arange(GROUPS) != one].var(correction=0)) for one in range(GROUPS)]
+    found = jackknife(float(values.var(correction=0)), left_out, GROUPS)
+    assert found.infinity == pytest.approx(float(values.var()), rel=1e-12)
+
+
+def test_mean_of_one_image_has_no_interval() -> None:
+    one = mean_estimate(torch.tensor([0.5]))
+    assert one.as_dict() == {"value": 0.5, "samples": 1}
+    two = mean_estimate(torch.tensor([0.0, 1.0]))
+    assert two.low == pytest.approx(0.5 - 1.96 * 0.5**0.5 / 2**0.5)
+
+
+def test_groups_are_of_about_one_size_and_do_not_follow_the_ids() -> None:
+    groups = group_of(torch.arange(5000))
+    assert int(groups.bincount(minlength=GROUPS).min()) > 400
+    neighbours = (groups[1:] == groups[:-1]).double().mean()
+    assert float(neighbours) < 0.3
+
+
+def test_fewer_images_than_dimensions_by_either_route() -> None:
+    features, other = gaussian(10, 0).double(), gaussian(12, 1).double()
+    a, b = FeatureStatistics.from_features(features), FeatureStatistics.from_features(other)
+    assert a.root is not None and b.root is not None
+    by_roots = frechet_distance(a.mean, a.covariance, b.mean, b.covariance, a.root, b.root)
+    by_eigenvalues = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+    assert by_roots == pytest.approx(by_eigenvalues, rel=1e-10)
+    torch.testing.assert_close(a.root @ a.root.T, a.covariance)

@@ -1,0 +1,200 @@
+"""Metrics on features: against other implementations, without duplicates, whatever the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from evaluation.feature_sets import FeatureSetMetric
+from evaluation.features import CentreCrop
+from evaluation.frechet import FrechetDistance
+from evaluation.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
+from evaluation.per_image import PerImageMetric
+from evaluation.precision_recall import PrecisionRecall
+from evaluation.prompt_diversity import PromptDiversity
+from evaluation.sampled import SampledMetric
+
+
+class Pixels:
+    """A feature network: the pixels of a 2x2 image."""
+
+    name = "pixels"
+    dimensions = 12
+
+    def __call__(self, images_uint8: Tensor) -> Tensor:
+        return images_uint8.flatten(1).float()
+
+    def identity(self) -> dict[str, str]:
+        return {"network": "pixels"}
+
+
+class Brightness(PerImageMetric):
+    names = ("brightness",)
+
+    def measure(self, images_uint8: Tensor, captions: Any = None) -> Tensor:
+        return images_uint8.double().mean((1, 2, 3)).unsqueeze(1)
+
+
+PIXELS = Pixels()
+BUILDERS: dict[str, Callable[[], SampledMetric]] = {
+    "fid": lambda: FrechetDistance(PIXELS),
+    "kid": lambda: KernelDistance(PIXELS, subsets=5, subset_size=20),
+    "cmmd": lambda: MaximumMeanDiscrepancy(PIXELS, sigma=200.0),
+    "precision": lambda: PrecisionRecall(PIXELS),
+}
+
+
+def images(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    dark = torch.linspace(150, 256, 12).view(3, 2, 2) if seed else torch.full((3, 2, 2), 256)
+    return (torch.rand(count, 3, 2, 2, generator=generator) * dark).floor().to(torch.uint8)
+
+
+def number(metric: SampledMetric) -> list[float]:
+    found = metric.compute()
+    return [float(each) for each in (found.values() if isinstance(found, dict) else [found])]
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_batches_order_and_duplicates_do_not_matter(name: str) -> None:
+    fake, real = images(60, 1), images(80, 0)
+    plain, jumbled = BUILDERS[name](), BUILDERS[name]()
+    plain.update(fake, sample_ids=range(60))
+    plain.update(real, sample_ids=range(80), real=True)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    for part in order.split(7):
+        jumbled.update(fake[part], sample_ids=part)
+    jumbled.update(fake[:0], sample_ids=[])
+    jumbled.update(fake[10:25], sample_ids=range(10, 25))  # as the padding of a sampler would
+    jumbled.update(real[40:], sample_ids=range(40, 80), real=True)
+    jumbled.update(real[:50], sample_ids=range(50), real=True)
+    assert number(jumbled) == pytest.approx(number(plain), rel=1e-12)
+    for ours, theirs in zip(jumbled.estimates().values(), plain.estimates().values(), strict=True):
+        assert ours.samples == theirs.samples
+        assert ours.as_dict() == pytest.approx(theirs.as_dict(), rel=1e-9)
+
+
+def test_without_ids_every_image_counts() -> None:
+    metric = Brightness()
+    metric.update(images(3, 0))
+    metric.update(images(3, 0))
+    assert metric.count == 6
+    assert metric.estimates()["brightness"].value == pytest.approx(float(images(3, 0).double().mean()))
+    with_ids = Brightness()
+    with_ids.update(images(3, 0), sample_ids=[0, 1, 2])
+    with_ids.update(images(3, 0), sample_ids=[0, 1, 2])
+    assert with_ids.count == 3
+
+
+def test_kept_features_and_sums_give_the_same_distance() -> None:
+    kept, summed = FrechetDistance(PIXELS), FrechetDistance(PIXELS)
+    for seed, real in ((1, False), (0, True)):
+        kept.update(images(50, seed), sample_ids=range(50), real=real)
+        summed.update(images(50, seed), real=real)
+    assert number(kept) == pytest.approx(number(summed), rel=1e-10)
+    assert kept.estimates()["fid"].infinity is not None
+    assert summed.estimates()["fid"].as_dict().keys() == {"value", "samples"}
+
+
+def test_a_few_images_are_exact_and_never_complex() -> None:
+    features_1, features_2 = torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(0)).double()
+    metric = FrechetDistance(lambda rows: rows, 40)
+    metric.add(features_1.float(), range(7))
+    metric.add(features_2.float(), range(7), real=True)
+    centred = [side.float().double() - side.float().double().mean(0) for side in (features_1, features_2)]
+    nuclear = torch.linalg.svdvals(centred[0] @ centred[1].T).sum() / 6
+    spread = sum(side.square().sum() / 6 for side in centred) - 2 * nuclear
+    shift = (features_1.float().double().mean(0) - features_2.float().double().mean(0)).square().sum()
+    assert number(metric)[0] == pytest.approx(float(shift + spread), rel=1e-12)
+
+
+def test_kid_is_torch_fidelitys() -> None:
+    fake, real = torch.randn(2, 300, 24, generator=torch.Generator().manual_seed(0))
+    real = 1.1 * real + 0.1
+    metric = KernelDistance(PIXELS, reference=real, subsets=10, subset_size=100)
+    metric.add(fake)
+    expected = kid_features_to_metric(
+        fake.double(), real.double(), kid_subsets=10, kid_subset_size=100, verbose=False, rng_seed=2020
+    )
+    assert number(metric)[0] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
+    found = metric.estimates()["kid"]
+    assert found.low is not None and found.low < found.value
+
+
+def test_precision_and_recall_are_torch_fidelitys_and_not_swapped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(200, 4, generator=generator)
+    fake = 0.3 * torch.randn(150, 4, generator=generator)  # true to the middle, blind to the rest
+    metric = PrecisionRecall(PIXELS, reference=real)
+    metric.add(fake)
+    found = {name: estimate.value for name, estimate in metric.estimates().items()}
+    expected = prc_features_to_metric(fake, real, verbose=False, save_cpu_ram=True)
+    assert found["precision"] == pytest.approx(expected["precision"], abs=1e-6)
+    assert found["recall"] == pytest.approx(expected["recall"], abs=1e-6)
+    assert found["precision"] > 0.9 > 0.6 > found["recall"]
+
+
+def test_cmmd_is_the_mean_over_all_pairs() -> None:
+    fake, real = torch.randn(2, 30, 6, generator=torch.Generator().manual_seed(0))
+    metric = MaximumMeanDiscrepancy(PIXELS, reference=real)
+    metric.add(fake)
+
+    def kernel(x: Tensor, y: Tensor) -> float:
+        pairs = [(a - b).square().sum() for a in x.double() for b in y.double()]
+        return float(torch.exp(-torch.stack(pairs) / 200).mean())
+
+    expected = 1000 * (kernel(fake, fake) + kernel(real, real) - 2 * kernel(fake, real))
+    assert number(metric)[0] == pytest.approx(expected, rel=1e-9)
+
+
+def test_diversity_is_the_mean_distance_of_pairs_of_a_prompt() -> None:
+    metric = PromptDiversity(PIXELS, samples_per_prompt=3)
+    pictures = images(6, 0)
+    metric.update(pictures, sample_ids=range(6))
+    unit = torch.nn.functional.normalize(PIXELS(pictures).double())
+    pairs = [(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)]
+    expected = sum(float((unit[i] - unit[j]).norm()) for i, j in pairs) / 6
+    assert number(metric)[0] == pytest.approx(expected, rel=1e-6)
+    metric.update(pictures[:1], sample_ids=[6])
+    with pytest.raises(ValueError, match=r"needs 3 images of every prompt, found between 1 and 3"):
+        metric.compute()
+
+
+def test_patches_are_the_middle_at_full_resolution() -> None:
+    whole = torch.zeros(1, 3, 5, 6, dtype=torch.uint8)
+    whole[..., 2:4, 2:4] = 9
+    crop = CentreCrop(PIXELS, px=2)
+    assert torch.equal(crop(whole), torch.full((1, 12), 9.0))
+    assert crop.identity() == {"network": "pixels", "crop": "centre 2"}
+    with pytest.raises(ValueError, match="crops 2 x 2 pixels out of each image, but these have 1 x 6"):
+        crop(whole[..., :1, :])
+
+
+def test_refusals() -> None:
+    metric = FrechetDistance(PIXELS)
+    with pytest.raises(ValueError, match="fid of 2 images with 1 sample ids"):
+        metric.update(images(2, 0), sample_ids=[0])
+    with pytest.raises(ValueError, match="none negative"):
+        metric.update(images(1, 0), sample_ids=[-1])
+    with pytest.raises(ValueError, match="not finite"):
+        metric.add(torch.full((1, 12), float("nan")))
+    few = KernelDistance(PIXELS, subset_size=20)
+    few.update(images(3, 0))
+    with pytest.raises(ValueError, match="at least 20 fake images, got 3"):
+        few.compute()
+
+
+def test_nothing_of_a_metric_is_in_a_checkpoint() -> None:
+    owner = nn.Module()
+    for name, build in BUILDERS.items():
+        owner.add_module(name, build())
+    owner.train()
+    assert list(owner.state_dict()) == []
+    assert list(owner.parameters()) == []
+    assert isinstance(owner.kid, FeatureSetMetric)
