@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -461,3 +462,14 @@ def test_progress_tells_rate_and_rest(capsys: pytest.CaptureFixture[str]) -> Non
     progress(3)
     told = capsys.readouterr().err
     assert told.startswith("images: 4 of 4, ") and told.endswith(" a second, 0 s left\n")
+
+
+def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr("data.prepare.progress._SECONDS_BETWEEN_BARS", 0.0)
+    progress = Progress(4, "images")
+    progress(1)
+    progress(3)
+    first, second = capsys.readouterr().err.split("\r")[1:]
+    assert first.startswith(f"[{'#' * 7}{'.' * 23}] images: 1 of 4, ") and first.endswith(" s left\x1b[K")
+    assert second.startswith(f"[{'#' * 30}] images: 4 of 4, ") and second.endswith(", 0 s left\x1b[K\n")
