@@ -36,10 +36,13 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 class ImageSource(Protocol):
     """Images by number. Sample i is the same image wherever the set lies; a source can be sent to another process."""
 
-    names: Sequence[str]
-    """Of the images, in their order."""
-    formats: str
-    """Endings that occur, joined by "+": "png", "jpg+png". JPEG alone moves FID by a tenth."""
+    @property
+    def names(self) -> Sequence[str]:
+        """Of the images, in their order."""
+
+    @property
+    def formats(self) -> str:
+        """Endings that occur, joined by "+": "png", "jpg+png". JPEG alone moves FID by a tenth."""
 
     def read(self, number: int) -> Image.Image:
         """The image, RGB, decoded to its last row.

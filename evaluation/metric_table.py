@@ -97,8 +97,8 @@ class Networks:
         return identity
 
     def all(self) -> list[Any]:
-        """Those that are loaded."""
-        return list(self._loaded.values())
+        """Those that are loaded; each has `to`."""
+        return [getattr(network, "clip", network) for network in self._loaded.values()]
 
 
 @lru_cache(maxsize=1)

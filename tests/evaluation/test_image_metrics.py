@@ -177,3 +177,23 @@ def test_grids_reach_loggers_of_images(world: Path, judged: dict[str, str], tmp_
     trainer.fit(module, datamodule=ShardDataModule(str(world / "shards"), 4))
     assert [(key, step) for key, _, step in logger.pictures] == [("samples", 0), ("samples", 1)]
     assert logger.pictures[0][1].tobytes() != logger.pictures[1][1].tobytes()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nothing_stays_on_the_gpu(world: Path, small: None, tmp_path: Path) -> None:
+    metrics = callback(world, tmp_path)
+    trainer = Trainer(
+        accelerator="gpu", devices=1, max_epochs=-1, default_root_dir=tmp_path, logger=False,
+        callbacks=[metrics], enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+    )  # fmt: skip
+    curriculum = Curriculum(max_student_updates=1, critic_updates_per_student_update=1)
+    module = distillation(world / "sd-epsilon", curriculum=curriculum)
+    trainer.fit(module, datamodule=ShardDataModule(str(world / "shards"), 4))
+    module.to("cuda")
+    metrics.at_student_update(trainer, module)
+    before = torch.cuda.memory_allocated()
+    metrics.at_student_update(trainer, module)
+    assert torch.cuda.memory_allocated() == before
+    for network in metrics.networks():
+        assert network.device.type == "cpu"

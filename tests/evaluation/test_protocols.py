@@ -7,6 +7,7 @@ import json
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -31,6 +32,10 @@ from tests.evaluation.judges import random_images
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     frame = random_images(1, seed, 64)[0].permute(1, 2, 0).numpy()
     return Image.fromarray(frame).resize((width, height))
+
+
+def same(first: Image.Image, second: Image.Image) -> bool:
+    return np.array_equal(np.asarray(first), np.asarray(second))
 
 
 # Names, hashes.
@@ -87,7 +92,15 @@ def test_published_settings() -> None:
 
 def test_a_hash_follows_what_changes_a_number() -> None:
     protocol = IMAGE_PROTOCOLS["bk-sdm"]
-    base = (protocol, protocol.measurement("fid"), {"weights": "a"}, 100, "lossless", None, "r")
+    base: tuple[Any, ...] = (
+        protocol,
+        protocol.measurement("fid"),
+        {"weights": "a"},
+        100,
+        "lossless",
+        None,
+        "r",
+    )
     changes = {
         0: IMAGE_PROTOCOLS["clean"],
         1: protocol.measurement("kid"),
@@ -188,15 +201,13 @@ def test_bad_prompt_files_are_one_sentence(tmp_path: Path) -> None:
 
 def test_steps_equal_pillow_and_torchvision(tmp_path: Path) -> None:
     image = picture(0, 41, 30)
-    assert np.array_equal(apply_steps(image, ["crop"]), center_crop(image, [30, 30]))
-    assert np.array_equal(apply_steps(image, ["crop 20"]), center_crop(image, [20, 20]))
+    assert same(apply_steps(image, ["crop"]), center_crop(image, [30, 30]))
+    assert same(apply_steps(image, ["crop 20"]), center_crop(image, [20, 20]))
     assert apply_steps(image, ["crop 31"]).size == (41, 30)  # too small: left alone
     expected = center_crop(image, [30, 30]).resize((16, 16), Image.Resampling.LANCZOS)
-    assert np.array_equal(apply_steps(image, ["crop", "resize 16 lanczos"]), expected)
+    assert same(apply_steps(image, ["crop", "resize 16 lanczos"]), expected)
     image.resize((16, 16)).save(tmp_path / "a.jpg")  # BK-SDM's line: Pillow's default filter and quality
-    assert np.array_equal(
-        apply_steps(image, ["resize 16 bicubic", "jpeg 75"]), Image.open(tmp_path / "a.jpg")
-    )
+    assert same(apply_steps(image, ["resize 16 bicubic", "jpeg 75"]), Image.open(tmp_path / "a.jpg"))
     assert apply_steps(image, []) is image
     for wrong in ("crop x", "resize 16", "resize 16 cubic", "jpeg 0", "blur"):
         with pytest.raises(ValueError, match="no image step"):
@@ -238,7 +249,7 @@ def test_folder_zip_and_shards_are_the_same_images(tmp_path: Path, monkeypatch: 
         assert len(source.names) == 5
         assert source.formats == "png"
         for number in (4, 0, 2):
-            assert np.array_equal(source.read(number), picture(number))
+            assert same(source.read(number), picture(number))
     folder, zipped, shards = sources
     assert folder.captions() == shards.captions() == [f"caption {i}" for i in range(5)]
     assert zipped.captions() is None
