@@ -56,4 +56,6 @@ class PreferenceScore(ClipScore):
     """
 
     def __init__(self, clip: FrozenClip, scale: float | None = None, name: str = "pickscore") -> None:
-        super().__init__(clip, float(clip.model.logit_scale.exp()) if scale is None else scale, name)
+        if scale is None:
+            scale = float(clip.model.get_parameter("logit_scale").exp())
+        super().__init__(clip, scale, name)

@@ -30,10 +30,15 @@ def gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) ->
     padded, sizes = _padded(rows.to(collective_device(device, group)), group)
     first = dist.get_rank(group) == 0
     parts = [torch.empty_like(padded) for _ in sizes] if first else None
-    dist.gather(padded, parts, dst=dist.get_global_rank(group or dist.group.WORLD, 0), group=group)
+    dist.gather(padded, parts, dst=global_rank(0, group), group=group)
     if parts is None:
         return padded[:0].cpu()
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).cpu()
+
+
+def global_rank(rank: int, group: Any | None = None) -> int:
+    """The number among all processes of a rank of a group."""
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def first_positions(sample_ids: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaluation.collectives import all_gather_rows, collective_device, gather_rows
+from evaluation.collectives import all_gather_rows, collective_device, gather_rows, global_rank
 from evaluation.estimates import Estimate
 from evaluation.sampled import SampledMetric
 
@@ -84,8 +84,7 @@ class FeatureSetMetric(SampledMetric):
                 filled = [blank if cell is None else float(cell) for cell in cells]
                 table[row] = torch.tensor(filled, dtype=torch.float64)
         table = table.to(collective_device(self.device, self.process_group))
-        world = self.process_group or dist.group.WORLD
-        dist.broadcast(table, src=dist.get_global_rank(world, 0), group=self.process_group)
+        dist.broadcast(table, src=global_rank(0, self.process_group), group=self.process_group)
         return {name: _estimate(row) for name, row in zip(self.names, table.tolist(), strict=True)}
 
     def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:

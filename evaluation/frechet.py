@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaluation.collectives import all_gather_rows, collective_device
+from evaluation.collectives import all_gather_rows, collective_device, global_rank
 from evaluation.estimates import GROUPS, Estimate, group_of, jackknife
 from evaluation.matrix_root import trace_of_root
 from evaluation.sampled import SampledMetric
@@ -65,8 +65,8 @@ def frechet_distance(
 class Sums(NamedTuple):
     """What mean and covariance are computed from; sums of two sets add up."""
 
-    count: Tensor
-    """int64."""
+    samples: Tensor
+    """How many, int64."""
     total: Tensor
     """(d,), float64."""
     outer: Tensor
@@ -74,11 +74,11 @@ class Sums(NamedTuple):
 
     def without(self, other: Sums) -> Sums:
         """Of the images that are not among the others."""
-        return Sums(self.count - other.count, self.total - other.total, self.outer - other.outer)
+        return Sums(self.samples - other.samples, self.total - other.total, self.outer - other.outer)
 
     def statistics(self, root: Tensor | None = None) -> FeatureStatistics:
         """Mean and covariance."""
-        count = int(self.count)
+        count = int(self.samples)
         mean = self.total / count
         return FeatureStatistics(
             mean, (self.outer - count * torch.outer(mean, mean)) / (count - 1), count, root=root
@@ -158,7 +158,7 @@ class FrechetDistance(SampledMetric):
             return self.reference
         side = "real" if real else "fake"
         sums, rows = self._sums(side), self.rows_of(side)[0]
-        count = int(sums.count)
+        count = int(sums.samples)
         if count < 2:
             raise ValueError(f"FID needs at least 2 {side} images, got {count}")
         if len(rows) == count <= self.dimensions:
@@ -190,7 +190,7 @@ class FrechetDistance(SampledMetric):
         distances = torch.zeros(GROUPS, dtype=torch.float64)
         for group in range(GROUPS):
             own = group % ranks == rank
-            if int(totals.count) <= self.dimensions:  # then every rank has every row
+            if int(totals.samples) <= self.dimensions:  # then every rank has every row
                 if own:
                     left = FeatureStatistics.from_features(rows[groups != group].to(self.device))
                     distances[group] = _between(left, real)
@@ -235,12 +235,12 @@ class FrechetDistance(SampledMetric):
         if not bool(kept.all()):
             for state, value in zip(sums, self._sums_of(rows[~kept]), strict=True):
                 state -= value
-        dist.all_reduce(sums.count, group=group)
+        dist.all_reduce(sums.samples, group=group)
         dist.all_reduce(sums.total, group=group)
         all_reduce_symmetric(sums.outer, group)
         many = torch.tensor([[int(kept.sum())]])
         self._kept_on_ranks[side] = int(torch.cat(all_gather_rows(many, self.device, group)).sum())
-        if self._kept_on_ranks[side] == int(sums.count) <= self.dimensions:
+        if self._kept_on_ranks[side] == int(sums.samples) <= self.dimensions:
             super()._exchange(side, kept, group)
         else:
             setattr(self, f"{side}_rows", [rows[kept]])
@@ -275,7 +275,7 @@ def all_reduce_symmetric(matrix: Tensor, group: Any | None = None, parts: int = 
 def _reduced(sums: Sums, rank: int, group: Any | None) -> Sums:
     """The sums over all ranks, on one of them."""
     for each in sums:
-        dist.reduce(each, dst=dist.get_global_rank(group or dist.group.WORLD, rank), group=group)
+        dist.reduce(each, dst=global_rank(rank, group), group=group)
     return sums
 
 

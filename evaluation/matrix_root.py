@@ -34,9 +34,11 @@ def trace_of_root(
     else:
         full_2 = False
     if full_1 and full_2:
-        values = torch.linalg.eigvalsh(root_1.T @ (covariance_2 @ root_1))
-        return values.clamp_min(0).sqrt().sum()
-    return torch.linalg.svdvals(root_1.T @ root_2).sum()
+        values = torch.linalg.eigvalsh(root_1.T @ (covariance_2 @ root_1)).clamp_min(0).sqrt()
+    else:
+        values = torch.linalg.svdvals(root_1.T @ root_2)
+    total: Tensor = values.sum()
+    return total
 
 
 def _triangle(covariance: Tensor) -> tuple[Tensor, bool]:

@@ -43,8 +43,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.torchmetrics_sync:
         result["sync_of_torchmetrics"] = sync(options.ranks, options.dimensions, True, 1)
     sides = [features_like_inception(options.samples, options.dimensions, seed) for seed in (0, 1)]
-    result["frechet"] = frechet_routes(*sides, options.repeats)
-    result["frechet_few_samples"] = frechet_routes(*(side[: options.few] for side in sides), options.repeats)
+    result["frechet"] = frechet_routes(sides[0], sides[1], options.repeats)
+    few = [side[: options.few] for side in sides]
+    result["frechet_few_samples"] = frechet_routes(few[0], few[1], options.repeats)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return result | {
         "dimensions": options.dimensions,
@@ -62,7 +63,8 @@ def features_like_inception(count: int, dimensions: int, seed: int) -> Tensor:
     scales = torch.arange(1, dimensions + 1) ** -0.75
     own = torch.Generator().manual_seed(seed + 1)
     latent = torch.randn(count, dimensions, generator=own) * scales + 0.1 * seed * scales
-    return (latent @ directions + 0.5).clamp_min(0)
+    features: Tensor = (latent @ directions + 0.5).clamp_min(0)
+    return features
 
 
 def frechet_routes(features_1: Tensor, features_2: Tensor, repeats: int) -> dict[str, Any]:
@@ -75,7 +77,7 @@ def frechet_routes(features_1: Tensor, features_2: Tensor, repeats: int) -> dict
     }
     if find_spec("scipy") is not None:
         routes["scipy"] = lambda: _by_scipy(*tensors)
-    seconds = {name: [] for name in routes}  # type: dict[str, list[float]]
+    seconds: dict[str, list[float]] = {name: [] for name in routes}
     values: dict[str, float] = {}
     # Taking turns, so that other load of the machine falls on all alike.
     for turn in range(repeats):
@@ -107,7 +109,8 @@ def _by_scipy(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2
 
 def sync(ranks: int, dimensions: int, of_torchmetrics: bool, repeats: int) -> dict[str, Any]:
     """The exchange of a FID's states between gloo processes of this machine: slowest rank, largest growth in memory."""
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    # Forked where that can be done: a fresh process imports torch for seconds.
+    context: Any = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     queue = context.Queue()
     port = _free_port()
     arguments = (ranks, port, dimensions, of_torchmetrics, repeats, queue)

@@ -53,15 +53,17 @@ def measured(rank: int, ranks: int, batch_size: int, group: Any = None, many: in
                 metric.add(rows(seed)[batch], batch, real)
             if not real:
                 score.add(rows(seed)[batch, :1].double(), batch)
-    found = {}
+    found: dict[str, Any] = {}
     for metric in (*metrics.values(), score):
         metric.process_group = group
         found |= {name: estimate.as_dict() for name, estimate in metric.estimates().items()}
     for name, metric in metrics.items():
         value = metric.compute()
         found[f"{name}-computed"] = {"value": float(value["precision"] if isinstance(value, dict) else value)}
-    kept = metrics["fid"].rows_of("fake")[0]
-    assert len(kept) == int(metrics["fid"].fake_count)
+    fid = metrics["fid"]
+    assert isinstance(fid, FrechetDistance)
+    kept = fid.rows_of("fake")[0]
+    assert len(kept) == int(fid.fake_count)
     return found | {"rows-after": len(kept)}
 
 
