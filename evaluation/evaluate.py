@@ -151,7 +151,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-FURTHER = ("patch_fid", "kid", "precision_recall", "cmmd", "fd_dinov2", "clip_score", "pickscore", "hpsv2")
+FURTHER = (
+    "patch_fid",
+    "kid",
+    "precision_recall",
+    "cmmd",
+    "fd_dinov2",
+    "clip_score",
+    "pickscore",
+    "hpsv2",
+    "diversity",
+)
 
 
 def _count(text: str) -> int:

@@ -68,6 +68,9 @@ class ImageProtocol:
             raise UserError(f"no metric named '{metric}'; there are {', '.join(sorted(judges))}.")
         if metric == "patch_fid":
             return Measurement(metric, self.inception, ("crop 299",), ("crop 299",))
+        if metric == "diversity":  # in the features of the toy world's FID, where that is it
+            judge = own["fid"].judge if "fid" in own else judges[metric]
+            return Measurement(metric, judge if judge.startswith("clip_image") else judges[metric])
         steps = own.get("fid", Measurement("fid", self.inception))
         return Measurement(metric, judges[metric], steps.steps, steps.reference_steps)
 
@@ -80,6 +83,7 @@ DEFAULT_JUDGES = {
     "fd_dinov2": "dinov2:facebook/dinov2-large",
     "cmmd": "clip_unit:vit-l-14-336",
     "clip_score": "clip_text:vit-g-14-s12b",
+    "diversity": "clip_image:vit-l-14",
     "pickscore": "pickscore:pickscore",
     "hpsv2": "hpsv2:hpsv2",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,16 @@ from PIL import Image
 
 from evaluation.image_protocol import ImageProtocol, Measurement, hashed_settings, metric_hash
 from evaluation.image_sources import open_images
-from evaluation.metric_table import COMPARES, READS_CAPTIONS, Networks, shared_networks
+from evaluation.metric_table import COMPARES, IMAGES_PER_PROMPT, READS_CAPTIONS, Networks, shared_networks
 from evaluation.passes import Look, Pass, pictures_of, processes_for, run_pass
 from evaluation.prompt_files import captions_digest
 from evaluation.references import Reference, read_reference
 from evaluation.row_store import Part, RowStore
-from evaluation.samples import Samples, StoredSamples
+from evaluation.samples import ModelSamples, Samples, StoredSamples
 from sdxs_lightning.errors import UserError
+
+DIVERSITY_PROMPTS = 50
+"""The first ones of a protocol."""
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,14 @@ def judge(request: Request, machine: Machine, work: Path, picture_count: int = 0
     Raises:
         UserError: for whatever the user can mend.
     """
-    measurements = [request.protocol.measurement(name) for name in request.metrics]
+    measurements = [request.protocol.measurement(name) for name in request.metrics if name != "diversity"]
     _refuse_what_is_missing(request)
     networks = shared_networks(request.weights)  # before anything long: missing weights are told now
     identities = {one: networks.identity(one) for one in measurements}
     comparing = [one for one in measurements if one.metric in COMPARES]
+    extra = judge_diversity(request, networks, machine, work) if "diversity" in request.metrics else {}
+    if not measurements:
+        return Judged(extra, {}, {})
     references, reference_pictures = _references(request, comparing, identities, machine, work, picture_count)
     origin = request.samples.origin()
     if request.captions is not None:
@@ -96,7 +102,35 @@ def judge(request: Request, machine: Machine, work: Path, picture_count: int = 0
         settings, digest = _settings(request, one, identities[one], references.get(one.metric))
         for name, estimate in _estimates(networks, one, part, references.get(one.metric)).items():
             found[name] = {**estimate, "hash": digest, "settings": settings}
-    return Judged(found, pictures_of(job) if picture_count else {}, reference_pictures)
+    return Judged(found | extra, pictures_of(job) if picture_count else {}, reference_pictures)
+
+
+def judge_diversity(
+    request: Request, networks: Networks, machine: Machine, work: Path
+) -> dict[str, dict[str, Any]]:
+    """Diversity per prompt: of the first prompts the model makes several images each, beside those of the protocol.
+
+    Raises:
+        UserError: for images that are not made by a model: one of each prompt cannot say it.
+    """
+    if not isinstance(request.samples, ModelSamples):
+        raise UserError(
+            "diversity needs several images of one prompt, which only a --model makes; leave it out of --metrics."
+        )
+    one = request.protocol.measurement("diversity")
+    first = request.samples.prompts[:DIVERSITY_PROMPTS]
+    repeated = tuple(prompt for prompt in first for _ in range(IMAGES_PER_PROMPT))
+    samples = replace(request.samples, prompts=repeated)
+    inner = replace(request, samples=samples, captions=None)
+    identities = {one: networks.identity(one)}
+    origin = {**samples.origin(), "captions": captions_digest(repeated), "each": IMAGES_PER_PROMPT}
+    job = make_pass(samples, [one], identities, origin, inner, machine, work)
+    (part,) = run_pass(job, "diversity").values()
+    settings, digest = _settings(replace(inner, captions=repeated), one, identities[one], None)
+    return {
+        name: {**estimate, "hash": digest, "settings": settings}
+        for name, estimate in _estimates(networks, one, part, None).items()
+    }
 
 
 def make_pass(

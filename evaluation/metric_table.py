@@ -18,6 +18,7 @@ from evaluation.image_protocol import FRECHET, Measurement
 from evaluation.inception import InceptionFeatures
 from evaluation.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.precision_recall import PrecisionRecall
+from evaluation.prompt_diversity import PromptDiversity
 from evaluation.protocols import REPOSITORY, hash_weights
 from evaluation.references import Reference
 from evaluation.sampled import SampledMetric
@@ -31,6 +32,9 @@ FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
     "cmmd": MaximumMeanDiscrepancy,
 }
 """Metrics that compare with the features of a reference set; statistics are not enough."""
+IMAGES_PER_PROMPT = 8
+"""Of diversity."""
+
 COMPARES = (*FRECHET, *FEATURE_SETS)
 """Metrics that need a reference."""
 
@@ -81,6 +85,8 @@ class Networks:
             return FrechetDistance(network, reference=statistics, name=name)
         if name in FEATURE_SETS:
             return FEATURE_SETS[name](network, None if reference is None else reference.rows)
+        if name == "diversity":
+            return PromptDiversity(network, IMAGES_PER_PROMPT)
         if name == "clip_score":
             return ClipScore(network)
         if name == "caption_accuracy":

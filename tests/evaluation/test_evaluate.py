@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from data.shards.writer import ShardWriter
 from evaluation import reference
+from evaluation.diversity import diversity
 from evaluation.estimates import mean_estimate
 from evaluation.evaluate import main
 from evaluation.features import FrozenClip
@@ -213,7 +214,9 @@ def test_a_model_makes_the_same_images_in_any_batch_and_size(kind: str, tmp_path
     assert together[0].size == (32, 32)
 
 
-def test_a_model_is_scored_on_the_prompts_of_a_file(sets: Path, protocols: list[str], tmp_path: Path) -> None:
+def test_a_model_is_scored_on_the_prompts_of_a_file(
+    world: Path, sets: Path, protocols: list[str], tmp_path: Path
+) -> None:
     base = save_tiny_sd(tmp_path / "sd")
     arguments = [
         "--model",
@@ -229,8 +232,15 @@ def test_a_model_is_scored_on_the_prompts_of_a_file(sets: Path, protocols: list[
     )
     assert (result["nfe"], result["guidance_scale"], result["samples"]) == (2, 3.0, 30)
     assert result["metrics"]["fid"]["settings"]["formats"] == "lossless"
-    few = run(tmp_path / "b.json", [*arguments, "--protocol", "lossless", "--samples", 12])
+    few = run(
+        tmp_path / "b.json",
+        [*arguments, "--protocol", "lossless", "--samples", 12, "--metrics", "fid", "diversity"],
+    )
     assert few["metrics"]["fid"]["samples"] == 12
+    assert few["metrics"]["diversity"]["samples"] == 12 * 8
+    maker = ModelSamples(str(base), tuple(CAPTIONS[:12])).maker(torch.device("cpu"))
+    direct = diversity(maker, CAPTIONS[:12], FrozenClip(world / "clip"))
+    assert few["diversity"] == pytest.approx(direct, rel=1e-3)
     assert few["metrics"]["fid"]["hash"] != result["metrics"]["fid"]["hash"]
 
 
@@ -259,6 +269,7 @@ def test_bad_input_is_one_sentence(sets: Path, protocols: list[str], tmp_path: P
     assert "different sizes: number 0 has 40 x 40 pixels, number 1 has 50 x 36" in refused(
         ["--images", real, "--samples", 40, *fid]
     )
+    assert "diversity needs several images" in refused(["--images", images, *usual, "--metrics", "diversity"])
     assert "no metric named 'is'" in refused(["--images", images, *usual, "--metrics", "is"])
     assert "kid: FID" not in (told := refused(["--images", images, *usual, "--metrics", "kid"]))
     assert "no Inception weights" in told

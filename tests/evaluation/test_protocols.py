@@ -122,7 +122,7 @@ def test_a_hash_follows_what_changes_a_number() -> None:
 
 
 def coco(folder: Path, images: int = 6) -> Path:
-    """Annotations with two captions an image, the later one with the smaller id, images in another order."""
+    """Annotations with three captions an image, the second with the smallest id, images in another order."""
     content = {
         "images": [
             {"id": 10 * i, "file_name": f"COCO_val2014_{10 * i:012d}.jpg"} for i in reversed(range(images))
@@ -133,6 +133,7 @@ def coco(folder: Path, images: int = 6) -> Path:
             for one in (
                 {"id": 100 + i, "image_id": 10 * i, "caption": f"second of {i}"},
                 {"id": 50 + i, "image_id": 10 * i, "caption": f"first\n of {i} "},
+                {"id": 70 + i, "image_id": 10 * i, "caption": f"third of {i}"},
             )
         ],
     }
