@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from data.shards.images import fast_jpeg_decoder
 from data.shards.index import ShardIndex, ShardSet
 from data.shards.layout import CONTENTS, Content, incomplete_samples, missing_member, sample_rows
 from data.shards.sample_decoder import EmptyCaptions, Reading, SampleDecoder
-from data.shards.store import ShardFile, ShardStore
+from data.shards.store import Arena, ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.errors import UserError
@@ -91,9 +92,10 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         self._store, self._quarantine = store or ShardStore(), quarantine
         self._decoder = SampleDecoder(self.contents, self.reading)
         self._parts = self._decoder.parts
-        self._first_samples = np.cumsum(shards.sizes) - np.asarray(shards.sizes)
+        self._first_samples = (np.cumsum(shards.sizes) - np.asarray(shards.sizes)).tolist()
         self._names = shards.names()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._arena = Arena()
         if {"images", "control_images"} & set(contents):
             fast_jpeg_decoder()  # loaded here, once, rather than in each reading process
         self._check_index()
@@ -118,16 +120,22 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             OSError: if a shard cannot be reached.
             TooManyFaultsError: with a quarantine, in place of the others, beyond its budget.
         """
-        samples = self.order.samples_at(positions).tolist()
-        read = [self._read(*pair) for pair in zip(samples, positions, strict=True)]
-        return collate(read, positions)
+        samples = self.order.samples_at(positions)
+        self._arena.clear()
+        read = [self._read(*pair) for pair in zip(samples.tolist(), positions, strict=True)]
+        return collate(read, positions)  # which copies: nothing of the arena leaves
 
     def captions(self, count: int) -> list[str]:
         """The captions of the first `count` samples in stored order, or of all if there are fewer."""
+        self._arena.clear()
         return [self._read(sample, sample)["captions"] for sample in range(min(count, len(self)))]
 
     def raw(self, positions: Sequence[int]) -> list[list[memoryview]]:
-        """The undecoded members of the samples at these positions: of each the caption's, then those of `contents`."""
+        """The undecoded members of the samples at these positions: of each the caption's, then those of `contents`.
+
+        They are valid until the next samples are read.
+        """
+        self._arena.clear()
         return [self._span(sample)[2] for sample in self.order.samples_at(positions).tolist()]
 
     def close(self) -> None:
@@ -179,8 +187,8 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
 
     def _place(self, sample: int) -> tuple[int, int]:
         # An empty shard begins where the next one does; "right" passes over it.
-        number = int(np.searchsorted(self._first_samples, sample, side="right")) - 1
-        return number, sample - int(self._first_samples[number])
+        number = bisect_right(self._first_samples, sample) - 1
+        return number, sample - self._first_samples[number]
 
     def _span(self, sample: int) -> tuple[int, int, list[memoryview], list[int]]:
         """Shard, row, the bytes of each part, and its column in the index."""
@@ -193,8 +201,8 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             raise BadSampleError(
                 f"{self._where(number, row)}: the sample claims {length:,} bytes, more than {_MAX_SAMPLE_BYTES:,}."
             )
-        span = shard.file.read(start, length)
-        if len(span) != length:
+        span = self._arena.take(length)
+        if shard.file.read_into(span, start) != length:
             index = self.shards.shards[number]
             raise BrokenShardError(
                 f"{index.location} ends before its sample '{index.key(row)}' does: it changed while it was "

@@ -24,8 +24,8 @@ _T = TypeVar("_T")
 class ShardFile(Protocol):
     """An open shard."""
 
-    def read(self, start: int, length: int) -> memoryview:
-        """Bytes of the shard that may be written to; fewer where it ends."""
+    def read_into(self, buffer: memoryview, start: int) -> int:
+        """Fill a buffer with the bytes from `start` on; how many there were, fewer where the shard ends."""
         ...
 
     def close(self) -> None:
@@ -39,11 +39,9 @@ class LocalFile:
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
 
-    def read(self, start: int, length: int) -> memoryview:
+    def read_into(self, buffer: memoryview, start: int) -> int:
         """See `ShardFile`."""
-        # Without zeros first, and writable, since torch takes no memory that may not be written to.
-        buffer = np.empty(length, dtype=np.uint8).data
-        return buffer[: os.preadv(self._descriptor, [buffer], start)]
+        return os.preadv(self._descriptor, (buffer,), start)
 
     def close(self) -> None:
         """See `ShardFile`."""
@@ -57,20 +55,57 @@ class RemoteFile:
         self._url, self._find = url, find
         self._local: LocalFile | None = None
 
-    def read(self, start: int, length: int) -> memoryview:
+    def read_into(self, buffer: memoryview, start: int) -> int:
         """See `ShardFile`."""
         if self._local is None and (path := self._find(self._url)) is not None:
             self._local = LocalFile(path)
         if self._local is not None:
-            return self._local.read(start, length)
+            return self._local.read_into(buffer, start)
         system, name = file_system(self._url)
-        read = persistent(lambda: system.cat_file(name, start=start, end=start + length), self._url)
-        return memoryview(bytearray(read))
+        read = persistent(lambda: system.cat_file(name, start=start, end=start + len(buffer)), self._url)
+        buffer[: len(read)] = read
+        return len(read)
 
     def close(self) -> None:
         """See `ShardFile`."""
         if self._local is not None:
             self._local.close()
+
+
+def read(file: ShardFile, start: int, length: int) -> memoryview:
+    """Bytes of a shard in memory of their own; fewer where it ends."""
+    buffer = memoryview(bytearray(length))
+    return buffer[: file.read_into(buffer, start)]
+
+
+class Arena:
+    """Memory for the members of one batch, used again for the next one.
+
+    Fresh memory for every sample would be mapped page by page as it is filled, which takes longer than the
+    copy; memory that was just used is also still in the processor's cache.
+    """
+
+    def __init__(self) -> None:
+        self._buffer, self._used, self._wanted = memoryview(b""), 0, 0
+
+    def __reduce__(self) -> tuple[type["Arena"], tuple[()]]:
+        """Another process has memory of its own."""
+        return Arena, ()
+
+    def clear(self) -> None:
+        """Give all of it back; what was taken before must not be used any more."""
+        if self._wanted > len(self._buffer):
+            self._buffer = np.empty(self._wanted * 5 // 4, dtype=np.uint8).data
+        self._used = self._wanted = 0
+
+    def take(self, length: int) -> memoryview:
+        """Memory that may be written to, since torch takes no other."""
+        self._wanted += length
+        if self._wanted > len(self._buffer):
+            return memoryview(bytearray(length))  # this once; the next batch finds room
+        start = self._used
+        self._used = start + length
+        return self._buffer[start : self._used]
 
 
 class ShardStore:

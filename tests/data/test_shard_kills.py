@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from data.shards.datamodule import ShardDataModule
 from evaluation import throughput, throughput_resume
 
 
@@ -26,7 +27,7 @@ def test_what_is_compared_would_tell(tmp_path: Path) -> None:
     options: dict[str, Any] = {"contents": ["images", "latents"], "resolution": 32}
     lines = []
     for change in ({}, {"crop": "random"}, {"flip": True}, {"caption_fields": ["others"]}, {"seed": 1}):
-        data = throughput_resume.ShardDataModule(str(tmp_path / "shards"), 8, **options | change)
+        data = ShardDataModule(str(tmp_path / "shards"), 8, **options | change)
         data.setup()
         assert data.dataset is not None
         lines.append(throughput_resume.describe(data.dataset.batch(range(8))))

@@ -127,7 +127,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with ShardWriter(folder, samples_per_shard=9) as writer:
         for i, shape in enumerate(shapes):
             latents = encode_latents(torch.full((4, shape[0] // 10, shape[1] // 10), float(i)))
-            writer.write({"png": picture(*shape, i), "txt": f"{shape}", "latent.safetensors": latents})
+            writer.write(
+                {"png": picture(shape[0], shape[1], i), "txt": f"{shape}", "latent.safetensors": latents}
+            )
     return folder
 
 
@@ -174,8 +176,8 @@ def test_batches_of_one_size_from_shards(pictures: Path, content: Any) -> None:
 
 
 def test_sizes_come_from_img2dataset_where_it_left_them(pictures: Path, tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     (tmp_path / "00000.tar").write_bytes((pictures / "00000.tar").read_bytes())
     table = {
