@@ -342,7 +342,9 @@ def test_padded_squares_of_img2dataset_are_told(tmp_path: Path, capsys: pytest.C
     padded = Image.new("RGB", (48, 48), "white")
     padded.paste(picture((48, 24), 1), (0, 12))
     with ShardWriter(tmp_path / "tars") as writer:
-        for image in (padded, picture((48, 48), 1)):
+        sky = picture((48, 48), 1)
+        sky.paste((90, 120, 200), (0, 0, 48, 14))  # even at the top alone
+        for image in (padded, sky, picture((48, 48), 1)):
             size = {"original_width": 480, "original_height": 240}
             writer.write({"jpg": encoded(image, quality=95), "txt": "words", "json": size})
     main(command(tmp_path / "tars", tmp_path / "set"))
