@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,10 @@ from evaluation.image_protocol import Measurement
 from evaluation.metric_table import shared_networks
 from evaluation.row_store import Part, RowStore
 from evaluation.sampled import SampledMetric
-from evaluation.samples import Samples, stacked
+from evaluation.samples import Reader, Samples, stacked
 from sdxs_lightning.errors import UserError
 
+STEP_THREADS = 4
 BATCHES_PER_PROCESS = 4
 """With fewer, loading the networks once more takes longer than the work that it saves."""
 
@@ -85,9 +90,9 @@ class Pass:
                 read = self.samples.open(device)
                 networks = shared_networks(self.weights)
                 metrics = [networks.metric(look.measurement) for look in self.looks]
-                for part in parts:
-                    self._measure(part, read, metrics, device)
-                    told(len(self.looks[0].store.numbers(part)))
+                for part, images in self._read(read, parts):
+                    self._measure(part, images, metrics, device)
+                    told(len(images))
             except torch.OutOfMemoryError as error:
                 size = self.looks[0].store.batch_size
                 raise UserError(
@@ -96,15 +101,28 @@ class Pass:
             except (OSError, ValueError) as error:
                 raise UserError(str(error)) from error
 
+    def _read(self, read: Reader, parts: Sequence[int]) -> Iterator[tuple[int, list[Image.Image]]]:
+        """The batches with their images; files of the next one are decoded while the networks look at this one."""
+        numbers = self.looks[0].store.numbers
+        if not self.samples.are_files:
+            for part in parts:
+                yield part, read(numbers(part))
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            reading = deque([ahead.submit(read, numbers(parts[0]))])
+            for part, following in zip_longest(parts, parts[1:]):
+                if following is not None:
+                    reading.append(ahead.submit(read, numbers(following)))
+                yield part, reading.popleft().result()
+
     def _measure(
         self,
         batch: int,
-        read: Callable[[Sequence[int]], list[Image.Image]],
+        images: Sequence[Image.Image],
         metrics: Sequence[SampledMetric],
         device: torch.device,
     ) -> None:
         numbers = self.looks[0].store.numbers(batch)
-        images = read(numbers)
         sizes = np.array([image.size for image in images], dtype=np.int64)
         if self.one_size:
             refuse_mixed_sizes(sizes, numbers[0])
@@ -116,10 +134,10 @@ class Pass:
         for look, metric in zip(self.looks, metrics, strict=True):
             if look.store.path(batch).is_file():
                 continue
-            ready = [
-                self.samples.prepare(image, number, look.steps)
-                for image, number in zip(images, numbers, strict=True)
-            ]
+            with ThreadPoolExecutor(
+                STEP_THREADS
+            ) as threads:  # Pillow lets go of the interpreter while it resizes
+                ready = list(threads.map(partial(self.samples.prepare, steps=look.steps), images, numbers))
             look.store.save(batch, Part(rows_of(metric, ready, captions, device), sizes))
 
 

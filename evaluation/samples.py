@@ -5,19 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from data.toy.world import Split
-from evaluation.generate import RealImages
 from evaluation.image_sources import ImageSource
 from evaluation.image_steps import apply_steps, still_to_do
 from evaluation.protocols import hash_weights
@@ -25,8 +22,6 @@ from sdxs_lightning.errors import UserError
 from sdxs_lightning.latents import to_uint8
 from sdxs_lightning.seeding import Stream, normal
 
-Frame = NDArray[np.uint8]
-"""One image, (H, W, 3)."""
 Reader = Callable[[Sequence[int]], list[Image.Image]]
 """Numbers to images."""
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -43,6 +38,10 @@ class Samples(Protocol):
     @property
     def formats(self) -> str:
         """`lossless`, or the endings of the files."""
+
+    @property
+    def are_files(self) -> bool:
+        """Whether reading them keeps the processor busy rather than the networks' device."""
 
     def open(self, device: torch.device) -> Reader:
         """Load what makes or reads them."""
@@ -111,6 +110,9 @@ class ModelSamples:
     """Side of the images; None is the model's own."""
     precision: Precision = "fp32"
     """Of the networks."""
+
+    are_files: ClassVar[bool] = False
+    """See Samples."""
 
     @property
     def count(self) -> int:
@@ -183,6 +185,9 @@ class StoredSamples:
     first: int | None = None
     """How many of them; None takes all."""
 
+    are_files: ClassVar[bool] = True
+    """See Samples."""
+
     @property
     def count(self) -> int:
         """See Samples."""
@@ -207,35 +212,6 @@ class StoredSamples:
         name = self.source.names[number].lower()
         from_jpeg = name.endswith((".jpg", ".jpeg")) or self.source.formats == "jpg"
         return apply_steps(image, still_to_do(steps, from_jpeg, image.size))
-
-
-@dataclass(frozen=True)
-class ToySamples:
-    """Real pictures of the toy world."""
-
-    split: str
-    """Of the toy world."""
-    count: int
-    """The first of it."""
-    formats: str = "lossless"
-
-    def open(self, device: torch.device) -> Reader:
-        """See Samples."""
-        real = RealImages(cast(Split, self.split))
-
-        def render(numbers: Sequence[int]) -> list[Image.Image]:
-            frames = real([], torch.tensor(numbers)).permute(0, 2, 3, 1).numpy()
-            return [Image.fromarray(frame) for frame in frames]
-
-        return render
-
-    def origin(self) -> dict[str, Any]:
-        """See Samples."""
-        return {"world": "toy", "split": self.split}
-
-    def prepare(self, image: Image.Image, number: int, steps: Sequence[str]) -> Image.Image:
-        """See Samples."""
-        return apply_steps(image, steps)
 
 
 def stacked(images: Sequence[Image.Image], device: torch.device) -> Tensor:
