@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 
 from data.shards.scan import ShardIndex
-from data.shards.store import ShardStore, read
+from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 
 
@@ -30,7 +30,7 @@ def with_checksums(index: ShardIndex, store: ShardStore | None = None) -> ShardI
     try:
         for row, column in np.argwhere(index.offsets >= 0).tolist():
             offset, size = int(index.offsets[row, column]), int(index.sizes[row, column])
-            content = read(file, offset, size)
+            content = file.read(offset, size)
             if len(content) != size:
                 raise BrokenShardError(
                     f"{index.location} ends inside '{index.key(row)}'; write or copy it again."

@@ -19,7 +19,7 @@ from data.shards.mixture import Source
 from data.shards.order import Int64Array
 from data.shards.plan import OrderPlan
 from data.shards.shard_cache import ShardCache
-from data.shards.sources import joined, open_sources
+from data.shards.sources import joined, open_sources, require_window
 from data.shards.store import ShardStore
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class ShardDataModule(pl.LightningDataModule):
 
     def __init__(
         self,
-        shards: str | list[str] | None,
+        shards: str | list[str],
         batch_size: int,
         contents: list[Content] | None = None,
         num_workers: int = 0,
@@ -64,7 +64,7 @@ class ShardDataModule(pl.LightningDataModule):
 
         Args:
             shards: a folder, a glob, a brace pattern such as `set/{00000..00127}.tar`, URLs that fsspec knows,
-                `pipe:` and a command, or a list of these; null with `sources`.
+                `pipe:` and a command, or a list of these; [] with `sources`.
             batch_size: samples of a micro-batch on each device.
             contents: what a batch holds besides captions: latents, images, control_images, noise_seeds, sizes
                 (original size and crop of latents, for SDXL); by default latents, and [] for captions alone.
@@ -98,7 +98,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"data.num_workers is {num_workers}, but it is a number of processes: 0 or more."
             )
-        if (shards is None) == (sources is None):
+        if bool(shards) == bool(sources):
             raise ValueError(
                 f"data.shards is {shards} and data.sources {sources}, but a run reads either one data set or a mixture."
             )
@@ -106,7 +106,7 @@ class ShardDataModule(pl.LightningDataModule):
             raise ValueError(
                 f"data.buckets and data.resolution {resolution} exclude each other; the buckets' sizes come from side_px."
             )
-        self.sources = [Source(shards)] if shards is not None else list(sources or [])
+        self.sources = list(sources) if sources else [Source(shards or [])]
         self.shards = shards
         self.batch_size = batch_size
         self.contents: list[Content] = ["latents"] if contents is None else contents
@@ -146,6 +146,8 @@ class ShardDataModule(pl.LightningDataModule):
             self.shuffle_window_shards,
         )
         order, reading = self._order(plan, sets)
+        if store.cache is not None:
+            require_window(store.cache, joined(sets), self.shuffle_window_shards)
         self.dataset = ShardDataset(
             joined(sets),
             order,

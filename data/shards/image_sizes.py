@@ -10,7 +10,7 @@ from data.shards.images import UndecodableImageError, image_size
 from data.shards.img2dataset import parquet_image_sizes
 from data.shards.layout import Part, sample_rows
 from data.shards.scan import ShardIndex
-from data.shards.store import ShardFile, ShardStore, read
+from data.shards.store import ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 
 _HEAD_BYTES = 1 << 12  # holds the header of most pictures; those with a thumbnail in front are read whole
@@ -48,7 +48,7 @@ def with_image_sizes(index: ShardIndex, content: str, store: ShardStore) -> Shar
 
 def _size(file: ShardFile, start: int, length: int, content: str) -> tuple[int, int]:
     for count in (min(_HEAD_BYTES, length), length):
-        head = read(file, start, count)
+        head = file.read(start, count)
         try:
             return image_size(head) if content == "images" else latent_size(head, "")
         except (UndecodableImageError, BadSampleError):

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 
 from data.shards.image_sizes import with_image_sizes
 from data.shards.index import ShardSet, save_index
+from data.shards.locations import is_remote
 from data.shards.mixture import Source
 from data.shards.scan import ShardIndex
+from data.shards.shard_cache import ShardCache
 from data.shards.store import ShardStore
 
 
@@ -41,6 +43,30 @@ def open_sources(
 def joined(sets: Sequence[ShardSet]) -> ShardSet:
     """All shards of all sources, source after source."""
     return ShardSet(tuple(index for found in sets for index in found.shards))
+
+
+def require_window(cache: ShardCache, shards: ShardSet, window: int) -> None:
+    """Refuse a cache that would fetch the same shards again and again.
+
+    Args:
+        cache: of remote shards.
+        shards: all of them.
+        window: shards that are read at a time; 0 reads one after another.
+
+    Raises:
+        ValueError: if the remote shards of one shuffle window may not fit into the cache together.
+    """
+    sizes = [
+        int((index.offsets + index.sizes).max())
+        for index in shards.shards
+        if is_remote(index.location) and index.offsets.size
+    ]
+    needed = sum(sorted(sizes, reverse=True)[: window or 1])
+    if needed > cache.limit_bytes:
+        raise ValueError(
+            f"data.cache_gb is {cache.limit_bytes / 1e9:g}, but the shards of one shuffle window take up to "
+            f"{needed / 1e9:.3g} GB; raise data.cache_gb or lower data.shuffle_window_shards ({window})."
+        )
 
 
 def _sized(index: ShardIndex, content: str, index_folder: str | None, store: ShardStore) -> ShardIndex:

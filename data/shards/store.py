@@ -5,9 +5,10 @@ import os
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,19 +22,24 @@ _SCAN_BYTES = 1 << 20  # read ahead while a remote tar's headers are looked for
 _T = TypeVar("_T")
 
 
-class ShardFile(Protocol):
+class ShardFile(ABC):
     """An open shard."""
 
+    @abstractmethod
     def read_into(self, buffer: memoryview, start: int) -> int:
         """Fill a buffer with the bytes from `start` on; how many there were, fewer where the shard ends."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the file."""
-        ...
+
+    def read(self, start: int, length: int) -> memoryview:
+        """Bytes in memory of their own; fewer where the shard ends."""
+        buffer = memoryview(bytearray(length))
+        return buffer[: self.read_into(buffer, start)]
 
 
-class LocalFile:
+class LocalFile(ShardFile):
     """A file of this machine. pread rather than a mapping: one that has shrunk gives a short read, not a bus error."""
 
     def __init__(self, path: str | Path) -> None:
@@ -48,7 +54,7 @@ class LocalFile:
         os.close(self._descriptor)
 
 
-class RemoteFile:
+class RemoteFile(ShardFile):
     """A URL's bytes by ranged reads; from the cache once the whole shard has arrived there."""
 
     def __init__(self, url: str, find: Callable[[str], Path | None]) -> None:
@@ -70,12 +76,6 @@ class RemoteFile:
         """See `ShardFile`."""
         if self._local is not None:
             self._local.close()
-
-
-def read(file: ShardFile, start: int, length: int) -> memoryview:
-    """Bytes of a shard in memory of their own; fewer where it ends."""
-    buffer = memoryview(bytearray(length))
-    return buffer[: file.read_into(buffer, start)]
 
 
 class Arena:

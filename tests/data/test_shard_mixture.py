@@ -198,17 +198,17 @@ def test_a_mixture_from_shards(pictures: Path, tmp_path: Path) -> None:
         for i in range(10):
             writer.write({"json": json.dumps({"caption": f"other {i}"}), "txt": f"other {i}"})
     sources = [Source(str(pictures), 3.0), Source(str(tmp_path))]
-    data = ShardDataModule(None, 8, contents=[], sources=sources)
+    data = ShardDataModule([], 8, contents=[], sources=sources)
     data.setup()
     assert data.dataset is not None and len(data.dataset) == 44
     for g in range(10):
         captions = data.dataset.batch(range(8 * g, 8 * g + 8)).captions
         assert sum(caption.startswith("other") for caption in captions) == 2
     state = data.state_dict()
-    other = ShardDataModule(None, 8, contents=[], sources=[sources[0], Source(str(tmp_path), 2.0)])
+    other = ShardDataModule([], 8, contents=[], sources=[sources[0], Source(str(tmp_path), 2.0)])
     with pytest.raises(ValueError, match=r"written with weights \[3.0, 1.0\], but this run has \[3.0, 2.0\]"):
         other.load_state_dict(state)
     with pytest.raises(ValueError, match="either one data set or a mixture"):
-        ShardDataModule(None, 8)
+        ShardDataModule([], 8)
     with pytest.raises(ValueError, match="exclude each other"):
         ShardDataModule(str(pictures), 8, resolution=32, buckets=Buckets())

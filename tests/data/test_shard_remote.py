@@ -21,7 +21,7 @@ from data.shards.faults import Faults
 from data.shards.index import ShardSet
 from data.shards.locations import file_name, find_locations, is_remote
 from data.shards.shard_cache import ShardCache
-from data.shards.store import RemoteFile, ShardStore, read
+from data.shards.store import RemoteFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 from data.shards.writer import ShardWriter, encode_latents
 
@@ -253,6 +253,16 @@ def test_the_cache_is_bounded(folder: Path, tmp_path: Path) -> None:
         ShardCache(tmp_path, 0)
 
 
+def test_a_cache_below_one_window_is_refused(folder: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"cache_folder": str(tmp_path / "cache"), "cache_gb": 5e-5}
+    shards = f"file://{folder}/{{00000..00002}}.tar"
+    with pytest.raises(
+        ValueError, match=r"data\.cache_gb is 5e-05, but the shards of one shuffle window take up"
+    ):
+        epoch(shards, **options)
+    epoch(shards, shuffle_window_shards=1, **options)
+
+
 def fetch(folder: Path, log: Path, urls: list[str]) -> None:
     cache = ShardCache(folder, 1)
     for url in urls:
@@ -287,12 +297,12 @@ def test_a_shard_is_fetched_while_it_is_read_by_ranges(folder: Path, tmp_path: P
     store = ShardStore(ShardCache(tmp_path / "cache", 1))
     assert store.cache is not None
     file = store.open(url)
-    assert isinstance(file, RemoteFile) and bytes(read(file, 1000, 50)) == whole[1000:1050]
+    assert isinstance(file, RemoteFile) and bytes(file.read(1000, 50)) == whole[1000:1050]
     until = time.monotonic() + 20
     while store.cache.find(url) is None and time.monotonic() < until:
         time.sleep(0.02)
-    assert bytes(read(file, 2000, 50)) == whole[2000:2050] and file._local is not None
-    assert len(read(file, len(whole) - 10, 50)) == 10
+    assert bytes(file.read(2000, 50)) == whole[2000:2050] and file._local is not None
+    assert len(file.read(len(whole) - 10, 50)) == 10
     file.close()
 
 
