@@ -9,14 +9,15 @@ Dowson and Landau (1982).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from evaluation.collectives import all_gather_rows, collective_device, global_rank
+from evaluation.collectives import all_gather_rows, collective_device
 from evaluation.estimates import GROUPS, Estimate, group_of, jackknife
+from evaluation.feature_sums import Sums
 from evaluation.matrix_root import trace_of_root
 from evaluation.sampled import SampledMetric
 from evaluation.statistics import FeatureStatistics as FeatureStatistics
@@ -62,29 +63,6 @@ def frechet_distance(
     return float(((mean_1 - mean_2).square().sum() + spread).clamp_min(0))
 
 
-class Sums(NamedTuple):
-    """What mean and covariance are computed from; sums of two sets add up."""
-
-    samples: Tensor
-    """How many, int64."""
-    total: Tensor
-    """(d,), float64."""
-    outer: Tensor
-    """(d, d), float64."""
-
-    def without(self, other: Sums) -> Sums:
-        """Of the images that are not among the others."""
-        return Sums(self.samples - other.samples, self.total - other.total, self.outer - other.outer)
-
-    def statistics(self, root: Tensor | None = None) -> FeatureStatistics:
-        """Mean and covariance."""
-        count = int(self.samples)
-        mean = self.total / count
-        return FeatureStatistics(
-            mean, (self.outer - count * torch.outer(mean, mean)) / (count - 1), count, root=root
-        )
-
-
 class FrechetDistance(SampledMetric):
     """FID of the images that it is updated with, against fixed statistics or against images given with `real=True`.
 
@@ -121,7 +99,10 @@ class FrechetDistance(SampledMetric):
         super().__init__(("fake", "real") if reference is None else ("fake",))
         self.names = (name,)
         self.features = features
-        self.dimensions: int = features.dimensions if dimensions is None else dimensions  # type: ignore[attr-defined]
+        known = getattr(features, "dimensions", None) if dimensions is None else dimensions
+        if known is None:
+            raise ValueError(f"{name} needs the dimensions of its features, which {features!r} does not say")
+        self.dimensions = int(known)
         self.reference, self.reset_real_features = reference, reset_real_features
         self._kept_on_ranks: dict[str, int] = {}
         for side in self.sides:
@@ -143,8 +124,7 @@ class FrechetDistance(SampledMetric):
 
     def _keep(self, side: str, rows: Tensor, ids: Tensor | None) -> None:
         """All features enter the sums; those without ids can be no duplicates, and need not be kept."""
-        for state, value in zip(self._sums(side), self._sums_of(rows), strict=True):
-            state += value
+        self._sums(side).add(rows)
         if ids is not None:
             super()._keep(side, rows, ids)
 
@@ -197,7 +177,7 @@ class FrechetDistance(SampledMetric):
                 continue
             part = self._sums_of(rows[groups == group])
             if ranks > 1:
-                part = _reduced(part, group % ranks, members)
+                part.reduce(group % ranks, members)
             if own:
                 distances[group] = _between(totals.without(part).statistics(), real)
         if ranks > 1:
@@ -222,7 +202,7 @@ class FrechetDistance(SampledMetric):
         return Sums(*(getattr(self, f"{side}_{part}") for part in ("count", "sum", "outer")))
 
     def _sums_of(self, rows: Tensor) -> Sums:
-        return sums_of(rows, self.dimensions, self.device)
+        return Sums.of(rows, self.dimensions, self.device)
 
     def _kept(self, side: str) -> int:
         """How many images have their features kept, on all ranks."""
@@ -233,11 +213,8 @@ class FrechetDistance(SampledMetric):
         rows, ids = self.rows_of(side)
         sums = self._sums(side)
         if not bool(kept.all()):
-            for state, value in zip(sums, self._sums_of(rows[~kept]), strict=True):
-                state -= value
-        dist.all_reduce(sums.samples, group=group)
-        dist.all_reduce(sums.total, group=group)
-        all_reduce_symmetric(sums.outer, group)
+            sums.subtract(self._sums_of(rows[~kept]))
+        sums.all_reduce(group)
         many = torch.tensor([[int(kept.sum())]])
         self._kept_on_ranks[side] = int(torch.cat(all_gather_rows(many, self.device, group)).sum())
         if self._kept_on_ranks[side] == int(sums.samples) <= self.dimensions:
@@ -245,38 +222,6 @@ class FrechetDistance(SampledMetric):
         else:
             setattr(self, f"{side}_rows", [rows[kept]])
             setattr(self, f"{side}_ids", [ids[kept]])
-
-
-def sums_of(features: Tensor, dimensions: int, device: torch.device, chunk: int = 4096) -> Sums:
-    """Sums of features (n, d), in float64 on a device, in pieces that do not need much memory."""
-    total = torch.zeros(dimensions, dtype=torch.float64, device=device)
-    outer = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
-    for part in features.split(chunk) if len(features) > 0 else ():
-        part = part.to(device).double()
-        total += part.sum(0)
-        outer.addmm_(part.T, part)
-    return Sums(torch.tensor(len(features), device=device), total, outer)
-
-
-def all_reduce_symmetric(matrix: Tensor, group: Any | None = None, parts: int = 8) -> None:
-    """Sum of a symmetric (d, d) matrix over the ranks, in place; a band of rows at a time, right of the diagonal.
-
-    Nearly half of the bytes need not be sent, and gloo's copies are those of a band.
-    """
-    height = -(-len(matrix) // parts)
-    for start in range(0, len(matrix), height):
-        end = min(start + height, len(matrix))
-        band = matrix[start:end, start:].contiguous()
-        dist.all_reduce(band, group=group)
-        matrix[start:end, start:] = band
-        matrix[end:, start:end] = band[:, end - start :].T
-
-
-def _reduced(sums: Sums, rank: int, group: Any | None) -> Sums:
-    """The sums over all ranks, on one of them."""
-    for each in sums:
-        dist.reduce(each, dst=global_rank(rank, group), group=group)
-    return sums
 
 
 def _between(side_1: FeatureStatistics, side_2: FeatureStatistics) -> float:

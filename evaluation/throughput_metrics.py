@@ -43,9 +43,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.torchmetrics_sync:
         result["sync_of_torchmetrics"] = sync(options.ranks, options.dimensions, True, 1)
     sides = [features_like_inception(options.samples, options.dimensions, seed) for seed in (0, 1)]
-    result["frechet"] = frechet_routes(sides[0], sides[1], options.repeats)
+    result["frechet"] = frechet_routes(sides[0], sides[1], options.repeats, True)
     few = [side[: options.few] for side in sides]
-    result["frechet_few_samples"] = frechet_routes(few[0], few[1], options.repeats)
+    result["frechet_few_samples"] = frechet_routes(few[0], few[1], options.repeats, False)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return result | {
         "dimensions": options.dimensions,
@@ -67,15 +67,15 @@ def features_like_inception(count: int, dimensions: int, seed: int) -> Tensor:
     return features
 
 
-def frechet_routes(features_1: Tensor, features_2: Tensor, repeats: int) -> dict[str, Any]:
-    """Seconds and value of each route to the distance, from equal statistics."""
+def frechet_routes(features_1: Tensor, features_2: Tensor, repeats: int, slow: bool) -> dict[str, Any]:
+    """Seconds and value of each route to the distance, from equal statistics; `slow`: scipy's too."""
     side_1, side_2 = (FeatureStatistics.from_features(side) for side in (features_1, features_2))
     tensors = (side_1.mean, side_1.covariance, side_2.mean, side_2.covariance)
     routes: dict[str, Callable[[], float]] = {
         "ours": lambda: frechet_distance(*tensors, side_1.root, side_2.root),
         "torchmetrics": lambda: _by_torchmetrics(*tensors),
     }
-    if find_spec("scipy") is not None:
+    if slow and find_spec("scipy") is not None:
         routes["scipy"] = lambda: _by_scipy(*tensors)
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     values: dict[str, float] = {}
