@@ -33,6 +33,8 @@ LONG_FILES = (
     "test_lora_distributed.py",
     "test_mixture.py",
     "test_prepare_pairs.py",
+    "test_prepare_images.py",
+    "test_prepare_latents.py",
     "test_plan_command.py",
 )
 """Begun first, or at the end one worker would wait for the other: minutes, in few tests each."""
