@@ -42,7 +42,7 @@ class BestCheckpoint(Checkpoint):
         self._writer.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps two runs apart.
+        """Keeps two runs apart. What was measured before the first update is passed over.
 
         Raises:
             UserError: if an earlier run's best is in the way.
@@ -81,7 +81,7 @@ class BestCheckpoint(Checkpoint):
         for point in history[self._seen :]:
             score, known = point[self.metric], self.best if self._pending is None else self._pending
             better = known is None or (score < known if self.metric in LOWER_IS_BETTER else score > known)
-            if better and point["student_updates"] > 0:
+            if better:
                 self._pending = score
         self._seen = len(history)
 
