@@ -74,9 +74,9 @@ def test_ranks_measure_what_one_process_does(world: Path, small: None, tmp_path:
     metrics.setup(None, None, "fit")  # type: ignore[arg-type]
     alone = {name: value.as_dict() for name, value in metrics.estimates(made, CPU).items()}
     assert set(alone) == {"fid", "cmmd", "clip_score"}
-    ended = in_ranks(measure_share, (world, tmp_path), tmp_path, count=4)
-    assert [rank.code for rank in ended] == [0] * 4, ended[0].said[-3000:]
-    for rank in range(4):
+    ended = in_ranks(measure_share, (world, tmp_path), tmp_path)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].said[-3000:]
+    for rank in range(2):
         seen = json.loads((tmp_path / f"rank{rank}.json").read_text())
         for name, estimate in alone.items():
             # Features differ by float32 rounding between batch sizes.
