@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from data.shards.scan import scan_shard
 from evaluation import throughput_memory, throughput_webdataset
 from evaluation.throughput_tars import jpeg_tars, latent_tars, many_shards
 
-_SIDE_PX, _IMAGE_BATCH, _LATENT_BATCH = 512, 32, 32
+_SIDE_PX, _IMAGE_BATCH, _LATENT_BATCH = 512, 16, 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,26 +46,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         jpegs = jpeg_tars(Path(folder, "jpeg"), options.jpegs)
         latents = latent_tars(Path(folder, "latent"), options.latents)
-        traces = {
-            "512 px images": memory(jpegs, "images", options),
-            "SDXL latents": memory(latents, "latents", options),
-        }
-        result = {
-            "index": index_speed(jpegs),
-            "raw_jpeg": raw(jpegs, "images", options.repeats),
-            "raw_sdxl_latents": raw(latents, "latents", options.repeats),
-            "jpeg_to_512": decoded(jpegs, options),
-            "overhead": overhead(latents, options),
-            "memory": traces,
-            "memory_growth": {name: throughput_memory.growth(t["megabytes"]) for name, t in traces.items()},
-            "first_batch": [
+        traces = dict[str, dict[str, list[float]]]()
+        parts: dict[str, Callable[[], Any]] = {
+            "shuffle": shuffle_quality,
+            "index": lambda: index_speed(jpegs),
+            "raw_jpeg": lambda: raw(jpegs, "images", options.repeats),
+            "raw_sdxl_latents": lambda: raw(latents, "latents", options.repeats),
+            "jpeg_to_512": lambda: decoded(jpegs, options),
+            "overhead": lambda: overhead(latents, options),
+            "first_batch": lambda: [
                 first_batch(Path(folder), shards, options.index_samples // shards, options.workers)
                 for shards in (100, 1000)
             ],
+            "memory": lambda: memories(jpegs, latents, options, traces),
         }
+        result = {}
+        for name, measure in parts.items():
+            result[name] = measure()
+            print(name, result[name], file=sys.stderr, flush=True)
     if options.plot is not None:
         throughput_memory.plot(traces, options.plot)
-    return result | shuffle_quality() | {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
+    load = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
+    return result | load | {"memory_traces": traces}
 
 
 def _dataset(folder: Path, contents: list[Content], **options: Any) -> ShardDataset:
@@ -94,8 +97,8 @@ def raw(folder: Path, content: Content, repeats: int) -> dict[str, float]:
 
     def ours() -> int:
         nonlocal bytes_read
-        for start in range(0, total, 32):
-            parts = dataset.raw(range(start, min(start + 32, total)))
+        for start in range(0, total, 16):
+            parts = dataset.raw(range(start, min(start + 16, total)))
             bytes_read += sum(map(len, parts[0]))
         return total
 
@@ -108,29 +111,29 @@ def raw(folder: Path, content: Content, repeats: int) -> dict[str, float]:
 
 
 def decoded(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Pictures as 512 px tensors, by wall clock, at equal numbers of reading processes."""
+    """Pictures as 512 px tensors at equal numbers of reading processes: by CPU time without, by wall clock with any."""
     found = {}
     for workers in (0, options.workers):
         dataset = _dataset(folder, ["images"], resolution=_SIDE_PX)
         loader = ShardLoader(dataset, _IMAGE_BATCH, num_workers=workers)
         seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
         for _ in range(options.repeats):
-            seconds["ours"].append(_seconds(iter(loader)))
+            clock = time.perf_counter if workers else time.process_time
+            seconds["ours"].append(_seconds(iter(loader), clock))
             loader.close()
-            seconds["theirs"].append(
-                _seconds(throughput_webdataset.image_batches(folder, _SIDE_PX, _IMAGE_BATCH, workers))
-            )
+            theirs = throughput_webdataset.image_batches(folder, _SIDE_PX, _IMAGE_BATCH, workers)
+            seconds["theirs"].append(_seconds(theirs, clock))
         found[f"{workers} workers"] = _compared(*(_IMAGE_BATCH / min(times) for times in seconds.values()))
     return found
 
 
-def _seconds(batches: Iterator[Any], count: int = 12) -> float:
+def _seconds(batches: Iterator[Any], clock: Callable[[], float], count: int = 8) -> float:
     """A batch's, after the first two: starting the processes is no part of it."""
     for _ in islice(batches, 2):
         pass
-    start = time.perf_counter()
+    start = clock()
     read = sum(1 for _ in islice(batches, count))
-    return (time.perf_counter() - start) / read
+    return (clock() - start) / read
 
 
 def _compared(ours: float, theirs: float) -> dict[str, float]:
@@ -160,6 +163,15 @@ def overhead(folder: Path, options: argparse.Namespace) -> dict[str, float]:
     }
 
 
+def memories(
+    jpegs: Path, latents: Path, options: argparse.Namespace, traces: dict[str, dict[str, list[float]]]
+) -> dict[str, float]:
+    """How much more memory the second half of the time needed than the first; fills `traces`."""
+    traces["512 px images"] = memory(jpegs, "images", options)
+    traces["SDXL latents"] = memory(latents, "latents", options)
+    return {name: throughput_memory.growth(trace["megabytes"]) for name, trace in traces.items()}
+
+
 def memory(folder: Path, content: Content, options: argparse.Namespace) -> dict[str, list[float]]:
     """Of this process and its reading processes, epoch after epoch."""
     dataset = _dataset(folder, [content], resolution=_SIDE_PX if content == "images" else None)
@@ -178,15 +190,21 @@ def first_batch(root: Path, shards: int, samples: int, workers: int) -> dict[str
     start = time.perf_counter()
     ShardDataModule(str(folder), 16).prepare_data()
     indexed = time.perf_counter() - start
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     dataset = _dataset(folder, ["latents"])
     middle = 3 * len(dataset) // 2 // 16
     loader = ShardLoader(dataset, 16, num_workers=workers, next_pass=lambda count: Pass(middle, 10))
     batch = next(iter(loader))
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     loader.close()
     assert int(batch.positions[0]) == middle * 16
-    return {"shards": shards, "samples": shards * samples, "index_seconds": indexed, "seconds": seconds}
+    return {
+        "shards": shards,
+        "samples": shards * samples,
+        "index_seconds": indexed,
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+    }
 
 
 def shuffle_quality() -> dict[str, Any]:

@@ -31,6 +31,8 @@ def trace(batches: Iterable[Any], seconds: float, every: int) -> dict[str, list[
 
 def growth(megabytes: list[float]) -> float:
     """Peak of the second half over peak of the first, once the loader has warmed up."""
+    if len(megabytes) < 4:
+        raise ValueError("Memory was looked at fewer than four times; give --memory_seconds more.")
     warm = megabytes[len(megabytes) // 5 :]
     half = len(warm) // 2
     return max(warm[half:]) / max(warm[:half])

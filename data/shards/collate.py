@@ -16,28 +16,48 @@ def collate(samples: Sequence[dict[str, Any]], positions: Sequence[int]) -> Trai
     Raises:
         BadSampleError: naming two samples, if sizes differ.
     """
-    images, control = _stack(samples, "images"), _stack(samples, "control_images")
+    images, control = _pixels(samples, "images"), _pixels(samples, "control_images")
     has_sizes = "original_size" in samples[0]
     return TrainingBatch(
         captions=[sample["captions"] for sample in samples],
         positions=torch.as_tensor(positions, dtype=torch.int64),
         sample_ids=[sample["id"] for sample in samples],
-        latents=_stack(samples, "latents", torch.float32),
-        images=None if images is None else images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1),
+        latents=_stack(samples, "latents"),
+        images=None if images is None else images.div_(127.5).sub_(1),
         pair_noise_seeds=torch.tensor([s["noise_seeds"] for s in samples])
         if "noise_seeds" in samples[0]
         else None,
         original_sizes=torch.tensor([sample["original_size"] for sample in samples]) if has_sizes else None,
         crops=torch.tensor([sample["crop"] for sample in samples]) if has_sizes else None,
-        control_images=None if control is None else control.permute(0, 3, 1, 2).float().div_(255),
+        control_images=None if control is None else control.div_(255),
     )
 
 
-def _stack(
-    samples: Sequence[dict[str, Any]], content: str, dtype: torch.dtype = torch.uint8
-) -> Tensor | None:
+def _stack(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
+    """(B, ...) float32."""
     if content not in samples[0]:
         return None
+    _require_one_shape(samples, content)
+    # Written where it stays: stacking first and converting then takes five times as long for latents of SDXL.
+    stacked = torch.empty((len(samples), *samples[0][content].shape))
+    for row, sample in zip(stacked, samples, strict=True):
+        row.copy_(torch.from_numpy(sample[content]))
+    return stacked
+
+
+def _pixels(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
+    """(B, 3, H, W) float32, 0 to 255. Contiguous: to look for NaN in a permuted view takes longer than to decode it."""
+    if content not in samples[0]:
+        return None
+    _require_one_shape(samples, content)
+    height, width, channels = samples[0][content].shape
+    stacked = torch.empty((len(samples), channels, height, width))
+    for row, sample in zip(stacked, samples, strict=True):
+        row.copy_(torch.from_numpy(sample[content]).permute(2, 0, 1))
+    return stacked
+
+
+def _require_one_shape(samples: Sequence[dict[str, Any]], content: str) -> None:
     shape = samples[0][content].shape
     for sample in samples:
         if sample[content].shape != shape:
@@ -45,8 +65,3 @@ def _stack(
                 f"One batch holds {content} of one size, but {samples[0]['id']} has {shape} and {sample['id']} has "
                 f"{sample[content].shape}; set data.resolution or data.buckets, or write shards of one size."
             )
-    # Written where it stays: stacking first and converting then takes five times as long for latents of SDXL.
-    stacked = torch.empty((len(samples), *shape), dtype=dtype)
-    for row, sample in zip(stacked, samples, strict=True):
-        row.copy_(torch.from_numpy(sample[content]))
-    return stacked

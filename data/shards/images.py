@@ -130,7 +130,7 @@ class FittedImage:
     """A picture of its batch's size, and where it came from."""
 
     pixels: NDArray[np.uint8]
-    """(H, W, 3)."""
+    """(H, W, 3); may be a view of an array with the channels first, as batches have them."""
     original_size: tuple[int, int]
     """Height and width before resizing."""
     crop: tuple[int, int]
@@ -151,14 +151,17 @@ def fit(
     original = (pixels.shape[0], pixels.shape[1])
     height, width = size or original
     pixels = _resized(pixels, *_covering(original, (height, width)))
-    if fitting.flip and draw(fitting.seed, position, Draw.FLIP, 2):
+    mirrored = fitting.flip and bool(draw(fitting.seed, position, Draw.FLIP, 2))
+    if mirrored:
         pixels = pixels[:, ::-1]
     spare = (pixels.shape[0] - height, pixels.shape[1] - width)
     top, left = spare[0] // 2, spare[1] // 2
     if fitting.random_crop:
         top = draw(fitting.seed, position, Draw.CROP_TOP, spare[0] + 1)
         left = draw(fitting.seed, position, Draw.CROP_LEFT, spare[1] + 1)
-    cut = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    cut = pixels[top : top + height, left : left + width]
+    if mirrored:
+        cut = cut.copy(order="K")  # torch takes no negative strides
     return FittedImage(cut, original, (top, left))
 
 

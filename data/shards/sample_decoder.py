@@ -142,7 +142,7 @@ def _sizes(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _conditioned(condition: ImageCondition, pixels: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
-    made = condition(pixels)
+    made = condition(np.ascontiguousarray(pixels))
     if made.dtype != np.uint8 or made.shape != pixels.shape:
         raise ValueError(
             f"{where}: data.condition made {made.dtype} {made.shape} of a picture of {pixels.shape}, but a condition "
