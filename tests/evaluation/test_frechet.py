@@ -10,6 +10,7 @@ import scipy.linalg
 import torch
 
 from evaluation.frechet import FeatureStatistics, FrechetDistance, frechet_distance
+from evaluation.matrix_root import trace_of_root
 
 
 def random_covariance(dimensions: int, samples: int, seed: int) -> torch.Tensor:
@@ -48,6 +49,18 @@ def test_fewer_samples_than_dimensions_is_exact() -> None:
     expected = float((side_1.mean - side_2.mean).square().sum() + spread)
     distance = frechet_distance(side_1.mean, side_1.covariance, side_2.mean, side_2.covariance)
     assert distance == pytest.approx(expected, abs=1e-12)
+
+
+def test_pivots_of_rounding_noise_are_not_taken_for_a_rank() -> None:
+    full = random_covariance(64, 300, seed=6)
+    features = torch.randn(20, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    root = (features - features.mean(0)).T / 19**0.5
+    # As cancellation in sums leaves it: no pivot is negative, Cholesky finds nothing to complain about.
+    noisy = root @ root.T + 1e-14 * torch.eye(64, dtype=torch.float64)
+    assert int(torch.linalg.cholesky_ex(noisy).info) == 0
+    expected = float(torch.linalg.svdvals(torch.linalg.cholesky(full).T @ root).sum())
+    for pair in ((full, noisy), (noisy, full)):
+        assert float(trace_of_root(*pair)) == pytest.approx(expected, rel=1e-10)
 
 
 def test_equal_sides_are_at_distance_zero_and_order_does_not_matter() -> None:
