@@ -53,10 +53,10 @@ def compared(scratch: Path, count: int, weights: Path | None) -> dict[str, Any]:
         cached.symlink_to(weights.resolve())
     torch.hub.set_dir(str(scratch))
     folders = [write_images(scratch / name, count, seed) for name, seed in (("fake", 1), ("real", 2))]
-    found = {"images_per_side": count, "weights": "random" if weights is None else weights.name}
+    found: dict[str, Any] = {"images_per_side": count, "weights": "random" if weights is None else weights.name}
     for name, (tool, resize) in TOOLS.items():
         start = time.perf_counter()
-        theirs = tool(*folders, cached)
+        theirs = tool(folders[0], folders[1], cached)
         middle = time.perf_counter()
         ours = by_ours(cached, resize, count)
         found[name] = {

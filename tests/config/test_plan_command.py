@@ -108,7 +108,7 @@ def test_every_stage_has_a_plan(stage: str, tmp_path: Path) -> None:
     assert plan["needed"] > sum(network["weights"] for network in plan["networks"].values())
     assert "vae" not in plan["networks"]
     if stage == "decoder":  # the VAE is there where it makes the target, or the latents
-        pictures = {"class_path": "data.shards.datamodule.ShardDataModule"}
+        pictures: dict[str, Any] = {"class_path": "data.shards.datamodule.ShardDataModule"}
         pictures |= {"init_args": {"shards": "set", "batch_size": 8, "contents": ["images"]}}
         (tmp_path / "pictures.yaml").write_text(json.dumps({"data": pictures}))
         for more in (["--model.init_args.target=vae"], ["--config", str(tmp_path / "pictures.yaml")]):

@@ -142,7 +142,7 @@ def fit(
         "enable_checkpointing": False,
     }
     options |= {"enable_progress_bar": False, "enable_model_summary": False, **trainer_options}
-    shards = [] if folder is None else str(folder)
+    shards: str | list[str] = [] if folder is None else str(folder)
     datamodule = ShardDataModule(shards, batch_size, num_workers=workers, **(data or {}))
     pl.Trainer(**options).fit(module, datamodule, ckpt_path=checkpoint)
     return module.seen

@@ -176,8 +176,8 @@ def test_batches_of_one_size_from_shards(pictures: Path, content: Any) -> None:
 
 
 def test_sizes_come_from_img2dataset_where_it_left_them(pictures: Path, tmp_path: Path) -> None:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     (tmp_path / "00000.tar").write_bytes((pictures / "00000.tar").read_bytes())
     table = {
