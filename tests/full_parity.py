@@ -26,7 +26,6 @@ from evaluation.frechet import FrechetDistance
 from evaluation.inception import WEIGHT_FILES, InceptionFeatures, InceptionResize
 from evaluation.kernel_distance import KernelDistance
 from evaluation.machine import where
-from evaluation.precision_recall import PrecisionRecall
 from tests.evaluation.random_inception import textures, write_inception
 
 
@@ -53,7 +52,10 @@ def compared(scratch: Path, count: int, weights: Path | None) -> dict[str, Any]:
         cached.symlink_to(weights.resolve())
     torch.hub.set_dir(str(scratch))
     folders = [write_images(scratch / name, count, seed) for name, seed in (("fake", 1), ("real", 2))]
-    found: dict[str, Any] = {"images_per_side": count, "weights": "random" if weights is None else weights.name}
+    found: dict[str, Any] = {
+        "images_per_side": count,
+        "weights": "random" if weights is None else weights.name,
+    }
     for name, (tool, resize) in TOOLS.items():
         start = time.perf_counter()
         theirs = tool(folders[0], folders[1], cached)
@@ -76,12 +78,11 @@ def write_images(folder: Path, count: int, seed: int) -> Path:
 
 
 def by_ours(weights: Path, resize: InceptionResize, count: int) -> dict[str, float]:
-    """FID, KID, precision and recall of the same images."""
+    """FID and KID of the same images."""
     features = InceptionFeatures(weights, resize)
     metrics = {
         "fid": FrechetDistance(features),
         "kid": KernelDistance(features, subsets=10, subset_size=count // 2),
-        "precision": PrecisionRecall(features),
     }
     for seed, real in ((1, False), (2, True)):
         images = textures(count, seed, size=128)
@@ -98,15 +99,13 @@ def by_torch_fidelity(fake: Path, real: Path, weights: Path) -> dict[str, float]
     """FID and KID by its API."""
     count = len(list(fake.iterdir()))
     found = torch_fidelity.calculate_metrics(
-        input1=str(fake), input2=str(real), fid=True, kid=True, prc=True, cuda=False, cache=False, verbose=False,
+        input1=str(fake), input2=str(real), fid=True, kid=True, cuda=False, cache=False, verbose=False,
         kid_subsets=10, kid_subset_size=count // 2, feature_extractor_weights_path=str(weights), batch_size=8,
         save_cpu_ram=True,
     )  # fmt: skip
     return {
         "fid": found["frechet_inception_distance"],
         "kid": found["kernel_inception_distance_mean"],
-        "precision": found["precision"],
-        "recall": found["recall"],
     }
 
 
