@@ -208,7 +208,8 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
                 f"{index.location} ends before its sample '{index.key(row)}' does: it changed while it was "
                 "being read; write or copy it again."
             )
-        parts = [span[begin : begin + size] for begin, size in zip(members[::3], members[1::3], strict=True)]
+        places = zip(members[::3], members[1::3], strict=True)
+        parts = [span[begin : begin + size] for begin, size in places]
         return number, row, parts, members[2::3]
 
     def _where(self, number: int, row: int) -> str:

@@ -168,14 +168,29 @@ class SampleOrder:
         Returns:
             (n,), int64, in [0, len(self)).
         """
+        if (
+            isinstance(positions, list | range)
+            and len(positions)
+            and (found := self._neighbours(positions)) is not None
+        ):
+            return found
         wanted = np.asarray(positions, dtype=np.int64)
         epochs, places = np.divmod(wanted, self._total)
         blocks = places // _BLOCK
         samples = np.empty_like(wanted)
-        # Almost always a single block: the positions of a batch are neighbours.
         for epoch, block in set(zip(epochs.tolist(), blocks.tolist(), strict=True)):
             chosen = (epochs == epoch) & (blocks == block)
             samples[chosen] = self._block(epoch, block)[places[chosen] - block * _BLOCK]
+        return samples
+
+    def _neighbours(self, positions: Sequence[int]) -> Int64Array | None:
+        """As `samples_at` for the positions of a batch, which nearly always lie in one block; None where they do not."""
+        low, high = int(min(positions)), int(max(positions))
+        epoch, place = divmod(low, self._total)
+        last, block = place + high - low, place // _BLOCK
+        if last >= self._total or last // _BLOCK != block:
+            return None
+        samples: Int64Array = self._block(epoch, block)[np.array(positions) - (low - place + block * _BLOCK)]
         return samples
 
     def _block(self, epoch: int, block: int) -> Int64Array:
