@@ -121,6 +121,11 @@ def command(root: Path, row: str, seed: int) -> list[str]:
     return [*line, *weights, *recipe.flags, *folder]
 
 
+def is_finished(root: Path, row: str, seed: int) -> bool:
+    """Whether the run has exported its pipeline."""
+    return (run_folder(root, row, seed) / "pipeline" / "model_index.json").is_file()
+
+
 def train(root: Path, row: str, seed: int) -> None:
     """Runs a row, and first what it starts from; does nothing if its pipeline is there.
 
@@ -128,7 +133,7 @@ def train(root: Path, row: str, seed: int) -> None:
         RuntimeError: if train.py fails; its last words are in the run's log.
     """
     folder, start = run_folder(root, row, seed), RECIPES[row].start
-    if (folder / "pipeline" / "model_index.json").is_file():
+    if is_finished(root, row, seed):
         return
     if start in RECIPES:
         train(root, start, seed)
@@ -245,6 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="ROW")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="default: 0")
+    parser.add_argument(
+        "--finished_only", action="store_true", help="start no run: measure what was finished, of these seeds"
+    )
     parser.add_argument("--root", type=Path, default=Path("outputs/recipes"), help="default: %(default)s")
     parser.add_argument("--protocol", default="toy", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -254,9 +262,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     judges = Judges.load(protocol)
     rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows}
     try:
-        make_pairs()
+        if not options.finished_only:
+            make_pairs()
         for seed in options.seeds:
             for row in options.rows:
+                if options.finished_only and not is_finished(options.root, row, seed):
+                    continue
                 train(options.root, row, seed)
                 scores = score(options.root, row, seed, protocol, judges)
                 cost = cpu_seconds(run_folder(options.root, row, seed)) or None  # none was written down
@@ -264,9 +275,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 Console(stderr=True).print(f"{row} seed {seed}: {rows[row][seed]}")
     except (RuntimeError, subprocess.CalledProcessError) as error:
         sys.exit(f"recipes: {error}")
-    summary = summarise(rows)
+    summary = summarise({row: by_seed for row, by_seed in rows.items() if by_seed})
+    if not summary:
+        sys.exit(f"recipes: none of these rows was finished with these seeds under {options.root}")
     if options.picture is not None:
-        draw(options.root, options.rows, options.seeds[0], protocol).save(options.picture)
+        draw(options.root, list(summary), options.seeds[0], protocol).save(options.picture)
     if options.out is not None:
         result = {"rows": summary, "protocol": protocol.describe(), **where(torch.device("cpu"))}
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,32 @@ def test_what_is_there_is_not_run_again_and_what_is_missing_is(
     assert ran == ["warmup", "dmd2", "dmd2+finish"]
     assert recipes.cpu_seconds(tmp_path / "dmd2" / "seed1") > 0
     assert recipes.cpu_seconds(tmp_path / "dmd2" / "seed0") == 0
+
+
+def test_finished_only_starts_nothing_and_takes_the_seeds_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {
+        "clip_score": 1.0,
+        "caption_accuracy": 0.5,
+        "attribute_accuracy": 0.6,
+        "diversity": 0.1,
+        "parameters": 7,
+    }
+    monkeypatch.setattr(recipes, "score", lambda root, row_, seed, *_: row | {"fid": float(seed)})
+    monkeypatch.setattr(recipes, "command", lambda *_: pytest.fail("a run was started"))
+    arguments = ["--root", str(tmp_path), "--seeds", "1", "2", "--rows", "warmup", "dmd2", "--finished_only"]
+    with pytest.raises(SystemExit, match="none of these rows was finished"):
+        recipes.main(arguments)
+    for name, seed in (("warmup", 1), ("warmup", 2)):
+        finished(tmp_path, name, seed)
+    recipes.main([*arguments, "--out", str(tmp_path / "table.json")])
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert (
+        list(rows) == ["warmup"]
+        and rows["warmup"]["seeds"] == [1, 2]
+        and rows["warmup"]["fid"]["mean"] == 1.5
+    )
 
 
 def test_the_cost_of_an_interrupted_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
