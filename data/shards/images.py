@@ -135,6 +135,8 @@ class FittedImage:
     """Height and width before resizing."""
     crop: tuple[int, int]
     """Top and left of the crop in the resized (and mirrored) picture."""
+    scale: tuple[float, float]
+    """Resized over stored height and width."""
 
 
 def fit(
@@ -150,7 +152,8 @@ def fit(
     """
     original = (pixels.shape[0], pixels.shape[1])
     height, width = size or original
-    pixels = _resized(pixels, *_covering(original, (height, width)))
+    resized = _covering(original, (height, width))
+    pixels = _resized(pixels, *resized)
     mirrored = fitting.flip and bool(draw(fitting.seed, position, Draw.FLIP, 2))
     if mirrored:
         pixels = pixels[:, ::-1]
@@ -162,7 +165,7 @@ def fit(
     cut = pixels[top : top + height, left : left + width]
     if mirrored:
         cut = cut.copy(order="K")  # torch takes no negative strides
-    return FittedImage(cut, original, (top, left))
+    return FittedImage(cut, original, (top, left), (resized[0] / original[0], resized[1] / original[1]))
 
 
 def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:

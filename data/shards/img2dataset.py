@@ -23,7 +23,7 @@ def parquet_image_sizes(location: str) -> Mapping[str, tuple[int, int]]:
     path = Path(location).with_name(_stem(location) + ".parquet")
     if is_remote(location) or not path.is_file():
         return {}
-    import pyarrow.parquet  # type: ignore[import-untyped]  # a third of a second, for few
+    import pyarrow.parquet  # a third of a second, for few
 
     try:
         table = pyarrow.parquet.read_table(path, columns=["key", "height", "width"]).to_pydict()

@@ -74,6 +74,7 @@ class SampleDecoder:
             BadSampleError: if a member does not hold what it should.
         """
         decoded: dict[str, Any] = {}
+        sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
         fitted: dict[str, FittedImage] = {}  # a picture and the condition made of it share a member
         for part, extension, member in zip(self.parts, extensions, members, strict=True):
             if part.content == "captions":
@@ -81,13 +82,16 @@ class SampleDecoder:
             elif part.content == "noise_seeds":
                 decoded["noise_seeds"] = _field(decode(extension, member, where), "noise_seed", int, where)
             elif part.content == "sizes":
-                decoded |= _sizes(decode(extension, member, where), where)
+                sizes = _sizes(decode(extension, member, where), where)
             elif part.content == "latents":
                 decoded["latents"] = decode(extension, member, where)
             else:
                 if extension not in fitted:
                     fitted[extension] = self._fit(member, sample, position, where)
                 decoded |= self._image(part.content, fitted[extension], where)
+        if sizes is not None:
+            decoded["original_size"], before = sizes
+            decoded["crop"] = _cropped_again(before, next(iter(fitted.values()), None))
         return decoded
 
     def _fit(self, member: memoryview, sample: int, position: int, where: str) -> FittedImage:
@@ -136,9 +140,21 @@ def _captions_of(value: dict[str, Any], fields: Sequence[str], where: str) -> li
     return found
 
 
-def _sizes(fields: dict[str, Any], where: str) -> dict[str, Any]:
+def _sizes(fields: dict[str, Any], where: str) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Original size and crop, as the json member says."""
     height, width, top, left = (_field(fields, name, int, where) for name in _SIZE_FIELDS)
-    return {"original_size": (height, width), "crop": (top, left)}
+    return (height, width), (top, left)
+
+
+def _cropped_again(before: tuple[int, int], fitted: FittedImage | None) -> tuple[int, int]:
+    """Where a crop lies that was resized and cropped once more on reading; latents are taken as they are."""
+    if fitted is None:
+        return before
+    top, left = (
+        round(place * scale) + place_again
+        for place, scale, place_again in zip(before, fitted.scale, fitted.crop, strict=True)
+    )
+    return top, left
 
 
 def _conditioned(condition: ImageCondition, pixels: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
