@@ -148,3 +148,17 @@ def test_a_control_image_is_cropped_as_its_picture(tmp_path: Path) -> None:
         assert torch.allclose(batch.images / 2 + 0.5, batch.control_images, atol=1e-6)
         crops.add(tuple(batch.crops[0].tolist()))
     assert len(crops) > 8
+
+
+@pytest.mark.parametrize("contents", [["images", "sizes"], ["sizes", "images"]])
+def test_a_picture_resized_before_keeps_its_first_size_and_both_crops(tmp_path: Path, contents: Any) -> None:
+    """Of a 100x96 picture, halved and cropped at (5, 0) to 40x48, the reader makes 20x20."""
+    fields = {"original_height": 100, "original_width": 96, "crop_top": 5, "crop_left": 0}
+    with ShardWriter(tmp_path) as writer:
+        writer.write({"jpg": jpeg(smooth(40, 48)), "txt": "a picture", "json": fields})
+    data = ShardDataModule(str(tmp_path), 1, contents=contents, resolution=20)
+    (batch,) = iter(data.train_dataloader())
+    assert batch.images is not None and batch.images.shape == (1, 3, 20, 20)
+    assert batch.original_sizes is not None and batch.original_sizes.tolist() == [[100, 96]]
+    # 40x48 becomes 20x24, of which the middle 20 columns stay: (round(5 / 2), 0 + 2).
+    assert batch.crops is not None and batch.crops.tolist() == [[2, 2]]
