@@ -3,6 +3,7 @@
 Both are immutable and refuse bad data where it enters, in one sentence, rather than let it train.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -164,17 +165,20 @@ class TrainingBatch:
         if bool((self.positions < 0).any()):
             raise ValueError(f"positions count samples from 0, got {self.positions.tolist()}.")
         for name, tensor in (("latents", self.latents), ("images", self.images)):
+            if tensor is None:
+                continue
             # The extremes carry NaN and infinity, and take a twentieth of the time of a look at each value.
-            if tensor is not None and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+            low, high = (bound.item() for bound in torch.aminmax(tensor))
+            if not (math.isfinite(low) and math.isfinite(high)):
                 broken = (~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero().flatten().tolist()
                 ids = ", ".join(self.sample_ids[i] for i in broken)
                 raise ValueError(f"{name} must be finite, got NaN or infinity in sample {ids}.")
-        # 1.01: a resize may overshoot a little, but pixels in 0-255 or 0-1 scaled twice are a mistake.
-        if self.images is not None and self.images.abs().amax().item() > 1.01:
-            raise ValueError(
-                f"images must be in [-1, 1], got values up to {self.images.abs().amax().item():g}; "
-                "latents.from_uint8 makes them of bytes."
-            )
+            # 1.01: a resize may overshoot a little, but pixels in 0-255 or 0-1 scaled twice are a mistake.
+            if name == "images" and max(-low, high) > 1.01:
+                raise ValueError(
+                    f"images must be in [-1, 1], got values up to {max(-low, high):g}; "
+                    "latents.from_uint8 makes them of bytes."
+                )
 
     def __len__(self) -> int:
         return len(self.captions)
