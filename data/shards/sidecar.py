@@ -5,6 +5,7 @@ and does not count where they differ.
 """
 
 import hashlib
+import io
 import logging
 import os
 import tempfile
@@ -53,7 +54,8 @@ def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -
 def load_sidecar(sidecar: Path, location: str, stamp: Stamp | None) -> ShardIndex | None:
     """The stored index, or None if there is none of this version and stamp (None: of any stamp)."""
     try:
-        with np.load(sidecar, allow_pickle=False) as stored:
+        # Read at once: numpy's many small reads make threads wait for each other at the interpreter's lock.
+        with np.load(io.BytesIO(sidecar.read_bytes()), allow_pickle=False) as stored:
             version, *known = stored["stamp"].tolist()
             if version != SIDECAR_VERSION or (stamp is not None and tuple(known) != stamp):
                 return None
