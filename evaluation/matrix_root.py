@@ -12,7 +12,7 @@ def trace_of_root(
     """Trace of (S_1^(1/2) S_2 S_1^(1/2))^(1/2): real by construction.
 
     With S_i = B_i B_i^T it is the sum of the singular values of B_1^T B_2. Where both covariances have full rank, these are
-    the roots of the eigenvalues of the symmetric L^T S_2 L, L from Cholesky: nearly three times as fast as the eigenvalues
+    the roots of the eigenvalues of the symmetric L^T S_2 L, L from Cholesky: more than twice as fast as the eigenvalues
     of S_1 S_2, and within 1e-14 of the singular values also where the spectrum spans 11 decades. Where a rank is missing,
     the root would turn rounding errors of 1e-16 into 1e-8 each; there the singular values are taken.
 
@@ -34,11 +34,32 @@ def trace_of_root(
     else:
         full_2 = False
     if full_1 and full_2:
-        values = torch.linalg.eigvalsh(root_1.T @ (covariance_2 @ root_1)).clamp_min(0).sqrt()
+        values = torch.linalg.eigvalsh(lower_half(root_1, covariance_2)).clamp_min(0).sqrt()
     else:
         values = torch.linalg.svdvals(root_1.T @ root_2)
     total: Tensor = values.sum()
     return total
+
+
+def lower_half(triangle: Tensor, covariance: Tensor, parts: int = 8) -> Tensor:
+    """The lower half of L^T S L, which is all that eigvalsh reads.
+
+    In bands, so that the zeros of L and the upper halves, which nobody reads, are not multiplied: a third of the work.
+
+    Args:
+        triangle: L (d, d), lower triangular.
+        covariance: S (d, d), symmetric.
+        parts: how many bands.
+    """
+    size = len(triangle)
+    height = -(-size // parts)
+    bands = [(start, min(start + height, size)) for start in range(0, size, height)]
+    product, result = torch.zeros_like(covariance), torch.zeros_like(covariance)
+    for start, end in bands:
+        product[start:, start:end] = covariance[start:, start:] @ triangle[start:, start:end]
+    for start, end in bands:
+        result[start:end, :end] = triangle[start:, start:end].T @ product[start:, :end]
+    return result
 
 
 def _triangle(covariance: Tensor) -> tuple[Tensor, bool]:

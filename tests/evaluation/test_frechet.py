@@ -10,7 +10,7 @@ import scipy.linalg
 import torch
 
 from evaluation.frechet import FeatureStatistics, FrechetDistance, frechet_distance
-from evaluation.matrix_root import trace_of_root
+from evaluation.matrix_root import lower_half, trace_of_root
 
 
 def random_covariance(dimensions: int, samples: int, seed: int) -> torch.Tensor:
@@ -61,6 +61,15 @@ def test_pivots_of_rounding_noise_are_not_taken_for_a_rank() -> None:
     expected = float(torch.linalg.svdvals(torch.linalg.cholesky(full).T @ root).sum())
     for pair in ((full, noisy), (noisy, full)):
         assert float(trace_of_root(*pair)) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("dimensions", [5, 64, 67])
+def test_bands_give_the_product(dimensions: int) -> None:
+    full, other = (random_covariance(dimensions, 300, seed=seed) for seed in (7, 8))
+    triangle = torch.linalg.cholesky(full)
+    expected = torch.linalg.eigvalsh(triangle.T @ other @ triangle)
+    found = torch.linalg.eigvalsh(lower_half(triangle, other))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
 
 
 def test_equal_sides_are_at_distance_zero_and_order_does_not_matter() -> None:
