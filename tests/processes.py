@@ -21,6 +21,7 @@ PRELOAD = [
     "sdxs_lightning.families.sd",
     "transformers.models.clip.modeling_clip",
     "tests.evaluation.distributed_worker",
+    "tests.evaluation.metric_ranks",
     "tests.training.distributed_worker",
     "tests.training.faults",
 ]
