@@ -1,6 +1,7 @@
 """Shards as a LightningDataModule: the same global batches for any ranks and workers, exactly resumed."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -59,6 +60,7 @@ class ShardDataModule(pl.LightningDataModule):
         faults: Faults | None = None,
         cache_folder: str | None = None,
         cache_gb: float = 100.0,
+        val_shards: str | list[str] | None = None,
     ) -> None:
         """Keep the settings; files are looked at in `prepare_data` and `setup`.
 
@@ -85,6 +87,8 @@ class ShardDataModule(pl.LightningDataModule):
             faults: replace bad samples within a budget; by default the first one stops the run.
             cache_folder: where remote shards are kept; without it they are read by ranges each time.
             cache_gb: 10^9 bytes that the cache may hold.
+            val_shards: of a validation set, for modules with a validation_step: read in the written order, neither
+                mirrored nor cropped at random; samples beyond the last whole global batch are left out.
 
         Raises:
             ValueError: for a setting that cannot be, or two that exclude each other.
@@ -105,6 +109,10 @@ class ShardDataModule(pl.LightningDataModule):
         if buckets is not None and resolution is not None:
             raise ValueError(
                 f"data.buckets and data.resolution {resolution} exclude each other; the buckets' sizes come from side_px."
+            )
+        if buckets is not None and val_shards is not None:
+            raise ValueError(
+                "data.val_shards is read at one size and data.buckets makes many; set one of them to null."
             )
         self.sources = list(sources) if sources else [Source(shards or [])]
         self.shards = shards
@@ -128,6 +136,11 @@ class ShardDataModule(pl.LightningDataModule):
         self._cache = None if cache_folder is None else (cache_folder, cache_gb)
         self._opened: list[ShardSet] | None = None
         self._loader: ShardLoader | None = None
+        self._val_loader: ShardLoader | None = None
+        self.val_shards = val_shards
+        if val_shards is not None:
+            # Only then: Lightning warns in every training that has the method and no validation_step.
+            self.val_dataloader = self._open_val_loader  # type: ignore[method-assign]
 
     def prepare_data(self) -> None:
         """Index the shards once a node, so that the ranks find the indexes made."""
@@ -171,21 +184,35 @@ class ShardDataModule(pl.LightningDataModule):
                 "trainer.overfit_batches has no meaning for a loader that goes on through the epochs; point "
                 "data.shards at a single small shard instead."
             )
+        self._loader = self._loader_of(self.dataset, None if self.trainer is None else self._next_pass)
+        return self._loader
+
+    def _open_val_loader(self) -> ShardLoader:
+        """This rank's loader of `val_shards`; every pass begins at the first sample."""
+        assert self.val_shards is not None
+        store = self._store()
+        sets = open_sources([Source(self.val_shards)], self.index_folder, store, False, None)
+        order = OrderPlan([sets[0].sizes], [1.0], self.seed, shuffle_window_shards=0).order()
+        reading = replace(self._reading, fitting=Fitting(self.seed))
+        dataset = ShardDataset(joined(sets), order, self.contents, reading=reading, store=store)
+        self._val_loader = self._loader_of(dataset, lambda batches: Pass(0, batches))
+        return self._val_loader
+
+    def _loader_of(self, dataset: ShardDataset, next_pass: Callable[[int], Pass] | None) -> ShardLoader:
         rank, world_size = self._rank_and_world_size()
         pin_memory = self.pin_memory
         if pin_memory is None:
             pin_memory = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        next_pass = None if self.trainer is None else self._next_pass
-        self._loader = ShardLoader(
-            self.dataset, self.batch_size, rank, world_size, self.num_workers, pin_memory, next_pass
+        return ShardLoader(
+            dataset, self.batch_size, rank, world_size, self.num_workers, pin_memory, next_pass
         )
-        return self._loader
 
     def teardown(self, stage: str | None = None) -> None:
         """End the reading processes and close the shards."""
-        if self._loader is not None:
-            self._loader.close()
-            self._loader = None
+        for loader in (self._loader, self._val_loader):
+            if loader is not None:
+                loader.close()
+        self._loader = self._val_loader = None
 
     def train_captions(self, count: int) -> list[str]:
         """The captions of the first `count` samples in stored order, or of all if there are fewer."""
