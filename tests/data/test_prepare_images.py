@@ -6,10 +6,8 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
+from tests.data.preparing import files, killed_in_its_second_shard, refused
 from tests.processes import PRELOAD
 
 SIZES = [(40, 30), (64, 32), (33, 50), (20, 20), (48, 48), (31, 64), (100, 20), (36, 36), (41, 32)]
@@ -80,24 +79,6 @@ def fields(folder: Path, key: str) -> dict[str, Any]:
     return found
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Everything that is the same in every run."""
-    paths = [
-        path for kind in ("*.tar", "*.parquet", "*_stats.json", "SHA256SUMS") for path in folder.glob(kind)
-    ]
-    return {path.name: path.read_bytes() for path in sorted(paths)}
-
-
-def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    told = capsys.readouterr()
-    assert (end.value.code, told.out) == (code, "")
-    (sentence,) = [line for line in told.err.splitlines() if line.startswith("prepare ")]
-    return sentence
-
-
 def test_files_stay_as_they_are_byte_for_byte(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -143,7 +124,7 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(photos: Pa
     out = tmp_path / "set"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "data.prepare.__main__"])
-    run = context.Process(target=_killed_in_its_second_shard, args=(command(photos, out, *options), out))
+    run = context.Process(target=killed_in_its_second_shard, args=(command(photos, out, *options), out))
     run.start()
     run.join(120)
     assert run.exitcode == -signal.SIGKILL
@@ -161,18 +142,6 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(photos: Pa
     (out / "00002.tar").unlink()
     main(command(photos, out, *options))
     assert files(out) == files(tmp_path / "whole")
-
-
-def _killed_in_its_second_shard(arguments: list[str], out: Path) -> None:
-    told = Progress.__call__
-
-    def call(self: Progress, count: int) -> None:
-        told(self, count)
-        if (out / "00000.tar").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Progress.__call__ = call  # type: ignore[method-assign]
-    main(arguments)
 
 
 def test_a_resized_square_is_what_the_reader_would_make(photos: Path, tmp_path: Path) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import os
 import shutil
 import signal
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,13 @@ from PIL import Image
 
 from data.prepare import latent_job
 from data.prepare.__main__ import main
-from data.prepare.progress import Progress
 from data.prepare.raw_shards import RawShards
 from data.shards.datamodule import ShardDataModule
 from data.shards.index import ShardSet
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
 from sdxs_lightning.families.detect import detect_family
+from tests.data.preparing import files, killed_in_its_second_shard, refused
 from tests.processes import PRELOAD
 from tests.tiny import save_tiny_sd, save_tiny_sdxl, tiny_vae
 
@@ -92,24 +90,6 @@ def members(folder: Path) -> dict[str, dict[str, bytes]]:
 
 def latents(sample: dict[str, bytes]) -> dict[str, Any]:
     return dict(safetensors.numpy.load(sample["latent.safetensors"]))
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """Everything that is the same in every run."""
-    paths = [
-        path for kind in ("*.tar", "*.parquet", "*_stats.json", "SHA256SUMS") for path in folder.glob(kind)
-    ]
-    return {path.name: path.read_bytes() for path in sorted(paths)}
-
-
-def refused(arguments: Sequence[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    told = capsys.readouterr()
-    assert (end.value.code, told.out) == (code, "")
-    (sentence,) = [line for line in told.err.splitlines() if line.startswith("prepare latents: ")]
-    return sentence
 
 
 @torch.no_grad()
@@ -221,7 +201,7 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
     arguments = command(bases["sd"], images, out, *options)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "data.prepare.__main__"])
-    run = context.Process(target=_killed_in_its_second_shard, args=(arguments, out))
+    run = context.Process(target=killed_in_its_second_shard, args=(arguments, out))
     run.start()
     run.join(120)
     assert run.exitcode == -signal.SIGKILL
@@ -233,18 +213,6 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
     main([*arguments, "--processes", "2"])
     assert files(out) == files(tmp_path / "whole")
     assert (out / "00000.tar").stat().st_mtime_ns == before and not list(out.glob(".making-*"))
-
-
-def _killed_in_its_second_shard(arguments: list[str], out: Path) -> None:
-    told = Progress.__call__
-
-    def call(self: Progress, count: int) -> None:
-        told(self, count)
-        if (out / "00000.tar").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Progress.__call__ = call  # type: ignore[method-assign]
-    main(arguments)
 
 
 def test_broken_samples_are_left_out_up_to_a_share(

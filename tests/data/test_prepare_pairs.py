@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import signal
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,7 @@ from data.shards.writer import ShardWriter, encode_latents
 from data.toy.world import captions
 from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.pair_noise import noise_seeds, pair_noise
+from tests.data.preparing import killed_in_its_second_shard, refused
 from tests.processes import PRELOAD
 from tests.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, save_tiny_sdxl
 
@@ -66,17 +65,6 @@ def read(folder: Path, count: int = 11) -> TrainingBatch:
     data.setup()
     assert data.dataset is not None
     return data.dataset.batch(range(count))
-
-
-def refused(command: Sequence[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        main(list(command))
-    told = capsys.readouterr()
-    assert (end.value.code, told.out) == (code, "")
-    assert "Traceback" not in told.err
-    (sentence,) = [line for line in told.err.splitlines() if line.startswith("prepare pairs: ")]
-    return sentence
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +113,7 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
     command = arguments(bases["sd"], prompts, out)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOAD, "data.prepare.__main__"])
-    run = context.Process(target=_killed_in_its_second_shard, args=(command, out))
+    run = context.Process(target=killed_in_its_second_shard, args=(command, out))
     run.start()
     run.join(120)
     assert run.exitcode == -signal.SIGKILL
@@ -139,18 +127,6 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
     assert (out / "00000.tar").stat().st_mtime_ns == before and not list(out.glob(".making-*"))
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["pairs"], summary["shards"], summary["made"]) == (11, 3, 3)
-
-
-def _killed_in_its_second_shard(command: list[str], out: Path) -> None:
-    told = Progress.__call__
-
-    def call(self: Progress, count: int) -> None:
-        told(self, count)
-        if (out / "00000.tar").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    Progress.__call__ = call  # type: ignore[method-assign]
-    main(command)
 
 
 def test_a_finished_set_is_only_looked_at(
