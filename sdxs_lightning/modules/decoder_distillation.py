@@ -6,7 +6,6 @@ For *turn* and *micro-batch* see `manual_turns.py`. The student here is the deco
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -15,42 +14,20 @@ from torch import Tensor
 
 from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.families import Family
-from sdxs_lightning.latents import scale
 from sdxs_lightning.modules.augmentation import cut_squares
+from sdxs_lightning.modules.decoder_pairs import DecoderPairs, SampledLatents, Target
 from sdxs_lightning.modules.image_features import FeatureNetwork, ImageFeatures
 from sdxs_lightning.modules.manual_turns import ManualTurns
 from sdxs_lightning.modules.network import Network, resting
 from sdxs_lightning.modules.planned import PlannedNetwork, PlannedPhase
-from sdxs_lightning.modules.precision import without_autocast
 from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator, projected_critic_loss
 from sdxs_lightning.modules.tiny_decoder import DecoderAverage, TinyDecoder
 from sdxs_lightning.objectives.decoder_distillation import ProjectedAdversarial, Reconstruction
 from sdxs_lightning.objectives.projected_gan import hinge_generator_loss
-from sdxs_lightning.seeding import Stream, normal, uniform
-from sdxs_lightning.teacher.denoiser import Denoiser
+from sdxs_lightning.seeding import Stream, uniform
 from sdxs_lightning.teacher.frozen import Frozen
-from sdxs_lightning.teacher.target_sampler import TargetSampler
-from sdxs_lightning.timesteps import Spacing
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-@dataclass(frozen=True)
-class SampledLatents:
-    """Latents that a frozen diffusion model makes from the batch's captions: no images are needed."""
-
-    steps: int = 4
-    """Steps of the ODE sampler."""
-    guidance_scale: float = 5.0
-    """Guidance; 1 means none, as few-step checkpoints want it."""
-    spacing: Spacing = "trailing"
-    """Timesteps of the sampler."""
-    weights: str | None = None
-    """U-Net or pipeline folder of another checkpoint of the base's kind, for example a few-step one; null is the base's."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"sampler.steps must be 1 or more, got {self.steps}.")
 
 
 class DecoderDistillation(ManualTurns):
@@ -87,7 +64,7 @@ class DecoderDistillation(ManualTurns):
         max_student_updates: int,
         reconstruction: Reconstruction = Reconstruction(),
         sampler: SampledLatents | None = SampledLatents(),
-        target: Literal["vae", "images"] = "vae",
+        target: Target = "vae",
         features: ImageFeatures | None = None,
         discriminator: ProjectedDiscriminator | None = None,
         adversarial: ProjectedAdversarial | None = None,
@@ -104,10 +81,7 @@ class DecoderDistillation(ManualTurns):
             raise ValueError(
                 "features, discriminator and adversarial go together: set all three, or all to null."
             )
-        if target == "images" and sampler is not None:
-            raise ValueError(
-                "target images needs the latents of those images: set sampler to null, or target to vae."
-            )
+        self.pairs = DecoderPairs(sampler, target, seed)
         self.family = family
         self.decoder = decoder
         self.discriminator = discriminator
@@ -118,21 +92,18 @@ class DecoderDistillation(ManualTurns):
         self.ema_decay = ema_decay
         self.seed = seed
         self.frozen_dtype: torch.dtype = getattr(torch, real_score_dtype)
-        self.target = target
-        self._sampling, self._feature_source = sampler, features
-        self._sampler: TargetSampler | None = None
-        self._sampler_network: Frozen[Denoiser] | None = None
+        self._feature_source = features
         self._features: Frozen[FeatureNetwork] | None = None
 
     # ------------------------------------------------------------------------------------------------ the training step
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         """One micro-batch: the decoder comes closer to the target images, then the discriminator learns to tell them."""
-        latents = self._latents(batch)
-        target = self._target_images(batch, latents)
+        latents = self.pairs.latents(batch)
+        target = self.pairs.targets(batch, latents)
         with self.without_reducer():
             images = self.decoder(latents)
-            reconstruction = self.reconstruction.loss(images, target, self.vae_factor)
+            reconstruction = self.reconstruction.loss(images, target, self.pairs.vae_factor)
             self.note("student/", reconstruction_loss=reconstruction)
             if self.gan_is_on:
                 fake_features = self._adversarial_backward(images, reconstruction, batch.positions)
@@ -199,55 +170,6 @@ class DecoderDistillation(ManualTurns):
             return False
         return self.turns >= self.adversarial.starts_at(self.max_student_updates)
 
-    @property
-    def vae_factor(self) -> int:
-        """Pixels per latent, a side."""
-        return self.family.resolution // self.family.latent_shape()[1]
-
-    @torch.no_grad()
-    def _latents(self, batch: TrainingBatch) -> Tensor:
-        """Scaled latents (B, C, h, w), float32: sampled, or the batch's."""
-        channels = self.family.latent_shape()[0]
-        if self._sampler is not None:
-            noise = normal(self.seed, Stream.TEACHER_NOISE, batch.positions, self.family.latent_shape())
-            return self._sampler(
-                noise, self.family.encode_prompts(batch.captions, batch.original_sizes, batch.crops)
-            )
-        if batch.latents is None and self.target == "images" and batch.images is not None:
-            with without_autocast(batch.images.device):
-                return self.family.encode(batch.images)
-        if batch.latents is None or batch.latents.shape[1] != channels:
-            found = "none" if batch.latents is None else f"{batch.latents.shape[1]} channels"
-            raise ValueError(
-                f"with sampler null the decoder learns on the batch's latents ({channels} channels) and got {found}; make "
-                "latent shards for this base and set data.contents to [latents], or set a sampler."
-            )
-        return scale(batch.latents, self.family.scaling_factor)
-
-    def _target_images(self, batch: TrainingBatch, latents: Tensor) -> Tensor:
-        """What the decoder's images are compared with: (B, 3, H, W), float32, in [-1, 1]."""
-        if self.target == "vae":
-            return self._decode_by_teacher(latents)
-        side = latents.shape[-1] * self.vae_factor
-        if batch.images is None or batch.images.shape[-1] != side:
-            found = "no images" if batch.images is None else f"images {batch.images.shape[-1]} px wide"
-            raise ValueError(
-                f"with target images the decoder learns from the batch's pictures ({side} px wide for its latents) and got "
-                f"{found}; set data.contents to [images] (or [latents, images] of the same crop), or target to vae."
-            )
-        return batch.images.float()
-
-    @torch.no_grad()
-    def _decode_by_teacher(self, latents: Tensor) -> Tensor:
-        """The VAE's images (B, 3, H, W), float32, as they are seen: in [-1, 1].
-
-        Outside autocast: bfloat16 would put an error of its own into the target. Clamped: the VAE overshoots, nobody sees
-        by how much, and imitating that would take capacity. The decoder's images are not clamped, since a value beyond the
-        range would then have no gradient that leads it back.
-        """
-        with without_autocast(latents.device):
-            return self.family.decode(latents).clamp(-1, 1)
-
     def _see(self, images: Tensor, positions: Tensor) -> list[Tensor]:
         """Feature maps of the images, or of a random square of each; with graph where images have one."""
         assert self._features is not None and self.adversarial is not None
@@ -263,19 +185,14 @@ class DecoderDistillation(ManualTurns):
         """Loads every network, once. All are whole on every rank: there is nothing here that pays to shard."""
         if self.average is not None:
             return
-        self.decoder.build(self.family.latent_shape()[0], self.vae_factor)
+        self.pairs.load(self.family, self.frozen_dtype)
+        self.decoder.build(self.family.latent_shape()[0], self.pairs.vae_factor)
         if self.discriminator is not None:
             assert self._feature_source is not None and self.adversarial is not None
             network = self._feature_source.load()
             self._features = Frozen(network)
             self.discriminator.build(network.shapes(self.adversarial.crop_px or self.family.resolution))
             self._features.to(dtype=self.frozen_dtype)
-        if self._sampling is not None:
-            unet = self.family.load_unet(self._sampling.weights)
-            denoiser = Denoiser(unet, self.family.schedule, self.family.prediction_type)
-            self._sampler_network = Frozen(denoiser).to(dtype=self.frozen_dtype)
-            settings = self._sampling.steps, self._sampling.guidance_scale, self._sampling.spacing
-            self._sampler = TargetSampler(denoiser, *settings)
         self.average = DecoderAverage(self.decoder, self.ema_decay)
 
     @property
@@ -287,7 +204,7 @@ class DecoderDistillation(ManualTurns):
     def on_fit_start(self) -> None:
         """Moves what Lightning does not see."""
         self.family.to(self.device, self.frozen_dtype)
-        for frozen in (self._sampler_network, self._features):
+        for frozen in (self.pairs.network, self._features):
             if frozen is not None:
                 frozen.to(self.device)
 
@@ -306,18 +223,18 @@ class DecoderDistillation(ManualTurns):
         ]
         assert self.average is not None
         networks.append(PlannedNetwork("average", self.average, "averaged", sharded=False))
-        if self._sampler_network is not None:
-            networks.append(PlannedNetwork("sampler", self._sampler_network.module, "frozen", sharded=False))
+        if self.pairs.network is not None:
+            networks.append(PlannedNetwork("sampler", self.pairs.network.module, "frozen", sharded=False))
         if self._features is not None:
             networks.append(PlannedNetwork("features", self._features.module, "frozen", sharded=False))
         return networks
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
         """See `Plannable`: a turn with the GAN, if there is one."""
-        latents = self._latents(batch)
-        target = self._target_images(batch, latents)
+        latents = self.pairs.latents(batch)
+        target = self.pairs.targets(batch, latents)
         images = self.decoder(latents)
-        reconstruction = self.reconstruction.loss(images, target, self.vae_factor)
+        reconstruction = self.reconstruction.loss(images, target, self.pairs.vae_factor)
         if self.discriminator is None:
             self.accumulate(reconstruction)
         else:

@@ -36,6 +36,7 @@ OVERLAYS = {
         for base in ("sd15", "sd21", "sdxl")
         for size in ("1gpu", "8gpu", "64gpu")
     },
+    **{f"{base}/warmup_1gpu.yaml": [f"{base}/warmup.yaml"] for base in ("sd15", "sd21", "sdxl")},
     **{
         f"{base}/miniaturise_{size}.yaml": [f"{base}/miniaturise.yaml"]
         for base in ("sd15", "sd21", "sdxl")

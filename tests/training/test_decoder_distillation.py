@@ -103,21 +103,21 @@ def test_target_is_the_kl_decoder_on_the_same_latents(base: Base, kind: str) -> 
     vae = AutoencoderKL.from_pretrained(base(kind) / "vae")
     assert vae.config.scaling_factor == 0.5 and not vae.config.shift_factor
     assert batch.latents is not None
-    latents = module._latents(batch)
+    latents = module.pairs.latents(batch)
     assert torch.equal(latents, batch.latents * 0.5)  # shards hold the encoder's output, unscaled
     with torch.no_grad():
         expected = vae.decode(latents / vae.config.scaling_factor).sample  # as pipelines do
-    target = module._decode_by_teacher(3 * latents)
-    torch.testing.assert_close(module._decode_by_teacher(latents), expected.clamp(-1, 1), rtol=0, atol=1e-5)
+    target = module.pairs.decode_by_vae(3 * latents)
+    torch.testing.assert_close(module.pairs.decode_by_vae(latents), expected.clamp(-1, 1), rtol=0, atol=1e-5)
     assert target.shape == (3, 3, 32, 32) and target.abs().max() <= 1 and not target.requires_grad
-    assert module.vae_factor == 2 and module.decoder(latents).shape == target.shape
+    assert module.pairs.vae_factor == 2 and module.decoder(latents).shape == target.shape
 
 
 def test_target_stays_float32_under_autocast(base: Base) -> None:
     module, latents = built(decoding(base("sd-epsilon"))), random_latents()
     with torch.autocast("cpu", torch.bfloat16):
-        target = module._decode_by_teacher(latents)
-    assert torch.equal(target, module._decode_by_teacher(latents))
+        target = module.pairs.decode_by_vae(latents)
+    assert torch.equal(target, module.pairs.decode_by_vae(latents))
 
 
 @pytest.mark.parametrize("kind", ["sd-v_prediction", "sdxl-epsilon"])
@@ -128,7 +128,7 @@ def test_sampled_latents_are_the_target_samplers(base: Base, kind: str) -> None:
     noise = normal(3, Stream.TEACHER_NOISE, batch.positions, LATENT_SHAPE)
     conditioning = family.encode_prompts(batch.captions, batch.original_sizes, batch.crops)
     expected = TargetSampler(denoiser, steps=2, guidance_scale=3.0)(noise, conditioning)
-    torch.testing.assert_close(module._latents(batch), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(module.pairs.latents(batch), expected, rtol=1e-5, atol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------------------- one step
@@ -142,7 +142,7 @@ class ByHand:
         self.decoder = copy.deepcopy(module.decoder.decoder)
         self.discriminator = copy.deepcopy(module.discriminator)
         self.features = copy.deepcopy(module._features.module)
-        target = module._decode_by_teacher(latents)
+        target = module.pairs.decode_by_vae(latents)
         images = self.decoder(latents)
         coarse = F.avg_pool2d(images, 2) - F.avg_pool2d(target, 2)
         reconstruction = 2.0 * coarse.abs().mean() + 0.5 * (images - target).abs().mean()
@@ -215,8 +215,8 @@ def test_who_learns_when(base: Base, shards: Path, dinov2: Path) -> None:
     module = built(
         decoding(base("sd-epsilon"), dinov2, adversarial=gan, sampler=SAMPLER, max_student_updates=4)
     )
-    assert module._features is not None and module._sampler_network is not None
-    frozen = [module._features.module, module._sampler_network.module]
+    assert module._features is not None and module.pairs.network is not None
+    frozen = [module._features.module, module.pairs.network.module]
     before, frozen_before = weights(module), [weights(part) for part in frozen]
 
     def moved(role: str) -> float:
@@ -231,8 +231,8 @@ def test_who_learns_when(base: Base, shards: Path, dinov2: Path) -> None:
         decoding(base("sd-epsilon"), dinov2, adversarial=gan, sampler=SAMPLER, max_student_updates=4)
     )
     before = weights(module)
-    assert module._features is not None and module._sampler_network is not None
-    frozen = [module._features.module, module._sampler_network.module]
+    assert module._features is not None and module.pairs.network is not None
+    frozen = [module._features.module, module.pairs.network.module]
     updates: list[str] = []
     apply_update = module.apply_update
 
@@ -263,7 +263,7 @@ def test_gan_gradient_is_the_set_fraction_at_the_last_layer(base: Base, dinov2: 
     )
     latents, positions = random_latents(), torch.arange(2)
     images = module.decoder(latents)
-    target = module._decode_by_teacher(latents)
+    target = module.pairs.decode_by_vae(latents)
     reconstruction = module.reconstruction.loss(images, target, 2)
     (alone,) = torch.autograd.grad(reconstruction, module.decoder.last_weight, retain_graph=True)
     module._adversarial_backward(images, reconstruction, positions)
@@ -369,7 +369,7 @@ def test_latents_of_the_data_are_needed_without_a_sampler(base: Base) -> None:
     with pytest.raises(
         ValueError, match=r"learns on the batch's latents \(4 channels\) and got none; make latent"
     ):
-        module._latents(captions_only)
+        module.pairs.latents(captions_only)
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def pictures(count: int, side: int = 32) -> Tensor:
 def test_pictures_are_the_target_and_are_encoded_where_no_latents_come(base: Base, kind: str) -> None:
     module = built(base(kind))
     batch = replace(tiny_batch(3), images=pictures(3))
-    stored = module._latents(batch)
+    stored = module.pairs.latents(batch)
     assert batch.latents is not None and torch.equal(stored, batch.latents * 0.5)
-    assert torch.equal(module._target_images(batch, stored), pictures(3))
+    assert torch.equal(module.pairs.targets(batch, stored), pictures(3))
 
-    encoded = module._latents(replace(batch, latents=None))
+    encoded = module.pairs.latents(replace(batch, latents=None))
     vae = module.family.load_vae()
     with torch.no_grad():
         expected = vae.encode(pictures(3)).latent_dist.mean * 0.5
@@ -46,10 +46,10 @@ def test_pictures_are_the_target_and_are_encoded_where_no_latents_come(base: Bas
 def test_the_loss_pulls_at_the_pictures_and_not_at_the_vae(base: Base) -> None:
     module = built(base("sd-epsilon"))
     batch = replace(tiny_batch(2), images=pictures(2))
-    latents = module._latents(batch)
-    perfect = module._target_images(batch, latents)
+    latents = module.pairs.latents(batch)
+    perfect = module.pairs.targets(batch, latents)
     assert module.reconstruction.loss(perfect, perfect, 2).item() == 0
-    by_vae = module._decode_by_teacher(latents)
+    by_vae = module.pairs.decode_by_vae(latents)
     assert module.reconstruction.loss(by_vae, perfect, 2).item() > 0.1
 
 
@@ -62,9 +62,9 @@ def test_pictures_are_needed_at_the_size_of_their_latents(
 ) -> None:
     module = built(base("sd-epsilon"))
     batch: TrainingBatch = tiny_batch(2)
-    latents = module._latents(batch)
+    latents = module.pairs.latents(batch)
     with pytest.raises(ValueError, match=f"32 px wide for its latents.* and {message}; set data.contents to"):
-        module._target_images(replace(batch, images=images), latents)
+        module.pairs.targets(replace(batch, images=images), latents)
 
 
 def test_sampled_latents_have_no_pictures(base: Base) -> None:

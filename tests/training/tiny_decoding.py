@@ -10,7 +10,8 @@ import torch
 from diffusers import AutoencoderTiny
 from transformers import Dinov2Config, Dinov2Model
 
-from sdxs_lightning.modules.decoder_distillation import DecoderDistillation, SampledLatents
+from sdxs_lightning.modules.decoder_distillation import DecoderDistillation
+from sdxs_lightning.modules.decoder_pairs import SampledLatents
 from sdxs_lightning.modules.image_features import Dinov2Features
 from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.modules.tiny_decoder import DecoderTopology, TinyDecoder
