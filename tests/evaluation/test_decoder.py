@@ -13,7 +13,8 @@ from torch import Tensor
 
 from data.toy.world import image_at
 from evaluation import decoder as command
-from evaluation.decoder import batches, feature_distance, folder_pictures, psnr_db, toy_pictures
+from evaluation.decoder import batches, stored_pictures, toy_pictures
+from evaluation.decoder_comparison import feature_distance, psnr_db
 from sdxs_lightning.modules.image_features import FeatureNetwork
 from tests.tiny import save_tiny_sd
 from tests.training.tiny_decoding import save_tiny_autoencoder
@@ -65,7 +66,7 @@ def test_pictures(tmp_path: Path) -> None:
     Image.fromarray(picture).save(tmp_path / "wide.png")
     Image.fromarray(picture).save(tmp_path / "another.png")
     (tmp_path / "words.txt").write_text("no image")
-    (found,) = folder_pictures(str(tmp_path), 1, 10)
+    (found,) = stored_pictures(str(tmp_path), 1, 10)
     assert found.shape == (3, 10, 10) and (found.int() - 200).abs().max() < 15  # Lanczos rings at the border
     assert [len(batch) for batch in batches(iter(toy * 3), 4)] == [4, 2]
 
@@ -101,7 +102,7 @@ def test_command(folders: tuple[str, str], tmp_path: Path, capsys: pytest.Captur
             {"--features": "vgg:16"},
             "decoder: --features takes open_clip:FOLDER:LAYERS, dinov2:FOLDER:LAYERS or timm",
         ),
-        ({"--source": "tests/config"}, r"decoder: no .jpeg, .jpg, .png, .webp under 'tests/config'"),
+        ({"--source": "tests/config"}, "decoder: 'tests/config' holds no image; images end in .png"),
     ],
 )
 def test_one_sentence_for_each_mistake(
