@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.clip_loading import load_folder, load_open_clip, load_transformers
-from evaluation.features import PLAIN, ClipRule, FrozenClip
+from evaluation.frozen_clip import PLAIN, ClipRule, FrozenClip
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from evaluation.features import FrozenClip
+from evaluation.frozen_clip import FrozenClip
 from evaluation.per_image import PerImageMetric
 
 

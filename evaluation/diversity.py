@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 
-from evaluation.features import FrozenClip
+from evaluation.frozen_clip import FrozenClip
 from evaluation.generate import ImageMaker
 
 

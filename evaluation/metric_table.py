@@ -12,8 +12,8 @@ from data.toy.classifier import AttributeClassifier
 from evaluation.caption_accuracy import CaptionAccuracy
 from evaluation.clip_models import load_clip
 from evaluation.clip_score import ClipScore, PreferenceScore
-from evaluation.features import FrozenClip
 from evaluation.frechet import FrechetDistance
+from evaluation.frozen_clip import FrozenClip
 from evaluation.image_protocol import FRECHET, Measurement
 from evaluation.inception import InceptionFeatures
 from evaluation.kernel_distance import KernelDistance, MaximumMeanDiscrepancy

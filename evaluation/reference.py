@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.prepare.machine import choose_device
-from evaluation.features import FrozenClip
+from evaluation.frozen_clip import FrozenClip
 from evaluation.image_protocol import ImageProtocol
 from evaluation.image_sources import open_images
 from evaluation.judging import Machine, Request, make_pass

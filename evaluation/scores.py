@@ -12,8 +12,8 @@ from torch import Tensor
 from data.toy.classifier import AttributeClassifier
 from evaluation.caption_accuracy import CaptionAccuracy, Classifier
 from evaluation.clip_score import ClipScore
-from evaluation.features import FrozenClip
 from evaluation.frechet import FeatureStatistics, FrechetDistance
+from evaluation.frozen_clip import FrozenClip
 from evaluation.generate import ImageMaker, RealImages, rank_batches
 from evaluation.protocols import Protocol
 

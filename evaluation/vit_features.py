@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluation.features import FrozenClip, check_uint8, full_precision, hash_state
+from evaluation.features import check_uint8, full_precision, hash_state
+from evaluation.frozen_clip import FrozenClip
 from evaluation.resize import resize_float, resize_uint8
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

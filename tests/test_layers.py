@@ -146,7 +146,7 @@ def test_a_broken_rule_is_seen(relative: str, source: str) -> None:
         ("data/prepare.py", "from sdxs_lightning.families.sd import StableDiffusion"),
         ("data/shards/index.py", "from sdxs_lightning.batch import TrainingBatch"),
         ("evaluation/report.py", "from data.toy.world import caption_of"),
-        ("evaluation/image_sources.py", "from data.shards.index import ShardSet"),
+        ("evaluation/shard_images.py", "from data.shards.index import ShardSet"),
     ],
 )
 def test_what_is_allowed_passes(relative: str, source: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.toy.classifier import AttributeClassifier
-from evaluation.features import FrozenClip
+from evaluation.frozen_clip import FrozenClip
 from evaluation.protocols import PROTOCOLS
 from evaluation.scores import measure_reference
 from tests.evaluation.judges import small_protocols, write_clip

@@ -11,8 +11,8 @@ from lightning.pytorch import Callback
 
 from evaluation.callbacks import DistillationMetrics, SampleGrids
 from evaluation.clip_score import ClipScore
-from evaluation.features import FrozenClip
 from evaluation.frechet import FeatureStatistics, FrechetDistance
+from evaluation.frozen_clip import FrozenClip
 from evaluation.generate import rank_batches
 from evaluation.protocols import PROTOCOLS
 from evaluation.report import Report

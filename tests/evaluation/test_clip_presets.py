@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel
 from evaluation.clip_loading import load_folder, load_open_clip
 from evaluation.clip_models import CLIP_PRESETS, DMD2_RULE, ClipPreset, load_clip
 from evaluation.clip_score import ClipScore, PreferenceScore
-from evaluation.features import FrozenClip
+from evaluation.frozen_clip import FrozenClip
 from tests.evaluation.judges import CONTEXT_LENGTH, write_tokenizer
 from tests.tiny import tiny_tokenizer
 

@@ -11,8 +11,8 @@ from PIL import Image
 from torch import nn
 
 from evaluation.clip_score import ClipScore
-from evaluation.features import FrozenClip
 from evaluation.frechet import FeatureStatistics, FrechetDistance
+from evaluation.frozen_clip import FrozenClip
 from tests.evaluation.judges import CONTEXT_LENGTH, random_images
 
 CAPTIONS = [

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation.diversity import diversity
-from evaluation.features import FrozenClip
+from evaluation.frozen_clip import FrozenClip
 from tests.config.tiny_run import ROOT
 
 

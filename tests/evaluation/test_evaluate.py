@@ -19,8 +19,8 @@ from evaluation import reference
 from evaluation.diversity import diversity
 from evaluation.estimates import mean_estimate
 from evaluation.evaluate import main
-from evaluation.features import FrozenClip
 from evaluation.frechet import FeatureStatistics, frechet_distance
+from evaluation.frozen_clip import FrozenClip
 from evaluation.generate import SampledImages
 from evaluation.image_protocol import ImageProtocol, Measurement
 from evaluation.image_steps import apply_steps

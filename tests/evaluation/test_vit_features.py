@@ -11,8 +11,9 @@ from PIL import Image
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
-from evaluation.features import Features, FrozenClip
+from evaluation.features import Features
 from evaluation.frechet import FrechetDistance
+from evaluation.frozen_clip import FrozenClip
 from evaluation.vit_features import ClipImageFeatures, DinoV2Features
 from tests.evaluation.judges import random_images
 
