@@ -37,6 +37,7 @@ class PixelGan:
     ) -> None:
         self.discriminator, self.objective = discriminator, objective
         self._eye = PixelEye(features, objective.decoder, "pixel_adversarial.decoder")
+        self._last_seen: tuple[Tensor, list[Tensor]] | None = None
 
     def build(self, family: Family, roles: Roles) -> None:
         """See `Gan`."""
@@ -55,6 +56,7 @@ class PixelGan:
     def student_term(self, sample: Sample, roles: Roles) -> tuple[Tensor, Scalars]:
         """Makes the sample's image look real; the graph goes through features, augmentation and decoder."""
         features = self._see(self._eye.decode(sample.latents), sample.positions, sample.seed)
+        self._last_seen = sample.latents.detach(), [part.detach() for part in features]
         loss = self.objective.student_loss(self.discriminator(features))
         return loss, {"adversarial": loss}
 
@@ -64,8 +66,15 @@ class PixelGan:
         """See `Gan`. Only the heads learn, so images and features are made without graph."""
         with torch.no_grad():
             real_features = self._see(self._real_images(real), real.batch.positions, real.seed)
-            seen = self._see(self._eye.decode(fake.latents), fake.positions, fake.seed)
+            seen = self._features_of(fake)
         return projected_critic_loss(self.discriminator, real_features, seen, self.objective.r1_weight)
+
+    def _features_of(self, fake: Sample) -> list[Tensor]:
+        """Of the sample: those of the student's term, if that has just looked at the same memory; decoding is the dear part."""
+        last, self._last_seen = self._last_seen, None
+        if last is not None and last[0].data_ptr() == fake.latents.data_ptr():
+            return last[1]
+        return self._see(self._eye.decode(fake.latents), fake.positions, fake.seed)
 
     def _see(self, images: Tensor, positions: Tensor, seed: int) -> list[Tensor]:
         """Feature maps of the images, cut and augmented as their positions say; with graph where images have one."""

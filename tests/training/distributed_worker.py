@@ -51,7 +51,6 @@ class Case(NamedTuple):
 CASES = {
     "sgd": Case("sgd", micro_batches=2),
     "adamw": Case("adamw"),
-    "no_gan": Case("sgd", gan=None),
     "pixel_gan": Case("sgd", gan="pixels"),
     "two_steps": Case("sgd", gan=None, timesteps=(999, 499)),
 }

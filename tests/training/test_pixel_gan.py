@@ -145,6 +145,36 @@ def test_critic_loss_equals_plain_torch(
     assert scalars["r1"].item() == pytest.approx(r1.item(), rel=1e-3)
 
 
+def test_a_sample_is_decoded_once_for_both_losses(
+    base: Base, dinov2: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = PixelDecoder.__call__
+
+    def counted(self: PixelDecoder, latents: Tensor) -> Tensor:
+        decoded.append(len(latents))
+        return decode(self, latents)
+
+    monkeypatch.setattr(PixelDecoder, "__call__", counted)
+    folder, seen = base("sd-epsilon"), list[list[Tensor]]()
+    gan = gan_of(folder, dinov2, decoder=str(tiny), r1_weight=None)
+    data, roles = data_of(folder), roles_of(folder)
+    gan.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    sample, other = sample_of(folder), sample_of(folder, seed=5)
+    gan.student_term(sample, roles)
+    gan.critic_loss(sample.detach(), data, roles, None)
+    assert len(decoded) == 2  # the sample and the data
+    gan.critic_loss(sample.detach(), data, roles, None)
+    assert len(decoded) == 4  # what was seen is kept for one turn
+    gan.student_term(sample, roles)
+    gan.critic_loss(other.detach(), data, roles, None)
+    assert len(decoded) == 7
+    _, reused, anew, _, of_other = seen
+    for one, two, three in zip(reused, anew, of_other, strict=True):
+        assert not one.requires_grad and torch.equal(one, two)
+        assert not torch.equal(one.chunk(2)[1], three.chunk(2)[1])
+
+
 def test_who_learns(base: Base, dinov2: Path, tiny: Path) -> None:
     gan: Gan = gan_of(base("sd-epsilon"), dinov2, decoder=str(tiny))
     assert isinstance(gan, PixelGan) and not (gan.needs_real_score or gan.reads_denoising_pass)
