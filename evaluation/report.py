@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evaluation.callbacks import DistillationMetrics, averaged_student
 from evaluation.generate import ImageMaker, RealImages
+from evaluation.independence import require_independent
 from evaluation.loops import callback_of, paused, student_updates_of
 from evaluation.machine import milliseconds_per_image, where
 from evaluation.pictures import progress_curves, sheet
@@ -95,6 +96,11 @@ class Report(pl.Callback):
         """Start the clock; load the judges, so that a missing one is told before anything is trained."""
         self._start_seconds = time.perf_counter()
         self._judges = self._judges or Judges.load(self.protocol)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run that learns through what will judge it."""
+        assert isinstance(pl_module, OneStepDistillation) and self._judges is not None
+        require_independent([self._judges.clip, self._judges.classifier], pl_module.looked_through())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the student that training starts from; a resumed run has it in its checkpoint."""

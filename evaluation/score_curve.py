@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from evaluation.independence import require_independent
 from evaluation.loops import log_now, paused_seconds
 from evaluation.student_updates import StudentUpdateCallback, give_back, only_while_measuring
 from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
@@ -52,6 +53,15 @@ class ScoreCurve(StudentUpdateCallback):
     def networks(self) -> list[Any]:
         """What was moved to the device for measuring; each has `to`."""
         raise NotImplementedError
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run that learns through what will judge it.
+
+        Raises:
+            UserError: see `require_independent`.
+        """
+        assert isinstance(pl_module, OneStepDistillation)
+        require_independent(self.networks(), pl_module.looked_through())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxs_lightning.families import Family
 from sdxs_lightning.modules.discriminator import Discriminator
@@ -96,6 +96,11 @@ class DistillationNetworks(ManualTurns):
         """The networks that learn, by role."""
         roles = {"student": self.student, "fake_score": self.fake_score, "discriminator": self.discriminator}
         return {role: network for role, network in roles.items() if network is not None}
+
+    def looked_through(self) -> dict[str, nn.Module]:
+        """What the student's objectives see images through, by name: frozen image networks, and decoders before them."""
+        parts = [part.frozen_networks() for part in (self.gan, self.features) if part is not None]
+        return {name: network for part in parts for name, network in part.items()}
 
     # -------------------------------------------------------------------------------------------------- building, moving
 
@@ -213,10 +218,9 @@ class DistillationNetworks(ManualTurns):
             networks.append(PlannedNetwork("ema", self.ema, "averaged"))
         if self.real_score is not None:
             networks.append(PlannedNetwork("real_score", self.real_score.module, "frozen"))
-        for part in (self.gan, self.features, self.pairs):
-            frozen = part.frozen_networks() if part is not None else {}
-            networks += [
-                PlannedNetwork(name, network, "frozen", sharded=part is self.pairs)
-                for name, network in frozen.items()
-            ]
+        looking = self.looked_through()
+        networks += [PlannedNetwork(name, one, "frozen", sharded=False) for name, one in looking.items()]
+        if self.pairs is not None:
+            own = self.pairs.frozen_networks()
+            networks += [PlannedNetwork(name, one, "frozen") for name, one in own.items()]
         return networks

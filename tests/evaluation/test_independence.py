@@ -1,0 +1,73 @@
+"""A network that judges never trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data.toy.classifier import AttributeClassifier
+from data.toy.features import ClassifierFeatures
+from evaluation.callbacks import DistillationMetrics
+from evaluation.frozen_clip import FrozenClip
+from evaluation.independence import require_independent
+from evaluation.protocols import REPOSITORY
+from evaluation.vit_features import ClipImageFeatures, DinoV2Features
+from sdxs_lightning.errors import UserError
+from sdxs_lightning.modules.image_features import Dinov2Features, OpenClipFeatures
+from tests.training.tiny_decoding import pixel_gan, save_dinov2
+from tests.training.tiny_distillation import distillation, fit
+
+TOY = REPOSITORY / "data" / "toy"
+
+
+def toy_judges() -> list[object]:
+    return [FrozenClip(TOY / "clip"), AttributeClassifier.from_pretrained(TOY / "classifier")]
+
+
+def test_the_toy_recipes_learn_through_another_network() -> None:
+    features = ClassifierFeatures(str(TOY / "perceptual")).load()
+    require_independent(toy_judges(), {"image_features": features})
+    require_independent(toy_judges(), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_tower_of_a_judge_is_that_judge_at_any_precision(dtype: torch.dtype) -> None:
+    tower = OpenClipFeatures(str(TOY / "clip"), layers=[0]).load().to(dtype)
+    with pytest.raises(
+        UserError, match="learns through image_features, which is the network 'clip-clip' that"
+    ):
+        require_independent(toy_judges(), {"image_features": tower})
+    first_stages = ClassifierFeatures(str(TOY / "classifier"), stages=(0,)).load().to(dtype)
+    with pytest.raises(UserError, match="through heads, which is the network 'AttributeClassifier' that"):
+        require_independent(toy_judges(), {"heads": first_stages})
+
+
+def test_judges_of_published_numbers(tmp_path: Path, clip: FrozenClip) -> None:
+    folder = save_dinov2(tmp_path / "dinov2")
+    network = Dinov2Features(str(folder), layers=[0], size_px=28).load()
+    require_independent([clip, ClipImageFeatures(clip)], {"image_features": network})
+    with pytest.raises(UserError, match="'dinov2-dinov2'"):
+        require_independent([clip, DinoV2Features(folder)], {"image_features": network})
+
+
+def test_weights_that_are_constant_tell_nothing() -> None:
+    fresh = [nn.Linear(16, 16, bias=False) for _ in range(2)]
+    for one in fresh:
+        nn.init.zeros_(one.weight)
+    require_independent([fresh[0]], {"zeros": fresh[1]})
+    nn.init.normal_(fresh[0].weight)
+    with pytest.raises(UserError):
+        require_independent([fresh[0]], {"itself": fresh[0]})
+
+
+def test_a_run_whose_judge_trains_is_refused_before_its_first_step(
+    world: Path, judged: dict[str, str], tmp_path: Path
+) -> None:
+    parts = pixel_gan(tmp_path) | {"image_features": OpenClipFeatures(judged["clip"], layers=[0])}
+    module = distillation(world / "sd-epsilon", gan=False, **parts)
+    with pytest.raises(UserError, match="learns through image_features, which is the network"):
+        fit(module, world / "shards", 4, callbacks=[DistillationMetrics(1)])
+    assert module.student_updates == 0
