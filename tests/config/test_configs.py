@@ -21,6 +21,7 @@ OVERLAYS = {
     "hardware/ddp.yaml": ["sdxl/distill.yaml"],
     "hardware/fsdp2.yaml": ["sdxl/distill.yaml"],
     "hardware/multi_node.yaml": ["sdxl/distill.yaml", "hardware/fsdp2.yaml"],
+    "metrics/coco2014.yaml": ["sd15/distill.yaml"],
     "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
     "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
     "toy/recipe.yaml": ["toy/warmup.yaml"],
@@ -68,6 +69,20 @@ def test_a_shipped_file_parses(name: str, capsys: pytest.CaptureFixture[str]) ->
     resolved = printed(stack(name), capsys)
     assert "class_path" in resolved["model"]
     assert resolved["trainer"]["default_root_dir"]
+
+
+def test_metrics_come_on_top_of_a_stages_own_callbacks(capsys: pytest.CaptureFixture[str]) -> None:
+    def callbacks(*names: str) -> list[object]:
+        files = [part for name in names for part in ("--config", str(CONFIGS / name))]
+        listed = printed(files, capsys)["trainer"]["callbacks"]
+        assert isinstance(listed, list)
+        return listed
+
+    own = callbacks("sdxl/distill.yaml")
+    both = callbacks("sdxl/distill.yaml", "metrics/coco2014.yaml", "sdxl/distill_8gpu.yaml")
+    assert both[: len(own)] == own and len(own) > 4
+    added = [callback["class_path"].rpartition(".")[2] for callback in both[len(own) :]]  # type: ignore[index]
+    assert added == ["ImageMetrics", "SampleGrids", "BestCheckpoint"]
 
 
 def test_overlays_merge_field_by_field(capsys: pytest.CaptureFixture[str]) -> None:

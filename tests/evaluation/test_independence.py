@@ -69,5 +69,5 @@ def test_a_run_whose_judge_trains_is_refused_before_its_first_step(
     parts = pixel_gan(tmp_path) | {"image_features": OpenClipFeatures(judged["clip"], layers=[0])}
     module = distillation(world / "sd-epsilon", gan=False, **parts)
     with pytest.raises(UserError, match="learns through image_features, which is the network"):
-        fit(module, world / "shards", 4, callbacks=[DistillationMetrics(1)])
+        fit(module, world / "shards", 4, callbacks=[DistillationMetrics(1)], default_root_dir=tmp_path)
     assert module.student_updates == 0
