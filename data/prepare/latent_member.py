@@ -7,10 +7,7 @@ import safetensors.numpy
 from torch import Tensor
 
 from data.prepare.latent_settings import StoredDtype
-from data.shards.decoders import LATENT_TENSOR
-
-LOGVAR_TENSOR = "logvar"
-"""Beside the mean: latents drawn from the posterior are mean + exp(logvar / 2) * noise."""
+from data.shards.decoders import LATENT_TENSOR, LOGVAR_TENSOR
 
 
 def latent_member(mean: Tensor, logvar: Tensor | None, dtype: StoredDtype) -> bytes:

@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--store",
         choices=get_args(Store),
         default="mean",
-        help="mean+logvar doubles the bytes and also keeps the posterior's spread (default: %(default)s)",
+        help="mean+logvar doubles the bytes and also keeps the posterior's spread, for data.draw_latents "
+        "(default: %(default)s)",
     )
     add(
         "--vae-dtype",

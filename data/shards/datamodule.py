@@ -61,6 +61,7 @@ class ShardDataModule(pl.LightningDataModule):
         cache_folder: str | None = None,
         cache_gb: float = 100.0,
         val_shards: str | list[str] | None = None,
+        draw_latents: bool = False,
     ) -> None:
         """Keep the settings; files are looked at in `prepare_data` and `setup`.
 
@@ -89,6 +90,8 @@ class ShardDataModule(pl.LightningDataModule):
             cache_gb: 10^9 bytes that the cache may hold.
             val_shards: of a validation set, for modules with a validation_step: read in the written order, neither
                 mirrored nor cropped at random; samples beyond the last whole global batch are left out.
+            draw_latents: draw latents from the VAE's posterior at each visit instead of taking its mean; for shards that
+                `python -m data.prepare latents --store mean+logvar` wrote.
 
         Raises:
             ValueError: for a setting that cannot be, or two that exclude each other.
@@ -132,6 +135,7 @@ class ShardDataModule(pl.LightningDataModule):
             caption_fields=tuple(caption_fields or ()),
             condition=condition,
             fitting=Fitting(seed, crop == "random", flip),
+            draw_latents=draw_latents,
         )
         self._cache = None if cache_folder is None else (cache_folder, cache_gb)
         self._opened: list[ShardSet] | None = None
@@ -193,7 +197,7 @@ class ShardDataModule(pl.LightningDataModule):
         store = self._store()
         sets = open_sources([Source(self.val_shards)], self.index_folder, store, False, None)
         order = OrderPlan([sets[0].sizes], [1.0], self.seed, shuffle_window_shards=0).order()
-        reading = replace(self._reading, fitting=Fitting(self.seed))
+        reading = replace(self._reading, fitting=Fitting(self.seed), draw_latents=False)
         dataset = ShardDataset(joined(sets), order, self.contents, reading=reading, store=store)
         self._val_loader = self._loader_of(dataset, lambda batches: Pass(0, batches))
         return self._val_loader

@@ -18,6 +18,8 @@ Bytes = bytes | memoryview
 
 LATENT_MEMBER = "latent.safetensors"
 LATENT_TENSOR = "latents"
+LOGVAR_TENSOR = "logvar"
+"""Beside the mean, where it was stored: latents drawn from the VAE's posterior are mean + exp(logvar / 2) * noise."""
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 CONTROL_IMAGE_MEMBERS = ("cond.png", "cond.jpg", "cond.jpeg", "cond.webp")
 CAPTION_MEMBERS = ("txt", "text", "caption")
@@ -60,19 +62,19 @@ def decode(extension: str, content: Bytes, where: str) -> Any:
     )
 
 
-def decode_latents(content: Bytes, where: str) -> NDArray[np.generic]:
-    """The tensor "latents" of a safetensors file, (4, h, w), in the dtype it was stored in; a view of `content`.
+def decode_latents(content: Bytes, where: str, tensor: str = LATENT_TENSOR) -> NDArray[np.generic]:
+    """A tensor of a safetensors file, (4, h, w), in the dtype it was stored in; a view of `content`.
 
     Read by the format's own description rather than by the safetensors package, which copies a tensor three times and
     parses each header anew; the headers of a data set are all the same.
     """
     try:
         length = int.from_bytes(content[:8], "little")
-        dtype, shape, begin, end = _latent_layout(bytes(content[8 : 8 + length]))
+        dtype, shape, begin, end = _latent_layout(bytes(content[8 : 8 + length]), tensor)
         latents: NDArray[np.generic] = np.frombuffer(content[8 + length :][begin:end], dtype).reshape(shape)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BadSampleError(
-            f"{where}: {LATENT_MEMBER} does not hold a whole float16 or float32 tensor named '{LATENT_TENSOR}' "
+            f"{where}: {LATENT_MEMBER} does not hold a whole float16 or float32 tensor named '{tensor}' "
             f"({error})."
         ) from error
     if latents.ndim != 3:
@@ -86,9 +88,9 @@ def decode_latents(content: Bytes, where: str) -> NDArray[np.generic]:
 
 
 @lru_cache(maxsize=64)
-def _latent_layout(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
-    """Dtype, shape, begin and end of the latents, from the JSON header of a safetensors file."""
-    entry = json.loads(header)[LATENT_TENSOR]
+def _latent_layout(header: bytes, tensor: str) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
+    """Dtype, shape, begin and end of a tensor, from the JSON header of a safetensors file."""
+    entry = json.loads(header)[tensor]
     if entry["dtype"] not in ("F16", "F32"):
         raise ValueError(f"it is {entry['dtype']}")
     begin, end = entry["data_offsets"]
@@ -108,7 +110,7 @@ def latent_size(content: Bytes, where: str) -> tuple[int, int]:
     """
     try:
         length = int.from_bytes(content[:8], "little")
-        _, (_, height, width), _, _ = _latent_layout(bytes(content[8 : 8 + length]))
+        _, (_, height, width), _, _ = _latent_layout(bytes(content[8 : 8 + length]), LATENT_TENSOR)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise BadSampleError(f"{where}: {LATENT_MEMBER} has no header of latents ({error}).") from error
     return height, width

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from data.shards.choices import Draw, draw
-from data.shards.decoders import JSON_MEMBER, BadSampleError, decode, decode_array
+from data.shards.decoders import (
+    JSON_MEMBER,
+    LOGVAR_TENSOR,
+    BadSampleError,
+    decode,
+    decode_array,
+    decode_latents,
+)
 from data.shards.image_condition import ImageCondition
 from data.shards.images import FittedImage, Fitting, fit
 from data.shards.layout import MEMBERS, Part
+from sdxs_lightning.seeding import Stream, normal
 
 EmptyCaptions = Literal["refuse", "keep"]
 
@@ -38,7 +47,9 @@ class Reading:
     condition: ImageCondition | None = None
     """Makes control_images from the picture, as resized and cropped; None reads them as members."""
     fitting: Fitting = Fitting()
-    """Crops and mirroring; its seed is also that of captions."""
+    """Crops and mirroring; its seed is also that of captions and of latents."""
+    draw_latents: bool = False
+    """Latents are drawn from the VAE's posterior at each visit, which needs its spread stored; else they are its mean."""
 
 
 class SampleDecoder:
@@ -84,7 +95,7 @@ class SampleDecoder:
             elif part.content == "sizes":
                 sizes = _sizes(decode(extension, member, where), where)
             elif part.content == "latents":
-                decoded["latents"] = decode(extension, member, where)
+                decoded["latents"] = self._latents(member, position, where)
             else:
                 if extension not in fitted:
                     fitted[extension] = self._fit(member, sample, position, where)
@@ -93,6 +104,17 @@ class SampleDecoder:
             decoded["original_size"], before = sizes
             decoded["crop"] = _cropped_again(before, next(iter(fitted.values()), None))
         return decoded
+
+    def _latents(self, member: memoryview, position: int, where: str) -> NDArray[np.generic]:
+        mean = decode_latents(member, where)
+        if not self.reading.draw_latents:
+            return mean
+        logvar = decode_latents(member, where, LOGVAR_TENSOR)
+        noise = normal(
+            self.reading.fitting.seed, Stream.VAE_SAMPLE, torch.tensor([position]), tuple(mean.shape)
+        )
+        drawn: NDArray[np.generic] = mean + np.exp(0.5 * logvar.astype(np.float32)) * noise[0].numpy()
+        return drawn
 
     def _fit(self, member: memoryview, sample: int, position: int, where: str) -> FittedImage:
         reading = self.reading

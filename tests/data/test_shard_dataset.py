@@ -14,12 +14,15 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.shards.dataset import Content, ShardDataset
+from data.prepare.latent_member import latent_member
+from data.shards.dataset import Content, Reading, ShardDataset
 from data.shards.decoders import BadSampleError, decode
+from data.shards.images import Fitting
 from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
 from data.shards.writer import ShardWriter, encode_latents
+from sdxs_lightning.seeding import Stream, normal
 
 LATENTS = encode_latents(torch.zeros(4, 2, 2))
 
@@ -75,6 +78,29 @@ def test_resolution_and_its_record(tmp_path: Path) -> None:
     assert batch.crops is not None and batch.crops.tolist() == [[0, 5], [6, 0], [0, 0]]
     with pytest.raises(BadSampleError, match=r"images of one size, but 00000/000000000 has \(40, 60, 3\)"):
         reading(tmp_path, ["images"]).batch([0, 1])
+
+
+def test_latents_drawn_from_the_posterior(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    means, logvars = (torch.randn(2, 4, 32, 32, generator=generator) for _ in range(2))
+    samples = [
+        {"latent.safetensors": latent_member(mean, logvar, "float32"), "txt": "a"}
+        for mean, logvar in zip(means, logvars, strict=True)
+    ]
+    positions = [1, 6, 11]  # samples 1, 0 and 1, in their first, fourth and sixth visits
+    plain = dataset(tmp_path, samples, ["latents"]).batch(positions)
+    order = [position % 2 for position in positions]
+    assert plain.latents is not None and torch.equal(plain.latents, means[order])
+    drawing = Reading(draw_latents=True, fitting=Fitting(seed=5))
+    batch = reading(tmp_path, ["latents"], reading=drawing).batch(positions)
+    noise = normal(5, Stream.VAE_SAMPLE, torch.tensor(positions), (4, 32, 32))
+    torch.testing.assert_close(batch.latents, means[order] + (logvars[order] / 2).exp() * noise)
+    assert batch.latents is not None and not torch.equal(batch.latents[0], batch.latents[2])
+    only_means = dataset(
+        tmp_path, [{"latent.safetensors": LATENTS, "txt": "a"}], ["latents"], reading=drawing
+    )
+    with pytest.raises(BadSampleError, match="whole float16 or float32 tensor named 'logvar'"):
+        only_means.batch([0])
 
 
 def test_several_contents_in_one_batch(tmp_path: Path) -> None:
