@@ -22,7 +22,7 @@ from rich.table import Table
 
 from evaluation.machine import where
 from evaluation.protocols import REPOSITORY
-from evaluation.recipes import MODEL, RECIPES, command, run_folder
+from evaluation.recipe_runs import MODEL, RECIPES, command, run_folder
 
 SHORT = 2
 """Updates of the run whose time is taken off."""

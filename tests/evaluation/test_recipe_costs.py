@@ -9,7 +9,7 @@ import pytest
 
 from evaluation import recipe_costs
 from evaluation.recipe_costs import measure_costs
-from evaluation.recipes import run_folder
+from evaluation.recipe_runs import run_folder
 
 BURN = """
 import sys, time

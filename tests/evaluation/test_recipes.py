@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from evaluation import recipes
-from evaluation.recipes import RECIPES, command, run_folder, summarise, train
+from evaluation import recipe_runs, recipes
+from evaluation.recipe_runs import MODEL, PRUNED, RECIPES, command, cpu_seconds, run_folder, train
+from evaluation.recipes import summarise
 from sdxs_lightning.cli import TrainingCLI
 from tests.config.tiny_run import ROOT
 
@@ -30,13 +31,11 @@ def test_a_rows_command_parses(
 
 
 def test_a_row_starts_from_the_student_of_the_same_seed(tmp_path: Path) -> None:
-    assert f"{recipes.MODEL}student.init_args.weights={tmp_path}/warmup/seed2/pipeline" in command(
+    assert f"{MODEL}student.init_args.weights={tmp_path}/warmup/seed2/pipeline" in command(
         tmp_path, "dmd2", 2
     )
-    assert f"{recipes.MODEL}student.init_args.weights={recipes.PRUNED}" in command(
-        tmp_path, "pruned_warmup", 0
-    )
-    assert f"{recipes.MODEL}student.init_args.weights=null" in command(tmp_path, "warmup", 0)
+    assert f"{MODEL}student.init_args.weights={PRUNED}" in command(tmp_path, "pruned_warmup", 0)
+    assert f"{MODEL}student.init_args.weights=null" in command(tmp_path, "warmup", 0)
 
 
 def finished(root: Path, row: str, seed: int) -> Path:
@@ -57,14 +56,14 @@ def test_what_is_there_is_not_run_again_and_what_is_missing_is(
         code = f"import pathlib; p = pathlib.Path({str(folder)!r}); p.mkdir(); (p / 'model_index.json').write_text('')"
         return [sys.executable, "-c", code]
 
-    monkeypatch.setattr(recipes, "command", pretend)
+    monkeypatch.setattr(recipe_runs, "command", pretend)
     finished(tmp_path, "dmd2", 0)
     train(tmp_path, "dmd2", 0)
     assert ran == []
     train(tmp_path, "dmd2+finish", 1)
     assert ran == ["warmup", "dmd2", "dmd2+finish"]
-    assert recipes.cpu_seconds(tmp_path / "dmd2" / "seed1") > 0
-    assert recipes.cpu_seconds(tmp_path / "dmd2" / "seed0") == 0
+    assert cpu_seconds(tmp_path / "dmd2" / "seed1") > 0
+    assert cpu_seconds(tmp_path / "dmd2" / "seed0") == 0
 
 
 def test_finished_only_starts_nothing_and_takes_the_seeds_there_are(
@@ -78,7 +77,7 @@ def test_finished_only_starts_nothing_and_takes_the_seeds_there_are(
         "parameters": 7,
     }
     monkeypatch.setattr(recipes, "score", lambda root, row_, seed, *_: row | {"fid": float(seed)})
-    monkeypatch.setattr(recipes, "command", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(recipe_runs, "command", lambda *_: pytest.fail("a run was started"))
     arguments = ["--root", str(tmp_path), "--seeds", "1", "2", "--rows", "warmup", "dmd2", "--finished_only"]
     with pytest.raises(SystemExit, match="none of these rows was finished"):
         recipes.main(arguments)
@@ -95,18 +94,18 @@ def test_finished_only_starts_nothing_and_takes_the_seeds_there_are(
 
 def test_the_cost_of_an_interrupted_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "sum(range(10**7)); raise SystemExit(143)"
-    monkeypatch.setattr(recipes, "command", lambda root, row, seed: [sys.executable, "-c", code])
+    monkeypatch.setattr(recipe_runs, "command", lambda root, row, seed: [sys.executable, "-c", code])
     costs = []
     for _ in range(2):
         with pytest.raises(RuntimeError, match="exit code 143"):
             train(tmp_path, "warmup", 0)
-        costs.append(recipes.cpu_seconds(run_folder(tmp_path, "warmup", 0)))
+        costs.append(cpu_seconds(run_folder(tmp_path, "warmup", 0)))
     assert costs[1] > 1.5 * costs[0] > 0
 
 
 def test_a_failed_run_stops_the_rest_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     line = [sys.executable, "-c", "print('oh'); raise SystemExit(3)"]
-    monkeypatch.setattr(recipes, "command", lambda root, row, seed: list(line))
+    monkeypatch.setattr(recipe_runs, "command", lambda root, row, seed: list(line))
     with pytest.raises(RuntimeError, match=r"warmup with seed 0 ended with exit code 3; see .*log.txt"):
         train(tmp_path, "warmup", 0)
     assert (run_folder(tmp_path, "warmup", 0) / "log.txt").read_text() == "oh\n"
