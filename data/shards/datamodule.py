@@ -1,29 +1,24 @@
 """Shards as a LightningDataModule: the same global batches for any ranks and workers, exactly resumed."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import numpy as np
 
-from data.shards.buckets import AnyOrder, BucketOrder, Buckets, open_buckets
+from data.shards.bucketed import order_of
+from data.shards.buckets import Buckets
 from data.shards.dataset import Content, EmptyCaptions, Reading, ShardDataset
 from data.shards.faults import Faults, Quarantine
 from data.shards.image_condition import ImageCondition
-from data.shards.image_sizes import sizes_of
 from data.shards.images import Fitting
 from data.shards.index import ShardSet
 from data.shards.loader import Pass, ShardLoader
 from data.shards.mixture import Source
-from data.shards.order import Int64Array
 from data.shards.plan import OrderPlan
 from data.shards.shard_cache import ShardCache
 from data.shards.sources import joined, open_sources, require_window
 from data.shards.store import ShardStore
-
-_log = logging.getLogger(__name__)
 
 _ADVICE = {
     "shards": "point data.shards at the shards that the run began with, unchanged",
@@ -162,14 +157,17 @@ class ShardDataModule(pl.LightningDataModule):
             self.seed,
             self.shuffle_window_shards,
         )
-        order, reading = self._order(plan, sets)
+        global_batch_size = self.batch_size * self._rank_and_world_size()[1]
+        order, sizes = order_of(
+            plan, joined(sets), self.buckets, "latents" in self.contents, global_batch_size
+        )
         if store.cache is not None:
             require_window(store.cache, joined(sets), self.shuffle_window_shards)
         self.dataset = ShardDataset(
             joined(sets),
             order,
             self.contents,
-            reading=reading,
+            reading=replace(self._reading, sizes=sizes),
             store=store,
             quarantine=None if self.faults is None else Quarantine(self.faults),
         )
@@ -268,27 +266,6 @@ class ShardDataModule(pl.LightningDataModule):
 
     def _store(self) -> ShardStore:
         return ShardStore(None if self._cache is None else ShardCache(*self._cache))
-
-    def _order(self, plan: OrderPlan, sets: list[ShardSet]) -> tuple[AnyOrder | BucketOrder, Reading]:
-        if self.buckets is None:
-            return plan.order(), self._reading
-        sizes = sizes_of(joined(sets).shards)
-        global_batch_size = self.batch_size * self._rank_and_world_size()[1]
-        if "latents" in self.contents:
-            bucket_of: Int64Array = np.unique(sizes, axis=0, return_inverse=True)[1].reshape(-1)
-            rarest = np.unique(sizes, axis=0, return_counts=True)[1].min()
-            if rarest < global_batch_size:
-                _log.warning(
-                    "Of one size of latents there are only %d samples, fewer than a global batch of %d, so some come twice "
-                    "in it; write larger sets of that size, or none.",
-                    rarest,
-                    global_batch_size,
-                )
-            return plan.bucket_order(bucket_of, global_batch_size), self._reading
-        choices = self.buckets.sizes()
-        bucket_of = open_buckets(sizes, choices, global_batch_size)
-        reading = replace(self._reading, sizes=np.asarray(choices)[bucket_of])
-        return plan.bucket_order(bucket_of, global_batch_size), reading
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         # As Lightning would tell its own sampler: under tensor parallelism fewer data ranks than processes.
