@@ -79,22 +79,25 @@ def student_of(folder: Path, protocol: Protocol) -> PipelineImages:
 
 
 def summarise(rows: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Per row mean, smallest and largest over its seeds of each score, and of the cost of its own stage."""
+    """Per row the spread over its seeds of each score, and of the cost of its own stage."""
     keys = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity", "cpu_seconds")
-    summary = {}
-    for row, by_seed in rows.items():
-        spreads = {key: [scores[key] for scores in by_seed.values()] for key in keys}
-        summary[row] = {
+    return {
+        row: {
             "seeds": list(by_seed),
             "parameters": next(iter(by_seed.values()))["parameters"],
-            **{
-                key: None
-                if None in values
-                else {"mean": statistics.fmean(values), "smallest": min(values), "largest": max(values)}
-                for key, values in spreads.items()
-            },
+            **{key: _spread([scores[key] for scores in by_seed.values()]) for key in keys},
         }
-    return summary
+        for row, by_seed in rows.items()
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
+    """Of the values that are known; None without one. All of them stand there, in the order of the seeds."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    mean = statistics.fmean(known)
+    return {"mean": mean, "smallest": min(known), "largest": max(known), "values": list(values)}
 
 
 def show(summary: Mapping[str, Mapping[str, Any]]) -> None:

@@ -123,7 +123,9 @@ def test_summary_has_mean_and_range_over_seeds() -> None:
         return {"fid": fid, **rest, "parameters": 7}
 
     summary = summarise({"dmd2": {0: scores(1.0), 5: scores(4.0)}})
-    assert summary["dmd2"]["fid"] == {"mean": 2.5, "smallest": 1.0, "largest": 4.0}
-    unknown = summarise({"dmd2": {0: scores(1.0) | {"cpu_seconds": None}}})
-    assert unknown["dmd2"]["cpu_seconds"] is None  # not written down is not 0
+    assert summary["dmd2"]["fid"] == {"mean": 2.5, "smallest": 1.0, "largest": 4.0, "values": [1.0, 4.0]}
+    unknown = scores(1.0) | {"cpu_seconds": None}  # not written down is not 0
+    assert summarise({"dmd2": {0: unknown}})["dmd2"]["cpu_seconds"] is None
+    partly = summarise({"dmd2": {0: unknown, 1: scores(1.0)}})["dmd2"]["cpu_seconds"]
+    assert partly is not None and (partly["mean"], partly["values"]) == (3.0, [None, 3.0])
     assert summary["dmd2"]["seeds"] == [0, 5] and summary["dmd2"]["parameters"] == 7
