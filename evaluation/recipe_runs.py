@@ -40,7 +40,6 @@ PRUNED = "outputs/toy-miniaturise/unet"
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 RECIPES: dict[str, Recipe] = {
     "regression": Recipe(WARMUP, flags=_NO_FEATURES),
-    "feature_matching": Recipe(WARMUP, flags=(f"{MODEL}regression=null",)),
     "warmup": Recipe(WARMUP),
     "segmented": Recipe(SEGMENTED, "warmup"),
     "dmd2_no_gan": Recipe((DISTILL,), "warmup", (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")),
