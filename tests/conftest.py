@@ -19,10 +19,19 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import pytest
 import torch
 
+from tests.processes import start_fork_server
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Small networks gain nothing from many threads, and many tests start processes of their own."""
+    """Small networks gain nothing from many threads, and many tests start processes of their own.
+
+    Ranks meet thousands of times in a test, and on a full machine each would wait for its turn at every meeting. So they
+    come before the workers, which only compute.
+    """
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        start_fork_server()
+        os.nice(5)
 
 
 LONG_FILES = (

@@ -6,6 +6,7 @@ A fork server imports them once per session; importing takes longer than any of 
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import sys
@@ -33,6 +34,12 @@ class Ended(NamedTuple):
     code: int
     said: str
     """What it wrote to stderr."""
+
+
+def start_fork_server() -> None:
+    """Starts it now, at the priority that this process has now; it imports in the background."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+    multiprocessing.forkserver.ensure_running()
 
 
 def train_in_ranks(
@@ -65,8 +72,8 @@ def in_ranks(
         count: of ranks.
         seconds: after which all are killed.
     """
+    start_fork_server()  # does nothing if it runs
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     port = _free_port()
     files = [folder / f"rank_{rank}.txt" for rank in range(count)]
     ranks = [

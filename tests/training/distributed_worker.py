@@ -26,8 +26,8 @@ from sdxs_lightning.objectives.regression import Regression
 from tests.training.tiny_decoding import pixel_gan
 from tests.training.tiny_distillation import batches_of, distillation, fit
 
-TURNS = 10
-SAVED_AFTER = 6
+TURNS = 6
+SAVED_AFTER = 4
 ADAMW_LR = 1e-3
 OPTIMIZERS: dict[str, Any] = {
     # A larger rate lets the discriminator amplify rounding: 1.5e-6 after ten turns at 0.05.
@@ -64,7 +64,7 @@ def strategy_of(name: str) -> Strategy:
 
 
 def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillation:
-    """Warm-up, critic turns and both: every kind of turn within ten."""
+    """Warm-up, critic turns and both: every kind of turn within six."""
     make = OPTIMIZERS[case.optimizer]
     pixels = pixel_gan(base.parent / "dinov2", make, crop_px=24) if case.gan == "pixels" else {}
     falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)
@@ -90,7 +90,7 @@ def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillatio
 
 def health_of() -> Health:
     """Measures diversity at the last student update, on all ranks."""
-    return Health(6, prompts=["a red circle"], samples_per_prompt=4)
+    return Health(4, prompts=["a red circle"], samples_per_prompt=4)
 
 
 def arrived(module: OneStepDistillation) -> dict[str, torch.Tensor]:
