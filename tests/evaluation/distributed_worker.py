@@ -51,7 +51,8 @@ def measured(world: Path, out: Path, **settings: Any) -> dict[str, Any]:
     curriculum = Curriculum(max_student_updates=UPDATES, critic_updates_per_student_update=1)
     module = distillation(world / "sd-epsilon", curriculum=curriculum)
     processes = settings.get("devices", 1)
-    fit(module, world / "shards", UPDATES, GLOBAL_BATCH // processes, callbacks=callbacks, **settings)
+    settings |= {"callbacks": callbacks, "default_root_dir": out}
+    fit(module, world / "shards", UPDATES, GLOBAL_BATCH // processes, **settings)
     written = out / "report.json"
     return {
         "fid": [point["fid"] for point in metrics.history],
