@@ -45,11 +45,14 @@ def require_independent(judges: Iterable[Any], trainers: Mapping[str, nn.Module]
                     )
 
 
-def _modules(judge: Any) -> Iterator[nn.Module]:
+def _modules(judge: Any) -> list[nn.Module]:
+    """The network itself, or what a judge holds, be it through the CLIP that it wraps."""
+    judge = getattr(judge, "clip", judge)
     if isinstance(judge, nn.Module):
-        yield judge
-    else:
-        yield from (value for value in vars(judge).values() if isinstance(value, nn.Module))
+        return [judge]
+    found = [value for value in vars(judge).values() if isinstance(value, nn.Module)]
+    assert found, f"{type(judge).__name__} holds no network that could be compared"
+    return found
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[torch.Size, Tensor]]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from evaluation.pictures import sheet
 from evaluation.protocols import Protocol, get_protocol, hash_weights
 from evaluation.recipe_runs import RECIPES, cpu_seconds, is_finished, make_pairs, run_folder, train
 from evaluation.scores import Judges, measure
+from evaluation.seeds import spread
 from evaluation.teacher import Teacher
 from sdxs_lightning.families.sd import StableDiffusion
 
@@ -94,10 +94,7 @@ def summarise(rows: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> dict[str, 
 def _spread(values: Sequence[float | None]) -> dict[str, Any] | None:
     """Of the values that are known; None without one. All of them stand there, in the order of the seeds."""
     known = [value for value in values if value is not None]
-    if not known:
-        return None
-    mean = statistics.fmean(known)
-    return {"mean": mean, "smallest": min(known), "largest": max(known), "values": list(values)}
+    return spread(known) | {"values": list(values)} if known else None
 
 
 def show(summary: Mapping[str, Mapping[str, Any]]) -> None:

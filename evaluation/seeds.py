@@ -41,11 +41,11 @@ def summarise(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     if len(set(seeds)) < len(seeds):
         raise ValueError(f"the reports have the seeds {seeds}; give one report for each seed.")
     rows = {
-        which: {key: _spread([report[which][key] for report in reports.values()]) for key in MEASURED}
+        which: {key: spread([report[which][key] for report in reports.values()]) for key in MEASURED}
         for which in ("student_before", "student")
     }
     ratios = {
-        key: _spread([report[key] for report in reports.values()])
+        key: spread([report[key] for report in reports.values()])
         for key in ("fid_ratio", "caption_accuracy_ratio")
     }
     kept = {key: first[key] for key in (*SHARED, "protocol", "versions")}
@@ -53,7 +53,8 @@ def summarise(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {"seeds": seeds, **rows, **ratios, "seconds": seconds, **kept}
 
 
-def _spread(values: Sequence[float]) -> dict[str, float]:
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, smallest and largest."""
     return {"mean": statistics.fmean(values), "smallest": min(values), "largest": max(values)}
 
 

@@ -49,6 +49,8 @@ def test_judges_of_published_numbers(tmp_path: Path, clip: FrozenClip) -> None:
     folder = save_dinov2(tmp_path / "dinov2")
     network = Dinov2Features(str(folder), layers=[0], size_px=28).load()
     require_independent([clip, ClipImageFeatures(clip)], {"image_features": network})
+    with pytest.raises(UserError, match=clip.name):
+        require_independent([ClipImageFeatures(clip)], {"image_features": clip.model})
     with pytest.raises(UserError, match="'dinov2-dinov2'"):
         require_independent([clip, DinoV2Features(folder)], {"image_features": network})
 
