@@ -23,18 +23,18 @@ from sdxs_lightning.modules.pairs import Pairs
 from sdxs_lightning.modules.sharding import ShardedNetworks
 from sdxs_lightning.modules.student_generator import StudentGenerator
 from sdxs_lightning.objectives.regression import Regression
+from tests.rounding import ADAM_EPS
 from tests.training.tiny_decoding import pixel_gan
 from tests.training.tiny_distillation import batches_of, distillation, fit
 
 TURNS = 6
 SAVED_AFTER = 4
+SGD_LR = 0.02
 ADAMW_LR = 1e-3
+GRADIENT_CLIP_NORM = 0.5
 OPTIMIZERS: dict[str, Any] = {
-    # A larger rate lets the discriminator amplify rounding: 1.5e-6 after ten turns at 0.05.
-    "sgd": partial(torch.optim.SGD, lr=0.02),
-    # Adam divides by the gradient's size, so where a gradient is rounding noise the update is, too; an eps above that
-    # noise (1e-8 does not reach it) leaves 1e-2 of the rate as a meaningful bound.
-    "adamw": partial(torch.optim.AdamW, lr=ADAMW_LR, eps=1e-6),
+    "sgd": partial(torch.optim.SGD, lr=SGD_LR),
+    "adamw": partial(torch.optim.AdamW, lr=ADAMW_LR, eps=ADAM_EPS),
 }
 STRATEGIES = ("ddp", "fsdp2")
 
@@ -84,7 +84,7 @@ def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillatio
         pairs=Pairs(count=7, sampler_steps=2, sampler_batch_size=4),
         regression=Regression(),
         accumulate_grad_batches=micro_batches,
-        gradient_clip_norm=0.5,
+        gradient_clip_norm=GRADIENT_CLIP_NORM,
     )
 
 
