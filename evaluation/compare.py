@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluation.tables import LOWER_IS_BETTER, interval, markdown_table, number, title
-from sdxs_lightning.errors import UserError
+from evaluation.reports.tables import LOWER_IS_BETTER, interval, markdown_table, number, title
+from sdxs_lightning.core.errors import UserError
 
 OLD_METRICS = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity")
 """Of results without intervals: one fingerprint for all."""

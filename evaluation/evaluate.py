@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from data.prepare.machine import choose_device
-from evaluation.html_report import write_report
-from evaluation.judging import Judged, Machine, Request, judge
-from evaluation.machine import milliseconds_per_image, where
-from evaluation.protocols import NAMES
-from evaluation.requests import request_of
-from evaluation.samples import DTYPES, ModelSamples, PipelineImages
-from evaluation.tables import result_markdown
-from sdxs_lightning.errors import RunStopped
+from data.prepare.common.machine import choose_device
+from evaluation.images.samples import DTYPES, ModelSamples, PipelineImages
+from evaluation.protocols.protocols import NAMES
+from evaluation.reports.html_report import write_report
+from evaluation.reports.tables import result_markdown
+from evaluation.runner.evaluator import Judged, Machine, Request, judge
+from evaluation.runner.machine import milliseconds_per_image, where
+from evaluation.runner.requests import request_of
+from sdxs_lightning.core.errors import RunStopped
 
 __all__ = ["PipelineImages", "main"]
 

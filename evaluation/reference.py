@@ -8,19 +8,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.prepare.machine import choose_device
-from evaluation.frozen_clip import FrozenClip
-from evaluation.image_protocol import ImageProtocol
-from evaluation.image_sources import open_images
-from evaluation.judging import Machine, Request, make_pass
-from evaluation.metric_table import COMPARES, shared_networks
-from evaluation.passes import run_pass
-from evaluation.protocols import NAMES, PROTOCOLS, find_protocol, get_protocol
-from evaluation.references import write_reference
-from evaluation.requests import pair_of
-from evaluation.samples import StoredSamples
-from evaluation.scores import measure_reference
-from sdxs_lightning.errors import RunStopped, UserError
+from data.prepare.common.machine import choose_device
+from evaluation.images.image_sources import open_images
+from evaluation.images.samples import StoredSamples
+from evaluation.networks.frozen_clip import FrozenClip
+from evaluation.protocols.image_protocol import ImageProtocol
+from evaluation.protocols.metric_table import COMPARES, shared_networks
+from evaluation.protocols.protocols import NAMES, PROTOCOLS, find_protocol, get_protocol
+from evaluation.protocols.references import write_reference
+from evaluation.runner.evaluator import Machine, Request, make_pass
+from evaluation.runner.passes import run_pass
+from evaluation.runner.requests import pair_of
+from evaluation.runner.scores import measure_reference
+from sdxs_lightning.core.errors import RunStopped, UserError
 
 EPILOG = """examples:
   python -m evaluation.reference                                   # the toy world's, again after training another CLIP

@@ -17,11 +17,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from sdxs_lightning import checkpoint_folder as folders
+from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.config_errors import sentence
-from sdxs_lightning.errors import Interrupted, RunStopped, UserError
+from sdxs_lightning.core.errors import Interrupted, RunStopped, UserError
 from sdxs_lightning.null_flags import nulls_as_configs
 
 os.environ.setdefault(
@@ -159,7 +159,7 @@ class TrainingCLI(LightningCLI):
             UserError: for what the plan cannot read.
         """
         # Here, because a training has no use for it.
-        from sdxs_lightning.plan.command import show_plan
+        from sdxs_lightning.memory_plan.command import show_plan
 
         show_plan(self.model, self.config.as_dict())
 
@@ -223,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the command line; None takes that of the process.
 
     Returns:
-        The exit code, see `sdxs_lightning.errors`.
+        The exit code, see `sdxs_lightning.core.errors`.
     """
     trainer: pl.Trainer | None = None
     _quiet()

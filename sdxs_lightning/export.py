@@ -18,9 +18,9 @@ from torch import Tensor
 
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import pipeline_variant, read_json
-from sdxs_lightning.modules.backward_simulation import original_inference_steps
-from sdxs_lightning.modules.lora import merged_weights
-from sdxs_lightning.modules.tiny_decoder import load_tiny, tiny_factor
+from sdxs_lightning.networks.backward_simulation import original_inference_steps
+from sdxs_lightning.networks.lora import merged_weights
+from sdxs_lightning.networks.tiny_decoder import load_tiny, tiny_factor
 
 
 def export_pipeline(

@@ -12,8 +12,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 
-from sdxs_lightning.checkpoint_folder import write_failure
-from sdxs_lightning.errors import CheckpointNotWritten, RunStopped, UserError
+from sdxs_lightning.callbacks.checkpoint_folder import write_failure
+from sdxs_lightning.core.errors import CheckpointNotWritten, RunStopped, UserError
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.surgery import PRESETS, Topology, TransferReport, plan, prune, topology_of
 from sdxs_lightning.surgery.topology_file import read_topology
@@ -139,7 +139,7 @@ def load_unet(folder: Path, dtype: torch.dtype) -> UNet2DConditionModel:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command; exit codes as in `sdxs_lightning.errors`."""
+    """The command; exit codes as in `sdxs_lightning.core.errors`."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.output is None and not options.dry_run:

@@ -19,7 +19,7 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 import pytest
 import torch
 
-from tests.processes import start_fork_server
+from tests.helpers.processes import start_fork_server
 
 
 def pytest_configure(config: pytest.Config) -> None:

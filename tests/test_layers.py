@@ -7,40 +7,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("sdxs_lightning", "data", "evaluation", "tests", "train")
 
-PURE = {"batch", "noise_schedule", "timesteps", "guidance", "latents", "seeding", "pair_noise", "errors"}
-"""Modules of sdxs_lightning that know neither Lightning nor how models are loaded."""
-
-MIDDLE = {"families", "surgery", "teacher", "objectives"}
-"""They see the pure layer, and of each other what MIDDLE_MAY_SEE names."""
-
-MIDDLE_MAY_SEE = {
-    "families": {"teacher"},
-    "surgery": {"families", "teacher"},
-    "teacher": {"families"},
-    "objectives": set[str](),
+ROOMS = {
+    "core": set[str](),
+    "families": {"core"},
+    "surgery": {"core", "families"},
+    "objectives": {"core"},
+    "networks": {"core", "families", "objectives"},
+    "training": {"core", "networks"},
+    "pairs": {"core", "families", "networks"},
+    "stages": {"core", "families", "surgery", "networks", "objectives", "training", "pairs"},
 }
+"""Folders of sdxs_lightning, and which others each may import, beside itself."""
 
-TOP = {
-    "callbacks",
-    "inference",
-    "demo",
-    "cli",
-    "export",
-    "config_errors",
-    "null_flags",
-    "checkpoint_folder",
-    "plan",
-    "prune",
-}
+TOP = {"callbacks", "memory_plan", "cli", "config_errors", "export", "null_flags", "prune"}
 """They see everything of sdxs_lightning."""
 
 EVALUATION_MAY_SEE = {"toy", "shards", "conditions", "prepare"}
 """Of data."""
 
-PREPARING = ("data/prepare.py", "data/prepare/", "data/toy/")
-"""Files of data that load models: they may see families, teacher and what trains the toy base."""
+LOADING = ("data/prepare/", "data/toy/")
+"""Files of data that load models: they see all of sdxs_lightning; the rest of data sees `core` only."""
 
 
 def files() -> list[Path]:
@@ -60,21 +47,15 @@ def imports(source: str, package: str = "") -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def layer_of(dotted: str) -> str:
-    """`sdxs_lightning.modules.ema.StudentEma` -> `modules`."""
+def room_of(dotted: str) -> str:
+    """`sdxs_lightning.networks.ema.StudentEma` -> `networks`."""
     parts = dotted.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
-def allowed(layer: str) -> set[str]:
-    """Layers of sdxs_lightning that a layer of it may import."""
-    if layer in PURE:
-        return PURE
-    if layer in MIDDLE:
-        return PURE | {layer} | MIDDLE_MAY_SEE[layer]
-    if layer == "modules":
-        return PURE | MIDDLE | {"modules"}
-    return PURE | MIDDLE | TOP | {"modules"}
+def allowed(room: str) -> set[str]:
+    """Rooms of sdxs_lightning that a room of it may import."""
+    return ROOMS[room] | {room} if room in ROOMS else set(ROOMS) | TOP
 
 
 def broken_rules(relative: str, source: str) -> list[str]:
@@ -82,27 +63,33 @@ def broken_rules(relative: str, source: str) -> list[str]:
     package = ".".join(Path(relative).parent.parts)
     broken = []
     for name in imports(source, package):
-        room = name.split(".")[0]
+        package_of_name = name.split(".")[0]
         if relative.startswith("sdxs_lightning/"):
-            layer = layer_of(relative.removesuffix(".py").replace("/", "."))
-            if room in ("data", "evaluation", "tests", "train"):
+            room = room_of(relative.removesuffix(".py").replace("/", "."))
+            if package_of_name in ("data", "evaluation", "tests", "train"):
                 broken.append(f"{relative} imports {name}: sdxs_lightning knows neither data nor evaluation")
-            elif room == "sdxs_lightning" and layer != "__init__" and layer_of(name) not in allowed(layer):
+            elif (
+                package_of_name == "sdxs_lightning"
+                and room != "__init__"
+                and room_of(name) not in allowed(room)
+            ):
                 broken.append(
-                    f"{relative} imports {name}: {layer} may import {', '.join(sorted(allowed(layer)))}"
+                    f"{relative} imports {name}: {room} may import {', '.join(sorted(allowed(room)))}"
                 )
-            elif layer in PURE and room in ("lightning", "diffusers", "transformers"):
-                broken.append(
-                    f"{relative} imports {name}: the pure layer has no Lightning and loads no models"
-                )
+            elif room == "core" and package_of_name in ("lightning", "diffusers", "transformers"):
+                broken.append(f"{relative} imports {name}: core has no Lightning and loads no models")
         elif relative.startswith("data/"):
-            if room in ("evaluation", "tests", "train"):
+            if package_of_name in ("evaluation", "tests", "train"):
                 broken.append(f"{relative} imports {name}: data knows sdxs_lightning only")
             elif (
-                room == "sdxs_lightning" and not relative.startswith(PREPARING) and layer_of(name) not in PURE
+                package_of_name == "sdxs_lightning"
+                and not relative.startswith(LOADING)
+                and room_of(name) != "core"
             ):
-                broken.append(f"{relative} imports {name}: of sdxs_lightning, data sees the pure layer")
-        elif room in ("tests", "train") or (room == "data" and layer_of(name) not in EVALUATION_MAY_SEE):
+                broken.append(f"{relative} imports {name}: of sdxs_lightning, data sees core")
+        elif package_of_name in ("tests", "train") or (
+            package_of_name == "data" and room_of(name) not in EVALUATION_MAY_SEE
+        ):
             seen = ", ".join(f"data.{name}" for name in sorted(EVALUATION_MAY_SEE))
             broken.append(f"{relative} imports {name}: evaluation sees sdxs_lightning and {seen}")
     return broken
@@ -113,26 +100,26 @@ def test_a_file_imports_only_what_its_room_may_see(path: Path) -> None:
     assert broken_rules(path.relative_to(ROOT).as_posix(), path.read_text()) == []
 
 
-def test_every_layer_is_known() -> None:
+def test_every_room_is_known() -> None:
     entries = {
         path.stem for path in (ROOT / "sdxs_lightning").iterdir() if path.suffix == ".py" or path.is_dir()
     }
     entries -= {"__init__", "__pycache__"}
-    unknown = {name for name in entries if not name.startswith(".")} - PURE - MIDDLE - TOP - {"modules"}
-    assert unknown == set(), "say in this test which layer it belongs to"
+    assert {name for name in entries if not name.startswith(".")} == set(ROOMS) | TOP
 
 
 @pytest.mark.parametrize(
     ("relative", "source"),
     [
-        ("sdxs_lightning/latents.py", "import lightning.pytorch as pl"),
-        ("sdxs_lightning/latents.py", "from sdxs_lightning.families import Family"),
-        ("sdxs_lightning/families/sd.py", "def f():\n    from sdxs_lightning.modules import ema"),
-        ("sdxs_lightning/modules/ema.py", "from ..callbacks import export"),
-        ("sdxs_lightning/modules/ema.py", "import data.shards.index"),
+        ("sdxs_lightning/core/latents.py", "import lightning.pytorch as pl"),
+        ("sdxs_lightning/core/latents.py", "from sdxs_lightning.families import Family"),
+        ("sdxs_lightning/families/sd.py", "def f():\n    from sdxs_lightning.networks import ema"),
+        ("sdxs_lightning/networks/ema.py", "from ..callbacks import export"),
+        ("sdxs_lightning/networks/ema.py", "import data.shards.index"),
         ("data/shards/index.py", "from sdxs_lightning.families.sd import StableDiffusion"),
-        ("data/toy/world.py", "import evaluation.frechet"),
-        ("evaluation/frechet.py", "import data.something"),
+        ("data/toy/world.py", "import evaluation.metrics.frechet"),
+        ("sdxs_lightning/families/sd.py", "from sdxs_lightning.networks.denoiser import Denoiser"),
+        ("evaluation/metrics/frechet.py", "import data.something"),
     ],
 )
 def test_a_broken_rule_is_seen(relative: str, source: str) -> None:
@@ -142,11 +129,11 @@ def test_a_broken_rule_is_seen(relative: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("relative", "source"),
     [
-        ("sdxs_lightning/modules/ema.py", "from sdxs_lightning.families import Family\nimport torch"),
-        ("data/prepare.py", "from sdxs_lightning.families.sd import StableDiffusion"),
-        ("data/shards/index.py", "from sdxs_lightning.batch import TrainingBatch"),
-        ("evaluation/report.py", "from data.toy.world import caption_of"),
-        ("evaluation/shard_images.py", "from data.shards.index import ShardSet"),
+        ("sdxs_lightning/networks/ema.py", "from sdxs_lightning.families import Family\nimport torch"),
+        ("data/prepare/pairs/sampler.py", "from sdxs_lightning.families.sd import StableDiffusion"),
+        ("data/shards/index.py", "from sdxs_lightning.core.batch import TrainingBatch"),
+        ("evaluation/callbacks/run_report.py", "from data.toy.world import caption_of"),
+        ("evaluation/images/shard_images.py", "from data.shards.index import ShardSet"),
     ],
 )
 def test_what_is_allowed_passes(relative: str, source: str) -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data.prepare.images import IMAGES
-from data.prepare.latents import LATENTS
-from data.prepare.pairs import PAIRS
-from data.prepare.subcommand import Subcommand
-from data.prepare.verify import VERIFY
-from sdxs_lightning.errors import RunStopped
+from data.prepare.common.subcommand import Subcommand
+from data.prepare.images.command import IMAGES
+from data.prepare.latents.command import LATENTS
+from data.prepare.pairs.command import PAIRS
+from data.prepare.verify.command import VERIFY
+from sdxs_lightning.core.errors import RunStopped
 
 SUBCOMMANDS: tuple[Subcommand, ...] = (IMAGES, LATENTS, PAIRS, VERIFY)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs one command; exit codes as in `sdxs_lightning.errors`."""
+    """Runs one command; exit codes as in `sdxs_lightning.core.errors`."""
     options = _parser().parse_args(arguments)
     try:
         sys.stdout.write(f"{options.run(options)}\n")

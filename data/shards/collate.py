@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data.shards.decoders import BadSampleError
-from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.core.batch import TrainingBatch
 
 
 def collate(samples: Sequence[dict[str, Any]], positions: Sequence[int]) -> TrainingBatch:

@@ -24,8 +24,8 @@ from data.shards.layout import CONTENTS, Content, incomplete_samples, missing_me
 from data.shards.sample_decoder import EmptyCaptions, Reading, SampleDecoder
 from data.shards.store import Arena, ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
-from sdxs_lightning.batch import TrainingBatch
-from sdxs_lightning.errors import UserError
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.errors import UserError
 
 __all__ = ["Content", "EmptyCaptions", "Reading", "ShardDataset"]
 _OPEN_SHARDS = 128

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from sdxs_lightning.errors import UserError
+from sdxs_lightning.core.errors import UserError
 
 
 @dataclass(frozen=True)

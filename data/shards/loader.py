@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.shards.dataset import ShardDataset
 from data.shards.faults import UnreadableBatch
-from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.core.batch import TrainingBatch
 
 
 @dataclass(frozen=True)

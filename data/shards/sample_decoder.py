@@ -22,7 +22,7 @@ from data.shards.decoders import (
 from data.shards.image_condition import ImageCondition
 from data.shards.images import FittedImage, Fitting, fit
 from data.shards.layout import MEMBERS, Part
-from sdxs_lightning.seeding import Stream, normal
+from sdxs_lightning.core.seeding import Stream, normal
 
 EmptyCaptions = Literal["refuse", "keep"]
 

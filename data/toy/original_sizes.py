@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdxs_lightning.seeding import Stream, integers, uniform
+from sdxs_lightning.core.seeding import Stream, integers, uniform
 
 PLAIN, SMALL = 0.6, 0.8
 """Below the first: as rendered; between them: from half the size; above: cropped."""

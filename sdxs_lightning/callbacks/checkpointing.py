@@ -13,11 +13,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sdxs_lightning import checkpoint_folder as folders
+from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.counts import Counts, counts_of
 from sdxs_lightning.callbacks.nan_guard import check_before_saving
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.errors import CheckpointNotWritten, UserError
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
@@ -35,7 +35,7 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 class Checkpointing(Checkpoint):
     """Saves every n student updates and at the end, atomically, and keeps the newest few.
 
-    Saves only between turns: gradients that are half accumulated are in no checkpoint. Lightning runs the callbacks that
+    Saves only between iterations: gradients that are half accumulated are in no checkpoint. Lightning runs the callbacks that
     derive from its `Checkpoint` after all others, so that their states belong to the same batch.
 
     Args:
@@ -136,7 +136,7 @@ class Checkpointing(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> Path:
-        """Writes a checkpoint now. A collective: all ranks call it, between turns.
+        """Writes a checkpoint now. A collective: all ranks call it, between iterations.
 
         Returns:
             The checkpoint's folder.
@@ -179,7 +179,7 @@ class Checkpointing(Checkpoint):
 
     def _seal(self, folder: Path, counts: Counts) -> str | None:
         try:
-            size = folders.seal(folder, counts.updates, counts.turns, counts.batches)
+            size = folders.seal(folder, counts.updates, counts.iterations, counts.batches)
             folders.keep_newest(folder.parent, self.keep)
         except OSError as error:
             return folders.write_failure(error)

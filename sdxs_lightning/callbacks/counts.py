@@ -10,8 +10,8 @@ class Counts(NamedTuple):
 
     updates: int
     """Student updates; of a stage without a student its optimizer steps."""
-    turns: int
-    """Optimizer turns: micro-batches over `accumulate_grad_batches`."""
+    iterations: int
+    """Optimizer iterations: micro-batches over `accumulate_grad_batches`."""
     batches: int
     """Micro-batches that the run has taken."""
     between_turns: bool
@@ -19,12 +19,12 @@ class Counts(NamedTuple):
 
 
 def counts_of(trainer: pl.Trainer) -> Counts:
-    """Reads `student_updates`, `turns` and `micro_batches` of a module that counts itself, else the trainer's counters."""
+    """Reads `student_updates`, `iterations` and `micro_batches` of a module that counts itself, else the trainer's counters."""
     module, loop = trainer.lightning_module, trainer.fit_loop.epoch_loop
     between = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
     return Counts(
         updates=int(getattr(module, "student_updates", trainer.global_step)),
-        turns=int(getattr(module, "turns", trainer.global_step)),
+        iterations=int(getattr(module, "iterations", trainer.global_step)),
         batches=loop.total_batch_idx + 1,
         between_turns=between and getattr(module, "micro_batches", 0) == 0,
     )

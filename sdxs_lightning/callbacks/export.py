@@ -13,12 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.checkpoint_folder import write_failure
-from sdxs_lightning.errors import CheckpointNotWritten
+from sdxs_lightning.core.errors import CheckpointNotWritten
 from sdxs_lightning.export import export_pipeline, plain_unet
-from sdxs_lightning.modules.ema import StudentEma
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.networks.ema import StudentEma
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 
 class ExportPipeline(Checkpoint):

@@ -10,11 +10,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.checkpoint_folder import write_failure
-from sdxs_lightning.errors import CheckpointNotWritten
+from sdxs_lightning.core.errors import CheckpointNotWritten
 from sdxs_lightning.export import new_folder
-from sdxs_lightning.modules.decoder_distillation import DecoderDistillation
+from sdxs_lightning.stages.decoder import DecoderDistillation
 
 
 class ExportDecoder(Checkpoint):

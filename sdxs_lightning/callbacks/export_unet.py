@@ -10,18 +10,18 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.checkpoint_folder import write_failure
-from sdxs_lightning.errors import CheckpointNotWritten
+from sdxs_lightning.core.errors import CheckpointNotWritten
 from sdxs_lightning.export import new_folder, plain_unet
-from sdxs_lightning.modules.miniaturisation import Miniaturisation
+from sdxs_lightning.stages.prune_distill import PrunedUNetDistillation
 
 
 class ExportUNet(Checkpoint):
     """Exports the student's U-Net at the end of the training, after the last checkpoint.
 
     The folder is what `UNet2DConditionModel.from_pretrained` reads, and `weights` of a `StudentGenerator` or of a next
-    `Miniaturisation`. It appears whole or not at all; one that is there already is replaced. List it behind
+    `PrunedUNetDistillation`. It appears whole or not at all; one that is there already is replaced. List it behind
     `Checkpointing`, so that a full disk costs the export only. A finished run that is resumed takes no step and exports
     nothing; with one step more it does.
 
@@ -48,7 +48,7 @@ class ExportUNet(Checkpoint):
         Raises:
             CheckpointNotWritten: on all ranks, if the disk refused.
         """
-        assert isinstance(pl_module, Miniaturisation) and pl_module.ema is not None
+        assert isinstance(pl_module, PrunedUNetDistillation) and pl_module.ema is not None
         source = pl_module.ema.denoiser.unet if self.average else pl_module.student.unet
         folder = Path(self.folder or Path(trainer.default_root_dir) / "unet")
         weights = get_model_state_dict(

@@ -11,11 +11,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from sdxs_lightning.batch import TrainingBatch
 from sdxs_lightning.callbacks.diagnosis import Diagnosis, Thresholds
-from sdxs_lightning.modules.diversity import BottleneckFeatures, measure_diversity
-from sdxs_lightning.modules.matched_features import MatchedFeatures
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
+from sdxs_lightning.callbacks.sample_diversity import BottleneckFeatures, measure_diversity
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.stages.distillation.matched_features import MatchedFeatures
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 WATCHED = ("student/fake_score_lag", "student/saturation", "student/cosine_", "discriminator/accuracy")
 """Beginnings of the logged names that are averaged from reading to reading."""
@@ -24,8 +24,8 @@ WATCHED = ("student/fake_score_lag", "student/saturation", "student/cosine_", "d
 class Health(Callback):
     """Measures diversity, averages what the stage logs, and warns; every n student updates.
 
-    What the stage logs by itself on every turn (score gap and lag, saturation, gradient norms and cosines, the discriminator's
-    accuracy) is summed on the device on the student's turns and read here only, so that nothing waits for it in between. The
+    What the stage logs by itself on every iteration (score gap and lag, saturation, gradient norms and cosines, the discriminator's
+    accuracy) is summed on the device on the student's iterations and read here only, so that nothing waits for it in between. The
     readings are rank 0's.
 
     Args:
@@ -101,7 +101,7 @@ class Health(Callback):
         batch: TrainingBatch,
         batch_idx: int,
     ) -> None:
-        """Sums on the student's turns; reads at each multiple."""
+        """Sums on the student's iterations; reads at each multiple."""
         assert isinstance(pl_module, OneStepDistillation)
         if self.prompts is None:
             self.prompts = list(batch.captions)
@@ -166,7 +166,7 @@ class Health(Callback):
             return measure_diversity(
                 module.student,
                 module.family,
-                module.roles,
+                module.context,
                 self.features,
                 captions,
                 self.samples_per_prompt,

@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import Checkpoint
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.errors import Interrupted
+from sdxs_lightning.core.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption(Checkpoint):
-    """Turns a signal into a checkpoint between two turns, on all ranks at the same batch.
+    """Turns a signal into a checkpoint between two iterations, on all ranks at the same batch.
 
     The handlers only set a flag. Lightning's own are replaced: they save, or broadcast, from inside the handler, where the
     training may be in the middle of an update or of another collective. A second Ctrl-C stops at once, without saving.
@@ -62,7 +62,7 @@ class Interruption(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Agrees now and then; between turns, once agreed, saves and stops.
+        """Agrees now and then; between iterations, once agreed, saves and stops.
 
         Raises:
             Interrupted: on all ranks.

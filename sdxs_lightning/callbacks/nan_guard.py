@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.errors import TrainingDiverged
+from sdxs_lightning.core.errors import TrainingDiverged
 
 NEVER = torch.iinfo(torch.int64).max
 
@@ -27,7 +27,7 @@ class KnowsLastGood(Protocol):
 class NanGuard(Callback):
     """Watches the logged losses and gradient norms on the device and reads the verdict now and then.
 
-    Each batch notes, without waiting for the device, the first turn at which a watched scalar was not finite. The notes are
+    Each batch notes, without waiting for the device, the first iteration at which a watched scalar was not finite. The notes are
     read every n batches, and before each checkpoint together with the weights.
 
     Args:
@@ -52,10 +52,10 @@ class NanGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notes; every n batches reads."""
-        turn = counts_of(trainer).turns
+        iteration = counts_of(trainer).iterations
         for name, value in trainer.callback_metrics.items():
             if name.endswith(self.watch):
-                self._note(name, value, turn)
+                self._note(name, value, iteration)
         if (batch_idx + 1) % self.read_every_n_batches == 0:
             self.read(trainer)
 
@@ -63,8 +63,8 @@ class NanGuard(Callback):
         """A last look, before the final checkpoint and the export."""
         self.read(trainer)
 
-    def _note(self, name: str, value: Tensor, turn: int) -> None:
-        now = torch.where(torch.isfinite(value.detach()), NEVER, turn)
+    def _note(self, name: str, value: Tensor, iteration: int) -> None:
+        now = torch.where(torch.isfinite(value.detach()), NEVER, iteration)
         before = self._first_bad.get(name)
         self._first_bad[name] = now if before is None else torch.minimum(before, now)
 
@@ -72,15 +72,17 @@ class NanGuard(Callback):
         """Stops all ranks if any of them has seen a number that is not finite. A collective.
 
         Raises:
-            TrainingDiverged: with the turn, the network and the last good checkpoint.
+            TrainingDiverged: with the iteration, the network and the last good checkpoint.
         """
         problem = None
         if self._first_bad:
-            turns = torch.stack([turn.reshape(()) for turn in self._first_bad.values()]).tolist()
-            turn, name = min(zip(turns, self._first_bad, strict=True))
-            if turn != NEVER:
+            iterations = torch.stack(
+                [iteration.reshape(()) for iteration in self._first_bad.values()]
+            ).tolist()
+            iteration, name = min(zip(iterations, self._first_bad, strict=True))
+            if iteration != NEVER:
                 problem = (
-                    f"{name} of the {name.partition('/')[0]} is NaN or infinite since turn {turn} (student update "
+                    f"{name} of the {name.partition('/')[0]} is NaN or infinite since iteration {iteration} (student update "
                     f"{counts_of(trainer).updates} now)"
                 )
         self._stop_if(trainer, problem)

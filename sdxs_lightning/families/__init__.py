@@ -9,8 +9,8 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
-from sdxs_lightning.batch import Conditioning
-from sdxs_lightning.noise_schedule import NoiseSchedule, PredictionType
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType
 
 
 @runtime_checkable

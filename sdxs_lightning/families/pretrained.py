@@ -11,7 +11,10 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdxs_lightning.batch import Conditioning
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.latents import scale, unscale
+from sdxs_lightning.core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
 from sdxs_lightning.families.folders import (
     Layout,
     kl_folder,
@@ -24,9 +27,6 @@ from sdxs_lightning.families.folders import (
 )
 from sdxs_lightning.families.sources import resolve_base, resolve_unet
 from sdxs_lightning.families.weights import load_network
-from sdxs_lightning.latents import scale, unscale
-from sdxs_lightning.noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
-from sdxs_lightning.teacher.frozen import Frozen
 
 
 class PretrainedBase(ABC):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from sdxs_lightning.batch import Conditioning
+from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families.folders import Layout
 from sdxs_lightning.families.pretrained import PretrainedBase
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from sdxs_lightning.batch import Conditioning
+from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families.folders import Layout, read_json
 from sdxs_lightning.families.pretrained import PretrainedBase
 

@@ -4,7 +4,7 @@ The classes are what a YAML file names; each has its weight and returns weighted
 not wanted is `null` there, not weight 0. All arithmetic is float32, whatever the networks ran in.
 """
 
-from sdxs_lightning.objectives.adversarial import DiffusionAdversarial, critic_loss, generator_loss
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial, discriminator_loss, generator_loss
 from sdxs_lightning.objectives.denoising import Denoising, denoising_loss
 from sdxs_lightning.objectives.distribution_matching import (
     DistributionMatching,
@@ -26,8 +26,8 @@ __all__ = [
     "PixelAdversarial",
     "Regression",
     "SegmentedScoreDistillation",
-    "critic_loss",
     "denoising_loss",
+    "discriminator_loss",
     "distribution_matching_gradient",
     "distribution_matching_loss",
     "divergence_weight",

@@ -9,8 +9,8 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_weight
-from sdxs_lightning.timesteps import TimestepRange
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
@@ -27,7 +27,7 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
     return softplus(-fake_logits.float()).mean()
 
 
-def critic_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The discriminator's loss: mean softplus(fake_logits) + mean softplus(-real_logits).
 
     Args:
@@ -48,7 +48,7 @@ class DiffusionAdversarial:
 
     student_weight: float = 1e-3
     """Factor of the student's loss: DMD2 has 1e-3 for SD-1.5, 5e-3 for SDXL."""
-    critic_weight: float = 1e-2
+    discriminator_weight: float = 1e-2
     """Factor of the discriminator's loss, which also trains the fake score's encoder where that gives the features."""
     timesteps: TimestepRange = TimestepRange(0, 999)
     """Noise levels at which real and fake are compared."""
@@ -58,13 +58,15 @@ class DiffusionAdversarial:
 
     def __post_init__(self) -> None:
         check_weight(
-            "DiffusionAdversarial", student_weight=self.student_weight, critic_weight=self.critic_weight
+            "DiffusionAdversarial",
+            student_weight=self.student_weight,
+            discriminator_weight=self.discriminator_weight,
         )
 
     def student_loss(self, fake_logits: Tensor) -> Tensor:
         """Weighted `generator_loss`: (), float32."""
         return self.student_weight * generator_loss(fake_logits)
 
-    def critic_loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-        """Weighted `critic_loss`: (), float32."""
-        return self.critic_weight * critic_loss(real_logits, fake_logits)
+    def discriminator_loss(self, real_logits: Tensor, fake_logits: Tensor) -> Tensor:
+        """Weighted `discriminator_loss`: (), float32."""
+        return self.discriminator_weight * discriminator_loss(real_logits, fake_logits)

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
-from sdxs_lightning.timesteps import TimestepRange
 
 
 def denoising_loss(output: Tensor, target: Tensor) -> Tensor:

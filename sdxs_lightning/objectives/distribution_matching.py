@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
 from sdxs_lightning.objectives.f_divergence import FDivergence
-from sdxs_lightning.timesteps import TimestepRange
 
 
 def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:

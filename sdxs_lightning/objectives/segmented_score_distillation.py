@@ -8,7 +8,7 @@ the segment shrinks to the low noise levels that make texture, and feature match
 import math
 from dataclasses import dataclass
 
-from sdxs_lightning.timesteps import TimestepRange
+from sdxs_lightning.core.timesteps import TimestepRange
 
 
 def cosine_ramp(start: float, end: float, progress: float) -> float:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sdxs_lightning.plan.memory_plan import MemoryPlan
-from sdxs_lightning.plan.planner import Planner
-from tests.config.planned import ADAMW, hardware, without_weights
-from tests.training.tiny_distillation import distillation, save_base
+from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
+from sdxs_lightning.memory_plan.planner import Planner
+from tests.helpers.planned import ADAMW, hardware, without_weights
+from tests.helpers.tiny_distillation import distillation, save_base
 
 
 @pytest.fixture(scope="session")

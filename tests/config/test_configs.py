@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from sdxs_lightning.cli import TrainingCLI, main
-from tests.config.tiny_run import ROOT
-from tests.training.tiny_decoding import save_dinov2
-from tests.training.tiny_distillation import save_base, save_shards
+from tests.helpers.tiny_decoding import save_dinov2
+from tests.helpers.tiny_distillation import save_base, save_shards
+from tests.helpers.tiny_run import ROOT
 
 CONFIGS = ROOT / "configs"
 OVERLAYS = {
@@ -94,7 +94,7 @@ def test_overlays_merge_field_by_field(capsys: pytest.CaptureFixture[str]) -> No
     assert (optimizer["lr"], optimizer["weight_decay"], optimizer["fused"]) == (5e-7, 0.01, True)
     assert model["adversarial"]["student_weight"] == 1e-3
     assert model["real_score_dtype"] == "bfloat16"
-    assert model["curriculum"]["critic_updates_per_student_update"] == 10
+    assert model["update_schedule"]["fake_score_updates_per_student_update"] == 10
     assert resolved["trainer"]["precision"] == "bf16-mixed"
     # Interpolations follow the flag that came after the files.
     data = resolved["data"]["init_args"]
@@ -122,13 +122,13 @@ def tiny(name: str, folder: Path) -> Flags:
 def tiny_distill(name: str, folder: Path) -> Flags:
     flags = tiny(name, folder) | {
         "model.init_args.student.init_args.weights": "null",  # what an earlier stage would have left
-        "model.init_args.curriculum.max_student_updates": 2,
-        "model.init_args.curriculum.critic_updates_per_student_update": 1,
+        "model.init_args.update_schedule.max_student_updates": 2,
+        "model.init_args.update_schedule.fake_score_updates_per_student_update": 1,
         "model.init_args.accumulate_grad_batches": 1,
     }
     if name.startswith(("toy", "quickstart")):
         flags |= {
-            "model.init_args.curriculum.fake_score_warmup_turns": 0,
+            "model.init_args.update_schedule.fake_score_only_iterations": 0,
             # What measures needs the real toy base, and is tested with the evaluation.
             "trainer.callbacks": "null",
             "trainer.enable_checkpointing": False,
@@ -136,7 +136,7 @@ def tiny_distill(name: str, folder: Path) -> Flags:
     has_own_stage = name.endswith(("segmented.yaml", "finish.yaml", "4step.yaml"))
     if "warmup_updates:" in (CONFIGS / name).read_text() and not has_own_stage:
         flags |= {
-            "model.init_args.curriculum.warmup_updates": 1,
+            "model.init_args.update_schedule.warmup_updates": 1,
             "model.init_args.pairs.count": 4,
             "model.init_args.pairs.sampler_steps": 2,
         }
@@ -146,7 +146,7 @@ def tiny_distill(name: str, folder: Path) -> Flags:
 def tiny_warmup(name: str, folder: Path) -> Flags:
     pairs = {"source": "memory", "count": 4, "sampler_steps": 2}
     flags = tiny_distill(name, folder) | {
-        "model.init_args.curriculum.warmup_updates": 2,
+        "model.init_args.update_schedule.warmup_updates": 2,
         "model.init_args.pairs": json.dumps(pairs),
     }
     return flags if name.startswith("toy") else flags | {"data.init_args.contents": "[latents]"}

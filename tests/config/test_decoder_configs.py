@@ -13,12 +13,12 @@ import yaml
 from diffusers import AutoencoderTiny
 
 from sdxs_lightning.cli import main
-from sdxs_lightning.modules.image_features import FeatureNetwork, _Intermediates
-from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
-from sdxs_lightning.modules.tiny_decoder import DecoderTopology, TinyDecoder
-from tests.config.tiny_run import ROOT, write_config
-from tests.training.tiny_decoding import save_dinov2
-from tests.training.tiny_distillation import save_base, save_shards
+from sdxs_lightning.networks.image_features import FeatureNetwork, _Intermediates
+from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.networks.tiny_decoder import DecoderTopology, TinyDecoder
+from tests.helpers.tiny_decoding import save_dinov2
+from tests.helpers.tiny_distillation import save_base, save_shards
+from tests.helpers.tiny_run import ROOT, write_config
 
 NAMES = ("toy", "sd15", "sd21", "sdxl")
 FULL_SIZE = NAMES[1:]
@@ -46,7 +46,7 @@ def overlay(name: str, folder: Path) -> dict[str, Any]:
         data |= {"shards": str(save_shards(folder / "shards"))}
         model["sampler"] = {"steps": 2}
         model["features"] = {
-            "class_path": "sdxs_lightning.modules.image_features.Dinov2Features",
+            "class_path": "sdxs_lightning.networks.image_features.Dinov2Features",
             "init_args": {"folder": str(save_dinov2(folder / "dinov2")), "layers": [0, 1], "size_px": 32},
         }
     trainer = {"default_root_dir": str(folder / f"{name}-decoder"), "enable_model_summary": False}
@@ -64,7 +64,7 @@ def test_two_updates_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathFa
     assert all(parameter.isfinite().all() for parameter in exported.decoder.parameters())
     checkpoint = next((folder / f"{name}-decoder" / "checkpoints").iterdir())
     state = torch.load(checkpoint / "state.ckpt", weights_only=True)
-    assert state["turns"] == 2
+    assert state["iterations"] == 2
     assert state["optimizer_states"][1]["state"], "the second update has the GAN"
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sdxs_lightning.cli import main
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from tests.config.tiny_run import tiny_config, write_config
-from tests.training.tiny_distillation import save_base
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from tests.helpers.tiny_distillation import save_base
+from tests.helpers.tiny_run import tiny_config, write_config
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -28,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """Runs the command line on the tiny configuration after a change; returns exit code and the error line."""
 
-    def call(change: Change | None = None, *arguments: str, **curriculum: int) -> tuple[int, str]:
-        config = tiny_config(folder, **curriculum)
+    def call(change: Change | None = None, *arguments: str, **update_schedule: int) -> tuple[int, str]:
+        config = tiny_config(folder, **update_schedule)
         config["trainer"]["default_root_dir"] = str(tmp_path / "run")
         if change is not None:
             change(config)
@@ -83,7 +83,7 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
             "model.init_args.ema_deca is no option",
             "did you mean ema_decay?",
             "tiny.yaml, line ",
-            "curriculum",
+            "update_schedule",
         ],
     ),
     "unknown key of a nested class": (
@@ -97,9 +97,9 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
         ["lrr is no option", "did you mean lr?"],
     ),
     "unknown key of a grouped value": (
-        _set("model.init_args.curriculum.max_updates", 1),
+        _set("model.init_args.update_schedule.max_updates", 1),
         (),
-        ["curriculum.max_updates is no option", "did you mean max_student_updates?", "warmup_updates"],
+        ["update_schedule.max_updates is no option", "did you mean max_student_updates?", "warmup_updates"],
     ),
     "unknown key of a callback": (
         _set("trainer.callbacks.1.init_args.every", 1),
@@ -122,9 +122,9 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
         ["trainer.max_epochs is 'abc'", "int or null is accepted"],
     ),
     "a value out of range": (
-        _set("model.init_args.curriculum.critic_updates_per_student_update", 0),
+        _set("model.init_args.update_schedule.fake_score_updates_per_student_update", 0),
         (),
-        ["critic_updates_per_student_update must be 1 or more, got 0"],
+        ["fake_score_updates_per_student_update must be 1 or more, got 0"],
     ),
     "parts that do not go together": (
         _set("model.init_args.distribution_matching", None),
@@ -232,7 +232,7 @@ def test_nan_names_step_network_and_last_good_checkpoint(
     step = OneStepDistillation.training_step
 
     def poisoned(self: OneStepDistillation, batch: Any, batch_idx: int) -> None:
-        if self.turns == 3:
+        if self.iterations == 3:
             with torch.no_grad():
                 next(self.networks[network].parameters()).fill_(float("nan"))
         step(self, batch, batch_idx)
@@ -242,7 +242,7 @@ def test_nan_names_step_network_and_last_good_checkpoint(
     assert code == 3
     assert "the training diverged: " in said
     assert network in said
-    assert "since turn 4" in said or "at student update 4" in said
+    assert "since iteration 4" in said or "at student update 4" in said
     assert f"the last good checkpoint is {tmp_path}/run/checkpoints/update_00000002-batch_00000002" in said
 
 
@@ -254,7 +254,7 @@ def test_nan_weights_are_not_saved_over_good_ones(
 
     def poisoned(self: OneStepDistillation, batch: Any, batch_idx: int) -> None:
         step(self, batch, batch_idx)
-        if self.turns == 4:
+        if self.iterations == 4:
             with torch.no_grad():
                 assert self.fake_score is not None
                 next(self.fake_score.parameters()).fill_(float("inf"))

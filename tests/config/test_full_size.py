@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from sdxs_lightning.cli import TrainingCLI
-from sdxs_lightning.modules.miniaturisation import Miniaturisation
-from sdxs_lightning.plan.weightless import WeightlessFamily
-from tests.config.plan_bases import save_configs
+from sdxs_lightning.memory_plan.weightless import WeightlessFamily
+from sdxs_lightning.stages.prune_distill import PrunedUNetDistillation
 from tests.config.test_configs import stack
-from tests.full_size import sd21_unet_config
+from tests.helpers.full_size import sd21_unet_config
+from tests.helpers.plan_bases import save_configs
 
 STUDENTS = {
     # METHOD: SDXS-512 on SD-1.5 (315.75 M) and on SD-2.1 (318.70 M); BK-SDM tiny; Vega (745.2 M).
@@ -36,7 +36,7 @@ def test_student_and_teacher_at_full_size(name: str, sizes: tuple[int, int], tmp
     base = base_of(name, tmp_path)
     arguments = [f"--model.init_args.family.init_args.base={base}", "--trainer.accelerator=cpu"]
     module = TrainingCLI([*stack(name), *arguments]).model
-    assert isinstance(module, Miniaturisation)
+    assert isinstance(module, PrunedUNetDistillation)
     module.family = WeightlessFamily(module.family)
     with torch.device("meta"):
         module.configure_model()

@@ -10,23 +10,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdxs_lightning.errors import UserError
-from sdxs_lightning.modules.denoising_training import DenoisingTraining
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.planned import PlannedNetwork
-from sdxs_lightning.modules.sharding import blocks_of
-from sdxs_lightning.modules.student_generator import StudentGenerator
-from sdxs_lightning.plan.as_on_cuda import AsOnCuda
-from sdxs_lightning.plan.batch_shape import BatchShape
-from sdxs_lightning.plan.hardware import GIB, read_hardware
-from sdxs_lightning.plan.live_bytes import LiveBytes, ShapeMemory
-from sdxs_lightning.plan.memory_plan import MemoryPlan
-from sdxs_lightning.plan.planner import Planner
-from sdxs_lightning.plan.states import network_bytes, state_per_element, update_workspace
-from sdxs_lightning.plan.step import _run
-from tests.config.planned import ADAMW, ONE_CPU, ONE_GPU, hardware, teacher
-from tests.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet, tiny_sdxl_unet
-from tests.training.tiny_distillation import distillation
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.memory_plan.as_on_cuda import AsOnCuda
+from sdxs_lightning.memory_plan.batch_shape import BatchShape
+from sdxs_lightning.memory_plan.hardware import GIB, read_hardware
+from sdxs_lightning.memory_plan.live_bytes import LiveBytes, ShapeMemory
+from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
+from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.memory_plan.states import network_bytes, state_per_element, update_workspace
+from sdxs_lightning.memory_plan.step_memory import _run
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.stages.teacher import DenoisingTraining
+from sdxs_lightning.training.plannable import PlannedNetwork
+from sdxs_lightning.training.sharding import blocks_of
+from tests.helpers.planned import ADAMW, ONE_CPU, ONE_GPU, hardware, teacher
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet, tiny_sdxl_unet
+from tests.helpers.tiny_distillation import distillation
 
 SCHEDULE = 3 * 1000 * 4
 """Buffers of a noise schedule, float32 always."""
@@ -112,7 +112,7 @@ def test_ddp_has_buckets_of_every_trained_network(planner: Planner, planned: Mem
             {
                 "devices": 8,
                 "num_nodes": 4,
-                "strategy": {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"},
+                "strategy": {"class_path": "sdxs_lightning.training.sharding.ShardedNetworks"},
             },
             32,
             "fsdp2",
@@ -182,7 +182,7 @@ def test_one_profile_tells_every_batch_size(planner: Planner, planned: MemoryPla
     assert [moment.total for moment in told.moments(size)] == peaks
     assert list(told.kept_bytes(size).values()) == [line.kept for line in counted]
     # Activations grow in proportion; gradients and autocast's copies of weights do not grow at all.
-    kept = [told.kept_bytes(size)["student's turn"] for size in (1, 2, 3)]
+    kept = [told.kept_bytes(size)["student's iteration"] for size in (1, 2, 3)]
     assert kept[2] - kept[1] == kept[1] - kept[0] > 0
 
 
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_keeps_less(planned: MemoryPlan, configs: dict[st
     stage = distillation(configs["sdxl"], optimizer=ADAMW, accumulate_grad_batches=2, **networks)
     checkpointed = Planner(stage, hardware(), 16).plan()
     assert planned.checkpointed == () and checkpointed.checkpointed == ("student", "fake_score")
-    for phase in ("student's turn", "critic's turn"):
+    for phase in ("student's iteration", "critic's iteration"):
         assert checkpointed.step.kept_bytes(16)[phase] < 0.5 * planned.step.kept_bytes(16)[phase]
     assert checkpointed.step.peak(16).activations < planned.step.peak(16).activations
     assert checkpointed.step.peak(16).gradients <= planned.step.moments(16)[0].gradients
@@ -240,7 +240,7 @@ def test_live_bytes_follow_storages() -> None:
 
 
 def test_fsdp2_shares_gradients_and_copies_no_weights(planner: Planner, planned: MemoryPlan) -> None:
-    sharded = {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"}
+    sharded = {"class_path": "sdxs_lightning.training.sharding.ShardedNetworks"}
     plan = planner.plan(hardware(devices=8, strategy=sharded))
     for one in plan, planned:
         assert one.step.peak(16).gradients == sum(network.gradients for network in one.networks)

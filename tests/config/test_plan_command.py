@@ -13,16 +13,16 @@ import torch
 from lightning.pytorch import LightningModule
 
 from sdxs_lightning.cli import main
-from sdxs_lightning.errors import UserError
-from sdxs_lightning.plan.memory_plan import MemoryPlan
-from sdxs_lightning.plan.planner import Planner
-from sdxs_lightning.plan.report import sentences
-from tests.config.plan_bases import save_configs
-from tests.config.planned import ADAMW, hardware
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
+from sdxs_lightning.memory_plan.plan_report import sentences
+from sdxs_lightning.memory_plan.planner import Planner
 from tests.config.test_configs import stack
-from tests.config.tiny_run import ROOT, tiny_config, write_config
-from tests.tiny import LATENT_SHAPE, tiny_batch
-from tests.training.tiny_distillation import distillation
+from tests.helpers.plan_bases import save_configs
+from tests.helpers.planned import ADAMW, hardware
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny_distillation import distillation
+from tests.helpers.tiny_run import ROOT, tiny_config, write_config
 
 # --------------------------------------------------------------------------------------------------- command line
 
@@ -141,7 +141,7 @@ def test_a_stage_that_does_not_describe_itself_is_refused() -> None:
 
 @pytest.mark.gpu
 def test_the_plan_is_what_the_gpu_allocates(folder: Path) -> None:
-    """One turn of a distillation of moderate size; everything but the CUDA context is in max_memory_allocated."""
+    """One iteration of a distillation of moderate size; everything but the CUDA context is in max_memory_allocated."""
     from diffusers import UNet2DConditionModel
 
     base = folder / "moderate"
@@ -174,8 +174,8 @@ def test_the_plan_is_what_the_gpu_allocates(folder: Path) -> None:
         name: network.configure_optimizers()["optimizer"] for name, network in stage.networks.items()
     }
     stage.manual_backward = lambda loss: loss.backward()
-    for turn in range(3):
-        if turn == 2:  # by now the optimizers have their states and cuDNN its plans
+    for iteration in range(3):
+        if iteration == 2:  # by now the optimizers have their states and cuDNN its plans
             torch.cuda.reset_peak_memory_stats()
         with torch.autocast("cuda", torch.bfloat16):
             for phase in stage.plan_step(batch):

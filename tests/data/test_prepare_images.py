@@ -19,18 +19,18 @@ import pytest
 from PIL import Image
 
 from data.prepare.__main__ import main
-from data.prepare.geometry import fill, shorter_side
-from data.prepare.image_sources import Columns, open_source
-from data.prepare.pictures import UnreadableImageError, open_picture
-from data.prepare.progress import Progress
-from data.prepare.raw_shards import RawShards
+from data.prepare.common.geometry import fill, shorter_side
+from data.prepare.common.progress import Progress
+from data.prepare.common.raw_shards import RawShards
+from data.prepare.images.image_files import UnreadableImageError, open_picture
+from data.prepare.images.sources import Columns, open_source
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
-from tests.data.preparing import files, killed_in_its_second_shard, refused
-from tests.processes import PRELOAD
+from tests.helpers.preparing import files, killed_in_its_second_shard, refused
+from tests.helpers.processes import PRELOAD
 
 SIZES = [(40, 30), (64, 32), (33, 50), (20, 20), (48, 48), (31, 64), (100, 20), (36, 36), (41, 32)]
 """Width, height."""
@@ -437,7 +437,7 @@ def test_progress_tells_rate_and_rest(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setattr("data.prepare.progress._SECONDS_BETWEEN_BARS", 0.0)
+    monkeypatch.setattr("data.prepare.common.progress._SECONDS_BETWEEN_BARS", 0.0)
     progress = Progress(4, "images")
     progress(1)
     progress(3)

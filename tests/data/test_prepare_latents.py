@@ -19,17 +19,17 @@ from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
-from data.prepare import latent_job
 from data.prepare.__main__ import main
-from data.prepare.raw_shards import RawShards
+from data.prepare.common.raw_shards import RawShards
+from data.prepare.latents import job as latent_job
 from data.shards.datamodule import ShardDataModule
 from data.shards.index import ShardSet
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
 from sdxs_lightning.families.detect import detect_family
-from tests.data.preparing import files, killed_in_its_second_shard, refused
-from tests.processes import PRELOAD
-from tests.tiny import save_tiny_sd, save_tiny_sdxl, tiny_vae
+from tests.helpers.preparing import files, killed_in_its_second_shard, refused
+from tests.helpers.processes import PRELOAD
+from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_vae
 
 # Of numpy's, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -12,16 +12,16 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from data.prepare.__main__ import main
-from data.prepare.progress import Progress
-from data.prepare.prompts import open_prompts
+from data.prepare.common.progress import Progress
+from data.prepare.pairs.prompts import open_prompts
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter, encode_latents
 from data.toy.world import captions
-from sdxs_lightning.batch import TrainingBatch
-from sdxs_lightning.pair_noise import noise_seeds, pair_noise
-from tests.data.preparing import killed_in_its_second_shard, refused
-from tests.processes import PRELOAD
-from tests.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, save_tiny_sdxl
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.pair_noise import noise_seeds, pair_noise
+from tests.helpers.preparing import killed_in_its_second_shard, refused
+from tests.helpers.processes import PRELOAD
+from tests.helpers.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, save_tiny_sdxl
 
 # Of numpy's, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

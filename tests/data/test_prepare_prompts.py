@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data.prepare.prompts import grid_prompts
+from data.prepare.pairs.prompts import grid_prompts
 from data.shards.writer import ShardWriter
 from data.toy.world import captions
-from sdxs_lightning.errors import UserError
+from sdxs_lightning.core.errors import UserError
 
 
 def test_prompts_of_a_grid_are_spread_over_the_set(tmp_path: Path) -> None:

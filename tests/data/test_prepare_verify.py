@@ -17,7 +17,7 @@ import safetensors.numpy
 from PIL import Image
 
 from data.prepare.__main__ import main
-from data.prepare.shard_files import Prepared, make_shard, read_stats, write_sums
+from data.prepare.common.shard_files import Prepared, make_shard, read_stats, write_sums
 from data.shards.dataset import ShardDataset
 from data.shards.decoders import BadSampleError
 from data.shards.index import ShardSet, index_shard, sidecar_path

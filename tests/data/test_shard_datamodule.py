@@ -19,7 +19,7 @@ from data.shards.loader import Pass, ShardLoader
 from data.shards.mixture import Source
 from data.shards.order import SampleOrder
 from data.shards.writer import ShardWriter, encode_latents
-from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.core.batch import TrainingBatch
 
 SAMPLES, BATCH = 50, 8  # six batches in an epoch, two samples left for the next
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.prepare.latent_member import latent_member
+from data.prepare.latents.member import latent_member
 from data.shards.dataset import Content, Reading, ShardDataset
 from data.shards.decoders import BadSampleError, decode
 from data.shards.images import Fitting
@@ -22,7 +22,7 @@ from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
 from data.shards.writer import ShardWriter, encode_latents
-from sdxs_lightning.seeding import Stream, normal
+from sdxs_lightning.core.seeding import Stream, normal
 
 LATENTS = encode_latents(torch.zeros(4, 2, 2))
 

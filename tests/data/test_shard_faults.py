@@ -25,7 +25,7 @@ from data.shards.index import index_shard, save_index
 from data.shards.order import SampleOrder
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError, tar_members
-from sdxs_lightning.errors import UserError
+from sdxs_lightning.core.errors import UserError
 
 SHARDS, PER_SHARD = 4, 10
 TOTAL = SHARDS * PER_SHARD

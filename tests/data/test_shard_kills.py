@@ -1,4 +1,4 @@
-"""kill -9, small: `python -m evaluation.throughput resume --kills 50` is the same with more trials."""
+"""kill -9, small: `python -m evaluation.benchmarks.throughput resume --kills 50` is the same with more trials."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from data.shards.datamodule import ShardDataModule
-from evaluation import throughput, throughput_resume
+from evaluation.benchmarks import throughput, throughput_resume
 
 
 @pytest.mark.timeout(200)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from data.shards.buckets import Buckets
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter, encode_latents
-from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.core.batch import TrainingBatch
 
 
 def shards(path: Path, name: str, count: int) -> str:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from data.toy.autoencoder import whiten_latents
-from data.toy.classifier import AttributeClassifier
 from data.toy.datamodule import ToyDataModule, encode
 from data.toy.rendered import render_batch
+from data.toy.training.autoencoder import whiten_latents
+from data.toy.training.classifier import AttributeClassifier
 from data.toy.world import captions
 
 BASE = Path(__file__).parents[2] / "data" / "toy"

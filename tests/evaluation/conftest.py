@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.toy.classifier import AttributeClassifier
-from evaluation.frozen_clip import FrozenClip
-from evaluation.protocols import PROTOCOLS
-from evaluation.scores import measure_reference
-from tests.evaluation.judges import small_protocols, write_clip
-from tests.training.tiny_distillation import save_base, save_shards
+from data.toy.training.classifier import AttributeClassifier
+from evaluation.networks.frozen_clip import FrozenClip
+from evaluation.protocols.protocols import PROTOCOLS
+from evaluation.runner.scores import measure_reference
+from tests.helpers.metric_networks import small_protocols, write_clip
+from tests.helpers.tiny_distillation import save_base, save_shards
 
 
 @pytest.fixture(scope="session")

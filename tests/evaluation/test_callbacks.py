@@ -14,21 +14,21 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 
 from data.shards.datamodule import ShardDataModule
-from evaluation.callbacks import DistillationMetrics, ProgressBar, SampleGrids, Throughput
-from evaluation.generate import SampledImages
-from evaluation.protocols import PROTOCOLS
-from evaluation.report import Report
-from evaluation.scores import Judges, measure
-from sdxs_lightning.modules.curriculum import Curriculum
-from tests.training.tiny_distillation import distillation, family_of
+from evaluation.callbacks.run_report import Report
+from evaluation.callbacks.sample_grids import DistillationMetrics, ProgressBar, SampleGrids, Throughput
+from evaluation.images.generate import SampledImages
+from evaluation.protocols.protocols import PROTOCOLS
+from evaluation.runner.scores import Judges, measure
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny_distillation import distillation, family_of
 
 
 def fit(
     world: Path, out: Path, callbacks: list[Callback], updates: int = 5, ckpt_path: Path | None = None
 ) -> Any:
     """Distil to so many student updates, ratio 1, a student update every batch."""
-    curriculum = Curriculum(max_student_updates=updates, critic_updates_per_student_update=1)
-    module = distillation(world / "sd-epsilon", curriculum=curriculum)
+    update_schedule = UpdateSchedule(max_student_updates=updates, fake_score_updates_per_student_update=1)
+    module = distillation(world / "sd-epsilon", update_schedule=update_schedule)
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evaluation.caption_accuracy import CaptionAccuracy, stated_attributes
+from evaluation.metrics.caption_accuracy import CaptionAccuracy, stated_attributes
 
 
 class Oracle(nn.Module):

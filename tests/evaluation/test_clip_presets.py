@@ -13,12 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from evaluation.clip_loading import load_folder, load_open_clip
-from evaluation.clip_models import CLIP_PRESETS, DMD2_RULE, ClipPreset, load_clip
-from evaluation.clip_score import ClipScore, PreferenceScore
-from evaluation.frozen_clip import FrozenClip
-from tests.evaluation.judges import CONTEXT_LENGTH, write_tokenizer
-from tests.tiny import tiny_tokenizer
+from evaluation.metrics.clip_score import ClipScore, PreferenceScore
+from evaluation.networks.clip_loading import load_folder, load_open_clip
+from evaluation.networks.clip_models import CLIP_PRESETS, DMD2_RULE, ClipPreset, load_clip
+from evaluation.networks.frozen_clip import FrozenClip
+from tests.helpers.metric_networks import CONTEXT_LENGTH, write_tokenizer
+from tests.helpers.tiny import tiny_tokenizer
 
 SIZE = 24
 CAPTIONS = [

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from evaluation.clip_score import ClipScore
-from evaluation.frechet import FeatureStatistics, FrechetDistance
-from evaluation.frozen_clip import FrozenClip
-from tests.evaluation.judges import CONTEXT_LENGTH, random_images
+from evaluation.metrics.clip_score import ClipScore
+from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
+from evaluation.networks.frozen_clip import FrozenClip
+from tests.helpers.metric_networks import CONTEXT_LENGTH, random_images
 
 CAPTIONS = [
     "a red circle above a blue square",

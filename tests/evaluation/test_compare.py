@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from evaluation.compare import main
-from evaluation.html_report import write_report
-from evaluation.image_protocol import metric_hash
-from evaluation.tables import metric_rows, result_markdown
+from evaluation.protocols.image_protocol import metric_hash
+from evaluation.reports.html_report import write_report
+from evaluation.reports.tables import metric_rows, result_markdown
 
 
 def result(path: Path, fid: float, clip: float | None = None, **changes: Any) -> Path:

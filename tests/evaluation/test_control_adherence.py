@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.conditions import Canny
-from evaluation.control_adherence import DepthAdherence, EdgeAdherence
+from evaluation.metrics.control_adherence import DepthAdherence, EdgeAdherence
 
 
 def itself(image: NDArray[np.uint8]) -> NDArray[np.uint8]:

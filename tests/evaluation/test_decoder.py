@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 from data.toy.world import image_at
-from evaluation import decoder as command
-from evaluation.decoder import batches, stored_pictures, toy_pictures
-from evaluation.decoder_comparison import feature_distance, psnr_db
-from sdxs_lightning.modules.image_features import FeatureNetwork
-from tests.tiny import save_tiny_sd
-from tests.training.tiny_decoding import save_tiny_autoencoder
+from evaluation.benchmarks import decoder_table as command
+from evaluation.benchmarks.decoder_comparison import feature_distance, psnr_db
+from evaluation.benchmarks.decoder_table import batches, stored_pictures, toy_pictures
+from sdxs_lightning.networks.image_features import FeatureNetwork
+from tests.helpers.tiny import save_tiny_sd
+from tests.helpers.tiny_decoding import save_tiny_autoencoder
 
 
 def bytes_image(seed: int) -> Tensor:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from evaluation.generate import rank_batches
-from evaluation.protocols import PROTOCOLS
-from tests.evaluation.distributed_worker import COUNT, UPDATES, measure_everything, measured, scores
-from tests.processes import in_ranks
+from evaluation.images.generate import rank_batches
+from evaluation.protocols.protocols import PROTOCOLS
+from tests.helpers.evaluation_worker import COUNT, UPDATES, measure_everything, measured, scores
+from tests.helpers.processes import in_ranks
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation.diversity import diversity
-from evaluation.frozen_clip import FrozenClip
-from tests.config.tiny_run import ROOT
+from evaluation.metrics.image_diversity import diversity
+from evaluation.networks.frozen_clip import FrozenClip
+from tests.helpers.tiny_run import ROOT
 
 
 def test_distance_of_images_of_one_prompt() -> None:

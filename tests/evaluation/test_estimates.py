@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.estimates import GROUPS, group_of, jackknife, mean_estimate
-from evaluation.frechet import FeatureStatistics, FrechetDistance, frechet_distance
+from evaluation.metrics.estimates import GROUPS, group_of, jackknife, mean_estimate
+from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
 
 DIMENSIONS = 16
 

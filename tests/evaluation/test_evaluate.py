@@ -16,21 +16,21 @@ from safetensors.torch import load_file
 
 from data.shards.writer import ShardWriter
 from evaluation import reference
-from evaluation.diversity import diversity
-from evaluation.estimates import mean_estimate
 from evaluation.evaluate import main
-from evaluation.frechet import FeatureStatistics, frechet_distance
-from evaluation.frozen_clip import FrozenClip
-from evaluation.generate import SampledImages
-from evaluation.image_protocol import ImageProtocol, Measurement
-from evaluation.image_steps import apply_steps
-from evaluation.protocols import IMAGE_PROTOCOLS, PROTOCOLS
-from evaluation.samples import ModelSamples, stacked
-from evaluation.scores import Judges, measure
+from evaluation.images.generate import SampledImages
+from evaluation.images.samples import ModelSamples, stacked
+from evaluation.metrics.estimates import mean_estimate
+from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
+from evaluation.metrics.image_diversity import diversity
+from evaluation.networks.frozen_clip import FrozenClip
+from evaluation.networks.image_steps import apply_steps
+from evaluation.protocols.image_protocol import ImageProtocol, Measurement
+from evaluation.protocols.protocols import IMAGE_PROTOCOLS, PROTOCOLS
+from evaluation.runner.scores import Judges, measure
 from sdxs_lightning.export import export_pipeline
-from tests.evaluation.judges import random_images
-from tests.tiny import save_tiny_sd, save_tiny_sdxl
-from tests.training.tiny_distillation import distillation
+from tests.helpers.metric_networks import random_images
+from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl
+from tests.helpers.tiny_distillation import distillation
 
 CAPTIONS = [
     f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from data.toy.world import captions, image_at
-from evaluation.generate import RealImages, Reconstructions, SampledImages
-from evaluation.machine import milliseconds_per_image
-from evaluation.teacher import Teacher
-from sdxs_lightning.batch import Conditioning
+from evaluation.images.generate import RealImages, Reconstructions, SampledImages
+from evaluation.runner.machine import milliseconds_per_image
+from evaluation.runner.teacher_scores import Teacher
+from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families.sd import StableDiffusion
-from tests.tiny import save_tiny_sd
+from tests.helpers.tiny import save_tiny_sd
 
 CPU = torch.device("cpu")
 

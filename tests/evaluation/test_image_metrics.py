@@ -13,21 +13,21 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from data.shards.datamodule import ShardDataModule
-from evaluation.best_checkpoint import BestCheckpoint
-from evaluation.callbacks import SampleGrids
+from evaluation.callbacks.best_checkpoint import BestCheckpoint
+from evaluation.callbacks.image_metrics import ImageMetrics, stepped
+from evaluation.callbacks.sample_grids import SampleGrids
+from evaluation.callbacks.score_curve import SCORES, ScoreCurve
 from evaluation.evaluate import main
-from evaluation.image_metrics import ImageMetrics, stepped
-from evaluation.protocols import IMAGE_PROTOCOLS
-from evaluation.score_curve import SCORES, ScoreCurve
-from sdxs_lightning.errors import UserError
+from evaluation.protocols.protocols import IMAGE_PROTOCOLS
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.export import export_pipeline
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from tests.evaluation.image_metrics_worker import SMALL, callback, made, measure_share
-from tests.evaluation.judges import random_images
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.evaluation.test_callbacks import fit
-from tests.processes import in_ranks
-from tests.training.tiny_distillation import distillation
+from tests.helpers.image_metrics_worker import SMALL, callback, made, measure_share
+from tests.helpers.metric_networks import random_images
+from tests.helpers.processes import in_ranks
+from tests.helpers.tiny_distillation import distillation
 
 CPU = torch.device("cpu")
 
@@ -118,7 +118,9 @@ class Planned(ScoreCurve):
 
 def trained(world: Path, out: Path, scores: list[float], best: BestCheckpoint, **settings: Any) -> None:
     """Distil for as many updates as there are scores, less the one at the start."""
-    curriculum = Curriculum(max_student_updates=len(scores) - 1, critic_updates_per_student_update=1)
+    update_schedule = UpdateSchedule(
+        max_student_updates=len(scores) - 1, fake_score_updates_per_student_update=1
+    )
     trainer = Trainer(
         accelerator="cpu",
         max_epochs=-1,
@@ -129,7 +131,9 @@ def trained(world: Path, out: Path, scores: list[float], best: BestCheckpoint, *
         callbacks=[best, Planned(scores)],
     )
     data = ShardDataModule(str(world / "shards"), 4)
-    trainer.fit(distillation(world / "sd-epsilon", curriculum=curriculum), datamodule=data, **settings)
+    trainer.fit(
+        distillation(world / "sd-epsilon", update_schedule=update_schedule), datamodule=data, **settings
+    )
 
 
 def test_the_best_checkpoint_is_kept_and_a_resumed_run_knows_it(world: Path, tmp_path: Path) -> None:
@@ -172,8 +176,8 @@ def test_grids_reach_loggers_of_images(world: Path, judged: dict[str, str], tmp_
         accelerator="cpu", max_epochs=-1, default_root_dir=tmp_path, logger=logger, callbacks=[grids],
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
-    curriculum = Curriculum(max_student_updates=2, critic_updates_per_student_update=1)
-    module = distillation(world / "sd-epsilon", curriculum=curriculum)
+    update_schedule = UpdateSchedule(max_student_updates=2, fake_score_updates_per_student_update=1)
+    module = distillation(world / "sd-epsilon", update_schedule=update_schedule)
     trainer.fit(module, datamodule=ShardDataModule(str(world / "shards"), 4))
     assert [(key, step) for key, _, step in logger.pictures] == [("samples", 0), ("samples", 1)]
     assert logger.pictures[0][1].tobytes() != logger.pictures[1][1].tobytes()
@@ -187,8 +191,8 @@ def test_nothing_stays_on_the_gpu(world: Path, small: None, tmp_path: Path) -> N
         accelerator="gpu", devices=1, max_epochs=-1, default_root_dir=tmp_path, logger=False,
         callbacks=[metrics], enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
     )  # fmt: skip
-    curriculum = Curriculum(max_student_updates=1, critic_updates_per_student_update=1)
-    module = distillation(world / "sd-epsilon", curriculum=curriculum)
+    update_schedule = UpdateSchedule(max_student_updates=1, fake_score_updates_per_student_update=1)
+    module = distillation(world / "sd-epsilon", update_schedule=update_schedule)
     trainer.fit(module, datamodule=ShardDataModule(str(world / "shards"), 4))
     module.to("cuda")
     metrics.at_student_update(trainer, module)

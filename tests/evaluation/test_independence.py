@@ -8,17 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from data.toy.classifier import AttributeClassifier
-from data.toy.features import ClassifierFeatures
-from evaluation.callbacks import DistillationMetrics
-from evaluation.frozen_clip import FrozenClip
-from evaluation.independence import require_independent
-from evaluation.protocols import REPOSITORY
-from evaluation.vit_features import ClipImageFeatures, DinoV2Features
-from sdxs_lightning.errors import UserError
-from sdxs_lightning.modules.image_features import Dinov2Features, OpenClipFeatures
-from tests.training.tiny_decoding import pixel_gan, save_dinov2
-from tests.training.tiny_distillation import distillation, fit
+from data.toy.training.classifier import AttributeClassifier
+from data.toy.training.features import ClassifierFeatures
+from evaluation.callbacks.independence import require_independent
+from evaluation.callbacks.sample_grids import DistillationMetrics
+from evaluation.networks.frozen_clip import FrozenClip
+from evaluation.networks.vit_features import ClipImageFeatures, DinoV2Features
+from evaluation.protocols.protocols import REPOSITORY
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.networks.image_features import Dinov2Features, OpenClipFeatures
+from tests.helpers.tiny_decoding import pixel_gan, save_dinov2
+from tests.helpers.tiny_distillation import distillation, fit
 
 TOY = REPOSITORY / "data" / "toy"
 

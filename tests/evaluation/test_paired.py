@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.paired import SCORES, compare, differences, main
+from evaluation.benchmarks.paired import SCORES, compare, differences, main
 
 
 def row(seeds: list[int], values: list[float | None]) -> dict[str, Any]:

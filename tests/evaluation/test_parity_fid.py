@@ -17,9 +17,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from evaluation.frechet import FeatureStatistics, FrechetDistance, frechet_distance
-from evaluation.inception import WEIGHT_FILES, InceptionFeatures, InceptionResize, find_weights
-from tests.evaluation.random_inception import FirstLayer, first_layer, textures, write_inception
+from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
+from evaluation.networks.inception import WEIGHT_FILES, InceptionFeatures, InceptionResize, find_weights
+from tests.helpers.random_inception import FirstLayer, first_layer, textures, write_inception
 
 COUNT = 6
 """Images per side of whole pipelines."""

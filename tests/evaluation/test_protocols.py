@@ -18,16 +18,21 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from data.shards.writer import ShardWriter
-from evaluation.clip_models import CLIP_PRESETS
-from evaluation.image_protocol import DEFAULT_JUDGES, INCEPTION_METRICS, hashed_settings, metric_hash
-from evaluation.image_sources import open_images
-from evaluation.image_steps import apply_steps, still_to_do
-from evaluation.prompt_files import PromptList, read_prompts
-from evaluation.protocols import IMAGE_PROTOCOLS, NAMES, PROTOCOLS, find_protocol
-from evaluation.samples import StoredSamples
-from evaluation.shard_images import ShardImages
-from sdxs_lightning.errors import UserError
-from tests.evaluation.judges import random_images
+from evaluation.images.image_sources import open_images
+from evaluation.images.prompt_files import PromptList, read_prompts
+from evaluation.images.samples import StoredSamples
+from evaluation.images.shard_images import ShardImages
+from evaluation.networks.clip_models import CLIP_PRESETS
+from evaluation.networks.image_steps import apply_steps, still_to_do
+from evaluation.protocols.image_protocol import (
+    DEFAULT_JUDGES,
+    INCEPTION_METRICS,
+    hashed_settings,
+    metric_hash,
+)
+from evaluation.protocols.protocols import IMAGE_PROTOCOLS, NAMES, PROTOCOLS, find_protocol
+from sdxs_lightning.core.errors import UserError
+from tests.helpers.metric_networks import random_images
 
 
 def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
@@ -245,7 +250,7 @@ def test_folder_zip_and_shards_are_the_same_images(tmp_path: Path, monkeypatch: 
             content = (tmp_path / "set" / f"{i:03d}.png").read_bytes()
             writer.write({"png": content, "txt": f"caption {i}"}, f"{i:03d}")
     sources = [open_images(str(tmp_path / name)) for name in ("set", "set.zip", "shards")]
-    monkeypatch.setattr("evaluation.shard_images.INDEX_FOLDER", tmp_path / "index")
+    monkeypatch.setattr("evaluation.images.shard_images.INDEX_FOLDER", tmp_path / "index")
     remote = open_images(f"file://{tmp_path}/shards/{{00000..00002}}.tar")
     for source in (*sources, remote, pickle.loads(pickle.dumps(remote))):
         assert len(source.names) == 5

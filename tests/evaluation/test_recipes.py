@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from evaluation import recipe_runs, recipes
-from evaluation.recipe_runs import MODEL, PRUNED, RECIPES, command, cpu_seconds, run_folder, train
-from evaluation.recipes import summarise
+from evaluation.benchmarks import recipe_runs, recipes
+from evaluation.benchmarks.recipe_runs import MODEL, PRUNED, RECIPES, command, cpu_seconds, run_folder, train
+from evaluation.benchmarks.recipes import summarise
 from sdxs_lightning.cli import TrainingCLI
-from tests.config.tiny_run import ROOT
+from tests.helpers.tiny_run import ROOT
 
 
 @pytest.mark.parametrize("row", list(RECIPES))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
-from evaluation.resize import (
+from evaluation.networks.resize import (
     FILTERS,
     Filter,
     centre_square,

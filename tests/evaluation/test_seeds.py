@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.seeds import main, summarise
+from evaluation.reports.seeds import main, summarise
 
 REPORT: dict[str, Any] = json.loads(
     (Path(__file__).parents[2] / "evaluation" / "results" / "quickstart_seed0.json").read_text()

@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
 from data.toy.rendered import render_batch
-from evaluation.protocols import get_protocol
-from evaluation.size_conditioning import draw, main, sharpness
+from evaluation.benchmarks.size_conditioning import draw, main, sharpness
+from evaluation.protocols.protocols import get_protocol
 from sdxs_lightning.families.sdxl import StableDiffusionXL
-from sdxs_lightning.teacher.denoiser import Denoiser
-from sdxs_lightning.teacher.target_sampler import TargetSampler
-from tests.tiny import save_tiny_sdxl
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.pairs.target_sampler import TargetSampler
+from tests.helpers.tiny import save_tiny_sdxl
 
 
 def test_sharpness_falls_with_the_original_size() -> None:

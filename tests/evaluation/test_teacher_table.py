@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.toy.classifier import AttributeClassifier
-from evaluation import reference, teacher_table
-from evaluation.frechet import FeatureStatistics
-from evaluation.protocols import PROTOCOLS, get_protocol, hash_weights
+from data.toy.training.classifier import AttributeClassifier
+from evaluation import reference
+from evaluation.benchmarks import teacher_table
+from evaluation.metrics.frechet import FeatureStatistics
+from evaluation.protocols.protocols import PROTOCOLS, get_protocol, hash_weights
 
 
 def run(world: Path, out: Path, *more: str) -> dict[str, dict[str, object]]:

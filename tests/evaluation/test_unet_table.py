@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from evaluation.unet_table import main
-from tests.tiny import tiny_sd_unet
+from evaluation.benchmarks.unet_table import main
+from tests.helpers.tiny import tiny_sd_unet
 
 
 def run(world: Path, out: Path, *more: str) -> dict[str, Any]:

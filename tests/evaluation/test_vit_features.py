@@ -11,11 +11,11 @@ from PIL import Image
 from torch import nn
 from transformers import Dinov2Config, Dinov2Model
 
-from evaluation.features import Features
-from evaluation.frechet import FrechetDistance
-from evaluation.frozen_clip import FrozenClip
-from evaluation.vit_features import ClipImageFeatures, DinoV2Features
-from tests.evaluation.judges import random_images
+from evaluation.metrics.frechet import FrechetDistance
+from evaluation.networks.frozen_clip import FrozenClip
+from evaluation.networks.network_features import Features
+from evaluation.networks.vit_features import ClipImageFeatures, DinoV2Features
+from tests.helpers.metric_networks import random_images
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 

@@ -12,8 +12,8 @@ from diffusers import AutoencoderTiny, DiffusionPipeline
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
-from tests.tiny import LATENT_SHAPE, RESOLUTION_PX, SDXL_POOLED_DIM
-from tests.tiny_releases import save_release, tiny_decoder
+from tests.helpers.tiny import LATENT_SHAPE, RESOLUTION_PX, SDXL_POOLED_DIM
+from tests.helpers.tiny_releases import save_release, tiny_decoder
 
 LONG = "a small red circle left of a large blue square on a white background above the green star " * 5
 CAPTIONS = ["a red circle", "", "photo of a Cat!", LONG]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from sdxs_lightning.noise_schedule import (
+from sdxs_lightning.core.noise_schedule import (
     PREDICTION_TYPES,
     NoiseSchedule,
     PredictionType,
@@ -16,7 +16,7 @@ from sdxs_lightning.noise_schedule import (
     to_noise_pred,
     to_pred_x0,
 )
-from sdxs_lightning.timesteps import Spacing, few_step_timesteps
+from sdxs_lightning.core.timesteps import Spacing, few_step_timesteps
 
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 TIMESTEPS = torch.tensor([0, 1, 20, 399, 749, 980, 999])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sdxs_lightning.objectives import (
-    critic_loss,
     denoising_loss,
+    discriminator_loss,
     distribution_matching_gradient,
     distribution_matching_loss,
     generator_loss,
@@ -70,10 +70,13 @@ def test_adversarial() -> None:
     student = generator_loss(fake_logits)
     assert student.item() == pytest.approx(softplus(-fake).mean(), rel=1e-6)
     np.testing.assert_allclose(gradient_of(student, fake_logits), -sigmoid(-fake) / 6, rtol=0, atol=1e-6)
-    critic = critic_loss(real_logits, fake_logits)
+    critic = discriminator_loss(real_logits, fake_logits)
     assert critic.item() == pytest.approx(softplus(fake).mean() + softplus(-real).mean(), rel=1e-6)
     np.testing.assert_allclose(
-        gradient_of(critic_loss(real_logits, fake_logits), fake_logits), sigmoid(fake) / 6, rtol=0, atol=1e-6
+        gradient_of(discriminator_loss(real_logits, fake_logits), fake_logits),
+        sigmoid(fake) / 6,
+        rtol=0,
+        atol=1e-6,
     )
     np.testing.assert_allclose(gradient_of(critic, real_logits), -sigmoid(-real) / 7, rtol=0, atol=1e-6)
 

@@ -12,8 +12,8 @@ from sdxs_lightning.surgery.key_map import Source, key_map
 from sdxs_lightning.surgery.pruning import prune
 from sdxs_lightning.surgery.report import account, outermost
 from sdxs_lightning.surgery.shapes import shapes_of
-from tests.full_size import sd15_unet_config
-from tests.surgery.teachers import CONFIGS, PAIRS, SD, SD2, SDXL, make_teacher
+from tests.helpers.full_size import sd15_unet_config
+from tests.helpers.teachers import CONFIGS, PAIRS, SD, SD2, SDXL, make_teacher
 
 # BK-SDM's block removal (arXiv:2305.15798, figure 3 and its released weights): the student's block, the teacher's. Blocks
 # that are not named have the teacher's name.

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from sdxs_lightning import prune as command
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.surgery import PRESETS, Topology, plan, prune
-from tests.surgery.teachers import SD, load, make_teacher, run
-from tests.tiny import save_tiny_sd
+from tests.helpers.teachers import SD, load, make_teacher, run
+from tests.helpers.tiny import save_tiny_sd
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

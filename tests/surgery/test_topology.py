@@ -15,8 +15,8 @@ from sdxs_lightning.surgery.anatomy import anatomy_of
 from sdxs_lightning.surgery.selection import choose_blocks
 from sdxs_lightning.surgery.shapes import meta_unet
 from sdxs_lightning.surgery.topology_file import read_topology
-from tests.full_size import sd15_unet_config, sd21_unet_config, sdxl_unet_config
-from tests.surgery.teachers import CONFIGS, PAIRS, SD, SDXL
+from tests.helpers.full_size import sd15_unet_config, sd21_unet_config, sdxl_unet_config
+from tests.helpers.teachers import CONFIGS, PAIRS, SD, SDXL
 
 FULL_SIZE = {"sd15": sd15_unet_config(), "sd21": sd21_unet_config(), "sdxl": sdxl_unet_config()}
 

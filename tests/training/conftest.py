@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.tiny_distillation import save_base, save_shards
+from tests.helpers.tiny_distillation import save_base, save_shards
 
 
 @pytest.fixture(scope="session")

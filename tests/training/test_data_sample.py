@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdxs_lightning.modules.data_sample import data_sample
-from sdxs_lightning.seeding import Stream, uniform
-from tests.tiny import tiny_batch
-from tests.training.tiny_distillation import family_of
+from sdxs_lightning.core.seeding import Stream, uniform
+from sdxs_lightning.stages.distillation.data_sample import data_sample
+from tests.helpers.tiny import tiny_batch
+from tests.helpers.tiny_distillation import family_of
 
 
 @pytest.mark.parametrize("kind", ["sd-epsilon", "sdxl-epsilon"])

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdxs_lightning.callbacks.export_decoder import ExportDecoder
+from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.export import export_pipeline
-from sdxs_lightning.modules.decoder_distillation import DecoderDistillation
-from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
-from sdxs_lightning.modules.tiny_decoder import DecoderTopology, TinyDecoder, load_tiny
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.networks.tiny_decoder import DecoderTopology, TinyDecoder, load_tiny
 from sdxs_lightning.objectives.decoder_distillation import ProjectedAdversarial
-from sdxs_lightning.seeding import Stream, normal, uniform
-from sdxs_lightning.teacher.denoiser import Denoiser
-from sdxs_lightning.teacher.target_sampler import TargetSampler
-from tests.tiny import LATENT_SHAPE, tiny_batch
+from sdxs_lightning.pairs.target_sampler import TargetSampler
+from sdxs_lightning.stages.decoder import DecoderDistillation
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny_decoding import SAMPLER, SGD, TOPOLOGY, decoding, save_dinov2, save_tiny_autoencoder
+from tests.helpers.tiny_distillation import family_of, fit, weights
 from tests.training.test_resume import Witness, same
-from tests.training.tiny_decoding import SAMPLER, SGD, TOPOLOGY, decoding, save_dinov2, save_tiny_autoencoder
-from tests.training.tiny_distillation import family_of, fit, weights
 
 Base = Callable[[str], Path]
 
@@ -205,7 +205,7 @@ def test_accumulated_reconstruction_equals_one_large_batch(base: Base, shards: P
     whole, parts = (built(decoding(base("sd-epsilon"), accumulate_grad_batches=n)) for n in (1, 2))
     fit(whole, shards, batches=1, batch_size=8, shuffled=False)  # type: ignore[arg-type]
     fit(parts, shards, batches=2, batch_size=4, shuffled=False)  # type: ignore[arg-type]
-    assert (whole.turns, parts.turns) == (1, 1)
+    assert (whole.iterations, parts.iterations) == (1, 1)
     for one, other in zip(whole.decoder.parameters(), parts.decoder.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -243,7 +243,7 @@ def test_who_learns_when(base: Base, shards: Path, dinov2: Path) -> None:
     module.apply_update = note_and_apply  # type: ignore[method-assign]
     trainer = fit(module, shards, batches=50)  # type: ignore[arg-type]  # ends by itself
     assert updates == ["decoder"] * 3 + ["discriminator", "decoder", "discriminator"]
-    assert (module.turns, module.student_updates) == (4, 4)
+    assert (module.iterations, module.student_updates) == (4, 4)
     assert (moved("decoder"), moved("average"), moved("discriminator")) == (1, 1, 1)
     names = {"student/reconstruction_loss", "student/adversarial_loss", "student/adversarial_weight"}
     assert names | {"discriminator/loss", "discriminator/r1"} <= set(trainer.callback_metrics)
@@ -295,9 +295,9 @@ def test_resumed_run_equals_the_uninterrupted_one(
     trainer = fit(resumed, shards, 7, ckpt_path=str(tmp_path / "cut.ckpt"))  # type: ignore[arg-type]
     trainer.save_checkpoint(tmp_path / "resumed.ckpt")
     one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=False) for n in ("straight", "resumed"))
-    for part in ("state_dict", "optimizer_states", "turns", "global_step", "epoch"):
+    for part in ("state_dict", "optimizer_states", "iterations", "global_step", "epoch"):
         same(one[part], two[part], part)
-    assert resumed.turns == 7 and one["optimizer_states"][1]["state"]
+    assert resumed.iterations == 7 and one["optimizer_states"][1]["state"]
 
 
 def test_export_is_the_average_and_says_that_it_has_no_encoder(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxs_lightning.batch import TrainingBatch
-from sdxs_lightning.modules.decoder_distillation import DecoderDistillation
-from tests.tiny import tiny_batch
-from tests.training.tiny_decoding import SAMPLER, decoding
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.stages.decoder import DecoderDistillation
+from tests.helpers.tiny import tiny_batch
+from tests.helpers.tiny_decoding import SAMPLER, decoding
 
 Base = Callable[[str], Path]
 

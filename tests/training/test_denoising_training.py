@@ -12,13 +12,13 @@ from diffusers import UNet2DConditionModel
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.shards.datamodule import ShardDataModule
+from sdxs_lightning.core.noise_schedule import add_noise, target_of
+from sdxs_lightning.core.seeding import Stream, normal, uniform
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families.sd import StableDiffusion
-from sdxs_lightning.modules.denoising_training import DenoisingTraining
-from sdxs_lightning.modules.lr_schedules import TrapezoidLR
-from sdxs_lightning.noise_schedule import add_noise, target_of
-from sdxs_lightning.seeding import Stream, normal, uniform
-from sdxs_lightning.timesteps import TimestepRange
-from tests.tiny import tiny_batch
+from sdxs_lightning.stages.teacher import DenoisingTraining
+from sdxs_lightning.training.lr_schedules import TrapezoidLR
+from tests.helpers.tiny import tiny_batch
 
 Base = Callable[[str], Path]
 

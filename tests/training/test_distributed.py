@@ -10,22 +10,22 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.processes import in_ranks
-from tests.rounding import tolerance_of
-from tests.training.distributed_worker import (
+from tests.helpers.distributed_worker import (
     ADAMW_LR,
     CASES,
     GRADIENT_CLIP_NORM,
+    ITERATIONS,
     SGD_LR,
     STRATEGIES,
-    TURNS,
     arrived,
     health_of,
     module_for,
     train_everything,
 )
-from tests.training.tiny_decoding import save_dinov2
-from tests.training.tiny_distillation import built, fit
+from tests.helpers.processes import in_ranks
+from tests.helpers.rounding import tolerance_of
+from tests.helpers.tiny_decoding import save_dinov2
+from tests.helpers.tiny_distillation import built, fit
 
 # The pair of processes starts twice as many networks as any other test; on a busy machine it needs minutes.
 pytestmark = pytest.mark.timeout(600)
@@ -52,7 +52,7 @@ def one_process(base: Callable[[str], Path], shards: Path) -> dict[str, dict[str
     for name, case in CASES.items():
         module = module_for(base("sd-v_prediction"), case, 1)
         callbacks: list[Callback] = [health_of()] if name == "two_steps" else []
-        trainer = fit(module, shards, TURNS, batch_size=4, callbacks=callbacks)
+        trainer = fit(module, shards, ITERATIONS, batch_size=4, callbacks=callbacks)
         results[name] = arrived(module)
         if callbacks:
             results["diversity"] = {"of two_steps": trainer.callback_metrics["student/diversity"]}
@@ -81,7 +81,7 @@ def test_same_weights_as_one_process(
     optimizer: Literal["sgd", "adam"] = "adam" if CASES[case].optimizer == "adamw" else "sgd"
     lr = {"sgd": SGD_LR, "adam": ADAMW_LR}[optimizer]
     allowed = {
-        name: tolerance_of(value, optimizer, lr, TURNS, GRADIENT_CLIP_NORM)
+        name: tolerance_of(value, optimizer, lr, ITERATIONS, GRADIENT_CLIP_NORM)
         for name, value in expected.items()
     }
     used = {
@@ -108,8 +108,8 @@ def test_diversity_is_that_of_one_process(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resume_is_exact(two_processes: Path, strategy: str) -> None:
     results = load(two_processes, strategy, "adamw")
-    # 2 warm-up turns, 1 of the critic, then the student on every second of 3.
-    assert results["counters"] == (TURNS, 2 + 2)
+    # 2 warm-up iterations, 1 of the critic, then the student on every second of 3.
+    assert results["counters"] == (ITERATIONS, 2 + 2)
     for name, value in results["straight"].items():
         assert torch.equal(value, results["resumed"][name]), name
     assert (two_processes / f"{strategy}-adamw.ckpt").is_dir() == (strategy == "fsdp2")
@@ -125,9 +125,9 @@ def test_only_the_gradients_of_updated_networks_travel(
     sizes = {role: sum(p.numel() for p in network.parameters()) for role, network in module.networks.items()}
     student, critic = [sizes.pop("student")], list(sizes.values())
     both = student + critic
-    turns = [student, student, critic, both, critic, both]
-    assert results["sent"] == [size for turn in turns for size in turn]
+    iterations = [student, student, critic, both, critic, both]
+    assert results["sent"] == [size for iteration in iterations for size in iteration]
     assert results["sent_by_reducer"] == 0
     # FSDP2 scatters the gradients of what it shards by itself; the heads of the projected GAN are whole.
-    whole = [sizes["discriminator"]] * (TURNS - 2) if case == "pixel_gan" else []
+    whole = [sizes["discriminator"]] * (ITERATIONS - 2) if case == "pixel_gan" else []
     assert load(two_processes, "fsdp2", case)["sent"] == whole

@@ -10,16 +10,16 @@ import pytest
 import torch
 
 from sdxs_lightning.cli import main
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.student_terms import DistributionMatchingTerm
+from sdxs_lightning.core.seeding import Stream
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.f_divergence import Divergence, FDivergence, divergence_weight
-from sdxs_lightning.seeding import Stream
-from sdxs_lightning.timesteps import TimestepRange
-from tests.config.tiny_run import tiny_config, write_config
-from tests.training.tiny_distillation import KINDS, built, distillation, fit, moved, sample_of, weights
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.student_terms import DistributionMatchingTerm
+from tests.helpers.tiny_distillation import KINDS, built, distillation, fit, moved, sample_of, weights
+from tests.helpers.tiny_run import tiny_config, write_config
 
 Base = Callable[[str], Path]
 MATCHING = DistributionMatching(f_divergence=FDivergence("forward_kl"))
@@ -36,21 +36,21 @@ def with_loud_head(module: OneStepDistillation) -> OneStepDistillation:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_sample_is_weighted_by_the_ratio_that_the_discriminator_says(base: Base, kind: str) -> None:
     module = with_loud_head(built(distillation(base(kind), distribution_matching=MATCHING)))
-    sample, roles = sample_of(module), module.roles
-    assert roles.fake_score is not None and roles.discriminator is not None
+    sample, context = sample_of(module), module.context
+    assert context.fake_score is not None and context.discriminator is not None
     calls: list[int] = []
-    unet = roles.fake_score.denoiser.unet
+    unet = context.fake_score.denoiser.unet
     unet.register_forward_hook(lambda *_: calls.append(1))
-    loss, _ = DistributionMatchingTerm(MATCHING)(sample, roles)
+    loss, _ = DistributionMatchingTerm(MATCHING)(sample, context)
     assert len(calls) == 1  # features of the pass that is made anyway
     (weighted,) = torch.autograd.grad(loss, sample.latents, retain_graph=True)
-    loss, _ = DistributionMatchingTerm(DistributionMatching())(sample, roles)
+    loss, _ = DistributionMatchingTerm(DistributionMatching())(sample, context)
     (plain,) = torch.autograd.grad(loss, sample.latents)
 
-    noisy = sample.renoise(roles.schedule, MATCHING.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)
+    noisy = sample.renoise(context.schedule, MATCHING.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)
     with torch.no_grad():
-        features = roles.fake_score.features(noisy.latents, noisy.timesteps, sample.conditioning)
-        ratio = roles.discriminator(features).double().exp().clamp(0.1, 20)
+        features = context.fake_score.features(noisy.latents, noisy.timesteps, sample.conditioning)
+        ratio = context.discriminator(features).double().exp().clamp(0.1, 20)
     expected = divergence_weight(ratio, "forward_kl") / ratio.mean()
     assert expected.std().item() > 0.1
     # x - (x - g) of the loss rounds at the size of x: 5e-9 is a two-thousandth of the largest element.
@@ -105,10 +105,10 @@ def test_a_configuration_names_it(
 ) -> None:
     config = tiny_config(tmp_path, max_student_updates=1)
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
-    modules, objectives = "sdxs_lightning.modules", "sdxs_lightning.objectives"
+    networks, objectives = "sdxs_lightning.networks", "sdxs_lightning.objectives"
     config["model"]["init_args"] |= {
         "discriminator": {
-            "class_path": f"{modules}.discriminator.Discriminator",
+            "class_path": f"{networks}.discriminator.Discriminator",
             "init_args": {"optimizer": sgd},
         },
         "adversarial": {"class_path": f"{objectives}.adversarial.DiffusionAdversarial"},

@@ -10,20 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.discriminator import Discriminator
-from sdxs_lightning.modules.lora import LoRA
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.memory_plan.hardware import read_hardware
+from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.lora import LoRA
+from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
-from sdxs_lightning.plan.hardware import read_hardware
-from sdxs_lightning.plan.planner import Planner
-from tests.tiny import tiny_batch
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny import tiny_batch
+from tests.helpers.tiny_decoding import SGD, pixel_gan, save_dinov2, save_tiny_autoencoder
+from tests.helpers.tiny_distillation import built, distillation, fit, sample_of, weights
 from tests.training.test_resume import Witness, same
-from tests.training.tiny_decoding import SGD, pixel_gan, save_dinov2, save_tiny_autoencoder
-from tests.training.tiny_distillation import built, distillation, fit, sample_of, weights
 
 Base = Callable[[str], Path]
 ADAM = partial(torch.optim.Adam, lr=1e-3)
@@ -95,17 +95,19 @@ def test_students_gradient_is_the_sum_of_anchor_and_gan(base: Base, dinov2: Path
 def test_resumed_run_equals_the_uninterrupted_one(
     base: Base, shards: Path, dinov2: Path, tiny: Path, tmp_path: Path
 ) -> None:
-    curriculum = Curriculum(max_student_updates=99, critic_updates_per_student_update=2)
-    make = partial(finishing, base("sd-epsilon"), dinov2, ADAM, curriculum=curriculum, decoder=str(tiny))
+    update_schedule = UpdateSchedule(max_student_updates=99, fake_score_updates_per_student_update=2)
+    make = partial(
+        finishing, base("sd-epsilon"), dinov2, ADAM, update_schedule=update_schedule, decoder=str(tiny)
+    )
     trainer = fit(make(), shards, 4, callbacks=[Witness(tmp_path / "cut.ckpt", 2)])
     trainer.save_checkpoint(tmp_path / "straight.ckpt")
     torch.manual_seed(12345)  # the global state must not matter
     trainer = fit(make(), shards, 4, ckpt_path=str(tmp_path / "cut.ckpt"))
     trainer.save_checkpoint(tmp_path / "resumed.ckpt")
     one, two = (torch.load(tmp_path / f"{n}.ckpt", weights_only=False) for n in ("straight", "resumed"))
-    for part in ("state_dict", "optimizer_states", "turns", "student_updates"):
+    for part in ("state_dict", "optimizer_states", "iterations", "student_updates"):
         same(one[part], two[part], part)
-    assert one["turns"] == 4 and one["optimizer_states"][2]["state"]
+    assert one["iterations"] == 4 and one["optimizer_states"][2]["state"]
 
 
 def test_memory_plan_counts_what_is_frozen_and_keeps_the_heads_whole(
@@ -116,7 +118,7 @@ def test_memory_plan_counts_what_is_frozen_and_keeps_the_heads_whole(
             "accelerator": "gpu",
             "devices": 8,
             "precision": "bf16-mixed",
-            "strategy": {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"},
+            "strategy": {"class_path": "sdxs_lightning.training.sharding.ShardedNetworks"},
         },
         gpu_gib=80.0,
     )
@@ -164,4 +166,4 @@ def test_data_without_images_is_refused_in_the_step(base: Base, dinov2: Path) ->
     }
     module = built(finishing(base("sd-epsilon"), dinov2, **images))
     with pytest.raises(ValueError, match="needs images of 32x32 pixels in every batch and got none"):
-        module._critic_backward(sample_of(module).detach(), tiny_batch(3))
+        module._fake_score_and_discriminator_backward(sample_of(module).detach(), tiny_batch(3))

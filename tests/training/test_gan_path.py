@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families import Family
-from sdxs_lightning.modules.discriminator import Discriminator
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.gan import Data, DiffusionGan
-from sdxs_lightning.modules.network import resting
-from sdxs_lightning.modules.sample import Roles, Sample
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.network import no_param_grad
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
-from sdxs_lightning.seeding import Stream, normal
-from sdxs_lightning.teacher.denoiser import Denoiser
-from sdxs_lightning.timesteps import TimestepRange
-from tests.tiny import LATENT_SHAPE, tiny_batch
-from tests.training.tiny_distillation import family_of
+from sdxs_lightning.stages.distillation.gan import Data, DiffusionGan
+from sdxs_lightning.stages.distillation.sample import DistillationContext, Sample
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny_distillation import family_of
 
 Base = Callable[[str], Path]
 Features = Literal["fake_score", "real_score"]
@@ -39,7 +39,7 @@ class Parts(NamedTuple):
     family: Family
     student: StudentGenerator
     fake_score: FakeScore
-    roles: Roles
+    context: DistillationContext
     gan: DiffusionGan
 
     @property
@@ -61,8 +61,8 @@ class Parts(NamedTuple):
 
     def denoiser(self, features: Features) -> Denoiser:
         """Whose features."""
-        assert self.roles.real_score is not None
-        return self.roles.real_score if features == "real_score" else self.fake_score.denoiser
+        assert self.context.real_score is not None
+        return self.context.real_score if features == "real_score" else self.fake_score.denoiser
 
 
 def parts(base: Path, features: Features, **settings: Any) -> Parts:
@@ -75,11 +75,11 @@ def parts(base: Path, features: Features, **settings: Any) -> Parts:
     real_score = Denoiser(unet, family.schedule, family.prediction_type)
     with torch.no_grad():  # as after some training: no longer the real score
         fake_score.denoiser.unet.conv_in.weight.mul_(1.2)
-    roles = Roles(family.schedule, fake_score, real_score, discriminator)
+    context = DistillationContext(family.schedule, fake_score, real_score, discriminator)
     objective = DiffusionAdversarial(timesteps=TIMESTEPS, features=features, **settings)
     gan = DiffusionGan(discriminator, objective)
-    gan.build(family, roles)
-    return Parts(family, student, fake_score, roles, gan)
+    gan.build(family, context)
+    return Parts(family, student, fake_score, context, gan)
 
 
 def logits_by_hand(one: Parts, sample: Sample, features: Features, streams: tuple[Stream, Stream]) -> Tensor:
@@ -103,8 +103,8 @@ def test_student_gan_gradient_reaches_the_student_through_resting_judges(
 ) -> None:
     one = parts(base("sd-v_prediction"), features, student_weight=2.0)
     sample = one.sample()
-    with resting(one.fake_score, one.head):
-        loss, scalars = one.gan.student_term(sample, one.roles)
+    with no_param_grad(one.fake_score, one.head):
+        loss, scalars = one.gan.student_term(sample, one.context)
         loss.backward()
     assert list(scalars) == ["adversarial"] and torch.equal(scalars["adversarial"], loss)
     assert all_learn(one.student) and none_learns(one.fake_score, one.head, one.denoiser("real_score"))
@@ -117,21 +117,21 @@ def test_student_gan_gradient_reaches_the_student_through_resting_judges(
         for parameter in one.student.parameters():
             assert parameter.grad is not None
             parameter.sub_(parameter.grad, alpha=5e-3)
-    better, _ = one.gan.student_term(one.sample(), one.roles)
+    better, _ = one.gan.student_term(one.sample(), one.context)
     assert better < loss
 
 
 @pytest.mark.parametrize("features", ["fake_score", "real_score"])
 @pytest.mark.parametrize("kind", ["sd-epsilon", "sdxl-epsilon"])
 def test_critic_loss_equals_a_computation_by_hand(base: Base, kind: str, features: Features) -> None:
-    one = parts(base(kind), features, critic_weight=0.5)
+    one = parts(base(kind), features, discriminator_weight=0.5)
     fake, data = one.sample().detach(), one.data()
     denoising_features = None
     if one.gan.reads_denoising_pass:
         noisy = fake.renoise(one.family.schedule, TIMESTEPS, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
         asked = noisy.latents, noisy.timesteps, fake.conditioning
         _, denoising_features = one.fake_score.predict_with_features(*asked)
-    loss, scalars = one.gan.critic_loss(fake, data, one.roles, denoising_features)
+    loss, scalars = one.gan.discriminator_loss(fake, data, one.context, denoising_features)
     assert data.batch.latents is not None
     real = replace(fake, latents=0.5 * data.batch.latents, conditioning=data.conditioning)  # its VAE's scale
     fakes = logits_by_hand(one, fake, features, (Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE))
@@ -148,7 +148,7 @@ def test_critic_gan_gradient_trains_head_and_encoder_only(base: Base) -> None:
     noisy = fake.renoise(one.family.schedule, TIMESTEPS, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
     asked = noisy.latents, noisy.timesteps, fake.conditioning
     _, features = one.fake_score.predict_with_features(*asked)
-    loss, _ = one.gan.critic_loss(fake, one.data(), one.roles, features)
+    loss, _ = one.gan.discriminator_loss(fake, one.data(), one.context, features)
     loss.backward()
     unet = one.fake_score.denoiser.unet
     assert all_learn(one.head, unet.conv_in, unet.time_embedding, unet.down_blocks, unet.mid_block)
@@ -158,12 +158,12 @@ def test_critic_gan_gradient_trains_head_and_encoder_only(base: Base) -> None:
 def test_through_the_real_score_the_head_alone_learns(base: Base) -> None:
     one = parts(base("sd-epsilon"), "real_score")
     assert (one.gan.needs_real_score, one.gan.reads_denoising_pass) == (True, False)
-    loss, _ = one.gan.critic_loss(one.sample().detach(), one.data(), one.roles, None)
+    loss, _ = one.gan.discriminator_loss(one.sample().detach(), one.data(), one.context, None)
     loss.backward()
     assert all_learn(one.head) and none_learns(one.fake_score, one.student, one.denoiser("real_score"))
     # A run that keeps its frozen networks in bfloat16 has a float32 head all the same.
     one.denoiser("real_score").bfloat16()
-    rounded, _ = one.gan.critic_loss(one.sample().detach(), one.data(), one.roles, None)
+    rounded, _ = one.gan.discriminator_loss(one.sample().detach(), one.data(), one.context, None)
     assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(loss.item(), rel=0.05)
 
 
@@ -176,4 +176,4 @@ def test_latents_of_another_size_are_refused(base: Base) -> None:
     ):
         changed = data._replace(batch=replace(data.batch, latents=latents))
         with pytest.raises(ValueError, match=message):
-            one.gan.critic_loss(sample, changed, one.roles, None)
+            one.gan.discriminator_loss(sample, changed, one.context, None)

@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from sdxs_lightning.batch import Conditioning
-from sdxs_lightning.modules.discriminator import Discriminator
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.sample import Roles, Sample
-from sdxs_lightning.modules.student_terms import DistributionMatchingTerm
-from sdxs_lightning.noise_schedule import NoiseSchedule
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.noise_schedule import NoiseSchedule
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.core.timesteps import TimestepRange
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.objectives import distribution_matching
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.f_divergence import Divergence, FDivergence
-from sdxs_lightning.seeding import Stream, normal
-from sdxs_lightning.teacher.denoiser import Denoiser
-from sdxs_lightning.timesteps import TimestepRange
+from sdxs_lightning.stages.distillation.sample import DistillationContext, Sample
+from sdxs_lightning.stages.distillation.student_terms import DistributionMatchingTerm
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 TIMESTEPS = (20, 100, 300, 500, 700, 900, 980)
@@ -78,13 +78,13 @@ def alpha_sigma(timestep: int) -> tuple[float, float]:
     return math.sqrt(abar), math.sqrt(1 - abar)
 
 
-def roles(real: GaussianUnet, fake: GaussianUnet) -> Roles:
+def context(real: GaussianUnet, fake: GaussianUnet) -> DistillationContext:
     """The two worlds as the student's term sees them; the discriminator says what the fake one's bottleneck says."""
     optimizer = partial(torch.optim.SGD, lr=0.1)
     fake_score, discriminator = FakeScore(optimizer), Discriminator(optimizer)
     fake_score.denoiser = denoiser(fake)
     discriminator.head = nn.Sequential(nn.Identity())
-    return Roles(SCHEDULE, fake_score, denoiser(real), discriminator)
+    return DistillationContext(SCHEDULE, fake_score, denoiser(real), discriminator)
 
 
 def denoiser(unet: Any) -> Denoiser:
@@ -127,7 +127,7 @@ def case(timestep: int) -> Case:
     clean = fake_mean + noise @ torch.linalg.cholesky(fake_covariance).T
     latents = clean.float().reshape(-1, *shape).requires_grad_()
     sample = sample_of(latents, positions)
-    judges = roles(GaussianUnet(real_mean, real_covariance), GaussianUnet(fake_mean, fake_covariance))
+    judges = context(GaussianUnet(real_mean, real_covariance), GaussianUnet(fake_mean, fake_covariance))
     loss, scalars = DistributionMatchingTerm(objective(timestep))(sample, judges)
     (gradient,) = torch.autograd.grad(loss, latents)
 
@@ -209,7 +209,7 @@ def test_a_student_descends_the_closed_form_kl(timestep: int) -> None:
     biases, log_stds = BIASES.clone().requires_grad_(), LOG_STDS.clone().requires_grad_()
     noise = normal(0, Stream.STUDENT_NOISE, positions, shape)
     latents = biases.view(-1, 1, 1) + log_stds.exp().view(-1, 1, 1) * noise
-    judges = roles(
+    judges = context(
         GaussianUnet(spread(REAL_MEANS), spread(REAL_STDS**2)),
         GaussianUnet(spread(BIASES), spread(LOG_STDS.exp() ** 2)),
     )
@@ -271,7 +271,7 @@ def _our_gradient(divergence: Divergence, timestep: int) -> Tensor:
         values[0] = value
         return values
 
-    judges = roles(
+    judges = context(
         GaussianUnet(with_first(REAL_MEAN, 0.0), with_first(REAL_STD**2, 1.0)),
         GaussianUnet(
             with_first(FAKE_MEAN, 0.0), with_first(math.exp(2 * FAKE_LOG_STD), 1.0), log_ratio=_log_ratio

@@ -15,24 +15,24 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from sdxs_lightning.batch import Conditioning
 from sdxs_lightning.callbacks.diagnosis import Thresholds
 from sdxs_lightning.callbacks.health import Health
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families import Family
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.discriminator import Discriminator
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.matched_features import EncoderFeatures
-from sdxs_lightning.modules.sample import Roles
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
-from sdxs_lightning.seeding import Stream, normal
-from sdxs_lightning.timesteps import TimestepRange
-from tests.tiny import LATENT_SHAPE
+from sdxs_lightning.stages.distillation.matched_features import EncoderFeatures
+from sdxs_lightning.stages.distillation.sample import DistillationContext
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny import LATENT_SHAPE
+from tests.helpers.tiny_distillation import distillation, fit
 from tests.training.test_nan_guard import ScalarReads
-from tests.training.tiny_distillation import distillation, fit
 
 Base = Callable[[str], Path]
 Probe = partial(Health, diversity_prompts=2, samples_per_prompt=4)
@@ -123,7 +123,9 @@ class _Mirrored:
     def frozen_networks(self) -> dict[str, torch.nn.Module]:
         return {}
 
-    def __call__(self, latents: Tensor, conditioning: Conditioning, roles: Roles) -> dict[str, Tensor]:
+    def __call__(
+        self, latents: Tensor, conditioning: Conditioning, context: DistillationContext
+    ) -> dict[str, Tensor]:
         self.calls.append(f"{len(latents)}")
         return {"latents": latents}
 
@@ -131,11 +133,11 @@ class _Mirrored:
 def test_features_of_ones_own_on_the_prompts_of_the_first_batch(base: Base, shards: Path) -> None:
     features = _Mirrored()
     health = Health(2, diversity_prompts=3, samples_per_prompt=5, features=features)
-    curriculum = Curriculum(max_student_updates=9, critic_updates_per_student_update=2)
-    module = distillation(base("sd-v_prediction"), gan=False, curriculum=curriculum)
+    update_schedule = UpdateSchedule(max_student_updates=9, fake_score_updates_per_student_update=2)
+    module = distillation(base("sd-v_prediction"), gan=False, update_schedule=update_schedule)
     fit(module, shards, 6, callbacks=[health], shuffled=False)
     assert features.calls == ["build", "to", "5", "5", "5"]
-    # Read at the second student update; the turns of the critic before and after the third are not counted.
+    # Read at the second student update; the iterations of the critic before and after the third are not counted.
     assert module.student_updates == 3 and set(health._counted.values()) == {1}
     assert health.prompts == ["a red circle", "a green square", "a blue triangle", "a yellow circle"]
 
@@ -193,7 +195,7 @@ def test_a_discriminator_that_wins_is_named(base: Base, shards: Path) -> None:
         distribution_matching=None,
         discriminator=Discriminator(adam(1e-2)),
         denoising=Denoising(timesteps=low),
-        adversarial=DiffusionAdversarial(student_weight=1e-3, critic_weight=1.0, timesteps=low),
+        adversarial=DiffusionAdversarial(student_weight=1e-3, discriminator_weight=1.0, timesteps=low),
     )
     with pytest.warns(UserWarning, match=r"the discriminator wins: it tells \d+\.\d% .*student_weight"):
         _loud(module, shards, 20, health)

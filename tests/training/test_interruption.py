@@ -17,17 +17,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdxs_lightning import checkpoint_folder as folders
+from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.cli import main
-from tests.config.tiny_run import ROOT, tiny_config, write_config
-from tests.processes import Ended, train_in_ranks
+from tests.helpers.processes import Ended, train_in_ranks
+from tests.helpers.tiny_run import ROOT, tiny_config, write_config
 
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
 
 
 @pytest.fixture(scope="session")
 def base_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """With two micro-batches a turn, so that signals can come inside one, and optimizers that have state."""
+    """With two micro-batches an iteration, so that signals can come inside one, and optimizers that have state."""
     config = tiny_config(tmp_path_factory.mktemp("tiny"), max_student_updates=6)
     arguments = config["model"]["init_args"]
     arguments["accumulate_grad_batches"] = 2
@@ -46,7 +46,7 @@ def config(base_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 def with_callback(config: dict[str, Any], kind: str, /, **arguments: Any) -> dict[str, Any]:
     changed = copy.deepcopy(config)
     changed["trainer"]["callbacks"].insert(
-        0, {"class_path": f"tests.training.faults.{kind}", "init_args": arguments}
+        0, {"class_path": f"tests.helpers.faults.{kind}", "init_args": arguments}
     )
     return changed
 
@@ -113,7 +113,7 @@ def test_a_signal_leaves_a_checkpoint_at_the_end_of_its_turn(
 ) -> None:
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     assert train(tmp_path, with_callback(config, "RaiseSignal", name=name, batch=5)) == code
-    # The 5th batch is the first of the 3rd turn.
+    # The 5th batch is the first of the 3rd iteration.
     assert newest(tmp_path).name == "update_00000003-batch_00000006"
     said = capfd.readouterr().err
     assert f"stopped: stopped by {name} after student update 3: everything is in {newest(tmp_path)}" in said
@@ -203,7 +203,7 @@ def test_two_processes_stop_at_the_same_batch_if_one_is_signalled(
     assert code == 143, said
     assert said.count("stopped: ") == 1
     assert "Traceback" not in said
-    # They ask each other at batch 5; the turn ends with batch 6.
+    # They ask each other at batch 5; the iteration ends with batch 6.
     assert newest(tmp_path).name == "update_00000003-batch_00000006"
     # One process goes on with the same global batch.
     config["trainer"] |= {"devices": 1, "strategy": "auto"}
@@ -228,10 +228,10 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
 ) -> None:
     config["trainer"] |= {
         "devices": 2,
-        "strategy": {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"},
+        "strategy": {"class_path": "sdxs_lightning.training.sharding.ShardedNetworks"},
     }
     config["trainer"]["callbacks"][-1]["init_args"] = {"agree_every_n_batches": 2}
-    config["model"]["init_args"]["curriculum"]["max_student_updates"] = 2
+    config["model"]["init_args"]["update_schedule"]["max_student_updates"] = 2
     config["trainer"]["callbacks"].append({"class_path": "sdxs_lightning.callbacks.export.ExportPipeline"})
     ended = train_in_two(tmp_path, with_callback(config, "RaiseSignal", name="SIGUSR1", batch=1, rank=1))
     assert [rank.code for rank in ended] == [138, 0], ended
@@ -253,7 +253,7 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
     # One process reads the shards of two, with the same global batch.
     config["trainer"]["devices"] = 1
     config["data"]["init_args"]["batch_size"] = 4
-    config["model"]["init_args"]["curriculum"]["max_student_updates"] = 3
+    config["model"]["init_args"]["update_schedule"]["max_student_updates"] = 3
     (alone_ended,) = train_in_ranks(
         ["--config", str(write_config(tmp_path / "tiny.yaml", config)), "--ckpt_path", "last"],
         tmp_path,

@@ -17,19 +17,19 @@ from safetensors.torch import load_file
 
 from sdxs_lightning.callbacks.export import ExportPipeline
 from sdxs_lightning.cli import main
-from sdxs_lightning.modules.adapter_views import AveragedView, BaseView
-from sdxs_lightning.modules.discriminator import Discriminator
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.lora import LoRA, add_lora, lora_parameters
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.student_generator import StudentGenerator
-from sdxs_lightning.plan.hardware import read_hardware
-from sdxs_lightning.plan.planner import Planner
-from sdxs_lightning.teacher.denoiser import Denoiser
-from tests.config.tiny_run import tiny_config, write_config
-from tests.tiny import LATENT_SHAPE, tiny_batch
+from sdxs_lightning.memory_plan.hardware import read_hardware
+from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.networks.adapter_views import AveragedView, BaseView
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.lora import LoRA, add_lora, lora_parameters
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny_distillation import built, distillation, family_of, fit, save_base, weights
+from tests.helpers.tiny_run import tiny_config, write_config
 from tests.training.test_resume import Witness, same
-from tests.training.tiny_distillation import built, distillation, family_of, fit, save_base, weights
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -121,7 +121,7 @@ def test_a_checkpoint_has_adapters_only_and_resumes_exactly(base: Base, shards: 
     resumed = make()
     fit(resumed, shards, 4, ckpt_path=str(tmp_path / "cut.ckpt")).save_checkpoint(tmp_path / "resumed.ckpt")
     contents = [torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("straight", "resumed")]
-    for part in ("state_dict", "optimizer_states", "turns", "student_updates"):
+    for part in ("state_dict", "optimizer_states", "iterations", "student_updates"):
         same(contents[0][part], contents[1][part], part)
     saved = contents[0]["state_dict"]
     assert {name.split(".")[0] for name in saved} == {"student", "fake_score", "ema", "discriminator"}
@@ -213,7 +213,7 @@ def test_the_plan_counts_frozen_and_trained_weights(base: Base) -> None:
         {
             "accelerator": "gpu",
             "devices": 8,
-            "strategy": {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"},
+            "strategy": {"class_path": "sdxs_lightning.training.sharding.ShardedNetworks"},
         }
     )
     gathered = [one.plan(sharded).buffers["FSDP2 gathering"] for one in (planner, full)]

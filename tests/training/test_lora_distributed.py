@@ -14,36 +14,38 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor
 
 from sdxs_lightning.callbacks.export import ExportPipeline
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.lora import LoRA, lora_parameters, merged_weights
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.pairs import Pairs
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.lora import LoRA, lora_parameters, merged_weights
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.regression import Regression
-from tests.processes import in_ranks
-from tests.rounding import ADAM_EPS, tolerance_of
-from tests.training.distributed_worker import STRATEGIES, SaveAfter, arrived, strategy_of
-from tests.training.tiny_distillation import built, distillation, fit
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.distributed_worker import STRATEGIES, SaveAfter, arrived, strategy_of
+from tests.helpers.processes import in_ranks
+from tests.helpers.rounding import ADAM_EPS, tolerance_of
+from tests.helpers.tiny_distillation import built, distillation, fit
 
 pytestmark = pytest.mark.timeout(600)
 
-TURNS, SAVED_AFTER = 5, 3
+ITERATIONS, SAVED_AFTER = 5, 3
 LR = 1e-3
 GRADIENT_CLIP_NORM = 1.0
 TARGETS = ("to_q", "ff.net.2", "conv1", "conv_shortcut")
 
 
 def module_for(base: Path) -> OneStepDistillation:
-    """Two turns of warm-up, whose pairs the shared base samples, then the student on every second turn."""
+    """Two iterations of warm-up, whose pairs the shared base samples, then the student on every second iteration."""
     adamw = partial(torch.optim.AdamW, lr=LR, eps=ADAM_EPS)
     return distillation(
         base,
         optimizer=adamw,
         student=StudentGenerator(adamw, lora=LoRA(rank=2, targets=TARGETS)),
         fake_score=FakeScore(adamw, lora=LoRA(rank=3, targets=TARGETS)),
-        curriculum=Curriculum(max_student_updates=99, critic_updates_per_student_update=2, warmup_updates=2),
-        pairs=Pairs(count=7, sampler_steps=2, sampler_batch_size=4),
+        update_schedule=UpdateSchedule(
+            max_student_updates=99, fake_score_updates_per_student_update=2, warmup_updates=2
+        ),
+        pairs=PairSettings(count=7, sampler_steps=2, sampler_batch_size=4),
         regression=Regression(),
         gradient_clip_norm=GRADIENT_CLIP_NORM,
     )
@@ -54,11 +56,11 @@ def train(base: Path, shards: Path, out: Path) -> None:
     for strategy in STRATEGIES:
         two: dict[str, Any] = {"batch_size": 2, "devices": 2}
         module, save = module_for(base), SaveAfter(SAVED_AFTER, out / f"{strategy}.ckpt")
-        trainer = fit(module, shards, TURNS, callbacks=[save], strategy=strategy_of(strategy), **two)
+        trainer = fit(module, shards, ITERATIONS, callbacks=[save], strategy=strategy_of(strategy), **two)
         ExportPipeline(str(out / strategy), dtype="float32").on_train_end(trainer, module)
         straight = arrived(module)
         resumed = module_for(base)
-        fit(resumed, shards, TURNS, ckpt_path=str(save.path), strategy=strategy_of(strategy), **two)
+        fit(resumed, shards, ITERATIONS, ckpt_path=str(save.path), strategy=strategy_of(strategy), **two)
         results = {
             "straight": straight,
             "resumed": arrived(resumed),
@@ -86,7 +88,7 @@ def one_process(base: Callable[[str], Path], shards: Path) -> OneStepDistillatio
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in each of the two: the order of sums depends on it
     module = module_for(base("sd-v_prediction"))
-    fit(module, shards, TURNS, batch_size=4)
+    fit(module, shards, ITERATIONS, batch_size=4)
     torch.set_num_threads(threads)
     return module
 
@@ -102,7 +104,7 @@ def test_two_processes_are_one(two_processes: Path, one_process: OneStepDistilla
     for name, value in expected.items():
         adapter = ".lora_" in name.replace("/", ".")
         learns = adapter or name.startswith("discriminator")
-        atol = tolerance_of(value, "adam", LR, TURNS, GRADIENT_CLIP_NORM) if learns else 0.0
+        atol = tolerance_of(value, "adam", LR, ITERATIONS, GRADIENT_CLIP_NORM) if learns else 0.0
         torch.testing.assert_close(results["straight"][name], value, rtol=0, atol=atol, msg=name)
         assert torch.equal(results["resumed"][name], results["straight"][name]), name
         if ".lora_B." in name:
@@ -115,7 +117,7 @@ def test_two_processes_are_one(two_processes: Path, one_process: OneStepDistilla
     exported = load_file(two_processes / strategy / "unet" / "diffusion_pytorch_model.safetensors")
     assert exported.keys() == averaged.keys()
     for name, value in exported.items():
-        atol = tolerance_of(averaged[name], "adam", LR, TURNS, GRADIENT_CLIP_NORM)
+        atol = tolerance_of(averaged[name], "adam", LR, ITERATIONS, GRADIENT_CLIP_NORM)
         torch.testing.assert_close(value, averaged[name], rtol=0, atol=atol, msg=name)
 
 
@@ -139,5 +141,5 @@ def test_checkpoints_are_small_and_only_adapters_travel(
     critic = [sizes["fake_score"], sizes["discriminator"]]
     student = [sizes["student"]]
     both = student + critic
-    turns = [student, student, both, critic, both]
-    assert sent == [size for turn in turns for size in turn]
+    iterations = [student, student, both, critic, both]
+    assert sent == [size for iteration in iterations for size in iteration]

@@ -21,15 +21,15 @@ import torch
 from lightning.pytorch import Trainer
 
 from data.toy.datamodule import ToyDataModule
-from evaluation.generate import SampledImages
-from evaluation.protocols import REPOSITORY, get_protocol
-from evaluation.scores import Judges, Scores, measure
+from evaluation.images.generate import SampledImages
+from evaluation.protocols.protocols import REPOSITORY, get_protocol
+from evaluation.runner.scores import Judges, Scores, measure
 from sdxs_lightning.families.sd import StableDiffusion
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 
 BASE = str(REPOSITORY / "data" / "toy" / "base")
 # DMD2's SDXL timestep: from there the base's own single step is far off, which leaves room to show an improvement.
@@ -43,7 +43,7 @@ def test_two_dozen_updates_make_a_student_of_the_base(tmp_path: Path) -> None:
         StableDiffusion(BASE, CONDITIONING_TIMESTEP),
         StudentGenerator(partial(adam, lr=2e-4)),
         FakeScore(partial(adam, lr=8e-4)),
-        Curriculum(max_student_updates=24, critic_updates_per_student_update=2),
+        UpdateSchedule(max_student_updates=24, fake_score_updates_per_student_update=2),
         distribution_matching=DistributionMatching(guidance_scale=1.5),
         ema_decay=0.85,
     )

@@ -19,26 +19,26 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
 from data.shards.datamodule import ShardDataModule
-from sdxs_lightning import checkpoint_folder as folders
-from sdxs_lightning.batch import TrainingBatch
+from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.export_unet import ExportUNet
 from sdxs_lightning.cli import main
-from sdxs_lightning.errors import CheckpointNotWritten
-from sdxs_lightning.modules.lr_schedules import TrapezoidLR
-from sdxs_lightning.modules.miniaturisation import Miniaturisation
-from sdxs_lightning.modules.network import prepare_unet
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.errors import CheckpointNotWritten
+from sdxs_lightning.core.seeding import Stream, integers, normal
+from sdxs_lightning.networks.network import prepare_unet
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.knowledge_distillation import (
     FeatureDistillation,
     TaskLoss,
 )
-from sdxs_lightning.seeding import Stream, integers, normal
+from sdxs_lightning.stages.prune_distill import PrunedUNetDistillation
 from sdxs_lightning.surgery import Stage, Topology
-from tests.config.tiny_run import tiny_config, write_config
-from tests.processes import train_in_ranks
-from tests.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
-from tests.training.tiny_distillation import KINDS, family_of, weights
+from sdxs_lightning.training.lr_schedules import TrapezoidLR
+from tests.helpers.processes import train_in_ranks
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
+from tests.helpers.tiny_distillation import KINDS, family_of, weights
+from tests.helpers.tiny_run import tiny_config, write_config
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -52,17 +52,17 @@ TAPS = {
 }
 
 
-def stage(base: Path, topology: str | Topology | None = SMALL, **settings: Any) -> Miniaturisation:
+def stage(base: Path, topology: str | Topology | None = SMALL, **settings: Any) -> PrunedUNetDistillation:
     defaults: dict[str, Any] = {"optimizer": SGD, "ema_decay": 0.75, "seed": 3}
-    return Miniaturisation(family_of(base), topology, **defaults | settings)
+    return PrunedUNetDistillation(family_of(base), topology, **defaults | settings)
 
 
-def built(module: Miniaturisation) -> Miniaturisation:
+def built(module: PrunedUNetDistillation) -> PrunedUNetDistillation:
     module.configure_model()
     return module
 
 
-def moved_away(module: Miniaturisation) -> Miniaturisation:
+def moved_away(module: PrunedUNetDistillation) -> PrunedUNetDistillation:
     """With a student that differs from its teacher everywhere: after the surgery its first stages are equal."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -96,7 +96,7 @@ def fit(
     return trainer
 
 
-def logged(module: Miniaturisation, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
+def logged(module: PrunedUNetDistillation, batch: TrainingBatch) -> tuple[Tensor, dict[str, float]]:
     """One step outside a Trainer: the loss with its graph, and what would be logged."""
     lines: dict[str, float] = {}
     module.log_dict = lambda scalars: lines.update({k: float(v) for k, v in scalars.items()})  # type: ignore
@@ -185,7 +185,7 @@ class Weights(Callback):
         self.seen: list[dict[str, Tensor]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
-        assert isinstance(pl_module, Miniaturisation)
+        assert isinstance(pl_module, PrunedUNetDistillation)
         self.seen.append(weights(pl_module.student.unet))
 
 
@@ -422,7 +422,7 @@ def command(folder: Path, run: str, **trainer: Any) -> dict[str, Any]:
     """The stage as the command line reads it, for three steps of two micro-batches of 4 in all."""
     config = tiny_config(folder)
     config["model"] = {
-        "class_path": "sdxs_lightning.modules.miniaturisation.Miniaturisation",
+        "class_path": "sdxs_lightning.stages.prune_distill.PrunedUNetDistillation",
         "init_args": {
             "family": config["model"]["init_args"]["family"],
             "topology": {"stages": [{}, {"down_depths": 1}], "mid_block": "none"},
@@ -448,7 +448,7 @@ def test_two_processes_equal_one(tmp_path_factory: pytest.TempPathFactory, strat
     folder.mkdir(exist_ok=True)
     if not (folder / "alone").exists():
         assert main(["--config", str(write_config(folder / "alone.yaml", command(folder, "alone")))]) == 0
-    sharded = {"class_path": "sdxs_lightning.modules.sharding.ShardedNetworks"}
+    sharded = {"class_path": "sdxs_lightning.training.sharding.ShardedNetworks"}
     config = command(folder, strategy, devices=2, strategy="ddp" if strategy == "ddp" else sharded)
     ended = train_in_ranks(["--config", str(write_config(folder / f"{strategy}.yaml", config))], folder)
     assert [rank.code for rank in ended] == [0, 0], ended

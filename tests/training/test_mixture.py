@@ -1,6 +1,6 @@
 """The stage as a whole on a mixture of eight Gaussians: it makes a one-step student, and no broken loss does.
 
-Real are the training step, the curriculum, the objectives, the optimizers and the Trainer; the networks are `MixtureUnet`s.
+Real are the training step, the update_schedule, the objectives, the optimizers and the Trainer; the networks are `MixtureUnet`s.
 Squared MMD to exact samples, with two sets of exact samples at 0.000; for seeds 0, 1, 2:
 
     before                                              0.302
@@ -34,18 +34,18 @@ from torch import Tensor
 import sdxs_lightning.objectives.adversarial as adversarial
 import sdxs_lightning.objectives.denoising as denoising
 import sdxs_lightning.objectives.distribution_matching as matching
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.discriminator import Discriminator
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.sample import Sample
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.core.seeding import Stream, normal, uniform
+from sdxs_lightning.core.timesteps import TimestepRange
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.f_divergence import FDivergence
-from sdxs_lightning.seeding import Stream, normal, uniform
-from sdxs_lightning.timesteps import TimestepRange
-from tests.training.mixture_world import (
+from sdxs_lightning.stages.distillation.sample import Sample
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.mixture_world import (
     MODES,
     RADIUS,
     SHAPE,
@@ -85,7 +85,7 @@ def distillation(
         fake_score=FakeScore(
             partial(ADAM, lr=fake_score_lr), falling(fake_score_lr, 2 * updates), weights="smooth"
         ),
-        curriculum=Curriculum(max_student_updates=updates, critic_updates_per_student_update=2),
+        update_schedule=UpdateSchedule(max_student_updates=updates, fake_score_updates_per_student_update=2),
         ema_decay=0.98,
         **settings,
     )
@@ -94,7 +94,7 @@ def distillation(
 def gan(student_weight: float) -> dict[str, Any]:
     return {
         "discriminator": Discriminator(partial(ADAM, lr=2e-3)),
-        "adversarial": DiffusionAdversarial(student_weight, critic_weight=0.3),
+        "adversarial": DiffusionAdversarial(student_weight, discriminator_weight=0.3),
     }
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdxs_lightning.callbacks.nan_guard import NEVER, NanGuard, _networks_with_bad_weights
 from sdxs_lightning.cli import main
-from tests.config.tiny_run import tiny_config, write_config
+from tests.helpers.tiny_run import tiny_config, write_config
 
 
 class ScalarReads(TorchDispatchMode):
@@ -29,9 +29,9 @@ class ScalarReads(TorchDispatchMode):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_the_first_bad_turn_is_kept(bad: float) -> None:
     guard = NanGuard()
-    for turn, value in enumerate([1.0, bad, 2.0, bad]):
-        guard._note("student/loss", torch.tensor(value), turn)
-        guard._note("fake_score/loss", torch.tensor(1.0), turn)
+    for iteration, value in enumerate([1.0, bad, 2.0, bad]):
+        guard._note("student/loss", torch.tensor(value), iteration)
+        guard._note("fake_score/loss", torch.tensor(1.0), iteration)
     assert guard._first_bad["student/loss"].item() == 1
     assert guard._first_bad["fake_score/loss"].item() == NEVER
 

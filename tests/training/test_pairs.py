@@ -1,4 +1,4 @@
-"""Pairs from their three sources: against the target sampler, and in a training."""
+"""PairSettings from their three sources: against the target sampler, and in a training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from data.prepare.__main__ import main
 from data.shards.datamodule import ShardDataModule
-from sdxs_lightning.batch import TrainingBatch
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.pairs import Pairs, TargetPairs
-from sdxs_lightning.modules.stored_pairs import PickedPairs
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.pair_noise import noise_seeds, pair_noise
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.memory_plan.hardware import read_hardware
+from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.objectives.regression import Regression
-from sdxs_lightning.pair_noise import noise_seeds, pair_noise
-from sdxs_lightning.plan.hardware import read_hardware
-from sdxs_lightning.plan.planner import Planner
-from sdxs_lightning.seeding import Stream, normal
-from sdxs_lightning.teacher.denoiser import Denoiser
-from sdxs_lightning.teacher.scheduler_sampler import SchedulerSampler
-from sdxs_lightning.teacher.target_sampler import TargetSampler
-from tests.tiny import LATENT_SHAPE, save_tiny_sd, tiny_batch
-from tests.training.tiny_distillation import StopAfter, distillation, family_of, moved, weights
+from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
+from sdxs_lightning.pairs.stored_pairs import PickedPairs
+from sdxs_lightning.pairs.target_pairs import PairSettings, TargetPairs
+from sdxs_lightning.pairs.target_sampler import TargetSampler
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, tiny_batch
+from tests.helpers.tiny_distillation import StopAfter, distillation, family_of, moved, weights
 
 # Of numpy's, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -70,7 +70,7 @@ def denoiser_of(base: Path, weights: Path | None = None) -> Denoiser:
 
 
 def started(base: Path, **settings: Any) -> TargetPairs:
-    pairs = TargetPairs(Pairs(**SETTINGS | settings), SEED)
+    pairs = TargetPairs(PairSettings(**SETTINGS | settings), SEED)
     pairs.build(family_of(base))
     pairs.to(torch.device("cpu"), torch.float32)
     pairs.start(denoiser_of(base), Captions())
@@ -139,7 +139,7 @@ def test_another_checkpoint_and_another_scheduler_sample(base: Base, tmp_path: P
     other = save_tiny_sd(tmp_path / "other", "v_prediction", seed=1)
     home = base("sd-v_prediction")
     pairs = TargetPairs(
-        Pairs(**SETTINGS, source=source, weights=str(other), scheduler="HeunDiscreteScheduler"),  # type: ignore[arg-type]
+        PairSettings(**SETTINGS, source=source, weights=str(other), scheduler="HeunDiscreteScheduler"),  # type: ignore[arg-type]
         SEED,
     )
     assert not pairs.settings.samples_real_score
@@ -170,7 +170,7 @@ def test_another_checkpoint_and_another_scheduler_sample(base: Base, tmp_path: P
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Pairs(**settings)
+        PairSettings(**settings)
 
 
 def test_batches_without_pairs_and_data_without_captions_are_refused(base: Base) -> None:
@@ -192,7 +192,7 @@ def test_batches_without_pairs_and_data_without_captions_are_refused(base: Base)
 
 
 def _start(home: Path, datamodule: object) -> None:
-    pairs = TargetPairs(Pairs(**SETTINGS), SEED)
+    pairs = TargetPairs(PairSettings(**SETTINGS), SEED)
     pairs.build(family_of(home))
     pairs.start(denoiser_of(home), datamodule)
 
@@ -206,10 +206,10 @@ def warmup(base: Path, **settings: Any) -> OneStepDistillation:
         base,
         gan=False,
         optimizer=partial(torch.optim.Adam, lr=1e-2),
-        curriculum=Curriculum(max_student_updates=10, warmup_updates=10),
+        update_schedule=UpdateSchedule(max_student_updates=10, warmup_updates=10),
         fake_score=None,
         distribution_matching=None,
-        pairs=Pairs(**SETTINGS | {"count": 16} | settings),
+        pairs=PairSettings(**SETTINGS | {"count": 16} | settings),
         regression=Regression(),
         seed=SEED,
     )

@@ -14,20 +14,20 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdxs_lightning.modules.augmentation import augment
-from sdxs_lightning.modules.gan import Data, Gan
-from sdxs_lightning.modules.image_features import Dinov2Features
-from sdxs_lightning.modules.network import resting
-from sdxs_lightning.modules.pixel_decoder import PixelDecoder
-from sdxs_lightning.modules.pixel_gan import PixelGan
-from sdxs_lightning.modules.projected_discriminator import ProjectedDiscriminator
-from sdxs_lightning.modules.sample import Roles, Sample
+from sdxs_lightning.core.seeding import Stream, uniform
+from sdxs_lightning.memory_plan.weightless import META, WeightlessFamily
+from sdxs_lightning.networks.image_features import Dinov2Features
+from sdxs_lightning.networks.network import no_param_grad
+from sdxs_lightning.networks.pixel_decoder import PixelDecoder
+from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.objectives.pixel_adversarial import Augmentation, PixelAdversarial
-from sdxs_lightning.plan.weightless import META, WeightlessFamily
-from sdxs_lightning.seeding import Stream, uniform
-from tests.tiny import LATENT_SHAPE, tiny_batch, tiny_conditioning
-from tests.training.tiny_decoding import save_dinov2, save_tiny_autoencoder
-from tests.training.tiny_distillation import family_of
+from sdxs_lightning.stages.distillation.augmentation import augment
+from sdxs_lightning.stages.distillation.gan import Data, Gan
+from sdxs_lightning.stages.distillation.pixel_gan import PixelGan
+from sdxs_lightning.stages.distillation.sample import DistillationContext, Sample
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_conditioning
+from tests.helpers.tiny_decoding import save_dinov2, save_tiny_autoencoder
+from tests.helpers.tiny_distillation import family_of
 
 Base = Callable[[str], Path]
 CROP_PX = 24
@@ -45,8 +45,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_autoencoder(tmp_path_factory.mktemp("tiny") / "vae")
 
 
-def roles_of(base: Path) -> Roles:
-    return Roles(family_of(base).schedule, None, None, None)  # this GAN asks no other network
+def context_of(base: Path) -> DistillationContext:
+    return DistillationContext(family_of(base).schedule, None, None, None)  # this GAN asks no other network
 
 
 def gan_of(base: Path, dinov2: Path, **settings: Any) -> PixelGan:
@@ -54,7 +54,7 @@ def gan_of(base: Path, dinov2: Path, **settings: Any) -> PixelGan:
     heads = ProjectedDiscriminator(partial(torch.optim.SGD, lr=0.05))
     features = Dinov2Features(str(dinov2), layers=[0, 1], size_px=32)
     gan = PixelGan(heads, PixelAdversarial(**settings), features)
-    gan.build(family_of(base), roles_of(base))
+    gan.build(family_of(base), context_of(base))
     # Spectral normalisation iterates on every pass; after many it stands still, and passes can be compared.
     with torch.no_grad():
         for _ in range(200):
@@ -101,8 +101,8 @@ def test_student_term_equals_plain_torch(
     folder = tiny if is_tiny else None
     gan = gan_of(base(kind), dinov2, decoder=str(tiny) if is_tiny else None)
     sample = sample_of(base(kind))
-    with resting(gan.discriminator):
-        loss, scalars = gan.student_term(sample, roles_of(base(kind)))
+    with no_param_grad(gan.discriminator):
+        loss, scalars = gan.student_term(sample, context_of(base(kind)))
         (gradient,) = torch.autograd.grad(loss, sample.latents)
     logits = gan.discriminator(see_by_hand(gan, decode_by_hand(base(kind), sample.latents, folder)))
     expected = -2.0 * torch.stack([part.mean() for part in logits]).mean()
@@ -112,7 +112,7 @@ def test_student_term_equals_plain_torch(
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 0 and list(scalars) == ["adversarial"]
     # Downhill for the student is uphill for its logits.
     step = 0.05 * gradient / gradient.norm()
-    better, _ = gan.student_term(replace(sample, latents=sample.latents - step), roles_of(base(kind)))
+    better, _ = gan.student_term(replace(sample, latents=sample.latents - step), context_of(base(kind)))
     assert better < loss
 
 
@@ -123,7 +123,7 @@ def test_critic_loss_equals_plain_torch(
     folder = tiny if is_tiny else None
     gan = gan_of(base(kind), dinov2, decoder=str(tiny) if is_tiny else None)
     sample, data = sample_of(base(kind)), data_of(base(kind))
-    loss, scalars = gan.critic_loss(sample.detach(), data, roles_of(base(kind)), None)
+    loss, scalars = gan.discriminator_loss(sample.detach(), data, context_of(base(kind)), None)
     parameters = list(gan.discriminator.parameters())
     gradients = torch.autograd.grad(loss, parameters)
     assert data.batch.latents is not None
@@ -158,16 +158,16 @@ def test_a_sample_is_decoded_once_for_both_losses(
     monkeypatch.setattr(PixelDecoder, "__call__", counted)
     folder, seen = base("sd-epsilon"), list[list[Tensor]]()
     gan = gan_of(folder, dinov2, decoder=str(tiny), r1_weight=None)
-    data, roles = data_of(folder), roles_of(folder)
+    data, context = data_of(folder), context_of(folder)
     gan.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     sample, other = sample_of(folder), sample_of(folder, seed=5)
-    gan.student_term(sample, roles)
-    gan.critic_loss(sample.detach(), data, roles, None)
+    gan.student_term(sample, context)
+    gan.discriminator_loss(sample.detach(), data, context, None)
     assert len(decoded) == 2  # the sample and the data
-    gan.critic_loss(sample.detach(), data, roles, None)
-    assert len(decoded) == 4  # what was seen is kept for one turn
-    gan.student_term(sample, roles)
-    gan.critic_loss(other.detach(), data, roles, None)
+    gan.discriminator_loss(sample.detach(), data, context, None)
+    assert len(decoded) == 4  # what was seen is kept for one iteration
+    gan.student_term(sample, context)
+    gan.discriminator_loss(other.detach(), data, context, None)
     assert len(decoded) == 7
     _, reused, anew, _, of_other = seen
     for one, two, three in zip(reused, anew, of_other, strict=True):
@@ -181,17 +181,19 @@ def test_who_learns(base: Base, dinov2: Path, tiny: Path) -> None:
     networks = gan.frozen_networks()
     assert set(networks) == {"image_features", "pixel_decoder"}
     sample = sample_of(base("sd-epsilon"))
-    gan.critic_loss(sample, data_of(base("sd-epsilon")), roles_of(base("sd-epsilon")), None)[0].backward()
+    gan.discriminator_loss(sample, data_of(base("sd-epsilon")), context_of(base("sd-epsilon")), None)[
+        0
+    ].backward()
     assert sample.latents.grad is None  # also where it had a graph
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in gan.discriminator.parameters())
     gan.discriminator.zero_grad()
-    with resting(gan.discriminator):
-        gan.student_term(sample, roles_of(base("sd-epsilon")))[0].backward()
+    with no_param_grad(gan.discriminator):
+        gan.student_term(sample, context_of(base("sd-epsilon")))[0].backward()
     assert sample.latents.grad is not None
     frozen = [p for network in (*networks.values(), gan.discriminator) for p in network.parameters()]
     assert all(p.grad is None for p in frozen) and not any(network.training for network in networks.values())
     heads = list(gan.discriminator.parameters())
-    gan.build(family_of(base("sd-epsilon")), roles_of(base("sd-epsilon")))  # a second call does nothing
+    gan.build(family_of(base("sd-epsilon")), context_of(base("sd-epsilon")))  # a second call does nothing
     assert all(a is b for a, b in zip(heads, gan.discriminator.parameters(), strict=True))
     assert gan.frozen_networks() == networks
 
@@ -204,12 +206,12 @@ def test_real_and_fake_of_a_position_are_augmented_alike(base: Base, dinov2: Pat
     data = data_of(base("sd-epsilon"))
     seen: list[list[Tensor]] = []
     gan.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    _, scalars = gan.critic_loss(fake, data, roles_of(base("sd-epsilon")), None)
+    _, scalars = gan.discriminator_loss(fake, data, context_of(base("sd-epsilon")), None)
     for part in seen[0]:
         assert torch.equal(*part.chunk(2))
     assert set(scalars) == {"loss", "accuracy"} and scalars["accuracy"].item() == 0.5
     elsewhere = replace(fake, positions=torch.arange(10, 13))
-    gan.critic_loss(elsewhere, data, roles_of(base("sd-epsilon")), None)
+    gan.discriminator_loss(elsewhere, data, context_of(base("sd-epsilon")), None)
     assert all(not torch.equal(*part.chunk(2)) for part in seen[1])
     assert all(torch.equal(a[:3], b[:3]) for a, b in zip(*seen, strict=True))
 
@@ -221,7 +223,7 @@ def test_images_can_be_real(base: Base, dinov2: Path) -> None:
     gan.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     data = data_of(base("sd-epsilon"), images=images, latents=None)
     sample = sample_of(base("sd-epsilon")).detach()
-    gan.critic_loss(sample, data, roles_of(base("sd-epsilon")), None)
+    gan.discriminator_loss(sample, data, context_of(base("sd-epsilon")), None)
     with torch.no_grad():
         expected = gan.frozen_networks()["image_features"](images)
         fake = gan.frozen_networks()["image_features"](
@@ -233,25 +235,25 @@ def test_images_can_be_real(base: Base, dinov2: Path) -> None:
 
 def test_heads_learn_to_tell_and_the_sample_to_pass(base: Base, dinov2: Path) -> None:
     """Both sides agree on which sign is real: what fools the trained heads is what the sample descends to."""
-    gan, roles = (
+    gan, context = (
         gan_of(base("sd-epsilon"), dinov2, crop_px=None, r1_weight=None),
-        roles_of(base("sd-epsilon")),
+        context_of(base("sd-epsilon")),
     )
     sample = sample_of(base("sd-epsilon"))
     data = data_of(base("sd-epsilon"), latents=torch.full((3, 4, 16, 16), 4.0))
     heads = torch.optim.Adam(gan.discriminator.parameters(), lr=0.02)
     for _ in range(40):
-        loss, told = gan.critic_loss(sample.detach(), data, roles, None)
+        loss, told = gan.discriminator_loss(sample.detach(), data, context, None)
         heads.zero_grad()
         loss.backward()
         heads.step()
     assert loss < 1.2 and told["accuracy"] > 0.8
     descent = torch.optim.Adam([sample.latents], lr=0.1)
     for _ in range(20):
-        loss, _ = gan.student_term(sample, roles)
+        loss, _ = gan.student_term(sample, context)
         (sample.latents.grad,) = torch.autograd.grad(loss, sample.latents)
         descent.step()
-    _, fooled = gan.critic_loss(sample.detach(), data, roles, None)
+    _, fooled = gan.discriminator_loss(sample.detach(), data, context, None)
     assert fooled["accuracy"] < told["accuracy"] - 0.2
 
 
@@ -277,7 +279,7 @@ def test_memory_plan_runs_both_losses_without_weights(
     settings = PixelAdversarial(crop_px=CROP_PX, decoder=str(tiny) if is_tiny else None)
     gan = PixelGan(heads, settings, Dinov2Features(str(dinov2), layers=[0, 1], size_px=32))
     with META:
-        gan.build(family, roles_of(base("sd-epsilon")))
+        gan.build(family, context_of(base("sd-epsilon")))
     gan.to(META, torch.bfloat16)
     networks = gan.frozen_networks()
     assert all(p.is_meta for network in networks.values() for p in network.parameters())
@@ -288,33 +290,33 @@ def test_memory_plan_runs_both_losses_without_weights(
     batch = data_of(
         base("sd-epsilon"), latents=torch.empty(3, *LATENT_SHAPE, device=META), positions=positions
     )
-    loss, _ = gan.student_term(sample, roles_of(base("sd-epsilon")))
+    loss, _ = gan.student_term(sample, context_of(base("sd-epsilon")))
     loss.backward()
     assert sample.latents.grad is not None and sample.latents.grad.is_meta
-    gan.critic_loss(sample.detach(), batch, roles_of(base("sd-epsilon")), None)[0].backward()
+    gan.discriminator_loss(sample.detach(), batch, context_of(base("sd-epsilon")), None)[0].backward()
     assert family.decodes != is_tiny
 
 
 def test_refusals(base: Base, dinov2: Path, tiny: Path, tmp_path: Path) -> None:
     folder = base("sd-epsilon")
-    sample, roles = sample_of(folder).detach(), roles_of(folder)
+    sample, context = sample_of(folder).detach(), context_of(folder)
     with pytest.raises(
         ValueError, match=r"latents of shape \(4, 16, 16\) .* got none; .* pixel_adversarial.real to images"
     ):
-        gan_of(folder, dinov2).critic_loss(sample, data_of(folder, latents=None), roles, None)
+        gan_of(folder, dinov2).discriminator_loss(sample, data_of(folder, latents=None), context, None)
     with pytest.raises(ValueError, match=r"got shape \(4, 8, 8\)"):
-        gan_of(folder, dinov2).critic_loss(
-            sample, data_of(folder, latents=torch.zeros(3, 4, 8, 8)), roles, None
+        gan_of(folder, dinov2).discriminator_loss(
+            sample, data_of(folder, latents=torch.zeros(3, 4, 8, 8)), context, None
         )
     gan = gan_of(folder, dinov2, real="images")
     with pytest.raises(
         ValueError, match=r"needs images of 32x32 pixels .* got none; let data.contents name images"
     ):
-        gan.critic_loss(sample, data_of(folder), roles, None)
+        gan.discriminator_loss(sample, data_of(folder), context, None)
     with pytest.raises(ValueError, match=r"got some of 16x32; let data.contents"):
-        gan.critic_loss(sample, data_of(folder, images=torch.zeros(3, 3, 16, 32)), roles, None)
+        gan.discriminator_loss(sample, data_of(folder, images=torch.zeros(3, 3, 16, 32)), context, None)
     with pytest.raises(ValueError, match=r"crop_px of the GAN is 40 and the images are only 32x32"):
-        gan_of(folder, dinov2, crop_px=40).student_term(sample, roles)
+        gan_of(folder, dinov2, crop_px=40).student_term(sample, context)
     with pytest.raises(
         FileNotFoundError, match="no AutoencoderTiny; give the folder of one as pixel_adversarial.decoder"
     ):

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
-from sdxs_lightning.timesteps import TimestepRange
-from tests.training.tiny_distillation import (
+from tests.helpers.tiny_distillation import (
     WARMUP,
     WARMUP_ONLY,
     distillation,
@@ -29,11 +29,11 @@ Base = Callable[[str], Path]
         ({"gan": False, "adversarial": DiffusionAdversarial()}, "go together"),
         ({"gan": False, "distribution_matching": None}, "the student has no objective"),
         ({"denoising": Denoising(timesteps=TimestepRange(0, 500))}, "must equal denoising.timesteps"),
-        (WARMUP, "pairs are set, but curriculum.warmup_updates is 0"),
-        ({"curriculum": WARMUP_ONLY}, "the warm-up has no objective"),
+        (WARMUP, "pairs are set, but update_schedule.warmup_updates is 0"),
+        ({"update_schedule": WARMUP_ONLY}, "the warm-up has no objective"),
         (
-            {"curriculum": WARMUP_ONLY, "regression": Regression()},
-            "pairs are null, but curriculum.warmup_updates is 9",
+            {"update_schedule": WARMUP_ONLY, "regression": Regression()},
+            "pairs are null, but update_schedule.warmup_updates is 9",
         ),
         (
             {"fake_score": None, "gan": False},

@@ -11,21 +11,21 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.image_features import Dinov2Features
-from sdxs_lightning.modules.matched_features import EncoderFeatures, PixelFeatures
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.pairs import Pairs
-from sdxs_lightning.modules.sample import Sample
-from sdxs_lightning.modules.term_gradients import balanced, comparison, term_gradients
+from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
-from tests.training.tiny_decoding import save_dinov2
-from tests.training.tiny_distillation import KINDS, built, distillation, fit, moved, sample_of, weights
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.matched_features import EncoderFeatures, PixelFeatures
+from sdxs_lightning.stages.distillation.sample import Sample
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.term_gradients import balanced, comparison, term_gradients
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny_decoding import save_dinov2
+from tests.helpers.tiny_distillation import KINDS, built, distillation, fit, moved, sample_of, weights
 
 Base = Callable[[str], Path]
 
-PAIRS = Pairs(count=8, sampler_steps=2, sampler_batch_size=4)
+PAIRS = PairSettings(count=8, sampler_steps=2, sampler_batch_size=4)
 PLAIN = SegmentedScoreDistillation(alpha_start=1.0, alpha_end=1.0, lambda_start=0.0, lambda_end=0.0)
 
 
@@ -55,8 +55,8 @@ def test_alpha_one_and_lambda_zero_are_plain_score_distillation(base: Base, shar
 @pytest.mark.parametrize("kind", ["sd-v_prediction", "sdxl-epsilon"])
 def test_the_segment_and_the_balance_follow_the_student_updates(base: Base, shards: Path, kind: str) -> None:
     ramp = SegmentedScoreDistillation(alpha_start=0.4, alpha_end=0.1, lambda_start=2.0, lambda_end=0.5)
-    curriculum = Curriculum(max_student_updates=3, critic_updates_per_student_update=1)
-    module = segmented(base(kind), segmented=ramp, curriculum=curriculum)
+    update_schedule = UpdateSchedule(max_student_updates=3, fake_score_updates_per_student_update=1)
+    module = segmented(base(kind), segmented=ramp, update_schedule=update_schedule)
     seen = _Segments()
     fit(module, shards, batches=3, callbacks=[seen])
     assert module.student_updates == 3
@@ -67,7 +67,7 @@ def test_the_segment_and_the_balance_follow_the_student_updates(base: Base, shar
 
 
 class _Segments(Callback):
-    """Which timesteps the real score was asked about, and how the two gradients of each turn compare."""
+    """Which timesteps the real score was asked about, and how the two gradients of each iteration compare."""
 
     def __init__(self) -> None:
         self.timesteps: list[Tensor] = []
@@ -115,7 +115,7 @@ def test_warmup_by_feature_matching_alone(base: Base, shards: Path, tmp_path: Pa
         distribution_matching=None,
         fake_score=None,
         features=features,
-        curriculum=Curriculum(max_student_updates=12, warmup_updates=12),
+        update_schedule=UpdateSchedule(max_student_updates=12, warmup_updates=12),
     )
     losses = _Logged("student/feature_matching")
     fit(module, shards, batches=12, batch_size=8, callbacks=[losses])
@@ -147,23 +147,23 @@ def test_encoder_features_are_the_blocks_outputs(base: Base, kind: str) -> None:
         unet(sample.latents, torch.zeros(3, dtype=torch.int64), **sample.conditioning.unet_kwargs())
     for handle in handles:
         handle.remove()
-    found = EncoderFeatures()(sample.latents, sample.conditioning, module.roles)
+    found = EncoderFeatures()(sample.latents, sample.conditioning, module.context)
     assert list(found) == ["down_blocks.0", "down_blocks.1", "down_blocks.2", "mid_block"]
     for features, expected in zip(found.values(), kept, strict=True):
         torch.testing.assert_close(features, expected)
         assert features.requires_grad
-    chosen = EncoderFeatures(["down_blocks.1"])(sample.latents, sample.conditioning, module.roles)
+    chosen = EncoderFeatures(["down_blocks.1"])(sample.latents, sample.conditioning, module.context)
     torch.testing.assert_close(chosen["down_blocks.1"], kept[1])
     with pytest.raises(ValueError, match="no block 'up_blocks.0'"):
-        EncoderFeatures(["up_blocks.0"])(sample.latents, sample.conditioning, module.roles)
+        EncoderFeatures(["up_blocks.0"])(sample.latents, sample.conditioning, module.context)
 
 
 def test_terms_are_followed_one_by_one_and_their_sum_is_the_whole(base: Base) -> None:
     module = built(distillation(base("sd-epsilon")))
     sample = sample_of(module)
-    gradients, scalars = term_gradients(module.student_terms, sample, module.roles)
+    gradients, scalars = term_gradients(module.student_terms, sample, module.context)
     assert set(gradients) == {"distribution_matching", "adversarial"} and "score_gap" in scalars
-    total = sum((term(sample, module.roles)[0] for term in module.student_terms.values()), torch.zeros(()))
+    total = sum((term(sample, module.context)[0] for term in module.student_terms.values()), torch.zeros(()))
     (whole,) = torch.autograd.grad(total, sample.latents)
     torch.testing.assert_close(sum(gradients.values()), whole)
 
@@ -187,14 +187,14 @@ def test_pairs_bring_their_own_prompts_and_the_data_keep_theirs(base: Base, shar
     class Spy(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             assert module.gan is not None
-            loss = module.gan.critic_loss
+            loss = module.gan.discriminator_loss
 
             def spy(fake: Sample, real: Any, *rest: Any) -> Any:
                 own = module.family.encode_prompts(real.batch.captions).prompt_embeds
                 shown.append((real.conditioning.prompt_embeds, own))
                 return loss(fake, real, *rest)
 
-            module.gan.critic_loss = spy  # type: ignore[method-assign,assignment]
+            module.gan.discriminator_loss = spy  # type: ignore[method-assign,assignment]
 
     fit(module, shards, batches=1, callbacks=[Spy()])
     torch.testing.assert_close(*shown[0])

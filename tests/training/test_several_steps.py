@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from sdxs_lightning.callbacks.export import ExportPipeline
-from sdxs_lightning.modules.backward_simulation import sample_in_steps
-from sdxs_lightning.modules.student_generator import StudentGenerator
-from sdxs_lightning.plan.hardware import read_hardware
-from sdxs_lightning.plan.planner import Planner
-from sdxs_lightning.seeding import Stream, fingerprint, integers, normal
-from tests.tiny import LATENT_SHAPE, tiny_batch
-from tests.training.tiny_distillation import built, distillation, fit, moved, weights
+from sdxs_lightning.core.seeding import Stream, fingerprint, integers, normal
+from sdxs_lightning.memory_plan.hardware import read_hardware
+from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.networks.backward_simulation import sample_in_steps
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny_distillation import built, distillation, fit, moved, weights
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.network import prepare_unet
-from sdxs_lightning.modules.student_generator import StudentGenerator
-from tests.tiny import tiny_sd_unet
-from tests.training.tiny_distillation import (
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.network import prepare_unet
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from tests.helpers.tiny import tiny_sd_unet
+from tests.helpers.tiny_distillation import (
     built,
     distillation,
     fit,

@@ -1,4 +1,4 @@
-"""One turn of the distillation: what moves, by how much, and which gradients exist."""
+"""One iteration of the distillation: what moves, by how much, and which gradients exist."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from sdxs_lightning.batch import Conditioning
-from sdxs_lightning.modules.curriculum import Curriculum
-from sdxs_lightning.modules.discriminator import Discriminator
-from sdxs_lightning.modules.fake_score import FakeScore
-from sdxs_lightning.modules.lr_schedules import TwoPhaseLR
-from sdxs_lightning.modules.one_step_distillation import OneStepDistillation
-from sdxs_lightning.modules.student_generator import StudentGenerator
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.seeding import Stream, integers, normal
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
-from sdxs_lightning.seeding import Stream, integers, normal
-from tests.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
-from tests.training.tiny_distillation import (
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from sdxs_lightning.training.lr_schedules import TwoPhaseLR
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
+from tests.helpers.tiny_distillation import (
     KINDS,
     WARMUP,
     WARMUP_ONLY,
@@ -39,7 +39,7 @@ Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-CRITIC_ONLY = Curriculum(max_student_updates=9, fake_score_warmup_turns=9)
+CRITIC_ONLY = UpdateSchedule(max_student_updates=9, fake_score_only_iterations=9)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,13 @@ CRITIC_ONLY = Curriculum(max_student_updates=9, fake_score_warmup_turns=9)
             {"distribution_matching": None},
             {"student": 1.0, "ema": 1.0, "fake_score": 1.0, "discriminator": 1.0},
         ),
-        ({"curriculum": CRITIC_ONLY}, {"student": 0, "ema": 0, "fake_score": 1.0, "discriminator": 1.0}),
+        ({"update_schedule": CRITIC_ONLY}, {"student": 0, "ema": 0, "fake_score": 1.0, "discriminator": 1.0}),
         (
-            {"curriculum": WARMUP_ONLY, **WARMUP},
+            {"update_schedule": WARMUP_ONLY, **WARMUP},
             {"student": 1.0, "ema": 1.0, "fake_score": 0, "discriminator": 0},
         ),
     ],
-    ids=["both", "no-gan", "gan-only", "critic-turn", "warmup-turn"],
+    ids=["both", "no-gan", "gan-only", "critic-iteration", "warmup-iteration"],
 )
 def test_which_networks_move(
     base: Base, shards: Path, settings: dict[str, Any], expected: dict[str, float]
@@ -122,7 +122,7 @@ class ByHand:
         return kept[0]
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """Student loss and critic loss of the first turn."""
+        """Student loss and critic loss of the first iteration."""
         full = torch.full_like(self.positions, self.timestep)
         noise = self.normal(Stream.STUDENT_NOISE)
         x = self.x0(self.call(self.student, noise, full), noise, full)
@@ -169,10 +169,10 @@ def test_a_turn_equals_the_same_step_in_plain_torch(base: Base, shards: Path, ki
         if parameter.shape == other.shape:
             parameter.data.lerp_(other.data, 0.1)
     hand = ByHand(copy.copy(module), size=4)
-    student_loss, critic_loss = hand.losses()
+    student_loss, discriminator_loss = hand.losses()
     student = list(module.student.parameters())
     critics = [*module.fake_score.parameters(), *module.discriminator.parameters()]  # type: ignore[union-attr]
-    gradients = torch.autograd.grad(student_loss, student) + torch.autograd.grad(critic_loss, critics)
+    gradients = torch.autograd.grad(student_loss, student) + torch.autograd.grad(discriminator_loss, critics)
     expected = [p.detach() - 0.1 * g for p, g in zip([*student, *critics], gradients, strict=True)]
     trainer = fit(module, shards, batches=1, shuffled=False)
     for found, wanted in zip([*student, *critics], expected, strict=True):
@@ -187,7 +187,7 @@ def test_two_micro_batches_are_one_batch_of_twice_the_size(base: Base, shards: P
     whole, parts = distillation(base(kind)), distillation(base(kind), accumulate_grad_batches=2)
     fit(whole, shards, batches=2, batch_size=4)
     fit(parts, shards, batches=4, batch_size=2)
-    assert (whole.turns, parts.turns, parts.student_updates, parts.micro_batches) == (2, 2, 2, 0)
+    assert (whole.iterations, parts.iterations, parts.student_updates, parts.micro_batches) == (2, 2, 2, 0)
     for (name, one), (_, two) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         assert float((one - two).detach().abs().max()) <= 1e-6, name
 
@@ -196,13 +196,13 @@ def test_average_follows_student_updates_only(base: Base, shards: Path) -> None:
     module = built(
         distillation(
             base("sd-epsilon"),
-            curriculum=Curriculum(max_student_updates=99, critic_updates_per_student_update=2),
+            update_schedule=UpdateSchedule(max_student_updates=99, fake_score_updates_per_student_update=2),
             ema_decay=0.75,
         )
     )
     history = [weights(module.student)]
     recorder = _AfterEachBatch(lambda: history.append(weights(module.student)))
-    fit(module, shards, batches=4, callbacks=[recorder])  # updates on turns 0 and 2
+    fit(module, shards, batches=4, callbacks=[recorder])  # updates on iterations 0 and 2
     assert module.student_updates == 2
     assert module.ema is not None and not module.ema.denoiser.training
     for name, averaged in weights(module.ema).items():
@@ -226,7 +226,7 @@ def test_checkpoint_holds_what_learns_and_nothing_else(base: Base, shards: Path,
     parts = {".".join(name.split(".")[:2]) for name in content["state_dict"]}
     assert parts == {"student.denoiser", "fake_score.denoiser", "ema.denoiser", "discriminator.head"}
     assert len(content["optimizer_states"]) == 3
-    assert (content["turns"], content["student_updates"]) == (1, 1)
+    assert (content["iterations"], content["student_updates"]) == (1, 1)
     parameters = sum(value.numel() for value in content["state_dict"].values())
     unet = sum(parameter.numel() for parameter in module.family.load_unet().parameters())
     assert module.discriminator is not None
@@ -253,12 +253,12 @@ def test_guidance_one_asks_the_real_score_without_doubling(base: Base, shards: P
 
 
 def test_run_ends_after_the_last_student_update(base: Base, shards: Path) -> None:
-    curriculum = Curriculum(
-        max_student_updates=2, critic_updates_per_student_update=3, fake_score_warmup_turns=1
+    update_schedule = UpdateSchedule(
+        max_student_updates=2, fake_score_updates_per_student_update=3, fake_score_only_iterations=1
     )
-    module = distillation(base("sd-epsilon"), curriculum=curriculum)
+    module = distillation(base("sd-epsilon"), update_schedule=update_schedule)
     fit(module, shards, batches=50)
-    assert (module.student_updates, module.turns) == (2, 5)
+    assert (module.student_updates, module.iterations) == (2, 5)
 
 
 def test_learning_rates_move_with_each_networks_own_updates(base: Base, shards: Path) -> None:
@@ -267,7 +267,7 @@ def test_learning_rates_move_with_each_networks_own_updates(base: Base, shards: 
         base("sd-epsilon"),
         student=StudentGenerator(SGD, falling),
         fake_score=FakeScore(SGD, partial(TwoPhaseLR, total_updates=10, final_factor=0.0)),
-        curriculum=Curriculum(max_student_updates=9, critic_updates_per_student_update=3),
+        update_schedule=UpdateSchedule(max_student_updates=9, fake_score_updates_per_student_update=3),
     )
     trainer = fit(module, shards, batches=5)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]

@@ -8,8 +8,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from sdxs_lightning.modules.curriculum import Curriculum
-from tests.training.tiny_distillation import (
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny_distillation import (
     WARMUP,
     distillation,
     fit,
@@ -23,7 +23,7 @@ def test_warmup_is_deterministic_and_lowers_its_loss(base: Base, shards: Path) -
     for _ in range(2):
         module = distillation(
             base("sd-v_prediction"),
-            curriculum=Curriculum(max_student_updates=12, warmup_updates=12),
+            update_schedule=UpdateSchedule(max_student_updates=12, warmup_updates=12),
             **WARMUP,
         )
         seen: list[float] = []
@@ -36,7 +36,7 @@ def test_warmup_is_deterministic_and_lowers_its_loss(base: Base, shards: Path) -
 
 def test_pairs_are_given_back_when_their_time_is_over(base: Base, shards: Path) -> None:
     module = distillation(
-        base("sd-epsilon"), curriculum=Curriculum(max_student_updates=9, warmup_updates=2), **WARMUP
+        base("sd-epsilon"), update_schedule=UpdateSchedule(max_student_updates=9, warmup_updates=2), **WARMUP
     )
     held: list[bool] = []
 

@@ -9,9 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxs_lightning.modules.augmentation import NUMBERS, augment, cover, cut_squares, recolour, shift
+from sdxs_lightning.core.seeding import Stream, uniform
 from sdxs_lightning.objectives.pixel_adversarial import Augmentation, PixelAdversarial
-from sdxs_lightning.seeding import Stream, uniform
+from sdxs_lightning.stages.distillation.augmentation import (
+    NUMBERS,
+    augment,
+    cover,
+    cut_squares,
+    recolour,
+    shift,
+)
 
 
 def images(count: int = 4, height: int = 8, width: int = 10, dtype: torch.dtype = torch.float64) -> Tensor:

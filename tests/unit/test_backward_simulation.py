@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxs_lightning.batch import Conditioning
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.seeding import Stream, fingerprint, integers, normal
 from sdxs_lightning.export import export_pipeline, one_step_scheduler, several_step_scheduler
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
-from sdxs_lightning.modules.backward_simulation import (
+from sdxs_lightning.networks.backward_simulation import (
     fresh_noise,
     one_step,
     original_inference_steps,
     sample_in_steps,
     simulated_sample,
 )
-from sdxs_lightning.modules.ema import StudentEma
-from sdxs_lightning.modules.student_generator import StudentGenerator
-from sdxs_lightning.seeding import Stream, fingerprint, integers, normal
-from tests.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl
+from sdxs_lightning.networks.ema import StudentEma
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl
 
 FOUR = [999, 749, 499, 249]
 CAPTIONS = ["a red circle", "a blue star on a white background"]

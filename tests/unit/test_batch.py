@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.apply_func import move_data_to_device
 
-from sdxs_lightning.batch import Conditioning, TrainingBatch
+from sdxs_lightning.core.batch import Conditioning, TrainingBatch
 
 
 def sd(batch_size: int = 3) -> Conditioning:

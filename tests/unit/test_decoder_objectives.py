@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxs_lightning.modules.augmentation import cut_squares
 from sdxs_lightning.objectives.decoder_distillation import (
     ProjectedAdversarial,
     Reconstruction,
@@ -16,6 +15,7 @@ from sdxs_lightning.objectives.decoder_distillation import (
     pixel_mse,
 )
 from sdxs_lightning.objectives.projected_gan import hinge_critic_loss, hinge_generator_loss, r1_penalty
+from sdxs_lightning.stages.distillation.augmentation import cut_squares
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -9,12 +9,12 @@ import diffusers
 import pytest
 import torch
 
+from sdxs_lightning.core.noise_schedule import PredictionType
 from sdxs_lightning.export import export_pipeline, one_step_scheduler
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
-from sdxs_lightning.modules.student_generator import StudentGenerator
-from sdxs_lightning.noise_schedule import PredictionType
-from tests.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
 
 CAPTIONS = ["a red circle", "a blue star on a white background"]
 

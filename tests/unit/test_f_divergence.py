@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdxs_lightning.objectives.adversarial import critic_loss
+from sdxs_lightning.objectives.adversarial import discriminator_loss
 from sdxs_lightning.objectives.distribution_matching import (
     DistributionMatching,
     distribution_matching_gradient,
@@ -92,7 +92,7 @@ def _fitted_logits(real: Tensor, fake: Tensor) -> Tensor:
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = critic_loss(logits(real), logits(fake))
+        loss = discriminator_loss(logits(real), logits(fake))
         loss.backward()
         return loss
 

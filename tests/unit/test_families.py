@@ -16,7 +16,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.families.weights import weight_files
-from tests.tiny import (
+from tests.helpers.tiny import (
     LATENT_SHAPE,
     RESOLUTION_PX,
     save_tiny_sd,
@@ -24,7 +24,7 @@ from tests.tiny import (
     tiny_sd_unet,
     tiny_sdxl_unet,
 )
-from tests.tiny_releases import only_fp16, only_pickles, unet_like
+from tests.helpers.tiny_releases import only_fp16, only_pickles, unet_like
 
 CAPTIONS = ["a red circle", "", "a small green square above a large blue star on a white background"]
 

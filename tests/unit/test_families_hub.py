@@ -18,7 +18,7 @@ from huggingface_hub import constants
 from sdxs_lightning.families.hub import is_hub_id, needed_files
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
-from tests.tiny_releases import only_fp16, save_release
+from tests.helpers.tiny_releases import only_fp16, save_release
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 

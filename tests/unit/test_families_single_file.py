@@ -19,8 +19,8 @@ from sdxs_lightning.families import single_file
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.families.single_file import read_header
-from tests.ldm_layout import save_single_file
-from tests.tiny_releases import save_release
+from tests.helpers.ldm_layout import save_single_file
+from tests.helpers.tiny_releases import save_release
 
 CAPTIONS = ["a red circle", "", "a blue star above a cat"]
 KINDS = {

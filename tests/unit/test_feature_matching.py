@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.feature_matching import FeatureMatching, feature_matching_loss, global_ssim
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation, cosine_ramp
-from sdxs_lightning.timesteps import TimestepRange
 
 
 def maps(count: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:

@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Dinov2Model
 
-from data.toy.classifier import AttributeClassifier
-from data.toy.features import ClassifierFeatures
-from sdxs_lightning.modules.image_features import (
+from data.toy.training.classifier import AttributeClassifier
+from data.toy.training.features import ClassifierFeatures
+from sdxs_lightning.networks.image_features import (
     Dinov2Features,
     FeatureNetwork,
     OpenClipFeatures,
     TimmFeatures,
 )
-from tests.config.tiny_run import ROOT
-from tests.training.tiny_decoding import save_dinov2
+from tests.helpers.tiny_decoding import save_dinov2
+from tests.helpers.tiny_run import ROOT
 
 IMAGENET = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 TINY_VIT: dict[str, Any] = {"embed_dim": 16, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 8}

@@ -9,13 +9,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from sdxs_lightning.core.noise_schedule import NoiseSchedule
 from sdxs_lightning.export import plain_unet
-from sdxs_lightning.modules.adapter_views import AveragedView, BaseView
-from sdxs_lightning.modules.lora import TARGETS, LoRA, add_lora, cast_base, lora_parameters, merged_weights
-from sdxs_lightning.modules.network import resting
-from sdxs_lightning.noise_schedule import NoiseSchedule
-from sdxs_lightning.teacher.denoiser import Denoiser
-from tests.tiny import LATENT_SHAPE, tiny_conditioning, tiny_sd_unet, tiny_sdxl_unet
+from sdxs_lightning.networks.adapter_views import AveragedView, BaseView
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.lora import TARGETS, LoRA, add_lora, cast_base, lora_parameters, merged_weights
+from sdxs_lightning.networks.network import no_param_grad
+from tests.helpers.tiny import LATENT_SHAPE, tiny_conditioning, tiny_sd_unet, tiny_sdxl_unet
 
 TIMESTEPS = torch.tensor([999, 10, 500])
 NOISY = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
@@ -169,7 +169,7 @@ def test_the_base_is_still_there(sdxl: bool) -> None:
         assert torch.equal(now, then) and not torch.equal(learned, then)
     # And the network is what it was: adapters on and learning, in training mode.
     assert all(p.requires_grad for p in lora_parameters(network).values()) and network.unet.training
-    with resting(network):
+    with no_param_grad(network):
         output_of(base, sdxl)
         assert not any(p.requires_grad for p in network.parameters())
 

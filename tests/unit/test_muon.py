@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sdxs_lightning.modules.muon import Muon, orthogonalised
+from sdxs_lightning.training.muon import Muon, orthogonalised
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sdxs_lightning.noise_schedule import (
+from sdxs_lightning.core.noise_schedule import (
     PREDICTION_TYPES,
     NoiseSchedule,
     PredictionType,

@@ -7,19 +7,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives import (
     Denoising,
     DiffusionAdversarial,
     DistributionMatching,
     Regression,
-    critic_loss,
     denoising_loss,
+    discriminator_loss,
     distribution_matching_gradient,
     distribution_matching_loss,
     generator_loss,
     regression_loss,
 )
-from sdxs_lightning.timesteps import TimestepRange
 
 
 def latents(count: int) -> list[Tensor]:
@@ -88,10 +88,10 @@ def test_targets_get_no_gradient(function: Callable[[Tensor, Tensor], Tensor]) -
 
 def test_the_gan_at_indifference_and_its_directions() -> None:
     zeros = torch.zeros(4)
-    assert critic_loss(zeros, zeros).item() == pytest.approx(2 * math.log(2))
+    assert discriminator_loss(zeros, zeros).item() == pytest.approx(2 * math.log(2))
     assert generator_loss(zeros).item() == pytest.approx(math.log(2))
     real, fake = (torch.zeros(4, requires_grad=True) for _ in range(2))
-    critic_loss(real, fake).backward()
+    discriminator_loss(real, fake).backward()
     assert real.grad is not None
     assert fake.grad is not None
     assert (real.grad < 0).all()  # descent raises the logits of real latents
@@ -119,7 +119,7 @@ def test_losses_of_bfloat16_are_float32() -> None:
         distribution_matching_loss(pred_x0, gradient),
         denoising_loss(pred_x0, real_x0),
         regression_loss(pred_x0, real_x0),
-        critic_loss(pred_x0[:, 0, 0, 0], real_x0[:, 0, 0, 0]),
+        discriminator_loss(pred_x0[:, 0, 0, 0], real_x0[:, 0, 0, 0]),
         generator_loss(pred_x0[:, 0, 0, 0]),
     ):
         assert loss.dtype == torch.float32
@@ -140,7 +140,7 @@ def test_weights_multiply() -> None:
             0.5,
         ),
         (DiffusionAdversarial().student_loss(fake), generator_loss(fake), 1e-3),
-        (DiffusionAdversarial().critic_loss(real, fake), critic_loss(real, fake), 1e-2),
+        (DiffusionAdversarial().discriminator_loss(real, fake), discriminator_loss(real, fake), 1e-2),
     ):
         assert weighted.item() == pytest.approx(weight * plain.item(), rel=1e-6)
 
@@ -165,8 +165,10 @@ def test_refusals() -> None:
         Denoising(weight=0)
     with pytest.raises(ValueError, match="weight of DistributionMatching must be positive, got nan"):
         DistributionMatching(weight=float("nan"))
-    with pytest.raises(ValueError, match="critic_weight of DiffusionAdversarial must be positive, got -1"):
-        DiffusionAdversarial(critic_weight=-1)
+    with pytest.raises(
+        ValueError, match="discriminator_weight of DiffusionAdversarial must be positive, got -1"
+    ):
+        DiffusionAdversarial(discriminator_weight=-1)
     with pytest.raises(ValueError, match="weight of Regression must be positive, got inf"):
         Regression(weight=math.inf)
     with pytest.raises(ValueError, match="huber_delta of Regression must be positive or null, got 0"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sdxs_lightning.pair_noise import noise_seeds, pair_noise
-from sdxs_lightning.seeding import Stream, normal
+from sdxs_lightning.core.pair_noise import noise_seeds, pair_noise
+from sdxs_lightning.core.seeding import Stream, normal
 
 
 def test_noise_depends_on_seed_and_index_alone() -> None:

@@ -14,14 +14,14 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from sdxs_lightning.core.noise_schedule import NoiseSchedule
+from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family
-from sdxs_lightning.noise_schedule import NoiseSchedule
-from sdxs_lightning.seeding import Stream, normal
-from sdxs_lightning.teacher.denoiser import Denoiser
-from sdxs_lightning.teacher.scheduler_sampler import ODE_SCHEDULERS, SchedulerSampler
-from sdxs_lightning.teacher.target_sampler import TargetSampler, make_sampler
-from tests.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_conditioning, tiny_sd_unet
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.pairs.scheduler_sampler import ODE_SCHEDULERS, SchedulerSampler
+from sdxs_lightning.pairs.target_sampler import TargetSampler, make_sampler
+from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_conditioning, tiny_sd_unet
 
 # Of numpy's, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sdxs_lightning.seeding import Stream, _words, integers, normal, uniform
+from sdxs_lightning.core.seeding import Stream, _words, integers, normal, uniform
 
 POSITIONS = torch.arange(512)
 SHAPE = (4, 16, 16)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
 
-from sdxs_lightning.guidance import guide
-from sdxs_lightning.latents import from_uint8, scale, to_uint8, unscale
-from sdxs_lightning.noise_schedule import NoiseSchedule, to_pred_x0
-from sdxs_lightning.seeding import Stream
-from sdxs_lightning.timesteps import TimestepRange, few_step_timesteps
+from sdxs_lightning.core.guidance import guide
+from sdxs_lightning.core.latents import from_uint8, scale, to_uint8, unscale
+from sdxs_lightning.core.noise_schedule import NoiseSchedule, to_pred_x0
+from sdxs_lightning.core.seeding import Stream
+from sdxs_lightning.core.timesteps import TimestepRange, few_step_timesteps
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

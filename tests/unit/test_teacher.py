@@ -7,14 +7,14 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from sdxs_lightning.batch import Conditioning
-from sdxs_lightning.noise_schedule import NoiseSchedule, PredictionType
-from sdxs_lightning.teacher.denoiser import Denoiser
-from sdxs_lightning.teacher.feature_taps import FeatureTap, bottleneck_of, bottleneck_shape, encoder_of
-from sdxs_lightning.teacher.frozen import Frozen
-from sdxs_lightning.teacher.target_sampler import TargetSampler
-from sdxs_lightning.timesteps import Spacing
-from tests.tiny import LATENT_SHAPE, tiny_conditioning, tiny_sd_unet, tiny_sdxl_unet
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType
+from sdxs_lightning.core.timesteps import Spacing
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.feature_taps import FeatureTap, bottleneck_of, bottleneck_shape, encoder_of
+from sdxs_lightning.pairs.target_sampler import TargetSampler
+from tests.helpers.tiny import LATENT_SHAPE, tiny_conditioning, tiny_sd_unet, tiny_sdxl_unet
 
 TIMESTEPS = torch.tensor([20, 999])
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from sdxs_lightning.noise_schedule import PredictionType
-from tests import tiny
+from sdxs_lightning.core.noise_schedule import PredictionType
+from tests.helpers import tiny
 
 
 def test_sizes() -> None:

@@ -1,0 +1,111 @@
+"""The VAE behind a set of latents: found, checked, and called on a batch of pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from data.prepare.latents.settings import VaeDtype
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.latents import from_uint8
+from sdxs_lightning.families import Family, hub
+from sdxs_lightning.families.folders import kl_folder, read_json, vae_class, vae_factor
+from sdxs_lightning.families.weights import load_network
+
+
+class Posterior(NamedTuple):
+    """What the encoder says of a batch: (B, C, h, w), float32 each, on the CPU, unscaled."""
+
+    mean: Tensor
+    logvar: Tensor
+
+
+class Encoder:
+    """A VAE's encoder.
+
+    Args:
+        folder: of the VAE.
+        dtype: of its weights and computations.
+        device: where it runs.
+    """
+
+    def __init__(self, folder: Path, dtype: VaeDtype, device: torch.device) -> None:
+        self._device, self._dtype = device, getattr(torch, dtype)
+        self._vae = load_network(AutoencoderKL, folder, self._dtype).to(device).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[Image.Image]) -> Posterior:
+        """RGB pictures of one size to their posterior."""
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+        # Without TensorFloat-32, which keeps 10 bits of float32's 23, and with kernels that give the same bits each time.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            posterior = self._vae.encode(from_uint8(pixels).to(self._device, self._dtype)).latent_dist
+        return Posterior(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
+
+
+def find_vae(family: Family, named: str | None) -> Path:
+    """The folder of the VAE that encodes: the base's, or another one of the same latents.
+
+    Args:
+        family: the base.
+        named: VAE folder, pipeline folder or hub id of either.
+
+    Raises:
+        UserError: for one that is not there, or whose latents are not those that the base's U-Net reads.
+    """
+    try:
+        folder = kl_folder(family.folder) if named is None else _folder(named)
+        if folder is None:
+            raise FileNotFoundError(f"'{family.base}' has no AutoencoderKL; name one with --vae.")
+        if vae_class(folder) is not AutoencoderKL:
+            raise ValueError(f"'{folder}' holds no AutoencoderKL.")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--vae: {error}" if named else f"--model: {error}") from error
+    config = read_json(folder / "config.json")
+    channels = config.get("latent_channels", 4)
+    scaling_factor = config.get("scaling_factor", family.scaling_factor)
+    expected = family.unet_config["in_channels"]
+    if channels != expected or abs(scaling_factor - family.scaling_factor) > 1e-6:
+        raise UserError(
+            f"--vae '{folder}' gives {channels} channels, scaled by {scaling_factor}, and the U-Net of '{family.base}' reads "
+            f"{expected}, scaled by {family.scaling_factor}; they are not of one family."
+        )
+    return folder
+
+
+def check_dtype(folder: Path, dtype: VaeDtype) -> None:
+    """Refuses float16 for a VAE that says it overflows there.
+
+    Raises:
+        UserError: with the ways out.
+    """
+    if dtype == "float16" and read_json(folder / "config.json").get("force_upcast", False):
+        raise UserError(
+            f"--vae-dtype float16: the VAE in '{folder}' overflows in float16 (force_upcast in its config); give float32 or "
+            "bfloat16, or with --vae one that was made for float16, such as madebyollin/sdxl-vae-fp16-fix."
+        )
+
+
+def pixels_per_latent(folder: Path) -> int:
+    """Of a side."""
+    return vae_factor(read_json(folder / "config.json"))
+
+
+def _folder(named: str) -> Path:
+    path = Path(named)
+    if not path.exists() and hub.is_hub_id(named):
+        try:
+            return hub.fetch(named, "vae/config.json", ("vae",)) / "vae"
+        except FileNotFoundError:
+            return hub.fetch(named, "config.json", ("",))
+    for folder in (path, path / "vae"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise FileNotFoundError(f"'{named}' is neither a VAE folder (config.json) nor a pipeline folder (vae/).")

@@ -1,0 +1,105 @@
+"""Looking at a set of pairs with the reader that trainings use, and sampling some of it again."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.prepare.pairs.sampler import PairSampler
+from data.prepare.pairs.settings import PairSettings
+from data.prepare.pairs.shards import shard_path
+from data.shards.dataset import ShardDataset
+from data.shards.index import ShardSet
+from data.shards.order import SampleOrder
+from data.shards.tar_headers import BrokenShardError
+from sdxs_lightning.core.errors import UserError
+
+_LOOKED_AT = 1024
+_TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 1e-1}
+"""Largest difference, in standard deviations of the latents. On the machine that made a set the difference is 0; another
+one rounds otherwise, and an ODE of many steps makes more of that."""
+
+
+def open_set(folder: Path, settings: PairSettings) -> ShardDataset:
+    """The pairs that are there, in order.
+
+    Raises:
+        UserError: for a shard that is broken or holds another number of pairs than it should.
+    """
+    present = [i for i in range(settings.shards) if shard_path(folder, i).exists()]
+    paths = [shard_path(folder, i) for i in present]
+    try:
+        found = ShardSet.open(paths)
+        order = SampleOrder(found.sizes, shuffle_window_shards=0)
+        dataset = ShardDataset(found, order, ("latents", "noise_seeds", "sizes"), empty_captions="keep")
+    except (BrokenShardError, OSError, ValueError) as error:
+        raise UserError(f"{error} Remove that shard; the same command makes it again.") from error
+    for path, shard, size in zip(paths, present, found.sizes, strict=True):
+        if size != len(settings.indices(shard)):
+            raise UserError(
+                f"{path} holds {size} pairs instead of {len(settings.indices(shard))}; remove it, and the same command makes "
+                "it again."
+            )
+    return dataset
+
+
+def statistics(dataset: ShardDataset, scaling_factor: float) -> dict[str, float]:
+    """Mean and standard deviation of the scaled latents of the first pairs; about 0 and 1 for a sampler that works."""
+    latents = dataset.batch(range(min(len(dataset), _LOOKED_AT))).latents
+    assert latents is not None
+    scaled = latents * scaling_factor
+    return {"latents_mean": scaled.mean().item(), "latents_std": scaled.std().item()}
+
+
+def verify(folder: Path, sampler: PairSampler, batch_size: int, count: int) -> dict[str, Any]:
+    """Samples random pairs again and compares them with what is stored.
+
+    Args:
+        folder: of the set.
+        sampler: of the set.
+        batch_size: with that of the set, the same machine has to give the same bits.
+        count: how many pairs.
+
+    Returns:
+        The indices and the largest difference, in standard deviations of the stored latents.
+
+    Raises:
+        UserError: for a pair that differs, or whose noise seed or prompt is another.
+    """
+    settings = sampler.settings
+    dataset = open_set(folder, settings)
+    present = [
+        i
+        for shard in range(settings.shards)
+        if shard_path(folder, shard).exists()
+        for i in settings.indices(shard)
+    ]
+    chosen = sorted(random.SystemRandom().sample(range(len(present)), min(count, len(present))))
+    worst = 0.0
+    for place in chosen:
+        index = present[place]
+        shard = settings.indices(index // settings.samples_per_shard)
+        # In the batch that it was sampled in: the kernels that are chosen depend on the batch's size.
+        start = shard.start + (index - shard.start) // batch_size * batch_size
+        batch = range(start, min(start + batch_size, shard.stop))
+        prompts, seeds, latents = sampler(batch)
+        stored, row = dataset.batch([place]), index - start
+        assert stored.latents is not None and stored.pair_noise_seeds is not None
+        if stored.captions[0] != prompts[row] or int(stored.pair_noise_seeds[0]) != int(seeds[row]):
+            raise UserError(
+                f"pair {index} of '{folder}' has the prompt '{stored.captions[0]}' and noise seed "
+                f"{int(stored.pair_noise_seeds[0])}, and should have '{prompts[row]}' and {int(seeds[row])}; were "
+                "shards renamed?"
+            )
+        expected = latents[row].half().float()
+        difference = (stored.latents[0] - expected).abs().max() / expected.std()
+        worst = max(worst, float(torch.nan_to_num(difference, nan=float("inf"))))
+        if worst > _TOLERANCE[settings.dtype]:
+            raise UserError(
+                f"pair {index} of '{folder}' differs from what its settings give by {worst:.3g} standard deviations (allowed: "
+                f"{_TOLERANCE[settings.dtype]:g}); make the set again, in another folder."
+            )
+    return {"verified": [present[place] for place in chosen], "largest_difference": worst}

@@ -1,0 +1,1 @@
+"""What trains the networks of the toy world other than its U-Net."""

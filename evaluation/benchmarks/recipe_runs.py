@@ -1,0 +1,135 @@
+"""The recipes of the toy world and their runs: each is train.py from another row's student, or from the base."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from evaluation.protocols.protocols import REPOSITORY
+
+MODEL = "--model.init_args."
+DISTILL, FINISH = "toy/distill.yaml", "toy/finish.yaml"
+WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
+SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
+PAIRS = "outputs/toy-pairs"
+"""What `python -m data.prepare pairs` wrote; all seeds share it."""
+COST = "cost.json"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One row: a stage with its settings, and the student that it starts from."""
+
+    configs: tuple[str, ...]
+    """Files under configs/, laid over each other."""
+    start: str | None = None
+    """Row or U-Net folder that gives the student's first weights; None is the base."""
+    flags: tuple[str, ...] = ()
+    """Further arguments of train.py."""
+
+
+def _finish_of(row: str) -> Recipe:
+    return Recipe((DISTILL, FINISH), row)
+
+
+PRUNED = "outputs/toy-miniaturise/unet"
+_NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
+RECIPES: dict[str, Recipe] = {
+    "regression": Recipe(WARMUP, flags=_NO_FEATURES),
+    "warmup": Recipe(WARMUP),
+    "segmented": Recipe(SEGMENTED, "warmup"),
+    "dmd2_no_gan": Recipe((DISTILL,), "warmup", (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")),
+    "dmd2": Recipe((DISTILL,), "warmup"),
+    "dmd2_jensen_shannon": Recipe(
+        (DISTILL,), "warmup", (f"{MODEL}distribution_matching.f_divergence.divergence=jensen_shannon",)
+    ),
+    "dmd2_lora_fake": Recipe((DISTILL,), "warmup", (f"{MODEL}fake_score.init_args.lora.rank=32",)),
+    "segmented+finish": _finish_of("segmented"),
+    "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
+    "dmd2+finish": _finish_of("dmd2"),
+    "dmd2_jensen_shannon+finish": _finish_of("dmd2_jensen_shannon"),
+    "dmd2_lora_fake+finish": _finish_of("dmd2_lora_fake"),
+    "pruned_warmup": Recipe(WARMUP, PRUNED),
+    "pruned_segmented": Recipe(SEGMENTED, "pruned_warmup"),
+    "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),
+    "pruned_segmented+finish": _finish_of("pruned_segmented"),
+    "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
+}
+"""By name of the row. Those without a start, or with a folder, come before those that start from them."""
+
+
+def make_pairs() -> None:
+    """The pairs of every warm-up, by the project's own command; does nothing where they are complete."""
+    options = ["--captions", "toy:train", "--count", "8192", "--steps", "8", "--guidance", "1.5"]
+    line = [
+        sys.executable,
+        "-m",
+        "data.prepare",
+        "pairs",
+        "--model",
+        "data/toy/base",
+        *options,
+        "--batch-size",
+        "64",
+    ]
+    subprocess.run([*line, "--out", PAIRS], cwd=REPOSITORY, check=True)
+
+
+def run_folder(root: Path, row: str, seed: int) -> Path:
+    """Where a row's run with a seed lies."""
+    return root / row / f"seed{seed}"
+
+
+def command(root: Path, row: str, seed: int) -> list[str]:
+    """The command line of a run."""
+    recipe = RECIPES[row]
+    files = [*recipe.configs, "toy/recipe.yaml"]
+    line = [sys.executable, "train.py", *(part for file in files for part in ("--config", f"configs/{file}"))]
+    start = recipe.start
+    if start in RECIPES:
+        start = str(run_folder(root, start, seed) / "pipeline")
+    weights = [f"{MODEL}student.init_args.weights={start or 'null'}"]
+    folder = [f"--trainer.default_root_dir={run_folder(root, row, seed)}", f"--seed_everything={seed}"]
+    return [*line, *weights, *recipe.flags, *folder]
+
+
+def is_finished(root: Path, row: str, seed: int) -> bool:
+    """Whether the run has exported its pipeline."""
+    return (run_folder(root, row, seed) / "pipeline" / "model_index.json").is_file()
+
+
+def train(root: Path, row: str, seed: int) -> None:
+    """Runs a row, and first what it starts from; does nothing if its pipeline is there.
+
+    Raises:
+        RuntimeError: if train.py fails; its last words are in the run's log.
+    """
+    folder, start = run_folder(root, row, seed), RECIPES[row].start
+    if is_finished(root, row, seed):
+        return
+    if start in RECIPES:
+        train(root, start, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    line = command(root, row, seed)
+    if (folder / "checkpoints").is_dir():
+        line += ["--ckpt_path", "last"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with (folder / "log.txt").open("a") as log:
+        code = subprocess.run(
+            line, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
+    # Of the processor, not of the clock: several rows may run beside each other.
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before + cpu_seconds(folder)
+    (folder / COST).write_text(json.dumps({"cpu_seconds": seconds, "command": line[1:]}) + "\n")
+    if code:
+        raise RuntimeError(f"{row} with seed {seed} ended with exit code {code}; see {folder / 'log.txt'}")
+
+
+def cpu_seconds(folder: Path) -> float:
+    """What a run has cost so far, of one core; 0 where nothing was written down."""
+    file = folder / COST
+    return float(json.loads(file.read_text())["cpu_seconds"]) if file.is_file() else 0.0

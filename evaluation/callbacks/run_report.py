@@ -1,0 +1,267 @@
+"""The report of a distillation: report.json, samples.png and progress.png, written where training ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from evaluation.benchmarks.teacher_table import show
+from evaluation.callbacks.independence import require_independent
+from evaluation.callbacks.loops import callback_of, paused, student_updates_of
+from evaluation.callbacks.progress import Throughput, peak_memory_gib
+from evaluation.callbacks.sample_grids import DistillationMetrics, averaged_student
+from evaluation.images.generate import ImageMaker, RealImages
+from evaluation.protocols.protocols import Protocol, get_protocol
+from evaluation.reports.grids import progress_curves, sheet
+from evaluation.runner.machine import milliseconds_per_image, where
+from evaluation.runner.scores import Judges, measure
+from evaluation.runner.teacher_scores import (
+    GUIDANCE_SCALE,
+    RESULTS,
+    STEPS,
+    Entry,
+    Teacher,
+    add_timings,
+    complete,
+    look_up,
+    store,
+)
+from sdxs_lightning.core.timesteps import Spacing
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+
+OWN_RESULTS = "teacher.json"
+"""In the run's folder: what of the teacher had to be measured there."""
+
+
+class Report(pl.Callback):
+    """Measures the averaged student before and after, beside its teacher, on held-out prompts, and writes it down.
+
+    The teacher's figures are looked up in `teacher_results` (and in `teacher.json` of the run's folder) by protocol and
+    weights; what is missing there is measured, which takes minutes. Latencies are always measured here.
+
+    Args:
+        folder: where to write; None means the trainer's default_root_dir.
+        protocol: a name of evaluation/protocols.py.
+        samples: how many images, None for the protocol's; it changes FID, and no stored teacher will match.
+        teacher_steps: of the teacher's rows; the most of them is "many-step", the fewest "few-step" in samples.png.
+        teacher_guidance_scale: of the teacher.
+        teacher_spacing: of the teacher's timesteps.
+        teacher_results: JSON file of `python -m evaluation.benchmarks.teacher_table`; None means the committed one.
+        pictures: columns of samples.png.
+        batch_size: images per call on each device.
+        clip: open_clip folder, None for the protocol's.
+        classifier: attribute classifier's folder, None for the protocol's.
+        reference: npz of the reference's statistics, None for the protocol's.
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        protocol: str = "toy",
+        samples: int | None = None,
+        teacher_steps: Sequence[int] = STEPS,
+        teacher_guidance_scale: float = GUIDANCE_SCALE,
+        teacher_spacing: Spacing = "trailing",
+        teacher_results: str | None = None,
+        pictures: int = 10,
+        batch_size: int = 100,
+        clip: str | None = None,
+        classifier: str | None = None,
+        reference: str | None = None,
+    ) -> None:
+        changes = {"samples": samples, "clip": clip, "classifier": classifier, "reference": reference}
+        self.protocol = get_protocol(protocol, **changes)
+        self.folder, self.batch_size = folder, batch_size
+        self.teacher_steps = sorted(teacher_steps, reverse=True)
+        self.teacher_guidance_scale, self.teacher_spacing = teacher_guidance_scale, teacher_spacing
+        self.teacher_results = Path(teacher_results) if teacher_results is not None else RESULTS
+        self.prompts = self.protocol.captions()
+        self.picture_ids = torch.arange(min(pictures, self.protocol.samples))
+        self._before: dict[str, float] | None = None
+        self._before_pictures: Tensor | None = None
+        self._judges: Judges | None = None
+        self._to_store: dict[str, Entry] = {}
+        self._start_seconds = 0.0
+        self._earlier_seconds = 0.0
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Start the clock; load the judges, so that a missing one is told before anything is trained."""
+        self._start_seconds = time.perf_counter()
+        self._judges = self._judges or Judges.load(self.protocol)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a run that learns through what will judge it."""
+        assert isinstance(pl_module, OneStepDistillation) and self._judges is not None
+        require_independent([self._judges.clip, self._judges.classifier], pl_module.looked_through())
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the student that training starts from; a resumed run has it in its checkpoint."""
+        if self._before is None:
+            with paused(trainer):
+                self._before = self._student(trainer, pl_module)
+                self._before_pictures = self._draw(averaged_student(trainer, pl_module, self.protocol.seed))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Measure the student and whatever is not known of its teacher; write the three files."""
+        assert isinstance(pl_module, OneStepDistillation)
+        with paused(trainer):
+            student = self._student(trainer, pl_module)
+            teacher = self._teacher(pl_module, self.protocol)
+            entry = self._teacher_entry(trainer, teacher, self.protocol, self.teacher_steps, with_real=True)
+            entry = add_timings(entry, teacher, self.prompts[0])
+            rows = self._picture_rows(trainer, pl_module, teacher)
+            curve = callback_of(trainer, DistillationMetrics)
+            line = None if curve is None else self._teacher_line(trainer, pl_module, curve, entry)
+        if not trainer.is_global_zero:
+            return
+        folder = self._folder(trainer)
+        # Only now: a rank that still looked up while another one stored would measure less than the others, and wait.
+        for name, measured in self._to_store.items():
+            store(folder / OWN_RESULTS, name, measured)
+        report = self._compose(trainer, pl_module, student, entry, curve)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        sheet(rows, [self.prompts[index] for index in self.picture_ids.tolist()]).save(folder / "samples.png")
+        label = f"teacher, {self.teacher_steps[0]} steps"
+        progress_curves(report["history"], line, label, folder / "progress.png")
+        show(
+            self.protocol.name,
+            entry,
+            {"student before": report["student_before"], "student": report["student"]},
+        )
+        rank_zero_info(
+            f"Report: {folder / 'report.json'}, {folder / 'samples.png'}, {folder / 'progress.png'}"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What only the start of the run can know."""
+        pictures = None if self._before_pictures is None else self._before_pictures.cpu()
+        return {"before": self._before, "before_pictures": pictures, "seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From the checkpoint."""
+        self._before, self._before_pictures = state_dict["before"], state_dict["before_pictures"]
+        self._earlier_seconds = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self._earlier_seconds + time.perf_counter() - self._start_seconds
+
+    def _folder(self, trainer: pl.Trainer) -> Path:
+        folder = Path(self.folder if self.folder is not None else trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def _student(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+        """One row of the report: the averaged student as it is now."""
+        maker = averaged_student(trainer, module, self.protocol.seed)
+        scores = self._measure(trainer, self.protocol, self._judges, maker, self.prompts, module.device)
+        return {"nfe": 1, **scores, "ms_per_image": milliseconds_per_image(maker, self.prompts[0])}
+
+    def _measure(
+        self,
+        trainer: pl.Trainer,
+        protocol: Protocol,
+        judges: Judges | None,
+        maker: ImageMaker,
+        prompts: Sequence[str],
+        device: torch.device,
+    ) -> dict[str, float]:
+        judges = judges or Judges.load(protocol)
+        ranks = trainer.global_rank, trainer.world_size
+        return measure(maker, prompts, judges, device, self.batch_size, *ranks).as_dict()
+
+    def _teacher(self, module: OneStepDistillation, protocol: Protocol) -> Teacher:
+        settings = self.teacher_guidance_scale, self.teacher_spacing, protocol.seed
+        return Teacher(module.family, module.device, *settings)
+
+    def _teacher_entry(
+        self, trainer: pl.Trainer, teacher: Teacher, protocol: Protocol, steps: Sequence[int], with_real: bool
+    ) -> Entry:
+        """Stored measurements, completed."""
+        judges: Judges | None = self._judges if protocol == self.protocol else None
+        measured: list[str] = []
+
+        def measure_images(what: str, maker: ImageMaker, prompts: Sequence[str]) -> dict[str, float]:
+            rank_zero_info(
+                f"Measuring {what}: no stored figures for this base under protocol {protocol.name!r}."
+            )
+            measured.append(what)
+            return self._measure(trainer, protocol, judges, maker, prompts, teacher.device)
+
+        known = look_up([self.teacher_results, self._folder(trainer) / OWN_RESULTS], protocol, teacher)
+        entry = complete(known, protocol, teacher, steps, measure_images, with_real)
+        if measured:
+            self._to_store[protocol.name] = entry
+        return {**entry, "teacher": {str(count): entry["teacher"][str(count)] for count in steps}}
+
+    def _teacher_line(
+        self, trainer: pl.Trainer, module: OneStepDistillation, curve: DistillationMetrics, entry: Entry
+    ) -> dict[str, float]:
+        """The many-step teacher under the protocol of the curve, without which the two could not be compared."""
+        steps = self.teacher_steps[:1]
+        if curve.protocol != self.protocol:
+            teacher = self._teacher(module, curve.protocol)
+            entry = self._teacher_entry(trainer, teacher, curve.protocol, steps, with_real=False)
+        line: dict[str, float] = entry["teacher"][str(steps[0])]
+        return line
+
+    def _draw(self, maker: ImageMaker) -> Tensor:
+        captions = [self.prompts[index] for index in self.picture_ids.tolist()]
+        return maker(captions, self.picture_ids).cpu()
+
+    def _picture_rows(
+        self, trainer: pl.Trainer, module: OneStepDistillation, teacher: Teacher
+    ) -> dict[str, Tensor]:
+        """Same prompts and noise in each row."""
+        many, few = self.teacher_steps[0], self.teacher_steps[-1]
+        assert self._before_pictures is not None
+        return {
+            "real": self._draw(RealImages(self.protocol.split)),
+            f"teacher\n{many} steps": self._draw(teacher.images(many)),
+            f"teacher\n{few} step{'s' * (few > 1)}": self._draw(teacher.images(few)),
+            "student\nbefore": self._before_pictures,
+            "student\n1 step": self._draw(averaged_student(trainer, module, self.protocol.seed)),
+        }
+
+    def _compose(
+        self,
+        trainer: pl.Trainer,
+        module: OneStepDistillation,
+        student: dict[str, float],
+        entry: Entry,
+        curve: DistillationMetrics | None,
+    ) -> dict[str, Any]:
+        """The contract's keys first; then what explains them."""
+        throughput = callback_of(trainer, Throughput)
+        latest = {} if throughput is None else throughput.latest
+        many = entry["teacher"][str(self.teacher_steps[0])]
+        return {
+            "seconds": self._seconds(),
+            "student_updates": student_updates_of(module),
+            "student": student,
+            "student_before": self._before,
+            "teacher": entry["teacher"],
+            "real_vs_real": entry["real_vs_real"],
+            "protocol": self.protocol.describe(),
+            **where(module.device),
+            "vae_floor": entry["vae_floor"],
+            "fid_ratio": student["fid"] / many["fid"],
+            "caption_accuracy_ratio": student["caption_accuracy"] / max(many["caption_accuracy"], 1e-9),
+            "speedup": many["ms_per_image"] / student["ms_per_image"],
+            "latency_batch_size": entry["latency_batch_size"],
+            "teacher_guidance_scale": self.teacher_guidance_scale,
+            "teacher_spacing": self.teacher_spacing,
+            "base_sha256": entry["base_sha256"],
+            "seed": module.seed,
+            "peak_memory_gib": peak_memory_gib(module.device),
+            "throughput": {key.removeprefix("throughput/"): value for key, value in latest.items()},
+            "curve_protocol": None if curve is None else curve.protocol.describe(),
+            "history": [] if curve is None else curve.history,
+        }

@@ -1,0 +1,125 @@
+"""What a distillation shows of itself while it runs: scores and samples of the averaged student (speed: progress.py)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from evaluation.callbacks.progress import ProgressBar, Throughput
+from evaluation.callbacks.score_curve import ScoreCurve
+from evaluation.callbacks.student_updates import StudentUpdateCallback, averaged_student, only_while_measuring
+from evaluation.images.prompt_files import read_prompts
+from evaluation.protocols.protocols import get_protocol
+from evaluation.reports.grids import sheet
+from evaluation.runner.scores import Judges, measure
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+
+__all__ = ["DistillationMetrics", "ProgressBar", "SampleGrids", "Throughput", "averaged_student"]
+
+
+class DistillationMetrics(ScoreCurve):
+    """FID, CLIP score and caption accuracy of the averaged student under a protocol of the toy world.
+
+    Args:
+        every_n_student_updates: how often.
+        protocol: a name of evaluation/protocols.py; one on prompts that may choose settings.
+        samples: how many images, None for the protocol's; it changes FID.
+        batch_size: images per call on each device.
+        at_start: also before the first update.
+        clip: open_clip folder, None for the protocol's.
+        classifier: attribute classifier's folder, None for the protocol's.
+        reference: npz of the reference's statistics, None for the protocol's.
+    """
+
+    def __init__(
+        self,
+        every_n_student_updates: int = 50,
+        protocol: str = "toy-val",
+        samples: int | None = None,
+        batch_size: int = 100,
+        at_start: bool = True,
+        clip: str | None = None,
+        classifier: str | None = None,
+        reference: str | None = None,
+    ) -> None:
+        super().__init__(every_n_student_updates, at_start)
+        changes = {"samples": samples, "clip": clip, "classifier": classifier, "reference": reference}
+        self.protocol = get_protocol(protocol, **changes)
+        self.batch_size = batch_size
+        self._judges: Judges | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Load the judges, so that a missing one is told before anything is trained."""
+        self._judges = self._judges or Judges.load(self.protocol)
+
+    def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
+        """See ScoreCurve."""
+        assert self._judges is not None
+        ranks = trainer.global_rank, trainer.world_size
+        maker = averaged_student(trainer, module, self.protocol.seed)
+        prompts = self.protocol.captions()
+        return measure(maker, prompts, self._judges, module.device, self.batch_size, *ranks).as_dict()
+
+    def protocol_id(self) -> dict[str, Any]:
+        """See ScoreCurve."""
+        return {"protocol": self.protocol.name, "hash": self.protocol.fingerprint()}
+
+    def networks(self) -> list[Any]:
+        """See ScoreCurve."""
+        return [] if self._judges is None else [self._judges.clip, self._judges.classifier]
+
+
+class SampleGrids(StudentUpdateCallback):
+    """Pictures of the averaged student for fixed prompts and seeds, as PNG files and in TensorBoard or Weights & Biases.
+
+    Args:
+        every_n_student_updates: how often.
+        prompts: what to draw, or the path of a file of captions, of which the first `images` are taken; None takes the
+            toy protocol's.
+        images: how many.
+        protocol: a name of evaluation/protocols.py of the toy world, for prompts and seed.
+        folder: for the PNG files; None means `samples` in the trainer's default_root_dir.
+        at_start: also before the first update.
+    """
+
+    decodes_images = True
+    """For the memory plan: the VAE is on the device."""
+
+    def __init__(
+        self,
+        every_n_student_updates: int = 50,
+        prompts: list[str] | str | None = None,
+        images: int = 10,
+        protocol: str = "toy-val",
+        folder: str | None = None,
+        at_start: bool = True,
+    ) -> None:
+        super().__init__(every_n_student_updates, at_start)
+        chosen = get_protocol(protocol, samples=images)
+        if isinstance(prompts, str):
+            prompts = list(read_prompts(prompts).captions[:images])
+        self.prompts = prompts if prompts is not None else chosen.captions()
+        self.seed, self.folder = chosen.seed, folder
+
+    def at_student_update(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
+        """Draw on every rank, because a sharded network needs them all; write on the first."""
+        with only_while_measuring(module):
+            maker = averaged_student(trainer, module, self.seed)
+            images_uint8 = maker(self.prompts, torch.arange(len(self.prompts))).cpu()
+        if not trainer.is_global_zero:
+            return
+        folder = Path(self.folder) if self.folder is not None else Path(trainer.default_root_dir) / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        page = sheet({f"update\n{module.student_updates}": images_uint8}, self.prompts)
+        page.save(folder / f"update_{module.student_updates:08d}.png")
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("samples", np.asarray(page), step, dataformats="HWC")
+            elif hasattr(logger, "log_image"):  # WandbLogger, which is only there with the extra `wandb`
+                logger.log_image("samples", [page], step=step)

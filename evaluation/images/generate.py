@@ -1,0 +1,103 @@
+"""Making the images that are measured, each a function of its caption and its number alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from data.toy.world import Split, image_at
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.families import Family
+
+
+class ImageMaker(Protocol):
+    """Whatever makes images: a student, a sampler, an exported pipeline, the renderer."""
+
+    def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
+        """B captions and their numbers (B,) int64 to (B,3,H,W) uint8."""
+
+
+@dataclass(frozen=True)
+class SampledImages:
+    """Images of a latent sampler: seeded noise -> latents -> the family's decoder -> uint8.
+
+    Sample i gets the noise of (seed, i), so it does not depend on the batch that it is in, on the number of ranks, or on
+    how many samples there are; a student and its teacher start from the same noise.
+    """
+
+    sampler: Callable[[Tensor, Conditioning], Tensor]
+    """(noise, conditioning) to latents: a student, an EMA student or a TargetSampler."""
+    family: Family
+    """Encodes the prompts, decodes the latents."""
+    device: torch.device
+    """Where."""
+    seed: int = 0
+    """Of the noise."""
+
+    def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
+        """See ImageMaker."""
+        with torch.no_grad():
+            noise = normal(
+                self.seed, Stream.EVALUATION, sample_ids.to(self.device), self.family.latent_shape()
+            )
+            latents = self.sampler(noise, self.family.encode_prompts(list(captions)))
+            return to_uint8(self.family.decode(latents))
+
+
+@dataclass(frozen=True)
+class RealImages:
+    """The toy world's own pictures; their captions are those of the same split."""
+
+    split: Split
+    """Of the toy world."""
+    device: torch.device = torch.device("cpu")
+    """Where."""
+
+    def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
+        """See ImageMaker."""
+        frames = np.stack([image_at(self.split, index) for index in sample_ids.tolist()])
+        return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
+
+
+@dataclass(frozen=True)
+class Reconstructions:
+    """Real images through the autoencoder: no sampler that decodes with it does better."""
+
+    real: RealImages
+    """What is reconstructed."""
+    vae: AutoencoderKL
+    """On the same device."""
+
+    def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
+        """See ImageMaker."""
+        images = from_uint8(self.real(captions, sample_ids))
+        with torch.no_grad():
+            return to_uint8(self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample)
+
+
+def rank_batches(
+    count: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[Tensor, int]]:
+    """This rank's share of samples 0 .. count - 1, in batches.
+
+    Every rank gets the same number of batches, none of them empty, because a forward of a sharded network is collective;
+    a batch that would be empty or short repeats the last sample.
+
+    Yields:
+        sample ids (B,) int64, and how many of them count.
+    """
+    own = torch.arange(count)[rank::world_size]
+    longest = -(-count // world_size)
+    for start in range(0, longest, batch_size):
+        size = min(batch_size, longest - start)
+        batch = own[start : start + size]
+        padding = torch.full((size - len(batch),), count - 1)
+        yield torch.cat([batch, padding]), len(batch)

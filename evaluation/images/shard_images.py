@@ -1,0 +1,144 @@
+"""The images of WebDataset tars as a numbered set."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from data.shards.decoders import (
+    CAPTION_MEMBERS,
+    IMAGE_MEMBERS,
+    JSON_MEMBER,
+    BadSampleError,
+    decode,
+    decode_image,
+)
+from data.shards.index import ShardSet
+from data.shards.locations import is_remote
+from data.shards.store import ShardFile, ShardStore
+from sdxs_lightning.core.errors import UserError
+
+INDEX_FOLDER = Path.home() / ".cache" / "sdxs-lightning" / "shard-index"
+"""Indexes of remote shards."""
+
+
+class ShardImages:
+    """The images of WebDataset tars, in stored order, with their captions.
+
+    Args:
+        shards: a folder, a glob, a brace pattern, or a URL of one.
+
+    Raises:
+        UserError: for shards that are missing or broken, or a sample without an image.
+    """
+
+    def __init__(self, shards: str) -> None:
+        self._store = ShardStore()
+        self._open: dict[int, ShardFile] = {}
+        remote = INDEX_FOLDER if is_remote(shards) else None
+        try:
+            self._shards = ShardSet.open(shards, remote, self._store)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
+        self.formats = "+".join(
+            sorted(
+                {
+                    extension.replace("jpeg", "jpg")
+                    for shard in self._shards.shards
+                    for extension in shard.extensions
+                    if extension in IMAGE_MEMBERS
+                }
+            )
+        )
+        self.names = [
+            f"{name}/{shard.key(row)}"
+            for name, shard in zip(self._shards.names(), self._shards.shards, strict=True)
+            for row in range(len(shard))
+        ]
+        self._ends = list(accumulate(self._shards.sizes))
+
+    def read(self, number: int) -> Image.Image:
+        """See ImageSource."""
+        _, content, where = self._member(number, IMAGE_MEMBERS)
+        if content is None:
+            raise UserError(f"{where}: there is no image ({', '.join(IMAGE_MEMBERS)}) in this sample.")
+        return decoded_image(content, where)
+
+    def captions(self) -> list[str] | None:
+        """From the samples' text or json member; None if one has neither."""
+        texts = []
+        for number in range(len(self.names)):
+            extension, content, where = self._member(number, (*CAPTION_MEMBERS, JSON_MEMBER))
+            if content is None:
+                return None
+            try:
+                decoded = decode(extension, content, where)
+            except BadSampleError as error:
+                raise UserError(str(error)) from error
+            text = decoded.get("caption") if isinstance(decoded, dict) else decoded
+            if not text:
+                return None
+            texts.append(str(text))
+        return texts
+
+    def digest(self) -> str:
+        """See ImageSource."""
+        return self._shards.fingerprint[:16]
+
+    def stamp(self) -> str:
+        """See ImageSource."""
+        places = [shard.location for shard in self._shards.shards]
+        stamps = [self._store.stamp(place) for place in places]
+        return hashlib.sha256(repr(list(zip(places, stamps, strict=True))).encode()).hexdigest()[:16]
+
+    def _member(self, number: int, wanted: Sequence[str]) -> tuple[str, bytes | None, str]:
+        """Extension and content of the first of the wanted members that a sample has, and where it is."""
+        shard_number = bisect.bisect_right(self._ends, number)
+        shard = self._shards.shards[shard_number]
+        row = number - (self._ends[shard_number] - len(shard))
+        where = f"{shard.location}, key '{shard.key(row)}'"
+        for extension in wanted:
+            column = shard.column(extension)
+            if column is not None and shard.offsets[row, column] >= 0:
+                if shard_number not in self._open:  # one at a time: they are read in their order
+                    self._close()
+                    self._open[shard_number] = self._store.open(shard.location)
+                place = int(shard.offsets[row, column]), int(shard.sizes[row, column])
+                return extension, bytes(self._open[shard_number].read(*place)), where
+        return "", None, where
+
+    def _close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+    def __del__(self) -> None:
+        """Let go of the shard that is open."""
+        if hasattr(self, "_open"):
+            self._close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open shard, which another process cannot use."""
+        return self.__dict__ | {"_open": {}}
+
+
+def decoded_image(content: bytes, where: str) -> Image.Image:
+    """The image, RGB, decoded to its last row.
+
+    Args:
+        content: of a file.
+        where: names the file in messages.
+
+    Raises:
+        UserError: where it cannot be decoded.
+    """
+    try:
+        return decode_image(content, where)
+    except BadSampleError as error:
+        raise UserError(str(error)) from error

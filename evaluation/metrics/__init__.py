@@ -1,0 +1,1 @@
+"""Metrics, as torchmetrics modules and the arithmetic under them."""

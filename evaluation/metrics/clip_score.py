@@ -1,0 +1,61 @@
+"""CLIP score: how well images fit their captions in the eyes of a CLIP model; and preference scores, which are CLIP's too."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from evaluation.metrics.per_image import PerImageMetric
+from evaluation.networks.frozen_clip import FrozenClip
+
+
+class ClipScore(PerImageMetric):
+    """Mean of 100 * cos(image, caption), not clamped at zero.
+
+    Args:
+        clip: the judge; its weights are in no checkpoint.
+        scale: what the cosine is multiplied by.
+        name: of the number.
+
+    Source: Hessel et al., arXiv:2104.08718, without its factor 2.5; the scale of the SDXS, BK-SDM and DMD2 tables.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, clip: FrozenClip, scale: float = 100.0, name: str = "clip_score") -> None:
+        super().__init__()
+        self.clip, self.scale, self.names = clip, scale, (name,)
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return "CLIP score" if self.names[0] == "clip_score" else self.names[0]
+
+    def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Scaled cosines (B, 1).
+
+        Raises:
+            ValueError: without captions.
+        """
+        if captions is None:
+            raise ValueError(f"{self.title} needs the captions of the images")
+        return self.scale * self.clip.cosine(images_uint8, captions).double().unsqueeze(1)
+
+
+class PreferenceScore(ClipScore):
+    """A CLIP that was trained on people's choices between images of one prompt: PickScore, HPSv2.
+
+    Args:
+        clip: the judge, with the weights of the preference model.
+        scale: what the cosine is multiplied by; None: the checkpoint's own exp(logit_scale), as PickScore's authors do
+            (about 100). HPSv2's authors use 1.
+        name: of the number.
+
+    Source: Kirstain et al., arXiv:2305.01569; Wu et al., arXiv:2306.09341.
+    """
+
+    def __init__(self, clip: FrozenClip, scale: float | None = None, name: str = "pickscore") -> None:
+        if scale is None:
+            scale = float(clip.model.get_parameter("logit_scale").exp())
+        super().__init__(clip, scale, name)

@@ -1,0 +1,108 @@
+"""Control adherence: does an image show the edges, or the depth, that it was asked for?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from data.shards.image_condition import ImageCondition
+from evaluation.metrics.per_image import PerImageMetric
+
+
+class ControlAdherence(PerImageMetric):
+    """Makes the condition of each generated image and compares it with the control image that it was generated from.
+
+    Args:
+        condition: what made the control images, such as `data.conditions.Canny` or `Depth`, with equal settings.
+        name: of the number.
+    """
+
+    def __init__(self, condition: ImageCondition, name: str) -> None:
+        super().__init__()
+        self.condition, self.names = condition, (name,)
+
+    def update_with(
+        self,
+        images_uint8: Tensor,
+        controls_uint8: Tensor,
+        sample_ids: Tensor | Sequence[int] | None = None,
+    ) -> None:
+        """Add generated images with the control images that they are to follow, both (B,3,H,W) uint8.
+
+        Raises:
+            ValueError: unless there is one control image of the same size per image.
+        """
+        if len(images_uint8) > 0 or len(controls_uint8) > 0:
+            self.add(self.measure_with(images_uint8, controls_uint8), sample_ids)
+
+    def measure_with(self, images_uint8: Tensor, controls_uint8: Tensor) -> Tensor:
+        """What `update_with` keeps: (B, 1)."""
+        if images_uint8.shape != controls_uint8.shape:
+            raise ValueError(
+                f"{self.title} of images {tuple(images_uint8.shape)} with control images {tuple(controls_uint8.shape)}; one "
+                "of the same size is needed for each"
+            )
+        arrays = images_uint8.permute(0, 2, 3, 1).cpu().numpy()
+        made = np.stack([self.condition(np.ascontiguousarray(array)) for array in arrays])
+        return self.between(torch.from_numpy(made).permute(0, 3, 1, 2), controls_uint8.cpu()).unsqueeze(1)
+
+    def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Refused: captions do not say what was asked for."""
+        raise ValueError(f"{self.title} needs control images; use update_with(images_uint8, controls_uint8)")
+
+    def between(self, made: Tensor, asked: Tensor) -> Tensor:
+        """Conditions (B,3,H,W) uint8, of the images and as asked for, to a number each: (B,), float64."""
+        raise NotImplementedError
+
+
+class EdgeAdherence(ControlAdherence):
+    """F1 of edge pixels: 1 where all edges that were asked for are there, and no others.
+
+    Args:
+        condition: an edge detector; white (128 and up) on black.
+        tolerance_px: how far from an edge a pixel still counts as on it; 0 as in ControlNet++.
+        name: of the number.
+
+    Source: ControlNet++, arXiv:2404.07987, section 4.1 (Canny).
+    """
+
+    higher_is_better = True
+
+    def __init__(self, condition: ImageCondition, tolerance_px: int = 0, name: str = "edge_f1") -> None:
+        super().__init__(condition, name)
+        self.tolerance_px = tolerance_px
+
+    def between(self, made: Tensor, asked: Tensor) -> Tensor:
+        """See ControlAdherence; 1 where neither has an edge."""
+        sides = [(side.amax(1, keepdim=True) >= 128).double() for side in (made, asked)]
+        reach = 2 * self.tolerance_px + 1
+        near = [max_pool2d(side, reach, stride=1, padding=self.tolerance_px) for side in sides]
+        counts = [side.sum((1, 2, 3)) for side in sides]
+        hits = [(sides[0] * near[1]).sum((1, 2, 3)), (sides[1] * near[0]).sum((1, 2, 3))]
+        precision, recall = (hit / count.clamp_min(1) for hit, count in zip(hits, counts, strict=True))
+        f1 = 2 * precision * recall / (precision + recall).clamp_min(1e-12)
+        return torch.where(counts[0] + counts[1] == 0, torch.ones_like(f1), f1)
+
+
+class DepthAdherence(ControlAdherence):
+    """Root mean square difference of relative depth, in grey levels of 0..255.
+
+    Args:
+        condition: a depth network.
+        name: of the number.
+
+    Source: ControlNet++, arXiv:2404.07987, section 4.1 (depth RMSE).
+    """
+
+    higher_is_better = False
+
+    def __init__(self, condition: ImageCondition, name: str = "depth_error") -> None:
+        super().__init__(condition, name)
+
+    def between(self, made: Tensor, asked: Tensor) -> Tensor:
+        """See ControlAdherence."""
+        return (made.double() - asked.double()).square().mean((1, 2, 3)).sqrt()

@@ -1,0 +1,102 @@
+"""Base of distances that need the features of both sets side by side, not only their sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from evaluation.metrics.collectives import all_gather_rows, collective_device, gather_rows, global_rank
+from evaluation.metrics.estimates import Estimate
+from evaluation.metrics.sampled import SampledMetric
+
+
+class FeatureSetMetric(SampledMetric):
+    """Features of both sides come together on the first rank, which computes and tells the others.
+
+    Args:
+        features: a feature network, or any callable from (B,3,H,W) uint8 images to (B, d) float32 features.
+        reference: features (n, d) of the real images; None to give the real images with `update(..., real=True)`.
+        names: of the numbers.
+    """
+
+    row_dtype = torch.float32
+    least = 2
+    """Images that each side needs."""
+
+    def __init__(
+        self, features: Callable[[Tensor], Tensor], reference: Tensor | None, names: tuple[str, ...]
+    ) -> None:
+        super().__init__(("fake", "real") if reference is None else ("fake",))
+        self.features, self.reference, self.names = features, reference, names
+        self._counts: dict[str, int] = {}
+
+    @property
+    def source(self) -> object:
+        """The feature network."""
+        return self.features
+
+    def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """The features."""
+        return self.features(images_uint8)
+
+    def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
+        """The numbers, in the order of `names`, of features (n, d) and (m, d), on the CPU or the metric's device."""
+        raise NotImplementedError
+
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        """The number as a float64 scalar, a dict of them where there are several; collective.
+
+        Raises:
+            ValueError: for too few images, on every rank.
+        """
+        found = {
+            name: torch.tensor(estimate.value, dtype=torch.float64, device=self.device)
+            for name, estimate in self.estimate().items()
+        }
+        return found if len(found) > 1 else found[self.names[0]]
+
+    def estimate(self) -> dict[str, Estimate]:
+        """See SampledMetric."""
+        for side in self.sides:
+            count = self._counts[side] if self._is_synced else len(self.rows_of(side)[0])
+            if count < self.least:
+                raise ValueError(f"{self.title} needs at least {self.least} {side} images, got {count}")
+        if not self._is_synced:
+            return dict(zip(self.names, self._between(), strict=True))
+        return self._told()
+
+    def _between(self) -> list[Estimate]:
+        fake = self.rows_of("fake")[0].to(self.device)
+        real = self.rows_of("real")[0] if self.reference is None else self.reference
+        return self.between(fake, real.to(self.device))
+
+    def _told(self) -> dict[str, Estimate]:
+        """Computed on the first rank, sent to all."""
+        blank = float("nan")
+        table = torch.full((len(self.names), 5), blank, dtype=torch.float64)
+        if dist.get_rank(self.process_group) == 0:
+            for row, each in enumerate(self._between()):
+                cells = (each.value, each.samples, each.low, each.high, each.infinity)
+                filled = [blank if cell is None else float(cell) for cell in cells]
+                table[row] = torch.tensor(filled, dtype=torch.float64)
+        table = table.to(collective_device(self.device, self.process_group))
+        dist.broadcast(table, src=global_rank(0, self.process_group), group=self.process_group)
+        return {name: _estimate(row) for name, row in zip(self.names, table.tolist(), strict=True)}
+
+    def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
+        """The first rank gets every row."""
+        rows, ids = (each[kept] for each in self.rows_of(side))
+        count = torch.tensor([[len(rows)]])
+        self._counts[side] = int(torch.cat(all_gather_rows(count, self.device, group)).sum())
+        setattr(self, f"{side}_rows", [gather_rows(rows, self.device, group)])
+        setattr(self, f"{side}_ids", [gather_rows(ids.unsqueeze(1), self.device, group).squeeze(1)])
+
+
+def _estimate(row: list[float]) -> Estimate:
+    value, samples, *rest = row
+    low, high, infinity = (None if cell != cell else cell for cell in rest)
+    return Estimate(value, int(samples), low, high, infinity)

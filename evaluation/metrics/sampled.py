@@ -1,0 +1,151 @@
+"""Metrics that keep one row per image, so that duplicates can be dropped and intervals be stated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from evaluation.metrics.collectives import NO_ID, all_gather_rows, first_positions, own_share
+from evaluation.metrics.estimates import Estimate
+
+
+class SampledMetric(Metric):
+    """Base of metrics whose state is a row per image, with the image's sample id.
+
+    Rows stay on the CPU. An id that comes twice, on one rank or on two, counts once, so that the padding of a distributed
+    sampler does no harm; images without ids all count. Rows are put into the order of their ids before anything is computed:
+    the result depends neither on the batch size nor on the number of ranks. `compute` and `estimates` are collective: all
+    ranks call them, also those without an image.
+
+    A subclass says in `measure` what is kept of an image. Metrics of the same network share the work: measure once, then
+    `add` the rows to each.
+
+    Args:
+        sides: "fake", and "real" for metrics that compare two sets.
+    """
+
+    full_state_update = False
+    higher_is_better: bool | None = None
+    is_differentiable = False
+    row_dtype = torch.float64
+    """Of the rows; an empty rank has to know it."""
+    names: tuple[str, ...] = ()
+    """What the numbers are called, in the order of `values`."""
+
+    def __init__(self, sides: tuple[str, ...] = ("fake",)) -> None:
+        super().__init__()
+        self.sides = sides
+        for side in sides:
+            self.add_state(f"{side}_rows", [], dist_reduce_fx="cat")
+            self.add_state(f"{side}_ids", [], dist_reduce_fx="cat")
+
+    @property
+    def source(self) -> object:
+        """What `measure` asks: metrics with the same source take each other's rows."""
+        return self
+
+    def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """(B,3,H,W) uint8 images, with their captions where the metric reads them, to rows (B, k)."""
+        raise NotImplementedError
+
+    def update(
+        self,
+        images_uint8: Tensor,
+        captions: Sequence[str] | None = None,
+        sample_ids: Tensor | Sequence[int] | None = None,
+        real: bool = False,
+    ) -> None:
+        """Add images.
+
+        Args:
+            images_uint8: (B,3,H,W), uint8; B may be 0.
+            captions: B of them, for metrics that read them.
+            sample_ids: (B,) int64, not negative; None if no image can come twice.
+            real: which side they belong to.
+
+        Raises:
+            ValueError: for captions or ids of another number, or for a side that the metric does not have.
+        """
+        if captions is not None and len(captions) != len(images_uint8):
+            raise ValueError(f"{self.title} of {len(images_uint8)} images with {len(captions)} captions")
+        if len(images_uint8) > 0:
+            self.add(self.measure(images_uint8, captions), sample_ids, real)
+
+    def add(self, rows: Tensor, sample_ids: Tensor | Sequence[int] | None = None, real: bool = False) -> None:
+        """Add rows (B, k) that `measure` made, here or in an earlier run; the rest as in `update`."""
+        side = "real" if real else "fake"
+        if side not in self.sides:
+            raise ValueError(
+                f"{side} images given to a {type(self).__name__} that was built with reference statistics"
+                if real and "fake" in self.sides
+                else f"{type(self).__name__} has no {side} side"
+            )
+        ids = torch.arange(len(rows)) if sample_ids is None else torch.as_tensor(sample_ids).cpu()
+        if len(ids) != len(rows) or bool((ids < 0).any()):
+            raise ValueError(
+                f"{self.title} of {len(rows)} images with {len(ids)} sample ids; one each is needed, none negative"
+            )
+        if not torch.isfinite(rows).all():
+            raise ValueError(
+                f"{self.title}: what was measured of the images is not finite; look at the weights of the judge and at the "
+                "images"
+            )
+        self._computed = None  # what torchmetrics remembers between updates
+        self._update_count += 1
+        rows = rows.detach().to(self.row_dtype)
+        if sample_ids is None:
+            return self._keep(side, rows, None)
+        new = first_positions(ids)
+        for known in getattr(self, f"{side}_ids"):  # one tensor, or none
+            new &= ~torch.isin(ids, known.cpu())
+        return self._keep(side, rows[new.to(rows.device)], ids[new].long())
+
+    def _keep(self, side: str, rows: Tensor, ids: Tensor | None) -> None:
+        """Keep rows (B, k) with their ids (B,); None where the images have none."""
+        getattr(self, f"{side}_rows").append(rows.cpu())
+        ids = torch.full((len(rows),), NO_ID) if ids is None else ids
+        before = getattr(self, f"{side}_ids")
+        setattr(self, f"{side}_ids", [torch.cat([*before, ids.to(before[0].device)]) if before else ids])
+
+    @property
+    def title(self) -> str:
+        """For messages."""
+        return self.names[0] if self.names else type(self).__name__
+
+    def rows_of(self, side: str) -> tuple[Tensor, Tensor]:
+        """Rows (n, k) and ids (n,) of one side, in the order of the ids."""
+        parts = getattr(self, f"{side}_rows")
+        if not parts:
+            return torch.zeros(0, 0, dtype=self.row_dtype), torch.zeros(0, dtype=torch.int64)
+        rows = torch.cat([part.cpu() for part in parts])
+        ids = torch.cat([part.cpu() for part in getattr(self, f"{side}_ids")])
+        order = ids.argsort(stable=True)
+        return rows[order], ids[order]
+
+    def estimates(self) -> dict[str, Estimate]:
+        """Each number by its name, with count and interval; collective."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
+            return self.estimate()
+
+    def estimate(self) -> dict[str, Estimate]:
+        """What `estimates` returns, once the ranks have exchanged their rows."""
+        raise NotImplementedError
+
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None
+    ) -> None:
+        """Leave each row on one rank only, then let the subclass bring together what it needs."""
+        group = process_group or self.process_group
+        for side in self.sides:
+            self._exchange(side, own_share(self.rows_of(side)[1], self.device, group), group)
+
+    def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
+        """Bring together the rows (of `rows_of`) that count: every rank gets every row, as is right for a few numbers each."""
+        rows, ids = (each[kept] for each in self.rows_of(side))
+        both = [torch.cat(all_gather_rows(each, self.device, group)) for each in (rows, ids.unsqueeze(1))]
+        setattr(self, f"{side}_rows", [both[0]])
+        setattr(self, f"{side}_ids", [both[1].squeeze(1)])

@@ -1,0 +1,1 @@
+"""Frozen networks that metrics read, and the resizing in front of them."""

@@ -1,0 +1,1 @@
+"""Named protocols: what is measured, on which images, against which reference."""

@@ -1,0 +1,130 @@
+"""What a protocol of published images fixes, and the hash that its numbers carry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sdxs_lightning.core.errors import UserError
+
+Steps = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number: which network looks, and at what."""
+
+    metric: str
+    """`fid`, `clip_score`, ...: a name of evaluation/metric_table.py."""
+    judge: str
+    """The network, in the words of evaluation/judges.py."""
+    steps: Steps = ()
+    """What happens to a generated image first; words of evaluation/image_steps.py."""
+    reference_steps: Steps = ()
+    """The same for a reference image."""
+
+
+@dataclass(frozen=True)
+class ImageProtocol:
+    """A named way to obtain numbers from images of any kind; the toy world has its own in evaluation/protocols.py.
+
+    Always so: noise of sample i is seeded by (seed, i), images are clamped and rounded to bytes, features are float32
+    without autocast, sums float64, covariance over n - 1.
+    """
+
+    name: str
+    """Stands in every result."""
+    measurements: tuple[Measurement, ...]
+    """What it measures unless told otherwise. `--metrics` may ask for others."""
+    samples: int | None = None
+    """How many images; None takes all that are given. FID falls with it, so it is part of the hash."""
+    image_px: int | None = None
+    """Side of the images that a model makes; None is the model's own."""
+    lossless: bool = False
+    """Refuses generated images that come from JPEG files."""
+    inception: str = "inception:clean"
+    """The judge of further metrics that look through an Inception network."""
+    seed: int = 0
+    """Of the noise of a model. Not in the hash: others draw from other generators, and their images compare too."""
+    version: int = 1
+    """Goes up with every change that moves a number."""
+    source: str = field(default="", compare=False)
+    """Where it is from, and where we depart from it."""
+
+    def measurement(self, metric: str) -> Measurement:
+        """How a metric is taken under this protocol: its own, or the usual judge on the steps of its FID.
+
+        Raises:
+            UserError: for a metric that does not exist.
+        """
+        own = {one.metric: one for one in self.measurements}
+        if metric in own:
+            return own[metric]
+        judges = DEFAULT_JUDGES | dict.fromkeys(INCEPTION_METRICS, self.inception)
+        if metric not in judges:
+            raise UserError(f"no metric named '{metric}'; there are {', '.join(sorted(judges))}.")
+        if metric == "patch_fid":
+            return Measurement(metric, self.inception, ("crop 299",), ("crop 299",))
+        if metric == "diversity":  # in the features of the toy world's FID, where that is it
+            judge = own["fid"].judge if "fid" in own else judges[metric]
+            return Measurement(metric, judge if judge.startswith("clip_image") else judges[metric])
+        steps = own.get("fid", Measurement("fid", self.inception))
+        return Measurement(metric, judges[metric], steps.steps, steps.reference_steps)
+
+
+FRECHET = ("fid", "patch_fid", "fd_dinov2")
+"""Metrics that compare with the statistics of a reference set."""
+
+INCEPTION_METRICS = ("fid", "patch_fid", "kid", "precision_recall")
+DEFAULT_JUDGES = {
+    "fd_dinov2": "dinov2:facebook/dinov2-large",
+    "cmmd": "clip_unit:vit-l-14-336",
+    "clip_score": "clip_text:vit-g-14-s12b",
+    "diversity": "clip_image:vit-l-14",
+    "pickscore": "pickscore:pickscore",
+    "hpsv2": "hpsv2:hpsv2",
+}
+"""For metrics that a protocol does not name."""
+
+
+def metric_hash(settings: Mapping[str, Any]) -> str:
+    """12 hex digits over everything that a number depends on besides the images."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def hashed_settings(
+    protocol: ImageProtocol,
+    measurement: Measurement,
+    judge: Mapping[str, str],
+    samples: int,
+    formats: str,
+    captions: str | None,
+    reference: str | None,
+) -> dict[str, Any]:
+    """What enters a number's hash; kept beside it, so that two results can say in what they differ.
+
+    Args:
+        protocol: the named one.
+        measurement: of this number.
+        judge: identity of the network: name, hash of its weights, preprocessing.
+        samples: how many images there were.
+        formats: `lossless`, or the endings of their files.
+        captions: digest of the captions, where the metric reads them.
+        reference: digest of the reference set, where there is one.
+    """
+    return {
+        "protocol": protocol.name,
+        "version": protocol.version,
+        **{
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(measurement).items()
+        },
+        "judge": dict(judge),
+        "samples": samples,
+        "formats": formats,
+        "captions": captions,
+        "reference": reference,
+    }

@@ -1,0 +1,151 @@
+"""From the words of a protocol to metrics: which network, which weights, which number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from data.toy.training.classifier import AttributeClassifier
+from evaluation.metrics.caption_accuracy import CaptionAccuracy
+from evaluation.metrics.clip_score import ClipScore, PreferenceScore
+from evaluation.metrics.frechet import FrechetDistance
+from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
+from evaluation.metrics.precision_recall import PrecisionRecall
+from evaluation.metrics.prompt_diversity import PromptDiversity
+from evaluation.metrics.sampled import SampledMetric
+from evaluation.networks.clip_models import load_clip
+from evaluation.networks.frozen_clip import FrozenClip
+from evaluation.networks.inception import InceptionFeatures
+from evaluation.networks.vit_features import ClipImageFeatures, DinoV2Features
+from evaluation.protocols.image_protocol import FRECHET, Measurement
+from evaluation.protocols.protocols import REPOSITORY, hash_weights
+from evaluation.protocols.references import Reference
+from sdxs_lightning.core.errors import UserError
+
+READS_CAPTIONS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
+FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
+    "kid": KernelDistance,
+    "precision_recall": PrecisionRecall,
+    "cmmd": MaximumMeanDiscrepancy,
+}
+"""Metrics that compare with the features of a reference set; statistics are not enough."""
+IMAGES_PER_PROMPT = 8
+"""Of diversity."""
+
+COMPARES = (*FRECHET, *FEATURE_SETS)
+"""Metrics that need a reference."""
+
+
+@dataclass
+class Networks:
+    """The networks that judge, each loaded once.
+
+    A protocol's words name them: KIND:NAME, where KIND is `inception`, `dinov2`, `clip_image` (features as they are),
+    `clip_unit` (of length 1, squashed), `clip_text`, `pickscore`, `hpsv2` or `attributes`.
+    """
+
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """By KIND, where its weights are: a file or a folder instead of the usual place."""
+    _loaded: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.weights) - set(_LOADERS))
+        if unknown:
+            raise UserError(f"--weights names {', '.join(unknown)}, but takes {', '.join(_LOADERS)}.")
+
+    def network(self, judge: str) -> Any:
+        """The network of a protocol's words.
+
+        Raises:
+            UserError: if its weights are missing; the message says where to put them.
+        """
+        kind, _, name = judge.partition(":")
+        path = self.weights.get(kind)
+        key = f"{_LOADERS[kind].__name__}:{name}:{path}"  # CLIP for FID and for CLIP score is one network
+        if key not in self._loaded:
+            try:
+                self._loaded[key] = _LOADERS[kind](name, path)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise UserError(f"{judge}: {error}") from error
+        return self._loaded[key]
+
+    def metric(self, measurement: Measurement, reference: Reference | None = None) -> SampledMetric:
+        """A metric that has seen nothing yet.
+
+        Args:
+            measurement: which one.
+            reference: the real side; without one, a metric that compares only measures.
+        """
+        name, network = measurement.metric, self.network(measurement.judge)
+        if name in FRECHET:
+            statistics = None if reference is None else reference.as_statistics()
+            return FrechetDistance(network, reference=statistics, name=name)
+        if name in FEATURE_SETS:
+            return FEATURE_SETS[name](network, None if reference is None else reference.rows)
+        if name == "diversity":
+            return PromptDiversity(network, IMAGES_PER_PROMPT)
+        if name == "clip_score":
+            return ClipScore(network)
+        if name == "caption_accuracy":
+            return CaptionAccuracy(network)
+        return PreferenceScore(network, scale=1.0 if name == "hpsv2" else None, name=name)
+
+    def identity(self, measurement: Measurement) -> dict[str, str]:
+        """Of the network of a measurement, for hashes."""
+        network = self.network(measurement.judge)
+        if isinstance(network, AttributeClassifier):
+            folder = _place(measurement.judge.partition(":")[2], self.weights.get("attributes"))
+            return {"network": "attribute classifier", "weights_sha256": hash_weights(folder)}
+        identity: dict[str, str] = network.identity()
+        return identity
+
+    def all(self) -> list[Any]:
+        """Those that are loaded; each has `to`."""
+        return [getattr(network, "clip", network) for network in self._loaded.values()]
+
+
+@lru_cache(maxsize=1)
+def shared_networks(weights: tuple[tuple[str, str], ...]) -> Networks:
+    """The networks of this process, so that checking them and measuring with them loads them once."""
+    return Networks(dict(weights))
+
+
+def _inception(name: str, path: str | None) -> InceptionFeatures:
+    return InceptionFeatures(path, name)  # type: ignore[arg-type]
+
+
+def _clip(name: str, path: str | None) -> FrozenClip:
+    """A preset, a folder of the repository, or the folder or file that a user names in a preset's place."""
+    return load_clip(REPOSITORY / name) if (REPOSITORY / name).is_dir() else load_clip(name, path)
+
+
+def _clip_unit(name: str, path: str | None) -> ClipImageFeatures:
+    return ClipImageFeatures(_clip(name, path))
+
+
+def _dinov2(name: str, path: str | None) -> DinoV2Features:
+    return DinoV2Features(path or name)
+
+
+def _attributes(name: str, path: str | None) -> AttributeClassifier:
+    return AttributeClassifier.from_pretrained(_place(name, path))
+
+
+def _place(name: str, path: str | None) -> Path:
+    """Paths of a protocol start at the repository, those of a user where the command runs."""
+    return Path(path) if path is not None else REPOSITORY / name
+
+
+_LOADERS: dict[str, Callable[[str, str | None], Any]] = {
+    "inception": _inception,
+    "clip_image": _clip,
+    "clip_text": _clip,
+    "clip_unit": _clip_unit,
+    "dinov2": _dinov2,
+    "pickscore": _clip,
+    "hpsv2": _clip,
+    "attributes": _attributes,
+}

@@ -1,0 +1,120 @@
+"""The real side of a comparison: statistics or features on disk, with what they were measured with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evaluation.compare import differences
+from evaluation.metrics.frechet import FeatureStatistics
+from evaluation.protocols.image_protocol import FRECHET, Measurement
+from sdxs_lightning.core.errors import UserError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images, as one metric needs them."""
+
+    digest: str
+    """Of the images; enters the hash."""
+    statistics: FeatureStatistics | None = None
+    """For Frechet distances."""
+    rows: Tensor | None = None
+    """(n, d) features, for the others."""
+
+    def as_statistics(self) -> FeatureStatistics:
+        """Those that are there, or of the features."""
+        if self.statistics is not None:
+            return self.statistics
+        assert self.rows is not None
+        return FeatureStatistics.from_features(self.rows)
+
+
+def file_of(path: Path, metric: str) -> Path:
+    """Where the file for a metric lies: FID's under the given name, others beside it with the metric in their name."""
+    return path if metric == "fid" else path.with_name(f"{path.stem}.{metric}.npz")
+
+
+def origin_of(measurement: Measurement, judge: Mapping[str, str]) -> dict[str, Any]:
+    """What reference files depend on besides the images."""
+    return {"judge": dict(judge), "steps": list(measurement.reference_steps)}
+
+
+def write_reference(
+    path: Path, measurement: Measurement, judge: Mapping[str, str], rows: Tensor, digest: str
+) -> Path:
+    """Writes what a metric needs of the real images.
+
+    Args:
+        path: of FID's file; other metrics' files lie beside it.
+        measurement: the metric.
+        judge: identity of its network.
+        rows: (n, d), features.
+        digest: of the images.
+
+    Returns:
+        The file: an npz with `mu`, `sigma`, which clean-fid and pytorch-fid read; with `features` where they are needed.
+    """
+    file = file_of(path, measurement.metric)
+    origin = origin_of(measurement, judge) | {"reference": digest, "samples": len(rows)}
+    if measurement.metric in FRECHET:
+        replace(FeatureStatistics.from_features(rows), origin=origin).save(file)
+    else:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(file, features=rows.numpy(), protocol=np.str_(json.dumps(origin, sort_keys=True)))
+    return file
+
+
+def read_reference(path: Path, measurement: Measurement, judge: Mapping[str, str]) -> Reference:
+    """Reads what `write_reference` wrote, or statistics of clean-fid and pytorch-fid.
+
+    Raises:
+        UserError: if the file is not there, is no statistics, or was measured with another network or other steps.
+    """
+    metric, file = measurement.metric, file_of(path, measurement.metric)
+    if not file.is_file():
+        raise UserError(
+            f"{metric} needs the reference file {file}, which is not there; write it with `python -m evaluation.reference "
+            f"--metrics {metric}`, or give --reference the images themselves."
+        )
+    if metric in FRECHET:
+        try:
+            statistics = FeatureStatistics.load(file)
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+        stored, rows = dict(statistics.origin), None
+    else:
+        statistics, (rows, stored) = None, _features(file, metric)
+    if not stored:
+        return Reference(_digest_of(file), statistics, rows)
+    wanted = origin_of(measurement, judge)
+    found = {key: stored.get(key) for key in wanted}
+    if found != wanted:
+        raise UserError(
+            f"{file} was measured otherwise than this protocol does ({', '.join(differences(found, wanted))}); measure the "
+            "reference again with `python -m evaluation.reference`."
+        )
+    return Reference(str(stored["reference"]), statistics, rows)
+
+
+def _features(file: Path, metric: str) -> tuple[Tensor, dict[str, Any]]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return torch.from_numpy(archive["features"]), json.loads(str(archive["protocol"]))
+    except (OSError, KeyError, ValueError) as error:
+        raise UserError(f"{file} holds no features for {metric} ({error}).") from error
+
+
+def _digest_of(file: Path) -> str:
+    """Of another tool's statistics, which do not say what they were measured of."""
+    with np.load(file, allow_pickle=False) as archive:
+        content = archive["mu"].tobytes() + archive["sigma"].tobytes()
+    return f"npz-{hashlib.sha256(content).hexdigest()[:12]}"

@@ -1,0 +1,1 @@
+"""Runs the metrics over the images, resumably and on every GPU."""

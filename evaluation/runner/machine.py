@@ -1,0 +1,42 @@
+"""Where a number was measured: versions, device, and how long one image takes there."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from evaluation.images.generate import ImageMaker
+
+
+def versions() -> dict[str, str]:
+    """Of what decides the numbers."""
+    names = ("torch", "lightning", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def device_name(device: torch.device) -> str:
+    """In words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def milliseconds_per_image(maker: ImageMaker, caption: str, repeats: int = 5) -> float:
+    """Median time from one caption to one image in host memory, after one call to warm up: latency at batch size 1."""
+    sample_id = torch.zeros(1, dtype=torch.int64)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        maker([caption], sample_id).cpu()
+        seconds.append(time.perf_counter() - start)
+    return 1000 * statistics.median(seconds[1:])
+
+
+def where(device: torch.device) -> dict[str, Any]:
+    """For a result file."""
+    return {"device": device_name(device), "versions": versions()}

@@ -1,0 +1,143 @@
+"""From the options of a command to what is to be measured, or to one sentence that says what does not fit."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from evaluation.images.image_sources import open_images
+from evaluation.images.prompt_files import read_prompts
+from evaluation.images.samples import ModelSamples, Samples, StoredSamples
+from evaluation.metrics.frechet import FeatureStatistics
+from evaluation.protocols.image_protocol import ImageProtocol, Measurement
+from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
+from evaluation.protocols.references import Reference
+from evaluation.runner.evaluator import Request
+from sdxs_lightning.core.errors import UserError
+
+
+def request_of(options: argparse.Namespace) -> Request:
+    """What the options ask for.
+
+    Raises:
+        UserError: for options that do not fit each other or the files that they name.
+    """
+    weights = tuple(sorted(pair_of(text) for text in options.weights))
+    protocol = find_protocol(options.protocol)
+    if isinstance(protocol, Protocol):
+        return toy_request(options, weights)
+    return image_request(options, protocol, weights)
+
+
+def as_image_protocol(protocol: Protocol) -> ImageProtocol:
+    """A protocol of the toy world in the words of the others."""
+    return ImageProtocol(
+        protocol.name,
+        (
+            Measurement("fid", f"clip_image:{protocol.clip}"),
+            Measurement("clip_score", f"clip_text:{protocol.clip}"),
+            Measurement("caption_accuracy", f"attributes:{protocol.classifier}"),
+        ),
+        samples=protocol.samples,
+        seed=protocol.seed,
+        source="the toy world's own judges, on its own held-out prompts",
+    )
+
+
+def toy_request(options: argparse.Namespace, weights: tuple[tuple[str, str], ...]) -> Request:
+    """A model under a protocol of the toy world, which brings prompts, judges and reference.
+
+    Raises:
+        UserError: for what it does not take.
+    """
+    protocol = get_protocol(options.protocol, samples=options.samples)
+    given = [name for name in ("captions", "reference", "weights") if getattr(options, name)]
+    if options.model is None or given:
+        raise UserError(
+            f"protocol {protocol.name} is the toy world's own: it measures a --model and brings captions, reference and "
+            f"judges{f', so leave out --{given[0]}' if given else ''}; for other images choose another --protocol."
+        )
+    statistics = FeatureStatistics.load(protocol.path(protocol.reference), protocol.reference_origin())
+    inner = as_image_protocol(protocol)
+    return Request(
+        inner,
+        model_samples(options, inner, tuple(protocol.captions())),
+        metrics_of(options, inner),
+        captions=tuple(protocol.captions()),
+        known={"fid": Reference(protocol.reference, statistics)},
+        weights=weights,
+        fingerprint=(protocol.fingerprint(), protocol.describe()),
+    )
+
+
+def image_request(
+    options: argparse.Namespace, protocol: ImageProtocol, weights: tuple[tuple[str, str], ...]
+) -> Request:
+    """A model or a set of images under a protocol of published images."""
+    prompts = None if options.captions is None else read_prompts(options.captions)
+    if options.samples is not None:
+        protocol = replace(protocol, samples=options.samples)
+    samples: Samples
+    captions: tuple[str, ...] | None
+    if options.model is not None:
+        if prompts is None:
+            raise UserError(
+                "--model needs --captions: a file of prompts, such as COCO's captions_val2014.json."
+            )
+        captions = prompts.selection(protocol.samples, options.captions).captions
+        samples = model_samples(options, protocol, captions)
+    else:
+        samples = stored_samples(options, protocol)
+        names = samples.source.names[: samples.count]
+        if prompts is not None:
+            captions = tuple(prompts.of_images(names, options.captions))
+        else:
+            held = samples.source.captions()
+            captions = None if held is None else tuple(held[: samples.count])
+    return Request(
+        protocol, samples, metrics_of(options, protocol), captions, options.reference, weights=weights
+    )
+
+
+def model_samples(
+    options: argparse.Namespace, protocol: ImageProtocol, prompts: tuple[str, ...]
+) -> ModelSamples:
+    """What a model folder makes."""
+    return ModelSamples(
+        options.model,
+        prompts,
+        options.steps,
+        options.guidance_scale,
+        protocol.seed if options.seed is None else options.seed,
+        options.image_px or protocol.image_px,
+        options.precision,
+    )
+
+
+def stored_samples(options: argparse.Namespace, protocol: ImageProtocol) -> StoredSamples:
+    """The images that were given, as many as the protocol takes.
+
+    Raises:
+        UserError: for another number of them.
+    """
+    source = open_images(options.images)
+    there, wanted = len(source.names), protocol.samples
+    if wanted is not None and there != wanted and (options.samples is None or there < wanted):
+        raise UserError(
+            f"'{options.images}' holds {there} images, but protocol {protocol.name} measures {wanted}; give --samples "
+            f"{min(there, wanted)} to measure as many of them, under another hash."
+        )
+    return StoredSamples(source, wanted)
+
+
+def metrics_of(options: argparse.Namespace, protocol: ImageProtocol) -> tuple[str, ...]:
+    """The metrics that were asked for, or the protocol's own."""
+    return tuple(options.metrics or (one.metric for one in protocol.measurements))
+
+
+def pair_of(text: str) -> tuple[str, str]:
+    """KIND=PATH in two."""
+    kind, found, path = text.partition("=")
+    if not found or not path:
+        raise UserError(f"--weights takes KIND=PATH, such as inception=inception.pth; got '{text}'.")
+    return kind, path

@@ -1,0 +1,123 @@
+"""One measurement: the metrics of a protocol over the images that a maker makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.toy.training.classifier import AttributeClassifier
+from evaluation.images.generate import ImageMaker, RealImages, rank_batches
+from evaluation.metrics.caption_accuracy import CaptionAccuracy, Classifier
+from evaluation.metrics.clip_score import ClipScore
+from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
+from evaluation.networks.frozen_clip import FrozenClip
+from evaluation.protocols.protocols import Protocol
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a set of images scored."""
+
+    fid: float
+    """Frechet distance to the protocol's reference, on its CLIP's image features; lower is better."""
+    clip_score: float
+    """100 * cos."""
+    caption_accuracy: float
+    """Share of images with all stated attributes right, in [0, 1]."""
+    attribute_accuracy: float
+    """Share of stated attributes that are right, in [0, 1]."""
+
+    def as_dict(self) -> dict[str, float]:
+        """For JSON and loggers."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Judges:
+    """The frozen networks and reference statistics of a protocol, loaded once for many measurements."""
+
+    clip: FrozenClip
+    classifier: Classifier
+    reference: FeatureStatistics
+
+    @classmethod
+    def load(cls, protocol: Protocol) -> Judges:
+        """Read them from the protocol's paths.
+
+        Raises:
+            FileNotFoundError: if one is missing.
+            ValueError: if the reference was measured under another protocol.
+        """
+        clip = FrozenClip(protocol.path(protocol.clip))
+        classifier = AttributeClassifier.from_pretrained(protocol.path(protocol.classifier))
+        reference = FeatureStatistics.load(protocol.path(protocol.reference), protocol.reference_origin())
+        return cls(clip, classifier, reference)
+
+
+class Scoreboard:
+    """The metrics of a protocol, updated together. Not an nn.Module: nothing of it is in a checkpoint."""
+
+    def __init__(self, judges: Judges, device: torch.device) -> None:
+        clip = judges.clip
+        self.fid = FrechetDistance(clip.image_features, clip.dimensions, judges.reference).to(device)
+        self.clip_score = ClipScore(clip).to(device)
+        self.caption_accuracy = CaptionAccuracy(judges.classifier).to(device)
+
+    def update(self, images_uint8: Tensor, captions: Sequence[str]) -> None:
+        """Add images with their captions."""
+        self.fid.update(images_uint8)
+        self.clip_score.update(images_uint8, captions)
+        self.caption_accuracy.update(images_uint8, captions)
+
+    def compute(self) -> Scores:
+        """The scores over all ranks; collective."""
+        accuracy = self.caption_accuracy.compute()
+        return Scores(
+            fid=float(self.fid.compute()),
+            clip_score=float(self.clip_score.compute()),
+            caption_accuracy=float(accuracy["all"]),
+            attribute_accuracy=float(accuracy["attributes"]),
+        )
+
+
+def measure(
+    maker: ImageMaker,
+    captions: Sequence[str],
+    judges: Judges,
+    device: torch.device,
+    batch_size: int = 100,
+    rank: int = 0,
+    world_size: int = 1,
+    advance: Callable[[int], Any] = lambda images: None,
+) -> Scores:
+    """Make one image per caption and score them; collective when there are several ranks.
+
+    Args:
+        maker: makes the images.
+        captions: sample i is made from the i-th.
+        judges: who scores.
+        device: of the metrics' sums.
+        batch_size: images per call and rank; the scores do not depend on it beyond rounding.
+        rank: of this process.
+        world_size: how many processes share the samples.
+        advance: told how many images were made, after each batch.
+    """
+    board = Scoreboard(judges, device)
+    for sample_ids, counting in rank_batches(len(captions), batch_size, rank, world_size):
+        texts = [captions[index] for index in sample_ids.tolist()]
+        images = maker(texts, sample_ids)[:counting]
+        board.update(images, texts[:counting])
+        advance(counting)
+    return board.compute()
+
+
+def measure_reference(protocol: Protocol, clip: FrozenClip, batch_size: int = 200) -> FeatureStatistics:
+    """Statistics of the protocol's real images."""
+    real = RealImages(protocol.split)
+    batches = torch.arange(protocol.reference_samples).split(batch_size)
+    features = torch.cat([clip.image_features(real([], sample_ids)) for sample_ids in batches])
+    return FeatureStatistics.from_features(features, protocol.reference_origin())

@@ -1,0 +1,140 @@
+"""The many-step teacher under a protocol: what a student is compared with, measured once and looked up afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from lightning.pytorch.utilities import rank_zero_warn
+
+from data.toy.world import captions
+from evaluation.images.generate import ImageMaker, RealImages, Reconstructions, SampledImages
+from evaluation.protocols.protocols import Protocol, hash_weights
+from evaluation.runner.machine import milliseconds_per_image, where
+from sdxs_lightning.core.timesteps import Spacing
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.pairs.target_sampler import TargetSampler
+
+GUIDANCE_SCALE = 1.5
+STEPS = (50, 25, 8, 4, 1)
+RESULTS = Path(__file__).parents[1] / "results" / "toy_teacher.json"
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A base, sampled in few or many steps.
+
+    The cost of n steps is called nfe n, though guidance makes each step two network calls: the batch is doubled.
+    """
+
+    family: Family
+    """The base."""
+    device: torch.device
+    """Where it samples; the family has been moved there."""
+    guidance_scale: float = GUIDANCE_SCALE
+    """1 means none."""
+    spacing: Spacing = "trailing"
+    """Of the timesteps; "leading" starts below the noisiest ones, which makes few steps worse."""
+    seed: int = 0
+    """Of the noise; the protocol's."""
+
+    def images(
+        self, steps: int, guidance_scale: float | None = None, denoiser: Denoiser | None = None
+    ) -> SampledImages:
+        """A maker of images in so many steps, of the base's network or of another in its place."""
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        sampler = TargetSampler(denoiser or self._denoiser, steps, guidance_scale, self.spacing)
+        return SampledImages(sampler, self.family, self.device, self.seed)
+
+    def key(self) -> dict[str, Any]:
+        """What its scores depend on besides the protocol."""
+        return {
+            "base_sha256": hash_weights(self.family.folder),
+            "guidance_scale": self.guidance_scale,
+            "spacing": self.spacing,
+        }
+
+    @cached_property
+    def _denoiser(self) -> Denoiser:
+        unet = self.family.load_unet().eval().requires_grad_(False)
+        return Denoiser(unet, self.family.schedule, self.family.prediction_type).to(self.device)
+
+
+def look_up(files: Sequence[Path], protocol: Protocol, teacher: Teacher) -> Entry:
+    """The measurements that are stored for exactly this protocol and teacher; without any, an entry with none."""
+    fingerprint, key = protocol.fingerprint(), teacher.key()
+    entry: Entry = {"protocol": protocol.describe(), "base": teacher.family.base, **key, "teacher": {}}
+    for file in files:
+        stored = json.loads(file.read_text()).get(protocol.name) if file.is_file() else None
+        if stored is None:
+            continue
+        if stored["protocol"]["fingerprint"] == fingerprint and all(
+            stored[name] == key[name] for name in key
+        ):
+            entry = {**entry, **stored, "teacher": {**entry["teacher"], **stored["teacher"]}}
+        else:
+            rank_zero_warn(
+                f"{file} holds measurements of another base or protocol {protocol.name!r}; they are not used"
+            )
+    return entry
+
+
+def complete(
+    entry: Entry,
+    protocol: Protocol,
+    teacher: Teacher,
+    steps: Sequence[int],
+    measure_images: Callable[[str, ImageMaker, Sequence[str]], dict[str, float]],
+    with_real: bool = True,
+) -> Entry:
+    """Measure what the entry lacks.
+
+    Args:
+        entry: from `look_up`.
+        protocol: as there.
+        teacher: as there.
+        steps: of the teacher.
+        measure_images: (what, maker, captions) to scores; it owns progress, ranks and batch size.
+        with_real: measure real images and their reconstructions too.
+    """
+    prompts, fresh = protocol.captions(), captions(protocol.fresh_split, protocol.samples)
+    real = RealImages(protocol.fresh_split, teacher.device)
+    entry = {**entry, "teacher": dict(entry["teacher"])}
+    if with_real and "real_vs_real" not in entry:
+        entry["real_vs_real"] = measure_images("real images", real, fresh)
+    if with_real and "vae_floor" not in entry:
+        vae: AutoencoderKL = teacher.family.load_vae().to(teacher.device).eval()
+        entry["vae_floor"] = measure_images("reconstructions", Reconstructions(real, vae), fresh)
+    for count in steps:
+        if str(count) not in entry["teacher"]:
+            scores = measure_images(f"{count} steps", teacher.images(count), prompts)
+            entry["teacher"][str(count)] = {"nfe": count, **scores}
+    return entry
+
+
+def add_timings(entry: Entry, teacher: Teacher, caption: str) -> Entry:
+    """`ms_per_image` of each row on this machine, and that of one call without guidance, which is a student's cost."""
+    rows = {
+        steps: {**row, "ms_per_image": milliseconds_per_image(teacher.images(int(steps)), caption)}
+        for steps, row in entry["teacher"].items()
+    }
+    one_call = milliseconds_per_image(teacher.images(1, guidance_scale=1.0), caption)
+    ratio = {steps: row["ms_per_image"] / one_call for steps, row in rows.items()}
+    timings = {"one_call_ms_per_image": one_call, "latency_ratio": ratio, "latency_batch_size": 1}
+    return {**entry, "teacher": rows, **timings, **where(teacher.device)}
+
+
+def store(file: Path, name: str, entry: Entry) -> None:
+    """Put an entry into a JSON file beside those of other protocols."""
+    stored = json.loads(file.read_text()) if file.is_file() else {}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(stored | {name: entry}, indent=2) + "\n")

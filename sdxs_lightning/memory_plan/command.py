@@ -1,0 +1,60 @@
+"""`--plan`: from the parsed configuration and its stage to a printed plan."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.memory_plan.hardware import read_hardware
+from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
+from sdxs_lightning.memory_plan.plan_report import as_json, show
+from sdxs_lightning.memory_plan.planner import Planner
+
+
+def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
+    """Makes the plan and prints it; writes it where `--plan_json` says.
+
+    Args:
+        stage: as constructed from the configuration.
+        config: the whole parsed configuration, as plain values.
+
+    Raises:
+        UserError: for what the plan cannot read, or a file that cannot be written.
+    """
+    trainer, data = config["trainer"], (config.get("data") or {}).get("init_args") or {}
+    if not isinstance(data.get("batch_size"), int):
+        raise UserError("--plan reads data.init_args.batch_size, and this configuration has none.")
+    planner = Planner(
+        stage,
+        read_hardware(trainer, config.get("plan_gpu_gb")),
+        batch_size=data["batch_size"],
+        contents=[*(data.get("contents") or ["latents"]), *(["images"] if data.get("images") else [])],
+        accumulate=int(trainer.get("accumulate_grad_batches") or 1),
+        decodes=_callbacks_decode(trainer.get("callbacks")),
+    )
+    plan = planner.plan()
+    changes = [] if plan.fits else planner.changes(plan)
+    show(plan, changes)
+    if config.get("plan_json"):
+        path = Path(config["plan_json"])
+        try:
+            path.write_text(json.dumps(as_json(plan, changes), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--plan_json '{path}' cannot be written ({error.strerror}).") from error
+    return plan
+
+
+def _callbacks_decode(callbacks: Any) -> bool:
+    """Whether a callback says that it makes images, by a class attribute `decodes_images`."""
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        path = callback.get("class_path", "") if isinstance(callback, Mapping) else ""
+        module, _, name = path.rpartition(".")
+        if module and getattr(getattr(importlib.import_module(module), name, None), "decodes_images", False):
+            return True
+    return False

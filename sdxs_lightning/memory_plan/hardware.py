@@ -1,0 +1,153 @@
+"""What the configuration says about the machine: processes, sharding, precision, memory of a device."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+
+from sdxs_lightning.core.errors import UserError
+
+GIB = 2**30
+ASSUMED_GPUS = 8
+ASSUMED_GIB = 80.0
+CUDA_CONTEXT = 3 * GIB // 4
+"""CUDA's context and cuBLAS/cuDNN workspaces: an allowance."""
+NCCL = GIB
+"""Communication channels of NCCL: an allowance."""
+
+_PRECISIONS = {
+    None: "32-true",
+    32: "32-true",
+    "32": "32-true",
+    16: "16-mixed",
+    "16": "16-mixed",
+    "bf16": "bf16-mixed",
+}
+_AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+_WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The machine of a run."""
+
+    processes: int
+    """On all machines together, one per device."""
+    strategy: str
+    """"one device", "ddp" or "fsdp2"."""
+    precision: str
+    """As the Trainer spells it: "32-true", "bf16-mixed", ..."""
+    on_gpu: bool
+    memory: int
+    """Bytes of one device."""
+    memory_source: str
+    """Where that number is from."""
+    assumed: str | None = None
+    """What the configuration leaves to the machine, and was assumed."""
+
+    @property
+    def shards(self) -> int:
+        """Parts that each network is cut into."""
+        return self.processes if self.strategy == "fsdp2" else 1
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The lower precision of mixed precision."""
+        return _AUTOCAST.get(self.precision)
+
+    @property
+    def weights(self) -> torch.dtype | None:
+        """The type of every weight; None leaves each as it is loaded."""
+        return _WEIGHTS.get(self.precision)
+
+    @property
+    def gathered(self) -> torch.dtype | None:
+        """The type in which FSDP2 gathers, see `modules.sharding.mixed_precision`."""
+        return torch.bfloat16 if self.precision == "bf16-mixed" else None
+
+    @property
+    def allowance(self) -> int:
+        """Bytes that belong to no tensor."""
+        if not self.on_gpu:
+            return 0
+        return CUDA_CONTEXT + (NCCL if self.processes > 1 else 0)
+
+
+def read_hardware(trainer: Mapping[str, Any], gpu_gib: float | None = None) -> Hardware:
+    """The machine that a `trainer` section describes.
+
+    Args:
+        trainer: accelerator, devices, num_nodes, strategy, precision as parsed.
+        gpu_gib: memory of a device; None takes that of this machine, or 80 GiB.
+
+    Raises:
+        UserError: for a strategy or a precision that the plan does not know, or no memory.
+    """
+    on_gpu = str(trainer.get("accelerator", "auto")) != "cpu"
+    per_machine, assumed = _devices(trainer.get("devices", "auto"), on_gpu)
+    processes = per_machine * int(trainer.get("num_nodes") or 1)
+    memory, source = _memory(on_gpu, gpu_gib)
+    precision = trainer.get("precision")
+    precision = _PRECISIONS.get(precision, str(precision))
+    known = ("32-true", *_AUTOCAST, *_WEIGHTS)
+    if precision not in known:
+        raise UserError(f"--plan does not know trainer.precision {precision!r}; it knows {', '.join(known)}.")
+    strategy = _strategy(trainer.get("strategy", "auto"), processes)
+    return Hardware(processes, strategy, precision, on_gpu, memory, source, assumed)
+
+
+def _devices(devices: Any, on_gpu: bool) -> tuple[int, str | None]:
+    if isinstance(devices, str) and devices.strip().lstrip("-").isdigit():
+        devices = int(devices)
+    if isinstance(devices, list | tuple):
+        return len(devices), None
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()]), None
+    if isinstance(devices, int) and devices > 0:
+        return devices, None
+    if not on_gpu:
+        return 1, None
+    if torch.cuda.is_available():
+        return torch.cuda.device_count(), None
+    return ASSUMED_GPUS, (
+        f"trainer.devices is {devices!r} and no GPU is at hand, so {ASSUMED_GPUS} per machine are assumed; "
+        "say how many with --trainer.devices"
+    )
+
+
+def _memory(on_gpu: bool, gpu_gib: float | None) -> tuple[int, str]:
+    if gpu_gib is not None:
+        if gpu_gib <= 0:
+            raise UserError(f"--plan_gpu_gb must be above 0, got {gpu_gib}.")
+        return int(gpu_gib * GIB), "--plan_gpu_gb"
+    if not on_gpu:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        return int(device.total_memory), device.name
+    return int(ASSUMED_GIB * GIB), "assumed; say another with --plan_gpu_gb"
+
+
+def _strategy(strategy: Any, processes: int) -> str:
+    if isinstance(strategy, str):
+        if strategy == "auto" or strategy.startswith("ddp"):
+            return "ddp" if processes > 1 or strategy != "auto" else "one device"
+        name = strategy
+    else:
+        name = str(strategy.get("class_path"))
+        module, _, attribute = name.rpartition(".")
+        found = getattr(importlib.import_module(module), attribute, None) if module else None
+        if isinstance(found, type) and issubclass(found, ModelParallelStrategy):
+            return "fsdp2"
+        if isinstance(found, type) and found.__name__ == "DDPStrategy":
+            return "ddp"
+    raise UserError(
+        f"--plan does not know the memory of trainer.strategy {name!r}; it knows auto, ddp and "
+        "sdxs_lightning.training.sharding.ShardedNetworks."
+    )

@@ -1,0 +1,169 @@
+"""The plan as tables and sentences, and as JSON."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sdxs_lightning.memory_plan.hardware import GIB
+from sdxs_lightning.memory_plan.memory_plan import MARGIN, Change, MemoryPlan
+
+
+def show(plan: MemoryPlan, changes: Sequence[Change] = ()) -> None:
+    """Prints the plan."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(heading(plan), markup=False, soft_wrap=True)
+    console.print(_networks(plan))
+    console.print(_phases(plan))
+    for sentence in sentences(plan, changes):
+        console.print(sentence, markup=False, soft_wrap=True)
+
+
+def heading(plan: MemoryPlan) -> str:
+    """What is planned."""
+    hardware = plan.hardware
+    where = f"{hardware.strategy} on {hardware.processes}" if hardware.processes > 1 else "one device"
+    checkpointed = ", ".join(plan.checkpointed) or "none"
+    return (
+        f"Memory plan of {plan.stage}, for each device: batch {plan.batch_size} x {plan.accumulate}, {plan.resolution} px, "
+        f"{hardware.precision}, {where}; gradient checkpointing: {checkpointed}."
+    )
+
+
+def sentences(plan: MemoryPlan, changes: Sequence[Change] = ()) -> list[str]:
+    """The verdict, what it rests on, and what would help."""
+    needed, most, memory = plan.needed(), plan.needed_at_most(), plan.hardware.memory
+    lines = [
+        "Networks: exact. Activations: counted on the meta device under CUDA's attention and autocast, an estimate within "
+        f"{MARGIN:.0%} (kernels' workspaces, fragments). Gathering: an upper bound. Context: an allowance."
+    ]
+    if plan.hardware.assumed:
+        lines.append(f"Assumed: {plan.hardware.assumed}.")
+    size = f"{gib(memory)} ({plan.hardware.memory_source})"
+    numbers = f"{gib(needed)} of {size}, at most {gib(most)} with {MARGIN:.0%} more activations"
+    largest = plan.largest_batch
+    batch = (
+        f"the largest batch per device that fits is {largest}" if largest else "not even a batch of 1 fits"
+    )
+    if plan.fits:
+        verdict = "Fits"
+    elif needed <= memory:
+        verdict = "May not fit"
+    else:
+        verdict = "Does not fit"
+    lines.append(f"{verdict}: {numbers}; {batch}.")
+    lines += [f"Change: {_told(change)}." for change in changes]
+    return lines
+
+
+def as_json(plan: MemoryPlan, changes: Sequence[Change] = ()) -> dict[str, Any]:
+    """The plan as plain values; all sizes are bytes per device."""
+    hardware = plan.hardware
+    return {
+        "stage": plan.stage,
+        "batch_size": plan.batch_size,
+        "accumulate_grad_batches": plan.accumulate,
+        "resolution_px": plan.resolution,
+        "precision": hardware.precision,
+        "strategy": hardware.strategy,
+        "devices": hardware.processes,
+        "assumed": hardware.assumed,
+        "gradient_checkpointing": list(plan.checkpointed),
+        "networks": {
+            one.name: {
+                "role": one.role,
+                "dtype": one.dtype,
+                "parameters": one.parameters,
+                "trainable": one.trainable,
+                "weights": one.weights,
+                "gradients": one.gradients,
+                "optimizer": one.optimizer,
+            }
+            for one in plan.networks
+        },
+        "buffers": dict(plan.buffers),
+        "phases": {
+            moment.phase: {
+                "peak": moment.total,
+                "gradients": moment.gradients,
+                "activations": moment.activations,
+            }
+            for moment in plan.step.moments(plan.batch_size)
+        },
+        "kept_for_backward": plan.step.kept_bytes(plan.batch_size),
+        "needed": plan.needed(),
+        "needed_at_most": plan.needed_at_most(),
+        "device_memory": hardware.memory,
+        "fits": plan.fits,
+        "largest_batch": plan.largest_batch,
+        "changes": [
+            {
+                "what": change.what,
+                "needed": change.plan.needed(),
+                "needed_at_most": change.plan.needed_at_most(),
+                "fits": change.plan.fits,
+                "largest_batch": change.plan.largest_batch,
+            }
+            for change in changes
+        ],
+    }
+
+
+def gib(size: int) -> str:
+    """Bytes as GiB, or as MiB where that says more."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:.2f} MiB"
+
+
+def _told(change: Change) -> str:
+    plan = change.plan
+    outcome = "fits" if plan.fits else "is not enough"
+    return (
+        f"{change.what}: {gib(plan.needed())}, at most {gib(plan.needed_at_most())}, which {outcome} (largest batch "
+        f"{plan.largest_batch})"
+    )
+
+
+def _networks(plan: MemoryPlan) -> Table:
+    table = Table(title="There all the time, but for gradients", title_justify="left")
+    for name in ("network", "role", "type"):
+        table.add_column(name)
+    for name in ("parameters", "trainable", "weights", "gradients", "optimizer"):
+        table.add_column(name, justify="right")
+    for one in plan.networks:
+        table.add_row(
+            one.name,
+            one.role,
+            one.dtype,
+            f"{one.parameters:,}",
+            f"{one.trainable:,}",
+            *(gib(size) if size else "-" for size in (one.weights, one.gradients, one.optimizer)),
+        )
+    for name, size in plan.buffers.items():
+        table.add_row(name, "", "", "", "", gib(size), "-", "-")
+    table.add_section()
+    sums = [sum(getattr(one, column) for one in plan.networks) for column in ("parameters", "trainable")]
+    weights = sum(one.weights for one in plan.networks) + sum(plan.buffers.values())
+    sizes = [weights, *(sum(getattr(one, n) for one in plan.networks) for n in ("gradients", "optimizer"))]
+    table.add_row("sum", "", "", *(f"{count:,}" for count in sums), *(gib(size) for size in sizes))
+    return table
+
+
+def _phases(plan: MemoryPlan) -> Table:
+    table = Table(title=f"The training step at batch {plan.batch_size}, at its fullest", title_justify="left")
+    table.add_column("phase")
+    for name in ("kept for backward", "activations", "gradients", "with what is always there"):
+        table.add_column(name, justify="right")
+    kept = plan.step.kept_bytes(plan.batch_size)
+    for moment in plan.step.moments(plan.batch_size):
+        table.add_row(
+            moment.phase,
+            gib(kept[moment.phase]) if moment.phase in kept else "-",
+            gib(moment.activations),
+            gib(moment.gradients),
+            gib(plan.standing + moment.total),
+        )
+    return table

@@ -1,0 +1,199 @@
+"""From a stage to its plan: weights taken away, one step counted, and again with what would make it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from lightning.pytorch import LightningModule
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.memory_plan.batch_shape import BatchShape
+from sdxs_lightning.memory_plan.hardware import ASSUMED_GPUS, Hardware
+from sdxs_lightning.memory_plan.memory_plan import Change, MemoryPlan
+from sdxs_lightning.memory_plan.states import gathered_bytes, network_bytes, update_workspace
+from sdxs_lightning.memory_plan.step_memory import measure
+from sdxs_lightning.memory_plan.weightless import META, WeightlessFamily
+from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
+
+
+class Planner:
+    """Makes plans of one stage under one configuration or variations of it.
+
+    Args:
+        stage: as constructed; it gets a family without weights, builds its networks, and goes to the meta device.
+        hardware: the machine.
+        batch_size: per device.
+        contents: what the data yields besides captions, as in data.contents.
+        accumulate: micro-batches per update, of a stage that leaves that to the Trainer.
+        decodes: whether a callback decodes images, for which the VAE stays on the device.
+
+    Raises:
+        UserError: for a stage that does not describe itself.
+    """
+
+    def __init__(
+        self,
+        stage: LightningModule,
+        hardware: Hardware,
+        batch_size: int,
+        contents: Collection[str] = ("latents",),
+        accumulate: int = 1,
+        decodes: bool = False,
+    ) -> None:
+        if not isinstance(stage, Plannable):
+            raise UserError(
+                f"--plan does not know {type(stage).__name__}: it has no plan_networks and plan_step (see "
+                "sdxs_lightning/training/plannable.py)."
+            )
+        self.stage, self.hardware, self.batch_size = stage, hardware, batch_size
+        self._accumulate = int(getattr(stage, "accumulate_grad_batches", accumulate))
+        self._decodes = decodes
+        self.family = _take_weights_away(stage)
+        self.networks: list[PlannedNetwork] = stage.plan_networks()
+        if hardware.weights is not None:
+            for one in self.networks:
+                if one.role != "frozen":
+                    one.module.to(hardware.weights)
+        self._images = self.family.resolution if "images" in contents else None
+        self._latents = None if self._images and "latents" not in contents else self.family.latent_shape()
+
+    def plan(self, hardware: Hardware | None = None, accumulate: int | None = None) -> MemoryPlan:
+        """The plan, as configured or with another machine or accumulation."""
+        hardware, accumulate = hardware or self.hardware, accumulate or self._accumulate
+        trained = [one for one in self.networks if one.role == "trained"]
+        workspaces = {
+            one.name: update_workspace(one, hardware.shards if one.sharded else 1) if hardware.on_gpu else 0
+            for one in trained
+        }
+        batch = BatchShape(self._latents, self._images, accumulate)
+        with _gathered(self.networks, hardware):
+            step = measure(self.stage, self.networks, hardware, batch, workspaces)
+        networks = [*self.networks, *self._of_the_family()]
+        return MemoryPlan(
+            stage=type(self.stage).__name__,
+            hardware=hardware,
+            batch_size=self.batch_size,
+            accumulate=accumulate,
+            resolution=self.family.resolution,
+            networks=tuple(network_bytes(one, hardware.shards) for one in networks),
+            buffers=self._buffers(hardware),
+            checkpointed=tuple(one.name for one in trained if _is_checkpointed(one)),
+            step=step,
+        )
+
+    def changes(self, plan: MemoryPlan) -> list[Change]:
+        """What would help a plan that does not fit, from the cheapest to the dearest, up to the first that is enough.
+
+        The networks' switches are left as the last change put them.
+        """
+        changes = []
+        for change in self._possible(plan):
+            changes.append(change)
+            if change.plan.fits:
+                break
+        return changes
+
+    def _possible(self, plan: MemoryPlan) -> Iterator[Change]:
+        carried = plan if plan.accumulate > 1 else self.plan(accumulate=2)
+        if 0 < carried.largest_batch < plan.batch_size:
+            smaller = replace(carried, batch_size=carried.largest_batch)
+            factor = -(-plan.batch_size // smaller.batch_size) * plan.accumulate
+            yield Change(
+                f"data.init_args.batch_size {smaller.batch_size} with accumulate_grad_batches {factor}, for the same "
+                "global batch",
+                smaller,
+            )
+        text = ""
+        switched = [one.name for one in self.networks if one.role == "trained" and _checkpoint(one)]
+        if switched:
+            text = f"gradient_checkpointing: true of {' and '.join(switched)}"
+            yield Change(text, self.plan())
+        if not self.hardware.on_gpu:
+            return
+        together = f"{text}, and " if text else ""
+        if self.hardware.strategy != "fsdp2":
+            processes = max(self.hardware.processes, ASSUMED_GPUS)
+            sharded = replace(self.hardware, strategy="fsdp2", processes=processes)
+            yield Change(
+                f"{together}--config configs/hardware/fsdp2.yaml on {processes} GPUs", self.plan(sharded)
+            )
+        else:
+            twice = replace(self.hardware, processes=2 * self.hardware.processes)
+            yield Change(f"{together}twice as many GPUs (--trainer.num_nodes)", self.plan(twice))
+
+    def _of_the_family(self) -> list[PlannedNetwork]:
+        family = self.family
+        encoders = family.text_encoders if family.encodes else {}
+        networks = [
+            PlannedNetwork(name, encoder, "frozen", sharded=False) for name, encoder in encoders.items()
+        ]
+        if self._decodes or family.decodes:
+            networks.append(PlannedNetwork("vae", family.vae, "frozen", sharded=False))
+        return networks
+
+    def _buffers(self, hardware: Hardware) -> dict[str, int]:
+        buffers = {}
+        if hardware.strategy == "ddp":
+            # DDP makes them when it wraps the stage, although its reducer rests (training/gradients.py).
+            buffers["DDP buckets"] = sum(
+                network_bytes(one, 1).gradients for one in self.networks if one.role == "trained"
+            )
+        if hardware.shards > 1:
+            sharded = [one for one in self.networks if one.sharded and one.role != "averaged"]
+            buffers["FSDP2 gathering"] = max(
+                (gathered_bytes(one, hardware.gathered) for one in sharded), default=0
+            )
+        if hardware.allowance:
+            buffers["CUDA context" + (", NCCL" if hardware.processes > 1 else "")] = hardware.allowance
+        return buffers
+
+
+def _take_weights_away(stage: LightningModule) -> WeightlessFamily:
+    stage_: Any = stage
+    if not hasattr(stage_, "family"):
+        raise UserError(f"--plan needs a stage with a family, and {type(stage).__name__} has none.")
+    family = WeightlessFamily(stage_.family)
+    stage_.family = family
+    with META:
+        stage.configure_model()
+    stage.to(META)
+    stage.on_fit_start()
+    return family
+
+
+def _is_checkpointed(network: PlannedNetwork) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in network.module.modules())
+
+
+def _checkpoint(network: PlannedNetwork) -> bool:
+    """Switches gradient checkpointing on; whether that changed anything."""
+    changed = False
+    for module in network.module.modules():
+        if not isinstance(module, ModelMixin) or module.is_gradient_checkpointing:
+            continue
+        if module._supports_gradient_checkpointing:
+            module.enable_gradient_checkpointing()
+            changed = True
+    return changed
+
+
+@contextmanager
+def _gathered(networks: Sequence[PlannedNetwork], hardware: Hardware) -> Iterator[None]:
+    """Inside, sharded networks have the type in which FSDP2 gathers them."""
+    dtype = hardware.gathered if hardware.shards > 1 else None
+    changed: list[tuple[torch.nn.Parameter, torch.dtype]] = []
+    if dtype is not None:
+        for one in networks:
+            changed += [(p, p.dtype) for p in one.module.parameters() if one.sharded]
+    for parameter, _ in changed:
+        parameter.data = parameter.data.to(dtype)
+    try:
+        yield
+    finally:
+        for parameter, before in changed:
+            parameter.data = parameter.data.to(before)

@@ -1,0 +1,229 @@
+"""Runs a stage's training step on the meta device and keeps the line of its memory, for every batch size at once."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from sdxs_lightning.memory_plan.as_on_cuda import AsOnCuda
+from sdxs_lightning.memory_plan.batch_shape import BatchShape
+from sdxs_lightning.memory_plan.hardware import Hardware
+from sdxs_lightning.memory_plan.live_bytes import LiveBytes, ShapeMemory
+from sdxs_lightning.memory_plan.states import sharded_numel
+from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
+
+PROBES = 2, 3
+"""Batch sizes that are run. Not 1: a batch dimension of 1 lets some operations copy less."""
+
+
+class Moment(NamedTuple):
+    """Bytes on one device, beside weights and optimizer states."""
+
+    phase: str
+    total: int
+    gradients: int
+
+    @property
+    def activations(self) -> int:
+        """What is neither a gradient nor counted with the weights."""
+        return self.total - self.gradients
+
+
+@dataclass
+class _Line:
+    """One phase of one run."""
+
+    name: str
+    live: list[tuple[int, int]]
+    kept: int
+    """Bytes that the forward pass left for the backward pass: activations, and autocast's copies of weights."""
+
+
+@dataclass(frozen=True)
+class StepProfile:
+    """What a training step needs at any batch size: every tensor of it is a constant, or grows with the batch."""
+
+    phases: tuple[str, ...]
+    constants: tuple[np.ndarray, ...] = field(repr=False)
+    """Per phase (n, 2), int64: live bytes and gradients at each moment, for batch size 0."""
+    slopes: tuple[np.ndarray, ...] = field(repr=False)
+    """The same, per sample."""
+    kept: tuple[tuple[int, int], ...]
+    """Per phase: what the forward pass keeps for the backward pass, constant and per sample."""
+
+    def moments(self, batch_size: int) -> list[Moment]:
+        """The fullest moment of each phase."""
+        result = []
+        for name, constant, slope in zip(self.phases, self.constants, self.slopes, strict=True):
+            line = constant + batch_size * slope
+            total, gradients = line[int(line[:, 0].argmax())]
+            result.append(Moment(name, int(total), int(gradients)))
+        return result
+
+    def peak(self, batch_size: int) -> Moment:
+        """The fullest moment of the step."""
+        return max(self.moments(batch_size), key=lambda moment: moment.total)
+
+    def kept_bytes(self, batch_size: int) -> dict[str, int]:
+        """Per phase with a backward pass, what its forward pass keeps."""
+        pairs = zip(self.phases, self.kept, strict=True)
+        return {name: constant + batch_size * slope for name, (constant, slope) in pairs if constant or slope}
+
+
+def measure(
+    stage: LightningModule,
+    networks: Sequence[PlannedNetwork],
+    hardware: Hardware,
+    batch: BatchShape,
+    workspaces: Mapping[str, int],
+) -> StepProfile:
+    """Runs the step twice, and reads off what is constant and what grows with the batch.
+
+    Args:
+        stage: on the meta device, a `Plannable`.
+        networks: all that it has, in the types in which they compute.
+        hardware: precision, sharding and number of processes.
+        batch: what a micro-batch holds.
+        workspaces: by trained network, what its optimizer's step takes and gives back.
+    """
+    shapes = ShapeMemory()
+    first, second = (_run(stage, networks, hardware, batch, workspaces, shapes, size) for size in PROBES)
+    constants, slopes, kept = [], [], []
+    step = PROBES[1] - PROBES[0]
+    for low, high in zip(first, second, strict=True):
+        below, above = np.array(low.live, dtype=np.int64), np.array(high.live, dtype=np.int64)
+        if below.shape != above.shape:  # another path was taken: keep the phase's peaks, and their line
+            below, above = (line[[int(line[:, 0].argmax())]] for line in (below, above))
+        slope = (above - below) // step
+        slopes.append(slope)
+        constants.append(below - PROBES[0] * slope)
+        grown = (high.kept - low.kept) // step
+        kept.append((low.kept - PROBES[0] * grown, grown))
+    return StepProfile(tuple(low.name for low in first), tuple(constants), tuple(slopes), tuple(kept))
+
+
+def _run(
+    stage: LightningModule,
+    networks: Sequence[PlannedNetwork],
+    hardware: Hardware,
+    batch: BatchShape,
+    workspaces: Mapping[str, int],
+    shapes: ShapeMemory,
+    size: int,
+) -> list[_Line]:
+    assert isinstance(stage, Plannable)
+    trained = {one.name: one for one in networks if one.role == "trained"}
+    modules = [stage, *(one.module for one in networks)]
+    live = LiveBytes(modules, shapes)
+    kept: list[int] = []
+    cuda = AsOnCuda(hardware.autocast, lambda: kept.append(live.live - live.gradients))
+    lines: list[_Line] = []
+    gradients = _Gradients(live, trained, hardware, carried=batch.accumulate > 1)
+    with _quiet(), _outside_a_trainer(stage), gradients, live, cuda, cuda.islands():
+        before = len(live.line)
+        for phase in stage.plan_step(batch.make(size)):
+            workspace = sum(workspaces[name] for name in phase.updates)
+            line = [*live.line[before:], (live.live + workspace, live.gradients)]
+            if not phase.updates:  # before the training: there are no gradients yet
+                line = [(total - gradient, 0) for total, gradient in line]
+            lines.append(_Line(phase.name, line, max(kept, default=0)))
+            if batch.accumulate == 1:
+                gradients.clear(phase.updates)
+            before = len(live.line)
+            kept.clear()
+        cuda.forget_casts()
+    return lines
+
+
+class _Gradients:
+    """Counts the gradients of the trained networks: whole, or the shard that is left when the others have theirs."""
+
+    def __init__(
+        self, live: LiveBytes, trained: Mapping[str, PlannedNetwork], hardware: Hardware, carried: bool
+    ) -> None:
+        self._live, self._carried = live, carried
+        self._itemsize = 4 if hardware.weights is None else hardware.weights.itemsize
+        self._trained = {
+            name: [p for p in one.module.parameters() if p.requires_grad] for name, one in trained.items()
+        }
+        self._shards = {
+            id(p): hardware.shards if trained[name].sharded else 1
+            for name, parameters in self._trained.items()
+            for p in parameters
+        }
+        self._sizes: dict[int, int] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for parameters in self._trained.values():
+            for parameter in parameters:
+                self._handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
+                if self._carried:
+                    # Of the micro-batches before; made outside of the count, so that it says what it is.
+                    parameter.grad = torch.empty_like(parameter)
+                    self._arrived(parameter)
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.clear(tuple(self._trained))
+
+    def clear(self, names: Sequence[str]) -> None:
+        """What an optimizer's `zero_grad(set_to_none=True)` does."""
+        for name in names:
+            for parameter in self._trained[name]:
+                parameter.grad = None
+                if id(parameter) in self._sizes:
+                    self._live.add(-self._sizes.pop(id(parameter)), gradients=True)
+
+    def _arrived(self, parameter: nn.Parameter | Tensor) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        shards = self._shards[id(parameter)]
+        if shards == 1:
+            self._live.mark_gradient(gradient)
+            return
+        # FSDP2 sends the others their shares and keeps its own, in the type of the master weights.
+        parameter.grad = None
+        if id(parameter) not in self._sizes:
+            self._sizes[id(parameter)] = sharded_numel(parameter, shards) * self._itemsize
+            self._live.add(self._sizes[id(parameter)], gradients=True)
+
+
+@contextmanager
+def _outside_a_trainer(stage: LightningModule) -> Iterator[None]:
+    """What a stage asks of its Trainer during a step: a plain backward pass, and no log, which would read values."""
+    replaced = {"manual_backward": lambda loss: loss.backward(), "log": _nothing, "log_dict": _nothing}
+    vars(stage).update(replaced)
+    try:
+        yield
+    finally:
+        for name in replaced:
+            del vars(stage)[name]
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No compilation, no collector (it would free at other moments in the second run), no words about meta tensors."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if collecting:
+            gc.enable()

@@ -1,0 +1,126 @@
+"""A family without weights: the same networks from their configs alone, on the meta device."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, Self
+
+import torch
+import transformers
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from torch import Tensor, nn
+
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.latents import scale, unscale
+from sdxs_lightning.families import Family
+from sdxs_lightning.families.folders import kl_folder, read_json, unet_config, vae_class
+from sdxs_lightning.families.sources import resolve_unet
+
+META = torch.device("meta")
+
+
+class WeightlessFamily:
+    """Stands in for a family: its constants are the family's, its networks have shapes and no weights.
+
+    Args:
+        family: of which only the JSON files are read.
+    """
+
+    def __init__(self, family: Family) -> None:
+        self._family = family
+        self._dtype = torch.float32
+        self.encodes = False
+        """Whether the stage has asked for prompts' embeddings."""
+
+    def __getattr__(self, name: str) -> Any:
+        # The object is not complete yet when copy or pickle ask.
+        if name.startswith("__") or "_family" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._family, name)
+
+    def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
+        """The base's U-Net, or that of a U-Net or pipeline folder (a pruned student)."""
+        config = self._family.unet_config if folder is None else unet_config(resolve_unet(folder))
+        with META:
+            return UNet2DConditionModel.from_config(config)
+
+    def load_vae(self) -> AutoencoderKL:
+        """The base's KL VAE."""
+        folder = kl_folder(self._family.folder)
+        if folder is None:
+            raise FileNotFoundError(f"'{self._family.folder}' has no AutoencoderKL in vae or vae_large.")
+        with META:
+            return AutoencoderKL.from_config(read_json(folder / "config.json"))
+
+    def encode_prompts(
+        self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
+    ) -> Conditioning:
+        """Embeddings of the right shapes and type; the text encoders' own, short-lived activations are left out."""
+        self.encodes = True
+        encoders, count = list(self.text_encoders.values()), len(captions)
+        configs: list[Any] = [encoder.config for encoder in encoders]
+        shape = count, configs[0].max_position_embeddings, sum(config.hidden_size for config in configs)
+        embeds = torch.empty(shape, dtype=self._dtype, device=META)
+        if len(encoders) == 1:
+            # The unconditional twin of SD is one row, seen B times.
+            negative = torch.empty((1, *shape[1:]), dtype=self._dtype, device=META).expand_as(embeds)
+            return Conditioning(prompt_embeds=embeds, negative_prompt_embeds=negative)
+        pooled = torch.empty(count, configs[-1].projection_dim, dtype=self._dtype, device=META)
+        return Conditioning(
+            prompt_embeds=embeds,
+            pooled_prompt_embeds=pooled,
+            add_time_ids=torch.empty(count, 6, device=META),
+            negative_prompt_embeds=torch.zeros_like(embeds),
+            negative_pooled_prompt_embeds=torch.zeros_like(pooled),
+        )
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) -> scaled latents (B, C, h, w), float32, without graph."""
+        assert isinstance(self.vae, AutoencoderKL)
+        return scale(self.vae.encode(images).latent_dist.mode(), self._family.scaling_factor)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, without graph."""
+        return self.decode_with_graph(latents)
+
+    def decode_with_graph(self, latents: Tensor) -> Tensor:
+        """The same with graph."""
+        images: Tensor = self.vae.decode(unscale(latents, self._family.scaling_factor)).sample
+        return images.float()
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
+        """Takes the text encoders' type; everything stays on the meta device."""
+        self._dtype = dtype or self._dtype
+        self._family.schedule.to(META)
+        for encoder in self.text_encoders.values():
+            encoder.to(self._dtype)
+        return self
+
+    @cached_property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """By the name of their folder."""
+        folders = [self._family.folder / name for name in ("text_encoder", "text_encoder_2")]
+        present = [folder for folder in folders if (folder / "config.json").is_file()]
+        return {folder.name: _text_encoder(read_json(folder / "config.json")) for folder in present}
+
+    @cached_property
+    def vae(self) -> AutoencoderKL | AutoencoderTiny:
+        """The VAE that `decode` and `encode` use, the base's `vae`; made when it is first asked for."""
+        folder = self._family.folder / "vae"
+        with META:
+            vae = vae_class(folder).from_config(read_json(folder / "config.json"))
+        return vae.eval().requires_grad_(False)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the stage has asked for images."""
+        return "vae" in self.__dict__
+
+
+def _text_encoder(config: dict[str, Any]) -> nn.Module:
+    name = (config.get("architectures") or ["CLIPTextModel"])[0]
+    with META:
+        encoder: nn.Module = getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(config))
+    return encoder.eval().requires_grad_(False)

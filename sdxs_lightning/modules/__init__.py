@@ -1,1 +1,0 @@
-"""The LightningModules: student generator, fake score, discriminator, and one composition a stage."""

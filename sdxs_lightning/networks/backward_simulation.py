@@ -1,0 +1,164 @@
+"""Students of one step and of a few: how they sample, and how training makes the inputs of their later steps.
+
+A student of several steps denoises, adds fresh noise to what it found, and denoises again at the next timestep. In training
+an image of the data with noise on it is not what its later steps will see, so they are trained on what its earlier steps
+make ("backward simulation").
+
+The fresh noise is a function of the first, like everything about a sample: the same noise and prompt give the same latents in
+training, in evaluation, on any device and in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.noise_schedule import add_noise
+from sdxs_lightning.core.seeding import Stream, fingerprint, integers, normal
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.network import no_param_grad
+
+FreshNoise = Callable[[Tensor, int], Tensor]
+"""From the first noise (B, C, h, w) and the number of a step, counted from 0, to the noise that is added before it."""
+
+
+def one_step(denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timestep: int) -> Tensor:
+    """Noise straight to clean latents: the network's x_0 estimate at one constant timestep.
+
+    Args:
+        denoiser: the student's network.
+        noise: (B, C, h, w), N(0, 1), unscaled whatever the timestep is (DMD2's "timestep shift" for SDXL).
+        conditioning: of B prompts.
+        timestep: the conditioning timestep.
+
+    Returns:
+        (B, C, h, w), float32, scaled latents.
+
+    Source: DMD2, arXiv:2405.14867, section 4.2.
+    """
+    timesteps = torch.full((len(noise),), timestep, dtype=torch.int64, device=noise.device)
+    prediction = denoiser(noise, timesteps, conditioning)
+    pred_x0: Tensor = prediction.pred_x0
+    return pred_x0
+
+
+def fresh_noise(noise: Tensor, step: int) -> Tensor:
+    """N(0, 1) of the shape of `noise`, determined by its bits and by the step, independent of both; float32."""
+    return normal(step, Stream.STEP_NOISE, fingerprint(noise), tuple(noise.shape[1:]))
+
+
+def sample_in_steps(
+    denoiser: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    timesteps: Sequence[int],
+    fresh: FreshNoise = fresh_noise,
+) -> Tensor:
+    """Noise to clean latents through all steps; with one timestep this is `one_step`.
+
+    Args:
+        denoiser: the student's network.
+        noise: (B, C, h, w), N(0, 1).
+        conditioning: of B prompts.
+        timesteps: one a step, falling.
+        fresh: where the noise of the later steps is from.
+
+    Returns:
+        (B, C, h, w), float32, scaled latents.
+
+    Source: DMD2, arXiv:2405.14867, section 4.4; equals the loop over diffusers' LCMScheduler.
+    """
+    latents = one_step(denoiser, noise, conditioning, timesteps[0])
+    for step, timestep in enumerate(timesteps[1:], start=1):
+        noisy = _renoise(denoiser, latents, fresh(noise, step), timestep)
+        latents = one_step(denoiser, noisy, conditioning, timestep)
+    return latents
+
+
+def simulated_sample(
+    denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timesteps: Sequence[int]
+) -> Tensor:
+    """The sample that training uses: what the student says at one of its steps, drawn for each sample.
+
+    The steps before it run without graph, exactly as in `sample_in_steps`. All samples run through all but the last of them,
+    whichever was drawn: to skip some the host would have to wait for the device, and ranks that share a sharded network
+    have to call it equally often. With n steps that costs n - 1 passes without graph; with one timestep this is `one_step`.
+
+    Args:
+        denoiser: the student's network.
+        noise: (B, C, h, w), N(0, 1); it also determines which step is drawn.
+        conditioning: of B prompts.
+        timesteps: one a step, falling.
+
+    Returns:
+        (B, C, h, w), float32, scaled latents, with graph of the drawn step only.
+
+    Source: DMD2, arXiv:2405.14867, section 4.5. A departure: there one step is drawn for a whole batch.
+    """
+    if len(timesteps) == 1:
+        return one_step(denoiser, noise, conditioning, timesteps[0])
+    drawn = integers(0, Stream.STEP_INDEX, fingerprint(noise), 0, len(timesteps))
+    chosen, chosen_timesteps = noise.float(), torch.full_like(drawn, timesteps[0])
+    # Resting, as autocast may keep casts of the weights that have no graph, for the pass that needs one.
+    with torch.no_grad(), no_param_grad(denoiser):
+        noisy = noise
+        for step, timestep in enumerate(timesteps[1:], start=1):
+            latents = one_step(denoiser, noisy, conditioning, timesteps[step - 1])
+            noisy = _renoise(denoiser, latents, fresh_noise(noise, step), timestep)
+            here = drawn == step
+            chosen = torch.where(here.view(-1, 1, 1, 1), noisy, chosen)
+            chosen_timesteps = torch.where(here, timestep, chosen_timesteps)
+    pred_x0: Tensor = denoiser(chosen, chosen_timesteps, conditioning).pred_x0
+    return pred_x0
+
+
+def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:
+    """Refuses timesteps that the exported pipeline could not visit.
+
+    Raises:
+        ValueError: for a timestep outside the schedule, or several that `original_inference_steps` does not know.
+    """
+    if not timesteps or not all(0 <= timestep < num_train_timesteps for timestep in timesteps):
+        raise ValueError(
+            f"timesteps of a student must be one or more in [0, {num_train_timesteps - 1}], got {list(timesteps)}; change "
+            "student.init_args.timesteps."
+        )
+    if len(timesteps) > 1:
+        original_inference_steps(timesteps)
+
+
+def original_inference_steps(timesteps: Sequence[int]) -> int:
+    """The setting of diffusers' LCMScheduler with which its standard schedule of so many steps is `timesteps`.
+
+    That scheduler knows `original_inference_steps` evenly spaced timesteps up to the last one of its training, and a sampler
+    visits some of them.
+
+    Args:
+        timesteps: one a step, falling; the first is the last one of the training.
+
+    Raises:
+        ValueError: where there is no such setting.
+
+    Source: LCM, arXiv:2310.04378, as in LCMScheduler.set_timesteps of diffusers.
+    """
+    total, steps = timesteps[0] + 1, len(timesteps)
+    for original in range(steps, total + 1):
+        if total % original:
+            continue  # it would not begin at the first timestep
+        known = np.arange(original, 0, -1) * (total // original) - 1
+        visited = known[np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)]
+        if visited.tolist() == list(timesteps):
+            return original
+    raise ValueError(
+        f"the timesteps {list(timesteps)} are none that a stock LCMScheduler visits in {steps} calls; evenly spaced ones down "
+        "from the first are, such as [999, 749, 499, 249] or [399, 299, 199, 99]. Change student.init_args.timesteps."
+    )
+
+
+def _renoise(denoiser: Denoiser, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    timesteps = torch.full((len(latents),), timestep, dtype=torch.int64, device=latents.device)
+    return add_noise(latents, noise, timesteps, denoiser.schedule)

@@ -1,0 +1,117 @@
+"""The one place that calls a U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.guidance import guide
+from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType, to_noise_pred, to_pred_x0
+from sdxs_lightning.networks.feature_taps import FeatureTap, encoder_of
+
+
+class Prediction(NamedTuple):
+    """What a U-Net says about noisy latents, three times the same statement, all float32 (B, C, h, w)."""
+
+    output: Tensor
+    """As it leaves the network: epsilon, v or sample."""
+    pred_x0: Tensor
+    """The clean latents."""
+    noise_pred: Tensor
+    """The noise."""
+
+
+class Denoiser(nn.Module):
+    """A stock U-Net with the schedule and the prediction type that it was trained with.
+
+    Args:
+        unet: any `UNet2DConditionModel`, in any dtype; inputs are cast to it, outputs to float32.
+        schedule: where alpha_t and sigma_t are from.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, schedule: NoiseSchedule, prediction_type: PredictionType
+    ) -> None:
+        super().__init__()
+        self.unet = unet
+        self.schedule = schedule
+        self.prediction_type: PredictionType = prediction_type
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Prediction:
+        """Denoises without guidance.
+
+        Args:
+            noisy_latents: (B, C, h, w).
+            timesteps: (B,), int64.
+            conditioning: of B prompts.
+        """
+        return self._interpret(
+            self._call(self.unet, noisy_latents, timesteps, conditioning), noisy_latents, timesteps
+        )
+
+    def guided(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Prediction:
+        """Denoises with classifier-free guidance, both halves as one batch of 2B; scale 1 is the plain forward.
+
+        Guidance acts on the output. For given noisy latents pred_x0 and noise_pred are affine in it, so this equals
+        guidance on either of them.
+        """
+        if guidance_scale == 1.0:
+            return cast(Prediction, self(noisy_latents, timesteps, conditioning))
+        output = self.guided_output(noisy_latents, timesteps, conditioning, guidance_scale)
+        return self._interpret(output, noisy_latents, timesteps)
+
+    def guided_output(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """`Prediction.output` of `guided` alone; timesteps may lie between two whole ones, as some schedulers ask for."""
+        if guidance_scale == 1.0:
+            return self._call(self.unet, noisy_latents, timesteps, conditioning).float()
+        twice = torch.cat([noisy_latents, noisy_latents]), torch.cat([timesteps, timesteps])
+        uncond, cond = self._call(self.unet, *twice, conditioning.doubled()).chunk(2)
+        return guide(cond, uncond, guidance_scale)
+
+    def with_features(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> tuple[Prediction, Tensor]:
+        """The plain forward together with the bottleneck's features, (B, C', h', w'), from the same pass."""
+        with FeatureTap(self.unet) as tap:
+            prediction = self(noisy_latents, timesteps, conditioning)
+        return prediction, tap.features
+
+    def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Bottleneck features alone: the encoder's share of the work and nothing more."""
+        return self._call(encoder_of(self.unet), noisy_latents, timesteps, conditioning)
+
+    def encoder_features(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, blocks: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Outputs (B, C', h', w') of named blocks of the encoder, at the encoder's cost.
+
+        Raises:
+            ValueError: for a name that the encoder does not have.
+        """
+        encoder = encoder_of(self.unet)
+        with FeatureTap(encoder, *blocks) as tap:
+            self._call(encoder, noisy_latents, timesteps, conditioning)
+            return {block: tap[block] for block in blocks}
+
+    def _call(
+        self, unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        dtype = next(self.unet.parameters()).dtype
+        arguments = conditioning.to(dtype=dtype).unet_kwargs()
+        output: Tensor = unet(noisy_latents.to(dtype), timesteps, **arguments).sample
+        return output
+
+    def _interpret(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Prediction:
+        output, noisy_latents = output.float(), noisy_latents.float()
+        known = noisy_latents, timesteps, self.schedule, self.prediction_type
+        return Prediction(output, to_pred_x0(output, *known), to_noise_pred(output, *known))

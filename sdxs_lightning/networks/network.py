@@ -1,0 +1,116 @@
+"""What student, fake score and discriminator share: an optimizer of their own, and switches of a U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+
+from diffusers import UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+
+class Network(LightningModule):
+    """A trainable network with the optimizer that its part of the config names.
+
+    The composition calls `configure_optimizers` and steps what it returns; Lightning calls no hook of a child.
+
+    Args:
+        optimizer: made over the parameters that require gradients.
+        lr_scheduler: stepped once per update of this network; None keeps the rate.
+    """
+
+    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None) -> None:
+        super().__init__()
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+
+    @property
+    def optimizer(self) -> OptimizerCallable:
+        """From parameters to the optimizer that the config names."""
+        return self._optimizer
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, with its scheduler where there is one.
+
+        Raises:
+            RuntimeError: before the network is built.
+        """
+        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if not trainable:
+            raise RuntimeError(f"{type(self).__name__}: nothing to optimise; call build(...) first.")
+        optimizer = self._optimizer(trainable)
+        if self._lr_scheduler is None:
+            return {"optimizer": optimizer}
+        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+
+
+def save_adapters_only(network: nn.Module) -> None:
+    """Takes the frozen weights of a network out of what its `state_dict()` gives, and so out of a run's checkpoints.
+
+    When a checkpoint is loaded they stay as they are; everything else is as strict as ever.
+
+    Args:
+        network: built, with adapters; gets two hooks.
+    """
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+
+    def drop(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+        for name in frozen:
+            state.pop(prefix + name, None)
+
+    def keep(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+        own = dict(module.named_parameters())
+        state.update({prefix + name: own[name].detach() for name in frozen})
+
+    network.register_state_dict_post_hook(drop)
+    network.register_load_state_dict_pre_hook(keep)
+
+
+@contextmanager
+def no_param_grad(*networks: nn.Module | None) -> Iterator[None]:
+    """Inside, the networks pass gradients through to their inputs and collect none themselves.
+
+    Cheaper than throwing gradients away, and needed for correctness under autocast: a weight that requires gradients
+    and is used under no_grad leaves its graph-less cast in autocast's cache, where a later pass with graph finds it.
+    """
+    parameters = [
+        p for network in networks if network is not None for p in network.parameters() if p.requires_grad
+    ]
+    _require_grad(parameters, False)
+    try:
+        yield
+    finally:
+        _require_grad(parameters, True)
+
+
+def prepare_unet(
+    unet: UNet2DConditionModel,
+    gradient_checkpointing: bool,
+    compile_blocks: bool,
+    taps: Collection[str] = (),
+) -> UNet2DConditionModel:
+    """Puts a U-Net into training mode with the chosen switches.
+
+    Compiled are its residual and transformer blocks, each by itself: they repeat, so few graphs cover the network, and
+    they carry no hooks (FSDP2's and most feature taps sit on the stages around them). A block with one of `taps` in it
+    stays as it is: a compiled graph does not notice hooks that come and go.
+    """
+    unet.train()
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if compile_blocks:
+        for name, block in unet.named_modules():
+            tapped = any(f"{tap}.".startswith(f"{name}.") for tap in taps)
+            if isinstance(block, ResnetBlock2D | Transformer2DModel) and not tapped:
+                block.compile()
+    return unet
+
+
+def _require_grad(parameters: Sequence[nn.Parameter], value: bool) -> None:
+    for parameter in parameters:
+        parameter.requires_grad_(value)

@@ -1,0 +1,107 @@
+"""The discriminator of the projected GAN: a small convolutional head on each of several frozen feature maps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from sdxs_lightning.networks.image_features import FeatureShape
+from sdxs_lightning.networks.network import Network
+from sdxs_lightning.networks.precision import without_autocast
+from sdxs_lightning.objectives.projected_gan import hinge_critic_loss, r1_penalty
+
+
+class ProjectedDiscriminator(Network):
+    """One head per tapped layer; it owns no features, which come from a frozen network.
+
+    The heads always run in float32: they are small, and spectral normalisation iterates on their weights.
+
+    Args:
+        optimizer: called with the trainable parameters.
+        lr_scheduler: stepped once per update of the discriminator; None keeps the rate.
+        seed: of the initial weights, which are thus the same on every rank.
+
+    Source: StyleGAN-T, arXiv:2301.09515, section 4.2, and ADD, arXiv:2311.17042, section 3.2: frozen ViT, equal heads of a
+        pointwise and a wider spectrally normalised convolution. Departures: 3x3 on the map instead of 9 along the token
+        sequence, group instead of virtual batch normalisation (so that samples do not see each other), no conditioning.
+    """
+
+    heads: nn.ModuleList
+
+    def __init__(
+        self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self._seed = seed
+
+    def build(self, feature_shapes: Sequence[FeatureShape]) -> None:
+        """Makes a head for each feature map (C, h, w); a second call does nothing."""
+        if hasattr(self, "heads"):
+            return
+        # Its own random state: heads that depended on what was drawn before would differ between ranks.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self.heads = nn.ModuleList(_Head(channels) for channels, _, _ in feature_shapes)
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Per head, features (B, C, h, w) -> logits (B, h * w), float32; positive means real."""
+        with without_autocast(features[0].device):
+            return [head(part.float()) for head, part in zip(self.heads, features, strict=True)]
+
+
+def projected_critic_loss(
+    discriminator: ProjectedDiscriminator,
+    real_features: Sequence[Tensor],
+    fake_features: Sequence[Tensor],
+    r1_weight: float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The heads' hinge loss, with R1 on what they see of real images; both halves are one batch to the heads.
+
+    Args:
+        discriminator: a built one.
+        real_features: per head (B, C, h, w), float; their graph is not followed.
+        fake_features: the same of as many images of the generator.
+        r1_weight: factor of R1; None leaves it out.
+
+    Returns:
+        The loss, (), float32, and scalars: `loss` without R1, `accuracy` over all logits, and `r1` where there is one.
+    """
+    real = [part.detach().float().requires_grad_(r1_weight is not None) for part in real_features]
+    both = [torch.cat([r, f.detach().float()]) for r, f in zip(real, fake_features, strict=True)]
+    logits = [part.chunk(2) for part in discriminator(both)]
+    real_logits, fake_logits = [pair[0] for pair in logits], [pair[1] for pair in logits]
+    loss = hinge_critic_loss(real_logits, fake_logits)
+    right = torch.cat([(part > 0).flatten() for part in [*real_logits, *(-f for f in fake_logits)]])
+    scalars = {"loss": loss, "accuracy": right.float().mean()}
+    if r1_weight is not None:
+        penalty = r1_penalty(real_logits, real)
+        scalars["r1"] = penalty
+        loss = loss + r1_weight * penalty
+    return loss, scalars
+
+
+class _Head(nn.Module):
+    """Pointwise, then 3x3 around it, then a logit for every place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.project = _layer(channels, kernel_size=1)
+        self.look_around = _layer(channels, kernel_size=3)
+        self.logits = spectral_norm(nn.Conv2d(channels, 1, kernel_size=1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.project(features)
+        hidden = (hidden + self.look_around(hidden)) / math.sqrt(2)  # keeps the variance
+        logits: Tensor = self.logits(hidden)
+        return logits.flatten(1)
+
+
+def _layer(channels: int, kernel_size: int) -> nn.Sequential:
+    convolution = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2)
+    norm = nn.GroupNorm(math.gcd(32, channels), channels)
+    return nn.Sequential(spectral_norm(convolution), norm, nn.LeakyReLU(0.2))

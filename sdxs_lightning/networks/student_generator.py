@@ -1,0 +1,99 @@
+"""The student: one step, or a few."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.backward_simulation import check_timesteps, sample_in_steps, simulated_sample
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.lora import LoRA
+from sdxs_lightning.networks.network import Network, save_adapters_only
+from sdxs_lightning.networks.trained_denoiser import frozen_fingerprint, load_denoiser
+
+
+class StudentGenerator(Network):
+    """Maps noise and a prompt to clean latents in one step, or a few; its network may be smaller than the base's.
+
+    Args:
+        optimizer: called with the trainable parameters.
+        lr_scheduler: stepped once per student update; None keeps the rate.
+        weights: U-Net folder, or pipeline folder, to start from (a pruned student, a warmed-up one); None starts from
+            the base.
+        conditioning_timestep: of a one-step student; None takes the family's.
+        timesteps: of a student of several steps, from noise to clean, such as [999, 749, 499, 249] of DMD2; None is one step.
+        lora: learns by adapters on frozen weights, which an export merges; None trains every weight.
+        gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more work.
+        compile_blocks: torch.compile of each block; pays on a GPU for runs of more than minutes.
+
+    Raises:
+        ValueError: for both conditioning_timestep and timesteps.
+    """
+
+    denoiser: Denoiser
+    frozen_fingerprint: str | None
+    """Of the weights under its adapters; None where every weight learns."""
+    conditioning_timestep: int
+    """Of its first step."""
+    timesteps: Sequence[int]
+    """Of all its steps, from noise to clean."""
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        weights: str | None = None,
+        conditioning_timestep: int | None = None,
+        timesteps: list[int] | None = None,
+        lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self._weights = weights
+        self.lora = lora
+        self._conditioning_timestep = conditioning_timestep
+        if conditioning_timestep is not None and timesteps is not None:
+            raise ValueError(
+                f"conditioning_timestep ({conditioning_timestep}) is for a student of one step and timesteps ({timesteps}) for "
+                "one of several; set one of them in student.init_args."
+            )
+        self._timesteps = timesteps
+        self._switches = gradient_checkpointing, compile_blocks
+
+    def build(self, family: Family) -> None:
+        """Loads the network; a second call does nothing.
+
+        Raises:
+            ValueError: for timesteps outside the family's schedule, or that an exported pipeline could not visit.
+        """
+        if hasattr(self, "denoiser"):
+            return
+        total = family.schedule.num_train_timesteps
+        timestep = self._conditioning_timestep
+        self.conditioning_timestep = family.conditioning_timestep if timestep is None else timestep
+        if not 0 <= self.conditioning_timestep < total:
+            raise ValueError(
+                f"conditioning_timestep must be in [0, {total - 1}], got {self.conditioning_timestep}; change "
+                "student.init_args.conditioning_timestep."
+            )
+        if self._timesteps is not None:
+            check_timesteps(self._timesteps, total)
+            self.conditioning_timestep = self._timesteps[0]
+        self.timesteps = self._timesteps or [self.conditioning_timestep]
+        self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
+        self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
+        if self.lora is not None:
+            save_adapters_only(self)
+
+    def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """Noise (B, C, h, w) -> clean latents pred_x0 (B, C, h, w), float32: through all steps, for pictures."""
+        return sample_in_steps(self.denoiser, noise, conditioning, self.timesteps)
+
+    def simulate(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
+        """The same, but of one step each, for training: see `simulated_sample`. One step is `forward`."""
+        return simulated_sample(self.denoiser, noise, conditioning, self.timesteps)

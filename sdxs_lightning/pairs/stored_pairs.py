@@ -1,0 +1,161 @@
+"""PairSettings that are sampled once, when the fit starts, and kept on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.seeding import Stream, integers, normal
+from sdxs_lightning.families import Family
+from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
+from sdxs_lightning.pairs.target_sampler import TargetSampler
+
+
+class PickedPairs(NamedTuple):
+    """One pair per sample of a micro-batch."""
+
+    noise: Tensor
+    """(B, C, h, w), float32, N(0, 1): what the student is given."""
+    conditioning: Conditioning
+    """Of the pairs' prompts, unconditional twin included."""
+    target: Tensor
+    """(B, C, h, w), float32, scaled latents: what the target sampler made of the same noise and prompts."""
+
+
+class StoredPairs:
+    """PairSettings in memory: prompts and target latents; the noise is made anew from each pair's index.
+
+    Prompt embeddings stay on the device, so that a batch is picked there without waiting for it: 2048 pairs are 0.5 GB
+    for SD in float32.
+
+    Args:
+        conditioning: of n prompts, without its unconditional twin.
+        twin: one row, which serves all prompts.
+        targets: (n, C, h, w), scaled latents.
+        seed: of the run.
+    """
+
+    def __init__(self, conditioning: Conditioning, twin: Conditioning, targets: Tensor, seed: int) -> None:
+        self.conditioning = conditioning
+        self.targets = targets
+        self._twin = twin
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def pick(self, positions: Tensor) -> PickedPairs:
+        """The pairs that stand at these positions of the run."""
+        # Drawn with replacement: a function of the position alone needs no state of a shuffle. The stream is the one that
+        # would make the student's noise at these positions, which the pair brings along here.
+        chosen = integers(self._seed, Stream.STUDENT_NOISE, positions, 0, len(self))
+        noise = normal(self._seed, Stream.PAIRS, chosen, tuple(self.targets.shape[1:]))
+        return PickedPairs(noise, self._conditioning_of(chosen), self.targets[chosen])
+
+    def _conditioning_of(self, chosen: Tensor) -> Conditioning:
+        values = {entry.name: getattr(self.conditioning, entry.name) for entry in fields(Conditioning)}
+        rows = {name: value[chosen] for name, value in values.items() if isinstance(value, Tensor)}
+        twin = {
+            f"negative_{name}": getattr(self._twin, name).expand_as(rows[name])
+            for name in ("prompt_embeds", "pooled_prompt_embeds")
+            if getattr(self._twin, name) is not None
+        }
+        return replace(self.conditioning, **rows, **twin)
+
+
+@torch.no_grad()
+def sample_pairs(
+    count: int,
+    batch_size: int,
+    captions: Sequence[str],
+    family: Family,
+    sampler: TargetSampler | SchedulerSampler,
+    seed: int,
+) -> StoredPairs:
+    """Samples the target of every caption; ranks share the work and each gets all pairs.
+
+    Args:
+        count: of pairs.
+        batch_size: pairs that are sampled at once, on each rank.
+        captions: prompts; used again from the start when there are fewer than pairs.
+        family: encodes them.
+        sampler: makes the targets.
+        seed: of the run; with a pair's index it determines the pair's noise.
+
+    Returns:
+        The same pairs on every rank, and after a resume.
+
+    Raises:
+        ValueError: without captions.
+    """
+    if not captions:
+        raise ValueError("pairs in memory need captions and the training data has none.")
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    # Rounded up to whole batches on every rank: a sharded network needs all ranks in every call.
+    share = -(-count // world_size)
+    batches = []
+    for first in range(rank * share, (rank + 1) * share, batch_size):
+        past = min(first + batch_size, (rank + 1) * share)
+        index = torch.arange(first, past, device=family.schedule.alpha.device)
+        prompts = [captions[i % len(captions)] for i in range(first, past)]
+        noise = normal(seed, Stream.PAIRS, index, family.latent_shape())
+        batches.append(sampler(noise, family.encode_prompts(prompts)))
+        if len(batches) % 4 == 0:
+            rank_zero_info(f"pairs: {world_size * (past - rank * share)} of {world_size * share}")
+    targets = _gather(torch.cat(batches), world_size)[:count]
+    prompts = [captions[i % len(captions)] for i in range(count)]
+    return StoredPairs(*_encode(family, prompts, batch_size), targets, seed)
+
+
+@torch.no_grad()
+def planned_pairs(
+    count: int, batch_size: int, family: Family, sampler: TargetSampler | SchedulerSampler
+) -> StoredPairs:
+    """What `sample_pairs` holds, and at most holds for a moment, for the memory plan.
+
+    Args:
+        count: of pairs.
+        batch_size: pairs that are sampled at once.
+        family: one without weights.
+        sampler: of one step, on the meta device.
+    """
+    device = family.schedule.alpha.device
+    at_once = min(count, batch_size)
+    noise = torch.empty(at_once, *family.latent_shape(), device=device)
+    sampler(noise, family.encode_prompts([""] * at_once))
+    targets = torch.empty(count, *family.latent_shape(), device=device)
+    return StoredPairs(*_encode(family, [""] * count, batch_size), targets, 0)
+
+
+def _encode(family: Family, prompts: list[str], batch_size: int) -> tuple[Conditioning, Conditioning]:
+    """Conditioning of all prompts without its unconditional twin, and one row of the twin: it is the same for all."""
+    parts = [family.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
+    kept = {
+        entry.name: torch.cat([getattr(part, entry.name) for part in parts])
+        for entry in fields(Conditioning)
+        if isinstance(getattr(parts[0], entry.name), Tensor) and not entry.name.startswith("negative_")
+    }
+    # Cloned: a view of one row would keep the whole batch.
+    twin = parts[0][:1].unconditional()
+    row = {
+        entry.name: value.clone()
+        for entry in fields(Conditioning)
+        if isinstance(value := getattr(twin, entry.name), Tensor)
+    }
+    return Conditioning(**kept), Conditioning(**row)
+
+
+def _gather(share: Tensor, world_size: int) -> Tensor:
+    """The ranks' shares one after another, on every rank."""
+    if world_size == 1:
+        return share
+    everything = share.new_empty((world_size * len(share), *share.shape[1:]))
+    dist.all_gather_into_tensor(everything, share.contiguous())
+    return everything

@@ -1,0 +1,234 @@
+"""PairSettings (noise, latents) of a target sampler, from three sources: memory, the batch, or sampled in the step.
+
+What the student descends on them is said elsewhere (`Regression`, `FeatureMatching`), how long by the update_schedule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.latents import scale
+from sdxs_lightning.core.pair_noise import pair_noise
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.core.timesteps import Spacing
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler, check_scheduler
+from sdxs_lightning.pairs.stored_pairs import PickedPairs, StoredPairs, planned_pairs, sample_pairs
+from sdxs_lightning.pairs.target_sampler import TargetSampler, make_sampler
+
+Source = Literal["memory", "batch", "on_the_fly"]
+
+
+@runtime_checkable
+class CaptionSource(Protocol):
+    """A DataModule that can name prompts of the training split, always the same ones."""
+
+    def train_captions(self, count: int) -> list[str]:
+        """The first `count` captions in stored order, or all if there are fewer."""
+
+
+@dataclass(frozen=True)
+class PairSettings:
+    """Where the pairs come from, and how their targets are sampled."""
+
+    source: Source = "memory"
+    """"memory": `count` pairs are sampled when the fit starts, on prompts of the training data. "batch": the loader's
+    stored pairs, made by `python -m data.prepare pairs`; a GAN in the same run then takes their targets for data.
+    "on_the_fly": the target sampler runs in every step, on the batch's prompts and on the noise that the student gets there
+    anyway."""
+    count: int = 2048
+    """Number of pairs in memory; each costs `sampler_steps` guided calls."""
+    sampler_steps: int = 15
+    """Steps of the target sampler."""
+    guidance_scale: float = 3.0
+    """Guidance of the target sampler; 1 means none."""
+    spacing: Spacing = "trailing"
+    """Timesteps of the target sampler; "trailing" begins where the student's noise is."""
+    scheduler: str | None = None
+    """Class name of a deterministic scheduler of diffusers; null is DDIM."""
+    weights: str | None = None
+    """U-Net or pipeline folder or hub id of another target sampler, such as a few-step finetune; null is the base."""
+    sampler_batch_size: int = 64
+    """PairSettings in memory that are sampled at once, on each device."""
+
+    def __post_init__(self) -> None:
+        if self.source not in ("memory", "batch", "on_the_fly"):
+            raise ValueError(
+                f"pairs.source is '{self.source}', accepted are 'memory', 'batch' and 'on_the_fly'."
+            )
+        for name in ("count", "sampler_steps", "sampler_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"pairs.{name} must be 1 or more, got {getattr(self, name)}.")
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
+        if self.source == "batch" and self.weights is not None:
+            raise ValueError(
+                f"pairs.weights is '{self.weights}', but pairs.source 'batch' samples nothing; set pairs.weights to null, or "
+                "name the checkpoint to `python -m data.prepare pairs`."
+            )
+
+    @property
+    def samples(self) -> bool:
+        """Whether a network is needed."""
+        return self.source != "batch"
+
+    @property
+    def samples_real_score(self) -> bool:
+        """Whether that network is the base, which the stage holds as its real score."""
+        return self.samples and self.weights is None
+
+
+class TargetPairs:
+    """The pairs of a run, whatever their source; holds no module that Lightning would see.
+
+    In this order: `build` (configure_model), `to` (on_fit_start), `start` (on_train_start), `pick` (training_step).
+
+    Args:
+        settings: source and sampler.
+        seed: of the run.
+    """
+
+    def __init__(self, settings: PairSettings, seed: int) -> None:
+        self.settings = settings
+        self.own: Frozen[Denoiser] | None = None
+        """The target sampler's network, where it is not the real score: to be sharded and planned like that one."""
+        self._seed = seed
+        self._family: Family | None = None
+        self._sampler: TargetSampler | SchedulerSampler | None = None
+        self._stored: StoredPairs | None = None
+
+    def build(self, family: Family) -> None:
+        """Loads the network of `weights`, if there is one."""
+        self._family = family
+        if self.settings.weights is not None:
+            unet = family.load_unet(self.settings.weights)
+            own = Denoiser(unet, family.schedule, family.prediction_type)
+            self.own = Frozen(own)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves and casts the network of `weights`, if there is one."""
+        if self.own is not None:
+            self.own.to(device, dtype)
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """By name, for the memory plan: the network of `weights`, if there is one."""
+        return {} if self.own is None else {"target_sampler": self.own.module}
+
+    def start(self, real_score: Denoiser | None, datamodule: object) -> None:
+        """Makes the sampler, and the pairs in memory; every rank has to call it, once per fit, also of a resumed run.
+
+        Args:
+            real_score: the frozen base, with gradients off where it is shared; unused where `weights` are set.
+            datamodule: of the Trainer; its captions are the prompts of pairs in memory.
+
+        Raises:
+            TypeError: for pairs in memory, with a DataModule that cannot name captions.
+            ValueError: for pairs in memory, without captions; for a scheduler that cannot sample this base.
+        """
+        assert self._family is not None
+        settings = self.settings
+        self._sampler = self._make_sampler(real_score, settings.sampler_steps)
+        if settings.source == "memory" and self._stored is None:
+            assert self._sampler is not None
+            captions = _captions(datamodule, settings.count)
+            rank_zero_info(
+                f"Making {settings.count} pairs with {settings.sampler_steps} steps of the "
+                f"{'base' if self.own is None else 'target sampler'}."
+            )
+            self._stored = sample_pairs(
+                settings.count, settings.sampler_batch_size, captions, self._family, self._sampler, self._seed
+            )
+
+    def plan(self, real_score: Denoiser | None) -> bool:
+        """Stands in for `start` in a memory plan: one step of the sampler, and room for what `start` would keep.
+
+        Returns:
+            Whether there was anything to do before the first step.
+        """
+        assert self._family is not None
+        self._sampler = self._make_sampler(real_score, 1, scheduler=False)
+        if self.settings.source != "memory":
+            return False
+        assert self._sampler is not None
+        self._stored = planned_pairs(
+            self.settings.count, self.settings.sampler_batch_size, self._family, self._sampler
+        )
+        return True
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether it holds pairs."""
+        return self._stored is not None
+
+    def forget(self) -> None:
+        """Gives the memory back, when the last update that needs pairs is over."""
+        self._stored, self._sampler = None, None
+
+    def pick(self, batch: TrainingBatch) -> PickedPairs:
+        """The pairs of this micro-batch, without graph.
+
+        Args:
+            batch: of pairs in memory only its positions count; of "on_the_fly" also its captions; of "batch" its captions,
+                latents and pair_noise_seeds, and original sizes and crops where it has them.
+
+        Raises:
+            ValueError: for "batch", where the batch holds no pairs of this base.
+        """
+        match self.settings.source:
+            case "memory":
+                assert self._stored is not None, "start() comes first"
+                return self._stored.pick(batch.positions)
+            case "batch":
+                return self._from_batch(batch)
+        return self._sampled(batch)
+
+    def _from_batch(self, batch: TrainingBatch) -> PickedPairs:
+        assert self._family is not None
+        shape = self._family.latent_shape()
+        if batch.latents is None or batch.pair_noise_seeds is None or tuple(batch.latents.shape[1:]) != shape:
+            latents = "no latents" if batch.latents is None else f"latents {tuple(batch.latents.shape[1:])}"
+            seeds = "no pair_noise_seeds" if batch.pair_noise_seeds is None else "pair_noise_seeds"
+            raise ValueError(
+                f"pairs.source 'batch' needs latents {shape} and pair_noise_seeds in every batch and got {latents} and "
+                f"{seeds}; point data.shards at what `python -m data.prepare pairs` wrote for this base and set "
+                "data.contents to [latents, noise_seeds]."
+            )
+        return PickedPairs(
+            noise=pair_noise(batch.pair_noise_seeds, shape),
+            conditioning=self._family.encode_prompts(batch.captions, batch.original_sizes, batch.crops),
+            target=scale(batch.latents, self._family.scaling_factor),
+        )
+
+    def _sampled(self, batch: TrainingBatch) -> PickedPairs:
+        assert self._family is not None and self._sampler is not None, "start() comes first"
+        noise = normal(self._seed, Stream.STUDENT_NOISE, batch.positions, self._family.latent_shape())
+        conditioning = self._family.encode_prompts(batch.captions)
+        return PickedPairs(noise, conditioning, self._sampler(noise, conditioning))
+
+    def _make_sampler(
+        self, real_score: Denoiser | None, steps: int, scheduler: bool = True
+    ) -> TargetSampler | SchedulerSampler | None:
+        if not self.settings.samples:
+            return None
+        denoiser = real_score if self.own is None else self.own.module
+        assert denoiser is not None, "pairs of the base need the real score"
+        settings = self.settings
+        name = settings.scheduler if scheduler else None
+        return make_sampler(denoiser, steps, settings.guidance_scale, settings.spacing, name)
+
+
+def _captions(datamodule: object, count: int) -> list[str]:
+    if not isinstance(datamodule, CaptionSource):
+        raise TypeError(
+            f"pairs.source 'memory' takes its prompts from data.train_captions(count), which {type(datamodule).__name__} does "
+            "not have; use another pairs.source, or a DataModule that has it."
+        )
+    return datamodule.train_captions(count)

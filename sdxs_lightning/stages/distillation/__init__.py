@@ -1,0 +1,1 @@
+"""One-step distillation: `step.py` has the training step."""

@@ -1,0 +1,57 @@
+"""Data as a training step sees it: scaled latents with their prompts, some of them left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sdxs_lightning.core.batch import Conditioning, TrainingBatch
+from sdxs_lightning.core.latents import scale
+from sdxs_lightning.core.seeding import Stream, uniform
+from sdxs_lightning.families import Family
+from sdxs_lightning.stages.distillation.sample import Sample
+
+
+def data_sample(batch: TrainingBatch, family: Family, seed: int, caption_dropout: float = 0.0) -> Sample:
+    """The batch's latents, and its captions encoded with the sizes and crops of its images.
+
+    Args:
+        batch: with latents.
+        family: scales and encodes.
+        seed: of the run; with the positions it decides which captions are left out.
+        caption_dropout: share of captions left out.
+
+    Raises:
+        ValueError: for a batch without latents of this base.
+    """
+    channels = family.latent_shape()[0]
+    if batch.latents is None or batch.latents.shape[1] != channels:
+        found = "none" if batch.latents is None else f"some of shape {tuple(batch.latents.shape[1:])}"
+        raise ValueError(
+            f"this stage trains on latents with {channels} channels and got {found}; point data.shards at latent shards "
+            "made with this base's VAE, and let data.contents name latents."
+        )
+    conditioning = family.encode_prompts(batch.captions, batch.original_sizes, batch.crops)
+    if caption_dropout > 0:
+        dropped = uniform(seed, Stream.DROPOUT, batch.positions) < caption_dropout
+        conditioning = without_prompts(conditioning, dropped)
+    latents = scale(batch.latents, family.scaling_factor)
+    return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
+
+
+def without_prompts(conditioning: Conditioning, dropped: Tensor) -> Conditioning:
+    """Replaces prompts by their unconditional twin, as guidance will need it: "" in SD, zeros in SDXL.
+
+    Args:
+        conditioning: of B prompts, with its twin.
+        dropped: (B,), bool, which ones.
+    """
+    uncond = conditioning.unconditional()
+    pooled = conditioning.pooled_prompt_embeds
+    if pooled is not None:
+        assert uncond.pooled_prompt_embeds is not None
+        pooled = torch.where(dropped[:, None], uncond.pooled_prompt_embeds, pooled)
+    prompt_embeds = torch.where(dropped[:, None, None], uncond.prompt_embeds, conditioning.prompt_embeds)
+    return replace(conditioning, prompt_embeds=prompt_embeds, pooled_prompt_embeds=pooled)

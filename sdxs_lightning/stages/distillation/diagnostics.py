@@ -1,0 +1,70 @@
+"""Numbers that tell how a distillation fares, from tensors that the step has anyway: no network is asked for them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sdxs_lightning.objectives.checks import check_same_shape
+
+REACH = 4.0
+"""Standard deviations of the data beyond which latents count as saturated: 6e-5 of a normal distribution lie there, and 1e-3
+of the toy base's latents, whose tails are heavier."""
+
+
+@torch.no_grad()
+def latent_stats(latents: Tensor, data: Tensor | None) -> dict[str, Tensor]:
+    """Mean, standard deviation and saturation of the student's latents.
+
+    Saturation is the share of elements farther from 0 than `REACH` standard deviations of the data. Guidance that is too
+    strong drives latents there, which decode to burnt colours.
+
+    Args:
+        latents: (B, C, h, w), float, scaled.
+        data: scaled latents of the batch's data, any (B', C, h', w'); None takes a standard deviation of 1, which is
+            what the scaling factor of a base is made for.
+
+    Returns:
+        `mean`, `std`, `saturation`, each (), float32, on the device of latents.
+    """
+    latents = latents.float()
+    reach = REACH if data is None else REACH * data.float().std()
+    return {
+        "mean": latents.mean(),
+        "std": latents.std(),
+        "saturation": (latents.abs() > reach).float().mean(),
+    }
+
+
+@torch.no_grad()
+def score_stats(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> dict[str, Tensor]:
+    """How far the two scores are apart on the student's re-noised samples, and whether the fake score keeps up.
+
+    - `score_gap`: mean |fake_x0 - real_x0|;
+    - `relative_score_gap`: that over mean |pred_x0 - real_x0|, the scale by which distribution matching normalises;
+    - `fake_score_lag`: mean (pred_x0 - fake_x0)^2 over mean (pred_x0 - real_x0)^2. A fake score that knows the student's
+      samples is the best denoiser of them, by the mean square at every timestep; so whatever the real score and its
+      guidance, the ratio is at most 1 for one that keeps up, and tends to 1 from below where the student's distribution
+      becomes the data's.
+
+    Args:
+        pred_x0: (B, C, h, w), float, the student's clean latents.
+        real_x0: same shape, the guided real score's estimate of them from their re-noised version.
+        fake_x0: same shape, the fake score's estimate from the same re-noised version.
+
+    Returns:
+        each (), float32; 0 / 0 is 0 for the gap and 1 for the lag: two scores that are equally right.
+
+    Raises:
+        ValueError: unless the shapes agree.
+    """
+    check_same_shape(pred_x0=pred_x0, real_x0=real_x0, fake_x0=fake_x0)
+    pred_x0, real_x0, fake_x0 = pred_x0.float(), real_x0.float(), fake_x0.float()
+    tiny = torch.finfo(torch.float32).tiny
+    gap, distance = (fake_x0 - real_x0).abs().mean(), (pred_x0 - real_x0).abs().mean()
+    fake_error, real_error = (pred_x0 - fake_x0).square().mean(), (pred_x0 - real_x0).square().mean()
+    return {
+        "score_gap": gap,
+        "relative_score_gap": gap / (distance + tiny),
+        "fake_score_lag": (fake_error + tiny) / (real_error + tiny),
+    }

@@ -1,0 +1,67 @@
+"""Which networks learn on which iteration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Updates(NamedTuple):
+    """What one iteration updates."""
+
+    student: bool
+    """The student is updated, before the critic."""
+    critic: bool
+    """Fake score and discriminator are updated."""
+    warmup: bool
+    """The student learns from the target sampler's pairs only."""
+
+
+@dataclass(frozen=True)
+class UpdateSchedule:
+    """First the target sampler's pairs, then the critic alone, then both: the critic on every iteration, the student on every r-th.
+
+    An iteration is `accumulate_grad_batches` micro-batches.
+    """
+
+    max_student_updates: int
+    """The run ends after so many student updates, those of the warm-up included."""
+    fake_score_updates_per_student_update: int = 5
+    """The ratio r: 10 for SD-1.5 and 5 for SDXL in DMD2."""
+    warmup_updates: int = 0
+    """Student updates on the target sampler's pairs alone; more than 0 needs `pairs`."""
+    fake_score_only_iterations: int = 0
+    """Iterations after the warm-up on which only the critic learns: a fake score that does not yet know the student, and a
+    fresh discriminator, point the student the wrong way."""
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_updates", "fake_score_only_iterations"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"update_schedule.{name} must be 0 or more, got {getattr(self, name)}.")
+        if self.fake_score_updates_per_student_update < 1:
+            raise ValueError(
+                f"update_schedule.fake_score_updates_per_student_update must be 1 or more, got "
+                f"{self.fake_score_updates_per_student_update}."
+            )
+        if self.max_student_updates < max(1, self.warmup_updates):
+            raise ValueError(
+                f"update_schedule.max_student_updates counts the warm-up too, so it must be at least 1 and at least "
+                f"warmup_updates ({self.warmup_updates}), got {self.max_student_updates}."
+            )
+
+    def progress(self, student_updates: int) -> float:
+        """Share of the student updates after the warm-up that lie behind: 0 at the first of them, 1 at the last."""
+        first, last = self.warmup_updates, self.max_student_updates - 1
+        return min(max((student_updates - first) / max(last - first, 1), 0.0), 1.0)
+
+    def updates_at(self, index: int) -> Updates:
+        """What the iteration of that index, counted from 0, updates."""
+        index -= self.warmup_updates
+        if index < 0:
+            return Updates(student=True, critic=False, warmup=True)
+        index -= self.fake_score_only_iterations
+        if index < 0:
+            return Updates(student=False, critic=True, warmup=False)
+        return Updates(
+            student=index % self.fake_score_updates_per_student_update == 0, critic=True, warmup=False
+        )

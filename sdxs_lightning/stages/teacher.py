@@ -1,0 +1,103 @@
+"""Stage `teacher`: ordinary denoising of a U-Net, from its config; this is how the toy base came to be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from diffusers import UNet2DConditionModel
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.noise_schedule import target_of
+from sdxs_lightning.core.seeding import Stream
+from sdxs_lightning.core.timesteps import TimestepRange
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.objectives.denoising import denoising_loss
+from sdxs_lightning.stages.distillation.data_sample import data_sample
+from sdxs_lightning.training.averaged_training import AveragedTraining
+from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
+
+
+class DenoisingTraining(AveragedTraining):
+    """Trains a new U-Net of the base's config with the base's own text encoder, latents and schedule.
+
+    The loss is the mean square error of the network's own output (epsilon or v). For v it weighs errors of the clean
+    latents by SNR + 1, so that the high noise levels, where layout and binding are decided, count as much as the low ones.
+
+    Args:
+        family: the base; its `unet/config.json` is read, its U-Net weights are not.
+        optimizer: from parameters to optimizer.
+        lr_scheduler: from optimizer to a per-step schedule.
+        output: folder that the EMA U-Net is saved to at the end, fp16 safetensors.
+        caption_dropout: share of captions left out ("" in SD, zeros in SDXL), which classifier-free guidance needs.
+        ema_decay: of the averaged weights, per step.
+        seed: of noise, timesteps and dropout, which are drawn by sample position.
+    """
+
+    def __init__(
+        self,
+        family: Family,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable,
+        output: str,
+        caption_dropout: float = 0.1,
+        ema_decay: float = 0.999,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        self.family = family
+        self.output, self.caption_dropout, self.seed = output, caption_dropout, seed
+        unet = UNet2DConditionModel.from_config(family.unet_config)
+        self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
+        self.denoiser.to(memory_format=torch.channels_last)
+        self.ema = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(
+            False
+        )
+
+    @property
+    def learner(self) -> Denoiser:
+        """The network that learns."""
+        return self.denoiser
+
+    def average(self) -> None:
+        """Averages the weights."""
+        self.ema.update_parameters(self.denoiser)
+
+    def on_fit_start(self) -> None:
+        """Bring the frozen text encoder to the device."""
+        self.family.to(self.device)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        """Denoise at a uniform timestep."""
+        sample = data_sample(batch, self.family, self.seed, self.caption_dropout)
+        schedule, kind = self.family.schedule, self.family.prediction_type
+        noisy = sample.renoise(schedule, TimestepRange(0, 999), Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
+        prediction = self.denoiser(noisy.latents, noisy.timesteps, sample.conditioning)
+        target = target_of(kind, sample.latents, noisy.noise, noisy.timesteps, schedule)
+        loss = denoising_loss(prediction.output, target)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_fit_end(self) -> None:
+        """Save the averaged U-Net."""
+        if self.trainer.is_global_zero:
+            averaged = cast(Denoiser, self.ema.module)
+            averaged.unet.half().save_pretrained(Path(self.output))
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        """See `Plannable`."""
+        return [
+            PlannedNetwork("denoiser", self.denoiser, "trained", self.optimizer, sharded=False),
+            PlannedNetwork("ema", self.ema, "averaged", sharded=False),
+        ]
+
+    def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
+        """See `Plannable`."""
+        self.training_step(batch, 0).backward()
+        yield PlannedPhase("training step", ("denoiser",))

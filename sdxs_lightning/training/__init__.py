@@ -1,0 +1,1 @@
+"""What every stage trains with: manual optimization, gradient averaging, sharding, optimizers and schedules."""

@@ -1,0 +1,172 @@
+"""One of two processes of test_distributed.py: trains under every strategy in turn and writes down where it arrived."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sdxs_lightning.callbacks.health import Health
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from sdxs_lightning.training import gradients
+from sdxs_lightning.training.sharding import ShardedNetworks
+from tests.helpers.rounding import ADAM_EPS
+from tests.helpers.tiny_decoding import pixel_gan
+from tests.helpers.tiny_distillation import batches_of, distillation, fit
+
+ITERATIONS = 6
+SAVED_AFTER = 4
+SGD_LR = 0.02
+ADAMW_LR = 1e-3
+GRADIENT_CLIP_NORM = 0.5
+OPTIMIZERS: dict[str, Any] = {
+    "sgd": partial(torch.optim.SGD, lr=SGD_LR),
+    "adamw": partial(torch.optim.AdamW, lr=ADAMW_LR, eps=ADAM_EPS),
+}
+STRATEGIES = ("ddp", "fsdp2")
+
+
+class Case(NamedTuple):
+    """One comparison."""
+
+    optimizer: str
+    gan: Literal["latents", "pixels"] | None = "latents"
+    micro_batches: int = 1
+    timesteps: tuple[int, ...] | None = None
+
+
+CASES = {
+    "sgd": Case("sgd", micro_batches=2),
+    "adamw": Case("adamw"),
+    "pixel_gan": Case("sgd", gan="pixels"),
+    "two_steps": Case("sgd", gan=None, timesteps=(999, 499)),
+}
+
+
+def strategy_of(name: str) -> Strategy:
+    """Two processes on the CPU."""
+    if name == "ddp":
+        return DDPStrategy(process_group_backend="gloo")
+    return ShardedNetworks(process_group_backend="gloo")
+
+
+def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillation:
+    """Warm-up, critic iterations and both: every kind of iteration within six."""
+    make = OPTIMIZERS[case.optimizer]
+    pixels = pixel_gan(base.parent / "dinov2", make, crop_px=24) if case.gan == "pixels" else {}
+    falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)
+    return distillation(
+        base,
+        student=StudentGenerator(make, falling, timesteps=list(case.timesteps) if case.timesteps else None),
+        fake_score=FakeScore(make),
+        gan=case.gan is not None,
+        **pixels,
+        optimizer=make,
+        update_schedule=UpdateSchedule(
+            max_student_updates=99,
+            fake_score_updates_per_student_update=2,
+            warmup_updates=2,
+            fake_score_only_iterations=1,
+        ),
+        pairs=PairSettings(count=7, sampler_steps=2, sampler_batch_size=4),
+        regression=Regression(),
+        accumulate_grad_batches=micro_batches,
+        gradient_clip_norm=GRADIENT_CLIP_NORM,
+    )
+
+
+def health_of() -> Health:
+    """Measures diversity at the last student update, on all ranks."""
+    return Health(4, prompts=["a red circle"], samples_per_prompt=4)
+
+
+def arrived(module: OneStepDistillation) -> dict[str, torch.Tensor]:
+    """All parameters, whole; every rank has to call it."""
+    whole = {}
+    for name, parameter in module.named_parameters():
+        value = parameter.detach()
+        whole[name] = (value.full_tensor() if isinstance(value, DTensor) else value).clone()
+    return whole
+
+
+class SaveAfter(Callback):
+    """Saves a checkpoint after a number of batches, and counts the gradients that travel under DDP."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+        self.sent: list[int] = []
+        self.sent_by_reducer = 0
+        self._average = gradients._average
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gradients._average = self._averaging
+        if isinstance(trainer.model, DistributedDataParallel):
+            trainer.model.register_comm_hook(None, lambda state, bucket: self._reducing(bucket))
+
+    def _averaging(self, gradients: list[torch.Tensor]) -> None:
+        self.sent.append(sum(map(torch.numel, gradients)))
+        self._average(gradients)
+
+    def _reducing(self, bucket: Any) -> Any:
+        self.sent_by_reducer += bucket.buffer().numel()
+        assert dist.group.WORLD is not None
+        return allreduce_hook(dist.group.WORLD, bucket)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        gradients._average = self._average
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if batches_of(trainer) == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def train_everything(base: Path, shards: Path, out: Path) -> None:
+    """Every case under every strategy, and with AdamW, whose state is worth restoring, a resume on the way."""
+    for strategy in STRATEGIES:
+        for name, case in CASES.items():
+            checkpoint = out / f"{strategy}-{name}.ckpt"
+            micro = case.micro_batches
+            settings: dict[str, Any] = {"batch_size": 2 // micro, "devices": 2}
+
+            module = module_for(base, case, micro)
+            save = SaveAfter(SAVED_AFTER * micro, checkpoint)
+            callbacks: list[Callback] = [save, health_of()] if name == "two_steps" else [save]
+            trainer = fit(
+                module,
+                shards,
+                ITERATIONS * micro,
+                callbacks=callbacks,
+                strategy=strategy_of(strategy),
+                **settings,
+            )
+            results: dict[str, Any] = {"straight": arrived(module)}
+            results["sent"], results["sent_by_reducer"] = save.sent, save.sent_by_reducer
+            results["sharded"] = isinstance(next(module.student.parameters()), DTensor)
+            if name == "adamw":
+                module = module_for(base, case, micro)
+                fit(
+                    module,
+                    shards,
+                    ITERATIONS * micro,
+                    ckpt_path=str(checkpoint),
+                    strategy=strategy_of(strategy),
+                    **settings,
+                )
+                results["resumed"] = arrived(module)
+            results["diversity"] = trainer.callback_metrics.get("student/diversity")
+            results["counters"] = (module.iterations, module.student_updates)
+            if trainer.is_global_zero:
+                torch.save(results, out / f"{strategy}-{name}.pt")

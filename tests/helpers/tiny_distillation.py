@@ -1,0 +1,146 @@
+"""A whole distillation at tiny size: real networks, real shards, a real Trainer, on the CPU and within seconds."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from data.shards.datamodule import ShardDataModule
+from data.shards.writer import ShardWriter, encode_latents
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.families.sdxl import StableDiffusionXL
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.sample import Sample
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_batch
+
+WARMUP_ONLY = UpdateSchedule(max_student_updates=9, warmup_updates=9)
+WARMUP: dict[str, Any] = {
+    "pairs": PairSettings(count=8, sampler_steps=2, sampler_batch_size=4),
+    "regression": Regression(),
+}
+KINDS = ("sd-epsilon", "sd-v_prediction", "sdxl-epsilon")
+
+
+def save_base(kind: str, folder: Path) -> Path:
+    """Writes the base of one of KINDS, once."""
+    path = folder / kind
+    if not path.exists():
+        family, prediction_type = kind.split("-")
+        (save_tiny_sd if family == "sd" else save_tiny_sdxl)(path, prediction_type)  # type: ignore[arg-type]
+    return path
+
+
+def save_shards(folder: Path, samples: int = 96) -> Path:
+    """Writes latent shards of the samples of `tiny_batch`, once."""
+    if not folder.exists():
+        batch = tiny_batch(samples)
+        assert batch.latents is not None
+        with ShardWriter(folder, samples_per_shard=samples // 2) as writer:
+            for caption, latents in zip(batch.captions, batch.latents, strict=True):
+                writer.write({"txt": caption, "latent.safetensors": encode_latents(latents)})
+    return folder
+
+
+def family_of(base: Path) -> StableDiffusion | StableDiffusionXL:
+    """The family of a tiny base."""
+    return (StableDiffusionXL if base.name.startswith("sdxl") else StableDiffusion)(str(base))
+
+
+def distillation(
+    base: Path, *, gan: bool = True, optimizer: Any = None, **settings: Any
+) -> OneStepDistillation:
+    """A distillation with the defaults of the tests: SGD, ratio 1, GAN weights that can be seen in gradients."""
+    optimizer = optimizer or partial(torch.optim.SGD, lr=0.1)
+    settings.setdefault(
+        "update_schedule", UpdateSchedule(max_student_updates=10**6, fake_score_updates_per_student_update=1)
+    )
+    if gan:
+        settings.setdefault("discriminator", Discriminator(optimizer))
+        settings.setdefault("adversarial", DiffusionAdversarial(student_weight=0.3, discriminator_weight=0.3))
+    settings.setdefault("student", StudentGenerator(optimizer))
+    settings.setdefault("fake_score", FakeScore(optimizer))
+    return OneStepDistillation(family=family_of(base), ema_decay=settings.pop("ema_decay", 0.9), **settings)
+
+
+def fit(
+    module: OneStepDistillation,
+    shards: Path,
+    batches: int,
+    batch_size: int = 4,
+    ckpt_path: str | None = None,
+    callbacks: list[Callback] | None = None,
+    shuffled: bool = True,
+    **settings: Any,
+) -> Trainer:
+    """Trains for so many micro-batches in all, counted from the start of the run."""
+    defaults: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False}
+    trainer = Trainer(
+        max_epochs=-1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[StopAfter(batches), *(callbacks or [])],
+        enable_checkpointing=False,
+        **defaults | settings,
+    )
+    data = ShardDataModule(str(shards), batch_size, shuffle_window_shards=2 if shuffled else 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+    return trainer
+
+
+class StopAfter(Callback):
+    """Ends a run after a number of batches; Trainer(max_steps) would count optimizers instead."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if batches_of(trainer) >= self.batches:
+            trainer.should_stop = True
+
+
+def batches_of(trainer: Trainer) -> int:
+    """Batches of the run, asked in on_train_batch_end; Lightning counts the batch as completed after that hook."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A detached copy of all parameters."""
+    return {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+
+
+def moved(before: dict[str, Tensor], module: torch.nn.Module, role: str) -> float:
+    """Share of a role's tensors that changed."""
+    now = weights(module)
+    names = [name for name in before if name.split(".")[0] == role]
+    return sum(not torch.equal(before[name], now[name]) for name in names) / len(names)
+
+
+def built(module: OneStepDistillation) -> OneStepDistillation:
+    """With its networks."""
+    module.configure_model()
+    return module
+
+
+def sample_of(module: OneStepDistillation, seed: int = 0) -> Sample:
+    """The student's sample for three prompts, with its graph."""
+    batch = tiny_batch(3)
+    noise = normal(seed, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
+    conditioning = module.family.encode_prompts(batch.captions)
+    latents = module.student(noise, conditioning)
+    return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
