@@ -47,7 +47,7 @@ def compare(rows: Mapping[str, Any], pairs: Sequence[tuple[str, str]]) -> dict[s
         found = differences(rows, pairs, score)
         if len(found) < 2:
             raise ValueError(f"{score}: a standard error needs two differences or more, got {len(found)}")
-        error = statistics.stdev(found) / len(found)
+        error = statistics.stdev(found) / len(found) ** 0.5
         result[score] = {
             "mean": statistics.fmean(found),
             "standard_error": error,
