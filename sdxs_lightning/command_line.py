@@ -339,7 +339,7 @@ def _current_spelling(arguments: Sequence[str], fields: Sequence[_Field], progra
     """
     known = {field.spelling: field.spelling for field in fields if not field.option.positional}
     former = {old: field.spelling for field in fields for old in field.option.deprecated}
-    spelled = []
+    spelled: list[str] = []
     for index, argument in enumerate(arguments):
         if argument == "--":
             return [*spelled, *arguments[index:]]
