@@ -19,9 +19,9 @@ from evaluation.images.samples import DTYPES, ModelSamples, PipelineImages
 from evaluation.protocols.protocols import NAMES
 from evaluation.reports.html_report import write_report
 from evaluation.reports.tables import result_markdown
-from evaluation.runner.evaluator import Judged, Machine, Request, judge
+from evaluation.runner.evaluator import EvaluationRequest, EvaluationResult, Resources, run_evaluation
 from evaluation.runner.machine import milliseconds_per_image, where
-from evaluation.runner.requests import request_of
+from evaluation.runner.requests import build_request
 from sdxs_lightning.core.errors import RunStopped
 
 __all__ = ["PipelineImages", "main"]
@@ -35,7 +35,7 @@ EPILOG = """examples:
 A run that was stopped goes on where it stood when the command is given again with the same --out."""
 
 
-def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], Judged, Request]:
+def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], EvaluationResult, EvaluationRequest]:
     """Measures what the options ask for.
 
     Raises:
@@ -43,21 +43,21 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], Judged, Reque
     """
     started = time.perf_counter()
     device = choose_device(options.device)
-    request = request_of(options)
+    request = build_request(options)
     if isinstance(request.samples, ModelSamples):
         request.samples.check()
     with ExitStack() as stack:
         work = options.work or (options.out and options.out.with_suffix(".work"))
         work = Path(work or stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluation-")))
-        machine = Machine(device, options.processes, options.batch_size)
-        judged = judge(request, machine, work, options.pictures)
-    result = describe(options, request, judged, torch.device(device))
+        resources = Resources(device, options.processes, options.batch_size)
+        evaluated = run_evaluation(request, resources, work, options.pictures)
+    result = describe(options, request, evaluated, torch.device(device))
     result["seconds"] = round(time.perf_counter() - started, 1)
-    return result, judged, request
+    return result, evaluated, request
 
 
 def describe(
-    options: argparse.Namespace, request: Request, judged: Judged, device: torch.device
+    options: argparse.Namespace, request: EvaluationRequest, evaluated: EvaluationResult, device: torch.device
 ) -> dict[str, Any]:
     """The result file: what was measured, the numbers, how they were obtained."""
     result: dict[str, Any] = {}
@@ -65,7 +65,7 @@ def describe(
         result |= {"model": options.model, **request.samples.origin()}
     else:
         result |= {"images": options.images, **request.samples.origin(), "formats": request.samples.formats}
-    result |= {name: entry["value"] for name, entry in judged.metrics.items()}
+    result |= {name: entry["value"] for name, entry in evaluated.metrics.items()}
     result["samples"] = request.samples.count
     if isinstance(request.samples, ModelSamples) and request.captions:
         maker = request.samples.maker(device)
@@ -73,16 +73,18 @@ def describe(
     named = {"name": request.protocol.name, "version": request.protocol.version}
     source = {"source": request.protocol.source}
     result["protocol"] = {**(named if request.fingerprint is None else request.fingerprint[1]), **source}
-    return {**result, "metrics": judged.metrics, **where(device)}
+    return {**result, "metrics": evaluated.metrics, **where(device)}
 
 
-def write_files(out: Path, result: dict[str, Any], judged: Judged, request: Request) -> None:
+def write_files(
+    out: Path, result: dict[str, Any], evaluated: EvaluationResult, request: EvaluationRequest
+) -> None:
     """FILE.json, FILE.md and FILE.html."""
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     out.with_suffix(".md").write_text(result_markdown(result))
     write_report(
-        out.with_suffix(".html"), result, judged.pictures, request.captions, judged.reference_pictures
+        out.with_suffix(".html"), result, evaluated.images, request.captions, evaluated.reference_images
     )
 
 
@@ -90,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
     options = _parser().parse_args(arguments)
     try:
-        result, judged, request = evaluate(options)
+        result, evaluated, request = evaluate(options)
         if options.out is not None:
-            write_files(options.out, result, judged, request)
+            write_files(options.out, result, evaluated, request)
     except (RunStopped, OSError, ValueError) as error:
         sys.exit(f"evaluate: {error}")
     sys.stdout.write(result_markdown(result))

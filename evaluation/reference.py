@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.prepare.common.machine import choose_device
-from evaluation.images.image_sources import open_images
+from evaluation.images.image_sets import open_images
 from evaluation.images.samples import StoredSamples
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.protocols.image_protocol import ImageProtocol
-from evaluation.protocols.metric_table import COMPARES, shared_networks
+from evaluation.protocols.metric_table import shared_networks
+from evaluation.protocols.names import REFERENCE_METRICS
 from evaluation.protocols.protocols import NAMES, PROTOCOLS, find_protocol, get_protocol
 from evaluation.protocols.references import write_reference
-from evaluation.runner.evaluator import Machine, Request, make_pass
+from evaluation.runner.evaluator import EvaluationRequest, Resources, build_pass
 from evaluation.runner.passes import run_pass
-from evaluation.runner.requests import pair_of
+from evaluation.runner.requests import parse_weights
 from evaluation.runner.scores import measure_reference
 from sdxs_lightning.core.errors import RunStopped, UserError
 
@@ -44,26 +45,32 @@ def write_images(protocol: ImageProtocol, options: argparse.Namespace) -> str:
     """
     if options.images is None or options.out is None:
         raise UserError(f"protocol {protocol.name} needs --images, the real ones, and --out FILE.npz.")
-    names = options.metrics or [one.metric for one in protocol.measurements if one.metric in COMPARES]
+    names = options.metrics or [
+        one.metric for one in protocol.measurements if one.metric in REFERENCE_METRICS
+    ]
     measurements = [protocol.measurement(name) for name in names]
-    wrong = [name for name in names if name not in COMPARES]
+    wrong = [name for name in names if name not in REFERENCE_METRICS]
     if wrong:
-        raise UserError(f"{', '.join(wrong)} compares with nothing; references are of {', '.join(COMPARES)}.")
-    weights = tuple(sorted(pair_of(text) for text in options.weights))
+        raise UserError(
+            f"{', '.join(wrong)} compares with nothing; references are of {', '.join(REFERENCE_METRICS)}."
+        )
+    weights = tuple(sorted(parse_weights(text) for text in options.weights))
     networks = shared_networks(weights)
     identities = {one: networks.identity(one) for one in measurements}
     samples = StoredSamples(open_images(options.images))
-    machine = Machine(choose_device(options.device), options.processes, options.batch_size)
-    request = Request(protocol, samples, tuple(names), weights=weights)
+    resources = Resources(choose_device(options.device), options.processes, options.batch_size)
+    request = EvaluationRequest(protocol, samples, tuple(names), weights=weights)
     with tempfile.TemporaryDirectory(prefix="reference-") as temporary:
         work = options.work or Path(temporary)
         origin = samples.origin()
-        job = make_pass(samples, measurements, identities, origin, request, machine, work, real=True)
+        job = build_pass(samples, measurements, identities, origin, request, resources, work, real=True)
         parts = run_pass(job, "reference")
     digest = samples.source.digest()
     files = [
-        write_reference(options.out, look.measurement, identities[look.measurement], part.rows, digest)
-        for look, part in parts.items()
+        write_reference(
+            options.out, metric_pass.measurement, identities[metric_pass.measurement], part.rows, digest
+        )
+        for metric_pass, part in parts.items()
     ]
     return f"{protocol.name}: {samples.count} images -> {', '.join(map(str, files))}"
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.toy.world import image_at
 from evaluation.benchmarks.decoder_comparison import Decoders, Tally, time_ratio
-from evaluation.images.image_sources import open_images
+from evaluation.images.image_sets import open_images
 from evaluation.networks.network_features import full_precision
 from evaluation.protocols.protocols import hash_weights
 from evaluation.reports.grids import sheet

@@ -22,19 +22,19 @@ from rich.table import Table
 from evaluation.benchmarks.recipe_runs import RECIPES, cpu_seconds, is_finished, make_pairs, run_folder, train
 from evaluation.evaluate import PipelineImages
 from evaluation.images.generate import RealImages
-from evaluation.metrics.image_diversity import diversity
+from evaluation.metrics.diversity import diversity
 from evaluation.protocols.protocols import Protocol, get_protocol, hash_weights
 from evaluation.reports.grids import sheet
 from evaluation.reports.seeds import spread
 from evaluation.runner.machine import where
-from evaluation.runner.scores import Judges, measure
+from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import Teacher
 from sdxs_lightning.families.sd import StableDiffusion
 
 DIVERSITY_PROMPTS, PICTURES = 50, 10
 
 
-def score(root: Path, row: str, seed: int, protocol: Protocol, judges: Judges) -> dict[str, Any]:
+def score(root: Path, row: str, seed: int, protocol: Protocol, networks: ProtocolNetworks) -> dict[str, Any]:
     """What the exported student scores in one step; kept beside the run."""
     folder = run_folder(root, row, seed)
     kept, digest = folder / f"scores_{protocol.name}.json", hash_weights(folder / "pipeline")
@@ -44,8 +44,8 @@ def score(root: Path, row: str, seed: int, protocol: Protocol, judges: Judges) -
             return stored
     maker = student_of(folder / "pipeline", protocol)
     prompts = protocol.captions()
-    scores = measure(maker, prompts, judges, torch.device("cpu")).as_dict()
-    scores["diversity"] = diversity(maker, prompts[:DIVERSITY_PROMPTS], judges.clip)
+    scores = score_images(maker, prompts, networks, torch.device("cpu")).as_dict()
+    scores["diversity"] = diversity(maker, prompts[:DIVERSITY_PROMPTS], networks.clip)
     parameters = sum(parameter.numel() for parameter in maker.pipeline.unet.parameters())
     result = {
         **scores,
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--picture", type=Path, help="PNG file to draw, of the first seed")
     options = parser.parse_args(arguments)
     protocol = get_protocol(options.protocol)
-    judges = Judges.load(protocol)
+    networks = ProtocolNetworks.load(protocol)
     rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows}
     try:
         if not options.finished_only:
@@ -144,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if options.finished_only and not is_finished(options.root, row, seed):
                     continue
                 train(options.root, row, seed)
-                scores = score(options.root, row, seed, protocol, judges)
+                scores = score(options.root, row, seed, protocol, networks)
                 cost = cpu_seconds(run_folder(options.root, row, seed)) or None  # none was written down
                 rows[row][seed] = scores | {"cpu_seconds": cost}
                 Console(stderr=True).print(f"{row} seed {seed}: {rows[row][seed]}")

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from evaluation.images.generate import ImageMaker
 from evaluation.protocols.protocols import PROTOCOLS, Protocol, get_protocol
-from evaluation.runner.scores import Judges, measure
+from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import (
     GUIDANCE_SCALE,
     RESULTS,
@@ -33,16 +33,16 @@ def measure_with_bar(
     protocol: Protocol, teacher: Teacher, steps: Sequence[int], batch_size: int, known: Entry
 ) -> Entry:
     """Complete an entry on one process, behind a progress bar."""
-    judges = Judges.load(protocol)
+    networks = ProtocolNetworks.load(protocol)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
 
         def measure_images(what: str, maker: ImageMaker, prompts: Sequence[str]) -> dict[str, float]:
             task = progress.add_task(f"{protocol.name}: {what}", total=len(prompts))
-            scores = measure(
+            scores = score_images(
                 maker,
                 prompts,
-                judges,
+                networks,
                 teacher.device,
                 batch_size,
                 advance=lambda images: progress.advance(task, images),

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from evaluation.protocols.protocols import PROTOCOLS, Protocol, get_protocol, hash_weights
 from evaluation.runner.machine import milliseconds_per_image, where
-from evaluation.runner.scores import Judges, measure
+from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE, Teacher
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.networks.denoiser import Denoiser
@@ -40,7 +40,7 @@ def measure_rows(
         steps: of the sampler.
         known: rows measured earlier.
     """
-    judges, prompts = Judges.load(protocol), protocol.captions()
+    metric_networks, prompts = ProtocolNetworks.load(protocol), protocol.captions()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows: Rows = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
@@ -57,10 +57,10 @@ def measure_rows(
                 maker = teacher.images(count, denoiser=denoiser)
                 if str(count) not in scores:
                     task = progress.add_task(f"{name}: {count} steps", total=len(prompts))
-                    scores[str(count)] = measure(
+                    scores[str(count)] = score_images(
                         maker,
                         prompts,
-                        judges,
+                        metric_networks,
                         teacher.device,
                         batch_size=100,
                         advance=lambda images, task=task: progress.advance(task, images),  # type: ignore[misc]

@@ -21,7 +21,8 @@ from evaluation.metrics.estimates import Estimate
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.networks.image_steps import apply_steps
 from evaluation.protocols.image_protocol import Measurement, hashed_settings, metric_hash
-from evaluation.protocols.metric_table import COMPARES, Networks
+from evaluation.protocols.metric_table import NetworkCache
+from evaluation.protocols.names import REFERENCE_METRICS
 from evaluation.protocols.protocols import IMAGE_PROTOCOLS
 from evaluation.protocols.references import Reference, read_reference
 from sdxs_lightning.core.errors import UserError
@@ -75,14 +76,14 @@ class ImageMetrics(ScoreCurve):
         self.reference, self.batch_size = reference, batch_size
         self.latest: dict[str, Estimate] = {}
         """Of the last measurement, with intervals."""
-        self._networks = Networks(weights or {})
+        self._networks = NetworkCache(weights or {})
         self._references: dict[str, Reference] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Load the networks and the reference, so that what is missing is told before anything is trained."""
         for one in self.measurements:
             identity = self._networks.identity(one)
-            if one.metric not in COMPARES:
+            if one.metric not in REFERENCE_METRICS:
                 continue
             if self.reference is None or not self.reference.endswith(".npz"):
                 raise UserError(

@@ -22,7 +22,7 @@ from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.grids import progress_curves, sheet
 from evaluation.runner.machine import milliseconds_per_image, where
-from evaluation.runner.scores import Judges, measure
+from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import (
     GUIDANCE_SCALE,
     RESULTS,
@@ -87,7 +87,7 @@ class Report(pl.Callback):
         self.picture_ids = torch.arange(min(pictures, self.protocol.samples))
         self._before: dict[str, float] | None = None
         self._before_pictures: Tensor | None = None
-        self._judges: Judges | None = None
+        self._networks: ProtocolNetworks | None = None
         self._to_store: dict[str, Entry] = {}
         self._start_seconds = 0.0
         self._earlier_seconds = 0.0
@@ -95,12 +95,12 @@ class Report(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Start the clock; load the judges, so that a missing one is told before anything is trained."""
         self._start_seconds = time.perf_counter()
-        self._judges = self._judges or Judges.load(self.protocol)
+        self._networks = self._networks or ProtocolNetworks.load(self.protocol)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a run that learns through what will judge it."""
-        assert isinstance(pl_module, OneStepDistillation) and self._judges is not None
-        require_independent([self._judges.clip, self._judges.classifier], pl_module.looked_through())
+        assert isinstance(pl_module, OneStepDistillation) and self._networks is not None
+        require_independent([self._networks.clip, self._networks.classifier], pl_module.looked_through())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the student that training starts from; a resumed run has it in its checkpoint."""
@@ -161,21 +161,21 @@ class Report(pl.Callback):
     def _student(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
         """One row of the report: the averaged student as it is now."""
         maker = averaged_student(trainer, module, self.protocol.seed)
-        scores = self._measure(trainer, self.protocol, self._judges, maker, self.prompts, module.device)
+        scores = self._measure(trainer, self.protocol, self._networks, maker, self.prompts, module.device)
         return {"nfe": 1, **scores, "ms_per_image": milliseconds_per_image(maker, self.prompts[0])}
 
     def _measure(
         self,
         trainer: pl.Trainer,
         protocol: Protocol,
-        judges: Judges | None,
+        networks: ProtocolNetworks | None,
         maker: ImageMaker,
         prompts: Sequence[str],
         device: torch.device,
     ) -> dict[str, float]:
-        judges = judges or Judges.load(protocol)
+        networks = networks or ProtocolNetworks.load(protocol)
         ranks = trainer.global_rank, trainer.world_size
-        return measure(maker, prompts, judges, device, self.batch_size, *ranks).as_dict()
+        return score_images(maker, prompts, networks, device, self.batch_size, *ranks).as_dict()
 
     def _teacher(self, module: OneStepDistillation, protocol: Protocol) -> Teacher:
         settings = self.teacher_guidance_scale, self.teacher_spacing, protocol.seed
@@ -185,7 +185,7 @@ class Report(pl.Callback):
         self, trainer: pl.Trainer, teacher: Teacher, protocol: Protocol, steps: Sequence[int], with_real: bool
     ) -> Entry:
         """Stored measurements, completed."""
-        judges: Judges | None = self._judges if protocol == self.protocol else None
+        networks: ProtocolNetworks | None = self._networks if protocol == self.protocol else None
         measured: list[str] = []
 
         def measure_images(what: str, maker: ImageMaker, prompts: Sequence[str]) -> dict[str, float]:
@@ -193,7 +193,7 @@ class Report(pl.Callback):
                 f"Measuring {what}: no stored figures for this base under protocol {protocol.name!r}."
             )
             measured.append(what)
-            return self._measure(trainer, protocol, judges, maker, prompts, teacher.device)
+            return self._measure(trainer, protocol, networks, maker, prompts, teacher.device)
 
         known = look_up([self.teacher_results, self._folder(trainer) / OWN_RESULTS], protocol, teacher)
         entry = complete(known, protocol, teacher, steps, measure_images, with_real)

@@ -16,7 +16,7 @@ from evaluation.callbacks.student_updates import StudentUpdateCallback, averaged
 from evaluation.images.prompt_files import read_prompts
 from evaluation.protocols.protocols import get_protocol
 from evaluation.reports.grids import sheet
-from evaluation.runner.scores import Judges, measure
+from evaluation.runner.scores import ProtocolNetworks, score_images
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 __all__ = ["DistillationMetrics", "ProgressBar", "SampleGrids", "Throughput", "averaged_student"]
@@ -51,19 +51,19 @@ class DistillationMetrics(ScoreCurve):
         changes = {"samples": samples, "clip": clip, "classifier": classifier, "reference": reference}
         self.protocol = get_protocol(protocol, **changes)
         self.batch_size = batch_size
-        self._judges: Judges | None = None
+        self._networks: ProtocolNetworks | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Load the judges, so that a missing one is told before anything is trained."""
-        self._judges = self._judges or Judges.load(self.protocol)
+        self._networks = self._networks or ProtocolNetworks.load(self.protocol)
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
         """See ScoreCurve."""
-        assert self._judges is not None
+        assert self._networks is not None
         ranks = trainer.global_rank, trainer.world_size
         maker = averaged_student(trainer, module, self.protocol.seed)
         prompts = self.protocol.captions()
-        return measure(maker, prompts, self._judges, module.device, self.batch_size, *ranks).as_dict()
+        return score_images(maker, prompts, self._networks, module.device, self.batch_size, *ranks).as_dict()
 
     def protocol_id(self) -> dict[str, Any]:
         """See ScoreCurve."""
@@ -71,7 +71,7 @@ class DistillationMetrics(ScoreCurve):
 
     def networks(self) -> list[Any]:
         """See ScoreCurve."""
-        return [] if self._judges is None else [self._judges.clip, self._judges.classifier]
+        return [] if self._networks is None else [self._networks.clip, self._networks.classifier]
 
 
 class SampleGrids(StudentUpdateCallback):

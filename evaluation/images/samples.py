@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from evaluation.images.image_sources import ImageSource
+from evaluation.images.image_sets import ImageSet
 from evaluation.networks.image_steps import apply_steps, still_to_do
 from evaluation.protocols.protocols import hash_weights
 from sdxs_lightning.core.errors import UserError
@@ -180,7 +180,7 @@ class ModelSamples:
 class StoredSamples:
     """The first images of a folder, a zip file or shards."""
 
-    source: ImageSource
+    source: ImageSet
     """All of them."""
     first: int | None = None
     """How many of them; None takes all."""

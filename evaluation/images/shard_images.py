@@ -64,7 +64,7 @@ class ShardImages:
         self._ends = list(accumulate(self._shards.sizes))
 
     def read(self, number: int) -> Image.Image:
-        """See ImageSource."""
+        """See ImageSet."""
         _, content, where = self._member(number, IMAGE_MEMBERS)
         if content is None:
             raise UserError(f"{where}: there is no image ({', '.join(IMAGE_MEMBERS)}) in this sample.")
@@ -88,11 +88,11 @@ class ShardImages:
         return texts
 
     def digest(self) -> str:
-        """See ImageSource."""
+        """See ImageSet."""
         return self._shards.fingerprint[:16]
 
     def stamp(self) -> str:
-        """See ImageSource."""
+        """See ImageSet."""
         places = [shard.location for shard in self._shards.shards]
         stamps = [self._store.stamp(place) for place in places]
         return hashlib.sha256(repr(list(zip(places, stamps, strict=True))).encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from evaluation.metrics.per_image import PerImageMetric
+from evaluation.metrics.sampled import PerImageMetric
 from evaluation.networks.frozen_clip import FrozenClip
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from data.shards.image_condition import ImageCondition
-from evaluation.metrics.per_image import PerImageMetric
+from evaluation.metrics.sampled import PerImageMetric
 
 
 class ControlAdherence(PerImageMetric):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from evaluation.metrics.collectives import NO_ID, all_gather_rows, first_positions, own_share
-from evaluation.metrics.estimates import Estimate
+from evaluation.metrics.estimates import Estimate, mean_estimate
 
 
 class SampledMetric(Metric):
@@ -149,3 +149,27 @@ class SampledMetric(Metric):
         both = [torch.cat(all_gather_rows(each, self.device, group)) for each in (rows, ids.unsqueeze(1))]
         setattr(self, f"{side}_rows", [both[0]])
         setattr(self, f"{side}_ids", [both[1].squeeze(1)])
+
+
+class PerImageMetric(SampledMetric):
+    """Mean over images of the rows (B, 1), float64, that `measure` gives; with a normal 95 % interval."""
+
+    @property
+    def count(self) -> int:
+        """Images, duplicates left out: of this rank."""
+        return len(self.rows_of("fake")[0])
+
+    def compute(self) -> Tensor:
+        """The mean as a float64 scalar; collective under torch.distributed.
+
+        Raises:
+            ValueError: if no rank had an image.
+        """
+        return torch.tensor(self.estimate()[self.names[0]].value, dtype=torch.float64, device=self.device)
+
+    def estimate(self) -> dict[str, Estimate]:
+        """See SampledMetric."""
+        rows = self.rows_of("fake")[0]
+        if len(rows) == 0:
+            raise ValueError(f"{self.title} needs at least 1 image, got 0")
+        return {name: mean_estimate(rows[:, column]) for column, name in enumerate(self.names)}

@@ -19,8 +19,8 @@ class Measurement:
 
     metric: str
     """`fid`, `clip_score`, ...: a name of evaluation/metric_table.py."""
-    judge: str
-    """The network, in the words of evaluation/judges.py."""
+    network: str
+    """The network, in the words of evaluation/networks.py."""
     steps: Steps = ()
     """What happens to a generated image first; words of evaluation/image_steps.py."""
     reference_steps: Steps = ()
@@ -63,23 +63,20 @@ class ImageProtocol:
         own = {one.metric: one for one in self.measurements}
         if metric in own:
             return own[metric]
-        judges = DEFAULT_JUDGES | dict.fromkeys(INCEPTION_METRICS, self.inception)
-        if metric not in judges:
-            raise UserError(f"no metric named '{metric}'; there are {', '.join(sorted(judges))}.")
+        networks = DEFAULT_NETWORKS | dict.fromkeys(INCEPTION_METRICS, self.inception)
+        if metric not in networks:
+            raise UserError(f"no metric named '{metric}'; there are {', '.join(sorted(networks))}.")
         if metric == "patch_fid":
             return Measurement(metric, self.inception, ("crop 299",), ("crop 299",))
         if metric == "diversity":  # in the features of the toy world's FID, where that is it
-            judge = own["fid"].judge if "fid" in own else judges[metric]
-            return Measurement(metric, judge if judge.startswith("clip_image") else judges[metric])
+            network = own["fid"].network if "fid" in own else networks[metric]
+            return Measurement(metric, network if network.startswith("clip_image") else networks[metric])
         steps = own.get("fid", Measurement("fid", self.inception))
-        return Measurement(metric, judges[metric], steps.steps, steps.reference_steps)
+        return Measurement(metric, networks[metric], steps.steps, steps.reference_steps)
 
-
-FRECHET = ("fid", "patch_fid", "fd_dinov2")
-"""Metrics that compare with the statistics of a reference set."""
 
 INCEPTION_METRICS = ("fid", "patch_fid", "kid", "precision_recall")
-DEFAULT_JUDGES = {
+DEFAULT_NETWORKS = {
     "fd_dinov2": "dinov2:facebook/dinov2-large",
     "cmmd": "clip_unit:vit-l-14-336",
     "clip_score": "clip_text:vit-g-14-s12b",
@@ -98,7 +95,7 @@ def metric_hash(settings: Mapping[str, Any]) -> str:
 def hashed_settings(
     protocol: ImageProtocol,
     measurement: Measurement,
-    judge: Mapping[str, str],
+    identity: Mapping[str, str],
     samples: int,
     formats: str,
     captions: str | None,
@@ -109,7 +106,7 @@ def hashed_settings(
     Args:
         protocol: the named one.
         measurement: of this number.
-        judge: identity of the network: name, hash of its weights, preprocessing.
+        identity: of the network: name, hash of its weights, preprocessing.
         samples: how many images there were.
         formats: `lossless`, or the endings of their files.
         captions: digest of the captions, where the metric reads them.
@@ -122,7 +119,7 @@ def hashed_settings(
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(measurement).items()
         },
-        "judge": dict(judge),
+        "judge": dict(identity),
         "samples": samples,
         "formats": formats,
         "captions": captions,

@@ -11,21 +11,21 @@ from typing import Any
 from data.toy.training.classifier import AttributeClassifier
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
 from evaluation.metrics.clip_score import ClipScore, PreferenceScore
+from evaluation.metrics.diversity import PromptDiversity
 from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
-from evaluation.metrics.prompt_diversity import PromptDiversity
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.networks.clip_models import load_clip
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.inception import InceptionFeatures
 from evaluation.networks.vit_features import ClipImageFeatures, DinoV2Features
-from evaluation.protocols.image_protocol import FRECHET, Measurement
+from evaluation.protocols.image_protocol import Measurement
+from evaluation.protocols.names import FRECHET_METRICS
 from evaluation.protocols.protocols import REPOSITORY, hash_weights
 from evaluation.protocols.references import Reference
 from sdxs_lightning.core.errors import UserError
 
-READS_CAPTIONS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
 FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
     "kid": KernelDistance,
     "precision_recall": PrecisionRecall,
@@ -35,12 +35,9 @@ FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
 IMAGES_PER_PROMPT = 8
 """Of diversity."""
 
-COMPARES = (*FRECHET, *FEATURE_SETS)
-"""Metrics that need a reference."""
-
 
 @dataclass
-class Networks:
+class NetworkCache:
     """The networks that judge, each loaded once.
 
     A protocol's words name them: KIND:NAME, where KIND is `inception`, `dinov2`, `clip_image` (features as they are),
@@ -56,20 +53,20 @@ class Networks:
         if unknown:
             raise UserError(f"--weights names {', '.join(unknown)}, but takes {', '.join(_LOADERS)}.")
 
-    def network(self, judge: str) -> Any:
+    def network(self, name: str) -> Any:
         """The network of a protocol's words.
 
         Raises:
             UserError: if its weights are missing; the message says where to put them.
         """
-        kind, _, name = judge.partition(":")
+        kind, _, which = name.partition(":")
         path = self.weights.get(kind)
-        key = f"{_LOADERS[kind].__name__}:{name}:{path}"  # CLIP for FID and for CLIP score is one network
+        key = f"{_LOADERS[kind].__name__}:{which}:{path}"  # CLIP for FID and for CLIP score is one network
         if key not in self._loaded:
             try:
-                self._loaded[key] = _LOADERS[kind](name, path)
+                self._loaded[key] = _LOADERS[kind](which, path)
             except (OSError, ValueError, RuntimeError) as error:
-                raise UserError(f"{judge}: {error}") from error
+                raise UserError(f"{name}: {error}") from error
         return self._loaded[key]
 
     def metric(self, measurement: Measurement, reference: Reference | None = None) -> SampledMetric:
@@ -79,8 +76,8 @@ class Networks:
             measurement: which one.
             reference: the real side; without one, a metric that compares only measures.
         """
-        name, network = measurement.metric, self.network(measurement.judge)
-        if name in FRECHET:
+        name, network = measurement.metric, self.network(measurement.network)
+        if name in FRECHET_METRICS:
             statistics = None if reference is None else reference.as_statistics()
             return FrechetDistance(network, reference=statistics, name=name)
         if name in FEATURE_SETS:
@@ -95,9 +92,9 @@ class Networks:
 
     def identity(self, measurement: Measurement) -> dict[str, str]:
         """Of the network of a measurement, for hashes."""
-        network = self.network(measurement.judge)
+        network = self.network(measurement.network)
         if isinstance(network, AttributeClassifier):
-            folder = _place(measurement.judge.partition(":")[2], self.weights.get("attributes"))
+            folder = _place(measurement.network.partition(":")[2], self.weights.get("attributes"))
             return {"network": "attribute classifier", "weights_sha256": hash_weights(folder)}
         identity: dict[str, str] = network.identity()
         return identity
@@ -108,9 +105,9 @@ class Networks:
 
 
 @lru_cache(maxsize=1)
-def shared_networks(weights: tuple[tuple[str, str], ...]) -> Networks:
+def shared_networks(weights: tuple[tuple[str, str], ...]) -> NetworkCache:
     """The networks of this process, so that checking them and measuring with them loads them once."""
-    return Networks(dict(weights))
+    return NetworkCache(dict(weights))
 
 
 def _inception(name: str, path: str | None) -> InceptionFeatures:

@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is generated, against what it is compared, and by whom it is judged.
+    """What is generated, against what it is compared, and by whom it is evaluated.
 
     Always so: noise of sample i is seeded by (seed, i), images are clamped and rounded to uint8 in memory, features are
     float32 without autocast, sums float64, covariance over n - 1.
@@ -61,7 +61,7 @@ class Protocol:
         }
 
     def fingerprint(self) -> str:
-        """12 hex digits that change with anything that changes the numbers: settings, prompts, the judges' weights."""
+        """12 hex digits that change with anything that changes the numbers: settings, prompts, the networks' weights."""
         settings = {
             key: value
             for key, value in asdict(self).items()

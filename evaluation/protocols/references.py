@@ -15,7 +15,8 @@ from torch import Tensor
 
 from evaluation.compare import differences
 from evaluation.metrics.frechet import FeatureStatistics
-from evaluation.protocols.image_protocol import FRECHET, Measurement
+from evaluation.protocols.image_protocol import Measurement
+from evaluation.protocols.names import FRECHET_METRICS
 from sdxs_lightning.core.errors import UserError
 
 
@@ -43,20 +44,20 @@ def file_of(path: Path, metric: str) -> Path:
     return path if metric == "fid" else path.with_name(f"{path.stem}.{metric}.npz")
 
 
-def origin_of(measurement: Measurement, judge: Mapping[str, str]) -> dict[str, Any]:
+def origin_of(measurement: Measurement, identity: Mapping[str, str]) -> dict[str, Any]:
     """What reference files depend on besides the images."""
-    return {"judge": dict(judge), "steps": list(measurement.reference_steps)}
+    return {"judge": dict(identity), "steps": list(measurement.reference_steps)}
 
 
 def write_reference(
-    path: Path, measurement: Measurement, judge: Mapping[str, str], rows: Tensor, digest: str
+    path: Path, measurement: Measurement, identity: Mapping[str, str], rows: Tensor, digest: str
 ) -> Path:
     """Writes what a metric needs of the real images.
 
     Args:
         path: of FID's file; other metrics' files lie beside it.
         measurement: the metric.
-        judge: identity of its network.
+        identity: of its network.
         rows: (n, d), features.
         digest: of the images.
 
@@ -64,8 +65,8 @@ def write_reference(
         The file: an npz with `mu`, `sigma`, which clean-fid and pytorch-fid read; with `features` where they are needed.
     """
     file = file_of(path, measurement.metric)
-    origin = origin_of(measurement, judge) | {"reference": digest, "samples": len(rows)}
-    if measurement.metric in FRECHET:
+    origin = origin_of(measurement, identity) | {"reference": digest, "samples": len(rows)}
+    if measurement.metric in FRECHET_METRICS:
         replace(FeatureStatistics.from_features(rows), origin=origin).save(file)
     else:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def write_reference(
     return file
 
 
-def read_reference(path: Path, measurement: Measurement, judge: Mapping[str, str]) -> Reference:
+def read_reference(path: Path, measurement: Measurement, identity: Mapping[str, str]) -> Reference:
     """Reads what `write_reference` wrote, or statistics of clean-fid and pytorch-fid.
 
     Raises:
@@ -85,7 +86,7 @@ def read_reference(path: Path, measurement: Measurement, judge: Mapping[str, str
             f"{metric} needs the reference file {file}, which is not there; write it with `python -m evaluation.reference "
             f"--metrics {metric}`, or give --reference the images themselves."
         )
-    if metric in FRECHET:
+    if metric in FRECHET_METRICS:
         try:
             statistics = FeatureStatistics.load(file)
         except (ValueError, OSError) as error:
@@ -95,7 +96,7 @@ def read_reference(path: Path, measurement: Measurement, judge: Mapping[str, str
         statistics, (rows, stored) = None, _features(file, metric)
     if not stored:
         return Reference(_digest_of(file), statistics, rows)
-    wanted = origin_of(measurement, judge)
+    wanted = origin_of(measurement, identity)
     found = {key: stored.get(key) for key in wanted}
     if found != wanted:
         raise UserError(

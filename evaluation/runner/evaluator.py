@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evaluation.images.image_sources import open_images
+from evaluation.images.image_sets import open_images
 from evaluation.images.prompt_files import captions_digest
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement, hashed_settings, metric_hash
-from evaluation.protocols.metric_table import (
-    COMPARES,
-    IMAGES_PER_PROMPT,
-    READS_CAPTIONS,
-    Networks,
-    shared_networks,
-)
+from evaluation.protocols.metric_table import IMAGES_PER_PROMPT, NetworkCache, shared_networks
+from evaluation.protocols.names import CAPTION_METRICS, REFERENCE_METRICS
 from evaluation.protocols.references import Reference, read_reference
-from evaluation.runner.passes import Look, Pass, pictures_of, processes_for, run_pass
-from evaluation.runner.row_store import Part, RowStore
+from evaluation.runner.passes import MetricPass, PassJob, load_kept_images, processes_for, run_pass
+from evaluation.runner.row_store import MeasuredBatch, RowStore
 from sdxs_lightning.core.errors import UserError
 
 DIVERSITY_PROMPTS = 50
@@ -31,7 +26,7 @@ DIVERSITY_PROMPTS = 50
 
 
 @dataclass(frozen=True)
-class Machine:
+class Resources:
     """Where and how the work is done; no number depends on it beyond rounding."""
 
     device: str = "cpu"
@@ -43,7 +38,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """What is to be measured."""
 
     protocol: ImageProtocol
@@ -65,25 +60,27 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Judged:
+class EvaluationResult:
     """What came out."""
 
     metrics: dict[str, dict[str, Any]]
     """By name: `value`, `samples`, `low`, `high`, `infinity`, `hash`, `settings`; what is not known is left out."""
-    pictures: Mapping[int, Image.Image]
+    images: Mapping[int, Image.Image]
     """The first images, by number."""
-    reference_pictures: Mapping[int, Image.Image]
+    reference_images: Mapping[int, Image.Image]
     """Of the reference, where it was given as images."""
 
 
-def judge(request: Request, machine: Machine, work: Path, picture_count: int = 0) -> Judged:
+def run_evaluation(
+    request: EvaluationRequest, resources: Resources, work: Path, keep_images: int = 0
+) -> EvaluationResult:
     """Measures; what an earlier call left in the same folder is not measured again.
 
     Args:
         request: what.
-        machine: where and how.
+        resources: device, processes and batch size.
         work: folder for the rows of every network, batch by batch.
-        picture_count: how many of the first images to keep for a report.
+        keep_images: how many of the first images to keep for a report.
 
     Raises:
         UserError: for whatever the user can mend.
@@ -92,27 +89,27 @@ def judge(request: Request, machine: Machine, work: Path, picture_count: int = 0
     _refuse_what_is_missing(request)
     networks = shared_networks(request.weights)  # before anything long: missing weights are told now
     identities = {one: networks.identity(one) for one in measurements}
-    comparing = [one for one in measurements if one.metric in COMPARES]
-    extra = judge_diversity(request, networks, machine, work) if "diversity" in request.metrics else {}
+    comparing = [one for one in measurements if one.metric in REFERENCE_METRICS]
+    extra = measure_diversity(request, networks, resources, work) if "diversity" in request.metrics else {}
     if not measurements:
-        return Judged(extra, {}, {})
-    references, reference_pictures = _references(request, comparing, identities, machine, work, picture_count)
+        return EvaluationResult(extra, {}, {})
+    references, reference_images = _references(request, comparing, identities, resources, work, keep_images)
     origin = request.samples.origin()
     if request.captions is not None:
         origin["captions"] = captions_digest(request.captions)
-    job = make_pass(request.samples, measurements, identities, origin, request, machine, work, picture_count)
+    job = build_pass(request.samples, measurements, identities, origin, request, resources, work, keep_images)
     parts = run_pass(job, request.protocol.name)
     found: dict[str, dict[str, Any]] = {}
-    for look, part in parts.items():
-        one = look.measurement
+    for metric_pass, part in parts.items():
+        one = metric_pass.measurement
         settings, digest = _settings(request, one, identities[one], references.get(one.metric))
         for name, estimate in _estimates(networks, one, part, references.get(one.metric)).items():
             found[name] = {**estimate, "hash": digest, "settings": settings}
-    return Judged(found | extra, pictures_of(job) if picture_count else {}, reference_pictures)
+    return EvaluationResult(found | extra, load_kept_images(job) if keep_images else {}, reference_images)
 
 
-def judge_diversity(
-    request: Request, networks: Networks, machine: Machine, work: Path
+def measure_diversity(
+    request: EvaluationRequest, networks: NetworkCache, resources: Resources, work: Path
 ) -> dict[str, dict[str, Any]]:
     """Diversity per prompt: of the first prompts the model makes several images each, beside those of the protocol.
 
@@ -130,7 +127,7 @@ def judge_diversity(
     inner = replace(request, samples=samples, captions=None)
     identities = {one: networks.identity(one)}
     origin = {**samples.origin(), "captions": captions_digest(repeated), "each": IMAGES_PER_PROMPT}
-    job = make_pass(samples, [one], identities, origin, inner, machine, work)
+    job = build_pass(samples, [one], identities, origin, inner, resources, work)
     (part,) = run_pass(job, "diversity").values()
     settings, digest = _settings(replace(inner, captions=repeated), one, identities[one], None)
     return {
@@ -139,48 +136,48 @@ def judge_diversity(
     }
 
 
-def make_pass(
+def build_pass(
     samples: Samples,
     measurements: list[Measurement],
     identities: Mapping[Measurement, Mapping[str, str]],
     origin: Mapping[str, Any],
-    request: Request,
-    machine: Machine,
+    request: EvaluationRequest,
+    resources: Resources,
     work: Path,
-    picture_count: int = 0,
+    keep_images: int = 0,
     real: bool = False,
-) -> Pass:
-    """The job that measures all networks over a set; networks that several metrics share look once."""
-    looks: dict[tuple[str, ...], Look] = {}
+) -> PassJob:
+    """The job that measures all networks over a set; networks that several metrics share metric_pass once."""
+    metric_passes: dict[tuple[str, ...], MetricPass] = {}
     for one in measurements:
         steps = one.reference_steps if real else one.steps
-        settings = {**origin, "judge": dict(identities[one]), "words": one.judge, "steps": list(steps)}
-        what = one.judge.partition(":")[0]
-        store = RowStore.at(work, what, settings, samples.count, machine.batch_size)
-        looks[one.metric, *steps] = Look(one, steps, store)
-    stores = [look.store for look in looks.values()]
-    processes = processes_for(machine.processes, machine.device, stores[0].batches)
-    pictures = work / f"{'real' if real else 'images'}-{stores[0].folder.name.rpartition('-')[2]}"
-    return Pass(
+        settings = {**origin, "judge": dict(identities[one]), "words": one.network, "steps": list(steps)}
+        what = one.network.partition(":")[0]
+        store = RowStore.at(work, what, settings, samples.count, resources.batch_size)
+        metric_passes[one.metric, *steps] = MetricPass(one, steps, store)
+    stores = [metric_pass.store for metric_pass in metric_passes.values()]
+    processes = processes_for(resources.processes, resources.device, stores[0].batches)
+    kept_images = work / f"{'real' if real else 'images'}-{stores[0].folder.name.rpartition('-')[2]}"
+    return PassJob(
         samples,
-        tuple(looks.values()),
+        tuple(metric_passes.values()),
         request.captions if not real else None,
         request.weights,
-        machine.device,
+        resources.device,
         processes,
         one_size=not real,
-        pictures=pictures,
-        picture_count=picture_count,
+        kept_images=kept_images,
+        keep_images=keep_images,
     )
 
 
 def _references(
-    request: Request,
+    request: EvaluationRequest,
     comparing: list[Measurement],
     identities: Mapping[Measurement, Mapping[str, str]],
-    machine: Machine,
+    resources: Resources,
     work: Path,
-    picture_count: int,
+    keep_images: int,
 ) -> tuple[dict[str, Reference], Mapping[int, Image.Image]]:
     """The real side of each metric that has one, and pictures of it."""
     if request.known or not comparing:
@@ -191,15 +188,18 @@ def _references(
         return {one.metric: read_reference(path, one, identities[one]) for one in comparing}, {}
     samples = StoredSamples(open_images(request.reference))
     origin = samples.origin()
-    job = make_pass(samples, comparing, identities, origin, request, machine, work, picture_count, real=True)
+    job = build_pass(samples, comparing, identities, origin, request, resources, work, keep_images, real=True)
     parts = run_pass(job, "reference")
     digest = samples.source.digest()
-    found = {look.measurement.metric: Reference(digest, rows=part.rows) for look, part in parts.items()}
-    return found, pictures_of(job) if picture_count else {}
+    found = {
+        metric_pass.measurement.metric: Reference(digest, rows=part.rows)
+        for metric_pass, part in parts.items()
+    }
+    return found, load_kept_images(job) if keep_images else {}
 
 
 def _estimates(
-    networks: Networks, one: Measurement, part: Part, reference: Reference | None
+    networks: NetworkCache, one: Measurement, part: MeasuredBatch, reference: Reference | None
 ) -> dict[str, dict[str, Any]]:
     """The numbers of one metric."""
     try:
@@ -211,7 +211,7 @@ def _estimates(
 
 
 def _settings(
-    request: Request, one: Measurement, identity: Mapping[str, str], reference: Reference | None
+    request: EvaluationRequest, one: Measurement, identity: Mapping[str, str], reference: Reference | None
 ) -> tuple[Mapping[str, Any], str]:
     if request.fingerprint is not None:
         return request.fingerprint[1], request.fingerprint[0]
@@ -227,15 +227,15 @@ def _settings(
     return settings, metric_hash(settings)
 
 
-def _refuse_what_is_missing(request: Request) -> None:
-    readers = [name for name in request.metrics if name in READS_CAPTIONS]
+def _refuse_what_is_missing(request: EvaluationRequest) -> None:
+    readers = [name for name in request.metrics if name in CAPTION_METRICS]
     if readers and request.captions is None:
-        others = [name for name in request.metrics if name not in READS_CAPTIONS]
+        others = [name for name in request.metrics if name not in CAPTION_METRICS]
         raise UserError(
             f"{', '.join(readers)} reads captions; give --captions FILE, .txt files beside the images, or shards with "
             f"captions{f', or leave it out with --metrics {chr(32).join(others)}' if others else ''}."
         )
-    comparing = [name for name in request.metrics if name in COMPARES]
+    comparing = [name for name in request.metrics if name in REFERENCE_METRICS]
     if comparing and request.reference is None and not request.known:
         raise UserError(
             f"{', '.join(comparing)} compares with real images; give --reference a folder, a .zip file, shards, or an .npz "

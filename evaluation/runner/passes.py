@@ -1,4 +1,4 @@
-"""One pass over a set of images, in which every network that is asked for looks at each of them; shared among processes."""
+"""One pass over a set of images, in which every requested network measures each of them; shared among processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from evaluation.images.samples import Reader, Samples, stacked
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.protocols.image_protocol import Measurement
 from evaluation.protocols.metric_table import shared_networks
-from evaluation.runner.row_store import Part, RowStore
+from evaluation.runner.row_store import MeasuredBatch, RowStore
 from sdxs_lightning.core.errors import UserError
 
 STEP_THREADS = 4
@@ -32,8 +32,8 @@ BATCHES_PER_PROCESS = 4
 
 
 @dataclass(frozen=True)
-class Look:
-    """A network that looks at a set of images."""
+class MetricPass:
+    """One network measuring a set of images."""
 
     measurement: Measurement
     """Names the network."""
@@ -44,13 +44,13 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Pass:
+class PassJob:
     """A job for processes; its parts are batches."""
 
     samples: Samples
     """The images."""
-    looks: tuple[Look, ...]
-    """Who looks; all stores have the same batches."""
+    metric_passes: tuple[MetricPass, ...]
+    """One per network and image steps; all stores have the same batches."""
     captions: tuple[str, ...] | None
     """One an image."""
     weights: tuple[tuple[str, str], ...]
@@ -61,26 +61,26 @@ class Pass:
     """At most so many."""
     one_size: bool
     """Refuses images of different sizes, which no generator makes."""
-    pictures: Path | None = None
+    kept_images: Path | None = None
     """Takes the first images as PNG files, for reports."""
-    picture_count: int = 0
+    keep_images: int = 0
     """How many."""
 
     def missing(self) -> list[int]:
         """Batches that are not done."""
-        store = self.looks[0].store
-        undone = {batch for look in self.looks for batch in look.store.missing()}
+        store = self.metric_passes[0].store
+        undone = {batch for metric_pass in self.metric_passes for batch in metric_pass.store.missing()}
         undone |= {
             number // store.batch_size
-            for number in range(min(self.picture_count, store.count))
-            if not self.picture(number).is_file()
+            for number in range(min(self.keep_images, store.count))
+            if not self.kept_image(number).is_file()
         }
         return sorted(undone)
 
-    def picture(self, number: int) -> Path:
+    def kept_image(self, number: int) -> Path:
         """Where a picture is kept."""
-        assert self.pictures is not None
-        return self.pictures / f"{number:06d}.png"
+        assert self.kept_images is not None
+        return self.kept_images / f"{number:06d}.png"
 
     def work(self, process: int, parts: Sequence[int], told: Told) -> None:
         """See data/prepare/processes.py."""
@@ -89,12 +89,12 @@ class Pass:
             try:
                 read = self.samples.open(device)
                 networks = shared_networks(self.weights)
-                metrics = [networks.metric(look.measurement) for look in self.looks]
+                metrics = [networks.metric(metric_pass.measurement) for metric_pass in self.metric_passes]
                 for part, images in self._read(read, parts):
                     self._measure(part, images, metrics, device)
                     told(len(images))
             except torch.OutOfMemoryError as error:
-                size = self.looks[0].store.batch_size
+                size = self.metric_passes[0].store.batch_size
                 raise UserError(
                     f"{size} images at once do not fit the GPU; give a smaller --batch_size ({error})."
                 ) from error
@@ -102,8 +102,8 @@ class Pass:
                 raise UserError(str(error)) from error
 
     def _read(self, read: Reader, parts: Sequence[int]) -> Iterator[tuple[int, list[Image.Image]]]:
-        """The batches with their images; files of the next one are decoded while the networks look at this one."""
-        numbers = self.looks[0].store.numbers
+        """The batches with their images; files of the next one are decoded while the networks measure this one."""
+        numbers = self.metric_passes[0].store.numbers
         if not self.samples.are_files:
             for part in parts:
                 yield part, read(numbers(part))
@@ -122,23 +122,25 @@ class Pass:
         metrics: Sequence[SampledMetric],
         device: torch.device,
     ) -> None:
-        numbers = self.looks[0].store.numbers(batch)
+        numbers = self.metric_passes[0].store.numbers(batch)
         sizes = np.array([image.size for image in images], dtype=np.int64)
         if self.one_size:
             refuse_mixed_sizes(sizes, numbers[0])
         for number, image in zip(numbers, images, strict=True):
-            if number < self.picture_count:
-                self.picture(number).parent.mkdir(parents=True, exist_ok=True)
-                image.save(self.picture(number))
+            if number < self.keep_images:
+                self.kept_image(number).parent.mkdir(parents=True, exist_ok=True)
+                image.save(self.kept_image(number))
         captions = None if self.captions is None else [self.captions[number] for number in numbers]
-        for look, metric in zip(self.looks, metrics, strict=True):
-            if look.store.path(batch).is_file():
+        for metric_pass, metric in zip(self.metric_passes, metrics, strict=True):
+            if metric_pass.store.path(batch).is_file():
                 continue
             with ThreadPoolExecutor(
                 STEP_THREADS
             ) as threads:  # Pillow lets go of the interpreter while it resizes
-                ready = list(threads.map(partial(self.samples.prepare, steps=look.steps), images, numbers))
-            look.store.save(batch, Part(rows_of(metric, ready, captions, device), sizes))
+                ready = list(
+                    threads.map(partial(self.samples.prepare, steps=metric_pass.steps), images, numbers)
+                )
+            metric_pass.store.save(batch, MeasuredBatch(rows_of(metric, ready, captions, device), sizes))
 
 
 def rows_of(
@@ -173,7 +175,7 @@ def refuse_mixed_sizes(sizes: np.ndarray[Any, Any], first: int) -> None:
         )
 
 
-def run_pass(job: Pass, what: str) -> dict[Look, Part]:
+def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
     """Measures what is missing, and reads all of it.
 
     Args:
@@ -185,10 +187,10 @@ def run_pass(job: Pass, what: str) -> dict[Look, Part]:
     """
     missing = job.missing()
     if missing:
-        store = job.looks[0].store
+        store = job.metric_passes[0].store
         told = Progress(sum(len(store.numbers(batch)) for batch in missing), f"{what}: images")
         run_all(job, missing, told)
-    parts = {look: look.store.all() for look in job.looks}
+    parts = {metric_pass: metric_pass.store.all() for metric_pass in job.metric_passes}
     if job.one_size:
         refuse_mixed_sizes(next(iter(parts.values())).sizes, 0)
     return parts
@@ -203,10 +205,10 @@ def processes_for(asked: int | None, device: str, batches: int) -> int:
     return max(1, min(default_processes(device), batches // BATCHES_PER_PROCESS))
 
 
-def pictures_of(job: Pass) -> Mapping[int, Image.Image]:
+def load_kept_images(job: PassJob) -> Mapping[int, Image.Image]:
     """The pictures that a finished pass has kept, by number."""
     found = {}
-    for number in range(min(job.picture_count, job.looks[0].store.count)):
-        with Image.open(job.picture(number)) as opened:
+    for number in range(min(job.keep_images, job.metric_passes[0].store.count)):
+        with Image.open(job.kept_image(number)) as opened:
             found[number] = opened.convert("RGB")
     return found

@@ -5,24 +5,24 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from evaluation.images.image_sources import open_images
+from evaluation.images.image_sets import open_images
 from evaluation.images.prompt_files import read_prompts
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
 from evaluation.metrics.frechet import FeatureStatistics
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
 from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
 from evaluation.protocols.references import Reference
-from evaluation.runner.evaluator import Request
+from evaluation.runner.evaluator import EvaluationRequest
 from sdxs_lightning.core.errors import UserError
 
 
-def request_of(options: argparse.Namespace) -> Request:
+def build_request(options: argparse.Namespace) -> EvaluationRequest:
     """What the options ask for.
 
     Raises:
         UserError: for options that do not fit each other or the files that they name.
     """
-    weights = tuple(sorted(pair_of(text) for text in options.weights))
+    weights = tuple(sorted(parse_weights(text) for text in options.weights))
     protocol = find_protocol(options.protocol)
     if isinstance(protocol, Protocol):
         return toy_request(options, weights)
@@ -44,7 +44,7 @@ def as_image_protocol(protocol: Protocol) -> ImageProtocol:
     )
 
 
-def toy_request(options: argparse.Namespace, weights: tuple[tuple[str, str], ...]) -> Request:
+def toy_request(options: argparse.Namespace, weights: tuple[tuple[str, str], ...]) -> EvaluationRequest:
     """A model under a protocol of the toy world, which brings prompts, judges and reference.
 
     Raises:
@@ -59,10 +59,10 @@ def toy_request(options: argparse.Namespace, weights: tuple[tuple[str, str], ...
         )
     statistics = FeatureStatistics.load(protocol.path(protocol.reference), protocol.reference_origin())
     inner = as_image_protocol(protocol)
-    return Request(
+    return EvaluationRequest(
         inner,
         model_samples(options, inner, tuple(protocol.captions())),
-        metrics_of(options, inner),
+        selected_metrics(options, inner),
         captions=tuple(protocol.captions()),
         known={"fid": Reference(protocol.reference, statistics)},
         weights=weights,
@@ -72,7 +72,7 @@ def toy_request(options: argparse.Namespace, weights: tuple[tuple[str, str], ...
 
 def image_request(
     options: argparse.Namespace, protocol: ImageProtocol, weights: tuple[tuple[str, str], ...]
-) -> Request:
+) -> EvaluationRequest:
     """A model or a set of images under a protocol of published images."""
     prompts = None if options.captions is None else read_prompts(options.captions)
     if options.samples is not None:
@@ -94,8 +94,8 @@ def image_request(
         else:
             held = samples.source.captions()
             captions = None if held is None else tuple(held[: samples.count])
-    return Request(
-        protocol, samples, metrics_of(options, protocol), captions, options.reference, weights=weights
+    return EvaluationRequest(
+        protocol, samples, selected_metrics(options, protocol), captions, options.reference, weights=weights
     )
 
 
@@ -130,12 +130,12 @@ def stored_samples(options: argparse.Namespace, protocol: ImageProtocol) -> Stor
     return StoredSamples(source, wanted)
 
 
-def metrics_of(options: argparse.Namespace, protocol: ImageProtocol) -> tuple[str, ...]:
+def selected_metrics(options: argparse.Namespace, protocol: ImageProtocol) -> tuple[str, ...]:
     """The metrics that were asked for, or the protocol's own."""
     return tuple(options.metrics or (one.metric for one in protocol.measurements))
 
 
-def pair_of(text: str) -> tuple[str, str]:
+def parse_weights(text: str) -> tuple[str, str]:
     """KIND=PATH in two."""
     kind, found, path = text.partition("=")
     if not found or not path:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Part(NamedTuple):
+class MeasuredBatch(NamedTuple):
     """One batch."""
 
     rows: Tensor
@@ -78,13 +78,13 @@ class RowStore:
         there = {path.name for path in self.folder.glob("batch_*.npz")}
         return [batch for batch in range(self.batches) if self.path(batch).name not in there]
 
-    def save(self, batch: int, part: Part) -> None:
+    def save(self, batch: int, part: MeasuredBatch) -> None:
         """Write a batch, whole or not at all."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
             np.savez(file, rows=part.rows.cpu().numpy(), sizes=part.sizes)
         os.replace(file.name, self.path(batch))
 
-    def load(self, batch: int) -> Part:
+    def load(self, batch: int) -> MeasuredBatch:
         """Read a batch.
 
         Raises:
@@ -93,14 +93,16 @@ class RowStore:
         path = self.path(batch)
         try:
             with np.load(path, allow_pickle=False) as archive:
-                part = Part(torch.from_numpy(archive["rows"]), archive["sizes"])
+                part = MeasuredBatch(torch.from_numpy(archive["rows"]), archive["sizes"])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it and run again") from error
         if len(part.rows) != len(self.numbers(batch)):
             raise ValueError(f"{path} holds {len(part.rows)} rows; remove it and run again")
         return part
 
-    def all(self) -> Part:
+    def all(self) -> MeasuredBatch:
         """All rows, in the order of the images."""
         parts = [self.load(batch) for batch in range(self.batches)]
-        return Part(torch.cat([part.rows for part in parts]), np.concatenate([part.sizes for part in parts]))
+        return MeasuredBatch(
+            torch.cat([part.rows for part in parts]), np.concatenate([part.sizes for part in parts])
+        )

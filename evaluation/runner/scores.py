@@ -37,7 +37,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Judges:
+class ProtocolNetworks:
     """The frozen networks and reference statistics of a protocol, loaded once for many measurements."""
 
     clip: FrozenClip
@@ -45,7 +45,7 @@ class Judges:
     reference: FeatureStatistics
 
     @classmethod
-    def load(cls, protocol: Protocol) -> Judges:
+    def load(cls, protocol: Protocol) -> ProtocolNetworks:
         """Read them from the protocol's paths.
 
         Raises:
@@ -58,14 +58,14 @@ class Judges:
         return cls(clip, classifier, reference)
 
 
-class Scoreboard:
+class ToyMetrics:
     """The metrics of a protocol, updated together. Not an nn.Module: nothing of it is in a checkpoint."""
 
-    def __init__(self, judges: Judges, device: torch.device) -> None:
-        clip = judges.clip
-        self.fid = FrechetDistance(clip.image_features, clip.dimensions, judges.reference).to(device)
+    def __init__(self, networks: ProtocolNetworks, device: torch.device) -> None:
+        clip = networks.clip
+        self.fid = FrechetDistance(clip.image_features, clip.dimensions, networks.reference).to(device)
         self.clip_score = ClipScore(clip).to(device)
-        self.caption_accuracy = CaptionAccuracy(judges.classifier).to(device)
+        self.caption_accuracy = CaptionAccuracy(networks.classifier).to(device)
 
     def update(self, images_uint8: Tensor, captions: Sequence[str]) -> None:
         """Add images with their captions."""
@@ -84,10 +84,10 @@ class Scoreboard:
         )
 
 
-def measure(
+def score_images(
     maker: ImageMaker,
     captions: Sequence[str],
-    judges: Judges,
+    networks: ProtocolNetworks,
     device: torch.device,
     batch_size: int = 100,
     rank: int = 0,
@@ -99,14 +99,14 @@ def measure(
     Args:
         maker: makes the images.
         captions: sample i is made from the i-th.
-        judges: who scores.
+        networks: who scores.
         device: of the metrics' sums.
         batch_size: images per call and rank; the scores do not depend on it beyond rounding.
         rank: of this process.
         world_size: how many processes share the samples.
         advance: told how many images were made, after each batch.
     """
-    board = Scoreboard(judges, device)
+    board = ToyMetrics(networks, device)
     for sample_ids, counting in rank_batches(len(captions), batch_size, rank, world_size):
         texts = [captions[index] for index in sample_ids.tolist()]
         images = maker(texts, sample_ids)[:counting]

@@ -1,4 +1,4 @@
-"""Judges and bases shared by the tests of this folder."""
+"""ProtocolNetworks and bases shared by the tests of this folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def judged(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def toy_networks(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Arguments that name those judges; the protocols are small and judged by them."""
     for name, protocol in small_protocols(world).items():
         monkeypatch.setitem(PROTOCOLS, name, protocol)

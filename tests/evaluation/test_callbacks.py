@@ -18,7 +18,7 @@ from evaluation.callbacks.run_report import Report
 from evaluation.callbacks.sample_grids import DistillationMetrics, ProgressBar, SampleGrids, Throughput
 from evaluation.images.generate import SampledImages
 from evaluation.protocols.protocols import PROTOCOLS
-from evaluation.runner.scores import Judges, measure
+from evaluation.runner.scores import ProtocolNetworks, score_images
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny_distillation import distillation, family_of
 
@@ -45,7 +45,7 @@ def fit(
 
 
 def test_metrics_follow_student_updates_and_survive_a_resume(
-    world: Path, judged: dict[str, str], tmp_path: Path
+    world: Path, toy_networks: dict[str, str], tmp_path: Path
 ) -> None:
     metrics = DistillationMetrics(every_n_student_updates=2, batch_size=4)
     trainer, module = fit(world, tmp_path, [metrics], updates=3)
@@ -57,10 +57,10 @@ def test_metrics_follow_student_updates_and_survive_a_resume(
 
     # The same number by hand, on the averaged student rather than on the current one.
     protocol = PROTOCOLS["toy-val"]
-    judges, device = Judges.load(protocol), torch.device("cpu")
+    networks, device = ProtocolNetworks.load(protocol), torch.device("cpu")
     by_hand = [
-        measure(
-            SampledImages(net, family_of(world / "sd-epsilon"), device), protocol.captions(), judges, device
+        score_images(
+            SampledImages(net, family_of(world / "sd-epsilon"), device), protocol.captions(), networks, device
         ).fid
         for net in (module.ema, module.student)
     ]
@@ -79,7 +79,9 @@ def test_metrics_follow_student_updates_and_survive_a_resume(
     assert [float(value) for value in logged] == pytest.approx([point["fid"] for point in metrics.history])
 
 
-def test_no_weight_of_a_judge_is_in_a_checkpoint(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_no_weight_of_a_judge_is_in_a_checkpoint(
+    world: Path, toy_networks: dict[str, str], tmp_path: Path
+) -> None:
     trainer, _ = fit(world, tmp_path / "plain", [], updates=1)
     trainer.save_checkpoint(tmp_path / "plain.ckpt")
     callbacks = [DistillationMetrics(1), SampleGrids(1, images=2), Throughput(1)]
@@ -100,7 +102,7 @@ def test_no_weight_of_a_judge_is_in_a_checkpoint(world: Path, judged: dict[str, 
     assert tensors(measured["callbacks"]) == 0
 
 
-def test_measuring_changes_no_weight(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_measuring_changes_no_weight(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     _, plain = fit(world, tmp_path / "plain", [], updates=2)
     _, measured = fit(world, tmp_path / "measured", [DistillationMetrics(1, batch_size=3)], updates=2)
     for (name, expected), actual in zip(
@@ -109,7 +111,7 @@ def test_measuring_changes_no_weight(world: Path, judged: dict[str, str], tmp_pa
         assert torch.equal(expected, actual), name
 
 
-def test_grids_and_throughput(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_grids_and_throughput(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     throughput = Throughput(every_n_batches=2)
     fit(world, tmp_path, [SampleGrids(2, images=3), throughput], updates=4)
     names = [path.name for path in sorted((tmp_path / "samples").iterdir())]
@@ -124,7 +126,7 @@ def test_grids_and_throughput(world: Path, judged: dict[str, str], tmp_path: Pat
 
 
 def test_progress_bar_prints_lines_without_a_terminal(
-    world: Path, judged: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, toy_networks: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fit(world, tmp_path, [DistillationMetrics(2), ProgressBar(line_seconds=0.0)], updates=3)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("student updates")]
@@ -134,7 +136,7 @@ def test_progress_bar_prints_lines_without_a_terminal(
     assert "left" in lines[1]
 
 
-def test_report_has_the_contracts_keys(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_report_has_the_contracts_keys(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     def callbacks() -> list[Callback]:
         return [
             DistillationMetrics(2),
@@ -178,7 +180,9 @@ def test_report_has_the_contracts_keys(world: Path, judged: dict[str, str], tmp_
     assert again["student"]["fid"] == report["student"]["fid"]
 
 
-def test_a_missing_judge_is_told_before_training(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_a_missing_judge_is_told_before_training(
+    world: Path, toy_networks: dict[str, str], tmp_path: Path
+) -> None:
     with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json is missing"):
         fit(world, tmp_path, [DistillationMetrics(1, clip=str(tmp_path))], updates=1)
 

@@ -27,7 +27,7 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_measure_what_one_does(
     world: Path,
-    judged: dict[str, str],
+    toy_networks: dict[str, str],
     two_processes: Path,
     strategy: str,
     tmp_path: Path,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation.metrics.image_diversity import diversity
+from evaluation.metrics.diversity import diversity
 from evaluation.networks.frozen_clip import FrozenClip
 from tests.helpers.tiny_run import ROOT
 

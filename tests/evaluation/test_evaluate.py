@@ -19,14 +19,14 @@ from evaluation import reference
 from evaluation.evaluate import main
 from evaluation.images.generate import SampledImages
 from evaluation.images.samples import ModelSamples, stacked
+from evaluation.metrics.diversity import diversity
 from evaluation.metrics.estimates import mean_estimate
 from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
-from evaluation.metrics.image_diversity import diversity
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.image_steps import apply_steps
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
 from evaluation.protocols.protocols import IMAGE_PROTOCOLS, PROTOCOLS
-from evaluation.runner.scores import Judges, measure
+from evaluation.runner.scores import ProtocolNetworks, score_images
 from sdxs_lightning.export import export_pipeline
 from tests.helpers.metric_networks import random_images
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl
@@ -39,7 +39,7 @@ STEPS = ("crop", "resize 24 lanczos")
 
 
 def small(name: str = "small", **changes: Any) -> ImageProtocol:
-    """Judged by the tiny CLIP of the tests, which stands in for every network."""
+    """EvaluationResult by the tiny CLIP of the tests, which stands in for every network."""
     settings: dict[str, Any] = {
         "measurements": (
             Measurement("fid", "clip_image:vit-b-32", STEPS, STEPS),
@@ -96,14 +96,14 @@ def on_images(sets: Path, protocols: list[str], *more: object) -> list[object]:
 
 
 def test_an_exported_student_scores_as_it_did_in_training(
-    world: Path, judged: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, toy_networks: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     module = distillation(world / "sd-epsilon")
     module.configure_model()
     assert module.ema is not None
     protocol, device = PROTOCOLS["toy"], torch.device("cpu")
     maker = SampledImages(module.ema, module.family, device, protocol.seed)
-    in_training = measure(maker, protocol.captions(), Judges.load(protocol), device)
+    in_training = score_images(maker, protocol.captions(), ProtocolNetworks.load(protocol), device)
 
     unet, timestep = module.ema.denoiser.unet, module.ema.conditioning_timestep
     folder = export_pipeline(unet, module.family, tmp_path / "pipeline", timestep, torch.float32)

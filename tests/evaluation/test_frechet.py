@@ -9,8 +9,13 @@ import pytest
 import scipy.linalg
 import torch
 
-from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
-from evaluation.metrics.matrix_root import lower_half, trace_of_root
+from evaluation.metrics.frechet import (
+    FeatureStatistics,
+    FrechetDistance,
+    frechet_distance,
+    lower_half,
+    trace_of_root,
+)
 
 
 def random_covariance(dimensions: int, samples: int, seed: int) -> torch.Tensor:

@@ -167,7 +167,7 @@ class PictureLogger(CSVLogger):
         self.pictures.append((key, images[0], step))
 
 
-def test_grids_reach_loggers_of_images(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_grids_reach_loggers_of_images(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green circle\n")
     grids = SampleGrids(2, prompts=str(tmp_path / "prompts.txt"), images=2)
     assert grids.prompts == ["a red circle", "a blue square"]

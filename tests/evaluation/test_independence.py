@@ -66,9 +66,9 @@ def test_weights_that_are_constant_tell_nothing() -> None:
 
 
 def test_a_run_whose_judge_trains_is_refused_before_its_first_step(
-    world: Path, judged: dict[str, str], tmp_path: Path
+    world: Path, toy_networks: dict[str, str], tmp_path: Path
 ) -> None:
-    parts = pixel_gan(tmp_path) | {"image_features": OpenClipFeatures(judged["clip"], layers=[0])}
+    parts = pixel_gan(tmp_path) | {"image_features": OpenClipFeatures(toy_networks["clip"], layers=[0])}
     module = distillation(world / "sd-epsilon", gan=False, **parts)
     with pytest.raises(UserError, match="learns through image_features, which is the network"):
         fit(module, world / "shards", 4, callbacks=[DistillationMetrics(1)], default_root_dir=tmp_path)

@@ -18,14 +18,15 @@ from PIL import Image
 from torchvision.transforms.functional import center_crop
 
 from data.shards.writer import ShardWriter
-from evaluation.images.image_sources import open_images
+from evaluation.images.image_sets import open_images
 from evaluation.images.prompt_files import PromptList, read_prompts
-from evaluation.images.samples import StoredSamples
+from evaluation.images.samples import DTYPES, StoredSamples
 from evaluation.images.shard_images import ShardImages
 from evaluation.networks.clip_models import CLIP_PRESETS
 from evaluation.networks.image_steps import apply_steps, still_to_do
+from evaluation.protocols import metric_table, names
 from evaluation.protocols.image_protocol import (
-    DEFAULT_JUDGES,
+    DEFAULT_NETWORKS,
     INCEPTION_METRICS,
     hashed_settings,
     metric_hash,
@@ -79,18 +80,19 @@ def test_published_settings() -> None:
     )
     assert sdxl.measurement("patch_fid").steps == ("crop 299",)
     assert sdxl.measurement("clip_score").steps == ("crop", "resize 256 lanczos")
-    assert bk.measurement("fid").judge == "inception:pytorch-fid"
+    assert bk.measurement("fid").network == "inception:pytorch-fid"
     assert bk.measurement("fid").steps == ("jpeg 75", "resize 256 bicubic", "jpeg 75")
-    assert bk.measurement("kid").judge == "inception:pytorch-fid"
+    assert bk.measurement("kid").network == "inception:pytorch-fid"
     assert bk.measurement("kid").reference_steps == bk.measurement("fid").reference_steps
     assert (
-        CLIP_PRESETS[bk.measurement("clip_score").judge.removeprefix("clip_text:")].tag == "laion2b_s34b_b88k"
+        CLIP_PRESETS[bk.measurement("clip_score").network.removeprefix("clip_text:")].tag
+        == "laion2b_s34b_b88k"
     )
     assert (
-        CLIP_PRESETS[dmd2.measurement("clip_score").judge.removeprefix("clip_text:")].tag
+        CLIP_PRESETS[dmd2.measurement("clip_score").network.removeprefix("clip_text:")].tag
         == "laion2b_s12b_b42k"
     )
-    for metric in (*INCEPTION_METRICS, *DEFAULT_JUDGES):
+    for metric in (*INCEPTION_METRICS, *DEFAULT_NETWORKS):
         assert dmd2.measurement(metric).metric == metric
     with pytest.raises(UserError, match="no metric named 'is'; there are clip_score, cmmd"):
         dmd2.measurement("is")
@@ -297,3 +299,12 @@ def test_formats_say_whether_images_were_compressed(tmp_path: Path) -> None:
     picture(5).save(tmp_path / "set" / "005.jpg")
     assert StoredSamples(open_images(str(tmp_path / "set"))).formats == "jpg+png"
     assert torch.is_tensor(random_images(1))
+
+
+def test_the_light_names_are_those_of_the_tables() -> None:
+    assert (*PROTOCOLS, *IMAGE_PROTOCOLS) == names.PROTOCOL_NAMES
+    assert tuple(PROTOCOLS) == names.TOY_PROTOCOLS
+    assert set(names.NETWORK_KINDS) == set(metric_table._LOADERS)
+    assert set(names.METRIC_NAMES) == {*DEFAULT_NETWORKS, *INCEPTION_METRICS, "caption_accuracy"}
+    assert tuple(metric_table.FEATURE_SETS) == names.FEATURE_SET_METRICS
+    assert tuple(DTYPES) == names.PRECISIONS

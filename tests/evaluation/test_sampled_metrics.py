@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from evaluation.metrics.diversity import PromptDiversity
 from evaluation.metrics.feature_sets import FeatureSetMetric
 from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
-from evaluation.metrics.per_image import PerImageMetric
 from evaluation.metrics.precision_recall import PrecisionRecall
-from evaluation.metrics.prompt_diversity import PromptDiversity
-from evaluation.metrics.sampled import SampledMetric
+from evaluation.metrics.sampled import PerImageMetric, SampledMetric
 from evaluation.networks.network_features import CentreCrop
 
 

@@ -24,7 +24,7 @@ def run(world: Path, out: Path, *more: str) -> dict[str, dict[str, object]]:
 
 
 def test_table_measures_each_thing_once(
-    world: Path, judged: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, toy_networks: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "results" / "teacher.json"
     first = run(world, out, "--steps", "2", "1")["toy"]
@@ -51,12 +51,12 @@ def test_table_measures_each_thing_once(
         assert other["toy"]["teacher"]["2"]["fid"] != 77.0  # type: ignore[index]
 
 
-def test_table_says_what_is_missing(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_table_says_what_is_missing(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="teacher_table: .*nowhere"):
         teacher_table.main(["--base", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out.json")])
 
 
-def test_reference_is_written_and_read_back(world: Path, judged: dict[str, str]) -> None:
+def test_reference_is_written_and_read_back(world: Path, toy_networks: dict[str, str]) -> None:
     protocol = PROTOCOLS["toy"]
     path = protocol.path(protocol.reference)
     before = FeatureStatistics.load(path)
@@ -68,7 +68,7 @@ def test_reference_is_written_and_read_back(world: Path, judged: dict[str, str])
 
 
 def test_a_fingerprint_follows_what_changes_the_numbers(
-    world: Path, judged: dict[str, str], tmp_path: Path
+    world: Path, toy_networks: dict[str, str], tmp_path: Path
 ) -> None:
     protocol = PROTOCOLS["toy"]
     AttributeClassifier().save_pretrained(tmp_path / "classifier")

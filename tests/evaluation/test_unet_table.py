@@ -18,7 +18,7 @@ def run(world: Path, out: Path, *more: str) -> dict[str, Any]:
     return stored
 
 
-def test_rows_of_the_base_and_of_another(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_rows_of_the_base_and_of_another(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     tiny_sd_unet(seed=5).save_pretrained(tmp_path / "other")
     same = world / "sd-epsilon" / "unet"
     out = tmp_path / "results" / "table.json"
@@ -37,7 +37,7 @@ def test_rows_of_the_base_and_of_another(world: Path, judged: dict[str, str], tm
     assert again["other"]["steps"]["2"]["fid"] == rows["base"]["steps"]["2"]["fid"]
 
 
-def test_what_it_refuses(world: Path, judged: dict[str, str], tmp_path: Path) -> None:
+def test_what_it_refuses(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="--unet takes name=folder, .* and got 'folder'"):
         run(world, tmp_path / "out.json", "--unet", "folder")
     with pytest.raises(SystemExit, match="unet_table: .*nowhere"):

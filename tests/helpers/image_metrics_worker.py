@@ -50,7 +50,7 @@ def callback(world: Path, folder: Path, **settings: Any) -> ImageMetrics:
         **settings,
     )
     for one in metrics.measurements[:2]:
-        network = metrics._networks.network(one.judge)
+        network = metrics._networks.network(one.network)
         rows = network(random_images(40, seed=1))
         write_reference(folder / "real.npz", one, metrics._networks.identity(one), rows, "digest")
     return metrics

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
-from evaluation.metrics.per_image import PerImageMetric
 from evaluation.metrics.precision_recall import PrecisionRecall
-from evaluation.metrics.sampled import SampledMetric
+from evaluation.metrics.sampled import PerImageMetric, SampledMetric
 
 COUNT = 90
 DIMENSIONS = 10

@@ -23,7 +23,7 @@ from lightning.pytorch import Trainer
 from data.toy.datamodule import ToyDataModule
 from evaluation.images.generate import SampledImages
 from evaluation.protocols.protocols import REPOSITORY, get_protocol
-from evaluation.runner.scores import Judges, Scores, measure
+from evaluation.runner.scores import ProtocolNetworks, Scores, score_images
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.student_generator import StudentGenerator
@@ -69,4 +69,4 @@ def score(module: OneStepDistillation) -> Scores:
     assert module.ema is not None
     protocol, device = get_protocol("toy-val", samples=200), torch.device("cpu")
     images = SampledImages(module.ema, module.family, device)
-    return measure(images, protocol.captions(), Judges.load(protocol), device)
+    return score_images(images, protocol.captions(), ProtocolNetworks.load(protocol), device)

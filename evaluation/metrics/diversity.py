@@ -1,21 +1,24 @@
-"""Diversity per prompt as a Metric, over images that were made by whatever means."""
+"""Diversity: how far apart the images of one prompt are, which neither FID nor CLIP score shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from evaluation.images.generate import ImageMaker
 from evaluation.metrics.estimates import Estimate, mean_estimate
 from evaluation.metrics.feature_sets import FeatureSetMetric
+from evaluation.networks.frozen_clip import FrozenClip
 
 
 class PromptDiversity(FeatureSetMetric):
     """Mean over prompts of the mean distance between two images of a prompt, in features of length 1.
 
-    The same number as `evaluation.metrics.image_diversity.diversity`; image j of prompt i has the id i * samples_per_prompt + j.
+    The same number as `diversity`; image j of prompt i has the id i * samples_per_prompt + j.
 
     Args:
         features: a feature network; CLIP's image features are usual.
@@ -49,3 +52,38 @@ class PromptDiversity(FeatureSetMetric):
         prompts = normalize(rows.double()).reshape(-1, self.samples_per_prompt, rows.shape[1])
         found = mean_estimate(torch.stack([torch.pdist(prompt).mean() for prompt in prompts]))
         return [Estimate(found.value, len(rows), found.low, found.high)]
+
+
+def diversity(
+    maker: ImageMaker,
+    captions: Sequence[str],
+    clip: FrozenClip,
+    samples_per_prompt: int = 8,
+    advance: Callable[[int], Any] = lambda images: None,
+) -> float:
+    """Mean over prompts of the mean distance between two images of a prompt, in CLIP's image features of length 1.
+
+    0 where noise does not matter; sqrt(2) for features at right angles. It grows with errors too, so it is read beside the
+    other scores, and against the many-step base's.
+
+    Args:
+        maker: makes the images; image j of prompt i has the number i * samples_per_prompt + j.
+        captions: the prompts.
+        clip: whose features.
+        samples_per_prompt: at least 2.
+        advance: told how many images were made.
+
+    Raises:
+        ValueError: for fewer than two samples, or no prompt.
+    """
+    if samples_per_prompt < 2 or not captions:
+        raise ValueError(
+            f"diversity needs prompts and two samples of each, got {len(captions)} prompts and {samples_per_prompt} samples."
+        )
+    distances = []
+    for index, caption in enumerate(captions):
+        ids = torch.arange(index * samples_per_prompt, (index + 1) * samples_per_prompt)
+        images = maker([caption] * samples_per_prompt, ids)
+        distances.append(torch.pdist(normalize(clip.image_features(images).double())).mean())
+        advance(samples_per_prompt)
+    return float(torch.stack(distances).mean())

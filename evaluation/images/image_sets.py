@@ -19,7 +19,7 @@ from sdxs_lightning.core.errors import UserError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class ImageSource(Protocol):
+class ImageSet(Protocol):
     """Images by number. Sample i is the same image wherever the set lies; a source can be sent to another process."""
 
     @property
@@ -64,7 +64,7 @@ class FolderImages:
         self.formats = _formats(self.names)
 
     def read(self, number: int) -> Image.Image:
-        """See ImageSource."""
+        """See ImageSet."""
         path = self.folder / self.names[number]
         return decoded_image(path.read_bytes(), str(path))
 
@@ -76,11 +76,11 @@ class FolderImages:
         return [file.read_text(encoding="utf-8-sig").strip() for file in files]
 
     def digest(self) -> str:
-        """See ImageSource."""
+        """See ImageSet."""
         return _digest(self.names, (os.path.getsize(self.folder / name) for name in self.names))
 
     def stamp(self) -> str:
-        """See ImageSource."""
+        """See ImageSet."""
         return _digest(self.names, ((self.folder / name).stat().st_mtime_ns for name in self.names))
 
 
@@ -112,7 +112,7 @@ class ZipImages:
         self._archive: zipfile.ZipFile | None = None
 
     def read(self, number: int) -> Image.Image:
-        """See ImageSource."""
+        """See ImageSet."""
         where = f"{self.path}, '{self.names[number]}'"
         try:
             self._archive = self._archive or zipfile.ZipFile(self.path)
@@ -126,11 +126,11 @@ class ZipImages:
         return None
 
     def digest(self) -> str:
-        """See ImageSource; equal to that of the folder that was zipped."""
+        """See ImageSet; equal to that of the folder that was zipped."""
         return _digest(self.names, self._sizes)
 
     def stamp(self) -> str:
-        """See ImageSource."""
+        """See ImageSet."""
         return _digest([self.path.name], [self.path.stat().st_mtime_ns])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class ZipImages:
         return self.__dict__ | {"_archive": None}
 
 
-def open_images(text: str) -> ImageSource:
+def open_images(text: str) -> ImageSet:
     """The set that `--images` or `--reference` names.
 
     Raises:
@@ -158,7 +158,7 @@ def open_images(text: str) -> ImageSource:
     raise UserError(f"'{text}' is neither a folder of images nor a .zip file nor .tar shards.")
 
 
-def _filled(source: FolderImages | ZipImages, text: str) -> ImageSource:
+def _filled(source: FolderImages | ZipImages, text: str) -> ImageSet:
     if not source.names:
         raise UserError(f"'{text}' holds no image; images end in {', '.join(SUFFIXES)}.")
     return source
