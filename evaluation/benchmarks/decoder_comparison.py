@@ -13,7 +13,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 from torch.nn import functional as F
 
-from sdxs_lightning.core.latents import from_uint8, scale, to_uint8, unscale
+from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.families import Family
 from sdxs_lightning.networks.image_features import FeatureNetwork
 
 PAIRS = ("kl_real", "tiny_real", "tiny_kl")
@@ -65,16 +66,16 @@ class Decoders:
     """Encodes the images, and decodes as the reference."""
     tiny: AutoencoderTiny
     """Decodes scaled latents."""
-    scaling_factor: float
-    """Of the base's latents."""
+    family: Family
+    """The base, which says how its latents are scaled."""
 
     def latents(self, images: Tensor) -> Tensor:
         """Scaled latents of images in [-1, 1]: the mean of the posterior."""
-        return scale(self.kl.encode(images).latent_dist.mode(), self.scaling_factor)
+        return self.family.scale_latents(self.kl.encode(images).latent_dist.mode())
 
     def decode_kl(self, latents: Tensor) -> Tensor:
         """Scaled latents -> images by the base's decoder."""
-        images: Tensor = self.kl.decode(unscale(latents, self.scaling_factor)).sample
+        images: Tensor = self.kl.decode(self.family.unscale_latents(latents)).sample
         return images
 
     def decode_tiny(self, latents: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Ten
     device = torch.device(options.device)
     family = detect_family(options.base)
     tiny = fitting_tiny_vae(options.decoder, family)
-    decoders = Decoders(family.load_vae().eval().to(device), tiny.eval().to(device), family.scaling_factor)
+    decoders = Decoders(family.load_vae().eval().to(device), tiny.eval().to(device), family)
     network = features_from(options.features).load().eval().to(device)
     pictures = (
         toy_pictures(options.images)

@@ -28,7 +28,9 @@ class Family(Protocol):
     schedule: NoiseSchedule
     prediction_type: PredictionType
     scaling_factor: float
-    """Scaled latents = VAE mean * scaling_factor."""
+    """`scaling_factor` of the KL VAE's config."""
+    shift_factor: float
+    """`shift_factor` of the KL VAE's config; 0 for every SD and SDXL."""
     resolution: int
     """Pixels of a side, as the base was trained."""
     pipeline_class: str
@@ -36,6 +38,12 @@ class Family(Protocol):
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """Shape (C, h, w) of one sample's latents."""
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """What the KL VAE's encoder returns, and shards store -> what the U-Net reads: (B, C, h, w), float32."""
+
+    def unscale_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `scale_latents`: what the KL VAE's decoder takes."""
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
         """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id."""

@@ -188,6 +188,23 @@ def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
     return chosen
 
 
+def latent_scale(folder: Path, default: float) -> tuple[float, float]:
+    """scaling_factor and shift_factor of the VAE in a folder; `default` where its config has no scaling_factor.
+
+    Raises:
+        ValueError: for a VAE whose latents are normalised by channel.
+    """
+    config = read_json(folder / "config.json")
+    by_channel = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
+    if by_channel:
+        raise ValueError(
+            f"'{folder / 'config.json'}' sets {' and '.join(by_channel)}, and latents are scaled by scaling_factor and "
+            "shift_factor alone here; choose a base whose VAE does without, or set these keys to null if the U-Net was "
+            "trained without them."
+        )
+    return config.get("scaling_factor", default), config.get("shift_factor") or 0.0
+
+
 def read_vae(base: Path) -> AutoencoderKL:
     """The KL VAE of a base, float32.
 

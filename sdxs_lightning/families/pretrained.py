@@ -18,6 +18,7 @@ from sdxs_lightning.core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, 
 from sdxs_lightning.families.folders import (
     Layout,
     kl_folder,
+    latent_scale,
     read_json,
     read_unet,
     read_vae,
@@ -73,8 +74,12 @@ class PretrainedBase(ABC):
         self._vae_config = read_json(self.folder / "vae" / "config.json")
         # Also where only a tiny VAE is here: the U-Net still sees latents of the KL VAE that it was trained on.
         kl = kl_folder(self.folder)
-        kl_config = read_json(kl / "config.json") if kl is not None else {}
-        self.scaling_factor: float = kl_config.get("scaling_factor", self.kl_scaling_factor)
+        scale_of_kl = (
+            (self.kl_scaling_factor, 0.0) if kl is None else latent_scale(kl, self.kl_scaling_factor)
+        )
+        self.scaling_factor, self.shift_factor = scale_of_kl
+        tiny = vae_class(self.folder / "vae") is AutoencoderTiny
+        self._decoder_scale = latent_scale(self.folder / "vae", 1.0 if tiny else self.kl_scaling_factor)
         self.resolution: int = self.unet_config["sample_size"] * vae_factor(self._vae_config)
         self._device, self._dtype = torch.device("cpu"), torch.float32
 
@@ -82,6 +87,14 @@ class PretrainedBase(ABC):
         """Shape (C, h, w) of one sample's latents, by default at the base's own resolution."""
         side = (resolution or self.resolution) // vae_factor(self._vae_config)
         return self.unet_config["in_channels"], side, side
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        """What the KL VAE's encoder returns, and shards store -> what the U-Net reads: (B, C, h, w), float32."""
+        return scale(latents, self.scaling_factor, self.shift_factor)
+
+    def unscale_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `scale_latents`: what the KL VAE's decoder takes."""
+        return unscale(latents, self.scaling_factor, self.shift_factor)
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
         """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id (a pruned student)."""
@@ -107,9 +120,8 @@ class PretrainedBase(ABC):
 
         Also where the base decodes with a tiny VAE: latents are those that the U-Net was trained on.
         """
-        vae = self._kl_vae.module
-        mean = vae.encode(images.to(self._device, torch.float32)).latent_dist.mode()
-        return scale(mean, self.scaling_factor, vae.config.shift_factor)
+        posterior = self._kl_vae.module.encode(images.to(self._device, torch.float32)).latent_dist
+        return self.scale_latents(posterior.mode())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -121,9 +133,8 @@ class PretrainedBase(ABC):
 
         By the base's `vae`. An AutoencoderTiny takes scaled latents as they are: its own scaling factor is 1.
         """
-        factor = self._vae_config.get("scaling_factor", self._decoder_scaling_factor)
-        shift = self._vae_config.get("shift_factor")
-        images: Tensor = self._vae.module.decode(unscale(latents.to(self._device), factor, shift)).sample
+        unscaled = unscale(latents.to(self._device), *self._decoder_scale)
+        images: Tensor = self._vae.module.decode(unscaled).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
@@ -141,10 +152,6 @@ class PretrainedBase(ABC):
             if name in self.__dict__:
                 self.__dict__[name].to(self._device)
         return self
-
-    @property
-    def _decoder_scaling_factor(self) -> float:
-        return 1.0 if vae_class(self.folder / "vae") is AutoencoderTiny else self.kl_scaling_factor
 
     def _token_ids(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
         """(B, tokens), int64: padded to the encoder's length, longer prompts cut off, as the diffusers pipelines do."""

@@ -108,7 +108,9 @@ def load_network(network: type[_Network], folder: Path, dtype: torch.dtype = tor
             f"the weights in '{folder}' lack {len(missing)} tensor(s) of the network in its config.json, such as "
             f"{missing[0]}; was a file cut off or of another network?"
         )
-    result: _Network = loaded.to(dtype)
+    # nn.Module's own to(): that of diffusers warns of modules to keep in float32, of which these classes have none.
+    nn.Module.to(loaded, dtype=dtype)
+    result: _Network = loaded
     return result
 
 

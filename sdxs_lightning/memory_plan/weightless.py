@@ -11,7 +11,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import Conditioning
-from sdxs_lightning.core.latents import scale, unscale
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import kl_folder, read_json, unet_config, vae_class
 from sdxs_lightning.families.sources import resolve_unet
@@ -78,7 +77,7 @@ class WeightlessFamily:
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) -> scaled latents (B, C, h, w), float32, without graph."""
         assert isinstance(self.vae, AutoencoderKL)
-        return scale(self.vae.encode(images).latent_dist.mode(), self._family.scaling_factor)
+        return self._family.scale_latents(self.vae.encode(images).latent_dist.mode())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ class WeightlessFamily:
 
     def decode_with_graph(self, latents: Tensor) -> Tensor:
         """The same with graph."""
-        images: Tensor = self.vae.decode(unscale(latents, self._family.scaling_factor)).sample
+        images: Tensor = self.vae.decode(self._family.unscale_latents(latents)).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:

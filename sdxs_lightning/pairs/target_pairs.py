@@ -14,7 +14,6 @@ from torch import nn
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Frozen
-from sdxs_lightning.core.latents import scale
 from sdxs_lightning.core.pair_noise import pair_noise
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.core.timesteps import Spacing
@@ -204,7 +203,7 @@ class TargetPairs:
         return PickedPairs(
             noise=pair_noise(batch.pair_noise_seeds, shape),
             conditioning=self._family.encode_prompts(batch.captions, batch.original_sizes, batch.crops),
-            target=scale(batch.latents, self._family.scaling_factor),
+            target=self._family.scale_latents(batch.latents),
         )
 
     def _sampled(self, batch: TrainingBatch) -> PickedPairs:

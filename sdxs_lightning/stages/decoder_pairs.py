@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Frozen
-from sdxs_lightning.core.latents import scale
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
@@ -97,7 +96,7 @@ class DecoderPairs:
                 f"with sampler null the decoder learns on the batch's latents ({channels} channels) and got {found}; make "
                 "latent shards for this base and set data.contents to [latents], or set a sampler."
             )
-        return scale(batch.latents, self._family.scaling_factor)
+        return self._family.scale_latents(batch.latents)
 
     def targets(self, batch: TrainingBatch, latents: Tensor) -> Tensor:
         """What the decoder's images are compared with: (B, 3, H, W), float32, in [-1, 1]."""

@@ -249,7 +249,8 @@ def test_another_vae_in_the_bases_place(
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.25}))
     message = refused(command(bases["sd"], images, tmp_path / "no", "--vae", tmp_path / "other"), capsys)
-    assert "gives 4 channels, scaled by 0.25, and the U-Net of" in message and "scaled by 0.5;" in message
+    assert "gives 4 channels (scaling_factor 0.25, shift_factor 0.0)" in message
+    assert "(scaling_factor 0.5, shift_factor 0.0); they are not of one family" in message
 
 
 def test_float16_is_refused_for_a_vae_that_overflows_there(

@@ -111,7 +111,6 @@ class MixtureFamily:
     """What the stage asks of a base; there is one prompt, and it says nothing."""
 
     prediction_type: PredictionType = "epsilon"
-    scaling_factor = 1.0
 
     def __init__(self, conditioning_timestep: int = 399) -> None:
         self.conditioning_timestep = conditioning_timestep
@@ -119,6 +118,9 @@ class MixtureFamily:
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         return SHAPE
+
+    def scale_latents(self, latents: Tensor) -> Tensor:
+        return latents
 
     def load_unet(self, folder: str | None = None) -> MixtureUnet:
         return MixtureUnet(self.schedule, modes=folder is None)

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> str:
     told, summary = summarise(options.out, settings.shards, settings, progress.total, seconds)
     if not summary:
         return told
-    numbers = statistics(summary["sums"], family.scaling_factor)
+    numbers = statistics(summary["sums"], family)
     write_json(options.out / SUMMARY_FILE, summary | numbers)
     return (
         f"{told}; scaled latents of mean {numbers['latents_mean']:.3f} and standard deviation "
@@ -71,16 +71,19 @@ def run(options: argparse.Namespace) -> str:
     )
 
 
-def statistics(sums: Mapping[str, float], scaling_factor: float) -> dict[str, float]:
+def statistics(sums: Mapping[str, float], family: Family) -> dict[str, float]:
     """Mean and standard deviation of all scaled latents; about 0 and 1 for pictures like those of the VAE's training.
 
     Args:
         sums: `values`, `latents` and `squares` over the set.
-        scaling_factor: of the base.
+        family: the base, which says how latents are scaled.
     """
     mean = sums["latents"] / sums["values"]
     variance = max(sums["squares"] / sums["values"] - mean * mean, 0.0)
-    return {"latents_mean": mean * scaling_factor, "latents_std": math.sqrt(variance) * scaling_factor}
+    return {
+        "latents_mean": (mean - family.shift_factor) * family.scaling_factor,
+        "latents_std": math.sqrt(variance) * family.scaling_factor,
+    }
 
 
 def _sizes(options: argparse.Namespace, family: Family, factor: int) -> list[Size]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from data.prepare.latents.settings import VaeDtype
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.families import Family, hub
-from sdxs_lightning.families.folders import kl_folder, read_json, vae_class, vae_factor
+from sdxs_lightning.families.folders import kl_folder, latent_scale, read_json, vae_class, vae_factor
 from sdxs_lightning.families.weights import load_network
 
 
@@ -70,12 +71,19 @@ def find_vae(family: Family, named: str | None) -> Path:
         raise UserError(f"--vae: {error}" if named else f"--model: {error}") from error
     config = read_json(folder / "config.json")
     channels = config.get("latent_channels", 4)
-    scaling_factor = config.get("scaling_factor", family.scaling_factor)
+    try:
+        scaling_factor, shift_factor = latent_scale(folder, family.scaling_factor)
+    except ValueError as error:
+        raise UserError(f"--vae: {error}" if named else f"--model: {error}") from error
     expected = family.unet_config["in_channels"]
-    if channels != expected or abs(scaling_factor - family.scaling_factor) > 1e-6:
+    same_scale = math.isclose(scaling_factor, family.scaling_factor, abs_tol=1e-6) and math.isclose(
+        shift_factor, family.shift_factor, abs_tol=1e-6
+    )
+    if channels != expected or not same_scale:
         raise UserError(
-            f"--vae '{folder}' gives {channels} channels, scaled by {scaling_factor}, and the U-Net of '{family.base}' reads "
-            f"{expected}, scaled by {family.scaling_factor}; they are not of one family."
+            f"--vae '{folder}' gives {channels} channels (scaling_factor {scaling_factor}, shift_factor {shift_factor}), and "
+            f"the U-Net of '{family.base}' reads {expected} (scaling_factor {family.scaling_factor}, shift_factor "
+            f"{family.shift_factor}); they are not of one family."
         )
     return folder
 

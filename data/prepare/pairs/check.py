@@ -16,6 +16,7 @@ from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.families import Family
 
 _LOOKED_AT = 1024
 _TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 1e-1}
@@ -46,11 +47,11 @@ def open_set(folder: Path, settings: PairSettings) -> ShardDataset:
     return dataset
 
 
-def statistics(dataset: ShardDataset, scaling_factor: float) -> dict[str, float]:
+def statistics(dataset: ShardDataset, family: Family) -> dict[str, float]:
     """Mean and standard deviation of the scaled latents of the first pairs; about 0 and 1 for a sampler that works."""
     latents = dataset.batch(range(min(len(dataset), _LOOKED_AT))).latents
     assert latents is not None
-    scaled = latents * scaling_factor
+    scaled = family.scale_latents(latents)
     return {"latents_mean": scaled.mean().item(), "latents_std": scaled.std().item()}
 
 

@@ -70,7 +70,7 @@ def _told(
         return f"{done}; {waiting} of {settings.shards} shards in {folder} wait for the other parts"
     dataset = open_set(folder, settings)
     tidy(folder)
-    numbers = statistics(dataset, family.scaling_factor)
+    numbers = statistics(dataset, family)
     summary = {"pairs": len(dataset), "shards": settings.shards, **numbers, "made": made, "seconds": seconds}
     write_json(folder / SUMMARY_FILE, {**summary, **checked, "settings": asdict(settings)})
     return (

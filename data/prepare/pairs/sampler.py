@@ -10,7 +10,6 @@ from torch import Tensor
 from data.prepare.pairs.prompts import Prompts
 from data.prepare.pairs.settings import PairSettings
 from sdxs_lightning.core.frozen import Frozen
-from sdxs_lightning.core.latents import unscale
 from sdxs_lightning.core.pair_noise import noise_seeds, pair_noise
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family
@@ -45,4 +44,4 @@ class PairSampler:
         seeds = noise_seeds(self.settings.seed, torch.tensor(indices, dtype=torch.int64))
         noise = pair_noise(seeds.to(self.device), self.family.latent_shape())
         latents = self._sampler(noise, self.family.encode_prompts(prompts))
-        return prompts, seeds, unscale(latents, self.family.scaling_factor).cpu()
+        return prompts, seeds, self.family.unscale_latents(latents).cpu()

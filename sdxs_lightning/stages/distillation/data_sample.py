@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning, TrainingBatch
-from sdxs_lightning.core.latents import scale
 from sdxs_lightning.core.seeding import Stream, uniform
 from sdxs_lightning.families import Family
 from sdxs_lightning.stages.distillation.sample import Sample
@@ -37,7 +36,7 @@ def data_sample(batch: TrainingBatch, family: Family, seed: int, caption_dropout
     if caption_dropout > 0:
         dropped = uniform(seed, Stream.DROPOUT, batch.positions) < caption_dropout
         conditioning = without_prompts(conditioning, dropped)
-    latents = scale(batch.latents, family.scaling_factor)
+    latents = family.scale_latents(batch.latents)
     return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import Conditioning, TrainingBatch
-from sdxs_lightning.core.latents import scale
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.discriminator import Discriminator
@@ -159,7 +158,7 @@ class DiffusionGan:
                 "this base and resolution, or set discriminator and adversarial to null."
             )
         return Sample(
-            latents=scale(batch.latents, self._family.scaling_factor),
+            latents=self._family.scale_latents(batch.latents),
             conditioning=real.conditioning,
             positions=batch.positions,
             seed=real.seed,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sdxs_lightning.core.latents import scale
 from sdxs_lightning.core.seeding import Stream, uniform
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.decoded_image_features import DecodedImageFeatures
@@ -102,4 +101,4 @@ class PixelGan:
                 f"the discriminator needs latents of shape {self._family.latent_shape()} in every batch and got {found}; make "
                 "latent shards for this base and resolution, or set pixel_adversarial.real to images."
             )
-        return self._eye.decode(scale(latents, self._family.scaling_factor))
+        return self._eye.decode(self._family.scale_latents(latents))

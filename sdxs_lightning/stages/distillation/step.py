@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 
 from sdxs_lightning.core.batch import TrainingBatch
-from sdxs_lightning.core.latents import scale
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
@@ -163,7 +162,7 @@ class OneStepDistillation(DistillationNetworks):
             noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
         with torch.set_grad_enabled(updates.student):
             latents = self.student.simulate(noise, conditioning)
-        data = None if batch.latents is None else scale(batch.latents, self.family.scaling_factor)
+        data = None if batch.latents is None else self.family.scale_latents(batch.latents)
         self.note("student/", **latent_stats(latents, data))
         return Sample(
             latents=latents,
