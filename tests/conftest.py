@@ -16,10 +16,45 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Gloo asks the resolver for the machine's name, which a machine without network may not have.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
+import time
+
 import pytest
 import torch
 
 from tests.helpers.processes import start_fork_server
+
+STARTED = pytest.StashKey[float]()
+REFERENCE_SECONDS = 0.18
+"""Of `fixed_computation`, on the CPU on which the suite took 468 s at commit 68caac7."""
+
+
+def fixed_computation() -> float:
+    """Seconds of one core for convolutions, Python calls and small tensors, roughly in the suite's proportions."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    images, kernel = torch.ones(4, 32, 32, 32), torch.ones(32, 32, 3, 3)
+    start = time.perf_counter()
+    for _ in range(60):
+        torch.nn.functional.conv2d(images, kernel, padding=1)
+    total, small = 0, torch.ones(8)
+    for i in range(100_000):
+        total += len(str(i))
+        if i % 5 == 0:
+            small = small * 1.0
+    torch.set_num_threads(threads)
+    return time.perf_counter() - start
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Says how slow this machine is, so that the suite's limit of time can be read on any."""
+    if "PYTEST_XDIST_WORKER" in os.environ or config.option.collectonly:
+        return
+    slowness = min(fixed_computation() for _ in range(3)) / REFERENCE_SECONDS
+    seconds = time.monotonic() - config.stash[STARTED]
+    terminalreporter.write_line(
+        f"{seconds:.0f} s on a machine {slowness:.2f} times as slow as the reference (tests/conftest.py): "
+        f"{seconds / slowness:.0f} s there; the limit for the suite is 480 s"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -29,6 +64,7 @@ def pytest_configure(config: pytest.Config) -> None:
     come before the workers, which only compute.
     """
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    config.stash[STARTED] = time.monotonic()
     if "PYTEST_XDIST_WORKER" in os.environ:
         start_fork_server()
         os.nice(5)

@@ -103,9 +103,9 @@ def arrived(module: OneStepDistillation) -> dict[str, torch.Tensor]:
 
 
 class SaveAfter(Callback):
-    """Saves a checkpoint after a number of batches, and counts the gradients that travel under DDP."""
+    """Saves a checkpoint after a number of batches (None: never), and counts the gradients that travel under DDP."""
 
-    def __init__(self, batches: int, path: Path) -> None:
+    def __init__(self, batches: int | None, path: Path) -> None:
         self.batches, self.path = batches, path
         self.sent: list[int] = []
         self.sent_by_reducer = 0
@@ -142,7 +142,7 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
             settings: dict[str, Any] = {"batch_size": 2 // micro, "devices": 2}
 
             module = module_for(base, case, micro)
-            save = SaveAfter(SAVED_AFTER * micro, checkpoint)
+            save = SaveAfter(SAVED_AFTER * micro if name == "adamw" else None, checkpoint)
             callbacks: list[Callback] = [save, health_of()] if name == "two_steps" else [save]
             trainer = fit(
                 module,

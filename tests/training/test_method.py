@@ -1,11 +1,11 @@
-"""The method as a whole, on the shipped toy base: distribution matching from the base's own weights, in half a minute.
+"""The method as a whole, on the shipped toy base: distribution matching from the base's own weights, in 20 s of one core.
 
 Measured on 200 val prompts, one seed each, FID and share of images with every stated attribute right:
 
-    before                             17.5   0.36
-    as it is here                       3.4   0.73
-    fake score never updated            5.7   0.73
-    sign of the score difference turned 114.0 0.00
+    before                              17.5   0.36
+    as it is here                        3.7   0.72
+    fake score never updated             4.9   0.75
+    sign of the score difference turned 133    0.00
 
 The last two fail the bounds below. A GAN's share is too small to be seen at this length; test_training_step.py tests its
 logits and gradients directly.
@@ -57,11 +57,11 @@ def test_two_dozen_updates_make_a_student_of_the_base(tmp_path: Path) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, ToyDataModule(BASE, train_images=512, cache=str(tmp_path), batch_size=16))
+    trainer.fit(module, ToyDataModule(BASE, train_images=512, cache=str(tmp_path), batch_size=8))
     after = score(module)
     assert before.fid > 15
     assert before.caption_accuracy < 0.45
-    assert after.fid < 4.4
+    assert after.fid < 4.3
     assert after.caption_accuracy > 0.65
 
 
