@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.prepare.common.machine import default_processes, device_of, same_bits
-from data.prepare.common.processes import Told, run_all
-from data.prepare.common.progress import Progress
+from data.prepare.common.processes import OnProgress, run_all
+from data.prepare.common.progress import ProgressBar
 from evaluation.images.samples import Reader, Samples, stacked
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.protocols.image_protocol import Measurement
@@ -82,7 +82,7 @@ class PassJob:
         assert self.kept_images is not None
         return self.kept_images / f"{number:06d}.png"
 
-    def work(self, process: int, parts: Sequence[int], told: Told) -> None:
+    def work(self, process: int, parts: Sequence[int], told: OnProgress) -> None:
         """See data/prepare/processes.py."""
         device = device_of(self.device, process)
         with same_bits(self.device):
@@ -188,7 +188,7 @@ def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
     missing = job.missing()
     if missing:
         store = job.metric_passes[0].store
-        told = Progress(sum(len(store.numbers(batch)) for batch in missing), f"{what}: images")
+        told = ProgressBar(sum(len(store.numbers(batch)) for batch in missing), f"{what}: images")
         run_all(job, missing, told)
     parts = {metric_pass: metric_pass.store.all() for metric_pass in job.metric_passes}
     if job.one_size:

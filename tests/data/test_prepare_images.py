@@ -20,7 +20,7 @@ from PIL import Image
 
 from data.prepare.__main__ import main
 from data.prepare.common.geometry import fill, shorter_side
-from data.prepare.common.progress import Progress
+from data.prepare.common.progress import ProgressBar
 from data.prepare.common.raw_shards import RawShards
 from data.prepare.images.image_files import UnreadableImageError, open_picture
 from data.prepare.images.sources import Columns, open_source
@@ -427,7 +427,7 @@ def test_a_folder_with_tars_is_read_as_shards(tmp_path: Path) -> None:
 
 
 def test_progress_tells_rate_and_rest(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress(4, "images")
+    progress = ProgressBar(4, "images")
     progress(1)
     assert capsys.readouterr().err == ""
     progress(3)
@@ -438,7 +438,7 @@ def test_progress_tells_rate_and_rest(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("data.prepare.common.progress._SECONDS_BETWEEN_BARS", 0.0)
-    progress = Progress(4, "images")
+    progress = ProgressBar(4, "images")
     progress(1)
     progress(3)
     first, second = capsys.readouterr().err.split("\r")[1:]

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from data.prepare.__main__ import main
-from data.prepare.common.progress import Progress
+from data.prepare.common.progress import ProgressBar
 
 
 def killed_in_its_second_shard(arguments: list[str], out: Path) -> None:
     """The command, in a process of its own, which kills itself once the first shard is there."""
-    told = Progress.__call__
+    told = ProgressBar.__call__
 
-    def call(self: Progress, count: int) -> None:
+    def call(self: ProgressBar, count: int) -> None:
         told(self, count)
         if (out / "00000.tar").exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Progress.__call__ = call  # type: ignore[method-assign]
+    ProgressBar.__call__ = call  # type: ignore[method-assign]
     main(arguments)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from data.prepare.common.processes import available_cores
 from sdxs_lightning.core.errors import UserError
 
 
@@ -48,11 +48,6 @@ def device_of(device: str, process: int) -> torch.device:
     return torch.device("cuda", process % torch.cuda.device_count())
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_processes(device: str) -> int:
     """One a GPU; without any, one a core, but no more than 8: each holds the networks."""
-    return torch.cuda.device_count() if device == "cuda" else min(cores(), 8)
+    return torch.cuda.device_count() if device == "cuda" else min(available_cores(), 8)

@@ -1,4 +1,4 @@
-"""Sharing the parts of a job among processes of one machine."""
+"""Sharing the tasks of a job among processes of one machine."""
 
 from __future__ import annotations
 
@@ -12,103 +12,111 @@ from typing import Any, Protocol
 
 from sdxs_lightning.core.errors import Interrupted, RunStopped
 
-Told = Callable[[Any], None]
-_GOES_ON = "the same command goes on from the shards that are there."
+OnProgress = Callable[[Any], None]
+"""Called with the number of items that were completed, or with a result, whatever the job's caller expects."""
+_RESUMES = "the same command resumes from the shards that are complete."
 
 
 class Job(Protocol):
-    """Work that falls into numbered parts; travels to every process by pickling."""
+    """Work that consists of numbered tasks; pickled to every process."""
 
     @property
     def processes(self) -> int:
-        """At most so many."""
+        """Upper limit of the processes that share it."""
 
-    def work(self, process: int, parts: Sequence[int], told: Told) -> None:
-        """Does some parts.
+    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+        """Runs some tasks.
 
         Args:
-            process: its number, from 0.
-            parts: which ones.
-            told: takes news for the process that asked: a number of things that are done, or whatever else it
-                understands. May raise to stop.
+            process: index of this process.
+            tasks: which ones.
+            on_progress: reports to the process that called `run_all`; may raise to stop.
 
         Raises:
-            RunStopped: for whatever the user can mend.
+            RunStopped: for any error that the user can fix.
         """
 
 
-def run_all(job: Job, parts: Sequence[int], told: Told) -> None:
-    """Does a job, in this process or in several.
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def run_all(job: Job, tasks: Sequence[int], on_progress: OnProgress) -> None:
+    """Runs a job, in this process or in several.
 
     Args:
-        job: what is to be done.
-        parts: which parts of it; process i takes every n-th of them.
-        told: called here with the news.
+        job: what to run.
+        tasks: which tasks of it; process i of n takes every n-th of them.
+        on_progress: called in this process.
 
     Raises:
-        RunStopped: as soon as one process cannot go on; the others are ended.
+        RunStopped: as soon as one process fails; the others are terminated.
         Interrupted: after Ctrl-C.
     """
-    processes = min(job.processes, len(parts))
+    processes = min(job.processes, len(tasks))
     try:
         if processes <= 1:
-            job.work(0, parts, told)
+            job.work(0, tasks, on_progress)
         else:
-            _share(job, processes, parts, told)
+            _run_in_processes(job, processes, tasks, on_progress)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {_GOES_ON}", signal.SIGINT) from None
+        raise Interrupted(f"interrupted; {_RESUMES}", signal.SIGINT) from None
 
 
-def _share(job: Job, processes: int, parts: Sequence[int], told: Told) -> None:
-    # CUDA does not survive a fork of this process; a fork server has not touched it, and imports everything once.
+def _run_in_processes(job: Job, processes: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+    # CUDA does not survive a fork of this process; a fork server has not initialised it, and imports everything once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([type(job).__module__])
-    heard: Any = context.Queue()
+    messages: Any = context.Queue()
     workers = [
-        context.Process(target=_work, args=(job, i, parts[i::processes], heard), daemon=True)
+        context.Process(target=_work, args=(job, i, tasks[i::processes], messages), daemon=True)
         for i in range(processes)
     ]
     for worker in workers:
         worker.start()
     try:
-        _listen(workers, heard, told)
+        _wait(workers, messages, on_progress)
     finally:
         for worker in workers:
             worker.terminate()
             worker.join()
 
 
-def _listen(workers: Sequence[BaseProcess], heard: Any, told: Told) -> None:
-    """Until all have ended well."""
+def _wait(workers: Sequence[BaseProcess], messages: Any, on_progress: OnProgress) -> None:
+    """Forwards messages until all workers have exited with code 0."""
     while True:
-        ended = [worker.exitcode for worker in workers]
+        exit_codes = [worker.exitcode for worker in workers]
         try:
-            stop, news = heard.get(timeout=0.2)
+            stopped, content = messages.get(timeout=0.2)
         except queue.Empty:
-            bad = [code for code in ended if code]
-            if bad:
-                how = f"was killed by signal {-bad[0]}" if bad[0] < 0 else "failed, as told above"
-                raise RunStopped(f"a process {how}; {_GOES_ON}") from None
-            if all(code == 0 for code in ended):
+            failed = [code for code in exit_codes if code]
+            if failed:
+                how = f"was killed by signal {-failed[0]}" if failed[0] < 0 else "failed, see above"
+                raise RunStopped(f"a process {how}; {_RESUMES}") from None
+            if all(code == 0 for code in exit_codes):
                 return
             continue
-        if stop is not None:
-            raise stop(news)
-        told(news)
+        if stopped is not None:
+            raise stopped(content)
+        on_progress(content)
 
 
-def _work(job: Job, process: int, parts: Sequence[int], heard: Any) -> None:
+def _work(job: Job, process: int, tasks: Sequence[int], messages: Any) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends this one
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches every process; the parent terminates this one
 
-    def told(news: Any) -> None:
-        # A command that was killed cannot end its processes. Not getppid: that is the fork server, which lives on with them.
+    def on_progress(content: Any) -> None:
+        # A command that was killed cannot terminate its processes. getppid would not tell: it is the fork server, which
+        # lives as long as they do.
         if not parent.is_alive():
             os._exit(1)
-        heard.put((None, news))
+        messages.put((None, content))
 
     try:
-        job.work(process, parts, told)
+        job.work(process, tasks, on_progress)
     except RunStopped as stop:
-        heard.put((type(stop), str(stop)))
+        messages.put((type(stop), str(stop)))

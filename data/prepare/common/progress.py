@@ -1,4 +1,4 @@
-"""Saying on stderr how far the work is: a bar on a terminal, a line now and then in a log."""
+"""Progress on stderr: a bar on a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ _SECONDS_BETWEEN_BARS = 0.2
 _BAR = 30
 
 
-class Progress:
-    """Counts what is done.
+class ProgressBar:
+    """Counts completed items.
 
     Args:
-        total: of things that are to be done.
-        what: they are, in the plural.
+        total: number of items.
+        items: their name, in the plural.
     """
 
-    def __init__(self, total: int, what: str) -> None:
-        self.total, self._what, self._done = total, what, 0
+    def __init__(self, total: int, items: str) -> None:
+        self.total, self._items, self._done = total, items, 0
         self._bar = sys.stderr.isatty()
-        self._started = self._told = time.monotonic()
+        self._started = self._shown = time.monotonic()
 
     def __call__(self, count: int) -> None:
-        """So many more are done."""
+        """Adds completed items."""
         self._done += count
         now = time.monotonic()
         wait = _SECONDS_BETWEEN_BARS if self._bar else _SECONDS_BETWEEN_LINES
-        if now - self._told < wait and self._done < self.total:
+        if now - self._shown < wait and self._done < self.total:
             return
-        self._told = now
+        self._shown = now
         rate = self._done / max(now - self._started, 1e-9)
         left = (self.total - self._done) / max(rate, 1e-9)
-        said = f"{self._what}: {self._done} of {self.total}, {rate:.3g} a second, {left:.0f} s left"
+        text = f"{self._items}: {self._done} of {self.total}, {rate:.3g} a second, {left:.0f} s left"
         if not self._bar:
-            sys.stderr.write(f"{said}\n")
+            sys.stderr.write(f"{text}\n")
             return
         full = _BAR * self._done // max(self.total, 1)
         end = "\n" if self._done >= self.total else ""
-        # Back to the start of the line, and what an earlier and longer line left is wiped out.
-        sys.stderr.write(f"\r[{'#' * full}{'.' * (_BAR - full)}] {said}\x1b[K{end}")
+        # Back to the start of the line; the escape sequence clears what an earlier and longer line left.
+        sys.stderr.write(f"\r[{'#' * full}{'.' * (_BAR - full)}] {text}\x1b[K{end}")
         sys.stderr.flush()

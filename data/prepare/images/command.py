@@ -7,7 +7,7 @@ import time
 
 from data.prepare.common.machine import choose_device, default_processes
 from data.prepare.common.processes import run_all
-from data.prepare.common.progress import Progress
+from data.prepare.common.progress import ProgressBar
 from data.prepare.common.remote import Reach
 from data.prepare.common.settings_file import begin
 from data.prepare.common.shard_files import missing
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> str:
     part, parts = options.part
     to_make = missing(options.out, settings.shards, part, parts)
     started = time.monotonic()
-    progress = Progress(sum(len(settings.indices(shard)) for shard in to_make), "images")
+    progress = ProgressBar(sum(len(settings.indices(shard)) for shard in to_make), "images")
     run_all(job, to_make, progress)
     seconds = time.monotonic() - started
     told, summary = summarise(options.out, settings.shards, settings, progress.total, seconds)

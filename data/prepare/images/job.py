@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.prepare.common.machine import device_of, same_bits
-from data.prepare.common.processes import Told
+from data.prepare.common.processes import OnProgress
 from data.prepare.common.remote import Reach
 from data.prepare.common.shard_files import LeftOut, Prepared, make_shard
 from data.prepare.images.preparing import Preparer
@@ -33,7 +33,7 @@ class ImageJob:
     processes: int
     reach: Reach = Reach()
 
-    def work(self, process: int, parts: Sequence[int], told: Told) -> None:
+    def work(self, process: int, parts: Sequence[int], told: OnProgress) -> None:
         """Makes shards; see `processes.Job`."""
         settings = self.settings
         source = open_source(
@@ -70,7 +70,7 @@ def _samples(source: ImageSource, prepare: Preparer, indices: Sequence[int]) -> 
             raise UserError(f"--condition: {error}") from error
 
 
-def _heard(samples: Iterator[Prepared | LeftOut], told: Told) -> Iterator[Prepared | LeftOut]:
+def _heard(samples: Iterator[Prepared | LeftOut], told: OnProgress) -> Iterator[Prepared | LeftOut]:
     """The same samples, told of now and then."""
     count = 0
     for count, sample in enumerate(samples, 1):

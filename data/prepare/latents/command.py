@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.prepare.common.machine import choose_device, default_processes
 from data.prepare.common.processes import run_all
-from data.prepare.common.progress import Progress
+from data.prepare.common.progress import ProgressBar
 from data.prepare.common.remote import Reach
 from data.prepare.common.settings_file import begin, write_json
 from data.prepare.common.shard_files import missing
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> str:
     part, parts = options.part
     to_make = missing(options.out, settings.shards, part, parts)
     started = time.monotonic()
-    progress = Progress(sum(source.sizes[shard] for shard in to_make), "latents")
+    progress = ProgressBar(sum(source.sizes[shard] for shard in to_make), "latents")
     run_all(job, to_make, progress)
     seconds = time.monotonic() - started
     told, summary = summarise(options.out, settings.shards, settings, progress.total, seconds)

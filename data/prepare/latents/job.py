@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import torch
 
-from data.prepare.common.machine import cores, device_of, same_bits
-from data.prepare.common.processes import Told
+from data.prepare.common.machine import device_of, same_bits
+from data.prepare.common.processes import OnProgress, available_cores
 from data.prepare.common.raw_shards import RawShard
 from data.prepare.common.remote import Reach
 from data.prepare.common.shard_files import LeftOut, Prepared, make_shard
@@ -43,10 +43,10 @@ class LatentJob:
     processes: int
     reach: Reach = Reach()
 
-    def work(self, process: int, parts: Sequence[int], told: Told) -> None:
+    def work(self, process: int, parts: Sequence[int], told: OnProgress) -> None:
         """Makes shards; see `processes.Job`."""
         shards, store = self.reach.open(self.settings.source).shards, self.reach.store()
-        threads = min(_DECODE_THREADS, max(1, cores() // self.processes))
+        threads = min(_DECODE_THREADS, max(1, available_cores() // self.processes))
         with same_bits(self.device), ThreadPoolExecutor(threads) as pool:
             try:
                 encoder = Encoder(self.vae_folder, self.settings.vae_dtype, device_of(self.device, process))
@@ -81,7 +81,7 @@ class _Maker:
     raw: RawShard
     pool: ThreadPoolExecutor
 
-    def samples(self, told: Told) -> Iterator[Prepared | LeftOut]:
+    def samples(self, told: OnProgress) -> Iterator[Prepared | LeftOut]:
         """The samples of the new shard: batches of one size in the order in which they fill up.
 
         Args:
@@ -120,7 +120,7 @@ class _Maker:
         ahead = 2 * self.job.settings.batch_size + _DECODE_THREADS
         return in_order(self.pool, lambda sample: fit_sample(sample, sizes), samples, ahead)
 
-    def _encoded(self, batch: Sequence[Fitted], told: Told) -> Iterator[Prepared | LeftOut]:
+    def _encoded(self, batch: Sequence[Fitted], told: OnProgress) -> Iterator[Prepared | LeftOut]:
         settings = self.job.settings
         posterior = self.encoder([one.image for one in batch])
         for one, mean, logvar in zip(batch, posterior.mean, posterior.logvar, strict=True):

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
 from data.prepare.common.processes import run_all
-from data.prepare.common.progress import Progress
+from data.prepare.common.progress import ProgressBar
 from data.prepare.common.settings_file import write_json
 from data.prepare.common.subcommand import Subcommand
 from data.prepare.pairs.check import open_set, statistics, verify
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> str:
     begin(options.out, settings)
     to_make = missing(options.out, settings, part, parts)
     started = time.monotonic()
-    progress = Progress(sum(len(settings.indices(shard)) for shard in to_make), "pairs")
+    progress = ProgressBar(sum(len(settings.indices(shard)) for shard in to_make), "pairs")
     run_all(job, to_make, progress)
     seconds = time.monotonic() - started
     checked: dict[str, Any] = {}

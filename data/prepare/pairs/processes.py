@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from data.prepare.common.machine import device_of, same_bits
-from data.prepare.common.processes import Told
+from data.prepare.common.processes import OnProgress
 from data.prepare.pairs.prompts import open_prompts
 from data.prepare.pairs.sampler import PairSampler
 from data.prepare.pairs.settings import PairSettings
@@ -29,7 +29,7 @@ class PairJob:
     """ "cpu" or "cuda"."""
     processes: int
 
-    def work(self, process: int, parts: Sequence[int], told: Told) -> None:
+    def work(self, process: int, parts: Sequence[int], told: OnProgress) -> None:
         """Makes shards; see `processes.Job`."""
         torch.backends.cudnn.deterministic = True
         with same_bits(self.device):

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.prepare.common.machine import cores
 from data.prepare.common.option_types import at_least
-from data.prepare.common.processes import Told, run_all
-from data.prepare.common.progress import Progress
+from data.prepare.common.processes import OnProgress, available_cores, run_all
+from data.prepare.common.progress import ProgressBar
 from data.prepare.common.remote import Reach, add_cache
 from data.prepare.common.settings_file import write_text
 from data.prepare.common.shard_files import SUMS_FILE
@@ -45,7 +44,7 @@ class VerifyJob:
     empty_captions: EmptyCaptions
     processes: int
 
-    def work(self, process: int, parts: Sequence[int], told: Told) -> None:
+    def work(self, process: int, parts: Sequence[int], told: OnProgress) -> None:
         """Looks at shards; see `processes.Job`."""
         for part in parts:
             told(check_shard(self.locations[part], self.reach, self.empty_captions))
@@ -62,10 +61,10 @@ def run(options: argparse.Namespace) -> str:
         locations = tuple(find_locations(options.shards))
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
-    processes = options.processes or cores()
+    processes = options.processes or available_cores()
     job = VerifyJob(locations, Reach.of(options), options.empty_captions, processes)
     reports: list[Report] = []
-    progress = Progress(len(locations), "shards")
+    progress = ProgressBar(len(locations), "shards")
 
     def told(report: Report) -> None:
         reports.append(report)
