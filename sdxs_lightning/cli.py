@@ -21,8 +21,8 @@ from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.config_errors import sentence
+from sdxs_lightning.config_files import CommandLine, read_command_line
 from sdxs_lightning.core.errors import Interrupted, RunStopped, UserError
-from sdxs_lightning.null_flags import nulls_as_configs
 
 os.environ.setdefault(
     "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
@@ -42,7 +42,7 @@ class ConstructionFailed(BaseException):
 class TrainingParser(LightningArgumentParser):
     """Says what is wrong in a sentence instead of printing the usage of 200 options."""
 
-    arguments: Sequence[str] = ()
+    command_line = CommandLine([], [], {})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises what the command line turns into a sentence.
@@ -53,7 +53,7 @@ class TrainingParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         options = [name for action in self._actions for name in action.option_strings]
-        raise UserError(sentence(message, options, self.arguments)) from ex
+        raise UserError(sentence(message, options, self.command_line)) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -89,13 +89,13 @@ class SaveConfig(SaveConfigCallback):
 class TrainingCLI(LightningCLI):
     """`python train.py --config FILE [--config FILE ...] [--key value ...] [--ckpt_path PATH|last]`.
 
-    The stage is chosen by `model.class_path` in YAML, its data by `data.class_path`. Files and flags merge in order, and
-    `${...}` is resolved after merging.
+    The stage is chosen by `model.class_path` in YAML, its data by `data.class_path`. Files merge in order, flags come after
+    them, and `${...}` is resolved last (see `sdxs_lightning.config_files`).
     """
 
     def __init__(self, arguments: Sequence[str] | None) -> None:
-        arguments = nulls_as_configs(sys.argv[1:] if arguments is None else arguments)
-        TrainingParser.arguments = arguments
+        command_line = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        TrainingParser.command_line = command_line
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
@@ -108,9 +108,13 @@ class TrainingCLI(LightningCLI):
             trainer_defaults={"default_root_dir": "outputs/run"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=arguments,
+            args=command_line.arguments,
             run=False,
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses the merged command line; Lightning's own warns that it differs from sys.argv."""
+        self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--ckpt_path`, and one seed for all that is random."""

@@ -20,7 +20,17 @@ ROOMS = {
 }
 """Folders of sdxs_lightning, and which others each may import, beside itself."""
 
-TOP = {"callbacks", "memory_plan", "cli", "command_line", "config_errors", "export", "null_flags", "prune"}
+TOP = {
+    "callbacks",
+    "memory_plan",
+    "cli",
+    "command_line",
+    "config_errors",
+    "config_files",
+    "export",
+    "prune",
+    "renamed",
+}
 """They see everything of sdxs_lightning."""
 
 EVALUATION_MAY_SEE = {"toy", "shards", "conditions", "prepare"}

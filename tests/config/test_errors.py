@@ -74,7 +74,7 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
     "unknown top-level key": (
         _set("trainr", {"devices": 1}),
         (),
-        ["trainr", "is no option", "did you mean trainer"],
+        ["trainr.devices is no option", "did you mean trainer"],
     ),
     "unknown key of the model": (
         _set("model.init_args.ema_deca", 0.5),
@@ -140,6 +140,34 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
         _set("model.init_args.seed", "${sed_everything}"),
         (),
         ["sed_everything", "model.init_args.seed"],
+    ),
+    "a class that a setting does not take": (
+        _set("model.init_args.distribution_matching", {"class_path": "torch.nn.Linear"}),
+        (),
+        ["model.init_args.distribution_matching (set in ", "'torch.nn.Linear' is not accepted"],
+    ),
+    "a class of another kind": (
+        _set("model.init_args.student", {"class_path": "torch.nn.Linear"}),
+        (),
+        [
+            "model.init_args.student (set in ",
+            "torch.nn.Linear",
+            "not correspond to a subclass of StudentGenerator",
+        ],
+    ),
+    "an argument that is missing": (
+        _set("model.init_args.student", None),
+        (),
+        ["model.class_path", "OneStepDistillation", "the following arguments are required: student"],
+    ),
+    "an option of earlier versions": (
+        _set("model.init_args.curriculum", {"critic_updates_per_student_update": 1}),
+        (),
+        [
+            "curriculum is called update_schedule now",
+            "critic_updates_per_student_update is called fake_score_updates_per_student_update now",
+            "tiny.yaml, line ",
+        ],
     ),
     "missing file": (None, ("--config", "nowhere.yaml"), ["there is no file", "nowhere.yaml"]),
 }

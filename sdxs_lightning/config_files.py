@@ -1,0 +1,253 @@
+"""Configuration files: `include`, merging, and which line of which file made a setting.
+
+All `--config` files are merged here, before jsonargparse sees them, into one configuration:
+
+- A file may start from others: `include: ../sd15/distill.yaml`, or a list, relative to the file. They are merged in order, then
+  the file itself is laid over them.
+- Mappings merge field by field, everything else is replaced. `key+: [...]` appends to a list.
+- `null` switches a part off.
+- A mapping that names another `class_path` drops the `init_args` below it, unless the new class is a subclass of the old one: then
+  they stay and merge.
+- `${...}` is resolved after merging (by OmegaConf), so a reference follows what a later file or flag says.
+
+Flags are applied after all files, `--key null` included.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import get_loader
+
+from sdxs_lightning.core.errors import UserError
+
+INCLUDE = "include"
+CONFIG_FLAGS = ("--config", "-c")
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """One file as it was read, without what it includes."""
+
+    name: str
+    """As given, for messages."""
+    settings: Settings
+    lines: dict[str, int]
+    """Dotted key -> line on which the file sets it, in the file's order; elements of lists are numbered from 0."""
+    texts: dict[str, str]
+    """Dotted key -> what is written there, where that is no list or mapping."""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line whose files are merged."""
+
+    arguments: list[str]
+    """For the parser: one `--config` with the merged settings, then the flags."""
+    files: list[ConfigFile]
+    """In the order of merging: the last one that sets a key wins."""
+    settings: Settings
+    """What the files and the null flags say together."""
+
+    def place(self, key: str) -> str | None:
+        """Where a setting was made, as "on the command line" or "in FILE, line N".
+
+        Args:
+            key: dotted; where no file has it, a key that ends with its last part is looked for.
+
+        Returns:
+            None if nothing sets it.
+        """
+        tail = f".{key.rpartition('.')[2]}"
+        if any(argument.partition("=")[0] in (f"--{key}", f"--{key}+") for argument in self.arguments):
+            return "on the command line"
+        for file in reversed(self.files):
+            if key in file.lines:
+                return f"in {file.name}, line {file.lines[key]}"
+        if any(f"--{argument.partition('=')[0][2:]}".endswith(tail) for argument in self.arguments):
+            return "on the command line"
+        for file in reversed(self.files):
+            for name, line in file.lines.items():
+                if f".{name}".endswith(tail):
+                    return f"in {file.name}, line {line}"
+        return None
+
+
+def read_command_line(arguments: Sequence[str]) -> CommandLine:
+    """Merges the `--config` files of a command line.
+
+    `--a.b null` is merged too: jsonargparse (4.53) reads null for a `str | None` two classes deep as the string "None".
+
+    Raises:
+        UserError: for a file that is missing, no YAML, or includes itself.
+    """
+    files = list[ConfigFile]()
+    nulls = list[str]()
+    flags = list[tuple[str, list[str]]]()
+    for chunk in _chunks(arguments):
+        name, equals, value = chunk[0].partition("=")
+        if not equals and len(chunk) == 2:
+            value = chunk[1]
+        if name in CONFIG_FLAGS and value:
+            files += read_config(value)
+        elif name.startswith("--") and "." in name and value == "null":
+            # Last one wins: an earlier flag for the same setting, or for a part of it, is replaced.
+            flags = [flag for flag in flags if flag[0] != name and not flag[0].startswith(f"{name}.")]
+            nulls.append(name[2:])
+        else:
+            nulls = [null for null in nulls if f"--{null}" != name]
+            flags.append((name, chunk))
+    settings: Settings = {}
+    for file in files:
+        settings = merge(settings, file.settings)
+    for key in nulls:
+        settings = merge(settings, _nested(key, settings))
+    merged = [f"--config={_exact_yaml(settings)}"] if settings else []
+    return CommandLine(merged + [part for _, chunk in flags for part in chunk], files, settings)
+
+
+def read_config(value: str, including: Sequence[Path] = ()) -> list[ConfigFile]:
+    """A configuration file and all that it includes, in the order of merging.
+
+    Args:
+        value: path, or the configuration itself as JSON or YAML in braces.
+        including: the files that led here.
+
+    Raises:
+        UserError: for a file that is missing, no YAML, or includes itself.
+    """
+    inline = value.lstrip().startswith("{")
+    path = Path("--config" if inline else os.path.abspath(value))
+    if path in including:
+        chain = " -> ".join(_shown(one) for one in (*including[including.index(path) :], path))
+        raise UserError(f"configuration files include each other in a circle: {chain}.")
+    name = str(path) if inline else _shown(path)
+    file = _parse(value if inline else _read(path, including), name)
+    if INCLUDE not in file.settings:
+        return [file]
+    included = file.settings.pop(INCLUDE)
+    names = [included] if isinstance(included, str) else included
+    if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+        raise UserError(
+            f"{INCLUDE} is {included!r} in {name}, line {file.lines[INCLUDE]}; it takes a path or a list of paths, relative to "
+            "that file."
+        )
+    folder = Path() if inline else path.parent
+    files = list[ConfigFile]()
+    for one in names:
+        # A file that two included files share is merged once, in its first place.
+        seen = {earlier.name for earlier in files}
+        files += [new for new in read_config(str(folder / one), [*including, path]) if new.name not in seen]
+    return [*files, file]
+
+
+def merge(base: Settings, overlay: Settings) -> Settings:
+    """Lays one mapping over another; neither is changed."""
+    merged = dict(base)
+    old = base.get("class_path")
+    new = overlay.get("class_path", old)
+    if new != old and old is not None and not _is_subclass(new, old):
+        merged.pop("init_args", None)
+        merged.pop("dict_kwargs", None)
+    for key, value in overlay.items():
+        target = key.removesuffix("+")
+        if target != key:
+            stays = target if isinstance(merged.get(target), list) else key
+            added = value if isinstance(value, list) else [value]
+            merged[stays] = [*merged.get(stays, []), *added]
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge(merged[key], value)
+        else:
+            merged.pop(f"{key}+", None)
+            merged[key] = value
+    return merged
+
+
+def _is_subclass(name: Any, of: Any) -> bool:
+    new, old = _imported(name), _imported(of)
+    return isinstance(new, type) and isinstance(old, type) and issubclass(new, old)
+
+
+def _imported(dotted: Any) -> Any:
+    module, _, name = str(dotted).rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, ValueError):  # the parser refuses it with its line
+        return None
+
+
+def _chunks(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Each option with the value behind it."""
+    waiting = list(arguments)
+    while waiting:
+        first = waiting.pop(0)
+        takes = (first.startswith("--") or first in CONFIG_FLAGS) and "=" not in first
+        value = bool(waiting) and takes and not waiting[0].startswith("--") and waiting[0] not in CONFIG_FLAGS
+        yield [first, waiting.pop(0)] if value else [first]
+
+
+def _nested(key: str, settings: Settings) -> Settings:
+    """{"a": {"b": None}} for "a.b"; `init_args` may be left out, as in jsonargparse's flags."""
+    name, _, rest = key.partition(".")
+    if "class_path" in settings and name not in ("class_path", "init_args", "dict_kwargs"):
+        return {"init_args": _nested(key, settings.get("init_args") or {})}
+    below = settings.get(name)
+    return {name: _nested(rest, below if isinstance(below, dict) else {}) if rest else None}
+
+
+def _read(path: Path, including: Sequence[Path]) -> str:
+    by = f", which {_shown(including[-1])} includes" if including else ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"--config: there is no file '{_shown(path)}'{by}.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: '{_shown(path)}'{by} cannot be read: {error}.") from error
+
+
+def _parse(text: str, name: str) -> ConfigFile:
+    try:
+        settings = get_loader("yaml")(text)
+        root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is no YAML: {' '.join(str(error).split())}.") from error
+    if settings is None:
+        settings = {}
+    if not isinstance(settings, dict):
+        raise UserError(f"{name} is no configuration: it holds {settings!r} where a mapping is expected.")
+    nodes = dict(_nodes(root, ""))
+    lines = {key: line for key, (line, _) in nodes.items()}
+    return ConfigFile(
+        name, settings, lines, {key: text for key, (_, text) in nodes.items() if text is not None}
+    )
+
+
+def _nodes(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, tuple[int, str | None]]]:
+    """Dotted key, line and text of all that a document sets, outer before inner."""
+    inner = list[tuple[str, int, yaml.Node]]()
+    if isinstance(node, yaml.MappingNode):
+        inner = [(key.value, key.start_mark.line, value) for key, value in node.value]
+    elif isinstance(node, yaml.SequenceNode):
+        inner = [(str(index), value.start_mark.line, value) for index, value in enumerate(node.value)]
+    for name, line, value in inner:
+        text = value.value if isinstance(value, yaml.ScalarNode) else None
+        yield f"{prefix}{name}", (line + 1, text)
+        yield from _nodes(value, f"{prefix}{name}.")
+
+
+def _shown(path: Path) -> str:
+    """Relative to the working directory where that is shorter."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _exact_yaml(settings: Settings) -> str:
+    """YAML that jsonargparse reads as the same values: every scalar quoted and tagged, so that none is guessed again."""
+    return yaml.safe_dump(settings, default_style='"', sort_keys=False)
