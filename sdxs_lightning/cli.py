@@ -21,7 +21,7 @@ from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.config_errors import sentence
-from sdxs_lightning.config_files import CommandLine, read_command_line
+from sdxs_lightning.config_files import ConfiguredRun, read_arguments
 from sdxs_lightning.core.errors import Interrupted, RunStopped, UserError
 
 os.environ.setdefault(
@@ -42,7 +42,7 @@ class ConstructionFailed(BaseException):
 class TrainingParser(LightningArgumentParser):
     """Says what is wrong in a sentence instead of printing the usage of 200 options."""
 
-    command_line = CommandLine([], [], {})
+    command_line = ConfiguredRun([], [], {})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises what the command line turns into a sentence.
@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str] | None) -> None:
-        command_line = read_command_line(sys.argv[1:] if arguments is None else arguments)
+        command_line = read_arguments(sys.argv[1:] if arguments is None else arguments)
         TrainingParser.command_line = command_line
         super().__init__(
             model_class=pl.LightningModule,

@@ -47,7 +47,7 @@ class ConfigFile:
 
 
 @dataclass(frozen=True)
-class CommandLine:
+class ConfiguredRun:
     """A command line whose files are merged."""
 
     arguments: list[str]
@@ -81,7 +81,7 @@ class CommandLine:
         return None
 
 
-def read_command_line(arguments: Sequence[str]) -> CommandLine:
+def read_arguments(arguments: Sequence[str]) -> ConfiguredRun:
     """Merges the `--config` files of a command line.
 
     `--a.b null` is merged too: jsonargparse (4.53) reads null for a `str | None` two classes deep as the string "None".
@@ -111,7 +111,7 @@ def read_command_line(arguments: Sequence[str]) -> CommandLine:
     for key in nulls:
         settings = merge(settings, _nested(key, settings))
     merged = [f"--config={_exact_yaml(settings)}"] if settings else []
-    return CommandLine(merged + [part for _, chunk in flags for part in chunk], files, settings)
+    return ConfiguredRun(merged + [part for _, chunk in flags for part in chunk], files, settings)
 
 
 def read_config(value: str, including: Sequence[Path] = ()) -> list[ConfigFile]:
@@ -250,4 +250,5 @@ def _shown(path: Path) -> str:
 
 def _exact_yaml(settings: Settings) -> str:
     """YAML that jsonargparse reads as the same values: every scalar quoted and tagged, so that none is guessed again."""
-    return yaml.safe_dump(settings, default_style='"', sort_keys=False)
+    text: str = yaml.safe_dump(settings, default_style='"', sort_keys=False)
+    return text
