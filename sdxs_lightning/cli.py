@@ -21,7 +21,7 @@ from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.config_errors import sentence
-from sdxs_lightning.config_files import ConfiguredRun, read_arguments
+from sdxs_lightning.config_files import MergedArguments, read_arguments
 from sdxs_lightning.core.errors import Interrupted, RunStopped, UserError
 
 os.environ.setdefault(
@@ -42,7 +42,7 @@ class ConstructionFailed(BaseException):
 class TrainingParser(LightningArgumentParser):
     """Says what is wrong in a sentence instead of printing the usage of 200 options."""
 
-    command_line = ConfiguredRun([], [], {})
+    command_line = MergedArguments([], [], {})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises what the command line turns into a sentence.

@@ -14,7 +14,7 @@ import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
 
-from sdxs_lightning.config_files import ConfiguredRun
+from sdxs_lightning.config_files import MergedArguments
 from sdxs_lightning.renamed import renamed_in
 
 TRIED = re.compile(
@@ -37,7 +37,7 @@ class Problem:
     expected: str | None
 
 
-def sentence(message: str, options: Iterable[str], command_line: ConfiguredRun) -> str:
+def sentence(message: str, options: Iterable[str], command_line: MergedArguments) -> str:
     """One sentence for a message of the parser.
 
     Args:
@@ -108,7 +108,7 @@ def _read(message: str) -> Problem:
 
 
 def _unknown_option(
-    problem: Problem, group: str | None, name: str, options: list[str], command_line: ConfiguredRun
+    problem: Problem, group: str | None, name: str, options: list[str], command_line: MergedArguments
 ) -> str:
     key = ".".join(part for part in (*problem.key, group, name) if part)
     accepted = _accepted_by_class(problem.owner, group) or _accepted_by_group(key, options)
@@ -145,7 +145,7 @@ def _nearest(name: str, accepted: Iterable[str]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def _place(key: str, command_line: ConfiguredRun) -> str:
+def _place(key: str, command_line: MergedArguments) -> str:
     place = command_line.place(key)
     return f" (set {place})" if place else ""
 

@@ -47,7 +47,7 @@ class ConfigFile:
 
 
 @dataclass(frozen=True)
-class ConfiguredRun:
+class MergedArguments:
     """A command line whose files are merged."""
 
     arguments: list[str]
@@ -81,7 +81,7 @@ class ConfiguredRun:
         return None
 
 
-def read_arguments(arguments: Sequence[str]) -> ConfiguredRun:
+def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     """Merges the `--config` files of a command line.
 
     `--a.b null` is merged too: jsonargparse (4.53) reads null for a `str | None` two classes deep as the string "None".
@@ -111,7 +111,7 @@ def read_arguments(arguments: Sequence[str]) -> ConfiguredRun:
     for key in nulls:
         settings = merge(settings, _nested(key, settings))
     merged = [f"--config={_exact_yaml(settings)}"] if settings else []
-    return ConfiguredRun(merged + [part for _, chunk in flags for part in chunk], files, settings)
+    return MergedArguments(merged + [part for _, chunk in flags for part in chunk], files, settings)
 
 
 def read_config(value: str, including: Sequence[Path] = ()) -> list[ConfigFile]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdxs_lightning.config_files import ConfiguredRun
+from sdxs_lightning.config_files import MergedArguments
 
 S, E, T = "sdxs_lightning.", "evaluation.", "data.toy."
 
@@ -68,12 +68,12 @@ def new_class(path: str) -> str | None:
     return CLASSES.get(path) or (f"{MODULES[module]}.{name}" if module in MODULES else None)
 
 
-def renamed_in(command_line: ConfiguredRun) -> list[str]:
+def renamed_in(command_line: MergedArguments) -> list[str]:
     """One clause for each old name in the files and flags, with its place."""
     return list(dict.fromkeys(_renamed(command_line)))
 
 
-def _renamed(command_line: ConfiguredRun) -> Iterator[str]:
+def _renamed(command_line: MergedArguments) -> Iterator[str]:
     for file in command_line.files:
         for key, line in file.lines.items():
             yield from _clauses(key, file.texts.get(key), f"{file.name}, line {line}")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from sdxs_lightning.config_files import merge, read_command_line
+from sdxs_lightning.config_files import merge, read_arguments
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.renamed import CLASSES, MODULES, new_class, renamed_in
 
@@ -36,7 +36,7 @@ def test_a_file_is_laid_over_what_it_includes(write: Any) -> None:
     write(
         "sd21/distill.yaml", "include: [../sd15/distill.yaml, ../sizes/large.yaml]\ntrainer: {max_steps: 9}\n"
     )
-    line = read_command_line(["--config", "sd21/distill.yaml"])
+    line = read_arguments(["--config", "sd21/distill.yaml"])
     assert line.settings == {"trainer": {"devices": 8, "max_steps": 9}, "model": {"init_args": {"seed": 0}}}
     assert [file.name for file in line.files] == [
         "sd15/distill.yaml",
@@ -54,7 +54,7 @@ def test_a_file_included_twice_is_merged_once_in_its_first_place(write: Any) -> 
     write("one.yaml", "include: base.yaml\na: {x: 2}")
     write("two.yaml", "include: base.yaml\na: {y: 2}")
     write("both.yaml", "include: [one.yaml, two.yaml]")
-    assert read_command_line(["--config=both.yaml"]).settings == {"a": {"x": 2, "y": 2}}
+    assert read_arguments(["--config=both.yaml"]).settings == {"a": {"x": 2, "y": 2}}
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_a_file_included_twice_is_merged_once_in_its_first_place(write: Any) -> 
 def test_what_cannot_be_included_is_refused(write: Any, text: str, message: str) -> None:
     write("second.yaml", text)
     with pytest.raises(UserError, match=message):
-        read_command_line(["--config", write("first.yaml", "include: second.yaml")])
+        read_arguments(["--config", write("first.yaml", "include: second.yaml")])
 
 
 def test_lists_are_replaced_or_appended_to() -> None:
@@ -117,7 +117,7 @@ def test_a_subclass_alone_keeps_all_init_args() -> None:
 def test_flags_come_after_all_files_and_keep_their_order(write: Any) -> None:
     write("a.yaml", "trainer: {devices: 1}")
     write("b.yaml", "trainer: {devices: 2, precision: 1e-3}")
-    line = read_command_line(
+    line = read_arguments(
         ["--trainer.devices", "8", "--config", "a.yaml", "--plan", "-c", "b.yaml", "--x.y=-1"]
     )
     assert line.arguments[1:] == ["--trainer.devices", "8", "--plan", "--x.y=-1"]
@@ -128,7 +128,7 @@ def test_flags_come_after_all_files_and_keep_their_order(write: Any) -> None:
 
 def test_null_flags_are_merged_and_the_last_flag_wins(write: Any) -> None:
     write("a.yaml", "model: {class_path: m.M, init_args: {pairs: {count: 4}, student: {class_path: s.S}}}")
-    line = read_command_line(
+    line = read_arguments(
         [
             *("--config", "a.yaml", "--model.init_args.pairs.count", "3", "--model.init_args.pairs", "null"),
             *("--model.student.weights=null", "--data.x=null", "--data.x=1", "--ckpt_path", "null"),
@@ -142,7 +142,7 @@ def test_null_flags_are_merged_and_the_last_flag_wins(write: Any) -> None:
 def test_old_names_are_told_with_their_new_ones(write: Any) -> None:
     old = "sdxs_lightning.modules.miniaturisation.Miniaturisation"
     write("a.yaml", f"model:\n  class_path: {old}\n  init_args:\n    curriculum: {{warmup_updates: 3}}\n")
-    line = read_command_line(["--config", "a.yaml", "--trainer.logger.class_path=evaluation.report.Report"])
+    line = read_arguments(["--config", "a.yaml", "--trainer.logger.class_path=evaluation.report.Report"])
     assert renamed_in(line) == [
         f"{old} is called sdxs_lightning.stages.prune_distill.PrunedUNetDistillation now (a.yaml, line 2)",
         "curriculum is called update_schedule now (a.yaml, line 4)",
