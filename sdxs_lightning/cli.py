@@ -1,4 +1,4 @@
-"""The command line: YAML files and flags in, a trained stage out, every end with its sentence and its exit code."""
+"""The training command line: configuration, resume, error messages and exit codes."""
 
 import logging
 import os
@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
+from sdxs_lightning.callbacks.interruption import Interruption
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.config_errors import sentence
 from sdxs_lightning.config_files import MergedArguments, read_arguments
@@ -29,26 +30,26 @@ os.environ.setdefault(
 )  # Lightning's own calls; nothing for the user to do
 
 TRACEBACK = "SDXS_TRACEBACK"
-"""Environment variable: set to 1, the ends that are told in a sentence show their traceback too."""
+"""Environment variable: set to 1, errors that are reported in a sentence show their traceback too."""
 
 
 class ConstructionFailed(BaseException):
     """A class named in the configuration refused its arguments; the cause is chained.
 
-    No Exception, so that jsonargparse lets it pass: it would try the next type of a union and bury the message.
+    Not an Exception: jsonargparse would catch it, try the next type of a union and lose the message.
     """
 
 
 class TrainingParser(LightningArgumentParser):
-    """Says what is wrong in a sentence instead of printing the usage of 200 options."""
+    """Reports errors in a sentence instead of printing the usage of 200 options."""
 
     command_line = MergedArguments([], [], {})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises what the command line turns into a sentence.
+        """Raises instead of exiting.
 
         Raises:
-            UserError: always, but from a parser inside, whose message is part of the outer one's.
+            UserError: except in a nested parser, whose message becomes part of the outer one's.
         """
         if not self.exit_on_error:
             super().error(message, ex)
@@ -57,10 +58,10 @@ class TrainingParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keeps the resolved configuration beside what it produced, as <run>/config.yaml."""
+    """Saves the resolved configuration as <run>/config.yaml."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes it, unless an earlier stage of the run has.
+        """Writes it once per run.
 
         Raises:
             UserError: on all ranks, if the run's folder cannot be written.
@@ -81,13 +82,13 @@ class SaveConfig(SaveConfigCallback):
         except OSError as error:
             return (
                 f"the run's folder '{folder}' cannot be written ({folders.write_failure(error)}); give another one as "
-                "--trainer.default_root_dir, or mend its permissions."
+                "--trainer.default_root_dir, or change its permissions."
             )
         return None
 
 
 class TrainingCLI(LightningCLI):
-    """`python train.py --config FILE [--config FILE ...] [--key value ...] [--ckpt_path PATH|last]`.
+    """`python train.py --config FILE [--config FILE ...] [--key value ...] [--ckpt_path PATH|last|auto]`.
 
     The stage is chosen by `model.class_path` in YAML, its data by `data.class_path`. Files merge in order, flags come after
     them, and `${...}` is resolved last (see `sdxs_lightning.config_files`).
@@ -117,12 +118,13 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds `--ckpt_path`, and one seed for all that is random."""
+        """Adds `--ckpt_path` and `--plan`."""
         parser.add_argument(
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="checkpoint to go on from; 'last' is the newest complete one of the run's folder",
+            help="checkpoint to resume from; 'last' is the newest complete one of the run's folder, 'auto' the same if there "
+            "is one, else a new run: one command for start and restart",
         )
         parser.add_argument(
             "--plan",
@@ -141,11 +143,11 @@ class TrainingCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Lets what a class says about its arguments through unchanged."""
+        """Lets the errors of constructors pass unchanged."""
         self.parser.add_instantiator(_construct, object, subclasses=True)
 
     def instantiate_classes(self) -> None:
-        """Everything, or with `--plan` the stage alone: a plan needs neither data nor the run's machine."""
+        """Instantiates everything, or with `--plan` the stage only: a plan needs neither data nor the run's machine."""
         if not self.config.plan:
             super().instantiate_classes()
             return
@@ -173,21 +175,28 @@ class TrainingCLI(LightningCLI):
         Raises:
             RunStopped: for every end that a sentence explains.
         """
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            if isinstance(callback, Interruption):
+                callback.install(self.trainer)
+        self._check_process_count()
         path = self.checkpoint_path()
         self.trainer.fit(
             self.model, self.datamodule, ckpt_path=path, weights_only=None if path is None else True
         )
 
     def checkpoint_path(self) -> str | None:
-        """What `--ckpt_path` means, checked.
+        """The checkpoint that `--ckpt_path` means, checked; None for a new run.
 
         Raises:
             UserError: if it is not there, not complete, or of another strategy.
         """
         wanted: str | None = self.config.ckpt_path
-        if wanted is None:
+        path = None if wanted is None else Path(wanted)
+        if wanted in ("last", "auto"):
+            path = self._newest(required=wanted == "last")
+        if path is None:
+            self._refuse_automatic_resume()
             return None
-        path = self._newest() if wanted == "last" else Path(wanted)
         if (path / folders.MANIFEST).exists() or (path / folders.STATE).exists():
             if not folders.complete(path):
                 raise UserError(
@@ -196,7 +205,7 @@ class TrainingCLI(LightningCLI):
                 )
             path = path / folders.STATE
         if not path.exists():
-            raise UserError(f"--ckpt_path '{path}' does not exist; give a checkpoint, or 'last'.")
+            raise UserError(f"--ckpt_path '{path}' does not exist; give a checkpoint, 'last' or 'auto'.")
         if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             raise UserError(
                 f"the checkpoint '{path}' is sharded; resume with --config configs/hardware/fsdp2.yaml, which reads it on any "
@@ -204,20 +213,44 @@ class TrainingCLI(LightningCLI):
             )
         return str(path)
 
-    def _newest(self) -> Path:
+    def _newest(self, required: bool) -> Path | None:
         saver = next(
             (one for one in self.trainer.checkpoint_callbacks if isinstance(one, Checkpointing)), None
         )
         folder = (saver or Checkpointing()).run_folder(self.trainer)
         newest = folders.newest_complete_checkpoint(folder)
-        if newest is None:
-            broken = len(folders.incomplete_checkpoints(folder))
-            what = f"only {broken} incomplete one(s)" if broken else "none"
+        broken = folders.incomplete_checkpoints(folder)
+        # A write that was cut off is no reason against a new run; a checkpoint that was complete once is.
+        damaged = [path for path in broken if not path.name.startswith(".")]
+        if newest is None and (required or damaged):
+            found = f"only {len(broken)} incomplete one(s)" if broken else "none"
+            way = f"remove '{folder}'" if damaged else "use --ckpt_path auto"
             raise UserError(
-                f"--ckpt_path last looks for the newest complete checkpoint in '{folder}' and found {what}; leave --ckpt_path "
-                "away to begin anew, or give the run's folder as --trainer.default_root_dir."
+                f"--ckpt_path {self.config.ckpt_path} looks for the newest complete checkpoint in '{folder}' and found {found}; "
+                f"{way} to begin a new run, or give the run's folder as --trainer.default_root_dir."
             )
         return newest
+
+    def _refuse_automatic_resume(self) -> None:
+        """Under SLURM, Lightning resumes by itself from a file that its own signal handler left."""
+        left: str | None = self.trainer._checkpoint_connector._hpc_resume_path
+        if left is not None:
+            raise UserError(
+                f"'{left}' was written by Lightning's own SLURM handler, and Lightning would resume from it unasked; give it as "
+                "--ckpt_path, or remove it."
+            )
+
+    def _check_process_count(self) -> None:
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if not environment.creates_processes_externally:
+            return
+        count, wanted = environment.world_size(), self.trainer.num_nodes * self.trainer.num_devices
+        if count != wanted:
+            raise UserError(
+                f"the launcher started {count} processes, but trainer.num_nodes {self.trainer.num_nodes} x trainer.devices "
+                f"{self.trainer.num_devices} are {wanted}; start one process per device (sbatch --ntasks-per-node, torchrun "
+                "--nproc-per-node), or change trainer.num_nodes and trainer.devices."
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -239,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = cli.trainer
         cli.fit()
     except RunStopped as stop:
-        _tell(stop, agreed=trainer is not None)
+        _report(stop, agreed=trainer is not None)
         # Lightning's launcher kills everybody when it sees that a rank which it started has failed, also rank 0 while it is
         # still closing its files. This stop was agreed on by all ranks, and rank 0 alone carries its code.
         return 0 if _started_by_rank_zero(trainer) else stop.exit_code
@@ -252,15 +285,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _interrupted_early(130, "Ctrl-C")
         raise
     except Exception as error:
-        if not _said_by_us(error):
+        if not _is_our_message(error):
             raise
-        _tell(error, agreed=False)
+        _report(error, agreed=False)
         return UserError.exit_code
     return 0
 
 
 def _quiet() -> None:
-    """Leaves out what Lightning says at every start and what asks nothing of the user."""
+    """Filters messages of Lightning that appear at every start and require no action."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
         lambda record: "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
     )
@@ -280,7 +313,11 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
         assert cause is not None
         if isinstance(cause, RunStopped):
             raise cause from None
-        if _said_by_us(cause):
+        if _is_our_message(cause):
+            raise UserError(str(cause)) from cause
+        if (
+            traceback.extract_tb(cause.__traceback__)[-1].name == "validate_settings"
+        ):  # number of processes and devices
             raise UserError(str(cause)) from cause
         raise cause from None
     except OmegaConfBaseException as error:
@@ -297,8 +334,8 @@ def _construct(class_type: type, *args: Any, **kwargs: Any) -> Any:
         raise ConstructionFailed from error
 
 
-def _said_by_us(error: BaseException) -> bool:
-    """Whether our own code raised it, on purpose: then its message is a sentence for the user and no bug."""
+def _is_our_message(error: BaseException) -> bool:
+    """Whether our own code raised it deliberately: then its message is written for the user, and it is no bug."""
     frames = traceback.extract_tb(error.__traceback__)
     root = Path(__file__).resolve().parents[1]
     ours = [root / name for name in ("sdxs_lightning", "data", "evaluation")]
@@ -309,8 +346,8 @@ def _said_by_us(error: BaseException) -> bool:
     )
 
 
-def _tell(error: BaseException, agreed: bool) -> None:
-    """Writes the sentence to stderr; what all ranks agreed on, rank 0 says alone."""
+def _report(error: BaseException, agreed: bool) -> None:
+    """Writes the sentence to stderr; only rank 0 does if all ranks agreed on it."""
     rank = next(
         (int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0
     )

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Sampler
 from data.shards.dataset import ShardDataset
 from data.shards.faults import UnreadableBatch
 from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.child_process import kill_children_at_exit, leave_signals_to_parent
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,13 @@ class ShardLoader:
         """Nothing, see `state_dict`."""
 
     def _open(self) -> DataLoader[TrainingBatch | UnreadableBatch]:
+        kill_children_at_exit()
         return DataLoader(
             self.dataset,
             batch_size=None,  # a list of positions is one item: the workers make whole batches
             sampler=self._positions,
             persistent_workers=self._options["num_workers"] > 0,
+            worker_init_fn=leave_signals_to_parent,
             # Its own generator: by default opening an iterator draws from torch's global one.
             generator=torch.Generator(),
             **self._options,

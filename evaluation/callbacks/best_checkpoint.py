@@ -55,7 +55,7 @@ class BestCheckpoint(Checkpoint):
     ) -> None:
         """Saves after a measurement that was better than all before; between iterations, as every checkpoint."""
         self._look(trainer)
-        if counts_of(trainer).between_turns:
+        if counts_of(trainer).between_iterations:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -71,6 +71,12 @@ class Checkpointing(Checkpoint):
         """Where this run's checkpoints are."""
         return Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
 
+    def saved_at(self, trainer: pl.Trainer, student_updates: int) -> Path | None:
+        """The checkpoint that this process wrote after so many student updates, if it was its last one."""
+        if self._saved_name is None or self._saved_updates != student_updates:
+            return None
+        return self.run_folder(trainer) / self._saved_name
+
     def last_good(self, trainer: pl.Trainer) -> str:
         """The newest complete checkpoint, in words for a message."""
         newest = folders.newest_complete_checkpoint(self.run_folder(trainer))
@@ -109,7 +115,7 @@ class Checkpointing(Checkpoint):
         except OSError as error:
             return (
                 f"checkpoints cannot be written to '{folder}' ({folders.write_failure(error)}); give a folder that can be "
-                "written as --trainer.default_root_dir, or mend its permissions."
+                "written as --trainer.default_root_dir, or change its permissions."
             )
 
     def _in_the_way(self, folder: Path) -> str | None:
@@ -128,7 +134,7 @@ class Checkpointing(Checkpoint):
     ) -> None:
         """Saves where a multiple of n student updates was passed."""
         counts, n = counts_of(trainer), self.every_n_student_updates
-        if counts.between_turns and counts.updates // n > self._saved_updates // n:
+        if counts.between_iterations and counts.updates // n > self._saved_updates // n:
             self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

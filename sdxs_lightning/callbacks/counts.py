@@ -1,4 +1,4 @@
-"""Where in its run a stage is, by numbers on the host: asking costs no wait for the device."""
+"""A stage's progress counters, which are on the host: reading them never waits for the device."""
 
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ class Counts(NamedTuple):
     """Progress of a stage."""
 
     updates: int
-    """Student updates; of a stage without a student its optimizer steps."""
+    """Student updates; optimizer steps in a stage without a student."""
     iterations: int
     """Optimizer iterations: micro-batches over `accumulate_grad_batches`."""
     batches: int
-    """Micro-batches that the run has taken."""
-    between_turns: bool
-    """Whether no gradients are half accumulated, so that a checkpoint holds everything."""
+    """Micro-batches of the run so far."""
+    between_iterations: bool
+    """Whether no gradients are partly accumulated, so that a checkpoint is complete."""
 
 
 def counts_of(trainer: pl.Trainer) -> Counts:
@@ -26,5 +26,5 @@ def counts_of(trainer: pl.Trainer) -> Counts:
         updates=int(getattr(module, "student_updates", trainer.global_step)),
         iterations=int(getattr(module, "iterations", trainer.global_step)),
         batches=loop.total_batch_idx + 1,
-        between_turns=between and getattr(module, "micro_batches", 0) == 0,
+        between_iterations=between and getattr(module, "micro_batches", 0) == 0,
     )

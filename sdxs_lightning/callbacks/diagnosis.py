@@ -1,4 +1,4 @@
-"""From numbers to causes: when a distillation is about to collapse, and what to change."""
+"""Recognises from logged statistics when a distillation is about to collapse, and what to change."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Beyond which a number is a symptom. null switches that warning off."""
+    """Values beyond which a statistic is a symptom; null switches that warning off."""
 
     fake_score_lag: float | None = 1.05
     """Squared error of the fake score over the real score's on the student's samples; at most 1 for one that keeps up.
     Measured on the toy base with guidance 1.5: 0.84 to 0.91 in a good run, 1.05 to 1.09 with a frozen fake score."""
     discriminator_accuracy: float | None = 0.95
-    """Share of samples and data that the discriminator tells apart, at all noise levels together."""
+    """Share of samples and data that the discriminator classifies correctly, over all noise levels."""
     saturation: float | None = 0.02
     """Share of the student's latents beyond four standard deviations of the data; 0.001 in the toy base's good run and in its
     data, 0.03 after 48 updates with a frozen fake score."""
     diversity: float | None = 0.5
-    """Diversity over the highest that the run has had."""
+    """Diversity relative to the highest value of the run."""
     cosine: float | None = -0.8
-    """Cosine of the gradients of two of the student's objectives."""
+    """Cosine between the gradients of two objectives of the student."""
     readings: int = 3
-    """So many readings in a row, each a mean since the one before, make a warning."""
+    """Consecutive readings, each a mean since the previous one, that a symptom must last before it is reported."""
 
     def __post_init__(self) -> None:
         if self.readings < 1:
@@ -45,19 +45,19 @@ class Thresholds:
 
 
 class Symptom(NamedTuple):
-    """A number beyond its threshold."""
+    """A statistic beyond its threshold."""
 
     cause: str
-    """Short, the same every time."""
+    """Short name, the same for each report."""
     sentence: str
-    """With the number, and what to change."""
+    """Explanation with the value, and what to change."""
 
 
 class Diagnosis:
-    """Turns readings into warnings: one for each symptom that lasts, once until it has gone.
+    """Turns readings into warnings: one per symptom that lasts, not repeated until it has gone.
 
     Args:
-        thresholds: what counts as a symptom.
+        thresholds: limits of each statistic.
     """
 
     def __init__(self, thresholds: Thresholds) -> None:
@@ -65,14 +65,14 @@ class Diagnosis:
         self.highest_diversity = 0.0
         self._lasting: dict[str, int] = {}
 
-    def read(self, signs: Mapping[str, float]) -> list[str]:
-        """The warnings that are new with this reading.
+    def read(self, stats: Mapping[str, float]) -> list[str]:
+        """Returns the warnings that are new with this reading.
 
         Args:
-            signs: means since the last reading, by the names of the log; what is missing is not judged.
+            stats: means since the last reading, by their names in the log; missing ones are not checked.
         """
-        self.highest_diversity = max(self.highest_diversity, signs.get("student/diversity", 0.0))
-        symptoms = {symptom.cause: symptom.sentence for symptom in self._symptoms(signs)}
+        self.highest_diversity = max(self.highest_diversity, stats.get("student/diversity", 0.0))
+        symptoms = {symptom.cause: symptom.sentence for symptom in self._symptoms(stats)}
         self._lasting = {cause: self._lasting.get(cause, 0) + 1 for cause in symptoms}
         return [
             f"{cause}: {sentence}"
@@ -81,18 +81,16 @@ class Diagnosis:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
         return {"highest_diversity": self.highest_diversity, "lasting": dict(self._lasting)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """From the checkpoint."""
         self.highest_diversity = state_dict["highest_diversity"]
         self._lasting = dict(state_dict["lasting"])
 
-    def _symptoms(self, signs: Mapping[str, float]) -> Iterator[Symptom]:
+    def _symptoms(self, stats: Mapping[str, float]) -> Iterator[Symptom]:
         limits = self.thresholds
-        lag, accuracy = signs.get("student/fake_score_lag"), signs.get("discriminator/accuracy")
-        saturation, diversity = signs.get("student/saturation"), signs.get("student/diversity")
+        lag, accuracy = stats.get("student/fake_score_lag"), stats.get("discriminator/accuracy")
+        saturation, diversity = stats.get("student/saturation"), stats.get("student/diversity")
         if _over(lag, limits.fake_score_lag):
             yield Symptom(
                 "the fake score lags behind the student",
@@ -122,11 +120,11 @@ class Diagnosis:
                 "distribution_matching.guidance_scale or the student's learning rate, or give feature matching or the "
                 "discriminator more weight.",
             )
-        yield from self._opposed(signs)
+        yield from self._opposed(stats)
 
-    def _opposed(self, signs: Mapping[str, float]) -> Iterator[Symptom]:
+    def _opposed(self, stats: Mapping[str, float]) -> Iterator[Symptom]:
         limit = self.thresholds.cosine
-        for name, cosine in signs.items():
+        for name, cosine in stats.items():
             prefix, _, pair = name.partition("cosine_")
             if prefix == "student/" and limit is not None and cosine <= limit:
                 yield Symptom(

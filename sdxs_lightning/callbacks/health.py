@@ -1,4 +1,4 @@
-"""Watches how a distillation fares, and says the likely cause when it is about to collapse."""
+"""Monitors a distillation and names the likely cause when it is about to collapse."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from sdxs_lightning.stages.distillation.matched_features import MatchedFeatures
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 WATCHED = ("student/fake_score_lag", "student/saturation", "student/cosine_", "discriminator/accuracy")
-"""Beginnings of the logged names that are averaged from reading to reading."""
+"""Prefixes of the logged names that are averaged between readings."""
 
 
 class Health(Callback):
-    """Measures diversity, averages what the stage logs, and warns; every n student updates.
+    """Measures diversity, averages the stage's logged statistics, and warns; every n student updates.
 
-    What the stage logs by itself on every iteration (score gap and lag, saturation, gradient norms and cosines, the discriminator's
-    accuracy) is summed on the device on the student's iterations and read here only, so that nothing waits for it in between. The
-    readings are rank 0's.
+    What the stage logs on every iteration (score gap and lag, saturation, gradient norms and cosines, the discriminator's
+    accuracy) is summed on the device on the student's iterations and copied to the host only here, so that nothing waits for
+    the device in between. The readings are rank 0's.
 
     Args:
         every_n_student_updates: distance of two readings.
-        thresholds: what is a symptom, and for how long it must last.
+        thresholds: limits, and for how many readings a symptom must last.
         prompts: for diversity; None takes the first captions of the run's first batch.
         diversity_prompts: how many of these; 0 measures no diversity.
         samples_per_prompt: how many samples of each are compared.
-        features: what they are compared by; None is `BottleneckFeatures`.
+        features: features in which samples are compared; None is `BottleneckFeatures`.
 
     Raises:
         ValueError: for counts that make no reading or no pair.
@@ -64,16 +64,16 @@ class Health(Callback):
         self.features: MatchedFeatures = BottleneckFeatures() if features is None else features
         self.diagnosis = Diagnosis(thresholds)
         self.warnings: list[str] = []
-        """All that were given in this process."""
+        """All warnings of this process."""
         self._sums: dict[str, Tensor] = {}
         self._counted: dict[str, int] = {}
         self._seen_updates = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Knows one kind of stage.
+        """Checks the stage.
 
         Raises:
-            TypeError: for another.
+            TypeError: for a stage other than OneStepDistillation.
         """
         if not isinstance(pl_module, OneStepDistillation):
             raise TypeError(
@@ -81,7 +81,7 @@ class Health(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Loads the features' own network; by now a resumed run knows its counters.
+        """Loads the network of the features; a resumed run has restored its counters by now.
 
         Raises:
             ValueError: for features of a network that the stage does not have.
@@ -101,7 +101,7 @@ class Health(Callback):
         batch: TrainingBatch,
         batch_idx: int,
     ) -> None:
-        """Sums on the student's iterations; reads at each multiple."""
+        """Accumulates on the student's iterations; reads every n student updates."""
         assert isinstance(pl_module, OneStepDistillation)
         if self.prompts is None:
             self.prompts = list(batch.captions)
@@ -114,33 +114,32 @@ class Health(Callback):
             self.read(trainer, pl_module)
 
     def read(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
-        """Measures diversity, logs it, and warns of what is wrong. Called on all ranks; waits for the device."""
-        signs = self._means()
+        """Measures and logs diversity, and warns about symptoms. Called on all ranks; waits for the device."""
+        stats = self._means()
         if self.diversity_prompts:
-            signs["student/diversity"] = float(self._diversity(trainer, module))
-            self._log(trainer, "student/diversity", signs["student/diversity"])
-        for warning in self.diagnosis.read(signs):
+            stats["student/diversity"] = float(self._diversity(trainer, module))
+            self._log(trainer, "student/diversity", stats["student/diversity"])
+        for warning in self.diagnosis.read(stats):
             self.warnings.append(warning)
             rank_zero_warn(f"Student update {module.student_updates}: {warning}")
 
     def state_dict(self) -> dict[str, Any]:
-        """A resumed run compares with the same prompts, and with what the run had been."""
+        """The prompts and the history that a resumed run compares with."""
         return {"prompts": self.prompts, "diagnosis": self.diagnosis.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
         self.prompts = state_dict["prompts"]
         self.diagnosis.load_state_dict(state_dict["diagnosis"])
 
     def _check_features(self, module: OneStepDistillation) -> None:
-        judged = module.real_score is not None
+        available = module.real_score is not None
         if isinstance(self.features, BottleneckFeatures):
-            judged = judged or module.fake_score is not None
+            available = available or module.fake_score is not None
         elif not self.features.needs_real_score:
-            judged = True
-        if not judged:
+            available = True
+        if not available:
             raise ValueError(
-                f"Health compares samples by {type(self.features).__name__}, and this stage has no network for it to ask; "
+                f"Health compares samples by {type(self.features).__name__}, and this stage has no network that computes them; "
                 "give features of an image network as Health.features, or set diversity_prompts to 0."
             )
 
@@ -174,7 +173,7 @@ class Health(Callback):
 
     @staticmethod
     def _log(trainer: pl.Trainer, name: str, value: float) -> None:
-        """At once: `log` would drop what falls between two of `log_every_n_steps`."""
+        """Logs directly: `log` would drop values between two multiples of `log_every_n_steps`."""
         for logger in trainer.loggers:
             logger.log_metrics({name: value}, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
         trainer.callback_metrics[name] = torch.tensor(value)

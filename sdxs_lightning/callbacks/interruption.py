@@ -11,17 +11,17 @@ from lightning.pytorch.callbacks import Checkpoint
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.callbacks.ranks import Ranks
+from sdxs_lightning.core.child_process import SIGNALS
 from sdxs_lightning.core.errors import Interrupted
-
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interruption(Checkpoint):
     """Turns a signal into a checkpoint between two iterations, on all ranks at the same batch.
 
-    The handlers only set a flag. Lightning's own are replaced: they save, or broadcast, from inside the handler, where the
-    training may be in the middle of an update or of another collective. A second Ctrl-C stops at once, without saving.
-    It derives from Lightning's `Checkpoint` to run after the callbacks that train, measure and log.
+    The handlers only set a flag. Lightning's own never come into force: they save, or broadcast, from inside the handler,
+    where the training may be in the middle of an update or of another collective, and under SLURM they requeue by
+    themselves. A second Ctrl-C stops at once, without saving. It derives from Lightning's `Checkpoint` to run after the
+    callbacks that train, measure and log.
 
     Args:
         agree_every_n_batches: with several processes, how often they ask each other over the host network whether one of them
@@ -43,12 +43,21 @@ class Interruption(Checkpoint):
         self._batches = 0
         self._before: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the signals; by now Lightning has set its handlers."""
+    def install(self, trainer: pl.Trainer) -> None:
+        """Takes over the signals. Called before anything slow, such as indexing; a second call does nothing."""
+        if self._before:
+            return
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._remember)
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         # Lightning broadcasts its own flag and reads it back on every batch: a wait for the device at each step.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def restore(self) -> None:
+        """Gives the signals back the meaning that they had before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._signal == signal.SIGINT:
@@ -58,6 +67,40 @@ class Interruption(Checkpoint):
         sys.stderr.write(
             f"\n{signal.Signals(number).name}: stopping after a checkpoint at the next step boundary{again}\n"
         )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """The data are prepared; stops if a signal came.
+
+        Raises:
+            Interrupted: on all ranks.
+        """
+        self.install(trainer)
+        self._stop_before_training()
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The networks are loaded; stops if a signal came.
+
+        Raises:
+            Interrupted: on all ranks.
+        """
+        self._stop_before_training()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The other callbacks have measured what they measure at the start; stops if a signal came.
+
+        Raises:
+            Interrupted: on all ranks.
+        """
+        self._stop_before_training()
+
+    def _stop_before_training(self) -> None:
+        number = self.ranks.highest(self._signal)
+        if number:
+            raise Interrupted(
+                f"stopped by {signal.Signals(number).name} before the first update of this start, so there was nothing to save; "
+                "run the same command again",
+                number,
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -70,7 +113,7 @@ class Interruption(Checkpoint):
         self._batches += 1
         if self._agreed == 0 and (self.ranks.count == 1 or self._batches % self.agree_every_n_batches == 0):
             self._agreed = self.ranks.highest(self._signal)
-        if self._agreed and counts_of(trainer).between_turns:
+        if self._agreed and counts_of(trainer).between_iterations:
             self._stop(trainer)
 
     def _stop(self, trainer: pl.Trainer) -> None:
@@ -80,22 +123,18 @@ class Interruption(Checkpoint):
         if saver is None:
             saved = "nothing was saved, because the run has no Checkpointing callback"
         else:
-            saved = (
-                f"everything is in {saver.save(trainer)}; go on with the same command and --ckpt_path last"
-            )
+            # A regular checkpoint of this student update is enough: a resumed run repeats the few iterations since, bit by
+            # bit, and a second save could exceed the time that the scheduler gives.
+            folder = saver.saved_at(trainer, updates) or saver.save(trainer)
+            saved = f"everything is in {folder}; go on with the same command and --ckpt_path auto (or last)"
         raise Interrupted(f"stopped by {name} after student update {updates}: {saved}", self._agreed)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on nothing is left to save: signals mean what they meant before."""
-        self._give_back()
+        """From here on nothing is left to save."""
+        self.restore()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """The same when the training fails."""
-        self._give_back()
-
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
+        self.restore()

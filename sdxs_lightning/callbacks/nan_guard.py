@@ -1,4 +1,4 @@
-"""Stops a run whose numbers are no numbers any more, before it overwrites its good checkpoints."""
+"""Stops a run with NaN or infinite values before it overwrites its good checkpoints."""
 
 from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
@@ -18,21 +18,21 @@ NEVER = torch.iinfo(torch.int64).max
 
 @runtime_checkable
 class KnowsLastGood(Protocol):
-    """The callback that keeps the checkpoints."""
+    """The callback that writes checkpoints; a protocol, because that callback imports this module."""
 
     def last_good(self, trainer: pl.Trainer) -> str:
-        """The newest complete checkpoint, in words for a message."""
+        """Names the newest complete checkpoint, for a message."""
 
 
 class NanGuard(Callback):
-    """Watches the logged losses and gradient norms on the device and reads the verdict now and then.
+    """Checks logged losses and gradient norms for NaN and infinity, and the weights before each checkpoint.
 
-    Each batch notes, without waiting for the device, the first iteration at which a watched scalar was not finite. The notes are
-    read every n batches, and before each checkpoint together with the weights.
+    After each batch the first iteration at which a watched scalar was not finite is recorded on the device, without waiting for
+    it. The records are copied to the host every n batches and before each checkpoint.
 
     Args:
-        read_every_n_batches: each reading waits for the device; a run that diverged goes on for at most so long.
-        watch: endings of the logged names that are watched. The part of a name before the slash is the network.
+        read_every_n_batches: each reading waits for the device; a diverged run continues for at most this long.
+        watch: suffixes of the logged names to check. The part of a name before the slash is the network.
 
     Raises:
         ValueError: unless read_every_n_batches is at least 1.
@@ -51,25 +51,25 @@ class NanGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes; every n batches reads."""
+        """Records; every n batches reads."""
         iteration = counts_of(trainer).iterations
         for name, value in trainer.callback_metrics.items():
             if name.endswith(self.watch):
-                self._note(name, value, iteration)
+                self._record(name, value, iteration)
         if (batch_idx + 1) % self.read_every_n_batches == 0:
             self.read(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A last look, before the final checkpoint and the export."""
+        """Reads before the final checkpoint and the export."""
         self.read(trainer)
 
-    def _note(self, name: str, value: Tensor, iteration: int) -> None:
+    def _record(self, name: str, value: Tensor, iteration: int) -> None:
         now = torch.where(torch.isfinite(value.detach()), NEVER, iteration)
         before = self._first_bad.get(name)
         self._first_bad[name] = now if before is None else torch.minimum(before, now)
 
     def read(self, trainer: pl.Trainer) -> None:
-        """Stops all ranks if any of them has seen a number that is not finite. A collective.
+        """Stops all ranks if any of them recorded a value that is not finite. A collective.
 
         Raises:
             TrainingDiverged: with the iteration, the network and the last good checkpoint.
@@ -112,7 +112,7 @@ class NanGuard(Callback):
 
 
 def check_before_saving(trainer: pl.Trainer) -> None:
-    """What every guard of the run says before a checkpoint; bad weights must not push out good ones."""
+    """Runs every guard's checks before a checkpoint, so that bad weights never replace good ones."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
     for callback in callbacks:
         if isinstance(callback, NanGuard):

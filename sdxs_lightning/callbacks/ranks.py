@@ -5,8 +5,12 @@ one rank sees (a signal, a full disk) is first made known to all, over gloo: on 
 wait for the accelerator as a collective of the training's own group would.
 """
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -21,9 +25,14 @@ class Ranks:
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
     @property
+    def number(self) -> int:
+        """This process's rank."""
+        return 0 if self.count == 1 else dist.get_rank()
+
+    @property
     def first(self) -> bool:
         """Whether this process is rank 0, which alone writes and speaks."""
-        return self.count == 1 or dist.get_rank() == 0
+        return self.number == 0
 
     def highest(self, value: int) -> int:
         """The largest of the ranks' values. A collective: all ranks call it."""
@@ -33,13 +42,21 @@ class Ranks:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group())
         return int(tensor.item())
 
+    def gathered(self, value: T) -> list[T]:
+        """The ranks' values, in the order of ranks, on all ranks. A collective."""
+        if self.count == 1:
+            return [value]
+        values: list[T | None] = [None] * self.count
+        dist.all_gather_object(values, value, group=self._host_group())
+        return values  # type: ignore[return-value]  # none is left
+
+    def of_first(self, value: T) -> T:
+        """Rank 0's value, on all ranks. A collective."""
+        return self.gathered(value)[0]
+
     def first_message(self, message: str | None) -> str | None:
         """The message of the lowest rank that has one, on all ranks. A collective."""
-        if self.count == 1:
-            return message
-        messages: list[str | None] = [None] * self.count
-        dist.all_gather_object(messages, message, group=self._host_group())
-        return next((one for one in messages if one), None)
+        return next((one for one in self.gathered(message) if one), None)
 
     def wait(self) -> None:
         """Waits until all ranks are here."""

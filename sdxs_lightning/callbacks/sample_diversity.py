@@ -1,4 +1,4 @@
-"""Diversity: how far samples of one prompt are apart. A student that collapses gives them all the same picture."""
+"""Diversity: mean feature distance between samples of one prompt. A collapsed student maps all noise to the same image."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sdxs_lightning.stages.distillation.sample import DistillationContext
 def pairwise_distance(features: Mapping[str, Tensor]) -> Tensor:
     """Mean distance of two samples' features, each scaled to length 1.
 
-    0 for equal samples, sqrt(2) for features at right angles; a factor that all features share does not count. Features
-    keep their places: the same object somewhere else is another sample.
+    0 for equal samples, sqrt(2) for orthogonal features; a common scale of the features cancels. Features keep their spatial
+    positions: the same object somewhere else is another sample.
 
     Args:
-        features: (B, ...) of B samples of one prompt, by layer; layers count alike.
+        features: (B, ...) of B samples of one prompt, by layer; all layers have the same weight.
 
     Returns:
         (), float32.
@@ -42,12 +42,12 @@ def pairwise_distance(features: Mapping[str, Tensor]) -> Tensor:
 
 
 class BottleneckFeatures:
-    """The bottleneck of the real score, or of the fake score where there is no real one: no further network.
+    """Bottleneck features of the real score, or of the fake score if there is no real score; needs no further network.
 
-    The fake score learns, so distances by it drift a little while the run goes on.
+    The fake score is trained, so distances in its features drift slowly during the run.
 
     Args:
-        timestep: what the U-Net is told of the latents, which are clean; 0 is the truth.
+        timestep: passed to the U-Net with the clean latents; 0 is their true noise level.
     """
 
     needs_real_score = False
@@ -58,23 +58,21 @@ class BottleneckFeatures:
         self.timestep = timestep
 
     def build(self, family: Family) -> None:
-        """See `MatchedFeatures`."""
+        """Has nothing to load."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """See `MatchedFeatures`."""
+        """Has nothing to move."""
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """See `MatchedFeatures`."""
         return {}
 
     def __call__(
         self, latents: Tensor, conditioning: Conditioning, context: DistillationContext
     ) -> dict[str, Tensor]:
-        """See `MatchedFeatures`."""
-        judge = context.real_score if context.real_score is not None else context.fake_score
-        assert judge is not None
+        network = context.real_score if context.real_score is not None else context.fake_score
+        assert network is not None
         timesteps = torch.full((len(latents),), self.timestep, dtype=torch.int64, device=latents.device)
-        return {"bottleneck": judge.features(latents, timesteps, conditioning)}
+        return {"bottleneck": network.features(latents, timesteps, conditioning)}
 
 
 @torch.no_grad()
@@ -87,17 +85,17 @@ def measure_diversity(
     samples_per_prompt: int,
     seed: int = 0,
 ) -> Tensor:
-    """Mean over prompts of `pairwise_distance` among the student's samples of each, from fixed noise.
+    """Mean over prompts of the `pairwise_distance` of the student's samples, from fixed noise.
 
-    Every rank measures the same, since a sharded network needs them all.
+    Every rank measures the same, since a sharded network needs all ranks.
 
     Args:
-        student: as it is now, not its average, which would show a collapse late.
+        student: the current one; its average would show a collapse late.
         family: encodes the prompts.
-        context: the networks that the features may ask.
-        features: what samples are compared by; built and moved.
+        context: the networks that the features may use.
+        features: features in which samples are compared; built and on the device.
         captions: the prompts.
-        samples_per_prompt: at least 2; so many are made at once.
+        samples_per_prompt: at least 2; generated as one batch.
         seed: of the noise.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The ends a run may come to that are no bugs: each has one sentence for the user and its own exit code.
+"""The ways a run ends that are not bugs: each has one sentence for the user and its own exit code.
 
 | exit code | meaning |
 |---|---|
@@ -6,10 +6,10 @@
 | 1 | unexpected: a bug, shown with its traceback |
 | 2 | the configuration or an input was refused; nothing was trained |
 | 3 | the training diverged (NaN or infinity); starting it again as it is would not help |
-| 4 | a checkpoint could not be written; the previous one is whole |
-| 128 + signal (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM) | interrupted after a checkpoint; `--ckpt_path last` goes on |
+| 4 | a checkpoint could not be written; the previous one is intact |
+| 128 + signal (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM) | interrupted after a checkpoint; `--ckpt_path auto` resumes |
 
-The last row is the shells' own convention, so that a job script can requeue on 138 and 143 and on nothing else.
+The last row is the convention of shells, so that a job script can requeue on 138 and 143.
 """
 
 import signal as signals

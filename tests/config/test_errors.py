@@ -235,7 +235,7 @@ def test_a_checkpoint_folder_that_cannot_be_written(
 def test_last_without_a_checkpoint(run: Callable[..., tuple[int, str]]) -> None:
     code, said = run(None, "--ckpt_path", "last")
     assert code == 2
-    assert "found none; leave --ckpt_path away to begin anew" in said
+    assert "found none; use --ckpt_path auto to begin a new run" in said
 
 
 def test_a_second_run_in_the_same_folder_needs_a_word(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import signal
 from typing import Any
@@ -14,14 +15,23 @@ class RaiseSignal(Callback):
 
     Args:
         name: SIGTERM, SIGUSR1 or SIGINT.
-        batch: which.
+        batch: which; 0 is before the training.
         rank: of which process.
         times: how often in a row.
+        group: sends it to the whole process group, reading workers included, as SLURM does.
     """
 
-    def __init__(self, name: str, batch: int, rank: int = 0, times: int = 1) -> None:
+    def __init__(self, name: str, batch: int, rank: int = 0, times: int = 1, group: bool = False) -> None:
         self.signal, self.batch, self.rank, self.times = signal.Signals[name], batch, rank, times
+        self.group = group
         self.seen = 0
+        if group:
+            os.setpgid(0, 0)  # a group of its own: not the process that started this one
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before the training: a batch of that number never comes."""
+        if self.batch == 0 and trainer.global_rank == self.rank:
+            signal.raise_signal(self.signal)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -29,7 +39,10 @@ class RaiseSignal(Callback):
         self.seen += 1
         if self.seen == self.batch and trainer.global_rank == self.rank:
             for _ in range(self.times):
-                signal.raise_signal(self.signal)
+                if self.group:
+                    os.killpg(0, self.signal)
+                else:
+                    signal.raise_signal(self.signal)
 
 
 class FullDisk(Callback):

@@ -1,4 +1,4 @@
-"""The health callback on real, tiny runs: what it measures, when it waits for the device, and what makes it speak."""
+"""The health callback on real, tiny runs: what it measures, when it waits for the device, and when it warns."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Readings(Callback):
 def test_a_healthy_run_is_silent_and_logs_everything(
     base: Base, shards: Path, tmp_path: Path, kind: str
 ) -> None:
-    # A random network's epsilon at the last timesteps is no picture: its latents are far out from the start.
+    # A random network's epsilon at the last timesteps is no image: its latents are far out from the start.
     health = Probe(2, Thresholds(readings=2, saturation=0.5))
     module = distillation(base(kind), **healthy())
     logger = CSVLogger(tmp_path)
@@ -137,7 +137,7 @@ def test_features_of_ones_own_on_the_prompts_of_the_first_batch(base: Base, shar
     module = distillation(base("sd-v_prediction"), gan=False, update_schedule=update_schedule)
     fit(module, shards, 6, callbacks=[health], shuffled=False)
     assert features.calls == ["build", "to", "5", "5", "5"]
-    # Read at the second student update; the iterations of the critic before and after the third are not counted.
+    # Read at the second student update; the iterations of the fake score before and after the third are not counted.
     assert module.student_updates == 3 and set(health._counted.values()) == {1}
     assert health.prompts == ["a red circle", "a green square", "a blue triangle", "a yellow circle"]
 
@@ -253,7 +253,9 @@ def test_settings_that_are_refused(settings: dict[str, int], message: str) -> No
 def test_features_of_a_network_that_is_not_there_are_refused(base: Base, shards: Path) -> None:
     module = distillation(base("sd-epsilon"), distribution_matching=None)
     health = Health(features=EncoderFeatures())
-    with pytest.raises(ValueError, match="by EncoderFeatures, and this stage has no network for it to ask"):
+    with pytest.raises(
+        ValueError, match="by EncoderFeatures, and this stage has no network that computes them"
+    ):
         fit(module, shards, 1, callbacks=[health])
 
 

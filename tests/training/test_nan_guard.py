@@ -1,4 +1,4 @@
-"""The guard's own arithmetic; how a run ends by it is in tests/config/test_errors.py."""
+"""NanGuard by itself; how it ends a run is tested in tests/config/test_errors.py."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ class ScalarReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_the_first_bad_turn_is_kept(bad: float) -> None:
+def test_the_first_bad_iteration_is_kept(bad: float) -> None:
     guard = NanGuard()
     for iteration, value in enumerate([1.0, bad, 2.0, bad]):
-        guard._note("student/loss", torch.tensor(value), iteration)
-        guard._note("fake_score/loss", torch.tensor(1.0), iteration)
+        guard._record("student/loss", torch.tensor(value), iteration)
+        guard._record("fake_score/loss", torch.tensor(1.0), iteration)
     assert guard._first_bad["student/loss"].item() == 1
     assert guard._first_bad["fake_score/loss"].item() == NEVER
 
 
-def test_weights_are_judged_by_network() -> None:
+def test_bad_weights_are_named_by_network() -> None:
     named = [
         ("student.a", torch.ones(3)),
         ("student.b", torch.full((2,), 3e38)),  # finite, although its square is not

@@ -84,8 +84,8 @@ def same(one: Any, two: Any, where: str = "") -> None:
 @pytest.mark.parametrize("cut", [2, 14])
 def test_resumed_run_equals_the_uninterrupted_one(base: Base, shards: Path, tmp_path: Path, cut: int) -> None:
     folder = base("sd-v_prediction")
-    whole, straight = Witness(tmp_path / "cut.ckpt", cut), module_for(folder)
-    trainer = fit(straight, shards, 2 * ITERATIONS, batch_size=8, callbacks=[whole])
+    all_batches, straight = Witness(tmp_path / "cut.ckpt", cut), module_for(folder)
+    trainer = fit(straight, shards, 2 * ITERATIONS, batch_size=8, callbacks=[all_batches])
     trainer.save_checkpoint(tmp_path / "straight.ckpt")
 
     torch.manual_seed(12345)  # the global state must not matter
@@ -95,7 +95,7 @@ def test_resumed_run_equals_the_uninterrupted_one(base: Base, shards: Path, tmp_
     )
     trainer.save_checkpoint(tmp_path / "resumed.ckpt")
 
-    assert rest.seen == whole.seen[cut:]
+    assert rest.seen == all_batches.seen[cut:]
     assert (resumed.iterations, resumed.student_updates) == (ITERATIONS, 2 + 3)
     contents = [torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("straight", "resumed")]
     for part in (
@@ -122,7 +122,7 @@ def test_finished_run_does_nothing_when_resumed(base: Base, shards: Path, tmp_pa
     assert not witness.seen and (again.student_updates, again.iterations) == (3, 4)
 
 
-def test_checkpoint_inside_a_turn_says_what_is_lost(base: Base, shards: Path, tmp_path: Path) -> None:
+def test_checkpoint_inside_an_iteration_warns(base: Base, shards: Path, tmp_path: Path) -> None:
     module = module_for(base("sd-epsilon"))
     trainer = fit(module, shards, 3)
     assert module.micro_batches == 1

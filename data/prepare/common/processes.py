@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import queue
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
 
+from sdxs_lightning.core.child_process import leave_signals_to_parent, signals_ignored
 from sdxs_lightning.core.errors import Interrupted, RunStopped
 
 OnProgress = Callable[[Any], None]
@@ -68,6 +70,8 @@ def _run_in_processes(job: Job, processes: int, tasks: Sequence[int], on_progres
     # CUDA does not survive a fork of this process; a fork server has not initialised it, and imports everything once.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([type(job).__module__])
+    with signals_ignored():
+        multiprocessing.forkserver.ensure_running()
     messages: Any = context.Queue()
     workers = [
         context.Process(target=_work, args=(job, i, tasks[i::processes], messages), daemon=True)
@@ -79,7 +83,7 @@ def _run_in_processes(job: Job, processes: int, tasks: Sequence[int], on_progres
         _wait(workers, messages, on_progress)
     finally:
         for worker in workers:
-            worker.terminate()
+            worker.kill()  # they ignore SIGTERM
             worker.join()
 
 
@@ -105,9 +109,7 @@ def _wait(workers: Sequence[BaseProcess], messages: Any, on_progress: OnProgress
 def _work(job: Job, process: int, tasks: Sequence[int], messages: Any) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process; the parent terminates this one
+    leave_signals_to_parent()
 
     def on_progress(content: Any) -> None:
         # A command that was killed cannot terminate its processes. getppid would not tell: it is the fork server, which
