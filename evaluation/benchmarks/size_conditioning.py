@@ -1,4 +1,4 @@
-"""Does an SDXL-kind toy base listen to original size and crop? `python -m evaluation.benchmarks.size_conditioning --out FILE.json`."""
+"""Does a toy base respond to original size and crop? `python -m evaluation.benchmarks.size_conditioning --out FILE.json`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from evaluation.runner.machine import where
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
-from sdxs_lightning.families.sdxl import StableDiffusionXL
+from sdxs_lightning.families import Family
+from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 
@@ -40,7 +41,7 @@ def sharpness(images_uint8: Tensor) -> float:
 
 @torch.no_grad()
 def draw(
-    family: StableDiffusionXL,
+    family: Family,
     sampler: TargetSampler,
     protocol: Protocol,
     batch_size: int,
@@ -63,7 +64,11 @@ def draw(
 
 def measure_conditioning(base: str, protocol: Protocol, steps: int, batch_size: int) -> dict[str, Any]:
     """Sharpness and caption accuracy of the same prompts and noise under three tellings, and of real pictures."""
-    family = StableDiffusionXL(base)
+    family = detect_family(base)
+    if family.encode_prompts([""]).add_time_ids is None:
+        raise ValueError(
+            f"'{base}' is not conditioned on sizes (its prompts have no add_time_ids); give a base that is."
+        )
     unet = family.load_unet().eval().requires_grad_(False)
     sampler = TargetSampler(Denoiser(unet, family.schedule, family.prediction_type), steps, GUIDANCE_SCALE)
     side = family.resolution

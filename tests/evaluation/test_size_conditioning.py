@@ -14,7 +14,7 @@ from evaluation.protocols.protocols import get_protocol
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler
-from tests.helpers.tiny import save_tiny_sdxl
+from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl
 
 
 def test_sharpness_falls_with_the_original_size() -> None:
@@ -40,3 +40,8 @@ def test_what_is_told_reaches_the_network_and_the_rest_is_equal(tmp_path: Path) 
 def test_a_missing_base_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="size_conditioning: .*nowhere"):
         main(["--base", str(tmp_path / "nowhere")])
+
+
+def test_a_base_without_size_conditioning_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="size_conditioning: .*is not conditioned on sizes"):
+        main(["--base", str(save_tiny_sd(tmp_path / "sd"))])
