@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-from evaluation.reports.tables import LOWER_IS_BETTER, interval, markdown_table, number, title
+from evaluation.reports.markdown import LOWER_IS_BETTER, interval, markdown_table, number, title
+from evaluation.user_errors import as_user_errors
+from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import UserError
 
 OLD_METRICS = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity")
-"""Of results without intervals: one fingerprint for all."""
+"""Metrics of results without intervals, which have one fingerprint for all metrics."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Puts results of `python -m evaluation.evaluate` side by side; refuses numbers that are not comparable."""
+
+    EXAMPLES: ClassVar[str] = (
+        "python -m evaluation.compare student.json teacher.json --metrics fid clip_score"
+    )
+
+    results: Annotated[tuple[Path, ...], Option(positional=True)]
+    """Results, FILE.json."""
+    metrics: tuple[str, ...] = ()
+    """Metrics; by default those that all results have."""
+    out: Annotated[Path | None, Option(metavar="FILE.md")] = None
+    """Writes the table there too."""
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `python -m evaluation.evaluate` wrote.
+    """Reads a result of `python -m evaluation.evaluate`.
 
     Raises:
         UserError: for another file.
@@ -40,18 +57,18 @@ def read_result(path: Path) -> dict[str, Any]:
             if name in result
         }
     if not isinstance(result, dict) or not result.get("metrics"):
-        raise UserError(f"'{path}' is no result of `python -m evaluation.evaluate`: it has no `metrics`.")
+        raise UserError(f"'{path}' is not a result of `python -m evaluation.evaluate`: it has no `metrics`.")
     return result
 
 
-def chosen_metrics(results: Mapping[str, Mapping[str, Any]], wanted: Sequence[str] | None) -> list[str]:
-    """Metrics to put side by side: the wanted ones, or those that all results have.
+def chosen_metrics(results: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:
+    """The wanted metrics, or those that all results have.
 
     Raises:
         UserError: if a result lacks one, or if they share none.
     """
     first = next(iter(results.values()))["metrics"]
-    if wanted is None:
+    if not wanted:
         shared = [name for name in first if all(name in result["metrics"] for result in results.values())]
         if not shared:
             having = "; ".join(
@@ -66,19 +83,21 @@ def chosen_metrics(results: Mapping[str, Mapping[str, Any]], wanted: Sequence[st
     return list(wanted)
 
 
-def differences(first: Any, second: Any, name: str = "") -> list[str]:
-    """In what two settings differ, as `key: a != b`."""
+def setting_differences(first: Any, second: Any, name: str = "") -> list[str]:
+    """Differences of two settings, each as `key: a != b`."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         keys = dict.fromkeys([*first, *second])
         return [
-            said
+            difference
             for key in keys
-            for said in differences(first.get(key), second.get(key), f"{name}.{key}" if name else key)
+            for difference in setting_differences(
+                first.get(key), second.get(key), f"{name}.{key}" if name else key
+            )
         ]
     return [] if first == second else [f"{name}: {first} != {second}"]
 
 
-def refuse_what_differs(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> None:
+def require_equal_hashes(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> None:
     """Checks that each metric has one hash.
 
     Raises:
@@ -90,11 +109,13 @@ def refuse_what_differs(results: Mapping[str, Mapping[str, Any]], metrics: Seque
         for other_label, other in results.items():
             mine, theirs = first["metrics"][metric], other["metrics"][metric]
             if mine["hash"] != theirs["hash"] and metric not in refused:
-                said = (
-                    ", ".join(differences(mine["settings"], theirs["settings"]))
+                reason = (
+                    ", ".join(setting_differences(mine["settings"], theirs["settings"]))
                     or "their protocol hashes differ"
                 )
-                refused[metric] = f"{title(metric)} of {label} and {other_label} do not compare ({said})"
+                refused[metric] = (
+                    f"{title(metric)} of {label} and {other_label} are not comparable ({reason})"
+                )
     if refused:
         rest = [metric for metric in metrics if metric not in refused]
         advice = f"; --metrics {' '.join(rest)} compares" if rest else ""
@@ -102,7 +123,7 @@ def refuse_what_differs(results: Mapping[str, Mapping[str, Any]], metrics: Seque
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Short names that differ: file names, or paths where those are equal."""
+    """Distinct short names: file names, or paths where file names are equal."""
     names = [path.stem for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -114,7 +135,7 @@ def labels_of(paths: Sequence[Path]) -> list[str]:
 
 
 def comparison(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
-    """The table, in Markdown; the best value of a column is bold."""
+    """The table as Markdown; the best value of a column is bold."""
     best = {}
     for metric in metrics:
         values = [result["metrics"][metric]["value"] for result in results.values()]
@@ -131,33 +152,26 @@ def comparison(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str])
     first = next(iter(results.values()))["metrics"]
     header = ["", *(title(metric) + (" ↓" if metric in LOWER_IS_BETTER else " ↑") for metric in metrics)]
     notes = ", ".join(f"{title(m)} {first[m]['hash']} (N = {first[m]['samples']})" for m in metrics)
-    return f"{markdown_table(header, rows)}\nProtocol hashes: {notes}. In brackets: 95 % intervals.\n"
+    return f"{markdown_table(header, rows)}\nProtocol hashes: {notes}. In brackets: 95 % intervals."
+
+
+@as_user_errors()
+def compare(options: CompareOptions) -> str:
+    """Reads the results and returns their table."""
+    labels = labels_of(options.results)
+    results = {label: read_result(path) for label, path in zip(labels, options.results, strict=True)}
+    metrics = chosen_metrics(results, options.metrics)
+    require_equal_hashes(results, metrics)
+    table = comparison(results, metrics)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(f"{table}\n")
+    return table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.compare",
-        description="Put results of `python -m evaluation.evaluate` side by side; refuses what does not compare.",
-        epilog="example: python -m evaluation.compare student.json teacher.json --metrics fid clip_score",
-        allow_abbrev=False,
-    )
-    parser.add_argument("results", nargs="+", type=Path, metavar="FILE.json")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="default: those that all results have")
-    parser.add_argument("--out", type=Path, metavar="FILE.md", help="write the table there too")
-    options = parser.parse_args(arguments)
-    try:
-        labels = labels_of(options.results)
-        results = {label: read_result(path) for label, path in zip(labels, options.results, strict=True)}
-        metrics = chosen_metrics(results, options.metrics)
-        refuse_what_differs(results, metrics)
-        table = comparison(results, metrics)
-        if options.out is not None:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(table)
-    except (UserError, OSError) as error:
-        sys.exit(f"compare: {error}")
-    sys.stdout.write(table)
+    run_command("python -m evaluation.compare", CompareOptions, compare, arguments)
 
 
 if __name__ == "__main__":

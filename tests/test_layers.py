@@ -16,8 +16,7 @@ ROOMS = {
     "networks": {"core", "families", "objectives"},
     "training": {"core", "networks"},
     "pairs": {"core", "families", "networks"},
-    "export": {"core", "families", "networks"},
-    "stages": {"core", "families", "surgery", "networks", "objectives", "training", "pairs", "export"},
+    "stages": {"core", "families", "surgery", "networks", "objectives", "training", "pairs"},
 }
 """Folders of sdxs_lightning, and which others each may import, beside itself."""
 
@@ -28,6 +27,7 @@ TOP = {
     "command_line",
     "config_errors",
     "config_files",
+    "export",
     "prune",
     "renamed",
 }

@@ -9,14 +9,15 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.protocols.protocols import REPOSITORY
+from sdxs_lightning.core.errors import RunStopped
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = "--model.init_args."
 DISTILL, FINISH = "toy/distill.yaml", "toy/finish.yaml"
 WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
 SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
-"""What `python -m data.prepare pairs` wrote; all seeds share it."""
+"""Output of `python -m data.prepare pairs`; shared by all seeds."""
 COST = "cost.json"
 
 
@@ -25,9 +26,9 @@ class Recipe:
     """One row: a stage with its settings, and the student that it starts from."""
 
     configs: tuple[str, ...]
-    """Files under configs/, laid over each other."""
+    """Files under configs/, each overriding those before it."""
     start: str | None = None
-    """Row or U-Net folder that gives the student's first weights; None is the base."""
+    """Row or U-Net folder of the student's initial weights; None is the base."""
     flags: tuple[str, ...] = ()
     """Further arguments of train.py."""
 
@@ -59,28 +60,23 @@ RECIPES: dict[str, Recipe] = {
     "pruned_segmented+finish": _finish_of("pruned_segmented"),
     "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
 }
-"""By name of the row. Those without a start, or with a folder, come before those that start from them."""
+"""By name of the row; a row comes after the one it starts from."""
 
 
 def make_pairs() -> None:
-    """The pairs of every warm-up, by the project's own command; does nothing where they are complete."""
-    options = ["--captions", "toy:train", "--count", "8192", "--steps", "8", "--guidance", "1.5"]
-    line = [
-        sys.executable,
-        "-m",
-        "data.prepare",
-        "pairs",
-        "--model",
-        "data/toy/base",
-        *options,
-        "--batch-size",
-        "64",
-    ]
-    subprocess.run([*line, "--out", PAIRS], cwd=REPOSITORY, check=True)
+    """Makes the (noise, latents) pairs of every warm-up; does nothing if they are complete.
+
+    Raises:
+        RunStopped: if that fails.
+    """
+    line = f"""-m data.prepare pairs --model data/toy/base --captions toy:train --count 8192 --steps 8
+        --guidance 1.5 --batch-size 64 --out {PAIRS}"""
+    if subprocess.run([sys.executable, *line.split()], cwd=REPOSITORY, check=False).returncode:
+        raise RunStopped("the pairs could not be made; the message is above.")
 
 
 def run_folder(root: Path, row: str, seed: int) -> Path:
-    """Where a row's run with a seed lies."""
+    """Folder of a row's run."""
     return root / row / f"seed{seed}"
 
 
@@ -92,9 +88,9 @@ def command(root: Path, row: str, seed: int) -> list[str]:
     start = recipe.start
     if start in RECIPES:
         start = str(run_folder(root, start, seed) / "pipeline")
-    weights = [f"{MODEL}student.init_args.weights={start or 'null'}"]
-    folder = [f"--trainer.default_root_dir={run_folder(root, row, seed)}", f"--seed_everything={seed}"]
-    return [*line, *weights, *recipe.flags, *folder]
+    weights = f"{MODEL}student.init_args.weights={start or 'null'}"
+    folder = f"--trainer.default_root_dir={run_folder(root, row, seed)}"
+    return [*line, weights, *recipe.flags, folder, f"--seed_everything={seed}"]
 
 
 def is_finished(root: Path, row: str, seed: int) -> bool:
@@ -103,10 +99,10 @@ def is_finished(root: Path, row: str, seed: int) -> bool:
 
 
 def train(root: Path, row: str, seed: int) -> None:
-    """Runs a row, and first what it starts from; does nothing if its pipeline is there.
+    """Runs a row after the rows that it starts from; does nothing if its pipeline exists.
 
     Raises:
-        RuntimeError: if train.py fails; its last words are in the run's log.
+        RunStopped: if train.py fails.
     """
     folder, start = run_folder(root, row, seed), RECIPES[row].start
     if is_finished(root, row, seed):
@@ -122,14 +118,14 @@ def train(root: Path, row: str, seed: int) -> None:
         code = subprocess.run(
             line, cwd=REPOSITORY, stdout=log, stderr=subprocess.STDOUT, check=False
         ).returncode
-    # Of the processor, not of the clock: several rows may run beside each other.
+    # CPU time rather than wall clock: several rows may run at once.
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before + cpu_seconds(folder)
     (folder / COST).write_text(json.dumps({"cpu_seconds": seconds, "command": line[1:]}) + "\n")
     if code:
-        raise RuntimeError(f"{row} with seed {seed} ended with exit code {code}; see {folder / 'log.txt'}")
+        raise RunStopped(f"{row} with seed {seed} ended with exit code {code}; see {folder / 'log.txt'}")
 
 
 def cpu_seconds(folder: Path) -> float:
-    """What a run has cost so far, of one core; 0 where nothing was written down."""
+    """CPU seconds of a run so far; 0 if none are recorded."""
     file = folder / COST
     return float(json.loads(file.read_text())["cpu_seconds"]) if file.is_file() else 0.0

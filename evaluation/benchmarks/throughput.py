@@ -1,52 +1,130 @@
-"""How fast the parts around the networks are: `python -m evaluation.benchmarks.throughput data|resume|metrics --out FILE.json`."""
+"""Speed of everything around the networks: `python -m evaluation.benchmarks.throughput data|resume|metrics --out FILE.json`.
+
+Timings are meaningful as ratios within one run.
+"""
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
-import torch
+from sdxs_lightning.command_line import Command, Option, run_subcommand
+from sdxs_lightning.core.errors import RunStopped
 
-from evaluation.runner.machine import where
-
-_COMMANDS = {
-    "data": "reading shards, against the webdataset package on the same files",
-    "resume": "kill -9 at random moments, and whether what follows is what would have followed",
-    "metrics": "the metrics, against other packages",
-}
+PROGRAM = "python -m evaluation.benchmarks.throughput"
+Count = Annotated[int, Option(at_least=1)]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmarks.throughput",
-        description="Benchmarks of everything that surrounds the networks. Timings mean something as ratios within one run.",
-        epilog="example: python -m evaluation.benchmarks.throughput data --out evaluation/results/throughput_data.json",
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """Options of every benchmark."""
+
+    out: Path | None = None
+    """JSON file to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(Output):
+    """Times reading shards against the webdataset package on the same files."""
+
+    EXAMPLES: ClassVar[str] = f"{PROGRAM} data --out evaluation/results/throughput_data.json"
+
+    jpegs: Count = 2000
+    """JPEG samples."""
+    latents: Count = 2000
+    """Latent samples."""
+    index_samples: Count = 1_000_000
+    """Samples of the index whose resume is timed."""
+    workers: Count = 2
+    """Worker processes."""
+    step_seconds: float = 0.25
+    """Duration of a training step that uses no CPU."""
+    memory_seconds: float = 60.0
+    """How long memory is traced."""
+    repeats: Count = 3
+    """Repeats of every timing."""
+    plot: Path | None = None
+    """PNG file of memory against time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions(Output):
+    """Kills runs with SIGKILL at random steps and checks that each resumed run equals the uninterrupted one."""
+
+    EXAMPLES: ClassVar[str] = f"{PROGRAM} resume --kills 50 --out evaluation/results/resume_kills.json"
+
+    kills: Count = 50
+    """Number of trials."""
+    workers: tuple[int, ...] = (0, 1, 2, 4)
+    """Numbers of worker processes to choose from."""
+    seed: int = 0
+    """Seed of the moments of the kills."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsOptions(Output):
+    """Times the metrics against other packages."""
+
+    EXAMPLES: ClassVar[str] = f"{PROGRAM} metrics --out evaluation/results/throughput_metrics.json"
+
+    dimensions: Count = 2048
+    """Dimensions of the features (Inception: 2048)."""
+    samples: Count = 5000
+    """Images per side, more than dimensions."""
+    few: Count = 500
+    """Images per side, fewer than dimensions."""
+    ranks: Count = 8
+    """Gloo processes that exchange their states."""
+    repeats: Count = 3
+    """Repeats of every timing; the fastest counts, since the machine may be busy."""
+    torchmetrics_sync: bool = False
+    """Also times torchmetrics' own exchange (memory: ranks x 130 MB each)."""
+
+
+COMMANDS = tuple(
+    Command(
+        name, f"evaluation.benchmarks.throughput.{options}", f"evaluation.benchmarks.throughput.run_{name}"
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in _COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary)
-        if name in arguments[:1]:  # the others' packages need not be there
-            module: Any = importlib.import_module(f"evaluation.benchmarks.throughput_{name}")
-            module.add_arguments(command)
-        command.add_argument("--out", type=Path, help="JSON file to write")
-    options = parser.parse_args(arguments)
-    try:
-        result = module.run(options)
-    except (OSError, ValueError) as error:
-        sys.exit(f"throughput {options.command}: {error}")
-    text = json.dumps(result | where(torch.device("cpu")), indent=2)
-    print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+    for name, options in (("data", "DataOptions"), ("resume", "ResumeOptions"), ("metrics", "MetricsOptions"))
+)
+
+
+def _run(name: str, options: Output) -> str:
+    """Runs a benchmark and writes its result.
+
+    Raises:
+        RunStopped: if the benchmark found a failure.
+    """
+    import torch  # after the options were accepted
+
+    from evaluation.runner.machine import where
+    from evaluation.user_errors import as_user_errors
+
+    run: Callable[[Any], dict[str, Any]] = import_module(f"evaluation.benchmarks.throughput_{name}").run
+    with as_user_errors():
+        result = run(options)
+        text = json.dumps(result | where(torch.device("cpu")), indent=2)
+        if options.out is not None:
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+            options.out.write_text(text + "\n")
     if result.get("failed"):
-        sys.exit(f"throughput {options.command}: {result['failed']}")
+        sys.stdout.write(f"{text}\n")
+        raise RunStopped(result["failed"])
+    return text
+
+
+run_data, run_resume, run_metrics = (partial(_run, name) for name in ("data", "resume", "metrics"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_subcommand(PROGRAM, "Benchmarks of everything around the networks.", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

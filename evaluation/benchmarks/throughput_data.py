@@ -2,46 +2,42 @@
 
 from __future__ import annotations
 
-import argparse
+import io
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
 
 from data.shards.datamodule import ShardDataModule
 from data.shards.dataset import Content, ShardDataset
 from data.shards.loader import Pass, ShardLoader
 from data.shards.order import SampleOrder
 from data.shards.scan import scan_shard
-from evaluation.benchmarks import throughput_memory, throughput_webdataset
-from evaluation.benchmarks.throughput_tars import jpeg_tars, latent_tars, many_shards
+from data.shards.writer import Member, ShardWriter, encode_latents
+
+if TYPE_CHECKING:
+    from evaluation.benchmarks.throughput import DataOptions
 
 _SIDE_PX, _IMAGE_BATCH, _LATENT_BATCH = 512, 16, 32
+_JPEG_SIDE_PX = 768
+_DISTINCT = 48
+"""Images and latents that are generated; samples repeat them under other keys."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m evaluation.benchmarks.throughput data`."""
-    parser.add_argument("--jpegs", type=int, default=2000, help="samples (default: %(default)s)")
-    parser.add_argument("--latents", type=int, default=2000, help="samples (default: %(default)s)")
-    parser.add_argument("--index_samples", type=int, default=1_000_000, help="default: %(default)s")
-    parser.add_argument("--workers", type=int, default=2, help="reading processes (default: %(default)s)")
-    parser.add_argument(
-        "--step_seconds", type=float, default=0.25, help="of a training step that takes no CPU time"
-    )
-    parser.add_argument("--memory_seconds", type=float, default=60, help="default: %(default)s")
-    parser.add_argument("--repeats", type=int, default=3, help="of every timing (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, help="PNG of memory against time")
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Every number of one run."""
+def run(options: DataOptions) -> dict[str, Any]:
+    """All numbers of one run."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         jpegs = jpeg_tars(Path(folder, "jpeg"), options.jpegs)
@@ -65,7 +61,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             result[name] = measure()
             print(name, result[name], file=sys.stderr, flush=True)
     if options.plot is not None:
-        throughput_memory.plot(traces, options.plot)
+        plot_memory(traces, options.plot)
     load = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
     return result | load | {"memory_traces": traces}
 
@@ -78,19 +74,19 @@ def _dataset(folder: Path, contents: list[Content], **options: Any) -> ShardData
 
 
 def _rate(read: Callable[[], int]) -> float:
-    """Samples a second of this process's CPU time, which other programs do not take away."""
+    """Samples per second of this process's CPU time, which other programs do not affect."""
     start = time.process_time()
     return read() / (time.process_time() - start)
 
 
 def index_speed(folder: Path) -> dict[str, float]:
-    """Samples indexed a second, by headers alone."""
+    """Samples indexed per second; only headers are read."""
     path = next(folder.glob("*.tar"))
     return {"samples_per_second_and_core": max(_rate(lambda: len(scan_shard(path))) for _ in range(5))}
 
 
 def raw(folder: Path, content: Content, repeats: int) -> dict[str, float]:
-    """Undecoded samples: ours in a shuffled order, webdataset's in the written one."""
+    """Undecoded samples: ours in shuffled order, webdataset's in the written order."""
     dataset = _dataset(folder, [content, "sizes"])
     total = len(dataset)
     bytes_read = 0
@@ -103,15 +99,15 @@ def raw(folder: Path, content: Content, repeats: int) -> dict[str, float]:
         return total
 
     def theirs() -> int:
-        return sum(1 for _ in throughput_webdataset.raw_samples(folder))
+        return sum(1 for _ in webdataset.WebDataset(_urls(folder), shardshuffle=False))
 
     ours()
     rates = [(_rate(ours), _rate(theirs)) for _ in range(repeats)]
     return _compared(max(rate for rate, _ in rates), max(rate for _, rate in rates))
 
 
-def decoded(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Pictures as 512 px tensors at equal numbers of reading processes: by CPU time without, by wall clock with any."""
+def decoded(folder: Path, options: DataOptions) -> dict[str, dict[str, float]]:
+    """Images as 512 px tensors at equal numbers of workers: CPU time without workers, wall clock with them."""
     found = {}
     for workers in (0, options.workers):
         dataset = _dataset(folder, ["images"], resolution=_SIDE_PX)
@@ -121,14 +117,14 @@ def decoded(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, fl
             clock = time.perf_counter if workers else time.process_time
             seconds["ours"].append(_seconds(iter(loader), clock))
             loader.close()
-            theirs = throughput_webdataset.image_batches(folder, _SIDE_PX, _IMAGE_BATCH, workers)
+            theirs = webdataset_batches(folder, _SIDE_PX, _IMAGE_BATCH, workers)
             seconds["theirs"].append(_seconds(theirs, clock))
         found[f"{workers} workers"] = _compared(*(_IMAGE_BATCH / min(times) for times in seconds.values()))
     return found
 
 
 def _seconds(batches: Iterator[Any], clock: Callable[[], float], count: int = 8) -> float:
-    """A batch's, after the first two: starting the processes is no part of it."""
+    """Seconds per batch after the first two, so that starting the workers is not counted."""
     for _ in islice(batches, 2):
         pass
     start = clock()
@@ -140,8 +136,8 @@ def _compared(ours: float, theirs: float) -> dict[str, float]:
     return {"samples_per_second": ours, "webdataset_samples_per_second": theirs, "ratio": ours / theirs}
 
 
-def overhead(folder: Path, options: argparse.Namespace) -> dict[str, float]:
-    """What a training waits for its latents, as a share of steps that themselves leave the CPU alone, as on a GPU."""
+def overhead(folder: Path, options: DataOptions) -> dict[str, float]:
+    """Share of a step spent waiting for latents, with steps that use no CPU, as on a GPU."""
     loader = ShardLoader(_dataset(folder, ["latents", "sizes"]), _LATENT_BATCH, num_workers=options.workers)
     waited, steps = 0.0, 0
     for _ in range(2):
@@ -164,28 +160,28 @@ def overhead(folder: Path, options: argparse.Namespace) -> dict[str, float]:
 
 
 def memories(
-    jpegs: Path, latents: Path, options: argparse.Namespace, traces: dict[str, dict[str, list[float]]]
+    jpegs: Path, latents: Path, options: DataOptions, traces: dict[str, dict[str, list[float]]]
 ) -> dict[str, float]:
-    """How much more memory the second half of the time needed than the first; fills `traces`."""
+    """Peak memory of the second half of the time over that of the first; fills `traces`."""
     traces["512 px images"] = memory(jpegs, "images", options)
     traces["SDXL latents"] = memory(latents, "latents", options)
-    return {name: throughput_memory.growth(trace["megabytes"]) for name, trace in traces.items()}
+    return {name: memory_growth(trace["megabytes"]) for name, trace in traces.items()}
 
 
-def memory(folder: Path, content: Content, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Of this process and its reading processes, epoch after epoch."""
+def memory(folder: Path, content: Content, options: DataOptions) -> dict[str, list[float]]:
+    """Memory of this process and its workers over several epochs."""
     dataset = _dataset(folder, [content], resolution=_SIDE_PX if content == "images" else None)
     loader = ShardLoader(dataset, _IMAGE_BATCH, num_workers=options.workers)
     batches = (batch for _ in range(10**6) for batch in loader)
     try:
-        return throughput_memory.trace(batches, options.memory_seconds, every=10)
+        return memory_trace(batches, options.memory_seconds, every=10)
     finally:
         batches.close()
         loader.close()
 
 
 def first_batch(root: Path, shards: int, samples: int, workers: int) -> dict[str, float]:
-    """From the constructor to the first batch of a run that is resumed in the middle of its second epoch."""
+    """Time from construction to the first batch of a run that resumes in the middle of its second epoch."""
     folder = many_shards(root / f"many-{shards}", shards, samples)
     start = time.perf_counter()
     ShardDataModule(str(folder), 16).prepare_data()
@@ -208,7 +204,7 @@ def first_batch(root: Path, shards: int, samples: int, workers: int) -> dict[str
 
 
 def shuffle_quality() -> dict[str, Any]:
-    """Correlation of written and emitted place at the default window; ranks that a shard comes to in 20 epochs."""
+    """Correlation of written and emitted position at the default window; ranks that a shard reaches in 20 epochs."""
     found: dict[str, float] = {}
     for shards in (16, 64, 100, 200, 1000, 5000):
         order = SampleOrder([200_000 // shards] * shards)
@@ -222,3 +218,146 @@ def shuffle_quality() -> dict[str, Any]:
         "shuffle_correlation_by_shards": found,
         "least_share_of_8_ranks_that_a_shard_visits_in_20_epochs": float(met.mean(axis=1).min()),
     }
+
+
+def webdataset_batches(
+    folder: Path, side_px: int, batch_size: int, workers: int
+) -> Iterator[tuple[Tensor, Any]]:
+    """Images as float tensors in [-1, 1] with captions, as webdataset's documentation reads them: PIL and torchvision."""
+    transform = v2.Compose(
+        [
+            v2.Resize(side_px, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(side_px),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+    )
+    dataset = (
+        webdataset.WebDataset(_urls(folder), shardshuffle=False, nodesplitter=None)
+        .shuffle(100)
+        .decode("pilrgb", handler=webdataset.handlers.reraise_exception)
+        .to_tuple("jpg", "txt")
+        .map_tuple(transform, lambda text: text)
+        .batched(batch_size, partial=False)
+    )
+    yield from webdataset.WebLoader(dataset, batch_size=None, num_workers=workers)
+
+
+def _urls(folder: Path) -> list[str]:
+    return [str(path) for path in sorted(folder.glob("*.tar"))]
+
+
+def resident_mb() -> float:
+    """Megabytes of this process and its children; pages that several share are counted once (PSS of Linux)."""
+    return sum(_proportional_kb(pid) for pid in _family(os.getpid())) / 1024
+
+
+def memory_trace(batches: Iterable[Any], seconds: float, every: int) -> dict[str, list[float]]:
+    """Reads batches for a while and samples the memory after every `every` of them."""
+    start = time.perf_counter()
+    times, megabytes, count = list[float](), list[float](), 0
+    for count, _ in enumerate(batches, 1):
+        if count % every == 0:
+            times.append(round(time.perf_counter() - start, 2))
+            megabytes.append(round(resident_mb(), 1))
+        if time.perf_counter() - start > seconds:
+            break
+    return {"seconds": times, "megabytes": megabytes, "batches": [float(count)]}
+
+
+def memory_growth(megabytes: list[float]) -> float:
+    """Peak of the second half over peak of the first, once the loader has warmed up."""
+    if len(megabytes) < 4:
+        raise ValueError("memory was sampled fewer than four times; raise --memory_seconds")
+    warm = megabytes[len(megabytes) // 5 :]
+    half = len(warm) // 2
+    return max(warm[half:]) / max(warm[:half])
+
+
+def plot_memory(traces: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Memory against time, one line per trace."""
+    figure, axes = plt.subplots(figsize=(6, 3.2))
+    for name, line in traces.items():
+        axes.plot(line["seconds"], line["megabytes"], label=name)
+    axes.set(xlabel="seconds", ylabel="MB, all processes of the loader")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _proportional_kb(pid: int) -> int:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0  # the process has ended
+    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0)
+
+
+def _family(pid: int) -> list[int]:
+    children: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        children += [int(child) for child in (task / "children").read_text().split()]
+    return [pid, *(member for child in children for member in _family(child))]
+
+
+def jpeg_tars(folder: Path, samples: int) -> Path:
+    """Photograph-like JPEGs of 768 px with caption and json, 250 a shard."""
+    rng = np.random.default_rng(0)
+    contents = [_photograph(rng) for _ in range(min(_DISTINCT, samples))]
+    with ShardWriter(folder, samples_per_shard=250) as writer:
+        for number in range(samples):
+            content = contents[number % len(contents)]
+            writer.write(
+                {"jpg": content, "txt": f"a caption of some words, {number}", "json": _sizes(number)}
+            )
+    return folder
+
+
+def latent_tars(folder: Path, samples: int) -> Path:
+    """Latents of SDXL at 1024 px, float16 (131 kB), with caption and json, 250 a shard."""
+    rng = np.random.default_rng(0)
+    contents = [
+        encode_latents(rng.standard_normal((4, 128, 128), dtype=np.float32))
+        for _ in range(min(_DISTINCT, samples))
+    ]
+    with ShardWriter(folder, samples_per_shard=250) as writer:
+        for number in range(samples):
+            members: dict[str, Member] = {"latent.safetensors": contents[number % len(contents)]}
+            writer.write(members | {"txt": f"a caption of some words, {number}", "json": _sizes(number)})
+    return folder
+
+
+def many_shards(folder: Path, shards: int, samples: int) -> Path:
+    """Hard links to one shard of tiny samples: an index of any size on little disk."""
+    tiny = encode_latents(np.zeros((4, 1, 1), dtype=np.float32))
+    with ShardWriter(folder, prefix="first-", samples_per_shard=samples) as writer:
+        for number in range(samples):
+            writer.write({"latent.safetensors": tiny, "txt": f"caption {number}"})
+    for number in range(1, shards):
+        os.link(writer.paths[0], folder / f"other-{number:05d}.tar")
+    return folder
+
+
+def _sizes(number: int) -> dict[str, int]:
+    return {
+        "original_height": _JPEG_SIDE_PX + number % 7,
+        "original_width": _JPEG_SIDE_PX,
+        "crop_top": 0,
+        "crop_left": 0,
+    }
+
+
+def _photograph(rng: np.random.Generator) -> bytes:
+    """Smooth shapes with some grain: compresses about as photographs do."""
+    small = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    smooth = np.asarray(small.resize((_JPEG_SIDE_PX, _JPEG_SIDE_PX), Image.Resampling.BICUBIC)).astype(
+        np.int16
+    )
+    grain = rng.integers(-2, 3, smooth.shape, dtype=np.int16)
+    stream = io.BytesIO()
+    Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8)).save(stream, "JPEG", quality=85)
+    return stream.getvalue()

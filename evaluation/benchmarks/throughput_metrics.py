@@ -1,11 +1,10 @@
-"""How fast the metrics are: the Frechet term against torchmetrics and scipy, and the exchange between ranks.
+"""Speed of the metrics: the Frechet term against torchmetrics and scipy, and the exchange between ranks.
 
-Beside the seconds of the clock stand those of the processor, which mean something on a machine that is busy with other work.
+CPU seconds are recorded beside wall-clock seconds; they remain comparable on a machine that is busy with other work.
 """
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import socket
@@ -13,7 +12,7 @@ import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,26 +21,13 @@ from torch import Tensor
 from evaluation.metrics.frechet import FrechetDistance, frechet_distance
 from evaluation.metrics.statistics import FeatureStatistics
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m evaluation.benchmarks.throughput metrics`."""
-    parser.add_argument("--dimensions", type=int, default=2048, help="of the features (Inception: 2048)")
-    parser.add_argument("--samples", type=int, default=5000, help="images per side, more than dimensions")
-    parser.add_argument("--few", type=int, default=500, help="images per side, fewer than dimensions")
-    parser.add_argument("--ranks", type=int, default=8, help="gloo processes that exchange their states")
-    parser.add_argument(
-        "--repeats", type=int, default=3, help="of every timing; the fastest counts, the machine may be busy"
-    )
-    parser.add_argument(
-        "--torchmetrics-sync",
-        action="store_true",
-        help="also time torchmetrics' own exchange (memory: ranks x 130 MB each)",
-    )
+if TYPE_CHECKING:
+    from evaluation.benchmarks.throughput import MetricsOptions
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Every timing of one run, in seconds, with the ratios."""
-    # First: processes are forked while this one has no threads yet.
+def run(options: MetricsOptions) -> dict[str, Any]:
+    """All timings of one run, in seconds, and their ratios."""
+    # First, because processes are forked: this one must not have started threads.
     result: dict[str, Any] = {"sync": sync(options.ranks, options.dimensions, False, options.repeats)}
     if options.torchmetrics_sync:
         result["sync_of_torchmetrics"] = sync(options.ranks, options.dimensions, True, 1)
@@ -60,7 +46,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def features_like_inception(count: int, dimensions: int, seed: int) -> Tensor:
-    """Random features (n, d), not negative, with a spectrum that falls over five decades."""
+    """Random non-negative features (n, d) with a spectrum that falls over five decades."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(dimensions, dimensions, generator=generator)).Q
     scales = torch.arange(1, dimensions + 1) ** -0.75
@@ -83,11 +69,11 @@ def frechet_routes(features_1: Tensor, features_2: Tensor, repeats: int, slow: b
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in routes}
     values: dict[str, float] = {}
-    # Taking turns, so that other load of the machine falls on all alike.
-    for turn in range(repeats):
+    # Routes alternate, so that other load of the machine affects all alike.
+    for repeat in range(repeats):
         for name, route in routes.items():
-            if name == "scipy" and turn > 0:
-                continue  # half a minute each
+            if name == "scipy" and repeat > 0:
+                continue  # takes half a minute
             start, cpu_start = time.perf_counter(), time.process_time()
             values[name] = route()
             seconds[name].append(time.perf_counter() - start)
@@ -107,7 +93,7 @@ def _by_torchmetrics(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covar
 
 
 def _by_scipy(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
-    """As pytorch-fid and clean-fid do it."""
+    """As in pytorch-fid and clean-fid."""
     from scipy.linalg import sqrtm
 
     root = sqrtm(covariance_1.numpy() @ covariance_2.numpy())
@@ -116,8 +102,8 @@ def _by_scipy(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2
 
 
 def sync(ranks: int, dimensions: int, of_torchmetrics: bool, repeats: int) -> dict[str, Any]:
-    """The exchange of a FID's states between gloo processes of this machine: slowest rank, largest growth in memory."""
-    # Forked where that can be done: a fresh process imports torch for seconds.
+    """Exchange of FID states between gloo processes of this machine: slowest rank, largest growth in memory."""
+    # Forked where possible: a fresh process spends seconds importing torch.
     context: Any = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     queue = context.Queue()
     port = _free_port()
@@ -125,14 +111,16 @@ def sync(ranks: int, dimensions: int, of_torchmetrics: bool, repeats: int) -> di
     processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    told = [queue.get(timeout=600) for _ in processes]
+    found = [queue.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     return {
         "ranks": ranks,
-        "seconds": min(max(each["seconds"][turn] for each in told) for turn in range(repeats)),
-        "cpu_seconds_of_all_ranks": min(sum(each["cpu"][turn] for each in told) for turn in range(repeats)),
-        "extra_mb_per_rank": max(each["extra_mb"] for each in told),
+        "seconds": min(max(each["seconds"][repeat] for each in found) for repeat in range(repeats)),
+        "cpu_seconds_of_all_ranks": min(
+            sum(each["cpu"][repeat] for each in found) for repeat in range(repeats)
+        ),
+        "extra_mb_per_rank": max(each["extra_mb"] for each in found),
         "state_mb": 2 * dimensions**2 * 8 / 1e6,
         "cores": os.cpu_count(),
     }
@@ -160,7 +148,7 @@ def _rank(
 
 
 def _filled(rank: int, dimensions: int, of_torchmetrics: bool) -> Any:
-    """A metric of either kind with both sides of random features."""
+    """A metric of either package, both sides updated with random features."""
     generator = torch.Generator().manual_seed(rank)
     sides = [torch.randn(64, dimensions, generator=generator) for _ in range(2)]
     if of_torchmetrics:
@@ -180,7 +168,7 @@ def _filled(rank: int, dimensions: int, of_torchmetrics: bool) -> Any:
 
 
 def _memory_mb(field: str, reset: bool = False) -> float:
-    """VmRSS (now) or VmHWM (the peak since the reset) of this process; 0 where Linux does not tell."""
+    """VmRSS (current) or VmHWM (peak since the reset) of this process; 0 where /proc is missing."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0.0
@@ -195,16 +183,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     return port
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """For a run of its own, without `evaluation.benchmarks.throughput`."""
-    import json
-
-    parser = argparse.ArgumentParser(description=__doc__)
-    add_arguments(parser)
-    print(json.dumps(run(parser.parse_args(arguments)), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,13 +1,12 @@
-"""kill -9 at random moments: what a run reads and draws after it was resumed, against the run that nobody killed.
+"""SIGKILL at random steps: what a resumed run reads and draws, against the uninterrupted run.
 
-Each trial trains in a process of its own with Lightning, as a user's training does, kills it without warning at a
-random step, resumes from its newest checkpoint with another number of reading processes, and compares every step that
-follows: sample ids, positions, captions, crops, mirroring (through the pixels), caption dropout, noise, timesteps.
+Each trial trains with Lightning in a process of its own, kills it at a random step, resumes from its newest checkpoint with
+another number of workers, and compares every step that follows: sample ids, positions, captions, crops, mirroring (through
+the pixels), caption dropout, noise, timesteps.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import json
@@ -17,9 +16,10 @@ import random
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,24 +31,16 @@ from data.shards.writer import ShardWriter, encode_latents
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.seeding import Stream, integers, normal, uniform
 
+if TYPE_CHECKING:
+    from evaluation.benchmarks.throughput import ResumeOptions
+
 _SAMPLES, _BATCH, _EPOCHS = 90, 8, 3  # eleven batches an epoch, two samples over
 _STEPS = _EPOCHS * (_SAMPLES // _BATCH)
 _SEED = 3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of `python -m evaluation.benchmarks.throughput resume`."""
-    parser.add_argument("--kills", type=int, default=50, help="trials (default: %(default)s)")
-    parser.add_argument(
-        "--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="reading processes; default: 0 1 2 4"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the moments of the kills (default: %(default)s)"
-    )
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """All trials; `failed` is a sentence if one of them differed."""
+def run(options: ResumeOptions) -> dict[str, Any]:
+    """Runs all trials; `failed` is a sentence if one of them differed."""
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -64,13 +56,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "compared": list(expected[0]),
         "failed": ""
         if right == len(trials)
-        else f"{len(trials) - right} of {len(trials)} runs went on otherwise.",
+        else f"{len(trials) - right} of {len(trials)} resumed runs differ.",
         "trials": trials,
     }
 
 
 class Recorder(pl.LightningModule):
-    """Trains one number and writes a line about each step, as soon as it is complete."""
+    """Trains one parameter and writes a line after each completed step."""
 
     def __init__(self, log: Path) -> None:
         super().__init__()
@@ -95,13 +87,12 @@ class Recorder(pl.LightningModule):
 
 
 class AtomicCheckpoint(pl.Callback):
-    """A checkpoint after every other step, there as a whole or not at all."""
+    """Saves a checkpoint after every other step, atomically."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Save under another name first."""
         if trainer.global_step % 2 == 0:
             path = self.folder / f"{trainer.global_step:04d}.ckpt"
             trainer.save_checkpoint(path.with_suffix(".partial"))
@@ -109,7 +100,7 @@ class AtomicCheckpoint(pl.Callback):
 
 
 def describe(batch: TrainingBatch) -> dict[str, Any]:
-    """What a step was given and what it would draw."""
+    """What a step received, and what it would draw."""
     assert batch.images is not None and batch.crops is not None
     positions = batch.positions
     return {
@@ -129,7 +120,7 @@ def _digest(values: torch.Tensor) -> str:
 
 
 def write_samples(folder: Path) -> None:
-    """Pictures of many shapes with several captions and latents, in shards of unequal sizes."""
+    """Images of many shapes with several captions and latents, in shards of unequal sizes."""
     numbers = np.random.default_rng(0)
     for shard, count in enumerate((23, 7, 31, 11, 18)):
         with ShardWriter(folder, prefix=f"{shard}-") as writer:
@@ -143,7 +134,7 @@ def write_samples(folder: Path) -> None:
 
 
 def train(shards: Path, folder: Path, log: Path, workers: int, checkpoint: Path | None) -> None:
-    """One training, to its end if nobody kills it."""
+    """One training; runs to its end unless it is killed."""
     torch.set_num_threads(1)
     data = ShardDataModule(
         str(shards),
@@ -176,7 +167,7 @@ def _start(*arguments: Any) -> BaseProcess:
 
 
 def _quietly(*arguments: Any) -> None:
-    os.setsid()  # so that its reading processes can be killed after it
+    os.setsid()  # so that its workers can be killed too
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
@@ -186,12 +177,12 @@ def _quietly(*arguments: Any) -> None:
 def _lines(log: Path) -> list[dict[str, Any]]:
     if not log.exists():
         return []
-    whole = log.read_text().rpartition("\n")[0]
-    return [json.loads(line) for line in whole.splitlines()]
+    complete = log.read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def _uninterrupted(root: Path) -> list[dict[str, Any]]:
-    folder, log = root / "whole", root / "whole.jsonl"
+    folder, log = root / "uninterrupted", root / "uninterrupted.jsonl"
     folder.mkdir()
     process = _start(root / "shards", folder, log, 0, None)
     process.join()
@@ -204,7 +195,7 @@ def _uninterrupted(root: Path) -> list[dict[str, Any]]:
 
 
 def _trial(
-    root: Path, number: int, chance: random.Random, workers: list[int], expected: list[dict[str, Any]]
+    root: Path, number: int, chance: random.Random, workers: Sequence[int], expected: list[dict[str, Any]]
 ) -> dict[str, Any]:
     folder, log, resumed = root / str(number), root / f"{number}.jsonl", root / f"{number}-resumed.jsonl"
     folder.mkdir()
@@ -235,7 +226,7 @@ def _trial(
 
 
 def _kill_group(group: int) -> None:
-    """The reading processes that a killed training left behind."""
+    """Ends the workers that a killed training left behind."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:

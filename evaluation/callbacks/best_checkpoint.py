@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from evaluation.callbacks.score_curve import ScoreCurve
-from evaluation.reports.tables import LOWER_IS_BETTER
+from evaluation.reports.markdown import LOWER_IS_BETTER
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.counts import counts_of
 

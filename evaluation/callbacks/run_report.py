@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from evaluation.benchmarks.teacher_table import show
 from evaluation.callbacks.independence import require_independent
 from evaluation.callbacks.loops import callback_of, paused, student_updates_of
 from evaluation.callbacks.progress import Throughput, peak_memory_gib
@@ -21,6 +21,7 @@ from evaluation.callbacks.sample_grids import DistillationMetrics, averaged_stud
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.grids import progress_curves, sheet
+from evaluation.reports.markdown import score_file_markdown
 from evaluation.runner.machine import milliseconds_per_image, where
 from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import (
@@ -54,7 +55,7 @@ class Report(pl.Callback):
         teacher_steps: of the teacher's rows; the most of them is "many-step", the fewest "few-step" in samples.png.
         teacher_guidance_scale: of the teacher.
         teacher_spacing: of the teacher's timesteps.
-        teacher_results: JSON file of `python -m evaluation.benchmarks.teacher_table`; None means the committed one.
+        teacher_results: JSON file of `python -m evaluation.benchmarks.tables teacher`; None means the committed one.
         pictures: columns of samples.png.
         batch_size: images per call on each device.
         clip: open_clip folder, None for the protocol's.
@@ -131,11 +132,7 @@ class Report(pl.Callback):
         sheet(rows, [self.prompts[index] for index in self.picture_ids.tolist()]).save(folder / "samples.png")
         label = f"teacher, {self.teacher_steps[0]} steps"
         progress_curves(report["history"], line, label, folder / "progress.png")
-        show(
-            self.protocol.name,
-            entry,
-            {"student before": report["student_before"], "student": report["student"]},
-        )
+        sys.stdout.write(f"Protocol {self.protocol.name}:\n\n{score_file_markdown(report)}\n")
         rank_zero_info(
             f"Report: {folder / 'report.json'}, {folder / 'samples.png'}, {folder / 'progress.png'}"
         )

@@ -62,7 +62,7 @@ class PipelineImages:
     steps: int
     """Network calls."""
     guidance_scale: float
-    """As diffusers counts it: 0 and 1 are none."""
+    """1 means none."""
     seed: int
     """Of the noise."""
     image_px: int | None = None
@@ -102,8 +102,8 @@ class ModelSamples:
     """Sample i is made from the i-th."""
     steps: int = 1
     """Network calls."""
-    guidance_scale: float = 0.0
-    """0 means none."""
+    guidance_scale: float = 1.0
+    """1 means none."""
     seed: int = 0
     """Of the noise."""
     image_px: int | None = None

@@ -1,4 +1,4 @@
-"""Names that the commands' options accept; imports nothing, so that `--help` and refused options cost no start-up time."""
+"""Names that the commands' options accept; imports no torch, so that `--help` and refused options cost no start-up time."""
 
 from __future__ import annotations
 
@@ -41,5 +41,16 @@ NETWORK_KINDS = (
 )
 """What `--weights KIND=PATH` accepts."""
 
-PRECISIONS = ("fp32", "fp16", "bf16")
-"""Of the networks of a measured model."""
+
+def parse_weights(text: str) -> tuple[str, str]:
+    """`KIND=PATH` of `--weights` as a pair.
+
+    Raises:
+        ValueError: for another form or kind.
+    """
+    kind, _, path = text.partition("=")
+    if not path:
+        raise ValueError(f"--weights takes KIND=PATH, such as inception=inception.pth; got '{text}'.")
+    if kind not in NETWORK_KINDS:
+        raise ValueError(f"--weights names {kind}, but takes {', '.join(NETWORK_KINDS)}.")
+    return kind, path

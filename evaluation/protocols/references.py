@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.compare import differences
+from evaluation.compare import setting_differences
 from evaluation.metrics.frechet import FeatureStatistics
 from evaluation.protocols.image_protocol import Measurement
 from evaluation.protocols.names import FRECHET_METRICS
@@ -100,7 +100,7 @@ def read_reference(path: Path, measurement: Measurement, identity: Mapping[str, 
     found = {key: stored.get(key) for key in wanted}
     if found != wanted:
         raise UserError(
-            f"{file} was measured otherwise than this protocol does ({', '.join(differences(found, wanted))}); measure the "
+            f"{file} was measured otherwise than this protocol does ({', '.join(setting_differences(found, wanted))}); measure the "
             "reference again with `python -m evaluation.reference`."
         )
     return Reference(str(stored["reference"]), statistics, rows)

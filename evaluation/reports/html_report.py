@@ -1,4 +1,4 @@
-"""A result as one HTML file that needs nothing else: the numbers, what they were measured with, and sample images."""
+"""A result as one self-contained HTML file: the numbers, how they were measured, and sample images."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 from PIL import Image
 
-from evaluation.reports.tables import METRIC_HEADER, describe_result, footnote, metric_rows
+from evaluation.reports.markdown import METRIC_HEADER, describe_result, footnote, metric_rows
 
-PICTURE_PX = 256
+IMAGE_PX = 256
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse } th, td { padding: .3em .9em; text-align: left; border-bottom: 1px solid #ddd }
@@ -26,21 +26,21 @@ figure { margin: 0 } figcaption { font-size: 12px; color: #555 } img { width: 10
 """
 
 
-def write_report(
+def write_html(
     path: Path,
     result: Mapping[str, Any],
-    pictures: Mapping[int, Image.Image],
+    images: Mapping[int, Image.Image],
     captions: Sequence[str] | None,
     reference: Mapping[int, Image.Image] | None = None,
 ) -> None:
     """Write the page.
 
     Args:
-        path: of the .html file.
-        result: as in the JSON file.
-        pictures: by sample number.
-        captions: of all samples, by number.
-        reference: pictures of the reference set, by number.
+        path: the .html file.
+        result: content of the JSON file.
+        images: sample images by number.
+        captions: of all samples.
+        reference: images of the reference set by number.
     """
     title = html.escape(describe_result(result))
     parts = [
@@ -49,12 +49,12 @@ def write_report(
         _table(METRIC_HEADER, metric_rows(result)),
         f"<p class='small'>{html.escape(footnote(result))}</p>",
         "<h2>Samples</h2>",
-        _grid(pictures, captions),
+        _grid(images, captions),
     ]
     if reference:
         parts += ["<h2>Reference</h2>", _grid(reference, None)]
     settings = json.dumps(dict(result), indent=2, ensure_ascii=False)
-    parts += [f"<h2>Everything</h2><pre>{html.escape(settings)}</pre></body></html>"]
+    parts += [f"<h2>All settings</h2><pre>{html.escape(settings)}</pre></body></html>"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(parts), encoding="utf-8")
 
@@ -67,9 +67,9 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _grid(pictures: Mapping[int, Image.Image], captions: Sequence[str] | None) -> str:
+def _grid(images: Mapping[int, Image.Image], captions: Sequence[str] | None) -> str:
     figures = []
-    for number, image in pictures.items():
+    for number, image in images.items():
         caption = "" if captions is None else html.escape(captions[number])
         figures.append(
             f"<figure><img alt='sample {number}' title='sample {number}' src='{_embedded(image)}'>"
@@ -80,7 +80,7 @@ def _grid(pictures: Mapping[int, Image.Image], captions: Sequence[str] | None) -
 
 def _embedded(image: Image.Image) -> str:
     shown = image.copy()
-    shown.thumbnail((PICTURE_PX, PICTURE_PX), Image.Resampling.LANCZOS)
+    shown.thumbnail((IMAGE_PX, IMAGE_PX), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     shown.save(file, format="PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from evaluation.images.image_sets import open_images
 from evaluation.images.prompt_files import read_prompts
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
 from evaluation.metrics.frechet import FeatureStatistics
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
+from evaluation.protocols.names import parse_weights
 from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
 from evaluation.protocols.references import Reference
 from evaluation.runner.evaluator import EvaluationRequest
 from sdxs_lightning.core.errors import UserError
 
+if TYPE_CHECKING:
+    from evaluation.evaluate import EvaluateOptions
 
-def build_request(options: argparse.Namespace) -> EvaluationRequest:
+
+def build_request(options: EvaluateOptions) -> EvaluationRequest:
     """What the options ask for.
 
     Raises:
@@ -44,7 +48,7 @@ def as_image_protocol(protocol: Protocol) -> ImageProtocol:
     )
 
 
-def toy_request(options: argparse.Namespace, weights: tuple[tuple[str, str], ...]) -> EvaluationRequest:
+def toy_request(options: EvaluateOptions, weights: tuple[tuple[str, str], ...]) -> EvaluationRequest:
     """A model under a protocol of the toy world, which brings prompts, judges and reference.
 
     Raises:
@@ -71,10 +75,11 @@ def toy_request(options: argparse.Namespace, weights: tuple[tuple[str, str], ...
 
 
 def image_request(
-    options: argparse.Namespace, protocol: ImageProtocol, weights: tuple[tuple[str, str], ...]
+    options: EvaluateOptions, protocol: ImageProtocol, weights: tuple[tuple[str, str], ...]
 ) -> EvaluationRequest:
     """A model or a set of images under a protocol of published images."""
-    prompts = None if options.captions is None else read_prompts(options.captions)
+    file = options.captions or ""
+    prompts = read_prompts(file) if file else None
     if options.samples is not None:
         protocol = replace(protocol, samples=options.samples)
     samples: Samples
@@ -84,13 +89,13 @@ def image_request(
             raise UserError(
                 "--model needs --captions: a file of prompts, such as COCO's captions_val2014.json."
             )
-        captions = prompts.selection(protocol.samples, options.captions).captions
+        captions = prompts.selection(protocol.samples, file).captions
         samples = model_samples(options, protocol, captions)
     else:
         samples = stored_samples(options, protocol)
         names = samples.source.names[: samples.count]
         if prompts is not None:
-            captions = tuple(prompts.of_images(names, options.captions))
+            captions = tuple(prompts.of_images(names, file))
         else:
             held = samples.source.captions()
             captions = None if held is None else tuple(held[: samples.count])
@@ -100,9 +105,10 @@ def image_request(
 
 
 def model_samples(
-    options: argparse.Namespace, protocol: ImageProtocol, prompts: tuple[str, ...]
+    options: EvaluateOptions, protocol: ImageProtocol, prompts: tuple[str, ...]
 ) -> ModelSamples:
     """What a model folder makes."""
+    assert options.model is not None
     return ModelSamples(
         options.model,
         prompts,
@@ -114,12 +120,13 @@ def model_samples(
     )
 
 
-def stored_samples(options: argparse.Namespace, protocol: ImageProtocol) -> StoredSamples:
+def stored_samples(options: EvaluateOptions, protocol: ImageProtocol) -> StoredSamples:
     """The images that were given, as many as the protocol takes.
 
     Raises:
         UserError: for another number of them.
     """
+    assert options.images is not None
     source = open_images(options.images)
     there, wanted = len(source.names), protocol.samples
     if wanted is not None and there != wanted and (options.samples is None or there < wanted):
@@ -130,14 +137,6 @@ def stored_samples(options: argparse.Namespace, protocol: ImageProtocol) -> Stor
     return StoredSamples(source, wanted)
 
 
-def selected_metrics(options: argparse.Namespace, protocol: ImageProtocol) -> tuple[str, ...]:
+def selected_metrics(options: EvaluateOptions, protocol: ImageProtocol) -> tuple[str, ...]:
     """The metrics that were asked for, or the protocol's own."""
     return tuple(options.metrics or (one.metric for one in protocol.measurements))
-
-
-def parse_weights(text: str) -> tuple[str, str]:
-    """KIND=PATH in two."""
-    kind, found, path = text.partition("=")
-    if not found or not path:
-        raise UserError(f"--weights takes KIND=PATH, such as inception=inception.pth; got '{text}'.")
-    return kind, path

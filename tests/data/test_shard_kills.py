@@ -1,6 +1,5 @@
 """kill -9, small: `python -m evaluation.benchmarks.throughput resume --kills 50` is the same with more trials."""
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +8,12 @@ import pytest
 
 from data.shards.datamodule import ShardDataModule
 from evaluation.benchmarks import throughput, throughput_resume
+from evaluation.benchmarks.throughput import ResumeOptions
 
 
 @pytest.mark.timeout(200)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened() -> None:
-    result = throughput_resume.run(argparse.Namespace(kills=2, workers=[0, 2], seed=1))
+    result = throughput_resume.run(ResumeOptions(kills=2, workers=(0, 2), seed=1))
     assert result["equal"] == 2 and result["failed"] == ""
     assert {"sample_ids", "crops", "pixels", "captions", "noise", "timesteps"} <= set(result["compared"])
     for trial in result["trials"]:
@@ -43,11 +43,11 @@ def test_the_command_writes_its_result(
     monkeypatch.setattr(throughput_resume, "run", lambda options: {"kills": options.kills, "failed": ""})
     throughput.main(["resume", "--kills", "7", "--out", str(tmp_path / "a" / "r.json")])
     assert json.loads((tmp_path / "a" / "r.json").read_text())["kills"] == 7
-    monkeypatch.setattr(
-        throughput_resume, "run", lambda options: {"failed": "1 of 7 runs went on otherwise."}
-    )
-    with pytest.raises(SystemExit, match="throughput resume: 1 of 7 runs went on otherwise"):
-        throughput.main(["resume"])
-    with pytest.raises(SystemExit) as stopped:
-        throughput.main(["nothing"])
-    assert stopped.value.code == 2 and "invalid choice: 'nothing'" in capsys.readouterr().err
+    monkeypatch.setattr(throughput_resume, "run", lambda options: {"failed": "1 of 7 resumed runs differ."})
+    for arguments, code, message in (
+        (["resume"], 1, "throughput resume: 1 of 7 resumed runs differ"),
+        (["nothing"], 2, "throughput: 'nothing' is not a command"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            throughput.main(arguments)
+        assert stopped.value.code == code and message in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from data.toy.world import image_at
-from evaluation.benchmarks import decoder_table as command
-from evaluation.benchmarks.decoder_comparison import feature_distance, psnr_db
-from evaluation.benchmarks.decoder_table import batches, stored_pictures, toy_pictures
+from evaluation.benchmarks.decoder_quality import feature_distance, psnr_db, stored_images, toy_images
+from evaluation.benchmarks.tables import main
 from sdxs_lightning.networks.image_features import FeatureNetwork
+from tests.helpers.refusals import refusal
 from tests.helpers.tiny import save_tiny_sd
 from tests.helpers.tiny_decoding import save_tiny_autoencoder
 
@@ -58,17 +59,16 @@ def test_feature_distance_equals_numpy() -> None:
     assert feature_distance(network, one, -one).tolist() == pytest.approx([4, 4])
 
 
-def test_pictures(tmp_path: Path) -> None:
-    toy = list(toy_pictures(2))
+def test_sources_of_images(tmp_path: Path) -> None:
+    toy = list(toy_images(2))
     assert np.array_equal(toy[1].permute(1, 2, 0).numpy(), image_at("test", 1))
-    picture = np.zeros((20, 40, 3), np.uint8)
-    picture[:, 10:30] = 200  # the centred square
-    Image.fromarray(picture).save(tmp_path / "wide.png")
-    Image.fromarray(picture).save(tmp_path / "another.png")
+    image = np.zeros((20, 40, 3), np.uint8)
+    image[:, 10:30] = 200  # the centred square
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    Image.fromarray(image).save(tmp_path / "another.png")
     (tmp_path / "words.txt").write_text("no image")
-    (found,) = stored_pictures(str(tmp_path), 1, 10)
+    (found,) = stored_images(str(tmp_path), 1, 10)
     assert found.shape == (3, 10, 10) and (found.int() - 200).abs().max() < 15  # Lanczos rings at the border
-    assert [len(batch) for batch in batches(iter(toy * 3), 4)] == [4, 2]
 
 
 @pytest.fixture(scope="module")
@@ -80,16 +80,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 def test_command(folders: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, tiny = folders
     out = tmp_path / "new" / "result.json"
-    command.main(f"--base {base} --decoder {tiny} --out {out} --images 5 --batch_size 4 --columns 3".split())
+    main(f"decoder --base {base} --decoder {tiny} --out {out} --images 5 --batch_size 4 --columns 3".split())
     result = json.loads(out.read_text())
     assert result["images"] == 5 and result["parameters"]["tiny"] < result["parameters"]["kl"]
     assert set(result["psnr_db"]) == set(result["feature_distance"]) == {"kl_real", "tiny_real", "tiny_kl"}
     loss = result["psnr_db"]["kl_real"] - result["psnr_db"]["tiny_real"]
     assert result["psnr_loss_db"] == pytest.approx(loss)
     assert set(result["time_kl_over_tiny"]) == {"1", "4"} and result["time_kl_over_tiny"]["4"] > 0
-    assert json.loads(capsys.readouterr().out)["images"] == 5
-    with Image.open(out.with_suffix(".png")) as picture:
-        assert picture.width > 3 * 112 and picture.height > 4 * 112
+    assert f"| tiny against real | {result['psnr_db']['tiny_real']:.1f} |" in capsys.readouterr().out
+    with Image.open(out.with_suffix(".png")) as page:
+        assert page.width > 3 * 112 and page.height > 4 * 112
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_command(folders: tuple[str, str], tmp_path: Path, capsys: pytest.Captur
     [
         ({"--decoder": "nowhere"}, "decoder: 'nowhere' holds neither config.json nor vae/config.json"),
         ({"--base": "nowhere"}, "nowhere"),
-        ({"--images": "0"}, "decoder: --images is a number of images, 1 or more, got 0"),
+        ({"--images": "0"}, "decoder: --images is .0., but must be an integer of at least 1"),
         (
             {"--features": "vgg:16"},
             "decoder: --features takes open_clip:FOLDER:LAYERS, dinov2:FOLDER:LAYERS or timm",
@@ -106,9 +106,13 @@ def test_command(folders: tuple[str, str], tmp_path: Path, capsys: pytest.Captur
     ],
 )
 def test_one_sentence_for_each_mistake(
-    folders: tuple[str, str], changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+    folders: tuple[str, str],
+    changes: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[2])
     arguments = {"--base": folders[0], "--decoder": folders[1], "--images": "1"} | changes
-    with pytest.raises(SystemExit, match=message):
-        command.main([part for pair in arguments.items() for part in pair])
+    said = refusal(main, ["decoder", *(part for pair in arguments.items() for part in pair)], capsys)
+    assert re.search(message, said), said

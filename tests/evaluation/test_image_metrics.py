@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol of the worker, for one test."""
     monkeypatch.setitem(IMAGE_PROTOCOLS, "small", SMALL)
-    monkeypatch.setattr("evaluation.evaluate.NAMES", ("toy", "small"))
+    monkeypatch.setattr("evaluation.evaluate.PROTOCOL_NAMES", ("toy", "small"))
 
 
 def test_training_and_command_line_give_one_number_under_one_hash(

@@ -20,7 +20,7 @@ from torchvision.transforms.functional import center_crop
 from data.shards.writer import ShardWriter
 from evaluation.images.image_sets import open_images
 from evaluation.images.prompt_files import PromptList, read_prompts
-from evaluation.images.samples import DTYPES, StoredSamples
+from evaluation.images.samples import StoredSamples
 from evaluation.images.shard_images import ShardImages
 from evaluation.networks.clip_models import CLIP_PRESETS
 from evaluation.networks.image_steps import apply_steps, still_to_do
@@ -307,4 +307,3 @@ def test_the_light_names_are_those_of_the_tables() -> None:
     assert set(names.NETWORK_KINDS) == set(metric_table._LOADERS)
     assert set(names.METRIC_NAMES) == {*DEFAULT_NETWORKS, *INCEPTION_METRICS, "caption_accuracy"}
     assert tuple(metric_table.FEATURE_SETS) == names.FEATURE_SET_METRICS
-    assert tuple(DTYPES) == names.PRECISIONS

@@ -1,0 +1,239 @@
+"""A tiny decoder against its base's own on latents of real images: PSNR, feature distance, time, and a sheet."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.toy.world import image_at
+from evaluation.benchmarks.score_files import write_scores
+from evaluation.images.image_sets import open_images
+from evaluation.networks.network_features import full_precision
+from evaluation.protocols.protocols import hash_weights
+from evaluation.reports.grids import sheet
+from evaluation.runner.machine import where
+from evaluation.user_errors import as_user_errors
+from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.export import fitting_tiny_vae
+from sdxs_lightning.families import Family
+from sdxs_lightning.families.detect import detect_family
+from sdxs_lightning.networks.image_features import (
+    Dinov2Features,
+    FeatureNetwork,
+    ImageFeatures,
+    OpenClipFeatures,
+    TimmFeatures,
+)
+
+if TYPE_CHECKING:
+    from evaluation.benchmarks.tables import DecoderOptions
+
+PAIRS = ("kl_real", "tiny_real", "tiny_kl")
+"""Compared pairs: the base's decoder with the real image, the tiny decoder with it, and the decoders with each other."""
+DIFFERENCE_GAIN = 8
+
+
+@as_user_errors()
+def decoder(options: DecoderOptions) -> str:
+    """Decodes the images' latents with both decoders and compares them."""
+    device = torch.device(options.device)
+    family = detect_family(options.base)
+    tiny = fitting_tiny_vae(options.decoder, family).eval().to(device)
+    decoders = Decoders(family.load_vae().eval().to(device), tiny, family)
+    network = feature_network(options.features).load().eval().to(device)
+    images = (
+        toy_images(options.images)
+        if options.source is None
+        else stored_images(options.source, options.images, family.resolution)
+    )
+    batches = map(torch.stack, iter(lambda: list(islice(images, options.batch_size)), []))
+    psnr: dict[str, list[Tensor]] = {pair: [] for pair in PAIRS}
+    distances: dict[str, list[Tensor]] = {pair: [] for pair in PAIRS}
+    rows, first = dict[str, Tensor](), torch.empty(0)
+    with full_precision(device):
+        count = -(-options.images // options.batch_size)
+        for real in track(batches, "decoding", count, console=Console(stderr=True)):
+            real = real.to(device)
+            latents = decoders.latents(from_uint8(real))
+            kl, tiny_images = to_uint8(decoders.decode_kl(latents)), to_uint8(decoders.decode_tiny(latents))
+            compared = (kl, real), (tiny_images, real), (tiny_images, kl)
+            for pair, (one, other) in zip(PAIRS, compared, strict=True):
+                psnr[pair].append(psnr_db(one, other).cpu())
+                distance = feature_distance(network, from_uint8(one), from_uint8(other))
+                distances[pair].append(distance.cpu())
+            if not rows:
+                first, columns = latents, options.columns
+                error = (tiny_images.int() - kl.int()).abs().mul(DIFFERENCE_GAIN).clamp(max=255).byte()
+                rows = {
+                    "real": real[:columns],
+                    "KL decoder": kl[:columns],
+                    "tiny decoder": tiny_images[:columns],
+                }
+                rows[f"difference\nx {DIFFERENCE_GAIN}"] = error[:columns]
+        ratios = {str(size): time_ratio(decoders, first[:size]) for size in sorted({1, len(first)})}
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        page = sheet(rows, [""] * len(rows["real"]))
+        page.save(options.out.with_suffix(".png"), optimize=True)
+    means = {pair: torch.cat(values).mean().item() for pair, values in psnr.items()}
+    result = {
+        "base": options.base,
+        "vae_sha256": hash_weights(family.folder / "vae"),
+        "decoder": options.decoder,
+        "decoder_sha256": hash_weights(options.decoder),
+        "images": sum(map(len, psnr["kl_real"])),
+        "source": options.source or "toy world, test split",
+        "psnr_db": means,
+        "psnr_loss_db": means["kl_real"] - means["tiny_real"],
+        "feature_distance": {pair: torch.cat(values).mean().item() for pair, values in distances.items()},
+        "features": options.features,
+        "parameters": decoders.parameters(),
+        "time_kl_over_tiny": ratios,
+        **where(device),
+    }
+    return write_scores(options.out, result)
+
+
+def feature_network(text: str) -> ImageFeatures:
+    """The network that `--features` names.
+
+    Raises:
+        ValueError: for a text of another form.
+    """
+    kind, *parts = text.split(":")
+    kinds: dict[tuple[str, int], Callable[..., ImageFeatures]] = {
+        ("open_clip", 2): OpenClipFeatures,
+        ("dinov2", 2): Dinov2Features,
+        ("timm", 3): TimmFeatures,
+    }
+    if (kind, len(parts)) not in kinds or not all(layer.isdigit() for layer in parts[-1].split(",")):
+        raise ValueError(
+            f"--features takes open_clip:FOLDER:LAYERS, dinov2:FOLDER:LAYERS or timm:NAME:FILE:LAYERS with layers such as "
+            f"2,5,8, got '{text}'"
+        )
+    return kinds[kind, len(parts)](*parts[:-1], [int(layer) for layer in parts[-1].split(",")])
+
+
+def toy_images(count: int) -> Iterator[Tensor]:
+    """The toy world's test images, on which nothing was trained: (3, H, W) uint8."""
+    for index in range(count):
+        yield torch.from_numpy(image_at("test", index)).permute(2, 0, 1)
+
+
+def stored_images(source: str, count: int, side_px: int) -> Iterator[Tensor]:
+    """The first images of a folder, zip file or shards, cropped to a centred square and resized: (3, side, side) uint8.
+
+    Raises:
+        UserError: without images.
+    """
+    images = open_images(source)
+    for number in range(min(count, len(images.names))):
+        image = ImageOps.fit(images.read(number), (side_px, side_px), Image.Resampling.LANCZOS)
+        yield torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def psnr_db(images_uint8: Tensor, reference_uint8: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, in dB: 10 log10(255^2 / mean square error).
+
+    Args:
+        images_uint8: (B, 3, H, W), uint8.
+        reference_uint8: (B, 3, H, W), uint8.
+
+    Returns:
+        (B,), float64; infinite for equal images.
+    """
+    error = images_uint8.double() - reference_uint8.double()
+    return 10 * torch.log10(255**2 / error.square().mean(dim=(1, 2, 3)))
+
+
+def feature_distance(network: FeatureNetwork, images: Tensor, reference: Tensor) -> Tensor:
+    """Distance of images in a frozen network's features: 0 for equal images, at most 4 for opposite features.
+
+    The features of each position are normalised to length 1; squared distances are averaged over positions and layers.
+
+    Args:
+        network: gives the feature maps.
+        images: (B, 3, H, W), float, in [-1, 1].
+        reference: (B, 3, H, W), float, in [-1, 1].
+
+    Returns:
+        (B,), float32.
+
+    Source: LPIPS, arXiv:1801.03924, eq. 1, without its learnt channel weights.
+    """
+    distances = []
+    for one, other in zip(network(images), network(reference), strict=True):
+        difference = F.normalize(one.float(), dim=1) - F.normalize(other.float(), dim=1)
+        distances.append(difference.square().sum(dim=1).mean(dim=(1, 2)))
+    return torch.stack(distances).mean(dim=0)
+
+
+@dataclass
+class Decoders:
+    """The base's autoencoder and the tiny one, in float32 on one device."""
+
+    kl: AutoencoderKL
+    """Encodes the images; its decoder is the reference."""
+    tiny: AutoencoderTiny
+    """Decodes scaled latents."""
+    family: Family
+    """The base; scales the latents."""
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Scaled latents of images in [-1, 1]: the mean of the posterior."""
+        return self.family.scale_latents(self.kl.encode(images).latent_dist.mode())
+
+    def decode_kl(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> images, by the base's decoder."""
+        images: Tensor = self.kl.decode(self.family.unscale_latents(latents)).sample
+        return images
+
+    def decode_tiny(self, latents: Tensor) -> Tensor:
+        """Scaled latents -> images, by the tiny decoder."""
+        images: Tensor = self.tiny.decode(latents).sample
+        return images
+
+    def parameters(self) -> dict[str, int]:
+        """Parameters of each decoder."""
+        kl = [self.kl.decoder, *([self.kl.post_quant_conv] if self.kl.post_quant_conv is not None else [])]
+        return {
+            "kl": sum(parameter.numel() for module in kl for parameter in module.parameters()),
+            "tiny": sum(parameter.numel() for parameter in self.tiny.decoder.parameters()),
+        }
+
+
+def time_ratio(decoders: Decoders, latents: Tensor, repeats: int = 15) -> float:
+    """Time of the base's decoder over the tiny decoder's: median over alternating pairs, after one untimed pair.
+
+    They alternate so that other load of the machine affects both alike.
+    """
+    ratios = []
+    for _ in range(repeats + 1):
+        kl, tiny = (_seconds(decode, latents) for decode in (decoders.decode_kl, decoders.decode_tiny))
+        ratios.append(kl / tiny)
+    return statistics.median(ratios[1:])
+
+
+def _seconds(decode: Callable[[Tensor], Tensor], latents: Tensor) -> float:
+    def synchronize() -> None:
+        if latents.device.type == "cuda":
+            torch.cuda.synchronize(latents.device)
+
+    synchronize()
+    start = time.perf_counter()
+    decode(latents)
+    synchronize()
+    return time.perf_counter() - start

@@ -1,0 +1,218 @@
+"""The toy world's tables: `python -m evaluation.benchmarks.tables COMMAND`.
+
+Five commands measure and write a score file (JSON); two compute from score files; `show` prints the table of any of them.
+Measurements that a file already holds for the same weights and protocol are kept, so a command that was stopped continues
+when it is given again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from evaluation.benchmarks.recipe_runs import RECIPES
+from evaluation.protocols.names import TOY_PROTOCOLS
+from sdxs_lightning.command_line import Command, Option, run_subcommand
+
+PROGRAM = "python -m evaluation.benchmarks.tables"
+Count = Annotated[int, Option(at_least=1)]
+Counts = Annotated[tuple[int, ...], Option(at_least=1)]
+Guidance = Annotated[float, Option(at_least=1)]
+ToyProtocol = Annotated[str, Option(choices=TOY_PROTOCOLS)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measuring:
+    """Options of every table that is measured."""
+
+    samples: Annotated[int | None, Option(at_least=2)] = None
+    """Fewer images than the protocol's, for a quick check; FID depends on their number."""
+    batch_size: Count = 100
+    """Images at once."""
+    device: str = "cpu"
+    """Torch device that generates and measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipesOptions(Measuring):
+    """Runs the training recipes of the toy world and scores their students in one step."""
+
+    EXAMPLES: ClassVar[str] = f"""
+    {PROGRAM} recipes --seeds 0 1 2 --out toy_recipes.json --sheet toy_recipes.png
+    {PROGRAM} recipes --rows warmup dmd2 --finished_only
+    """
+
+    rows: Annotated[tuple[str, ...], Option(choices=tuple(RECIPES))] = tuple(RECIPES)
+    """Recipes."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each trains every recipe once."""
+    finished_only: bool = False
+    """Starts no training: scores the runs that have finished."""
+    root: Path = Path("outputs/recipes")
+    """Folder of the runs."""
+    protocol: ToyProtocol = "toy"
+    """Protocol."""
+    out: Path | None = None
+    """Score file to write."""
+    sheet: Annotated[Path | None, Option(deprecated=("picture",))] = None
+    """PNG file of samples of the first seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetsOptions(Measuring):
+    """Scores a base with its own U-Net and with others in its place, sampled in many steps with guidance."""
+
+    EXAMPLES: ClassVar[str] = (
+        f"{PROGRAM} unets --unet kd=outputs/toy-miniaturise/unet --out toy_miniature.json"
+    )
+
+    base: str = "data/toy/base"
+    """Diffusers folder."""
+    unet: Annotated[tuple[str, ...], Option(metavar="NAME=FOLDER")] = ()
+    """U-Net or pipeline folders."""
+    steps: Counts = (25,)
+    """Numbers of sampler steps."""
+    guidance_scale: Guidance = 1.5
+    """Guidance of the sampler; 1 means none."""
+    protocol: ToyProtocol = "toy"
+    """Protocol."""
+    out: Path
+    """Score file to write or to extend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherOptions(Measuring):
+    """Scores a base in many and few steps, its autoencoder, and real images."""
+
+    EXAMPLES: ClassVar[str] = f"{PROGRAM} teacher --base data/toy/base --steps 50 25 8 4 1"
+
+    base: str = "data/toy/base"
+    """Diffusers folder."""
+    steps: Counts = (50, 25, 8, 4, 1)
+    """Numbers of sampler steps."""
+    protocol: Annotated[tuple[str, ...], Option(choices=TOY_PROTOCOLS)] = TOY_PROTOCOLS
+    """Protocols."""
+    guidance_scale: Guidance = 1.5
+    """Guidance of the sampler; 1 means none."""
+    spacing: Literal["trailing", "leading"] = "trailing"
+    """Spacing of the timesteps."""
+    out: Path = Path("evaluation/results/toy_teacher.json")
+    """Score file to write or to extend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions:
+    """Compares a tiny decoder with its base's own on latents of real images.
+
+    PSNR, distance of frozen features, decoding time (a ratio, measured alternately), and a sheet of images beside the file.
+    """
+
+    EXAMPLES: ClassVar[str] = f"""
+    {PROGRAM} decoder --base data/toy/base --decoder outputs/toy-decoder/decoder --out toy_decoder.json
+    {PROGRAM} decoder --base models/sd21 --decoder outputs/sd21-decoder/decoder --source IMAGES --features dinov2:FOLDER:2,5,8
+    """
+
+    base: str
+    """Diffusers folder of the base."""
+    decoder: str
+    """AutoencoderTiny folder, or a pipeline folder that contains one."""
+    out: Path | None = None
+    """Score file to write; the sheet goes beside it as .png."""
+    images: Count = 500
+    """Number of images."""
+    source: str | None = None
+    """Folder of images, .zip file or shards; by default the toy world's test images are rendered."""
+    features: str = "open_clip:data/toy/clip:0,1,2"
+    """Network of the feature distance: open_clip:FOLDER:LAYERS, dinov2:FOLDER:LAYERS or timm:NAME:FILE:LAYERS."""
+    columns: Count = 8
+    """Images on the sheet."""
+    batch_size: Count = 50
+    """Images at once."""
+    device: str = "cpu"
+    """Torch device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeConditioningOptions(Measuring):
+    """Measures whether an SDXL-kind toy base follows its size conditioning (original size and crop)."""
+
+    EXAMPLES: ClassVar[str] = f"{PROGRAM} size_conditioning --base outputs/toy-sdxl-base --out sizes.json"
+
+    base: str = "outputs/toy-sdxl-base"
+    """Diffusers folder."""
+    steps: Count = 25
+    """Sampler steps."""
+    samples: Annotated[int | None, Option(at_least=2)] = 200
+    """Number of images."""
+    out: Path | None = None
+    """Score file to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedsOptions:
+    """Summarises the report.json files of runs that differ in their seed: mean and range."""
+
+    EXAMPLES: ClassVar[str] = (
+        f"{PROGRAM} seeds outputs/seed0/report.json outputs/seed1/report.json --out seeds.json"
+    )
+
+    reports: Annotated[tuple[Path, ...], Option(positional=True)]
+    """report.json files of one setting."""
+    out: Path | None = None
+    """Score file to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairedOptions:
+    """Mean differences between rows of the recipes' score file over pairs of equal seeds, with standard errors."""
+
+    EXAMPLES: ClassVar[str] = f"""
+    {PROGRAM} paired evaluation/results/toy_recipes.json --pairs segmented:dmd2 pruned_segmented:pruned_dmd2
+    """
+
+    table: Annotated[Path, Option(positional=True)]
+    """Score file of `recipes`."""
+    pairs: Annotated[tuple[str, ...], Option(metavar="ROW:ROW")]
+    """Pairs of rows; the second is subtracted from the first."""
+    out: Path | None = None
+    """Score file to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions:
+    """Prints the tables of score files and of run reports as Markdown."""
+
+    EXAMPLES: ClassVar[str] = (
+        f"{PROGRAM} show evaluation/results/toy_recipes.json outputs/quickstart/report.json"
+    )
+
+    files: Annotated[tuple[Path, ...], Option(positional=True)]
+    """Score files or report.json files."""
+
+
+COMMANDS = tuple(
+    Command(name, f"evaluation.benchmarks.tables.{options}Options", f"evaluation.benchmarks.{run}.{name}")
+    for name, options, run in (
+        ("recipes", "Recipes", "toy_scores"),
+        ("unets", "UNets", "toy_scores"),
+        ("teacher", "Teacher", "toy_scores"),
+        ("decoder", "Decoder", "decoder_quality"),
+        ("size_conditioning", "SizeConditioning", "size_conditioning"),
+        ("seeds", "Seeds", "score_files"),
+        ("paired", "Paired", "score_files"),
+        ("show", "Show", "score_files"),
+    )
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command."""
+    run_subcommand(
+        PROGRAM, "Measures the toy world's tables and prints them as Markdown.", COMMANDS, arguments
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Markdown of a result of `evaluation.evaluate`, and of the score files that `evaluation.benchmarks.tables` writes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+TITLES = {
+    "fid": "FID",
+    "patch_fid": "patch FID",
+    "fd_dinov2": "FD-DINOv2",
+    "kid": "KID",
+    "cmmd": "CMMD",
+    "clip_score": "CLIP score",
+    "pickscore": "PickScore",
+    "hpsv2": "HPSv2",
+    "psnr_db": "PSNR, dB",
+    "fid_ratio": "FID / base's",
+    "caption_accuracy_ratio": "caption accuracy / base's",
+    "ms_per_image": "ms/image",
+    "relative_time": "time, last row = 1",
+    "relative_cost": "cost of the stage, warmup = 1",
+}
+LOWER_IS_BETTER = {"fid", "patch_fid", "fd_dinov2", "kid", "cmmd"}
+
+Scores = Mapping[str, Any]
+"""By name: a number, `spread` of several, or None."""
+
+
+def title(metric: str) -> str:
+    """Column heading of a metric."""
+    return TITLES.get(metric, metric.replace("_", " "))
+
+
+def number(value: float | None) -> str:
+    """Five significant digits; nothing for None."""
+    return "" if value is None else f"{value:.5g}"
+
+
+def interval(entry: Mapping[str, Any]) -> str:
+    """`low to high`; empty without an interval."""
+    return f"{number(entry['low'])} to {number(entry['high'])}" if entry.get("low") is not None else ""
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines) + "\n"
+
+
+METRIC_HEADER = ("metric", "value", "95 % interval", "at N = ∞", "N", "protocol hash")
+
+
+def metric_rows(result: Mapping[str, Any]) -> list[list[str]]:
+    """One row per metric, in the columns of METRIC_HEADER."""
+    return [
+        [
+            title(name) + (" ↓" if name in LOWER_IS_BETTER else ""),
+            number(entry["value"]),
+            interval(entry),
+            number(entry.get("infinity")),
+            str(entry["samples"]),
+            entry["hash"],
+        ]
+        for name, entry in result["metrics"].items()
+    ]
+
+
+def describe_result(result: Mapping[str, Any]) -> str:
+    """One line: what was measured, and under which protocol."""
+    subject = result.get("model") or result.get("images")
+    settings = ""
+    if "model" in result:
+        steps = f"{result['nfe']} step{'s' * (result['nfe'] != 1)}"
+        settings = f", {steps}, guidance {result['guidance_scale']:g}"
+    return f"{subject}{settings}; protocol {result['protocol']['name']}"
+
+
+def result_markdown(result: Mapping[str, Any]) -> str:
+    """A result as a page of Markdown."""
+    table = markdown_table(METRIC_HEADER, metric_rows(result))
+    return f"### {describe_result(result)}\n\n{table}\n{footnote(result)}\n"
+
+
+def footnote(result: Mapping[str, Any]) -> str:
+    """How to read the numbers."""
+    source = result["protocol"].get("source")
+    protocol = f"Protocol: {source}. " if source else ""
+    return (
+        f"{protocol}Numbers with different protocol hashes are not comparable (`python -m evaluation.compare` refuses them). "
+        "The interval is for other images of the same generator. N = ∞ is FID without the bias of finitely many images."
+    )
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, smallest and largest."""
+    return {"mean": statistics.fmean(values), "smallest": min(values), "largest": max(values)}
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "fid": "{:.2f}".format,
+    "clip_score": "{:.1f}".format,
+    "caption_accuracy": _percent,
+    "attribute_accuracy": _percent,
+    "diversity": "{:.3f}".format,
+    "sharpness": "{:.2f}".format,
+    "psnr_db": "{:.1f}".format,
+    "feature_distance": "{:.4f}".format,
+    "parameters": "{:,}".format,
+    "ms_per_image": "{:.0f}".format,
+    "relative_time": "{:.2f}".format,
+    "relative_cost": "{:.2f}".format,
+    "fid_ratio": "{:.2f}".format,
+    "caption_accuracy_ratio": "{:.2f}".format,
+}
+"""Columns of score tables, in their order."""
+
+
+def score_table(rows: Mapping[str, Scores]) -> str:
+    """One row per label; columns are the scores of FORMATS that any row has.
+
+    A spread is shown as its mean and, where values differ in the digits shown, its range.
+    """
+    columns = [name for name in FORMATS if any(scores.get(name) is not None for scores in rows.values())]
+    cells = [
+        [label, *(_cell(scores.get(name), FORMATS[name]) for name in columns)]
+        for label, scores in rows.items()
+    ]
+    header = [title(name) + (", %" if FORMATS[name] is _percent else "") for name in columns]
+    return markdown_table(["", *header], cells)
+
+
+def _cell(value: Any, text: Callable[[float], str]) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, Mapping):
+        return text(value)
+    mean, low, high = (text(value[key]) for key in ("mean", "smallest", "largest"))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def score_file_markdown(content: Mapping[str, Any]) -> str:
+    """The table of a score file: of `evaluation.benchmarks.tables`, or of a run's report.json.
+
+    Raises:
+        ValueError: for another file.
+    """
+    kinds: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
+        ("pairs", _paired_markdown),
+        ("fid_ratio", _report_markdown),
+        ("psnr_db", _decoder_markdown),
+        ("rows", _rows_markdown),
+        ("toy", _teachers_markdown),
+    )
+    for key, markdown in kinds:
+        if key in content:
+            return markdown(content)
+    raise ValueError(f"has none of {', '.join(key for key, _ in kinds)}, one of which every score file has")
+
+
+def teacher_rows(entry: Mapping[str, Any]) -> dict[str, Scores]:
+    """Rows of real images, the autoencoder and the base at each number of steps."""
+    rows = {"real images": entry.get("real_vs_real"), "autoencoder": entry.get("vae_floor")}
+    rows |= {
+        f"base, {steps} step{'s' * (steps != '1')}": scores for steps, scores in entry["teacher"].items()
+    }
+    return {label: scores for label, scores in rows.items() if scores is not None}
+
+
+def _teachers_markdown(content: Mapping[str, Any]) -> str:
+    return "\n".join(
+        f"Protocol {name}:\n\n{score_table(teacher_rows(entry))}" for name, entry in content.items()
+    )
+
+
+def _report_markdown(content: Mapping[str, Any]) -> str:
+    """Of one run, or of the summary over seeds."""
+    ratios = {key: content[key] for key in ("fid_ratio", "caption_accuracy_ratio")}
+    rows = teacher_rows(content) if "teacher" in content else {}
+    rows |= {"student before": content["student_before"], "student": content["student"] | ratios}
+    if "ms_per_image" in content["student"]:
+        unit = content["student"]["ms_per_image"]
+        rows = {
+            label: {**scores, "relative_time": scores["ms_per_image"] / unit}
+            if "ms_per_image" in scores
+            else scores
+            for label, scores in rows.items()
+        }
+    return score_table(rows)
+
+
+def _rows_markdown(content: Mapping[str, Any]) -> str:
+    """Of recipes (a row each), U-Nets (a row for each number of steps) or size conditions."""
+    rows: dict[str, Scores] = {}
+    unit = content["rows"].get("warmup", {}).get("cpu_seconds")
+    for label, scores in content["rows"].items():
+        for steps, scores_at in scores.get("steps", {}).items():
+            rows[f"{label}, {steps} steps"] = {**scores_at, "parameters": scores["parameters"]}
+        if "steps" not in scores:
+            cost = scores.get("cpu_seconds")
+            relative = cost["mean"] / unit["mean"] if cost and unit else None
+            rows[label] = {**scores, "relative_cost": relative}
+    return score_table(rows)
+
+
+def _decoder_markdown(content: Mapping[str, Any]) -> str:
+    labels = {
+        "kl_real": "base's decoder against real",
+        "tiny_real": "tiny against real",
+        "tiny_kl": "tiny against base's",
+    }
+    rows = {
+        label: {"psnr_db": content["psnr_db"][pair], "feature_distance": content["feature_distance"][pair]}
+        for pair, label in labels.items()
+    }
+    tiny, kl = content["parameters"]["tiny"], content["parameters"]["kl"]
+    ratios = ", ".join(
+        f"{ratio:.2f} at batch size {size}" for size, ratio in content["time_kl_over_tiny"].items()
+    )
+    return (
+        f"{score_table(rows)}\nThe tiny decoder has {_percent(tiny / kl)} % of the base decoder's parameters; decoding time of the "
+        f"base's over the tiny one's: {ratios}.\n"
+    )
+
+
+def _paired_markdown(content: Mapping[str, Any]) -> str:
+    rows = [
+        [title(score), f"{found['mean']:+.4f}", f"{found['standard_error']:.4f}", str(found["differences"])]
+        for score, found in content.items()
+        if score != "pairs"
+    ]
+    table = markdown_table(["score", "mean difference", "standard error", "pairs"], rows)
+    return f"{', '.join(content['pairs'])}:\n\n{table}"
