@@ -1,4 +1,4 @@
-"""The student as a folder that stock diffusers runs in one step."""
+"""The student as a folder that stock diffusers runs in one step, or in the student's few."""
 
 from __future__ import annotations
 
@@ -9,12 +9,20 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline, LCMScheduler, UNet2DConditionModel
-from torch import Tensor
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    LCMScheduler,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import pipeline_variant, read_json
@@ -32,27 +40,26 @@ def export_pipeline(
     vae: str | None = None,
     timesteps: Sequence[int] | None = None,
 ) -> Path:
-    """Writes a pipeline of the family's kind: run it with guidance_scale=0 and num_inference_steps=1, or the student's number.
+    """Writes a diffusers pipeline, to be run with guidance_scale=0 and num_inference_steps=1 (or the student's number).
 
-    Text encoders and tokenizers are the base's. The folder appears whole or not at all; one that is there already is
-    replaced.
+    Text encoders and tokenizers are the base's. The folder is written completely or not at all; an existing one is replaced.
 
     Args:
         unet: the student's network, or its average, unsharded; it is not changed.
         family: the base that the student came from.
         folder: where to write.
-        conditioning_timestep: at which the student was trained; None takes the family's.
-        dtype: of all weights in the files; float32 keeps the student's output to rounding.
+        conditioning_timestep: of the student's training; None takes the family's.
+        dtype: of all weights in the files; float32 keeps the student's output up to rounding.
         vae: folder of a tiny autoencoder (stage `decoder`, or TAESD) to decode with; the base's VAE then goes to `vae_large`,
             which pipelines do not read, as in the released SDXS folders. None exports the base's VAE.
-        timesteps: of the student's steps, in place of conditioning_timestep; None is one step.
+        timesteps: of a student of several steps, instead of conditioning_timestep; None is one step.
 
     Returns:
         folder, as a Path.
 
     Raises:
         FileNotFoundError: without a tiny autoencoder in `vae`.
-        ValueError: for one that does not fit the base's latents.
+        ValueError: for a tiny autoencoder that does not fit the base's latents.
     """
     folder = Path(folder)
     timestep = family.conditioning_timestep if conditioning_timestep is None else conditioning_timestep
@@ -62,29 +69,54 @@ def export_pipeline(
     scheduler = (
         one_step_scheduler(family, steps[0]) if len(steps) == 1 else several_step_scheduler(family, steps)
     )
-    parts: dict[str, Any] = {"unet": copy, "scheduler": scheduler}
-    if family.pipeline_class == "StableDiffusionPipeline":
-        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    parts: dict[str, Any] = {"unet": copy, "scheduler": scheduler, **family.pipeline_options}
     if vae is not None:
         parts["vae"] = fitting_tiny_vae(vae, family)
     pipeline = pipeline_class.from_pretrained(
         family.folder, use_safetensors=True, variant=pipeline_variant(family.folder), **parts
     )
     pipeline.set_progress_bar_config(disable=True)
+    base_vae = pipeline.vae if vae is None else family.load_vae()
+    if isinstance(base_vae, AutoencoderKL):
+        absorb_shift(base_vae)
+    for network in (*pipeline.components.values(), base_vae):
+        if isinstance(network, nn.Module):
+            nn.Module.to(network, dtype=dtype)  # the override of diffusers warns about every cast
     with new_folder(folder) as written:
-        pipeline.to(dtype=dtype).save_pretrained(written, safe_serialization=True)
+        pipeline.save_pretrained(written, safe_serialization=True)
         if vae is not None:
-            family.load_vae().to(dtype=dtype).save_pretrained(written / "vae_large", safe_serialization=True)
+            base_vae.save_pretrained(written / "vae_large", safe_serialization=True)
         _load_in_float32(written)
     return folder
 
 
+def absorb_shift(vae: AutoencoderKL) -> None:
+    """Moves `shift_factor` into the convolutions around the latents: diffusers' SD and SDXL pipelines do not read it.
+
+    Raises:
+        ValueError: for a VAE without these convolutions.
+    """
+    shift = vae.config.shift_factor
+    if not shift:
+        return
+    if vae.quant_conv is None or vae.post_quant_conv is None:
+        raise ValueError(
+            f"the base's VAE has shift_factor {shift}, which diffusers' pipelines for this base ignore, and no quant_conv and "
+            "post_quant_conv to absorb it; export with a tiny autoencoder as vae."
+        )
+    encoding, decoding = vae.quant_conv, vae.post_quant_conv
+    with torch.no_grad():
+        encoding.bias[: vae.config.latent_channels] -= shift  # the means; the other half are log variances
+        decoding.bias += shift * decoding.weight.sum(dim=(1, 2, 3))
+    vae.register_to_config(shift_factor=None)
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A place to write to that becomes `folder` when everything is there, in place of an earlier one."""
+    """A temporary folder that becomes `folder` when the block ends without an error; an existing folder is replaced."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        written = Path(temporary) / "whole"
+        written = Path(temporary) / "complete"
         yield written
         if folder.exists():
             shutil.rmtree(folder)
@@ -110,12 +142,31 @@ def fitting_tiny_vae(folder: str, family: Family) -> AutoencoderTiny:
     return autoencoder
 
 
+def gathered_unet(unet: UNet2DConditionModel, first_rank: bool) -> UNet2DConditionModel | None:
+    """A copy on the CPU, unsharded and with adapters merged. A collective: every rank calls it.
+
+    Args:
+        unet: may be sharded by FSDP2.
+        first_rank: whether this is rank 0, which alone gets the copy; the others get None.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast(dict[str, Tensor], get_model_state_dict(unet, options=options))
+    return plain_unet(unet, weights) if first_rank else None
+
+
+def write_unet(unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes a U-Net folder, completely or not at all; an existing one is replaced. The U-Net is cast to `dtype`."""
+    nn.Module.to(unet, dtype=dtype)  # the override of diffusers warns about every cast
+    with new_folder(folder) as written:
+        unet.save_pretrained(written, safe_serialization=True)
+
+
 def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
     """A new network of the same config with the given weights: no hooks, no shards, adapters merged.
 
     Args:
         unet: where the config comes from.
-        weights: whole tensors.
+        weights: unsharded.
     """
     # Not from_config(): it resets what a config names in _use_default_values, even where that was changed since.
     settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
@@ -125,10 +176,10 @@ def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNe
 
 
 def _load_in_float32(folder: Path) -> None:
-    """Lets `from_pretrained(folder)` without a dtype give float32 throughout.
+    """Makes `from_pretrained(folder)` without a dtype load float32 throughout.
 
     diffusers does so for its own models whatever the files hold, while transformers 5 obeys the `dtype` in a text encoder's
-    config: half-precision files would give a pipeline that stops at the U-Net's first product of Half and Float.
+    config: half-precision files would give a pipeline that fails at the U-Net's first product of Half and Float.
     """
     for path in folder.glob("text_encoder*/config.json"):
         config = read_json(path) | {"dtype": "float32"}
@@ -138,7 +189,7 @@ def _load_in_float32(folder: Path) -> None:
 def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMScheduler:
     """A scheduler whose single step calls the network at the conditioning timestep and returns pred_x0.
 
-    It knows only the betas up to that timestep, so "trailing" spacing begins there, and the step to alpha = 1 is the x_0
+    It has only the betas up to that timestep, so "trailing" spacing begins there, and the step to alpha = 1 is the x_0
     estimate. A pipeline's noise is not scaled (init_noise_sigma 1), as in training.
     """
     settings = _schedule_up_to(family, conditioning_timestep)
@@ -146,9 +197,9 @@ def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMSchedu
 
 
 def several_step_scheduler(family: Family, timesteps: Sequence[int]) -> LCMScheduler:
-    """A scheduler that visits these timesteps in as many steps, with fresh noise between them, and returns pred_x0.
+    """A scheduler with one step for each of these timesteps, fresh noise between them, that returns pred_x0.
 
-    The fresh noise is the pipeline's `generator`'s, where the student in training makes its own from the first noise.
+    The fresh noise is drawn from the pipeline's `generator`; in training the student derives it from the first noise.
 
     Raises:
         ValueError: for timesteps that it cannot visit.
@@ -156,13 +207,13 @@ def several_step_scheduler(family: Family, timesteps: Sequence[int]) -> LCMSched
     return LCMScheduler(
         **_schedule_up_to(family, timesteps[0]),
         original_inference_steps=original_inference_steps(timesteps),
-        # It mixes the network's input into pred_x0 by 1 / (4 (scale t)^2): nothing, at this scale.
+        # LCMScheduler adds the network's input to pred_x0 with weight 1 / (4 (scale t)^2), which is 0 at this scale.
         timestep_scaling=1e4,
     )
 
 
 def _schedule_up_to(family: Family, last_timestep: int) -> dict[str, Any]:
-    """Settings that the schedulers share: the base's betas up to a timestep, and x_0 as the network says it."""
+    """Settings that both schedulers share: the base's betas up to a timestep, and its prediction type."""
     config = read_json(family.folder / "scheduler" / "scheduler_config.json")
     total = last_timestep + 1
     settings: dict[str, Any] = {

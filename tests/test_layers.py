@@ -16,7 +16,8 @@ ROOMS = {
     "networks": {"core", "families", "objectives"},
     "training": {"core", "networks"},
     "pairs": {"core", "families", "networks"},
-    "stages": {"core", "families", "surgery", "networks", "objectives", "training", "pairs"},
+    "export": {"core", "families", "networks"},
+    "stages": {"core", "families", "surgery", "networks", "objectives", "training", "pairs", "export"},
 }
 """Folders of sdxs_lightning, and which others each may import, beside itself."""
 
@@ -27,7 +28,6 @@ TOP = {
     "command_line",
     "config_errors",
     "config_files",
-    "export",
     "prune",
     "renamed",
 }

@@ -1,4 +1,4 @@
-"""Whether an SDXL-kind toy base follows its size conditioning: sharpness and accuracy at several original sizes and crops."""
+"""Whether a toy base follows its size conditioning: sharpness and accuracy at several original sizes and crops."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from evaluation.runner.teacher_scores import GUIDANCE_SCALE
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
-from sdxs_lightning.families.sdxl import StableDiffusionXL
+from sdxs_lightning.families import Family
+from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 def size_conditioning(options: SizeConditioningOptions) -> str:
     """Measures the same prompts and noise under three size conditions, and real images."""
     protocol, device = get_protocol("toy", samples=options.samples), torch.device(options.device)
-    family = StableDiffusionXL(options.base).to(device)
+    family = detect_family(options.base).to(device)
+    if family.encode_prompts([""]).add_time_ids is None:
+        raise ValueError(
+            f"'{options.base}' is not conditioned on sizes (its prompts have no add_time_ids); give a base that is."
+        )
     unet = family.load_unet().eval().requires_grad_(False)
     denoiser = Denoiser(unet, family.schedule, family.prediction_type).to(device)
     sampler = TargetSampler(denoiser, options.steps, GUIDANCE_SCALE)
@@ -60,7 +65,7 @@ def size_conditioning(options: SizeConditioningOptions) -> str:
 
 @torch.no_grad()
 def sampled_images(
-    family: StableDiffusionXL,
+    family: Family,
     sampler: TargetSampler,
     protocol: Protocol,
     size_px: int,

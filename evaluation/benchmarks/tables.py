@@ -136,7 +136,7 @@ class DecoderOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SizeConditioningOptions(Measuring):
-    """Measures whether an SDXL-kind toy base follows its size conditioning (original size and crop)."""
+    """Measures whether a toy base follows its size conditioning (original size and crop)."""
 
     EXAMPLES: ClassVar[str] = f"{PROGRAM} size_conditioning --base outputs/toy-sdxl-base --out sizes.json"
 

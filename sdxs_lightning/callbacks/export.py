@@ -1,37 +1,44 @@
-"""Writes the student as a pipeline when the training ends."""
+"""Writes what a stage has trained when the training ends."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.core.errors import CheckpointNotWritten
-from sdxs_lightning.export import export_pipeline, plain_unet
-from sdxs_lightning.networks.ema import StudentEma
-from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 
-class ExportPipeline(Checkpoint):
-    """Exports the one-step pipeline at the end of the training, after the last checkpoint.
+@runtime_checkable
+class Exportable(Protocol):
+    """A stage whose result can be exported."""
 
-    It derives from Lightning's `Checkpoint` to run after the measuring callbacks; list it behind `Checkpointing`, so that a
-    full disk costs the export only.
+    export_name: str
+    """What is exported, and the default folder in the run: "pipeline", "unet" or "decoder"."""
+
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, **options: Any) -> None:
+        """Writes the folder on rank 0, completely or not at all; every rank calls it, because weights are gathered."""
+
+
+class Export(Checkpoint):
+    """Exports the result of a stage at the end of the training, after the last checkpoint.
+
+    Distillation stages write a diffusers pipeline, `PrunedUNetDistillation` a U-Net folder (`weights` of a
+    `StudentGenerator`), and `DecoderDistillation` an AutoencoderTiny folder (`vae` of this class). An existing folder is
+    replaced. The class derives from Lightning's `Checkpoint` to run after the measuring callbacks; list it behind
+    `Checkpointing`, so that a full disk costs the export only.
 
     Args:
-        folder: where the pipeline goes; None is `pipeline` in the run's folder (`trainer.default_root_dir`).
-        average: the averaged student, or the current one.
+        folder: where to write; None is `pipeline`, `unet` or `decoder` in the run's folder (`trainer.default_root_dir`).
+        average: the averaged weights, or the current ones.
         dtype: of the files' weights.
-        vae: folder of a tiny autoencoder to decode with instead of the base's VAE; see `export_pipeline`.
+        vae: for a pipeline, folder of a tiny autoencoder to decode with instead of the base's VAE; see `export_pipeline`.
     """
 
     def __init__(
@@ -42,49 +49,49 @@ class ExportPipeline(Checkpoint):
         vae: str | None = None,
     ) -> None:
         self.folder = folder
-        self.vae = vae
         self.average = average
         self.dtype: torch.dtype = getattr(torch, dtype)
+        self.vae = vae
         self.ranks = Ranks()
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuses a stage that this cannot export.
+
+        Raises:
+            UserError: for a stage without an export, or a `vae` for one that exports no pipeline.
+        """
+        name = type(pl_module).__name__
+        if not isinstance(pl_module, Exportable):
+            raise UserError(f"{name} has no write_export; remove the callback Export.")
+        if self.vae is not None and pl_module.export_name != "pipeline":
+            raise UserError(
+                f"vae of the callback Export is '{self.vae}', but {name} exports a {pl_module.export_name}, which has no VAE; "
+                "set vae to null."
+            )
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Gathers the student on rank 0, which writes it.
+        """Writes on rank 0.
 
         Raises:
             CheckpointNotWritten: on all ranks, if the disk refused.
         """
-        assert isinstance(pl_module, OneStepDistillation) and pl_module.ema is not None
-        source = pl_module.ema if self.average else pl_module.student
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "pipeline")
-        with source.applied() if isinstance(source, StudentEma) else nullcontext():
-            weights = get_model_state_dict(
-                source.denoiser.unet, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-            )
-            # Inside, because these are the U-Net's own tensors where nothing has to be gathered or moved.
-            unet = (
-                plain_unet(source.denoiser.unet, cast(dict[str, Tensor], weights))
-                if self.ranks.first
-                else None
-            )
+        assert isinstance(pl_module, Exportable)
+        folder = Path(self.folder or Path(trainer.default_root_dir) / pl_module.export_name)
+        options = {} if self.vae is None else {"vae": self.vae}
         problem = None
-        if unet is not None:
-            problem = self._write(pl_module, unet, folder, source.timesteps)
-        problem = self.ranks.first_message(problem)
-        if problem:
-            raise CheckpointNotWritten(
-                f"the pipeline could not be written to '{folder}' ({problem}); the last checkpoint is complete. Make room or "
-                "set another folder of ExportPipeline, and run again with --ckpt_path last."
-            )
-        rank_zero_info(f"Pipeline of student update {pl_module.student_updates}: {folder}")
-
-    def _write(
-        self, module: OneStepDistillation, unet: UNet2DConditionModel, folder: Path, timesteps: Sequence[int]
-    ) -> str | None:
         try:
-            export_pipeline(unet, module.family, folder, dtype=self.dtype, vae=self.vae, timesteps=timesteps)
+            pl_module.write_export(folder, average=self.average, dtype=self.dtype, **options)
         except Exception as error:
             problem = write_failure(error)
             if problem is None:
                 raise
-            return problem
-        return None
+        problem = self.ranks.first_message(problem)
+        if problem:
+            # A resumed run that has reached its max_steps takes no step and exports nothing.
+            more = f" --trainer.max_steps {trainer.global_step + 1}" if trainer.max_steps > 0 else ""
+            raise CheckpointNotWritten(
+                f"the {pl_module.export_name} could not be written to '{folder}' ({problem}); the last checkpoint is complete. "
+                f"Make room or set another folder of the callback Export, and run again with --ckpt_path last{more}."
+            )
+        updates = getattr(pl_module, "student_updates", trainer.global_step)
+        rank_zero_info(f"Exported the {pl_module.export_name} after {updates} updates: {folder}")

@@ -35,6 +35,8 @@ class Family(Protocol):
     """Pixels of a side, as the base was trained."""
     pipeline_class: str
     """The diffusers pipeline that an export names."""
+    pipeline_options: dict[str, Any]
+    """Arguments of its `from_pretrained` that leave out components which no student needs, such as a safety checker."""
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """Shape (C, h, w) of one sample's latents."""

@@ -1,4 +1,4 @@
-"""Choosing the family for a base that only a command line names; configs name theirs by class_path."""
+"""Choosing the family of a base that only a command line names; configs name theirs by class_path."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 
+FAMILIES: dict[str, type[StableDiffusion | StableDiffusionXL]] = {
+    family.layout.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL)
+}
+"""`_class_name` of a base's `model_index.json` -> the family that loads it."""
+
 
 def detect_family(base: str, config: str | None = None) -> Family:
-    """The family whose pipeline `model_index.json` names; SD's where there is none, so that its own message is seen.
+    """The family whose pipeline a base's `model_index.json` names.
 
     Args:
         base: diffusers folder, hub id, or single .safetensors file.
@@ -19,10 +24,14 @@ def detect_family(base: str, config: str | None = None) -> Family:
 
     Raises:
         FileNotFoundError: as the family's constructor.
-        ValueError: as the family's constructor.
+        ValueError: for a pipeline that no family loads; as the family's constructor.
     """
-    named = _pipeline_class(base if config is None else config)
-    family = StableDiffusionXL if named == "StableDiffusionXLPipeline" else StableDiffusion
+    source = base if config is None else config
+    pipeline_class = _pipeline_class(source)
+    # Without a readable model_index.json any constructor says what is wrong.
+    family = StableDiffusion if pipeline_class is None else FAMILIES.get(pipeline_class)
+    if family is None:
+        raise ValueError(f"'{source}' holds a {pipeline_class}, accepted are {', '.join(FAMILIES)}.")
     return family(base, config=config)
 
 

@@ -29,6 +29,8 @@ class Layout:
     """Sub-folders that must be there."""
     single_file: Mapping[str, tuple[str, ...]]
     """Component -> beginnings of its tensors' names in a single file; one of them must occur."""
+    pipeline_options: Mapping[str, Any]
+    """Arguments of the pipeline's `from_pretrained` that leave out components which no student needs."""
 
 
 def check_base(folder: Path, layout: Layout) -> Path:

@@ -70,6 +70,7 @@ class PretrainedBase(ABC):
             )
         self.conditioning_timestep = conditioning_timestep
         self.pipeline_class: str = self.layout.pipeline_class
+        self.pipeline_options: dict[str, Any] = dict(self.layout.pipeline_options)
         self.unet_config: dict[str, Any] = unet_config(self.folder / "unet")
         self._vae_config = read_json(self.folder / "vae" / "config.json")
         # Also where only a tiny VAE is here: the U-Net still sees latents of the KL VAE that it was trained on.

@@ -41,6 +41,11 @@ class StableDiffusion(PretrainedBase):
             "vae": ("first_stage_model.", "vae."),
             "text_encoder": ("cond_stage_model.",),
         },
+        pipeline_options={
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        },
     )
     kl_scaling_factor = 0.18215
     encoder_classes: ClassVar = {"text_encoder": CLIPTextModel}

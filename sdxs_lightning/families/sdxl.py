@@ -50,6 +50,7 @@ class StableDiffusionXL(PretrainedBase):
             "text_encoder": ("conditioner.embedders.0.transformer.",),
             "text_encoder_2": ("conditioner.embedders.1.model.",),
         },
+        pipeline_options={},
     )
     kl_scaling_factor = 0.13025
     encoder_classes: ClassVar = {

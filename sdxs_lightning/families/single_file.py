@@ -155,9 +155,7 @@ def _write(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any],
 
 def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) -> DiffusionPipeline:
     pipeline_class: type[DiffusionPipeline] = getattr(diffusers, layout.pipeline_class)
-    unused: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
-    if layout.pipeline_class == "StableDiffusionPipeline":
-        unused |= {"safety_checker": None, "requires_safety_checker": False}
+    unused: dict[str, Any] = {"feature_extractor": None, "image_encoder": None, **layout.pipeline_options}
     try:
         pipeline = pipeline_class.from_single_file(
             str(file),
@@ -179,7 +177,9 @@ def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) 
     _check_whole(pipeline, file, configs, layout)
     for network in pipeline.components.values():
         if isinstance(network, nn.Module):
-            network.to(_dtype(header, layout))
+            nn.Module.to(
+                network, dtype=_dtype(header, layout)
+            )  # the override of diffusers warns about every cast
     return pipeline
 
 

@@ -6,15 +6,17 @@ For *iteration* and *micro-batch* see `manual_turns.py`. The student here is the
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Frozen
 from sdxs_lightning.core.seeding import Stream, uniform
+from sdxs_lightning.export import new_folder
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.image_features import FeatureNetwork, ImageFeatures
 from sdxs_lightning.networks.network import Network, no_param_grad
@@ -56,6 +58,8 @@ class DecoderDistillation(ManualOptimization):
 
     Source: SDXS, arXiv:2403.16627, section 3.1 and eq. 5. Where the paper is silent the settings' classes say what is ours.
     """
+
+    export_name = "decoder"
 
     def __init__(
         self,
@@ -209,6 +213,22 @@ class DecoderDistillation(ManualOptimization):
         for frozen in (self.pairs.network, self._features):
             if frozen is not None:
                 frozen.to(self.device)
+
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
+        """Writes an AutoencoderTiny folder; the decoder is complete on every rank. See `callbacks.export.Exportable`."""
+        assert self.average is not None
+        if self.global_rank != 0:
+            return
+        source = self.average.decoder if average else self.decoder.decoder
+        weights = {
+            # channels_last is for training; files hold plain layouts.
+            name: tensor.detach().to("cpu", memory_format=torch.contiguous_format)
+            for name, tensor in source.state_dict().items()
+        }
+        autoencoder = self.decoder.autoencoder(weights)
+        nn.Module.to(autoencoder, dtype=dtype)  # the override of diffusers warns about every cast
+        with new_folder(folder) as written:
+            autoencoder.save_pretrained(written, safe_serialization=True)
 
     def on_train_start(self) -> None:
         """A finished run that is resumed ends at once."""

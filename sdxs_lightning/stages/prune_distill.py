@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -16,6 +17,7 @@ from sdxs_lightning.core.frozen import Frozen
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
+from sdxs_lightning.export import gathered_unet, write_unet
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.ema import DenoiserEma
@@ -68,6 +70,7 @@ class PrunedUNetDistillation(AveragedTraining):
     """
 
     log_prefix = "student/"
+    export_name = "unet"
 
     def __init__(
         self,
@@ -247,6 +250,14 @@ class PrunedUNetDistillation(AveragedTraining):
         """Moves the averaged student towards the student."""
         assert self.ema is not None
         self.ema.follow(self.student)
+
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
+        """Writes the student's U-Net folder, for `UNet2DConditionModel.from_pretrained`; see `callbacks.export.Exportable`."""
+        assert self.ema is not None
+        source = self.ema.denoiser.unet if average else self.student.unet
+        unet = gathered_unet(source, first_rank=self.global_rank == 0)
+        if unet is not None:
+            write_unet(unet, folder, dtype)
 
     def on_fit_start(self) -> None:
         """Moves what Lightning does not see."""

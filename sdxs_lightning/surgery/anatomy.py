@@ -54,8 +54,8 @@ class Anatomy:
     mid: MidBlock
     mid_depth: int
     """Transformer blocks of the middle; 0 unless it is "full"."""
-    sdxl: bool
-    """Whether it is conditioned on sizes and a pooled prompt."""
+    added_conditioning: str
+    """`addition_embed_type` of its config, "none" without one; "text_time" is conditioned on sizes and a pooled prompt."""
 
 
 def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
     mid = MID_BLOCKS[config["mid_block_type"]]
     # diffusers builds the middle from the innermost down stage's setting, whatever that stage is.
     mid_depth = stages[-1].down.settings[0] if mid == "full" else 0
-    return Anatomy(stages, mid, mid_depth, sdxl=config["addition_embed_type"] == "text_time")
+    return Anatomy(stages, mid, mid_depth, config["addition_embed_type"] or "none")
 
 
 def per_stage(value: Any, count: int) -> list[Any]:

@@ -51,11 +51,11 @@ def select(teacher: Anatomy, topology: Topology) -> Selection:
         ValueError: in one sentence, if the teacher does not contain such a student.
     """
     name = topology.name
-    if topology.base != "any" and topology.base != ("sdxl" if teacher.sdxl else "sd"):
-        kinds = {"sd": "SD's (no added conditioning)", "sdxl": "SDXL's (addition_embed_type 'text_time')"}
+    if topology.added_conditioning not in ("any", teacher.added_conditioning):
         raise ValueError(
-            f"topology '{name}' is for a U-Net of the kind {kinds[topology.base]}, and this one is of the kind "
-            f"{kinds['sdxl' if teacher.sdxl else 'sd']}; choose another preset or another base."
+            f"topology '{name}' is for a U-Net with added conditioning '{topology.added_conditioning}' "
+            f"(addition_embed_type of its config), and this one has '{teacher.added_conditioning}'; choose another preset "
+            "or another base."
         )
     stages = topology.stages or (Stage(),) * len(teacher.stages)
     if len(stages) > len(teacher.stages):

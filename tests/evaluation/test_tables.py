@@ -26,7 +26,7 @@ from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 from tests.helpers.refusals import refusal
-from tests.helpers.tiny import save_tiny_sdxl, tiny_sd_unet
+from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
 from tests.helpers.tiny_run import ROOT
 
 RESULTS = ROOT / "evaluation" / "results"
@@ -308,6 +308,8 @@ def test_bad_input_is_one_sentence(
     for name in ("unets", "teacher", "size_conditioning"):
         said = refusal(main, [name, "--base", nowhere, "--out", out], capsys)
         assert said.startswith(f"tables {name}: ") and "nowhere" in said, said
+    base = save_tiny_sd(tmp_path / "sd")
+    assert "is not conditioned on sizes" in refusal(main, ["size_conditioning", "--base", base], capsys)
     assert "--unet takes NAME=FOLDER, such as" in refusal(
         main, ["unets", "--unet", "folder", "--out", out], capsys
     )

@@ -87,7 +87,7 @@ def test_wrong_choices_are_told_in_a_sentence(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = ["--output", tmp_path / "out"]
-    assert "'sdxs-1024' is for a U-Net of the kind SDXL's" in refused(
+    assert "'sdxs-1024' is for a U-Net with added conditioning 'text_time'" in refused(
         ["--base", base, "--preset", "sdxs-1024", *output], capsys
     )
     assert "no preset 'bk-huge'; there are sdxs-512" in refused(

@@ -137,13 +137,21 @@ _BK = PRESETS["bk-tiny"]
         (
             SD,
             PRESETS["sdxs-1024"],
-            "'sdxs-1024' is for a U-Net of the kind SDXL's.*this one is of the kind SD's",
+            "'sdxs-1024' is for a U-Net with added conditioning 'text_time' .*, and this one has 'none'",
         ),
-        (SDXL, PRESETS["bk-tiny"], "'bk-tiny' is for a U-Net of the kind SD's.*of the kind SDXL's"),
-        (SDXL, replace(PRESETS["bk-base"], base="any"), "'bk-base' keeps 4 stages, and this U-Net has 3"),
+        (
+            SDXL,
+            PRESETS["bk-tiny"],
+            "'bk-tiny' is for a U-Net with added conditioning 'none' .*has 'text_time'",
+        ),
+        (
+            SDXL,
+            replace(PRESETS["bk-base"], added_conditioning="any"),
+            "'bk-base' keeps 4 stages, and this U-Net has 3",
+        ),
         (
             SD,
-            replace(PRESETS["vega"], base="any"),
+            replace(PRESETS["vega"], added_conditioning="any"),
             r"stages\[2\].down_depths asks for .* 2 block.* this U-Net has 1",
         ),
         (prune_config(SD, _BK), PRESETS["bk-small"], "'bk-small' keeps 4 stages, and this U-Net has 3"),
@@ -231,7 +239,7 @@ def test_a_topology_file_says_what_a_preset_says(tmp_path: Path) -> None:
     path.write_text(YAML)
     topology = read_topology(path)
     expected = PRESETS["sdxs-512"]
-    assert topology == replace(expected, base="any", name="small", note="")
+    assert topology == replace(expected, added_conditioning="any", name="small", note="")
     path.write_text("topology:" + YAML.replace("\n", "\n  ") + "\n  name: mine\n")
     assert read_topology(path) == replace(topology, name="mine")
 

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sdxs_lightning.callbacks.export_decoder import ExportDecoder
+from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.networks.denoiser import Denoiser
@@ -305,7 +305,7 @@ def test_export_is_the_average_and_says_that_it_has_no_encoder(
 ) -> None:
     module = built(decoding(base("sd-epsilon")))
     trainer = fit(module, shards, batches=2, default_root_dir=tmp_path)  # type: ignore[arg-type]
-    ExportDecoder(dtype="float32").on_train_end(trainer, module)
+    Export(dtype="float32").on_train_end(trainer, module)
     exported = AutoencoderTiny.from_pretrained(tmp_path / "decoder")
     assert module.average is not None
     latents = random_latents()

@@ -295,7 +295,7 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
     }
     config["trainer"]["callbacks"][-1]["init_args"] = {"agree_every_n_batches": 2}
     config["model"]["init_args"]["update_schedule"]["max_student_updates"] = 2
-    config["trainer"]["callbacks"].append({"class_path": "sdxs_lightning.callbacks.export.ExportPipeline"})
+    config["trainer"]["callbacks"].append({"class_path": "sdxs_lightning.callbacks.export.Export"})
     ended = train_in_two(tmp_path, with_callback(config, "RaiseSignal", name="SIGUSR1", batch=1, rank=1))
     assert [rank.code for rank in ended] == [138, 0], ended
     interrupted = newest(tmp_path)

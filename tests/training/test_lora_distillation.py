@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from sdxs_lightning.callbacks.export import ExportPipeline
+from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.cli import main
 from sdxs_lightning.memory_plan.hardware import read_hardware
 from sdxs_lightning.memory_plan.planner import Planner
@@ -151,7 +151,7 @@ def test_the_exported_folder_is_the_student_with_its_adapters_merged(
     base: Base, shards: Path, tmp_path: Path, kind: str, average: bool
 ) -> None:
     module = with_adapters(base(kind), partial(torch.optim.SGD, lr=1.0), LoRA(rank=2, alpha=4.0))
-    export = ExportPipeline(str(tmp_path / "out"), average=average, dtype="float32")
+    export = Export(str(tmp_path / "out"), average=average, dtype="float32")
     export.on_train_end(fit(module, shards, batches=3), module)
     captions = tiny_batch(3).captions
     noise = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.tensor import DTensor
 
-from sdxs_lightning.callbacks.export import ExportPipeline
+from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.lora import LoRA, lora_parameters, merged_weights
 from sdxs_lightning.networks.student_generator import StudentGenerator
@@ -57,7 +57,7 @@ def train(base: Path, shards: Path, out: Path) -> None:
         two: dict[str, Any] = {"batch_size": 2, "devices": 2}
         module, save = module_for(base), SaveAfter(SAVED_AFTER, out / f"{strategy}.ckpt")
         trainer = fit(module, shards, ITERATIONS, callbacks=[save], strategy=strategy_of(strategy), **two)
-        ExportPipeline(str(out / strategy), dtype="float32").on_train_end(trainer, module)
+        Export(str(out / strategy), dtype="float32").on_train_end(trainer, module)
         straight = arrived(module)
         resumed = module_for(base)
         fit(resumed, shards, ITERATIONS, ckpt_path=str(save.path), strategy=strategy_of(strategy), **two)

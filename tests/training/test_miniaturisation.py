@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from data.shards.datamodule import ShardDataModule
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
-from sdxs_lightning.callbacks.export_unet import ExportUNet
+from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.cli import main
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.errors import CheckpointNotWritten
@@ -197,7 +197,7 @@ def test_student_and_average_move_and_the_average_is_exported(
     start = weights(module.student.unet)
     assert module.teacher is not None
     frozen = weights(module.teacher.module)
-    export = [ExportUNet(str(tmp_path / "unet"), dtype="float32"), ExportUNet(str(tmp_path / "half"))]
+    export = [Export(str(tmp_path / "unet"), dtype="float32"), Export(str(tmp_path / "half"))]
     fit(module, shards, 3, callbacks=[witness, *export])
     assert {key.split(".")[0] for key in module.state_dict()} == {"student", "ema"}
     for name, value in module.teacher.module.named_parameters():
@@ -326,7 +326,7 @@ def test_control_runs(base: Base) -> None:
 def test_a_result_is_pruned_further(base: Base, shards: Path, tmp_path: Path) -> None:
     folder = base("sd-epsilon")
     first = stage(folder, Topology(mid_block="none"))
-    fit(first, shards, 1, callbacks=[ExportUNet(str(tmp_path / "unet"), average=False, dtype="float32")])
+    fit(first, shards, 1, callbacks=[Export(str(tmp_path / "unet"), average=False, dtype="float32")])
     chained = {"weights": str(tmp_path / "unet")}
     with pytest.raises(ValueError, match="has another shape than the base.*name the pairs in feature_dist"):
         built(stage(folder, SMALL, **chained))
@@ -413,8 +413,10 @@ def test_a_full_disk_leaves_the_earlier_export(base: Base, shards: Path, tmp_pat
     module = stage(base("sd-epsilon"))
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
-    with pytest.raises(CheckpointNotWritten, match="the U-Net could not be written to.*file exists"):
-        fit(module, shards, 1, callbacks=[ExportUNet(str(blocked / "unet"))])
+    with pytest.raises(
+        CheckpointNotWritten, match="the unet could not be written to.*file exists.*--trainer.max_steps 2"
+    ):
+        fit(module, shards, 1, callbacks=[Export(str(blocked / "unet"))])
     assert blocked.read_text() == "no folder"
 
 
@@ -436,7 +438,7 @@ def command(folder: Path, run: str, **trainer: Any) -> dict[str, Any]:
     settings = {"max_steps": 3, "accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
     config["trainer"] |= settings | trainer | {"default_root_dir": str(folder / run)}
     config["trainer"]["callbacks"].append(
-        {"class_path": "sdxs_lightning.callbacks.export_unet.ExportUNet", "init_args": {"dtype": "float32"}}
+        {"class_path": "sdxs_lightning.callbacks.export.Export", "init_args": {"dtype": "float32"}}
     )
     return config
 

@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 
-from sdxs_lightning.callbacks.export import ExportPipeline
+from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.core.seeding import Stream, fingerprint, integers, normal
 from sdxs_lightning.memory_plan.hardware import read_hardware
 from sdxs_lightning.memory_plan.planner import Planner
@@ -35,7 +35,7 @@ def test_every_network_learns_from_samples_of_all_steps(
     module.student.denoiser.unet.register_forward_pre_hook(
         lambda m, inputs: calls.append((torch.is_grad_enabled(), inputs[1].tolist()))
     )
-    export = ExportPipeline(str(tmp_path / "out"), average=False, dtype="float32")
+    export = Export(str(tmp_path / "out"), average=False, dtype="float32")
     trainer = fit(module, shards, batches=1, batch_size=8)
     export.on_train_end(trainer, module)
     for role in ("student", "ema", "fake_score", "discriminator"):

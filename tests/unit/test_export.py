@@ -8,7 +8,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 
+from sdxs_lightning.callbacks.export import Export
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.noise_schedule import PredictionType
 from sdxs_lightning.export import export_pipeline, one_step_scheduler
 from sdxs_lightning.families.sd import StableDiffusion
@@ -83,3 +86,21 @@ def test_scheduler_lands_on_the_conditioning_timestep(tmp_path: Path) -> None:
         assert scheduler.timesteps.tolist() == [timestep] and scheduler.init_noise_sigma == 1.0
         expected = family.schedule.alphas_cumprod[timestep]
         torch.testing.assert_close(scheduler.alphas_cumprod[timestep], expected, rtol=1e-5, atol=0)
+
+
+def test_the_callback_refuses_a_stage_that_it_cannot_export() -> None:
+    class Stage(LightningModule):
+        pass
+
+    class Decoder(LightningModule):
+        export_name = "decoder"
+
+        def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
+            raise AssertionError
+
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+    Export().setup(trainer, Decoder(), "fit")
+    with pytest.raises(UserError, match="Stage has no write_export; remove the callback Export"):
+        Export().setup(trainer, Stage(), "fit")
+    with pytest.raises(UserError, match="Decoder exports a decoder, which has no VAE; set vae to null"):
+        Export(vae="outputs/decoder").setup(trainer, Decoder(), "fit")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from data.prepare.__main__ import main
@@ -20,12 +21,13 @@ from data.prepare.common.raw_shards import RawShards
 from data.shards.index import ShardSet
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
+from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.memory_plan.weightless import WeightlessFamily
 from sdxs_lightning.pairs.target_pairs import PairSettings, TargetPairs
 from sdxs_lightning.stages.decoder_pairs import DecoderPairs
 from sdxs_lightning.stages.distillation.data_sample import data_sample
-from tests.helpers.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, tiny_batch
+from tests.helpers.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, tiny_batch, tiny_sd_unet
 
 SCALE, SHIFT = 0.5, 0.125
 
@@ -60,6 +62,28 @@ def test_encode_scale_unscale_and_decode_are_the_arithmetic_of_diffusers(shifted
     torch.testing.assert_close(family.decode(scaled), vae.decode(unscaled).sample, rtol=1e-5, atol=1e-5)
     planned = WeightlessFamily(family).scale_latents(mean.to("meta"))
     assert planned.shape == mean.shape and planned.device.type == "meta"
+
+
+@torch.no_grad()
+def test_an_export_decodes_as_the_family_although_the_pipeline_reads_no_shift(
+    shifted: Path, tmp_path: Path
+) -> None:
+    family = StableDiffusion(str(shifted))
+    folder = export_pipeline(tiny_sd_unet(), family, tmp_path / "out", dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    assert vae.config.scaling_factor == SCALE and not vae.config.shift_factor
+    images = (
+        torch.rand(2, 3, RESOLUTION_PX, RESOLUTION_PX, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    )
+    latents = family.encode(images)
+    # As StableDiffusionPipeline does.
+    torch.testing.assert_close(
+        vae.decode(latents / SCALE).sample, family.decode(latents), rtol=1e-4, atol=1e-5
+    )
+    encoded = vae.encode(images).latent_dist
+    torch.testing.assert_close(encoded.mode() * SCALE, latents, rtol=1e-4, atol=1e-5)
+    before = family.load_vae().encode(images).latent_dist
+    torch.testing.assert_close(encoded.logvar, before.logvar, rtol=1e-4, atol=1e-5)
 
 
 def test_training_batches_are_scaled_and_shifted(shifted: Path) -> None:

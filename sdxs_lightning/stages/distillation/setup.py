@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.export import export_pipeline, gathered_unet
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.discriminator import Discriminator
@@ -49,6 +51,8 @@ class DistillationNetworks(ManualOptimization):
         gradient_clip_norm: of each network by itself; None does not clip.
         real_score_dtype: of the frozen networks in the step.
     """
+
+    export_name = "pipeline"
 
     def __init__(
         self,
@@ -200,6 +204,15 @@ class DistillationNetworks(ManualOptimization):
         with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
             latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
         return self.family.decode(latents)
+
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
+        """Writes a diffusers pipeline; see `callbacks.export.Exportable`, and `export_pipeline` for vae."""
+        assert self.ema is not None
+        source = self.ema if average else self.student
+        with source.applied() if isinstance(source, StudentEma) else nullcontext():
+            unet = gathered_unet(source.denoiser.unet, first_rank=self.global_rank == 0)
+        if unet is not None:
+            export_pipeline(unet, self.family, folder, dtype=dtype, vae=vae, timesteps=source.timesteps)
 
     def plan_networks(self) -> list[PlannedNetwork]:
         """See `Plannable`."""
