@@ -1,0 +1,138 @@
+"""The manuals of measuring: every number equals a result file, and every command line is accepted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from evaluation.__main__ import COMMANDS
+from evaluation.benchmarks import tables, throughput
+from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
+from evaluation.reports.markdown import score_file_markdown
+from sdxs_lightning.command_line import parse_options
+from tests.helpers.tiny_run import ROOT
+
+RESULTS = ROOT / "evaluation" / "results"
+PAGES = {name: (ROOT / "evaluation" / name).read_text() for name in ("README.md", "results/README.md")}
+PAGE = PAGES["results/README.md"]
+
+
+def result(name: str) -> dict[str, Any]:
+    """The content of a result file."""
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return content
+
+
+def test_every_table_is_what_show_prints() -> None:
+    shown = re.findall(
+        r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
+    )
+    assert len(shown) == len(set(shown)) == 10
+    for name in shown:
+        assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
+    for path in RESULTS.glob("*.json"):
+        assert path.name in PAGE or path.name == "README.md", f"{path.name} is in no section"
+    for path in RESULTS.glob("*.png"):
+        assert path.name in PAGE, f"{path.name} is in no section"
+
+
+def phrases() -> list[str]:
+    """The numbers of the text, made from the files."""
+    rows, entry = result("toy_recipes")["rows"], result("toy_teacher")["toy"]
+    one, many = entry["teacher"]["1"], entry["teacher"]["50"]
+    seeds, fid = result("quickstart_seeds"), result("toy_pruned_dmd2")["metrics"]["fid"]
+    accuracy = {row: scores["caption_accuracy"]["mean"] for row, scores in rows.items()}
+    cost = {row: scores["cpu_seconds"]["mean"] for row, scores in rows.items()}
+    distilled = [accuracy[row] for row in rows if row.startswith(("dmd2", "segmented")) and "+" not in row]
+    pruned = [accuracy[row] / many["caption_accuracy"] for row in rows if re.match("pruned_(dmd2|seg)", row)]
+    assert max(rows[row]["fid"]["mean"] for row in rows if re.match("pruned_(dmd2|seg)", row)) <= many["fid"]
+    ratio, paired = seeds["caption_accuracy_ratio"], result("toy_segmented_versus_dmd2")
+    finish, plan = result("toy_finish_versus_none"), "plan_sdxl_one_gpu"
+    data, metrics = result("throughput_data"), result("throughput_metrics")
+    parity = max(
+        result("metrics_parity")[tool]["fid"]["relative"]
+        for tool in ("torch-fidelity", "clean-fid", "pytorch-fid")
+    )
+    kills, firsts = result("resume_kills"), [f"{each['seconds']:.1f} s" for each in data["first_batch"]]
+    assert f"{cost['segmented'] / cost['dmd2']:.1f}" == "0.8"  # four fifths
+    assert finish["fid"]["mean"] < 0 < paired["fid"]["mean"]
+    real = result("quickstart_seed0")["real_vs_real"]["fid"]
+    return [
+        f"real images score {real:.2f} against real images",
+        f"known to ± {(fid['high'] - fid['low']) / 2:.2f} (95 %",
+        f"{seeds['student_updates']} student updates per run",
+        f"{100 * ratio['smallest']:.0f} to {100 * ratio['largest']:.0f} % of its caption accuracy",
+        f"{100 * rows['pruned_dmd2']['parameters'] / rows['dmd2']['parameters']:.0f} % of the parameters",
+        f"(FID {one['fid']:.2f}, caption accuracy {100 * one['caption_accuracy']:.1f} %)",
+        f"the base in 50 steps ({many['fid']:.2f})",
+        f"{100 * min(pruned):.0f} to {100 * max(pruned):.0f} % of its caption accuracy.",
+        f"adds {100 * (accuracy['warmup'] - accuracy['regression']):.0f} points",
+        f"at {cost['warmup'] / cost['regression']:.1f} times the cost",
+        f"adds {100 * (min(distilled) - accuracy['warmup']):.1f} to {100 * (max(distilled) - accuracy['warmup']):.1f} more",
+        f"is {100 * paired['caption_accuracy']['mean']:.1f} points of accuracy ahead of DMD2 "
+        f"(standard error {100 * paired['caption_accuracy']['standard_error']:.1f})",
+        f"{paired['fid']['mean']:.2f} of FID behind ({paired['fid']['standard_error']:.2f})",
+        f"accuracy by {100 * finish['caption_accuracy']['mean']:.1f} points "
+        f"(standard error {100 * finish['caption_accuracy']['standard_error']:.1f})",
+        f"lowers FID by {-finish['fid']['mean']:.3f} ({finish['fid']['standard_error']:.3f}), "
+        f"over {finish['fid']['differences']} pairs",
+        f"raw JPEG tars {data['raw_jpeg']['ratio']:.1f} times as fast, SDXL latents {data['raw_sdxl_latents']['ratio']:.1f}",
+        f"512 px tensors {data['jpeg_to_512']['0 workers']['ratio']:.1f} ({data['jpeg_to_512']['2 workers']['ratio']:.1f} with",
+        f"after {firsts[0]} (100 shards) or {firsts[1]} (1,000)",
+        f"{kills['equal']} of {kills['kills']} runs",
+        "torchmetrics takes {torchmetrics:.1f} times as long, scipy {scipy:.1f} times".format(
+            **metrics["frechet"]["times_ours_in_seconds"]
+        ),
+        f"their sums in {metrics['sync']['seconds']:.1f} s",
+        f"up to {parity:.1e} at {result('metrics_parity')['images_per_side']} images",
+        f"{result(plan)['needed'] / 2**30:.0f} GiB, and {result(f'{plan}_lora_fake_score')['needed'] / 2**30:.0f} GiB",
+    ]
+
+
+@pytest.mark.parametrize("phrase", phrases())
+def test_every_number_of_the_text_is_in_a_result_file(phrase: str) -> None:
+    assert phrase in " ".join(PAGE.split())
+
+
+def command_lines() -> list[str]:
+    """Commands of both pages: of code blocks, and complete ones in the text."""
+    lines = []
+    for page in PAGES.values():
+        for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
+            lines += block.replace("\\\n", " ").splitlines()
+        lines += [
+            code
+            for code in re.findall(r"`([^`\n]+)`", page)
+            if code.startswith("python -m ") and code.count(" ") > 2
+        ]
+    return sorted(
+        {line.split("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")}
+    )
+
+
+@pytest.mark.parametrize("line", command_lines())
+def test_every_command_line_is_accepted(line: str) -> None:
+    python, *words = shlex.split(line)
+    assert python == "python"
+    if words[0] == "train.py":  # its configurations are tested with them
+        assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
+        return
+    programs = {f"evaluation.{command.name}": (command, words[2:]) for command in COMMANDS}
+    for program in (tables, throughput):
+        name = program.__name__.rpartition("benchmarks.")[2]
+        for command in program.COMMANDS:
+            if words[2:3] == [command.name]:
+                programs[f"evaluation.benchmarks.{name}"] = (command, words[3:])
+    command, arguments = programs[words[1]]
+    module, _, options = command.options.rpartition(".")
+    assert parse_options(getattr(import_module(module), options), arguments) is not None
+
+
+def test_the_manual_names_every_protocol_and_metric() -> None:
+    missing = [name for name in (*PROTOCOL_NAMES, *METRIC_NAMES) if f"`{name}`" not in PAGES["README.md"]]
+    assert not missing
