@@ -101,16 +101,17 @@ def unet_folder(source: Path, named: str) -> Path:
 
     Args:
         source: a U-Net folder or a pipeline folder.
-        named: how the user named it, for the message.
+        named: option and value of the user, for the message.
 
     Raises:
         FileNotFoundError: where it is neither.
     """
-    for folder in (source, source / "unet"):
+    # A pipeline folder first: some repositories have a config.json beside model_index.json.
+    for folder in (source / "unet", source):
         if (folder / "config.json").is_file():
             return folder
     raise FileNotFoundError(
-        f"weights '{named}' is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json)."
+        f"{named} is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json)."
     )
 
 

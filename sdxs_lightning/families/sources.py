@@ -36,26 +36,30 @@ def resolve_base(base: str, config: str | None, layout: Layout) -> Path:
     return _folder_or_hub(base, layout, weights=True)
 
 
-def resolve_unet(weights: str) -> Path:
+def resolve_unet(weights: str, option: str = "weights") -> Path:
     """The folder of a U-Net, from a U-Net folder, a pipeline folder or a hub id of either.
+
+    Args:
+        weights: what the user gave.
+        option: that gave it, for the message.
 
     Raises:
         FileNotFoundError: where there is no U-Net.
         ValueError: for a pickle or a single file.
     """
-    _refuse_pickle(weights, "weights")
-    path = Path(weights)
+    _refuse_pickle(weights, option)
+    path, named = Path(weights), f"{option} '{weights}'"
     if path.is_file():
         raise ValueError(
-            f"weights '{weights}' is a file; give a U-Net folder (config.json and .safetensors) or a pipeline folder."
+            f"{named} is a file; give a U-Net folder (config.json and .safetensors) or a pipeline folder."
         )
     if path.is_dir() or not hub.is_hub_id(weights):
-        return unet_folder(path, weights)
+        return unet_folder(path, named)
     try:
-        return unet_folder(hub.fetch(weights, "unet/config.json", ("unet", "scheduler")), weights)
+        return unet_folder(hub.fetch(weights, "unet/config.json", ("unet", "scheduler")), named)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"weights '{weights}' is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json); and "
+            f"{named} is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json); and "
             f"{error}"
         ) from error
 

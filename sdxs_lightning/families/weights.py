@@ -74,17 +74,21 @@ def check_not_pickled(folder: Path) -> None:
         )
 
 
-def load_network(network: type[_Network], folder: Path, dtype: torch.dtype = torch.float32) -> _Network:
+def load_network(
+    network: type[_Network], folder: Path, dtype: torch.dtype = torch.float32, strict: bool = False
+) -> _Network:
     """A network of a folder, whole or in shards, without a second copy and without random weights beneath.
 
     Args:
         network: a model class of diffusers or transformers.
         folder: with config.json and safetensors.
         dtype: of its weights, whatever the files hold.
+        strict: refuse tensors that the network does not have.
 
     Raises:
         FileNotFoundError: without safetensors.
-        ValueError: for pickles, for files that cannot be read, or that lack tensors or have foreign shapes.
+        ValueError: for pickles, for files that cannot be read, that lack tensors or have some of other shapes; with
+            `strict`, for files with more tensors than the network.
     """
     check_not_pickled(folder)
     files = weight_files(path.name for path in folder.iterdir())
@@ -107,6 +111,12 @@ def load_network(network: type[_Network], folder: Path, dtype: torch.dtype = tor
         raise ValueError(
             f"the weights in '{folder}' lack {len(missing)} tensor(s) of the network in its config.json, such as "
             f"{missing[0]}; was a file cut off or of another network?"
+        )
+    if strict and report["unexpected_keys"]:
+        unexpected = sorted(report["unexpected_keys"])
+        raise ValueError(
+            f"the weights in '{folder}' have {len(unexpected)} tensor(s) that the network in its config.json lacks, such as "
+            f"{unexpected[0]}; are they of another network?"
         )
     # nn.Module's own to(): that of diffusers warns of modules to keep in float32, of which these classes have none.
     nn.Module.to(loaded, dtype=dtype)

@@ -31,7 +31,10 @@ from sdxs_lightning.objectives.knowledge_distillation import (
 from sdxs_lightning.stages.distillation.data_sample import data_sample
 from sdxs_lightning.stages.distillation.sample import Noisy, Sample
 from sdxs_lightning.stages.distillation.step import Dtype
-from sdxs_lightning.surgery import Topology, feature_pairs, prune, topology_of
+from sdxs_lightning.surgery.feature_pairs import feature_pairs
+from sdxs_lightning.surgery.presets import topology_of
+from sdxs_lightning.surgery.pruning import prune
+from sdxs_lightning.surgery.topology import Topology
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
 from sdxs_lightning.training.sharding import mixed_precision, shard_unet

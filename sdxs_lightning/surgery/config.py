@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from diffusers import UNet2DConditionModel
+
 from sdxs_lightning.surgery.anatomy import ATTENDS, MID_BLOCKS, Anatomy, anatomy_of, full_config, per_stage
 from sdxs_lightning.surgery.selection import Layer, Selection, depth_settings, select
 from sdxs_lightning.surgery.topology import Topology
@@ -75,3 +78,14 @@ def _like(teacher: Any, values: Any) -> Any:
     """One number where the teacher has one and all stages agree; otherwise the list, as JSON has it."""
     scalar = isinstance(values, list) and not isinstance(teacher, list | tuple | None)
     return values[0] if scalar and all(value == values[0] for value in values) else values
+
+
+def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
+    """A U-Net on the meta device."""
+    with torch.device("meta"):
+        return UNet2DConditionModel(**full_config(config))
+
+
+def shapes_of(config: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """The shape of every tensor in the `state_dict()` of a U-Net."""
+    return {name: tensor.shape for name, tensor in meta_unet(config).state_dict().items()}

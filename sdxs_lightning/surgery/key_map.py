@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sdxs_lightning.surgery.anatomy import Anatomy, anatomy_of
-from sdxs_lightning.surgery.config import prune_config
+from sdxs_lightning.surgery.config import prune_config, shapes_of
 from sdxs_lightning.surgery.selection import Layer, Selection, keep_all, select
-from sdxs_lightning.surgery.shapes import shapes_of
 from sdxs_lightning.surgery.topology import Topology
 
 _ENDS = (

@@ -10,11 +10,10 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdxs_lightning.surgery.anatomy import anatomy_of
-from sdxs_lightning.surgery.config import prune_config
+from sdxs_lightning.surgery.config import prune_config, shapes_of
 from sdxs_lightning.surgery.key_map import Source, block_map, key_map, superseded, teacher_blocks
 from sdxs_lightning.surgery.report import Shapes, TransferReport, account, input_axis
 from sdxs_lightning.surgery.selection import select
-from sdxs_lightning.surgery.shapes import shapes_of
 from sdxs_lightning.surgery.topology import Topology
 
 
@@ -42,19 +41,21 @@ def prune(
     # nn.Module's own to(): diffusers' warns of modules to keep in float32, of which this class has none.
     nn.Module.to(student, device=teacher.device, dtype=teacher.dtype)
     ours, theirs = student.state_dict(), teacher.state_dict()
-    sources, report = _plan(teacher.config, topology, transfer, _shapes(ours), _shapes(theirs))
+    sources, report = _sources(teacher.config, topology, transfer, _shapes(ours), _shapes(theirs))
     fill(ours, theirs, sources)
     return student.eval(), report
 
 
-def plan(teacher_config: Mapping[str, Any], topology: Topology, transfer: bool = True) -> TransferReport:
-    """The account that `prune` would give, from the config alone.
+def transfer_report(
+    teacher_config: Mapping[str, Any], topology: Topology, transfer: bool = True
+) -> TransferReport:
+    """The report that `prune` would return, from the config alone.
 
     Raises:
         ValueError: as `prune`.
     """
     student = shapes_of(prune_config(teacher_config, topology))
-    return _plan(teacher_config, topology, transfer, student, shapes_of(teacher_config))[1]
+    return _sources(teacher_config, topology, transfer, student, shapes_of(teacher_config))[1]
 
 
 @torch.no_grad()
@@ -76,7 +77,7 @@ def fill(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sources: 
             )
 
 
-def _plan(
+def _sources(
     teacher_config: Mapping[str, Any], topology: Topology, transfer: bool, student: Shapes, teacher: Shapes
 ) -> tuple[dict[str, Source], TransferReport]:
     anatomy = anatomy_of(teacher_config)

@@ -1,22 +1,20 @@
-"""What a pruned student keeps of its teacher's U-Net, as it is written in YAML.
+"""What a pruned student keeps of its teacher's U-Net, and reading that from YAML; `README.md` here is the manual.
 
-A U-Net is described by resolution: stage 0 is the outermost one and holds `down_blocks.0` together with the last up block.
-A *layer* is a ResNet with the Transformer after it; a down stage of SD has two, an up stage one more. The *depth* of a
-layer is the number of blocks in its Transformer; 0 means a stage of ResNets only.
-
-    topology:
-      stages:                      # of four, the innermost is removed
-        - {down_layers: [0], up_layers: [0, -1], down_depths: 0, up_depths: 0}
-        - {down_layers: [0], up_layers: [0, -1]}
-        - {down_layers: [0], up_layers: [0, -1]}
-      mid_block: none
+A U-Net is described by resolution: stage 0 is the outermost and holds `down_blocks.0` and the last up block. A *layer* is a
+ResNet with the Transformer after it; a down stage of SD has two, an up stage three. The *depth* of a layer is the number of
+blocks in its Transformer, 0 in a stage of ResNets only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
 
 MidBlock = Literal["full", "resnet", "none"]
 """ResNet, Transformer, ResNet; the first ResNet alone; nothing."""
@@ -89,6 +87,91 @@ class Topology:
         """
         if self.stages is not None and not self.stages:
             raise ValueError("stages must keep at least one stage, got none; leave it away to keep all.")
+
+
+_WORDS: dict[Any, str] = {
+    types.NoneType: "null",
+    int: "a whole number",
+    bool: "true or false",
+    Stage: "stages",
+}
+
+_Class = TypeVar("_Class", Stage, Topology)
+
+
+def read_topology(path: str | Path) -> Topology:
+    """Reads a topology; the fields may also be under one key `topology`, as in a training configuration.
+
+    Args:
+        path: of the YAML file; without a `name` the topology gets that of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for broken YAML, an unknown field, a wrong value; each in one sentence.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no topology file '{path}'.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' is no YAML: {' '.join(str(error).split())}.") from error
+    if isinstance(content, dict) and list(content) == ["topology"]:
+        content = content["topology"]
+    try:
+        topology = _build(Topology, content, "the topology")
+    except ValueError as error:
+        raise ValueError(f"'{path}': {error}") from error
+    return topology if isinstance(content, dict) and "name" in content else replace(topology, name=path.stem)
+
+
+def _build(kind: type[_Class], content: Any, where: str) -> _Class:
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where} must be fields with values, got {content!r}.")
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise ValueError(f"{where} has no field '{key}'; it has {', '.join(hints)}.")
+        if key == "stages" and isinstance(value, list):
+            values[key] = tuple(_build(Stage, stage, f"stages[{r}]") for r, stage in enumerate(value))
+            continue
+        values[key] = tuple(value) if isinstance(value, list) else value
+        if not _fits(values[key], hints[key]):
+            raise ValueError(f"{where}: {key} is {value!r}, but {_plain(hints[key])} is accepted.")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from YAML is of a type as the topology's fields have them."""
+    if _is_union(hint):
+        return any(_fits(value, one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        inner = typing.get_args(hint)[0]
+        return isinstance(value, tuple) and all(_fits(one, inner) for one in value)
+    return type(value) is hint  # True is no number here
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (
+        types.UnionType,
+        typing.Union,
+    )  # two spellings of one thing before Python 3.14
+
+
+def _plain(hint: Any) -> str:
+    if _is_union(hint):
+        return " or ".join(_plain(one) for one in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {_plain(typing.get_args(hint)[0])}"
+    return _WORDS.get(hint) or str(hint.__name__)
 
 
 def _shown(depths: Sequence[int]) -> str:

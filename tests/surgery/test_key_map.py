@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from sdxs_lightning.surgery import PRESETS, Topology, TransferReport, plan, prune_config, topology_of
+from sdxs_lightning.surgery.config import prune_config, shapes_of
 from sdxs_lightning.surgery.key_map import Source, key_map
-from sdxs_lightning.surgery.pruning import prune
-from sdxs_lightning.surgery.report import account, outermost
-from sdxs_lightning.surgery.shapes import shapes_of
+from sdxs_lightning.surgery.presets import PRESETS, topology_of
+from sdxs_lightning.surgery.pruning import prune, transfer_report
+from sdxs_lightning.surgery.report import TransferReport, account, outermost
+from sdxs_lightning.surgery.topology import Topology
 from tests.helpers.full_size import sd15_unet_config
 from tests.helpers.teachers import CONFIGS, PAIRS, SD, SD2, SDXL, make_teacher
 
@@ -122,7 +123,7 @@ def test_cross_attention_only_starts_from_the_second_attention() -> None:
 @pytest.mark.parametrize(("kind", "preset"), PAIRS)
 def test_every_tensor_is_accounted_for(kind: str, preset: str) -> None:
     config, topology = CONFIGS[kind], topology_of(preset)
-    report = plan(config, topology)
+    report = transfer_report(config, topology)
     sources = key_map(config, topology, [*report.copied, *report.averaged, *report.partly_new, *report.new])
     assert sources.keys() == shapes_of(prune_config(config, topology)).keys()
     # The presets need nothing that the teacher does not have.
@@ -196,7 +197,7 @@ def test_a_tensor_of_another_shape_is_named() -> None:
 
 
 def test_the_report_reads_well() -> None:
-    lines = str(plan(sd15_unet_config(), PRESETS["bk-tiny"])).splitlines()
+    lines = str(transfer_report(sd15_unet_config(), PRESETS["bk-tiny"])).splitlines()
     assert lines[0] == "bk-tiny: 323,384,964 parameters, 37.6% of the teacher's 859,520,964"
     assert lines[1].split() == ["copied", "358", "tensors", "323,384,964", "parameters"]
     assert lines[4].split() == ["new", "0", "tensors", "0", "parameters"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +17,9 @@ from safetensors.torch import load_file
 
 from sdxs_lightning import prune as command
 from sdxs_lightning.families.sd import StableDiffusion
-from sdxs_lightning.surgery import PRESETS, Topology, plan, prune
+from sdxs_lightning.surgery.presets import PRESETS
+from sdxs_lightning.surgery.pruning import prune, transfer_report
+from sdxs_lightning.surgery.topology import Topology
 from tests.helpers.teachers import SD, load, make_teacher, run
 from tests.helpers.tiny import save_tiny_sd
 
@@ -78,8 +83,8 @@ def test_a_student_starts_from_the_folder(tmp_path: Path) -> None:
 
 def test_a_dry_run_reads_no_weights(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copy(base / "config.json", tmp_path / "config.json")
-    command.main(["--base", str(tmp_path), "--preset", "bk-small", "--dry-run"])
-    assert capsys.readouterr().out == f"{plan(SD, PRESETS['bk-small'])}\n"
+    command.main(["--base", str(tmp_path), "--preset", "bk-small", "--dry_run"])
+    assert capsys.readouterr().out == f"{transfer_report(SD, PRESETS['bk-small'])}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
@@ -90,14 +95,18 @@ def test_wrong_choices_are_told_in_a_sentence(
     assert "'sdxs-1024' is for a U-Net with added conditioning 'text_time'" in refused(
         ["--base", base, "--preset", "sdxs-1024", *output], capsys
     )
-    assert "no preset 'bk-huge'; there are sdxs-512" in refused(
+    assert "--preset is 'bk-huge', but must be one of sdxs-512, " in refused(
         ["--base", base, "--preset", "bk-huge", *output], capsys
     )
     assert "no topology file" in refused(
         ["--base", base, "--topology", tmp_path / "none.yaml", *output], capsys
     )
-    assert "is no folder" in refused(["--base", tmp_path / "none", "--preset", "bk-tiny", *output], capsys)
-    assert "neither a U-Net folder" in refused(["--base", tmp_path, "--preset", "bk-tiny", *output], capsys)
+    for base_folder in (tmp_path, tmp_path / "none"):
+        message = refused(["--base", base_folder, "--preset", "bk-tiny", *output], capsys)
+        assert f"--base '{base_folder}' is neither a U-Net folder" in message
+    assert "give either --preset or --topology, got neither" in refused(["--base", base, *output], capsys)
+    both = ["--preset", "bk-tiny", "--topology", tmp_path / "none.yaml"]
+    assert "give either --preset or --topology, got both" in refused(["--base", base, *both, *output], capsys)
     assert not (tmp_path / "out").exists()
 
 
@@ -152,17 +161,17 @@ def test_an_unusable_base_is_told_in_a_sentence(
     shutil.copytree(base, broken)
     weights, config = broken / WEIGHTS, broken / "config.json"
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert "cannot be read" in refused(arguments, capsys)
+    assert "cannot be loaded" in refused(arguments, capsys)
     weights.rename(broken / "diffusion_pytorch_model.bin")
-    assert "has no diffusion_pytorch_model.safetensors, only a pickle" in refused(arguments, capsys)
+    assert "has only pickled weights" in refused(arguments, capsys)
     (broken / "diffusion_pytorch_model.bin").unlink()
-    assert "has no diffusion_pytorch_model.safetensors.\n" in refused(arguments, capsys)
+    assert "has no weights: expected diffusion_pytorch_model.safetensors" in refused(arguments, capsys)
     shutil.copy(base / WEIGHTS, weights)
     content = json.loads(config.read_text())
     config.write_text(json.dumps(content | {"mid_block_type": None}))
-    assert "are not those of its config.json: unexpected keys mid_block" in refused(arguments, capsys)
+    assert "that the network in its config.json lacks, such as mid_block" in refused(arguments, capsys)
     config.write_text(json.dumps(content | {"_class_name": "AutoencoderKL"}))
-    assert "holds a AutoencoderKL, and only a UNet2DConditionModel" in refused(arguments, capsys)
+    assert "holds a AutoencoderKL, expected a UNet2DConditionModel" in refused(arguments, capsys)
     config.write_text("{")
     assert "not readable as JSON" in refused(arguments, capsys)
     assert not (tmp_path / "out").exists()
@@ -183,7 +192,32 @@ def test_help_shows_examples_and_every_preset(capsys: pytest.CaptureFixture[str]
     assert all(f"  {name} " in told and preset.note in told for name, preset in PRESETS.items())
 
 
-def test_a_missing_output_is_a_usage_error(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
-        command.main(["--base", str(base), "--preset", "bk-tiny"])
-    assert end.value.code == 2 and "--output is needed" in capsys.readouterr().err
+def test_a_missing_output_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--base", str(base), "--preset", "bk-tiny"]
+    assert refused(arguments, capsys) == "prune: --output is required without --dry_run.\n"
+
+
+def test_help_and_refusals_do_not_import_torch(tmp_path: Path) -> None:
+    script = """
+import sys
+from sdxs_lightning.prune import main
+for arguments in (["--help"], ["--bass", "x"], ["--base", "x", "--topology", "none.yaml", "--output", "out"]):
+    try:
+        main(arguments)
+    except SystemExit as end:
+        print(end.code, file=sys.stderr)
+heavy = {"torch", "diffusers", "transformers", "lightning"} & sys.modules.keys()
+sys.exit(f"imported {heavy}" if heavy else 0)
+"""
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.isdigit()] == ["0", "2", "2"]
+    assert "did you mean --base?" in done.stderr and "there is no topology file 'none.yaml'" in done.stderr

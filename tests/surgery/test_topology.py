@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from jsonargparse import ArgumentParser
 
-from sdxs_lightning.surgery import PRESETS, Stage, Topology, prune_config, topology_of
 from sdxs_lightning.surgery.anatomy import anatomy_of
+from sdxs_lightning.surgery.config import meta_unet, prune_config
+from sdxs_lightning.surgery.presets import PRESETS, topology_of
 from sdxs_lightning.surgery.selection import choose_blocks
-from sdxs_lightning.surgery.shapes import meta_unet
-from sdxs_lightning.surgery.topology_file import read_topology
+from sdxs_lightning.surgery.topology import Stage, Topology, read_topology
 from tests.helpers.full_size import sd15_unet_config, sd21_unet_config, sdxl_unet_config
 from tests.helpers.teachers import CONFIGS, PAIRS, SD, SDXL
 
@@ -242,6 +242,16 @@ def test_a_topology_file_says_what_a_preset_says(tmp_path: Path) -> None:
     assert topology == replace(expected, added_conditioning="any", name="small", note="")
     path.write_text("topology:" + YAML.replace("\n", "\n  ") + "\n  name: mine\n")
     assert read_topology(path) == replace(topology, name="mine")
+
+
+def test_the_manual_has_every_field_and_its_example_is_the_preset(tmp_path: Path) -> None:
+    manual = (Path(__file__).parents[2] / "sdxs_lightning" / "surgery" / "README.md").read_text()
+    for field in (*fields(Topology), *fields(Stage)):
+        assert re.search(rf"^\|.*`{field.name}`.*\|", manual, re.MULTILINE), field.name
+    path = tmp_path / "sdxs-512.yaml"
+    path.write_text(manual.split("```yaml\n")[1].split("```")[0])
+    preset = PRESETS["sdxs-512"]
+    assert read_topology(path) == replace(preset, added_conditioning="any", note="")
 
 
 def test_a_training_configuration_takes_a_topology_or_the_name_of_a_preset() -> None:
