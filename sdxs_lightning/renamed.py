@@ -49,6 +49,9 @@ CLASSES = {
     f"{S}callbacks.export.ExportPipeline": f"{S}callbacks.export.Export",
     f"{S}callbacks.export_decoder.ExportDecoder": f"{S}callbacks.export.Export",
     f"{S}callbacks.export_unet.ExportUNet": f"{S}callbacks.export.Export",
+    f"{S}callbacks.export.ExportPipeline": f"{S}callbacks.export.Export",
+    f"{S}callbacks.export_unet.ExportUNet": f"{S}callbacks.export.Export",
+    f"{S}callbacks.export_decoder.ExportDecoder": f"{S}callbacks.export.Export",
     f"{E}callbacks.SampleGrids": f"{E}callbacks.sample_grids.SampleGrids",
     f"{E}callbacks.DistillationMetrics": f"{E}callbacks.sample_grids.DistillationMetrics",
 }

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-import yaml
 from diffusers import AutoencoderTiny
 
 from sdxs_lightning.cli import main
+from sdxs_lightning.config_files import read_arguments
 from sdxs_lightning.networks.image_features import FeatureNetwork, _Intermediates
 from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.networks.tiny_decoder import DecoderTopology, TinyDecoder
@@ -70,7 +70,8 @@ def test_two_updates_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize("name", FULL_SIZE)
 def test_full_size_without_weights(name: str) -> None:
-    settings = yaml.safe_load((ROOT / "configs" / name / "decoder.yaml").read_text())["model"]["init_args"]
+    arguments = ["--config", str(ROOT / "configs" / name / "decoder.yaml")]
+    settings = read_arguments(arguments).settings["model"]["init_args"]
     topology = settings["decoder"]["init_args"]["topology"]
     features, adversarial = settings["features"]["init_args"], settings["adversarial"]
     sgd = partial(torch.optim.SGD, lr=0.1)
