@@ -178,7 +178,8 @@ class _Field:
         if field.default_factory is not dataclasses.MISSING:
             self.default = field.default_factory()
         self.required = self.default is dataclasses.MISSING
-        self.many = get_origin(hint) in (tuple, list) and self.option.parse is None
+        # `tuple[int, int]` is one value, which `parse` makes; list[X] and tuple[X, ...] are several.
+        self.many = get_origin(hint) is list or (get_origin(hint) is tuple and get_args(hint)[1:] == (...,))
         self.collection = get_origin(hint) if self.many else None
         self.type = get_args(hint)[0] if self.many else hint
         if self.option.parse is not None:
@@ -258,7 +259,7 @@ class _Field:
             shown += f" One of {', '.join(self.choices)}."
         if self.required:
             shown += " (required)" if not self.option.positional else ""
-        elif self.default not in (None, (), False):
+        elif self.default is not None and self.default is not False and self.default != ():
             shown += f" (default: {_as_typed(self.default)})"
         if self.type is bool and self.default is False:
             parser.add_argument(

@@ -1,6 +1,6 @@
-"""The stated attributes of a scene as class indices: what the classifier is trained on and judged by.
+"""The stated attributes of a scene as class indices: the targets of the attribute classifier and of caption accuracy.
 
-Things are named by place (left or top first), so the same picture has the same attributes whatever its caption's order.
+Things are ordered by position (left or top first), so an image has the same attributes whatever its caption's order.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from data.toy.world import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Thing
 
 NOT_STATED = -1
 
-# The last class of the second thing's heads means that there is none.
+# The last class of the second thing's attributes means that there is none.
 CLASSES = {
     "layout": ("single", "horizontal", "vertical"),
     "size": SIZES,
@@ -28,7 +28,7 @@ CLASS_COUNTS = [len(names) for names in CLASSES.values()]
 
 
 def attributes_of(scene: Scene) -> list[int]:
-    """One class index per entry of `CLASSES`; `NOT_STATED` where the scene leaves it open."""
+    """One class index per entry of `CLASSES`; `NOT_STATED` for what the scene leaves open."""
     first, second = scene.in_place()
     second = second or Thing("none", "none")
     stated = {

@@ -1,4 +1,4 @@
-"""The toy world's latents as WebDataset shards: rendered and encoded once, then read like any other data set."""
+"""The toy world's latents as WebDataset shards: rendered and encoded once, then read as any other data set."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from data.shards.datamodule import ShardDataModule
 from data.shards.dataset import Content
 from data.shards.writer import Member, ShardWriter, encode_latents
-from data.toy.original_sizes import photograph
+from data.toy.original_sizes import vary_original_sizes
 from data.toy.rendered import render_batch
 from data.toy.world import captions
 
@@ -23,20 +23,20 @@ _ENCODE_BATCH = 128
 
 
 class ToyDataModule(ShardDataModule):
-    """Latents and captions of the first `train_images` pictures of the train split.
+    """Latents and captions of the first `train_images` images of the train split.
 
-    The shards lie in a folder of `cache` that is named after the number of pictures and the autoencoder's weights, so
-    that another autoencoder never meets them.
+    The shards are in a subfolder of `cache` that is named after the number of images and a hash of the autoencoder's weights,
+    so that latents of another autoencoder are never read.
 
     Args:
-        base: diffusers folder whose `vae/` encodes.
-        train_images: how many pictures.
-        cache: where the shard folders are made.
+        base: diffusers folder with the autoencoder, `vae/`.
+        train_images: number of images.
+        cache: parent folder of the shard folders.
         batch_size: samples of a micro-batch on each device.
         num_workers: reading processes per device.
         seed: of the order.
-        original_sizes: a part of the pictures is of half the size or cropped, and batches say so (SDXL).
-        images: batches hold the pictures beside their latents.
+        original_sizes: some of the images have half the size or are cropped, and batches hold their sizes (SDXL).
+        images: batches hold the images in addition to their latents.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ToyDataModule(ShardDataModule):
         self.original_sizes, self.images = original_sizes, images
 
     def prepare_data(self) -> None:
-        """Render and encode what is not there yet; a folder cut off in the middle is made again."""
+        """Renders and encodes the images unless the shards are complete; an incomplete folder is written again."""
         finished = self.folder / "complete"
         if not finished.exists():
             write_latent_shards(self.base, self.train_images, self.folder, self.original_sizes, self.images)
@@ -78,7 +78,7 @@ class ToyDataModule(ShardDataModule):
 def write_latent_shards(
     base: str, count: int, folder: Path, original_sizes: bool = False, with_images: bool = False
 ) -> None:
-    """Render `count` train pictures and write VAE means, unscaled, with captions, and where asked for sizes and pictures."""
+    """Renders `count` train images and writes VAE means, unscaled, with captions and, on request, sizes and images."""
     autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
     with ShardWriter(folder, samples_per_shard=4096, overwrite=True) as writer:
         for start in track(
@@ -87,7 +87,7 @@ def write_latent_shards(
             size = min(_ENCODE_BATCH, count - start)
             images, sizes = render_batch("train", size, start), [dict[str, int]()] * size
             if original_sizes:
-                images, heights, crops = photograph(images, torch.arange(start, start + size))
+                images, heights, crops = vary_original_sizes(images, torch.arange(start, start + size))
                 sizes = [_size_fields(*row) for row in torch.cat([heights, crops], dim=1).tolist()]
             for caption, sample, fields, image in zip(
                 captions("train", size, start), encode(autoencoder, images), sizes, images, strict=True
@@ -102,7 +102,7 @@ def _size_fields(height: int, width: int, top: int, left: int) -> dict[str, int]
 
 
 def png(image_uint8: Tensor) -> bytes:
-    """A picture (3, H, W) uint8 as the bytes of a PNG file."""
+    """An image (3, H, W) uint8 as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image_uint8.permute(1, 2, 0).numpy()).save(file, format="PNG")
     return file.getvalue()
@@ -110,7 +110,7 @@ def png(image_uint8: Tensor) -> bytes:
 
 @torch.no_grad()
 def encode(autoencoder: AutoencoderKL, images_uint8: Tensor) -> Tensor:
-    """VAE means (B,4,16,16), unscaled, of (B,3,32,32) uint8 pictures."""
+    """VAE means (B,4,16,16), unscaled, of (B,3,32,32) uint8 images."""
     latents: Tensor = autoencoder.encode(images_uint8.float() / 127.5 - 1).latent_dist.mode()
     return latents
 

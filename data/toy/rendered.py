@@ -1,4 +1,4 @@
-"""Pictures of the toy world held in memory: the data of its own small networks (autoencoder, CLIP, classifier)."""
+"""Images of the toy world in memory: the data of its own small networks (autoencoder, CLIP, classifier, text encoders)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _RENDER_BATCH = 250
 
 
 class CaptionedImages(NamedTuple):
-    """A batch of pictures: (B,3,32,32) uint8 and their B captions."""
+    """A batch of images, (B,3,32,32) uint8, and their B captions."""
 
     images_uint8: Tensor
     captions: list[str]
 
 
 def render_batch(split: Split, count: int, start: int = 0) -> Tensor:
-    """Pictures `start .. start + count` of a split: (count, 3, 32, 32) uint8."""
+    """The images at indices `start .. start + count` of a split: (count, 3, 32, 32) uint8."""
     frames = np.stack([image_at(split, index) for index in range(start, start + count)])
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 
 class RenderedSplit(Dataset[int]):
-    """The first `count` pictures of a split, rendered once; items are indices, `collate` makes the batch."""
+    """The first `count` images of a split, rendered once; items are indices, `collate` makes the batch."""
 
     def __init__(self, split: Split, count: int) -> None:
         starts = track(range(0, count, _RENDER_BATCH), description=f"rendering {split}")
@@ -44,17 +44,17 @@ class RenderedSplit(Dataset[int]):
         return index
 
     def collate(self, indices: list[int]) -> CaptionedImages:
-        """Gather a batch at once, which is cheaper than stacking single items."""
+        """Indexes a complete batch at once, which is cheaper than stacking single items."""
         return CaptionedImages(self.images_uint8[indices], [self.captions[index] for index in indices])
 
 
 class RenderedWorld(pl.LightningDataModule):
-    """DataModule over rendered pictures of the toy world.
+    """DataModule of rendered images of the toy world.
 
     Args:
-        train_images: how many pictures of the train split.
-        val_images: how many pictures of the val split.
-        batch_size: pictures per batch.
+        train_images: number of images of the train split.
+        val_images: number of images of the val split.
+        batch_size: images per batch.
     """
 
     def __init__(self, train_images: int = 24000, val_images: int = 1000, batch_size: int = 64) -> None:
@@ -62,7 +62,6 @@ class RenderedWorld(pl.LightningDataModule):
         self.train_images, self.val_images, self.batch_size = train_images, val_images, batch_size
 
     def setup(self, stage: str) -> None:
-        """Render both splits."""
         self.train_split = RenderedSplit("train", self.train_images)
         self.val_split = RenderedSplit("val", self.val_images)
 
@@ -72,5 +71,4 @@ class RenderedWorld(pl.LightningDataModule):
         return DataLoader(data, self.batch_size, shuffle=True, drop_last=True, collate_fn=data.collate)
 
     def val_dataloader(self) -> DataLoader[int]:
-        """In order."""
         return DataLoader(self.val_split, self.batch_size, collate_fn=self.val_split.collate)

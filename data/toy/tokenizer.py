@@ -22,7 +22,7 @@ def words() -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Learn the merges from the words; the end token has the highest id, as open_clip's pooling expects."""
+    """Learns the merges from the words; the end token has the highest id, as open_clip's pooling expects."""
     learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learner.pre_tokenizer = Whitespace()
     trainer = BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", min_frequency=1, show_progress=False)

@@ -1,8 +1,8 @@
 """The toy world: captioned 32x32 images whose every stated attribute can be checked.
 
 A scene is a pure function of (split, index): half are single objects ("a small red circle on a gray background"), half are
-pairs in a relation ("a red circle above a blue square"). What a caption leaves unsaid (exact place, light, shadow, texture,
-and the background of a pair) is drawn from the same seed, so the picture is a pure function of (split, index) too.
+pairs in a relation ("a red circle above a blue square"). What a caption does not state (exact place, light, shadow, texture,
+and the background of a pair) is drawn from the same seed, so the image is a pure function of (split, index) too.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; fields that its caption does not state are None after `parse_caption`.
+    """The content of an image; fields that its caption does not state are None after `parse_caption`.
 
     A single object has a size and no second thing; a pair has a relation and a second thing.
     """
@@ -73,21 +73,21 @@ class Scene:
         return "horizontal" if self.relation in ("left of", "right of") else "vertical"
 
     def in_place(self) -> tuple[Thing, Thing | None]:
-        """The things by where they are: (left or top one, right or bottom one | None), whatever the caption's order."""
+        """The things by position: (left or top one, right or bottom one | None), independent of the caption's order."""
         if self.second is not None and self.relation in ("below", "right of"):
             return self.second, self.first
         return self.first, self.second
 
 
 def caption_of(scene: Scene) -> str:
-    """The one caption of a scene."""
+    """The caption of a scene."""
     if scene.second is None:
         return f"a {scene.size} {scene.first.colour} {scene.first.shape} on a {scene.background} background"
     return f"{scene.first} {scene.relation} {scene.second}"
 
 
 def parse_caption(caption: str) -> Scene:
-    """The scene that a caption states; the inverse of `caption_of` up to what it leaves unsaid.
+    """The scene that a caption states; the inverse of `caption_of` up to what it does not state.
 
     Raises:
         ValueError: if the caption is not one of this world.
@@ -130,7 +130,7 @@ def _generator(split: Split, index: int, stream: int) -> np.random.Generator:
 
 
 def scene_at(split: Split, index: int) -> Scene:
-    """The scene at a place of a split; each split is endless."""
+    """The scene at an index of a split; splits are unlimited."""
     rng = _generator(split, index, stream=0)
     background = _pick(rng, tuple(BACKGROUNDS))
     first = _draw_thing(rng)
@@ -151,20 +151,20 @@ def _draw_thing(rng: np.random.Generator) -> Thing:
 
 
 def captions(split: Split, count: int, start: int = 0) -> list[str]:
-    """The captions at `start .. start + count` of a split."""
+    """The captions at indices `start .. start + count` of a split."""
     return [caption_of(scene_at(split, index)) for index in range(start, start + count)]
 
 
 def image_at(split: Split, index: int) -> Image:
-    """The picture at a place of a split: (32, 32, 3) uint8 RGB."""
+    """The image at an index of a split: (32, 32, 3) uint8 RGB."""
     return render(scene_at(split, index), _generator(split, index, stream=1))
 
 
 def render(scene: Scene, rng: np.random.Generator) -> Image:
-    """Draw a scene; `rng` decides what the caption does not state.
+    """Draws a scene; `rng` decides what the caption does not state.
 
     Returns:
-        (32, 32, 3) uint8 RGB, averaged down from a supersampled drawing.
+        (32, 32, 3) uint8 RGB, the average of a supersampled drawing.
     """
     side = IMAGE_PX * SUPERSAMPLING
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / SUPERSAMPLING + 0.5 / SUPERSAMPLING
@@ -174,10 +174,10 @@ def render(scene: Scene, rng: np.random.Generator) -> Image:
     shade = 1 + rng.uniform(0.0, 0.25) * ramp + _texture(rng, x, y)
     canvas = np.array(BACKGROUNDS[scene.background or "gray"], dtype=np.float32) * shade[..., None]
     for thing, centre, radius in _places(scene, rng):
-        turn = rng.uniform(-0.15, 0.15)
-        shadow = _mask(thing.shape, x, y, centre - 1.3 * light, radius, turn)
+        rotation = rng.uniform(-0.15, 0.15)
+        shadow = _mask(thing.shape, x, y, centre - 1.3 * light, radius, rotation)
         canvas = np.where(shadow[..., None], canvas * 0.72, canvas)
-        body = _mask(thing.shape, x, y, centre, radius, turn)
+        body = _mask(thing.shape, x, y, centre, radius, rotation)
         lit = 1 + 0.18 * ((x - centre[0]) * light[0] + (y - centre[1]) * light[1]) / radius
         colour = np.array(COLOURS[thing.colour], dtype=np.float32) * lit[..., None]
         canvas = np.where(body[..., None], colour, canvas)
@@ -218,11 +218,11 @@ def _mask(
     y: NDArray[np.float32],
     centre: NDArray[np.float32],
     radius: float,
-    turn: float,
+    rotation: float,
 ) -> NDArray[np.bool_]:
-    """Where the shape covers the grid; `turn` in radians."""
+    """Which points of the grid the shape covers, rotated by `rotation` radians."""
     dx, dy = (x - centre[0]) / radius, (y - centre[1]) / radius
-    u, v = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+    u, v = np.cos(rotation) * dx + np.sin(rotation) * dy, np.cos(rotation) * dy - np.sin(rotation) * dx
     narrow, wide, distance = np.minimum(abs(u), abs(v)), np.maximum(abs(u), abs(v)), u * u + v * v
     covered: NDArray[np.bool_]
     if shape == "circle":

@@ -1,4 +1,4 @@
-"""`python -m data.prepare latents`: what the VAE says, byte for byte the same however often it was killed."""
+"""`python -m data.prepare latents`: the VAE's latents, byte for byte the same however often a run was killed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SIZES = [(40, 32), (32, 32), (32, 64), (64, 64), (33, 48), (64, 30), (50, 50), (
 """Width, height."""
 
 
-def picture(size: tuple[int, int], seed: int) -> Image.Image:
+def noise_image(size: tuple[int, int], seed: int) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -57,11 +57,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten pictures in shards of 4, 4 and 2."""
+    """Ten images in shards of 4, 4 and 2."""
     folder = tmp_path_factory.mktemp("images")
     with ShardWriter(folder, samples_per_shard=4) as writer:
         for i, size in enumerate(SIZES):
-            sample: dict[str, Any] = {"png": png(picture(size, i)), "txt": f"picture {i}"}
+            sample: dict[str, Any] = {"png": png(noise_image(size, i)), "txt": f"image {i}"}
             if i == 2:
                 sample["json"] = {
                     "original_height": 640,
@@ -70,13 +70,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     "crop_left": 2,
                 }
             if i == 3:
-                sample["cond.png"] = png(picture(size, 100))
+                sample["cond.png"] = png(noise_image(size, 100))
             writer.write(sample, key=f"here-{i}")
     return folder
 
 
 def command(base: Path, images: Path | str, out: Path, *more: object) -> list[str]:
-    fixed = ["--batch-size", 3, "--processes", 1, "--device", "cpu"]
+    fixed = ["--batch_size", 3, "--processes", 1, "--device", "cpu"]
     named = ["--model", base, "--from", images, "--out", out]
     return [str(one) for one in ("latents", *named, *fixed, *more)]
 
@@ -106,14 +106,16 @@ def test_latents_are_what_diffusers_gives(
 ) -> None:
     out = tmp_path / "set"
     main(command(bases[kind], images, out, "--dtype", "float32", "--store", "mean+logvar"))
-    told = capsys.readouterr().out
-    assert "10 samples read in " in told and "holds 10 samples in 3 shards; scaled latents of mean " in told
+    output = capsys.readouterr().out
+    assert (
+        "10 samples read in " in output and "holds 10 samples in 3 shards; scaled latents of mean " in output
+    )
     found = members(out)
     vae = tiny_vae()
     for i, size in enumerate(SIZES):
         # The base's own 32 pixels: the shorter side becomes 32, then the middle is cut out.
         scale = 32 / min(size)
-        image = picture(size, i).resize(
+        image = noise_image(size, i).resize(
             (round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC
         )
         left, top = (image.width - 32) // 2, (image.height - 32) // 2
@@ -142,7 +144,7 @@ def test_a_training_reads_them_with_captions_and_sizes(
         assert data.dataset is not None
         batches.append(data.dataset.batch(range(10)))
     half, single = batches
-    assert half.captions == [f"picture {i}" for i in range(10)] and half.latents is not None
+    assert half.captions == [f"image {i}" for i in range(10)] and half.latents is not None
     assert single.latents is not None and half.latents.equal(single.latents.half().float())
     assert half.original_sizes is not None and half.crops is not None
     sizes = [[height, width] for width, height in SIZES]
@@ -158,13 +160,13 @@ def test_a_training_reads_them_with_captions_and_sizes(
     assert conditions.add_time_ids[2].tolist() == [640, 320, 22, 2, 32, 32]
 
 
-def test_a_condition_image_goes_the_way_of_its_picture(
+def test_a_condition_image_is_resized_as_its_image(
     bases: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     main(command(bases["sd"], images, tmp_path / "set"))
     found = members(tmp_path / "set")
     control = Image.open(io.BytesIO(found["here-3"]["cond.png"]))
-    expected = picture((64, 64), 100).resize((32, 32), Image.Resampling.BICUBIC)
+    expected = noise_image((64, 64), 100).resize((32, 32), Image.Resampling.BICUBIC)
     assert np.array_equal(np.asarray(control), np.asarray(expected))
     assert list(found["here-2"]) == ["json", "latent.safetensors", "txt"]
 
@@ -190,13 +192,15 @@ def test_sizes_of_several_aspects(bases: dict[str, Path], images: Path, tmp_path
         assert shape == (4, content["height"] // 2, content["width"] // 2)
 
 
-def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
+def test_a_killed_run_resumes_to_the_same_shards_in_several_processes(
     bases: dict[str, Path], images: Path, tmp_path: Path
 ) -> None:
     options = ("--buckets", "--store", "mean+logvar")
-    main(command(bases["sd"], images, tmp_path / "whole", *options))
+    main(command(bases["sd"], images, tmp_path / "complete", *options))
     main(command(bases["sd"], images, tmp_path / "again", *options, "--processes", 2))
-    assert files(tmp_path / "again") == files(tmp_path / "whole") and len(files(tmp_path / "whole")) == 10
+    assert (
+        files(tmp_path / "again") == files(tmp_path / "complete") and len(files(tmp_path / "complete")) == 10
+    )
     out = tmp_path / "set"
     arguments = command(bases["sd"], images, out, *options)
     context = multiprocessing.get_context("forkserver")
@@ -211,35 +215,35 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
     before = (out / "00000.tar").stat().st_mtime_ns
     main([*arguments, "--part", "1/2"])
     main([*arguments, "--processes", "2"])
-    assert files(out) == files(tmp_path / "whole")
+    assert files(out) == files(tmp_path / "complete")
     assert (out / "00000.tar").stat().st_mtime_ns == before and not list(out.glob(".making-*"))
 
 
-def test_broken_samples_are_left_out_up_to_a_share(
+def test_broken_samples_are_left_out_up_to_a_fraction(
     bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = png(picture((32, 32), 0))
+    complete = png(noise_image((32, 32), 0))
     with ShardWriter(tmp_path / "images") as writer:
         for i in range(6):
-            writer.write({"png": whole[:100] if i in (1, 4) else whole, "txt": "words"}, key=str(i))
+            writer.write({"png": complete[:100] if i in (1, 4) else complete, "txt": "words"}, key=str(i))
     message = refused(command(bases["sd"], tmp_path / "images", tmp_path / "set"), capsys)
     shard = f"{tmp_path}/images/00000.tar"
     assert (
-        f"{shard}: more than 1 of 6 samples are broken, now {shard}, key '4': the image cannot be dec"
+        f"{shard}: more than 1 of 6 samples are broken, the last: {shard}, key '4': the image cannot be dec"
         in message
     )
     assert not list((tmp_path / "set").glob("*.tar"))
-    main(command(bases["sd"], tmp_path / "images", tmp_path / "set", "--bad-samples", 0.3))
+    main(command(bases["sd"], tmp_path / "images", tmp_path / "set", "--bad_samples", 0.3))
     assert "holds 4 samples in 1 shards; left out: 2 unreadable; scaled latents" in capsys.readouterr().out
     assert list(members(tmp_path / "set")) == ["0", "2", "3", "5"]
 
 
-def test_another_vae_in_the_bases_place(
+def test_another_vae_than_the_bases(
     bases: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny_vae(seed=1).save_pretrained(tmp_path / "other")
     main(command(bases["sd"], images, tmp_path / "set", "--vae", tmp_path / "other", "--dtype", "float32"))
-    mean, _ = reference(tiny_vae(seed=1), picture((32, 32), 1))
+    mean, _ = reference(tiny_vae(seed=1), noise_image((32, 32), 1))
     stored = latents(members(tmp_path / "set")["here-1"])
     assert list(stored) == ["latents"]
     np.testing.assert_allclose(stored["latents"], mean, rtol=1e-4, atol=1e-5)
@@ -250,13 +254,13 @@ def test_another_vae_in_the_bases_place(
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.25}))
     message = refused(command(bases["sd"], images, tmp_path / "no", "--vae", tmp_path / "other"), capsys)
     assert "gives 4 channels (scaling_factor 0.25, shift_factor 0.0)" in message
-    assert "(scaling_factor 0.5, shift_factor 0.0); they are not of one family" in message
+    assert "(scaling_factor 0.5, shift_factor 0.0); they do not belong together" in message
 
 
 def test_float16_is_refused_for_a_vae_that_overflows_there(
     bases: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    message = refused(command(bases["sdxl"], images, tmp_path / "set", "--vae-dtype", "float16"), capsys)
+    message = refused(command(bases["sdxl"], images, tmp_path / "set", "--vae_dtype", "float16"), capsys)
     assert (
         "overflows in float16 (force_upcast in its config); give float32 or bfloat16, or with --vae"
         in message
@@ -264,10 +268,10 @@ def test_float16_is_refused_for_a_vae_that_overflows_there(
     shutil.copytree(bases["sdxl"] / "vae", tmp_path / "fixed")
     config = json.loads((tmp_path / "fixed" / "config.json").read_text())
     (tmp_path / "fixed" / "config.json").write_text(json.dumps(config | {"force_upcast": False}))
-    half = ("--vae", tmp_path / "fixed", "--vae-dtype", "bfloat16")
+    half = ("--vae", tmp_path / "fixed", "--vae_dtype", "bfloat16")
     main(command(bases["sdxl"], images, tmp_path / "set", *half))
     stored = latents(members(tmp_path / "set")["here-1"])["latents"]
-    mean, _ = reference(tiny_vae(), picture((32, 32), 1))
+    mean, _ = reference(tiny_vae(), noise_image((32, 32), 1))
     assert 0 < np.abs(stored - mean).max() / mean.std() < 0.1
 
 
@@ -279,7 +283,7 @@ def test_latents_that_are_not_finite_are_refused(
         vae.quant_conv.bias.fill_(1e6)
     vae.save_pretrained(tmp_path / "large")
     message = refused(command(bases["sd"], images, tmp_path / "set", "--vae", tmp_path / "large"), capsys)
-    assert "key 'here-0': the VAE gives latents that are not finite in float16; take --vae-dtype" in message
+    assert "key 'here-0': the VAE gives latents that are not finite in float16; give --vae_dtype" in message
     main(command(bases["sd"], images, tmp_path / "set32", "--vae", tmp_path / "large", "--dtype", "float32"))
 
 
@@ -287,11 +291,11 @@ def test_latents_that_are_not_finite_are_refused(
     ("changed", "message"),
     [
         (["--dtype", "float32"], "was begun with dtype 'float16' and this command says 'float32'"),
-        (["--batch-size", 2], "was begun with batch_size 3 and this command says 2"),
+        (["--batch_size", 2], "was begun with batch_size 3 and this command says 2"),
         (["--resolution", 16], "was begun with sizes [[32, 32]] and this command says [[16, 16]]"),
     ],
 )
-def test_a_set_is_not_gone_on_with_in_another_way(
+def test_a_set_is_not_resumed_with_other_settings(
     bases: dict[str, Path],
     images: Path,
     tmp_path: Path,
@@ -314,7 +318,7 @@ def test_a_set_is_not_gone_on_with_in_another_way(
             ["--vae", "nowhere"],
             "--vae: 'nowhere' is neither a VAE folder (config.json) nor a pipeline folder",
         ),
-        (["--sizes", "32x33"], "a size of 32x33 pixels is no multiple of 2, the pixels of one latent"),
+        (["--sizes", "32x33"], "a size of 32x33 pixels is not a multiple of 2, the pixels of one latent"),
     ],
 )
 def test_bad_inputs_are_refused(
@@ -329,7 +333,7 @@ def test_bad_inputs_are_refused(
     assert not (tmp_path / "set").exists()
 
 
-def test_threads_keep_the_order_and_stay_close() -> None:
+def test_threads_keep_the_order_and_do_not_run_far_ahead() -> None:
     begun: list[int] = []
 
     def items() -> Any:
@@ -338,6 +342,6 @@ def test_threads_keep_the_order_and_stay_close() -> None:
             yield i
 
     with ThreadPoolExecutor(4) as pool:
-        for i, found in enumerate(latent_job.in_order(pool, lambda item: item * item, items(), ahead=5)):
+        for i, found in enumerate(latent_job.map_ahead(pool, lambda item: item * item, items(), ahead=5)):
             assert found == i * i and len(begun) <= i + 6
     assert len(begun) == 50

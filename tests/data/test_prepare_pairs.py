@@ -1,4 +1,4 @@
-"""`python -m data.prepare pairs`: what it writes, how it goes on, and its one-sentence refusals."""
+"""`python -m data.prepare pairs`: what it writes, how it resumes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(base: Path, prompts: Path | str, out: Path, *more: object) -> list[str]:
     """11 pairs in shards of 4, batches of 3; later options override earlier ones."""
-    fixed = ["--steps", 2, "--guidance", 2, "--samples-per-shard", 4, "--batch-size", 3, "--seed", 5]
+    fixed = ["--steps", 2, "--guidance_scale", 2, "--samples_per_shard", 4, "--batch_size", 3, "--seed", 5]
     named = ["--model", base, "--captions", prompts, "--count", 11, "--out", out]
     return [str(one) for one in ("pairs", *named, "--device", "cpu", "--processes", "1", *fixed, *more)]
 
@@ -106,7 +106,7 @@ def test_pairs_are_the_stock_pipelines(
     torch.testing.assert_close(batch.latents * SCALING_FACTOR / scale, expected / scale, rtol=2e-3, atol=2e-3)
 
 
-def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
+def test_a_killed_run_resumes_to_the_same_shards_in_several_processes(
     bases: dict[str, Path], prompts: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "set"
@@ -121,7 +121,7 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
     before = (out / "00000.tar").stat().st_mtime_ns
     # The second of two parts first: it leaves the rest to the other.
     main([*command, "--part", "1/2"])
-    assert "7 pairs made" not in capsys.readouterr().out and list(tars(out)) == ["00000.tar", "00001.tar"]
+    assert "7 pairs sampled" not in capsys.readouterr().out and list(tars(out)) == ["00000.tar", "00001.tar"]
     main([*command, "--processes", "2"])
     assert tars(out) == tars(made) and len(tars(out)) == 3
     assert (out / "00000.tar").stat().st_mtime_ns == before and not list(out.glob(".making-*"))
@@ -129,14 +129,14 @@ def test_a_killed_run_goes_on_to_the_same_shards_in_several_processes(
     assert (summary["pairs"], summary["shards"], summary["made"]) == (11, 3, 3)
 
 
-def test_a_finished_set_is_only_looked_at(
+def test_a_complete_set_is_only_verified(
     bases: dict[str, Path], prompts: Path, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = tars(made)
     main(arguments(bases["sd"], prompts, made, "--verify", 20))
-    told = capsys.readouterr().out
-    assert told.startswith("0 pairs made in ") and "; 11 sampled again, largest difference 0;" in told
-    assert f"{made} holds 11 pairs in 3 shards, scaled latents of mean" in told
+    output = capsys.readouterr().out
+    assert output.startswith("0 pairs sampled in ") and "; 11 sampled again, largest difference 0;" in output
+    assert f"{made} holds 11 pairs in 3 shards, scaled latents of mean" in output
     summary = json.loads((made / "summary.json").read_text())
     assert summary["verified"] == list(range(11)) and summary["largest_difference"] == 0
     assert summary["settings"]["guidance"] == 2 and summary["settings"]["seed"] == 5
@@ -150,11 +150,11 @@ def test_a_finished_set_is_only_looked_at(
 def test_another_batch_size_differs_by_rounding_only(
     bases: dict[str, Path], prompts: Path, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(arguments(bases["sd"], prompts, made, "--verify", 11, "--batch-size", 1))
+    main(arguments(bases["sd"], prompts, made, "--verify", 11, "--batch_size", 1))
     assert "11 sampled again" in capsys.readouterr().out
 
 
-def test_a_pair_that_is_another_is_found(
+def test_a_pair_that_differs_is_detected(
     bases: dict[str, Path], prompts: Path, made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "set"
@@ -164,8 +164,8 @@ def test_a_pair_that_is_another_is_found(
     contents = first.read_bytes(), second.read_bytes()
     first.write_bytes(contents[1])
     second.write_bytes(contents[0])
-    told = refused([*command, "--verify", "11"], capsys)
-    assert "pair 0 of" in told and f"should have 'a red circle' and {5 * 2**32}" in told
+    output = refused([*command, "--verify", "11"], capsys)
+    assert "pair 0 of" in output and f"should have 'a red circle' and {5 * 2**32}" in output
     second.write_bytes(contents[1])
     batch = read(made)
     assert batch.latents is not None
@@ -184,16 +184,16 @@ def test_a_pair_that_is_another_is_found(
     first.write_bytes((tmp_path / "forged" / "00000.tar").read_bytes())
     assert "pair 2 of" in refused([*command, "--verify", "11"], capsys)
     first.write_bytes(contents[0][: len(contents[0]) // 2])
-    assert "Remove that shard; the same command makes it again." in refused(command, capsys)
+    assert "Remove that shard and run the same command again." in refused(command, capsys)
     first.unlink()
     main([*command, "--verify", "11"])
     assert tars(out) == tars(made)
 
 
-def test_another_unet_in_the_models_place(
+def test_another_unet_than_the_models(
     bases: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fewer = ["--count", 2, "--batch-size", 2]
+    fewer = ["--count", 2, "--batch_size", 2]
     main(arguments(bases["sd"], prompts, tmp_path / "one", "--unet", bases["other"], *fewer))
     main(arguments(bases["sd"], prompts, tmp_path / "two", "--unet", bases["other"] / "unet", *fewer))
     main(arguments(bases["sd"], prompts, tmp_path / "three", *fewer))
@@ -206,16 +206,16 @@ def test_another_unet_in_the_models_place(
     ("changed", "message"),
     [
         (["--steps", 3], "was begun with steps 2 and this command says 3: give what it was begun with"),
-        (["--guidance", 3], "was begun with guidance 2.0 and this command says 3.0"),
+        (["--guidance_scale", 3], "was begun with guidance 2.0 and this command says 3.0"),
         (["--seed", 6], "was begun with seed 5 and this command says 6"),
         (["--count", 12], "was begun with count 11"),
         (["--scheduler", "UniPCMultistepScheduler"], "was begun with scheduler None"),
         (["--captions", "toy:train"], "was begun with captions_fingerprint"),
         (["--dtype", "float16"], "was begun with dtype 'float32' and this command says 'float16'"),
-        (["--samples-per-shard", 5], "was begun with samples_per_shard 4"),
+        (["--samples_per_shard", 5], "was begun with samples_per_shard 4"),
     ],
 )
-def test_a_set_is_not_gone_on_with_in_another_way(
+def test_a_set_is_not_resumed_with_other_settings(
     bases: dict[str, Path],
     prompts: Path,
     made: Path,
@@ -228,11 +228,11 @@ def test_a_set_is_not_gone_on_with_in_another_way(
     assert tars(made) == before
 
 
-def test_another_model_is_seen_by_its_weights(
+def test_another_model_is_detected_by_its_weights(
     bases: dict[str, Path], prompts: Path, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refused(arguments(bases["other"], prompts, made), capsys)
-    assert "was begun with model_fingerprint" in told
+    output = refused(arguments(bases["other"], prompts, made), capsys)
+    assert "was begun with model_fingerprint" in output
 
 
 @pytest.mark.parametrize(
@@ -241,12 +241,12 @@ def test_another_model_is_seen_by_its_weights(
         (["--model", "nowhere"], "--model: StableDiffusion: there is no folder 'nowhere'"),
         (
             ["--scheduler", "LCMScheduler"],
-            "--scheduler: scheduler 'LCMScheduler' is not known as one that draws no",
+            "--scheduler is 'LCMScheduler', but must be one of ddim, DDIMScheduler,",
         ),
         (["--steps", 1001], "--steps: steps must be in [1, 1000], got 1001"),
         (["--captions", "toy:tarin"], "it has toy:train, toy:val, toy:test"),
         (["--captions", "nothing.txt"], "--captions 'nothing.txt': There is no shard or folder"),
-        (["--captions", "EMPTY"], "holds no prompt; give one prompt a line"),
+        (["--captions", "EMPTY"], "holds no prompt; write one per line"),
         (["--captions", "BYTES"], "cannot be read as UTF-8 text"),
         (["--unet", "nowhere"], "--unet: weights 'nowhere' is neither"),
     ],
@@ -272,8 +272,8 @@ def test_foreign_shards_and_endless_prompts_are_refused(
 ) -> None:
     with ShardWriter(tmp_path / "foreign") as writer:
         writer.write({"txt": "a"})
-    told = refused(arguments(bases["sd"], "toy:train", tmp_path / "foreign"), capsys)
-    assert "holds shards and no pairs.json" in told
+    output = refused(arguments(bases["sd"], "toy:train", tmp_path / "foreign"), capsys)
+    assert "holds shards but no pairs.json" in output
     endless = arguments(bases["sd"], "toy:train", tmp_path / "set")
     del endless[endless.index("--count") : endless.index("--count") + 2]
     assert "--count is needed with --captions toy:train, which has no end" in refused(endless, capsys)
@@ -284,9 +284,11 @@ def test_latents_that_are_not_finite_are_refused_and_nothing_is_left(
     bases: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
 ) -> None:
     out = tmp_path / "set"
-    command = arguments(bases["sd"], prompts, out, "--guidance", 1e30, "--processes", processes)
-    told = refused(command, capsys)
-    assert "not finite in float16" in told and "Take another --dtype, or less --guidance." in told
+    command = arguments(bases["sd"], prompts, out, "--guidance_scale", 1e30, "--processes", processes)
+    output = refused(command, capsys)
+    assert (
+        "not finite in float16" in output and "Give another --dtype, or a smaller --guidance_scale." in output
+    )
     assert tars(out) == {} and (processes == 2 or not list(out.glob(".making-*")))
 
 
@@ -301,10 +303,10 @@ def test_a_process_that_is_killed_ends_the_command_in_one_sentence(
     command = arguments(bases["sd"], prompts, tmp_path / "set", "--processes", 2)
     with monkeypatch.context() as patched:
         patched.setattr(ProgressBar, "__call__", lambda self, count: _kill_a_child())
-        told = refused(command, capsys, code=1)
+        output = refused(command, capsys, code=1)
     assert (
         "a process was killed by signal 9; the same command resumes from the shards that are complete."
-        in told
+        in output
     )
     assert not multiprocessing.active_children()
     main([*command, "--processes", "1"])
@@ -319,10 +321,10 @@ def _kill_a_child() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--guidance", "0"], "'0' is no guidance scale from 1 (none) on"),
-        (["--steps", "0"], "'0' is no whole number from 1 on"),
-        (["--part", "4/4"], "'4/4' is no part; 0/4 is the first of four"),
-        (["--seed", "-1"], "'-1' is no seed"),
+        (["--guidance_scale", "0.5"], "--guidance_scale is 0.5, but must be 1 (no guidance) or more"),
+        (["--steps", "0"], "--steps is '0', but must be an integer of at least 1."),
+        (["--part", "4/4"], "--part is '4/4', but must be I/N with I below N; 0/4 is the first of four"),
+        (["--seed", "-1"], "--seed is '-1', but must be an integer from 0 to 2147483647."),
     ],
 )
 def test_wrong_numbers_are_refused(
@@ -345,13 +347,3 @@ def test_prompts_come_from_text_shards_and_the_toy_world(prompts: Path, made: Pa
         len({text.fingerprint, shards.fingerprint, toy.fingerprint, open_prompts("toy:train").fingerprint})
         == 4
     )
-
-
-def test_help_names_schedulers_and_examples(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["pairs", "--help"])
-    told = capsys.readouterr().out
-    assert "UniPCMultistepScheduler" in told and "data.contents [latents, noise_seeds]" in told
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    assert "pairs" in capsys.readouterr().out

@@ -17,7 +17,8 @@ import safetensors.numpy
 from PIL import Image
 
 from data.prepare.__main__ import main
-from data.prepare.common.shard_files import Prepared, make_shard, read_stats, write_sums
+from data.prepare.common.checksums import recorded_sums, write_sums
+from data.prepare.common.shard_files import PreparedSample, make_shard
 from data.shards.dataset import ShardDataset
 from data.shards.decoders import BadSampleError
 from data.shards.index import ShardSet, index_shard, sidecar_path
@@ -57,11 +58,11 @@ def prepared(folder: Path) -> Path:
     for shard in range(2):
         keys = [f"{3 * shard + i:09d}" for i in range(3)]
         samples = [
-            Prepared(key, {"latent.safetensors": latents(int(key)), "txt": CAPTIONS[int(key)]}, fields)
+            PreparedSample(key, {"latent.safetensors": latents(int(key)), "txt": CAPTIONS[int(key)]}, fields)
             for key in keys
         ]
         make_shard(folder, shard, samples)
-    write_sums(folder, [stats for i in range(2) if (stats := read_stats(folder, i)) is not None])
+    write_sums(folder, recorded_sums(folder))
     return folder
 
 
@@ -75,10 +76,10 @@ def faults(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str]:
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         check(*arguments)
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert end.value.code == 2
-    (sentence,) = [line for line in told.err.splitlines() if line.startswith("prepare verify: ")]
-    lines = told.out.splitlines()
+    (sentence,) = [line for line in captured.err.splitlines() if line.startswith("prepare verify: ")]
+    lines = captured.out.splitlines()
     assert sentence.startswith(f"prepare verify: {len(lines)} faults in ")
     return lines
 
@@ -89,21 +90,21 @@ def patch(path: Path, old: bytes, new: bytes) -> None:
     path.write_bytes(content.replace(old, new))
 
 
-def test_a_whole_set_passes_and_leaves_its_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_set_passes_and_gets_its_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = foreign(tmp_path / "set")
     check(folder, "--out", tmp_path / "faults.jsonl")
-    told = capsys.readouterr().out
-    assert told.startswith("6 samples in 2 shards are whole, read in ") and told.endswith(
+    output = capsys.readouterr().out
+    assert output.startswith("no fault in 6 samples in 2 shards, read in ") and output.endswith(
         "; 0 shards compared with their SHA-256\n"
     )
     assert (tmp_path / "faults.jsonl").read_text() == ""
     for name in ("00000.tar", "00001.tar"):
         assert sidecar_path(folder / name).is_file() and len(index_shard(folder / name)) == 3
     main(
-        ["verify", str(prepared(tmp_path / "own")), str(folder), "--index-folder", str(tmp_path / "indexes")]
+        ["verify", str(prepared(tmp_path / "own")), str(folder), "--index_folder", str(tmp_path / "indexes")]
     )
-    assert "12 samples in 4 shards are whole" in (told := capsys.readouterr().out)
-    assert "; 2 shards compared" in told and len(list((tmp_path / "indexes").iterdir())) == 4
+    assert "no fault in 12 samples in 4 shards" in (output := capsys.readouterr().out)
+    assert "; 2 shards compared" in output and len(list((tmp_path / "indexes").iterdir())) == 4
 
 
 def test_one_flipped_bit_of_latents_is_found_by_sample(
@@ -115,10 +116,10 @@ def test_one_flipped_bit_of_latents_is_found_by_sample(
     place = content.index(latents(4)) + 200
     content[place] ^= 1
     shard.write_bytes(bytes(content))
-    whole, member = faults(capsys, folder, "--out", tmp_path / "faults.jsonl")
-    assert whole.startswith(f"{shard}: bytes have changed: its SHA-256 is ")
-    assert whole.endswith(" was recorded")
-    assert member == (
+    file_fault, member_fault = faults(capsys, folder, "--out", tmp_path / "faults.jsonl")
+    assert file_fault.startswith(f"{shard}: bytes have changed: its SHA-256 is ")
+    assert file_fault.endswith(" was recorded")
+    assert member_fault == (
         f"{shard}, key '000000004': latent.safetensors: bytes have changed since it was written (CRC-32 in the json)"
     )
     stored = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text().splitlines()]
@@ -135,31 +136,31 @@ def test_every_single_flipped_bit_changes_the_checksum(
     folder = foreign(tmp_path / "set")
     check(folder, "--record")
     shard = folder / "00000.tar"
-    whole = shard.read_bytes()
-    for place in np.random.default_rng(0).integers(0, len(whole), 12).tolist():
-        content = bytearray(whole)
+    original = shard.read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(original), 12).tolist():
+        content = bytearray(original)
         content[place] ^= 1 << place % 8
         shard.write_bytes(bytes(content))
         lines = faults(capsys, folder)
         assert any("bytes have changed" in line or "no valid tar header" in line for line in lines)
-    shard.write_bytes(whole)
+    shard.write_bytes(original)
     check(folder)
     assert "2 shards compared with their SHA-256" in capsys.readouterr().out
 
 
-def test_shards_that_are_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = foreign(tmp_path / "set")
-    whole = (folder / "00000.tar").read_bytes()
-    (folder / "00000.tar").write_bytes(whole[: len(whole) // 2])
+    content = (folder / "00000.tar").read_bytes()
+    (folder / "00000.tar").write_bytes(content[: len(content) // 2])
     (folder / "00001.tar").write_bytes(b"")
     first, second = faults(capsys, folder)
     assert first.startswith(f"{folder}/00000.tar, key '000000002': is truncated: '")
     assert second.startswith(f"{folder}/00001.tar: is empty")
     # Cut between two members, which Python's tarfile takes for the end.
-    (folder / "00001.tar").write_bytes(whole)
+    (folder / "00001.tar").write_bytes(content)
     with tarfile.open(folder / "00001.tar") as tar:
         between = tar.getmembers()[4].offset
-    (folder / "00001.tar").write_bytes(whole[:between])
+    (folder / "00001.tar").write_bytes(content[:between])
     assert f"it ends at byte {between} without the mark that ends a tar" in faults(capsys, folder)[1]
 
 
@@ -194,12 +195,10 @@ def test_broken_samples_are_named(
         and "00001.tar" not in line[len(str(folder)) + 12 :]
     )
     if expected == "the caption is empty":
-        check(folder, "--empty-captions", "keep")
+        check(folder, "--empty_captions", "keep")
 
 
-def test_an_index_of_other_contents_is_not_believed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_index_of_other_contents_is_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = foreign(tmp_path / "set")
     check(folder)
     other = foreign(tmp_path / "other", lambda i, sample: sample.update(txt=CAPTIONS[i] * 40))
@@ -212,11 +211,11 @@ def test_an_index_of_other_contents_is_not_believed(
         np.savez(tmp_path / "forged.npz", **(dict(stored) | {"stamp": mine["stamp"]}))
     shutil.copy(tmp_path / "forged.npz", sidecar_path(folder / "00000.tar"))
     (line,) = faults(capsys, folder)
-    assert line == f"{folder}/00000.tar: its kept index was of other contents, and has been made again"
+    assert line == f"{folder}/00000.tar: its stored index was of other contents, and has been written again"
     check(folder)
 
 
-def test_a_flipped_bit_is_seen_by_a_training_and_by_the_next_check(
+def test_a_flipped_bit_is_detected_by_a_training_and_by_the_next_check(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = foreign(tmp_path / "set")
@@ -239,16 +238,16 @@ def test_a_flipped_bit_is_seen_by_a_training_and_by_the_next_check(
 
 def test_shards_are_read_through_fsspec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = foreign(tmp_path / "set")
-    where = ["--cache-folder", str(tmp_path / "cache")]
+    where = ["--cache_folder", str(tmp_path / "cache")]
     check(f"file://{folder}/{{00000..00001}}.tar", *where)
-    assert "6 samples in 2 shards are whole" in capsys.readouterr().out
+    assert "no fault in 6 samples in 2 shards" in capsys.readouterr().out
     (folder / "00001.tar").unlink()
     shutil.rmtree(tmp_path / "cache")
     (line,) = faults(capsys, f"file://{folder}/{{00000..00001}}.tar", *where)
     assert line.startswith(f"file://{folder}/00001.tar: ")
 
 
-def test_members_missing_from_all_samples_are_seen_by_their_checksum(
+def test_members_missing_from_all_samples_are_detected_by_their_checksum(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ShardWriter(tmp_path / "set") as writer:
@@ -258,15 +257,15 @@ def test_members_missing_from_all_samples_are_seen_by_their_checksum(
     assert line.endswith("key '000000000': jpg is missing, and its json has a checksum of it")
 
 
-def test_members_that_do_not_stand_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_members_that_are_not_adjacent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         for name in ("a.txt", "b.txt", "a.json"):
             member = tarfile.TarInfo(name)
             member.size = 2
             tar.addfile(member, io.BytesIO(b"{}"))
     (line,) = faults(capsys, tmp_path / "set.tar")
-    told = "the members of 'a' do not stand together; write the shard again, sorted by key."
-    assert line == f"{tmp_path}/set.tar, key 'a': {told}"
+    reason = "the members of 'a' do not stand together; write the shard again, sorted by key."
+    assert line == f"{tmp_path}/set.tar, key 'a': {reason}"
 
 
 def test_several_processes_find_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

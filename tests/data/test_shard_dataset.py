@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data.prepare.latents.member import latent_member
+from data.prepare.latents.samples import latent_member
 from data.shards.dataset import Content, Reading, ShardDataset
 from data.shards.decoders import BadSampleError, decode
 from data.shards.images import Fitting

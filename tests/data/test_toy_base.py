@@ -1,4 +1,4 @@
-"""The shipped toy base and its judges, and the shards that are made of the toy world."""
+"""The shipped toy base and its metric networks, and the shards of the toy world."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def test_shipped_files_stay_within_ten_megabytes() -> None:
     assert 5e6 < sum(path.stat().st_size for path in shipped) < 10e6
 
 
-def test_classifier_reads_real_and_reconstructed_pictures() -> None:
+def test_classifier_is_right_on_real_and_reconstructed_images() -> None:
     classifier = AttributeClassifier.from_pretrained(BASE / "classifier")
-    pictures, stated = render_batch("val", 200), captions("val", 200)
-    assert classifier.right(pictures, stated).all(dim=1).float().mean() >= 0.99
+    images, stated = render_batch("val", 200), captions("val", 200)
+    assert classifier.right(images, stated).all(dim=1).float().mean() >= 0.99
     autoencoder = AutoencoderKL.from_pretrained(BASE / "base" / "vae", torch_dtype=torch.float32).eval()
     with torch.no_grad():
-        decoded = autoencoder.decode(encode(autoencoder, pictures)).sample
+        decoded = autoencoder.decode(encode(autoencoder, images)).sample
     reconstructed = ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     assert classifier.right(reconstructed, stated).all(dim=1).float().mean() >= 0.99
-    error = (reconstructed.double() - pictures.double()).square().mean(dim=(1, 2, 3))
+    error = (reconstructed.double() - images.double()).square().mean(dim=(1, 2, 3))
     assert (10 * torch.log10(255**2 / error)).mean() > 36
 
 
-def test_classifier_counts_only_what_is_stated_and_bound() -> None:
+def test_classifier_checks_stated_attributes_and_their_binding() -> None:
     classifier = AttributeClassifier.from_pretrained(BASE / "classifier")
-    pictures, stated = render_batch("val", 200), captions("val", 200)
+    images, stated = render_batch("val", 200), captions("val", 200)
     index = next(i for i, caption in enumerate(stated) if " above " in caption)
     first, second = stated[index].split(" above ")
-    one = pictures[index : index + 1].repeat(3, 1, 1, 1)
+    one = images[index : index + 1].repeat(3, 1, 1, 1)
     right = classifier.right(
         one, [f"{first} above {second}", f"{second} below {first}", f"{second} above {first}"]
     )
@@ -96,7 +96,7 @@ def test_shards_hold_the_vae_means_and_captions(tmp_path: Path) -> None:
     assert sorted(caption for batch in batches for caption in batch.captions) == sorted(expected)
 
 
-def test_interrupted_shards_are_made_again(tmp_path: Path) -> None:
+def test_incomplete_shards_are_written_again(tmp_path: Path) -> None:
     module = ToyDataModule(str(BASE / "base"), train_images=16, cache=str(tmp_path), batch_size=8)
     module.prepare_data()
     shard = module.folder / "00000.tar"

@@ -1,4 +1,4 @@
-"""The toy world: captions and pictures are pure functions, and a caption says what its picture shows."""
+"""The toy world: captions and images are pure functions of split and index, and a caption states what its image shows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from data.toy.world import (
 )
 
 
-def test_pictures_and_captions_are_functions_of_split_and_index() -> None:
+def test_images_and_captions_are_functions_of_split_and_index() -> None:
     digest = hashlib.sha256(b"".join(image_at("train", index).tobytes() for index in range(50))).hexdigest()
     again = hashlib.sha256(b"".join(image_at("train", index).tobytes() for index in range(50))).hexdigest()
     assert digest == again
@@ -64,7 +64,7 @@ def test_all_values_occur() -> None:
         "a orange ring above a red ring",
     ],
 )
-def test_foreign_captions_are_refused(caption: str) -> None:
+def test_unknown_captions_are_refused(caption: str) -> None:
     with pytest.raises(ValueError, match="not a caption of the toy world"):
         parse_caption(caption)
 
@@ -75,12 +75,12 @@ def test_unknown_split_is_refused() -> None:
 
 
 @pytest.mark.parametrize("relation", RELATIONS)
-def test_the_relation_decides_where_things_are(relation: str) -> None:
+def test_the_relation_determines_positions(relation: str) -> None:
     scene = Scene(
         Thing("red", "circle"), relation=relation, second=Thing("blue", "circle"), background="black"
     )
-    picture = render(scene, np.random.default_rng(0)).astype(float)
-    redness, blueness = picture[..., 0] - picture[..., 2], picture[..., 2] - picture[..., 0]
+    image = render(scene, np.random.default_rng(0)).astype(float)
+    redness, blueness = image[..., 0] - image[..., 2], image[..., 2] - image[..., 0]
     red, blue = _centre(redness > 80), _centre(blueness > 80)
     offset = blue - red
     expected = {"above": (0, 1), "below": (0, -1), "left of": (1, 0), "right of": (-1, 0)}[relation]
@@ -90,13 +90,13 @@ def test_the_relation_decides_where_things_are(relation: str) -> None:
 def test_sizes_differ_in_area() -> None:
     def area(size: str) -> int:
         scene = Scene(Thing("red", "circle"), size=size, background="black")
-        picture = render(scene, np.random.default_rng(1)).astype(float)
-        return int((picture[..., 0] > 120).sum())
+        image = render(scene, np.random.default_rng(1)).astype(float)
+        return int((image[..., 0] > 120).sum())
 
     assert area("large") > 2.2 * area("small")
 
 
-def test_attributes_name_things_by_place() -> None:
+def test_attributes_are_ordered_by_position() -> None:
     above, below = (
         parse_caption("a red ring above a blue cross"),
         parse_caption("a blue cross below a red ring"),

@@ -1,4 +1,4 @@
-"""Where a picture goes when it is resized and cropped: the reader's rule, so that both tell SDXL the same sizes.
+"""Resizing and cropping by the reader's rule, so that SDXL is conditioned on the same sizes either way.
 
 The reader resizes by torch's bicubic kernel; here it is Pillow's, which differs from it by at most 1 of 255 and gives the same
 bytes on every processor.
@@ -6,7 +6,8 @@ bytes on every processor.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -14,8 +15,8 @@ Size = tuple[int, int]
 """Height, width in pixels."""
 
 
-class Fit(NamedTuple):
-    """How a picture becomes one of a given size: resized, then cut out. Pixels."""
+class ResizeAndCrop(NamedTuple):
+    """How an image reaches a given size. Pixels."""
 
     resized: Size
     top: int
@@ -23,7 +24,7 @@ class Fit(NamedTuple):
     target: Size
 
     def apply(self, image: Image.Image) -> Image.Image:
-        """The picture, resized and cropped."""
+        """The image, resized and cropped."""
         height, width = self.resized
         if (image.height, image.width) != self.resized:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -32,17 +33,46 @@ class Fit(NamedTuple):
         return image.crop((self.left, self.top, self.left + self.target[1], self.top + self.target[0]))
 
 
-def fill(size: Size, target: Size) -> Fit:
-    """The picture made as small as still covers the target, then its middle."""
+def resize_to_cover(size: Size, target: Size) -> ResizeAndCrop:
+    """The smallest resize that covers the target, and a centre crop."""
     height, width = size
     scale = max(target[0] / height, target[1] / width)
     resized = max(target[0], round(height * scale)), max(target[1], round(width * scale))
-    return Fit(resized, (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2, target)
+    return ResizeAndCrop(resized, (resized[0] - target[0]) // 2, (resized[1] - target[1]) // 2, target)
 
 
-def shorter_side(size: Size, pixels: int) -> Fit:
-    """The whole picture with so many pixels on its shorter side."""
+def resize_shorter_side(size: Size, pixels: int) -> ResizeAndCrop:
+    """Resizes the shorter side to a number of pixels, and crops nothing."""
     height, width = size
     scale = pixels / min(size)
     resized = max(pixels, round(height * scale)), max(pixels, round(width * scale))
-    return Fit(resized, 0, 0, resized)
+    return ResizeAndCrop(resized, 0, 0, resized)
+
+
+def size_fields(fields: Mapping[str, Any], size: Size, step: ResizeAndCrop) -> dict[str, int]:
+    """Original size, crop and size of an image for its json member, in pixels; SDXL is conditioned on them.
+
+    Args:
+        fields: the json so far. Original sizes in it are kept (img2dataset and `data.prepare` write them); a crop in it is
+            added, since what an earlier step cut off lies outside the image of this one.
+        size: of the image before this step.
+        step: this step.
+
+    Returns:
+        crop_top and crop_left are in pixels of the resized image, as in SDXL's own training.
+    """
+    original = _number(fields, "original_height"), _number(fields, "original_width")
+    height, width = original if all(original) else size
+    return {
+        "original_height": height,
+        "original_width": width,
+        "crop_top": step.top + round(_number(fields, "crop_top") * step.resized[0] / size[0]),
+        "crop_left": step.left + round(_number(fields, "crop_left") * step.resized[1] / size[1]),
+        "height": step.target[0],
+        "width": step.target[1],
+    }
+
+
+def _number(fields: Mapping[str, Any], name: str) -> int:
+    value = fields.get(name)
+    return value if isinstance(value, int) and value > 0 else 0

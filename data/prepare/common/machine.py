@@ -1,4 +1,4 @@
-"""What this machine offers to a command: GPUs or a CPU, and how many processes."""
+"""Devices and processes of this machine."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sdxs_lightning.core.errors import UserError
 
 @contextmanager
 def same_bits(device: str) -> Iterator[None]:
-    """Inside, a CPU computes the same bits whatever the number of processes: with one thread, since sums over several are
-    cut elsewhere.
+    """Makes results on a CPU independent of the number of processes, by computing with one thread: sums over several threads
+    are split, and so rounded, differently.
     """
     before = torch.get_num_threads()
     if device == "cpu":
@@ -25,29 +25,29 @@ def same_bits(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def choose_device(named: str) -> str:
-    """What `--device` means here: "cpu" or "cuda".
+def choose_device(device: str) -> str:
+    """Resolves `--device` to "cpu" or "cuda".
 
     Args:
-        named: "auto", "cpu" or "cuda".
+        device: "auto", "cpu" or "cuda".
 
     Raises:
         UserError: for cuda where there is none.
     """
-    if named == "auto":
+    if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if named == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device is cuda and this machine has no GPU that torch can use; give --device cpu.")
-    return named
+    return device
 
 
 def device_of(device: str, process: int) -> torch.device:
-    """The GPUs are dealt out in turn."""
+    """The device of one process; several processes share the GPUs round-robin."""
     if device == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", process % torch.cuda.device_count())
 
 
 def default_processes(device: str) -> int:
-    """One a GPU; without any, one a core, but no more than 8: each holds the networks."""
+    """One per GPU; without any, one per core, but no more than 8: each holds a copy of the networks."""
     return torch.cuda.device_count() if device == "cuda" else min(available_cores(), 8)

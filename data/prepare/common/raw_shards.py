@@ -1,14 +1,28 @@
-"""The members of samples in shards as they are, undecoded, by their number in stored order."""
+"""Samples of shards as undecoded members, by their number in stored order."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+from data.prepare.common.options import RemoteOptions
 from data.shards.index import ShardIndex, ShardSet
+from data.shards.shard_cache import ShardCache
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
+
+
+def shard_store(remote: RemoteOptions) -> ShardStore:
+    """Opens shards, through the cache if there is one."""
+    folder = remote.cache_folder
+    return ShardStore(None if folder is None else ShardCache(folder, remote.cache_gb))
+
+
+def open_shards(shards: str | Sequence[str], remote: RemoteOptions) -> ShardSet:
+    """The index of shards; raises as `ShardSet.open`."""
+    return ShardSet.open(shards, remote.indexes, shard_store(remote))
 
 
 class RawSample(NamedTuple):
@@ -25,27 +39,24 @@ class RawShard:
 
     Args:
         index: of the shard.
-        store: how it is reached.
+        store: opens it.
     """
 
     def __init__(self, index: ShardIndex, store: ShardStore) -> None:
         self.index, self._store = index, store
 
     def __enter__(self) -> RawShard:
-        """Open."""
         self._file = self._store.open(self.index.location)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
         self._file.close()
 
     def __len__(self) -> int:
-        """Samples in it."""
         return len(self.index)
 
     def sample(self, row: int) -> RawSample:
-        """A sample.
+        """One sample.
 
         Raises:
             BrokenShardError: if the file has become shorter than its index says.
@@ -66,11 +77,11 @@ class RawShard:
 
 
 class RawShards:
-    """All samples of several shards, one after another; one file is open at a time.
+    """All samples of several shards, concatenated; one file is open at a time.
 
     Args:
         shards: their index.
-        store: how they are reached.
+        store: opens them.
     """
 
     def __init__(self, shards: ShardSet, store: ShardStore) -> None:
@@ -79,11 +90,10 @@ class RawShards:
         self._open: tuple[int, RawShard] | None = None
 
     def __len__(self) -> int:
-        """Samples in all."""
         return self._ends[-1]
 
     def sample(self, number: int) -> RawSample:
-        """A sample by its number in stored order; neighbours are cheap."""
+        """A sample by its number in stored order; access in order opens each file once."""
         shard = bisect_right(self._ends, number)
         if self._open is None or self._open[0] != shard:
             self.close()
@@ -91,7 +101,7 @@ class RawShards:
         return self._open[1].sample(number - (self._ends[shard - 1] if shard else 0))
 
     def close(self) -> None:
-        """Close the file that is open."""
+        """Closes the open file."""
         if self._open is not None:
             self._open[1].__exit__()
             self._open = None

@@ -1,93 +1,155 @@
-"""`python -m data.prepare images`: pictures with captions as shards that trainings read."""
+"""`python -m data.prepare images`: images with captions to shards that trainings read."""
 
 from __future__ import annotations
 
-import argparse
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
-from data.prepare.common.machine import choose_device, default_processes
-from data.prepare.common.processes import run_all
+from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
+from data.prepare.common.processes import OnProgress, run_all
 from data.prepare.common.progress import ProgressBar
-from data.prepare.common.remote import Reach
-from data.prepare.common.settings_file import begin
-from data.prepare.common.shard_files import missing
-from data.prepare.common.shard_summary import summarise
-from data.prepare.common.subcommand import Subcommand
-from data.prepare.images.job import ImageJob
-from data.prepare.images.named_condition import given_folder
-from data.prepare.images.options import EXAMPLES, add_arguments
-from data.prepare.images.preparing import PADDED, Preparer
-from data.prepare.images.settings import NAMES_ONLY, SETTINGS_FILE, ImageSettings
-from data.prepare.images.sources import Columns, FolderSource, open_source
-from sdxs_lightning.core.errors import UserError
+from data.prepare.common.settings_file import begin_or_resume
+from data.prepare.common.shard_files import (
+    UNREADABLE,
+    LeftOutSample,
+    PreparedSample,
+    make_shard,
+    missing_shards,
+    summarise,
+)
+from data.prepare.images.options import ImageOptions, ImageSettings
+from data.prepare.images.preparing import PADDED, SamplePreparer, given_folder
+from data.prepare.images.sources import FolderSource, ImageSource, SampleFaultError, open_source
+from data.shards.tar_headers import BrokenShardError
+from sdxs_lightning.callbacks.checkpoint_folder import write_failure
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+
+SETTINGS_FILE = "images.json"
+_NAMES_ONLY = ("source",)
+_FORMAT = 1
+"""Raised when the same settings would give other shards."""
+_REPORT_EVERY = 32
 
 
-def run(options: argparse.Namespace) -> str:
-    """Makes what is missing of a set, and accounts for it.
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of image shards."""
+
+    options: ImageOptions
+    source_fingerprint: str
+    """Of the source's names and sizes, not of the files' contents."""
+    count: int
+    """Samples of the source."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the shards depend on, but for the contents of the source's files."""
+        own = {field.name: getattr(self.options, field.name) for field in fields(ImageSettings)}
+        return {**own, "source_fingerprint": self.source_fingerprint, "count": self.count, "format": _FORMAT}
+
+    @property
+    def shards(self) -> int:
+        """Number of shards of the complete set."""
+        return -(-self.count // self.options.samples_per_shard)
+
+    def indices(self, shard: int) -> range:
+        """The samples of the source that a shard is made of."""
+        size = self.options.samples_per_shard
+        return range(shard * size, min((shard + 1) * size, self.count))
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """Writes shards of a set of images; a `processes.Job`."""
+
+    image_set: ImageSet
+    device: str
+    """ "cpu" or "cuda", for a condition that is made by a network."""
+    processes: int
+
+    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+        options = self.image_set.options
+        source = open_source(options.source, options.image_column, options.caption_column, options)
+        prepare = SamplePreparer(options, str(device_of(self.device, process)))
+        with same_bits(self.device):
+            for shard in tasks:
+                samples = _samples(source, prepare, self.image_set.indices(shard))
+                try:
+                    make_shard(options.out, shard, _reported(samples, on_progress))
+                except OSError as error:
+                    raise CheckpointNotWritten(
+                        f"a shard could not be written to '{options.out}': {write_failure(error)}."
+                    ) from error
+
+
+def run(options: ImageOptions) -> str:
+    """Writes the missing shards of a set and summarises it.
 
     Raises:
         UserError: for an input that cannot be used.
-        CheckpointNotWritten: where the disk does not take a shard.
+        CheckpointNotWritten: if a shard cannot be written.
         Interrupted: after Ctrl-C.
     """
-    settings = _settings(options)
     # A network that makes condition images runs on the GPUs; everything else here is work for a CPU.
-    network = settings.condition is not None and settings.condition.startswith("depth:")
+    network = options.condition is not None and options.condition.startswith("depth:")
+    image_set = _open_set(options)
     device = choose_device(options.device) if network else "cpu"
-    Preparer(settings)  # a condition that does not exist is refused before anything is made
-    begin(options.out, SETTINGS_FILE, settings, NAMES_ONLY)
-    processes = options.processes or default_processes(device)
-    job = ImageJob(settings, options.out, device, processes, Reach.of(options))
-    part, parts = options.part
-    to_make = missing(options.out, settings.shards, part, parts)
+    SamplePreparer(options)  # a condition that cannot be used is refused before anything is written
+    begin_or_resume(options.out, SETTINGS_FILE, image_set.settings, _NAMES_ONLY)
+    job = ImageJob(image_set, device, options.processes or default_processes(device))
+    shards = missing_shards(options.out, image_set.shards, options.part)
     started = time.monotonic()
-    progress = ProgressBar(sum(len(settings.indices(shard)) for shard in to_make), "images")
-    run_all(job, to_make, progress)
+    progress = ProgressBar(sum(len(image_set.indices(shard)) for shard in shards), "images")
+    run_all(job, shards, progress)
     seconds = time.monotonic() - started
-    told, summary = summarise(options.out, settings.shards, settings, progress.total, seconds)
+    message, summary = summarise(options.out, image_set.shards, image_set.settings, progress.total, seconds)
     padded = int(summary.get("sums", {}).get(PADDED, 0))
-    warning = "; {} have even bands around them: download with img2dataset's resize_mode keep_ratio instead of border"
-    return told + (warning.format(padded) if padded else "")
+    if padded:
+        message += f"; {padded} have uniform bands around them: download with img2dataset's resize_mode keep_ratio instead of border"
+    return message
 
 
-def _settings(options: argparse.Namespace) -> ImageSettings:
-    if options.crop != "none" and options.resolution is None:
-        raise UserError(f"--crop {options.crop} needs --resolution, the side of the squares.")
-    if options.min_caption > options.max_caption:
-        raise UserError(
-            f"--min-caption {options.min_caption} is above --max-caption {options.max_caption}; no caption fits."
-        )
-    source = open_source(
-        options.source, Columns(options.image_column, options.caption_column), Reach.of(options)
-    )
+def _open_set(options: ImageOptions) -> ImageSet:
+    source = open_source(options.source, options.image_column, options.caption_column, options)
     if given_folder(options.condition) is not None and not isinstance(source, FolderSource):
         raise UserError(
-            f"--condition {options.condition} finds its images by the paths of a folder of pictures, and --from is none; in "
+            f"--condition {options.condition} finds its images by the paths of a folder of images, and --from is none; in "
             "tars they are members of the sample (cond.png)."
         )
-    return ImageSettings(
-        source=options.source,
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        source_fingerprint=source.fingerprint,
-        count=len(source),
-        samples_per_shard=options.samples_per_shard,
-        resolution=options.resolution,
-        crop=options.crop,
-        image_format=options.format,
-        quality=options.quality,
-        min_side=(options.resolution or 1) if options.min_side is None else options.min_side,
-        max_aspect=options.max_aspect,
-        min_caption=options.min_caption,
-        max_caption=options.max_caption,
-        condition=options.condition,
-    )
+    return ImageSet(options, source.fingerprint, len(source))
 
 
-IMAGES = Subcommand(
-    "images",
-    "Pack pictures with captions into shards: filtered, resized if wanted, original sizes kept.",
-    EXAMPLES,
-    add_arguments,
-    run,
-)
+def _samples(
+    source: ImageSource, prepare: SamplePreparer, indices: Sequence[int]
+) -> Iterator[PreparedSample | LeftOutSample]:
+    for index in indices:
+        key = f"{index:09d}"
+        try:
+            sample = source.read(index)
+        except SampleFaultError as error:
+            yield LeftOutSample(key, UNREADABLE, str(error))
+            continue
+        except (BrokenShardError, OSError) as error:
+            raise UserError(f"--from: {error}") from error
+        try:
+            yield prepare(key, sample)
+        except SampleFaultError as error:
+            yield LeftOutSample(key, UNREADABLE, f"{sample.where}: {error}")
+        except (OSError, ValueError) as error:
+            # Not the sample's fault: a network that makes condition images and cannot be loaded.
+            raise UserError(f"--condition: {error}") from error
+
+
+def _reported(
+    samples: Iterator[PreparedSample | LeftOutSample], on_progress: OnProgress
+) -> Iterator[PreparedSample | LeftOutSample]:
+    """The same samples; reports the progress every few."""
+    count = 0
+    for count, sample in enumerate(samples, 1):
+        yield sample
+        if count % _REPORT_EVERY == 0:
+            on_progress(_REPORT_EVERY)
+    if count % _REPORT_EVERY:
+        on_progress(count % _REPORT_EVERY)

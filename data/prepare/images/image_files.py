@@ -1,41 +1,40 @@
-"""Pictures of unknown origin: opened upright and in RGB, or refused in words; and written again."""
+"""Image files of unknown origin: decoded upright and in RGB, or refused; and encoded again."""
 
 from __future__ import annotations
 
 import io
 import warnings
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data.prepare.images.options import ImageFormat
 from data.shards.images import MAX_PIXELS
 
-ImageFormat = Literal["jpg", "png", "webp"]
-
 _MEMBER_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-"""Formats whose bytes can stay as they are, and the member they are kept in."""
+"""Formats whose bytes can be stored unchanged, and the member that holds them."""
 _ORIENTATION = 0x0112
 
 
 class UnreadableImageError(ValueError):
-    """Bytes that do not hold a whole picture."""
+    """The bytes do not hold a complete image."""
 
 
-class Picture(NamedTuple):
-    """A picture."""
+class DecodedImage(NamedTuple):
+    """An image, and whether its file can be stored unchanged."""
 
     image: Image.Image
     """RGB, upright."""
     member: str | None
-    """Where its bytes can stay as they are; None where they cannot: for a format that the reader does not know, or a picture
-    that lies on its side by its EXIF tag, which the reader does not look at."""
+    """The member for the unchanged bytes; None for a format that the reader does not know, or an image that is rotated by its
+    EXIF tag, which the reader ignores."""
 
 
-def open_picture(content: bytes) -> Picture:
-    """Decodes a picture to its last row; transparency is laid over white, as by the reader.
+def open_image(content: bytes) -> DecodedImage:
+    """Decodes an image completely; transparency is composited over white, as by the reader.
 
     Raises:
-        UnreadableImageError: for bytes that hold no whole picture, or one of more than MAX_PIXELS.
+        UnreadableImageError: for bytes that hold no complete image, or one of more than MAX_PIXELS.
     """
     try:
         with warnings.catch_warnings():
@@ -50,13 +49,13 @@ def open_picture(content: bytes) -> Picture:
                 image = ImageOps.exif_transpose(opened)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return Picture(image.convert("RGB"), member)
+        return DecodedImage(image.convert("RGB"), member)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UnreadableImageError(f"the image cannot be decoded ({error})") from error
 
 
-def write_picture(image: Image.Image, image_format: ImageFormat, quality: int) -> bytes:
-    """The bytes of a picture.
+def encode_image(image: Image.Image, image_format: ImageFormat, quality: int) -> bytes:
+    """The file of an image.
 
     Args:
         image: RGB.
@@ -65,7 +64,7 @@ def write_picture(image: Image.Image, image_format: ImageFormat, quality: int) -
     """
     stream = io.BytesIO()
     if image_format == "jpg":
-        # 4:4:4 from 90 on: halved colour is seen at the edges of a model's training pictures.
+        # 4:4:4 from 90 on: chroma subsampling is visible at the edges of training images.
         image.save(stream, "JPEG", quality=quality, subsampling=0 if quality >= 90 else 2)
     elif image_format == "webp":
         image.save(stream, "WEBP", quality=quality)

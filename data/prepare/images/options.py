@@ -1,83 +1,79 @@
-"""The options of `python -m data.prepare images`."""
+"""The options of `python -m data.prepare images`. Imported before torch: keep it light."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import get_args
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-from data.prepare.common.option_types import add_device, add_part, at_least
-from data.prepare.common.remote import add_cache
-from data.prepare.images.image_files import ImageFormat
-from data.prepare.images.named_condition import NAMES
-from data.prepare.images.settings import Crop
+from data.prepare.common.options import Count, DeviceOptions, OutputOptions, RemoteOptions
+from sdxs_lightning.command_line import Option
 
-EXAMPLES = """examples:
-  python -m data.prepare images --from photos/ --out datasets/photos
-  python -m data.prepare images --from photos/metadata.csv --image-column file_name --caption-column text \\
-      --resolution 1024 --min-side 768 --max-aspect 2 --out datasets/photos-1024
-  python -m data.prepare images --from 'laion/{00000..00999}.tar' --min-caption 10 --processes 16 --out datasets/laion
-  python -m data.prepare images --from photos/ --condition canny --out datasets/photos-canny
-
---from is a folder of pictures (captions in files of the same name that end in txt, text, caption or json), a CSV, TSV or
-parquet file, or tars as img2dataset writes them. JPEG, PNG and WebP files stay as they are, byte for byte, unless they are
-resized or lie on their side. A run that was cut off goes on when the same command is given again, on any number of
-processes, and the shards come out the same.
-"""
+ImageFormat = Literal["jpg", "png", "webp"]
+CONDITIONS = ("canny", "soft_edge", "sketch")
+"""Condition images without a network; beside them depth:MODEL and given:FOLDER."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds them to the parser of the command."""
-    add = parser.add_argument
-    add("--from", dest="source", required=True, help="folder, CSV, TSV, parquet or tars; see below")
-    add("--image-column", help="of a table: path, or the picture's bytes (default: a usual name)")
-    add("--caption-column", help="of a table (default: a usual name)")
-    add("--out", type=Path, required=True, help="folder of the shards, made or gone on with")
-    add("--resolution", type=at_least(1), help="pixels of the shorter side (default: left as it is)")
-    add(
-        "--crop",
-        choices=get_args(Crop),
-        default="none",
-        help="with --resolution: none keeps the aspect, centre makes squares (default: %(default)s)",
-    )
-    add(
-        "--min-side",
-        type=at_least(0),
-        help="leave out pictures with a shorter side below this (default: --resolution, so that none is enlarged)",
-    )
-    add("--max-aspect", type=_aspect, default=4.0, help="longer by shorter side (default: %(default)s)")
-    add(
-        "--min-caption",
-        type=at_least(0),
-        default=1,
-        help="characters; 0 keeps samples without a caption (default: %(default)s)",
-    )
-    add("--max-caption", type=at_least(0), default=10_000, help="characters (default: %(default)s)")
-    add("--condition", help=f"also write condition images: {NAMES}")
-    add(
-        "--format",
-        choices=get_args(ImageFormat),
-        default="jpg",
-        help="of pictures that do not stay as they are (default: %(default)s)",
-    )
-    add("--quality", type=_quality, default=95, help="of jpg and webp (default: %(default)s)")
-    add("--samples-per-shard", type=at_least(1), default=10_000, help="read for each (default: %(default)s)")
-    add_cache(add)
-    add_device(add)
-    add_part(add)
+@dataclass(frozen=True, kw_only=True)
+class ImageSettings:
+    """The options that the shards depend on; images.json keeps them."""
+
+    source: Annotated[str, Option(name="from")]
+    """Folder of images, CSV, TSV or parquet file, or tars."""
+    image_column: str | None = None
+    """Column of a table that holds a path or an image's bytes; by default one with a common name."""
+    caption_column: str | None = None
+    """Column of a table that holds the caption; by default one with a common name."""
+    resolution: Count | None = None
+    """Pixels of the shorter side; by default images keep their size."""
+    crop: Literal["none", "centre"] = "none"
+    """With --resolution: none keeps the aspect ratio, centre crops squares."""
+    min_side: Annotated[int | None, Option(at_least=0)] = None
+    """Leave out images with a shorter side below this; by default --resolution, so that none is enlarged."""
+    max_aspect: Annotated[float, Option(at_least=1)] = 4.0
+    """Leave out images whose longer side exceeds this multiple of the shorter one."""
+    min_caption: Annotated[int, Option(at_least=0)] = 1
+    """Leave out captions with fewer characters; 0 keeps samples without a caption."""
+    max_caption: Annotated[int, Option(at_least=0)] = 10_000
+    """Leave out captions with more characters."""
+    condition: str | None = None
+    """Also write condition images: canny, soft_edge, sketch, depth:MODEL, or given:FOLDER."""
+    image_format: Annotated[ImageFormat, Option(name="format")] = "jpg"
+    """Format of images that cannot keep their bytes."""
+    quality: Annotated[int, Option(at_least=1, at_most=100)] = 95
+    """Quality of jpg and webp."""
+    samples_per_shard: Count = 10_000
+    """Samples of the source per shard; the shard holds fewer where some are left out."""
+
+    def __post_init__(self) -> None:
+        if self.min_side is None:
+            object.__setattr__(self, "min_side", self.resolution or 1)
+        if self.crop != "none" and self.resolution is None:
+            raise ValueError(f"--crop {self.crop} needs --resolution, the side of the squares.")
+        if self.min_caption > self.max_caption:
+            raise ValueError(
+                f"--min_caption {self.min_caption} is above --max_caption {self.max_caption}; no caption fits."
+            )
+        kind, colon, name = (self.condition or CONDITIONS[0]).partition(":")
+        if not ((kind in CONDITIONS and not colon) or (kind in ("depth", "given") and name)):
+            raise ValueError(
+                f"--condition '{self.condition}' is none of {', '.join(CONDITIONS)}, depth:MODEL, given:FOLDER."
+            )
 
 
-def _aspect(text: str) -> float:
-    try:
-        aspect = float(text)
-    except ValueError:
-        aspect = float("nan")
-    if not aspect >= 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is no ratio of the longer side to the shorter, 1 or more")
-    return aspect
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(ImageSettings, OutputOptions, RemoteOptions, DeviceOptions):
+    """Packs images and captions into shards: filtered, resized on request, with their original sizes.
 
+    --from is a folder of images (captions in files of the same name that end in txt, text, caption or json), a CSV, TSV or
+    parquet file, or tars as img2dataset writes them. JPEG, PNG and WebP files keep their bytes unless they are resized or
+    rotated by an EXIF tag. An interrupted run resumes when the same command is given again, with any number of processes,
+    and the shards come out the same.
+    """
 
-def _quality(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"'{text}' is no quality from 1 to 100")
-    return int(text)
+    EXAMPLES: ClassVar[str] = """
+    python -m data.prepare images --from photos/ --out datasets/photos
+    python -m data.prepare images --from photos/metadata.csv --image_column file_name --caption_column text \\
+        --resolution 1024 --min_side 768 --max_aspect 2 --out datasets/photos-1024
+    python -m data.prepare images --from 'laion/{00000..00999}.tar' --min_caption 10 --processes 16 --out datasets/laion
+    python -m data.prepare images --from photos/ --condition canny --out datasets/photos-canny
+    """

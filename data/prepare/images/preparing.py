@@ -1,103 +1,112 @@
-"""From one sample of a source to one sample of a shard, or to the reason why there is none."""
+"""Converts one sample of a source to one sample of a shard, or to the reason why it is left out."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from data.prepare.common.geometry import Fit, fill, shorter_side
-from data.prepare.common.shard_files import LeftOut, Prepared
-from data.prepare.common.sizes import size_fields
-from data.prepare.images.image_files import Picture, UnreadableImageError, open_picture, write_picture
-from data.prepare.images.named_condition import given_folder, open_condition
-from data.prepare.images.settings import ImageSettings
-from data.prepare.images.source_sample import SampleFaultError, SourceSample
+from data.conditions import Canny, Depth, ImageCondition, Sketch, SoftEdge
+from data.prepare.common.geometry import ResizeAndCrop, resize_shorter_side, resize_to_cover, size_fields
+from data.prepare.common.shard_files import LeftOutSample, PreparedSample
+from data.prepare.images.image_files import DecodedImage, UnreadableImageError, encode_image, open_image
+from data.prepare.images.options import ImageOptions
+from data.prepare.images.sources import SampleFaultError, SourceSample
+from sdxs_lightning.core.errors import UserError
 
 PADDED = "padded"
-"""Name of their number in a shard's account."""
+"""Name of the count of padded images in a shard's statistics."""
+_CONDITIONS: dict[str, Callable[[], ImageCondition]] = {
+    "canny": Canny,
+    "soft_edge": SoftEdge,
+    "sketch": Sketch,
+}
 
 
-class Preparer:
-    """Filters, resizes and packs samples as the settings say.
+class SamplePreparer:
+    """Filters, resizes and packs samples.
 
     Args:
-        settings: of the set.
-        device: where a network that makes condition images runs.
+        options: of the set.
+        device: of a network that makes condition images.
+
+    Raises:
+        UserError: for a condition that cannot be used.
     """
 
-    def __init__(self, settings: ImageSettings, device: str = "cpu") -> None:
-        self.settings = settings
-        self._given: Path | None = given_folder(settings.condition)
-        named = settings.condition if self._given is None else None
-        self._condition = None if named is None else open_condition(named, device)
+    def __init__(self, options: ImageOptions, device: str = "cpu") -> None:
+        self.options = options
+        self._given = given_folder(options.condition)
+        self._condition: ImageCondition | None = None
+        if options.condition is not None and self._given is None:
+            kind, _, model = options.condition.partition(":")
+            self._condition = Depth(model, device) if kind == "depth" else _CONDITIONS[kind]()
 
-    def __call__(self, key: str, sample: SourceSample) -> Prepared | LeftOut:
-        """One sample.
+    def __call__(self, key: str, sample: SourceSample) -> PreparedSample | LeftOutSample:
+        """Prepares one sample.
 
         Raises:
             SampleFaultError: for one that is broken.
         """
         caption = sample.caption.strip() if isinstance(sample.caption, str) else ""
-        unwanted = self._unwanted_caption(caption)
-        if unwanted is not None:
-            return LeftOut(key, unwanted)
-        picture = _open(sample.image)
-        size = (picture.image.height, picture.image.width)
-        if min(size) < self.settings.min_side:
-            return LeftOut(key, "too small")
-        if max(size) > self.settings.max_aspect * min(size):
-            return LeftOut(key, "too elongated")
-        fit = self._fit(size)
-        name, content, image = self._pack(picture, sample.image, fit)
+        if len(caption) < self.options.min_caption:
+            return LeftOutSample(key, "caption too short" if caption else "no caption")
+        if len(caption) > self.options.max_caption:
+            return LeftOutSample(key, "caption too long")
+        decoded = _decoded(sample.image)
+        size = (decoded.image.height, decoded.image.width)
+        assert self.options.min_side is not None
+        if min(size) < self.options.min_side:
+            return LeftOutSample(key, "too small")
+        if max(size) > self.options.max_aspect * min(size):
+            return LeftOutSample(key, "too elongated")
+        step = self._resize(size)
+        name, content, image = self._packed(decoded, sample.image, step)
         members: dict[str, bytes | str] = {name: content, "txt": caption}
-        members |= self._control(sample, image, fit, size)
-        fields = {**sample.fields, **size_fields(sample.fields, size, fit)}
-        return Prepared(key, members, fields, {PADDED: 1.0} if _is_padded(picture.image, fields) else {})
-
-    def _unwanted_caption(self, caption: str) -> str | None:
-        if len(caption) < self.settings.min_caption:
-            return "caption too short" if caption else "no caption"
-        return "caption too long" if len(caption) > self.settings.max_caption else None
-
-    def _fit(self, size: tuple[int, int]) -> Fit:
-        side = self.settings.resolution
-        if side is None:
-            return Fit(size, 0, 0, size)
-        return fill(size, (side, side)) if self.settings.crop == "centre" else shorter_side(size, side)
-
-    def _pack(self, picture: Picture, content: bytes, fit: Fit) -> tuple[str, bytes, Image.Image]:
-        """Member, bytes and pixels; the bytes that came wherever the pixels stay the same."""
-        image = fit.apply(picture.image)
-        if picture.member is not None and image.size == picture.image.size:
-            return picture.member, content, image
-        settings = self.settings
-        return (
-            settings.image_format,
-            write_picture(image, settings.image_format, settings.quality),
-            image,
+        members |= self._condition_image(sample, image, step, size)
+        fields = {**sample.fields, **size_fields(sample.fields, size, step)}
+        return PreparedSample(
+            key, members, fields, {PADDED: 1.0} if _is_padded(decoded.image, fields) else {}
         )
 
-    def _control(
-        self, sample: SourceSample, image: Image.Image, fit: Fit, size: tuple[int, int]
+    def _resize(self, size: tuple[int, int]) -> ResizeAndCrop:
+        side = self.options.resolution
+        if side is None:
+            return ResizeAndCrop(size, 0, 0, size)
+        if self.options.crop == "centre":
+            return resize_to_cover(size, (side, side))
+        return resize_shorter_side(size, side)
+
+    def _packed(
+        self, decoded: DecodedImage, content: bytes, step: ResizeAndCrop
+    ) -> tuple[str, bytes, Image.Image]:
+        """Member, bytes and pixels; the source's bytes wherever the pixels stay the same."""
+        image = step.apply(decoded.image)
+        if decoded.member is not None and image.size == decoded.image.size:
+            return decoded.member, content, image
+        image_format = self.options.image_format
+        return image_format, encode_image(image, image_format, self.options.quality), image
+
+    def _condition_image(
+        self, sample: SourceSample, image: Image.Image, step: ResizeAndCrop, size: tuple[int, int]
     ) -> dict[str, bytes]:
-        """The condition image: made of the stored picture, or a given one that goes the picture's way."""
+        """Made from the stored image, or a given one that is resized like the image."""
         if self._condition is not None:
-            made = Image.fromarray(self._condition(np.array(image)))
+            condition = Image.fromarray(self._condition(np.array(image)))
         elif self._given is not None or sample.control is not None:
-            given = _open(self._given_bytes(sample)).image
+            given = _decoded(self._given_bytes(sample)).image
             if (given.height, given.width) != size:
                 raise SampleFaultError(
-                    f"the condition image is {given.width}x{given.height} and its picture {size[1]}x{size[0]}"
+                    f"the condition image is {given.width}x{given.height} and its image {size[1]}x{size[0]}"
                 )
-            made = fit.apply(given)
+            condition = step.apply(given)
         else:
             return {}
         # Lossless: JPEG blurs the edges that a condition image consists of.
-        return {"cond.png": write_picture(made, "png", self.settings.quality)}
+        return {"cond.png": encode_image(condition, "png", self.options.quality)}
 
     def _given_bytes(self, sample: SourceSample) -> bytes:
         if self._given is None:
@@ -109,22 +118,36 @@ class Preparer:
         return found[0].read_bytes()
 
 
-def _open(content: bytes) -> Picture:
+def given_folder(condition: str | None) -> Path | None:
+    """The folder of `--condition given:FOLDER`, None for other conditions.
+
+    Raises:
+        UserError: for a folder that does not exist.
+    """
+    if condition is None or not condition.startswith("given:"):
+        return None
+    folder = Path(condition.removeprefix("given:"))
+    if not folder.is_dir():
+        raise UserError(f"--condition '{condition}': there is no folder '{folder}'.")
+    return folder
+
+
+def _decoded(content: bytes) -> DecodedImage:
     try:
-        return open_picture(content)
+        return open_image(content)
     except UnreadableImageError as error:
         raise SampleFaultError(str(error)) from error
 
 
 def _is_padded(image: Image.Image, fields: Mapping[str, Any]) -> bool:
-    """Whether a square picture has the even bands that img2dataset's default resize_mode, border, adds."""
+    """Whether a square image has the uniform bands that img2dataset's default resize_mode, border, adds."""
     height, width = fields["original_height"], fields["original_width"]
     band = round(image.width * (1 - min(height, width) / max(height, width)) / 2)
     if image.width != image.height or band < 2:
         return False
     pixels = np.asarray(image)
     pixels = pixels if height < width else pixels.swapaxes(0, 1)
-    # JPEG lets the bands vary by a few grey levels; the row beside the picture by more.
+    # JPEG lets the bands vary by a few grey levels; the row next to the image varies by more.
     bands = pixels[: band - 1], pixels[1 - band :]
     return all(float(one.reshape(-1, 3).std(axis=0).max()) < 4 for one in bands)
 

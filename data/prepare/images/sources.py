@@ -1,22 +1,50 @@
-"""Where pictures with captions come from: a folder, tables, or shards; the samples of each have a fixed order."""
+"""Sources of images with captions: a folder, tables, or shards; the samples of each have a fixed order."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from data.prepare.common.raw_shards import RawSample, RawShards
-from data.prepare.common.remote import Reach
-from data.prepare.images.source_sample import SampleFaultError, SourceSample
-from data.prepare.images.tables import TABLES, TableSource
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from data.prepare.common.options import RemoteOptions
+from data.prepare.common.raw_shards import RawSample, RawShards, open_shards, shard_store
 from data.shards.decoders import CAPTION_MEMBERS, CONTROL_IMAGE_MEMBERS, IMAGE_MEMBERS, JSON_MEMBER
 from data.shards.index import expand_braces, find_shards
 from sdxs_lightning.core.errors import UserError
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+_TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
+_IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "path", "jpg", "img")
+_CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT")
+
+
+class SampleFaultError(ValueError):
+    """A sample that is broken; the message says how."""
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """One sample of a source."""
+
+    where: str
+    """Its name in the source, for messages."""
+    image: bytes
+    """A file in a format that Pillow reads."""
+    caption: Any
+    """Text; anything else counts as no caption."""
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """Further data: the json of a tar's sample, other columns of a table."""
+    control: bytes | None = None
+    """A condition image that came with it."""
 
 
 class ImageSource(Protocol):
@@ -26,7 +54,7 @@ class ImageSource(Protocol):
     """Of names and sizes, not of contents."""
 
     def __len__(self) -> int:
-        """Samples in all."""
+        """Number of samples."""
 
     def read(self, index: int) -> SourceSample:
         """One sample.
@@ -36,21 +64,15 @@ class ImageSource(Protocol):
         """
 
 
-class Columns(NamedTuple):
-    """What `--image-column` and `--caption-column` say; None looks for a usual name."""
-
-    image: str | None
-    caption: str | None
-
-
 class FolderSource:
-    """Every picture below a folder, by path; its caption is in a file of the same name that ends in txt, text, caption or json.
+    """All images below a folder, sorted by path; the caption is in a file of the same name that ends in txt, text, caption or
+    json.
 
     Args:
         folder: searched with its subfolders.
 
     Raises:
-        UserError: where there is no picture.
+        UserError: if there is no image.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,16 +81,14 @@ class FolderSource:
         self.paths = sorted(path.relative_to(folder).as_posix() for path in found)
         if not self.paths:
             raise UserError(
-                f"--from '{folder}' holds neither pictures ({', '.join(sorted(_IMAGE_SUFFIXES))}) nor shards (.tar)."
+                f"--from '{folder}' holds neither images ({', '.join(sorted(_IMAGE_SUFFIXES))}) nor shards (.tar)."
             )
-        self.fingerprint = digest(f"{path} {(folder / path).stat().st_size}" for path in self.paths)
+        self.fingerprint = _digest(f"{path} {(folder / path).stat().st_size}" for path in self.paths)
 
     def __len__(self) -> int:
-        """See `ImageSource`."""
         return len(self.paths)
 
     def read(self, index: int) -> SourceSample:
-        """See `ImageSource`."""
         path = self._folder / self.paths[index]
         try:
             return self._read(path, self.paths[index])
@@ -79,10 +99,10 @@ class FolderSource:
 
     def _read(self, path: Path, where: str) -> SourceSample:
         described = path.with_suffix(".json")
-        fields = json_object(described.read_bytes()) if described.is_file() else {}
+        fields = _json_object(described.read_bytes()) if described.is_file() else {}
         files = [path.with_suffix(f".{name}") for name in CAPTION_MEMBERS]
         texts = [file.read_bytes() for file in files if file.is_file()]
-        caption = text(texts[0]) if texts else fields.get("caption")
+        caption = _text(texts[0]) if texts else fields.get("caption")
         return SourceSample(where, path.read_bytes(), caption, fields)
 
 
@@ -91,26 +111,24 @@ class ShardSource:
 
     Args:
         shards: a folder, glob, brace pattern or URL.
-        reach: how they are reached.
+        remote: access to remote shards.
 
     Raises:
-        UserError: for shards that are not there or broken.
+        UserError: for shards that are missing or broken.
     """
 
-    def __init__(self, shards: str, reach: Reach) -> None:
+    def __init__(self, shards: str, remote: RemoteOptions) -> None:
         try:
-            found = reach.open(shards)
+            found = open_shards(shards, remote)
         except (OSError, ValueError) as error:
             raise UserError(f"--from '{shards}': {error}") from error
-        self._samples = RawShards(found, reach.store())
+        self._samples = RawShards(found, shard_store(remote))
         self.fingerprint = found.fingerprint
 
     def __len__(self) -> int:
-        """See `ImageSource`."""
         return len(self._samples)
 
     def read(self, index: int) -> SourceSample:
-        """See `ImageSource`."""
         sample = self._samples.sample(index)
         try:
             return from_members(sample)
@@ -118,43 +136,148 @@ class ShardSource:
             raise SampleFaultError(f"{sample.where}: {error}") from error
 
 
-def from_members(sample: RawSample) -> SourceSample:
-    """The picture and caption among the members of a shard's sample.
+class TableSource:
+    """The rows of tables.
+
+    An image is a path (absolute, or relative to the table's folder), bytes, or a struct of both as the datasets library writes
+    it. Other columns of numbers and text go into the json of a sample.
+
+    Args:
+        files: of one kind.
+        image_column: None looks for a common name.
+        caption_column: None looks for a common name.
 
     Raises:
-        SampleFaultError: where there is no picture, or caption or json are broken.
+        UserError: for a table that cannot be read or lacks a column.
+    """
+
+    def __init__(self, files: Sequence[Path], image_column: str | None, caption_column: str | None) -> None:
+        self._groups: list[tuple[Path, int]] = []
+        sizes: list[int] = []
+        found = hashlib.sha256()
+        for file in files:
+            try:
+                columns, rows = _layout(file)
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"--from '{file}' cannot be read ({error}).") from error
+            self._image = _column(file, columns, image_column, _IMAGE_COLUMNS, "--image_column")
+            self._caption = _column(file, columns, caption_column, _CAPTION_COLUMNS, "--caption_column")
+            self._groups += [(file, group) for group in range(len(rows))]
+            sizes += rows
+            found.update(f"{file.name} {file.stat().st_size} {rows}\n".encode())
+        self._ends = list(accumulate(sizes))
+        if not self._ends or not self._ends[-1]:
+            raise UserError(f"--from '{files[0]}' holds no row.")
+        self.fingerprint = found.hexdigest()[:16]
+        self._open: tuple[int, pa.Table] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def read(self, index: int) -> SourceSample:
+        group = bisect_right(self._ends, index)
+        if self._open is None or self._open[0] != group:
+            self._open = group, _read_group(*self._groups[group])
+        start = self._ends[group - 1] if group else 0
+        row: dict[str, Any] = self._open[1].slice(index - start, 1).to_pylist()[0]
+        file = self._groups[group][0]
+        image, caption = row.pop(self._image), row.pop(self._caption)
+        # JSON has no NaN.
+        fields = {name: one for name, one in row.items() if isinstance(one, str | int | float) and one == one}
+        where = f"{file}, row {index - start}"
+        try:
+            return SourceSample(where, _bytes(image, file.parent), caption, fields)
+        except (SampleFaultError, OSError) as error:
+            raise SampleFaultError(f"{where}: {error}") from error
+
+
+def _layout(file: Path) -> tuple[list[str], list[int]]:
+    """Names of the columns, and the number of rows of each group that is read at once."""
+    if file.suffix.lower() != ".parquet":
+        table = _read_group(file, 0)
+        return table.column_names, [table.num_rows]
+    opened = pq.ParquetFile(file)
+    metadata = opened.metadata
+    groups = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    return opened.schema_arrow.names, groups
+
+
+def _read_group(file: Path, group: int) -> pa.Table:
+    if file.suffix.lower() == ".parquet":
+        return pq.ParquetFile(file).read_row_group(group)
+    # Captions with line breaks in quotes are common; without this they would be split.
+    parse = pyarrow.csv.ParseOptions(
+        delimiter="\t" if file.suffix.lower() == ".tsv" else ",", newlines_in_values=True
+    )
+    return pyarrow.csv.read_csv(file, parse_options=parse)
+
+
+def _column(file: Path, columns: Sequence[str], named: str | None, common: Sequence[str], option: str) -> str:
+    chosen = next((one for one in ((named,) if named else common) if one in columns), None)
+    if chosen is None:
+        wanted = f"no column '{named}'" if named else f"none of the columns {', '.join(common)}"
+        raise UserError(f"--from '{file}' has {wanted}; name one of {', '.join(columns)} with {option}.")
+    return chosen
+
+
+def _bytes(image: Any, folder: Path) -> bytes:
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, str) or not image:
+        raise SampleFaultError("there is no image in this row")
+    if "://" in image:
+        raise SampleFaultError(
+            f"'{image}' must be downloaded first; img2dataset makes tars from a table of URLs"
+        )
+    path = folder / image
+    if not path.is_file():
+        raise SampleFaultError(f"there is no file '{path}'")
+    return path.read_bytes()
+
+
+def from_members(sample: RawSample) -> SourceSample:
+    """Image, caption and json among the members of a shard's sample.
+
+    Raises:
+        SampleFaultError: if there is no image, or caption or json are broken.
     """
     members = sample.members
-    fields = json_object(members[JSON_MEMBER]) if JSON_MEMBER in members else {}
-    image = first(members, IMAGE_MEMBERS)
+    fields = _json_object(members[JSON_MEMBER]) if JSON_MEMBER in members else {}
+    image = _first(members, IMAGE_MEMBERS)
     if image is None:
         raise SampleFaultError(f"there is no image ({', '.join(IMAGE_MEMBERS)})")
-    words = first(members, CAPTION_MEMBERS)
-    caption = fields.get("caption") if words is None else text(words)
-    control = first(members, CONTROL_IMAGE_MEMBERS)
+    caption_bytes = _first(members, CAPTION_MEMBERS)
+    caption = fields.get("caption") if caption_bytes is None else _text(caption_bytes)
+    control = _first(members, CONTROL_IMAGE_MEMBERS)
     return SourceSample(sample.where, image, caption, fields, control)
 
 
-def open_source(named: str, columns: Columns, reach: Reach = Reach()) -> ImageSource:
-    """What `--from` names.
+def open_source(
+    source: str,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    remote: RemoteOptions = RemoteOptions(),
+) -> ImageSource:
+    """Opens what `--from` names.
 
     Args:
-        named: a folder of pictures, tars or parquet files; a CSV, TSV or parquet file, glob or brace pattern; tars.
-        columns: of tables.
-        reach: how shards are reached.
+        source: a folder of images, tars or parquet files; a CSV, TSV or parquet file, glob or brace pattern; tars.
+        image_column: of tables; None looks for a common name.
+        caption_column: of tables; None looks for a common name.
+        remote: access to remote shards.
 
     Raises:
-        UserError: where it is none of these, or holds nothing.
+        UserError: if it is none of these, or empty.
     """
-    path = Path(named)
-    if path.suffix.lower() in TABLES:
-        return TableSource(_files(named), columns.image, columns.caption)
-    if not path.is_dir():
-        return ShardSource(named, reach)
-    if any(path.glob("*.tar")):
-        return ShardSource(named, reach)
+    path = Path(source)
+    if path.suffix.lower() in _TABLE_SUFFIXES:
+        return TableSource(_files(source), image_column, caption_column)
+    if not path.is_dir() or any(path.glob("*.tar")):
+        return ShardSource(source, remote)
     tables = sorted(path.glob("*.parquet"))
-    return TableSource(tables, columns.image, columns.caption) if tables else FolderSource(path)
+    return TableSource(tables, image_column, caption_column) if tables else FolderSource(path)
 
 
 def _files(named: str) -> list[Path]:
@@ -164,13 +287,13 @@ def _files(named: str) -> list[Path]:
         raise UserError(f"--from '{named}': there is no such file.") from None
 
 
-def first(members: Mapping[str, bytes], names: Iterable[str]) -> bytes | None:
-    """The first of several members that a sample has."""
+def _first(members: Mapping[str, bytes], names: Iterable[str]) -> bytes | None:
+    """The first of several members that a sample has, or None."""
     return next((members[name] for name in names if name in members), None)
 
 
-def text(content: bytes) -> str:
-    """UTF-8 text without surrounding white space.
+def _text(content: bytes) -> str:
+    """UTF-8 text without surrounding whitespace.
 
     Raises:
         SampleFaultError: for other bytes.
@@ -181,7 +304,7 @@ def text(content: bytes) -> str:
         raise SampleFaultError(f"the caption is not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def json_object(content: bytes) -> dict[str, Any]:
+def _json_object(content: bytes) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
@@ -196,7 +319,7 @@ def json_object(content: bytes) -> dict[str, Any]:
     return value
 
 
-def digest(lines: Iterable[str]) -> str:
+def _digest(lines: Iterable[str]) -> str:
     """A short hash of several lines."""
     found = hashlib.sha256()
     for line in lines:

@@ -1,4 +1,4 @@
-"""A set of latents as a job for several processes, one a GPU."""
+"""A set of latents, and the job that writes its shards in several processes, one per GPU."""
 
 from __future__ import annotations
 
@@ -6,140 +6,166 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from data.prepare.common.machine import device_of, same_bits
 from data.prepare.common.processes import OnProgress, available_cores
-from data.prepare.common.raw_shards import RawShard
-from data.prepare.common.remote import Reach
-from data.prepare.common.shard_files import LeftOut, Prepared, make_shard
-from data.prepare.latents.preparing import Fitted, fit_sample, pack
-from data.prepare.latents.settings import LatentSettings
-from data.prepare.latents.vae import Encoder
+from data.prepare.common.raw_shards import RawShard, open_shards, shard_store
+from data.prepare.common.shard_files import LeftOutSample, PreparedSample, make_shard
+from data.prepare.latents.options import LatentOptions, LatentSettings
+from data.prepare.latents.samples import FittedSample, fit_sample, pack
+from data.prepare.latents.vae import VaeEncoder
+from data.shards.buckets import Size
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
-_One = TypeVar("_One")
+_Result = TypeVar("_Result")
 _Item = TypeVar("_Item")
 _DECODE_THREADS = 8
+_FORMAT = 1
+"""Raised when the same settings would give other shards."""
+
+
+@dataclass(frozen=True)
+class LatentSet:
+    """A set of latent shards."""
+
+    options: LatentOptions
+    source_fingerprint: str
+    """Of the shards' index."""
+    vae_fingerprint: str
+    """Of the VAE's config and weights."""
+    shards: int
+    """Number of shards, as in the source."""
+    sizes: tuple[Size, ...]
+    """Height and width in pixels; an image goes to the one with the nearest aspect ratio."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the shards depend on, but for the machine."""
+        own = {field.name: getattr(self.options, field.name) for field in fields(LatentSettings)}
+        return {
+            **own,
+            "source_fingerprint": self.source_fingerprint,
+            "vae_fingerprint": self.vae_fingerprint,
+            "shards": self.shards,
+            "sizes": [list(size) for size in self.sizes],
+            "format": _FORMAT,
+        }
 
 
 @dataclass(frozen=True)
 class LatentJob:
-    """What every process has to know."""
+    """Writes shards of latents; a `processes.Job`."""
 
-    settings: LatentSettings
-    folder: Path
+    latent_set: LatentSet
     vae_folder: Path
-    bad_samples: float
-    """Share of a shard that may be broken; what is more stops the command."""
     device: str
     """ "cpu" or "cuda"."""
     processes: int
-    reach: Reach = Reach()
 
-    def work(self, process: int, parts: Sequence[int], told: OnProgress) -> None:
-        """Makes shards; see `processes.Job`."""
-        shards, store = self.reach.open(self.settings.source).shards, self.reach.store()
+    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+        options = self.latent_set.options
+        shards, store = open_shards(options.source, options).shards, shard_store(options)
         threads = min(_DECODE_THREADS, max(1, available_cores() // self.processes))
         with same_bits(self.device), ThreadPoolExecutor(threads) as pool:
             try:
-                encoder = Encoder(self.vae_folder, self.settings.vae_dtype, device_of(self.device, process))
+                encoder = VaeEncoder(self.vae_folder, options.vae_dtype, device_of(self.device, process))
             except (OSError, ValueError) as error:
                 raise UserError(f"--model or --vae: {error}") from error
-            for shard in parts:
+            for shard in tasks:
                 with RawShard(shards[shard], store) as raw:
-                    self._make(shard, _Maker(self, encoder, raw, pool).samples(told))
+                    self._make(shard, _ShardEncoder(self.latent_set, encoder, raw, pool).samples(on_progress))
 
-    def _make(self, shard: int, samples: Iterator[Prepared | LeftOut]) -> None:
+    def _make(self, shard: int, samples: Iterator[PreparedSample | LeftOutSample]) -> None:
+        options = self.latent_set.options
         try:
-            make_shard(self.folder, shard, samples)
+            make_shard(options.out, shard, samples)
         except torch.OutOfMemoryError as error:
             raise UserError(
-                f"{self.settings.batch_size} pictures at once do not fit the GPU; remove '{self.folder}' and give a smaller "
-                f"--batch-size ({error})."
+                f"{options.batch_size} images at once do not fit the GPU; remove '{options.out}' and give a smaller "
+                f"--batch_size ({error})."
             ) from error
         except BrokenShardError as error:
             raise UserError(f"--from: {error}") from error
         except OSError as error:
             raise CheckpointNotWritten(
-                f"a shard could not be written to '{self.folder}': {write_failure(error)}."
+                f"a shard could not be written to '{options.out}': {write_failure(error)}."
             ) from error
 
 
 @dataclass
-class _Maker:
-    """Makes one shard out of another."""
+class _ShardEncoder:
+    """Encodes one shard of images."""
 
-    job: LatentJob
-    encoder: Encoder
+    latent_set: LatentSet
+    encoder: VaeEncoder
     raw: RawShard
     pool: ThreadPoolExecutor
 
-    def samples(self, told: OnProgress) -> Iterator[Prepared | LeftOut]:
+    def samples(self, on_progress: OnProgress) -> Iterator[PreparedSample | LeftOutSample]:
         """The samples of the new shard: batches of one size in the order in which they fill up.
 
         Args:
-            told: of each batch.
+            on_progress: called after each batch.
 
         Raises:
-            UserError: where more are broken than may be.
+            UserError: if more samples are broken than allowed.
         """
-        settings, bad = self.job.settings, 0
-        allowed = math.ceil(self.job.bad_samples * len(self.raw))
-        waiting: dict[tuple[int, int], list[Fitted]] = {}
+        options, bad = self.latent_set.options, 0
+        allowed = math.ceil(options.bad_samples * len(self.raw))
+        waiting: dict[tuple[int, int], list[FittedSample]] = {}
         for one in self._fitted():
-            if isinstance(one, LeftOut):
+            if isinstance(one, LeftOutSample):
                 bad += 1
                 if bad > allowed:
                     raise UserError(
-                        f"{self.raw.index.location}: more than {allowed} of {len(self.raw)} samples are broken, now "
-                        f"{one.fault}; look at it with `python -m data.prepare verify`, or raise --bad-samples."
+                        f"{self.raw.index.location}: more than {allowed} of {len(self.raw)} samples are broken, the last: "
+                        f"{one.fault}; check it with `python -m data.prepare verify`, or raise --bad_samples."
                     )
                 yield one
-                told(1)
+                on_progress(1)
                 continue
             batch = waiting.setdefault((one.image.height, one.image.width), [])
             batch.append(one)
-            if len(batch) == settings.batch_size:
-                yield from self._encoded(batch, told)
+            if len(batch) == options.batch_size:
+                yield from self._encoded(batch, on_progress)
                 batch.clear()
         for _, batch in sorted(waiting.items()):
             if batch:
-                yield from self._encoded(batch, told)
+                yield from self._encoded(batch, on_progress)
 
-    def _fitted(self) -> Iterator[Fitted | LeftOut]:
+    def _fitted(self) -> Iterator[FittedSample | LeftOutSample]:
         """Decoded and resized by threads, some batches ahead of the encoder."""
-        sizes = [(height, width) for height, width in self.job.settings.sizes]
         samples = (self.raw.sample(row) for row in range(len(self.raw)))
-        ahead = 2 * self.job.settings.batch_size + _DECODE_THREADS
-        return in_order(self.pool, lambda sample: fit_sample(sample, sizes), samples, ahead)
+        ahead = 2 * self.latent_set.options.batch_size + _DECODE_THREADS
+        return map_ahead(self.pool, lambda sample: fit_sample(sample, self.latent_set.sizes), samples, ahead)
 
-    def _encoded(self, batch: Sequence[Fitted], told: OnProgress) -> Iterator[Prepared | LeftOut]:
-        settings = self.job.settings
+    def _encoded(
+        self, batch: Sequence[FittedSample], on_progress: OnProgress
+    ) -> Iterator[PreparedSample | LeftOutSample]:
+        options = self.latent_set.options
         posterior = self.encoder([one.image for one in batch])
         for one, mean, logvar in zip(batch, posterior.mean, posterior.logvar, strict=True):
             try:
-                yield pack(one, mean, logvar if settings.store == "mean+logvar" else None, settings.dtype)
+                yield pack(one, mean, logvar if options.store == "mean+logvar" else None, options.dtype)
             except ValueError as error:
                 raise UserError(
-                    f"{one.where}: {error}; take --vae-dtype float32 or --dtype float32."
+                    f"{one.where}: {error}; give --vae_dtype float32 or --dtype float32."
                 ) from error
-        told(len(batch))
+        on_progress(len(batch))
 
 
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[_Item], _One], items: Iterable[_Item], ahead: int
-) -> Iterator[_One]:
-    """As `pool.map`, but never more than `ahead` results before the one that is asked for: a shard's pictures would fill
-    the memory.
-    """
-    waiting: deque[Future[_One]] = deque()
+def map_ahead(
+    pool: ThreadPoolExecutor, function: Callable[[_Item], _Result], items: Iterable[_Item], ahead: int
+) -> Iterator[_Result]:
+    """`pool.map` that computes at most `ahead` results in advance: all images of a shard would fill the memory."""
+    waiting: deque[Future[_Result]] = deque()
     for item in items:
         waiting.append(pool.submit(function, item))
         if len(waiting) > ahead:

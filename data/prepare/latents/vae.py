@@ -1,4 +1,4 @@
-"""The VAE behind a set of latents: found, checked, and called on a batch of pictures."""
+"""The VAE that encodes a set of latents: found, checked, and called on batches of images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from data.prepare.latents.settings import VaeDtype
+from data.prepare.latents.options import VaeDtype
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.families import Family, hub
@@ -22,13 +22,13 @@ from sdxs_lightning.families.weights import load_network
 
 
 class Posterior(NamedTuple):
-    """What the encoder says of a batch: (B, C, h, w), float32 each, on the CPU, unscaled."""
+    """Mean and logarithm of the variance of a batch: (B, C, h, w), float32, on the CPU, unscaled."""
 
     mean: Tensor
     logvar: Tensor
 
 
-class Encoder:
+class VaeEncoder:
     """A VAE's encoder.
 
     Args:
@@ -43,28 +43,28 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> Posterior:
-        """RGB pictures of one size to their posterior."""
+        """Encodes RGB images of one size."""
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
-        # Without TensorFloat-32, which keeps 10 bits of float32's 23, and with kernels that give the same bits each time.
+        # Without TensorFloat-32, which keeps 10 of float32's 23 bits, and with kernels that give the same bits each time.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             posterior = self._vae.encode(from_uint8(pixels).to(self._device, self._dtype)).latent_dist
         return Posterior(posterior.mean.float().cpu(), posterior.logvar.float().cpu())
 
 
 def find_vae(family: Family, named: str | None) -> Path:
-    """The folder of the VAE that encodes: the base's, or another one of the same latents.
+    """The folder of the VAE that encodes: the base's, or another one with the same latents.
 
     Args:
         family: the base.
-        named: VAE folder, pipeline folder or hub id of either.
+        named: VAE folder, pipeline folder or hub id of either; None takes the base's.
 
     Raises:
-        UserError: for one that is not there, or whose latents are not those that the base's U-Net reads.
+        UserError: for one that does not exist, or whose latents are not those of the base's U-Net.
     """
     try:
         folder = kl_folder(family.folder) if named is None else _folder(named)
         if folder is None:
-            raise FileNotFoundError(f"'{family.base}' has no AutoencoderKL; name one with --vae.")
+            raise FileNotFoundError(f"'{family.base}' has no AutoencoderKL; give one with --vae.")
         if vae_class(folder) is not AutoencoderKL:
             raise ValueError(f"'{folder}' holds no AutoencoderKL.")
     except (OSError, ValueError) as error:
@@ -83,26 +83,26 @@ def find_vae(family: Family, named: str | None) -> Path:
         raise UserError(
             f"--vae '{folder}' gives {channels} channels (scaling_factor {scaling_factor}, shift_factor {shift_factor}), and "
             f"the U-Net of '{family.base}' reads {expected} (scaling_factor {family.scaling_factor}, shift_factor "
-            f"{family.shift_factor}); they are not of one family."
+            f"{family.shift_factor}); they do not belong together."
         )
     return folder
 
 
 def check_dtype(folder: Path, dtype: VaeDtype) -> None:
-    """Refuses float16 for a VAE that says it overflows there.
+    """Refuses float16 for a VAE whose config says that it overflows.
 
     Raises:
-        UserError: with the ways out.
+        UserError: naming the alternatives.
     """
     if dtype == "float16" and read_json(folder / "config.json").get("force_upcast", False):
         raise UserError(
-            f"--vae-dtype float16: the VAE in '{folder}' overflows in float16 (force_upcast in its config); give float32 or "
+            f"--vae_dtype float16: the VAE in '{folder}' overflows in float16 (force_upcast in its config); give float32 or "
             "bfloat16, or with --vae one that was made for float16, such as madebyollin/sdxl-vae-fp16-fix."
         )
 
 
 def pixels_per_latent(folder: Path) -> int:
-    """Of a side."""
+    """Pixels of a side per latent."""
     return vae_factor(read_json(folder / "config.json"))
 
 

@@ -1,4 +1,4 @@
-"""Looking at a set of pairs with the reader that trainings use, and sampling some of it again."""
+"""Reads a set of pairs as trainings do, and verifies it by sampling some of it again."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from data.prepare.common.shard_files import tar_path
+from data.prepare.pairs.pair_set import PairSet
 from data.prepare.pairs.sampler import PairSampler
-from data.prepare.pairs.settings import PairSettings
-from data.prepare.pairs.shards import shard_path
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
 from data.shards.order import SampleOrder
@@ -18,72 +18,71 @@ from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.families import Family
 
-_LOOKED_AT = 1024
+_PAIRS_IN_STATISTICS = 1024
 _TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 1e-1}
 """Largest difference, in standard deviations of the latents. On the machine that made a set the difference is 0; another
-one rounds otherwise, and an ODE of many steps makes more of that."""
+one rounds differently, and an ODE of many steps amplifies that."""
 
 
-def open_set(folder: Path, settings: PairSettings) -> ShardDataset:
-    """The pairs that are there, in order.
+def open_pairs(folder: Path, pair_set: PairSet) -> ShardDataset:
+    """The pairs that exist, in order.
 
     Raises:
-        UserError: for a shard that is broken or holds another number of pairs than it should.
+        UserError: for a shard that is broken or has the wrong number of pairs.
     """
-    present = [i for i in range(settings.shards) if shard_path(folder, i).exists()]
-    paths = [shard_path(folder, i) for i in present]
+    present = [i for i in range(pair_set.shards) if tar_path(folder, i).exists()]
+    paths = [tar_path(folder, i) for i in present]
     try:
         found = ShardSet.open(paths)
         order = SampleOrder(found.sizes, shuffle_window_shards=0)
         dataset = ShardDataset(found, order, ("latents", "noise_seeds", "sizes"), empty_captions="keep")
     except (BrokenShardError, OSError, ValueError) as error:
-        raise UserError(f"{error} Remove that shard; the same command makes it again.") from error
+        raise UserError(f"{error} Remove that shard and run the same command again.") from error
     for path, shard, size in zip(paths, present, found.sizes, strict=True):
-        if size != len(settings.indices(shard)):
+        if size != len(pair_set.indices(shard)):
             raise UserError(
-                f"{path} holds {size} pairs instead of {len(settings.indices(shard))}; remove it, and the same command makes "
-                "it again."
+                f"{path} holds {size} pairs instead of {len(pair_set.indices(shard))}; remove it and run the same command again."
             )
     return dataset
 
 
-def statistics(dataset: ShardDataset, family: Family) -> dict[str, float]:
+def pair_statistics(dataset: ShardDataset, family: Family) -> dict[str, float]:
     """Mean and standard deviation of the scaled latents of the first pairs; about 0 and 1 for a sampler that works."""
-    latents = dataset.batch(range(min(len(dataset), _LOOKED_AT))).latents
+    latents = dataset.batch(range(min(len(dataset), _PAIRS_IN_STATISTICS))).latents
     assert latents is not None
     scaled = family.scale_latents(latents)
     return {"latents_mean": scaled.mean().item(), "latents_std": scaled.std().item()}
 
 
-def verify(folder: Path, sampler: PairSampler, batch_size: int, count: int) -> dict[str, Any]:
-    """Samples random pairs again and compares them with what is stored.
+def verify_pairs(folder: Path, sampler: PairSampler, batch_size: int, count: int) -> dict[str, Any]:
+    """Samples random pairs again and compares them with the stored ones.
 
     Args:
         folder: of the set.
         sampler: of the set.
-        batch_size: with that of the set, the same machine has to give the same bits.
-        count: how many pairs.
+        batch_size: with that of the set, the same machine gives the same bits.
+        count: number of pairs.
 
     Returns:
-        The indices and the largest difference, in standard deviations of the stored latents.
+        The indices, and the largest difference in standard deviations of the stored latents.
 
     Raises:
-        UserError: for a pair that differs, or whose noise seed or prompt is another.
+        UserError: for a pair whose latents, noise seed or prompt differ.
     """
-    settings = sampler.settings
-    dataset = open_set(folder, settings)
+    pair_set = sampler.pair_set
+    dataset = open_pairs(folder, pair_set)
     present = [
         i
-        for shard in range(settings.shards)
-        if shard_path(folder, shard).exists()
-        for i in settings.indices(shard)
+        for shard in range(pair_set.shards)
+        if tar_path(folder, shard).exists()
+        for i in pair_set.indices(shard)
     ]
     chosen = sorted(random.SystemRandom().sample(range(len(present)), min(count, len(present))))
-    worst = 0.0
+    largest = 0.0
     for place in chosen:
         index = present[place]
-        shard = settings.indices(index // settings.samples_per_shard)
-        # In the batch that it was sampled in: the kernels that are chosen depend on the batch's size.
+        shard = pair_set.indices(index // pair_set.samples_per_shard)
+        # In the batch that it was sampled in: which kernels run depends on the batch size.
         start = shard.start + (index - shard.start) // batch_size * batch_size
         batch = range(start, min(start + batch_size, shard.stop))
         prompts, seeds, latents = sampler(batch)
@@ -97,10 +96,10 @@ def verify(folder: Path, sampler: PairSampler, batch_size: int, count: int) -> d
             )
         expected = latents[row].half().float()
         difference = (stored.latents[0] - expected).abs().max() / expected.std()
-        worst = max(worst, float(torch.nan_to_num(difference, nan=float("inf"))))
-        if worst > _TOLERANCE[settings.dtype]:
+        largest = max(largest, float(torch.nan_to_num(difference, nan=float("inf"))))
+        if largest > _TOLERANCE[pair_set.dtype]:
             raise UserError(
-                f"pair {index} of '{folder}' differs from what its settings give by {worst:.3g} standard deviations (allowed: "
-                f"{_TOLERANCE[settings.dtype]:g}); make the set again, in another folder."
+                f"pair {index} of '{folder}' differs from what its settings give by {largest:.3g} standard deviations (allowed: "
+                f"{_TOLERANCE[pair_set.dtype]:g}); make the set again, in another folder."
             )
-    return {"verified": [present[place] for place in chosen], "largest_difference": worst}
+    return {"verified": [present[place] for place in chosen], "largest_difference": largest}

@@ -1,88 +1,85 @@
-"""The options of `python -m data.prepare pairs`."""
+"""The options of `python -m data.prepare pairs`. Imported before torch: keep it light."""
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-from typing import get_args
+import sys
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-from data.prepare.common.option_types import add_device, add_part, at_least
-from sdxs_lightning.core.pair_noise import SEEDS
-from sdxs_lightning.core.timesteps import Spacing
-from sdxs_lightning.pairs.scheduler_sampler import ODE_SCHEDULERS
+from data.prepare.common.options import Count, DeviceOptions, OutputOptions
+from sdxs_lightning.command_line import Option
 
 DDIM = "ddim"
-
-EXAMPLES = f"""examples:
-  python -m data.prepare pairs --model data/toy/base --captions toy:train --count 2048 --steps 15 --guidance 1.5 \\
-      --out outputs/pairs
-  python -m data.prepare pairs --model stabilityai/sd-turbo --captions prompts.txt --steps 1 --guidance 1 --out pairs/turbo
-  python -m data.prepare pairs --model models/sdxl --captions 'laion/{{00000..00099}}.tar' --count 10000 --steps 25 \\
-      --guidance 6 --scheduler DPMSolverMultistepScheduler --out pairs/sdxl --verify 4
-
-A training reads them with data.shards pointing at --out, data.contents [latents, noise_seeds] and pairs.source batch.
-The noise is never stored: it is made anew from each pair's seed. A run that was cut off goes on when the same command is
-given again, on any number of processes, and the shards come out the same.
-
-schedulers: {DDIM} (this project's own), {", ".join(ODE_SCHEDULERS)}
-"""
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds them to the parser of the command."""
-    add = parser.add_argument
-    add("--model", required=True, help="target sampler: diffusers folder, hub id or .safetensors file")
-    add("--config", help="for a single file: folder or hub id of its configs and tokenizers")
-    add("--unet", help="U-Net or pipeline folder or hub id in place of the model's own U-Net")
-    add(
-        "--captions",
-        required=True,
-        help="text file with a prompt a line, shards (folder, glob, pattern), or toy:train",
-    )
-    add("--count", type=at_least(1), help="number of pairs (default: one a prompt); prompts are used again")
-    add("--out", type=Path, required=True, help="folder of the shards, made or gone on with")
-    add("--steps", type=at_least(1), required=True, help="of the scheduler")
-    add("--guidance", type=_guidance, required=True, help="guidance scale, 1 means none")
-    add("--scheduler", default=DDIM, help="one of those below (default: %(default)s)")
-    add(
-        "--spacing",
-        choices=get_args(Spacing),
-        default="trailing",
-        help="of the timesteps; trailing begins in pure noise, where a one-step student begins (default: %(default)s)",
-    )
-    add("--seed", type=_seed, default=0, help="of the noise (default: %(default)s)")
-    add("--dtype", choices=["float32", "float16", "bfloat16"], help="default: bfloat16 on GPUs, else float32")
-    add_device(add)
-    add_part(add)
-    add("--batch-size", type=at_least(1), default=16, help="pairs at once (default: %(default)s)")
-    add(
-        "--samples-per-shard",
-        type=at_least(1),
-        default=1024,
-        help="also what an interruption may cost a process (default: %(default)s)",
-    )
-    add(
-        "--verify",
-        type=at_least(1),
-        nargs="?",
-        const=1,
-        metavar="PAIRS",
-        help="sample random pairs of the set again and compare",
-    )
+SCHEDULERS = (
+    DDIM,
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "LMSDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "DPMSolverMultistepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+)
+"""This project's DDIM, and scheduler_sampler.ODE_SCHEDULERS, which cannot be imported without torch; a test compares them."""
+_LARGEST_SEED = (1 << 31) - 1  # of pair_noise.SEEDS; a test compares them
 
 
-def _guidance(text: str) -> float:
-    try:
-        scale = float(text)
-    except ValueError:
-        scale = float("nan")
-    # diffusers calls no guidance 0 for turbo models; here 0 would leave the prompt out.
-    if not 1 <= scale < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is no guidance scale from 1 (none) on")
-    return scale
+@dataclass(frozen=True, kw_only=True)
+class PairOptions(OutputOptions, DeviceOptions):
+    """Samples (noise, latents) pairs of a base or few-step model, for the warm-up stage or feature matching.
 
+    A training reads them with data.shards pointing at --out, data.contents [latents, noise_seeds] and pairs.source batch. The
+    noise is not stored: it is generated from each pair's seed. An interrupted run resumes when the same command is given
+    again, with any number of processes, and the shards come out the same.
+    """
 
-def _seed(text: str) -> int:
-    if not text.isdigit() or int(text) not in SEEDS:
-        raise argparse.ArgumentTypeError(f"'{text}' is no seed, a whole number from 0 to {SEEDS[-1]}")
-    return int(text)
+    EXAMPLES: ClassVar[str] = """
+    python -m data.prepare pairs --model data/toy/base --captions toy:train --count 2048 --steps 15 \\
+        --guidance_scale 1.5 --out outputs/pairs
+    python -m data.prepare pairs --model stabilityai/sd-turbo --captions prompts.txt --steps 1 --guidance_scale 1 \\
+        --out pairs/turbo
+    python -m data.prepare pairs --model models/sdxl --captions 'laion/{00000..00099}.tar' --count 10000 --steps 25 \\
+        --guidance_scale 6 --scheduler DPMSolverMultistepScheduler --out pairs/sdxl --verify 4
+    """
+
+    model: str
+    """Target sampler: diffusers folder, hub id or .safetensors file."""
+    captions: str
+    """Text file with one prompt per line, shards (folder, glob or brace pattern), or toy:train."""
+    steps: Count
+    """Number of sampling steps."""
+    guidance_scale: Annotated[float, Option(at_least=0, deprecated=("guidance",))]
+    """Scale of classifier-free guidance; 1 means none."""
+    config: str | None = None
+    """For a .safetensors file: folder or hub id of its configs and tokenizers."""
+    unet: str | None = None
+    """U-Net instead of the model's own: U-Net or pipeline folder, or hub id of either."""
+    count: Count | None = None
+    """Number of pairs; by default one per prompt. Prompts are repeated if there are fewer."""
+    scheduler: Annotated[str, Option(choices=SCHEDULERS)] = DDIM
+    """Sampler that draws no noise on the way; ddim is this project's own, the others are diffusers'."""
+    spacing: Literal["trailing", "leading"] = "trailing"
+    """Spacing of the timesteps; trailing begins at pure noise, where a one-step student begins."""
+    seed: Annotated[int, Option(at_least=0, at_most=_LARGEST_SEED)] = 0
+    """Of the noise."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of the networks; by default bfloat16 on GPUs, else float32."""
+    batch_size: Count = 16
+    """Pairs per batch."""
+    samples_per_shard: Count = 1024
+    """Pairs per shard; also what an interruption can cost a process."""
+    verify: Annotated[int | None, Option(at_least=1, const=1, metavar="PAIRS")] = None
+    """Sample random pairs of the set again and compare."""
+
+    def __post_init__(self) -> None:
+        if 0 < self.guidance_scale < 1:
+            raise ValueError(
+                f"--guidance_scale is {self.guidance_scale}, but must be 1 (no guidance) or more; below 1 the prompt would count "
+                "for less than without guidance."
+            )
+        if self.guidance_scale == 0:
+            # diffusers' spelling of no guidance for turbo models. In uncond + scale * (cond - uncond) 0 would drop the prompt.
+            sys.stderr.write("--guidance_scale 0 is taken as 1: no guidance.\n")
+            object.__setattr__(self, "guidance_scale", 1.0)

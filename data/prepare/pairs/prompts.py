@@ -18,12 +18,12 @@ class Prompts(Protocol):
     """Prompts by index, the same ones on every machine."""
 
     size: int | None
-    """How many there are; None: as many as are asked for."""
+    """Number of prompts; None: unlimited."""
     fingerprint: str
     """Of all of them."""
 
     def at(self, indices: Sequence[int]) -> list[str]:
-        """The prompts of these pairs; from the start again where there are fewer prompts than pairs."""
+        """The prompts of these pairs; repeated if there are fewer prompts than pairs."""
 
 
 class TextPrompts:
@@ -33,7 +33,7 @@ class TextPrompts:
         path: of the file.
 
     Raises:
-        UserError: for a file that is not there, not UTF-8 or without words.
+        UserError: for a file that does not exist, is not UTF-8 or holds no prompt.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,23 +43,22 @@ class TextPrompts:
             raise UserError(f"--captions '{path}' cannot be read as UTF-8 text ({error}).") from error
         self._lines = [line for line in map(str.strip, text.splitlines()) if line]
         if not self._lines:
-            raise UserError(f"--captions '{path}' holds no prompt; give one prompt a line.")
+            raise UserError(f"--captions '{path}' holds no prompt; write one per line.")
         self.size: int | None = len(self._lines)
         self.fingerprint = hashlib.sha256("\n".join(self._lines).encode()).hexdigest()[:16]
 
     def at(self, indices: Sequence[int]) -> list[str]:
-        """See `Prompts`."""
         return [self._lines[index % len(self._lines)] for index in indices]
 
 
 class ShardPrompts:
-    """The captions of shards in stored order; their other members are left alone.
+    """The captions of shards in stored order; other members are not read.
 
     Args:
         shards: a folder, a glob or a brace pattern.
 
     Raises:
-        UserError: for shards that are not there, broken, or lack a caption.
+        UserError: for shards that are missing, broken, or lack a caption.
     """
 
     def __init__(self, shards: str) -> None:
@@ -73,7 +72,6 @@ class ShardPrompts:
         self.fingerprint = found.fingerprint
 
     def at(self, indices: Sequence[int]) -> list[str]:
-        """See `Prompts`."""
         return self._dataset.batch([index % len(self._dataset) for index in indices]).captions
 
 
@@ -90,7 +88,7 @@ class ToyPrompts:
     def __init__(self, split: str) -> None:
         if split not in get_args(world.Split):
             raise UserError(
-                f"--captions 'toy:{split}' is no split of the toy world; it has "
+                f"--captions 'toy:{split}' is not a split of the toy world; it has "
                 f"{', '.join(f'toy:{name}' for name in get_args(world.Split))}."
             )
         self._split: world.Split = split  # type: ignore[assignment]
@@ -98,18 +96,17 @@ class ToyPrompts:
         self.fingerprint = f"toy:{split}"
 
     def at(self, indices: Sequence[int]) -> list[str]:
-        """See `Prompts`."""
         return [world.captions(self._split, 1, index)[0] for index in indices]
 
 
 def open_prompts(named: str) -> Prompts:
-    """What `--captions` names.
+    """Opens what `--captions` names.
 
     Args:
         named: "toy:SPLIT"; a text file with one prompt a line; or a folder, glob or brace pattern of shards.
 
     Raises:
-        UserError: where it is none of these.
+        UserError: if it is none of these.
     """
     if named.startswith("toy:"):
         return ToyPrompts(named.removeprefix("toy:"))
@@ -117,21 +114,3 @@ def open_prompts(named: str) -> Prompts:
     if path.is_file() and path.suffix != ".tar":
         return TextPrompts(path)
     return ShardPrompts(named)
-
-
-def grid_prompts(named: str, count: int) -> list[str]:
-    """Fixed prompts for pictures of a training's progress, spread evenly over all that there are.
-
-    Args:
-        named: as for `open_prompts`; a set of validation captions, say.
-        count: how many.
-
-    Raises:
-        UserError: where there are fewer.
-    """
-    prompts = open_prompts(named)
-    size = count if prompts.size is None else prompts.size
-    if size < count:
-        raise UserError(f"'{named}' holds {size} prompts, fewer than the {count} of the grid.")
-    # Not the first ones: shards are often sorted by where their captions come from.
-    return prompts.at([i * size // count for i in range(count)])

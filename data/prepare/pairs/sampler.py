@@ -1,4 +1,4 @@
-"""The networks behind a set of pairs, and one batch of it."""
+"""The networks that sample a set of pairs, one batch at a time."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from data.prepare.pairs.pair_set import PairSet
 from data.prepare.pairs.prompts import Prompts
-from data.prepare.pairs.settings import PairSettings
 from sdxs_lightning.core.frozen import Frozen
 from sdxs_lightning.core.pair_noise import noise_seeds, pair_noise
 from sdxs_lightning.families import Family
@@ -18,30 +18,30 @@ from sdxs_lightning.pairs.target_sampler import make_sampler
 
 
 class PairSampler:
-    """Samples the pairs of given indices, always the same ones.
+    """Samples the pairs of given indices; a function of the index.
 
     Args:
-        settings: of the set.
+        pair_set: the set.
         prompts: of the set.
-        device: where it samples.
+        device: of the networks.
     """
 
-    def __init__(self, settings: PairSettings, prompts: Prompts, device: torch.device) -> None:
-        self.settings, self.prompts, self.device = settings, prompts, device
-        dtype: torch.dtype = getattr(torch, settings.dtype)
-        self.family: Family = detect_family(settings.model, settings.config).to(device, dtype)
-        unet = self.family.load_unet(settings.unet)
+    def __init__(self, pair_set: PairSet, prompts: Prompts, device: torch.device) -> None:
+        self.pair_set, self.prompts, self.device = pair_set, prompts, device
+        dtype: torch.dtype = getattr(torch, pair_set.dtype)
+        self.family: Family = detect_family(pair_set.model, pair_set.config).to(device, dtype)
+        unet = self.family.load_unet(pair_set.unet)
         denoiser = Denoiser(unet, self.family.schedule, self.family.prediction_type)
         network = Frozen(denoiser).to(device, dtype).module
         self._sampler = make_sampler(
-            network, settings.steps, settings.guidance, settings.spacing, settings.scheduler
+            network, pair_set.steps, pair_set.guidance, pair_set.spacing, pair_set.scheduler
         )
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> tuple[list[str], Tensor, Tensor]:
         """Prompts, noise seeds (B,) int64 and unscaled latents (B, C, h, w) float32 of these pairs, on the CPU."""
         prompts = self.prompts.at(indices)
-        seeds = noise_seeds(self.settings.seed, torch.tensor(indices, dtype=torch.int64))
+        seeds = noise_seeds(self.pair_set.seed, torch.tensor(indices, dtype=torch.int64))
         noise = pair_noise(seeds.to(self.device), self.family.latent_shape())
         latents = self._sampler(noise, self.family.encode_prompts(prompts))
         return prompts, seeds, self.family.unscale_latents(latents).cpu()

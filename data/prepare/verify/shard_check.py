@@ -1,22 +1,20 @@
-"""Looking at every byte of a shard: headers, checksums, and every member decoded as a training would."""
+"""Checks every byte of a shard: headers, checksums, and every member decoded as in a training."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from data.prepare.common.raw_shards import RawSample, RawShard
-from data.prepare.common.remote import Reach
-from data.prepare.common.shard_files import CHECKSUMS_FIELD, SUMS_FILE
-from data.shards.dataset import EmptyCaptions
+from data.prepare.common.checksums import CHECKSUMS_FIELD, recorded_sums
+from data.prepare.common.options import RemoteOptions
+from data.prepare.common.raw_shards import RawSample, RawShard, shard_store
 from data.shards.decoders import (
     CAPTION_MEMBERS,
     CONTROL_IMAGE_MEMBERS,
@@ -46,12 +44,12 @@ _READ_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
-class Fault:
+class ShardFault:
     """Something that is wrong with a shard."""
 
     shard: str
     key: str
-    """ "" for the shard as a whole."""
+    """Of the sample; "" for the complete shard."""
     reason: str
 
     def __str__(self) -> str:
@@ -61,32 +59,34 @@ class Fault:
 
 
 @dataclass
-class Report:
-    """What was found in one shard."""
+class ShardReport:
+    """The result of checking one shard."""
 
     location: str
     samples: int = 0
     sha256: str = ""
     recorded: bool = False
     """Whether there was a checksum to compare with."""
-    faults: list[Fault] = field(default_factory=list)
+    faults: list[ShardFault] = field(default_factory=list)
 
     def add(self, key: str, reason: str) -> None:
-        """One more fault; what the line says already is cut off its reason."""
-        for said in (f"{self.location}, key '{key}'", self.location):
-            reason = reason.removeprefix(said).lstrip(": ")
-        self.faults.append(Fault(self.location, key, reason))
+        """Adds a fault; removes the shard and key from the beginning of the reason, since they are printed before it."""
+        for prefix in (f"{self.location}, key '{key}'", self.location):
+            reason = reason.removeprefix(prefix).lstrip(": ")
+        self.faults.append(ShardFault(self.location, key, reason))
 
 
-def check_shard(location: str, reach: Reach, empty_captions: EmptyCaptions) -> Report:
-    """Reads a whole shard, and keeps its index with the checksum of every member.
+def check_shard(
+    location: str, remote: RemoteOptions, empty_captions: Literal["refuse", "keep"]
+) -> ShardReport:
+    """Reads a complete shard, and stores its index with the checksum of every member.
 
     Args:
         location: path or URL of the tar.
-        reach: how it is reached, and where its index is kept.
-        empty_captions: whether a sample without words is a fault ("refuse").
+        remote: access to the shard, and the folder of its index.
+        empty_captions: whether an empty caption is a fault ("refuse").
     """
-    report, store = Report(location), reach.store()
+    report, store = ShardReport(location), shard_store(remote)
     try:
         index = scan_members(location, store.members(location))
         report.samples = len(index)
@@ -94,7 +94,7 @@ def check_shard(location: str, reach: Reach, empty_captions: EmptyCaptions) -> R
             report.add(fault.key, fault.reason)
         _compare_file(report, store)
         checksums = _read(report, index, store, empty_captions)
-        _keep(report, replace(index, checksums=checksums), reach, store)
+        _save_index(report, replace(index, checksums=checksums), remote, store)
     except (OSError, ValueError) as error:
         report.add("", str(error))
     if not report.samples and not report.faults:
@@ -102,31 +102,14 @@ def check_shard(location: str, reach: Reach, empty_captions: EmptyCaptions) -> R
     return report
 
 
-def recorded_sums(folder: Path) -> dict[str, str]:
-    """SHA-256 by file name, of SHA256SUMS and of the shards' accounts in a folder."""
-    found: dict[str, str] = {}
-    for stats in folder.glob("*_stats.json"):
-        try:
-            content: Any = json.loads(stats.read_text())
-        except ValueError:
-            continue  # img2dataset's own may be cut short; it has no checksum anyway
-        if isinstance(content, dict) and isinstance(content.get("sha256"), str):
-            found[f"{stats.name.removesuffix('_stats.json')}.tar"] = content["sha256"]
-    sums = folder / SUMS_FILE
-    for line in sums.read_text().splitlines() if sums.is_file() else ():
-        checksum, _, name = line.partition("  ")
-        found[name] = checksum
-    return found
-
-
-def _compare_file(report: Report, store: ShardStore) -> None:
-    """Compares a whole shard with what was recorded of it."""
+def _compare_file(report: ShardReport, store: ShardStore) -> None:
+    """Compares a file with its recorded SHA-256 and number of samples."""
     digest, start = hashlib.sha256(), 0
     file = store.open(report.location)
     try:
-        while part := bytes(file.read(start, _READ_BYTES)):
-            digest.update(part)
-            start += len(part)
+        while content := bytes(file.read(start, _READ_BYTES)):
+            digest.update(content)
+            start += len(content)
     finally:
         file.close()
     report.sha256 = digest.hexdigest()
@@ -142,29 +125,29 @@ def _compare_file(report: Report, store: ShardStore) -> None:
 
 
 def _read(
-    report: Report, index: ShardIndex, store: ShardStore, empty_captions: EmptyCaptions
+    report: ShardReport, index: ShardIndex, store: ShardStore, empty_captions: Literal["refuse", "keep"]
 ) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Decodes every sample; returns the CRC-32 of every member, as the index's offsets."""
+    """Decodes every sample; returns the CRC-32 of every member, in the shape of the index's offsets."""
     checksums = np.zeros(index.offsets.shape, dtype=np.uint32)
-    broken, wanted = {fault.key for fault in index.faults}, _usual_kinds(index)
+    broken, required = {fault.key for fault in index.faults}, _usual_kinds(index)
     with RawShard(index, store) as shard:
         for row in range(len(index)):
             sample = shard.sample(row)
             if sample.key in broken:
-                continue  # told of already, and without members in the index
+                continue  # reported already, and without members in the index
             for name, content in sample.members.items():
                 checksums[row, index.extensions.index(name)] = zlib.crc32(content)
-            for reason in _faults(sample, wanted, empty_captions):
+            for reason in _faults(sample, required, empty_captions):
                 report.add(sample.key, reason)
     return checksums
 
 
-def _keep(report: Report, index: ShardIndex, reach: Reach, store: ShardStore) -> None:
-    """Keeps the index, for trainings, unless that would make changed bytes the measure of later checks."""
-    sidecar, stamp = sidecar_path(index.location, reach.indexes), store.stamp(index.location)
+def _save_index(report: ShardReport, index: ShardIndex, remote: RemoteOptions, store: ShardStore) -> None:
+    """Stores the index for trainings, unless later checks would then compare with bytes that changed."""
+    sidecar, stamp = sidecar_path(index.location, remote.indexes), store.stamp(index.location)
     kept = load_sidecar(sidecar, index.location, stamp)
     if kept is not None and kept.fingerprint != index.fingerprint:
-        report.add("", "its kept index was of other contents, and has been made again")
+        report.add("", "its stored index was of other contents, and has been written again")
         kept = None
     if kept is not None and kept.checksums is not None:
         for row, column in np.argwhere(kept.checksums != index.checksums).tolist():
@@ -177,7 +160,7 @@ def _keep(report: Report, index: ShardIndex, reach: Reach, store: ShardStore) ->
 
 
 def _usual_kinds(index: ShardIndex) -> set[str]:
-    """Kinds of members that more than half of the samples have."""
+    """Kinds of members that more than half of the samples have; a sample without one is at fault."""
     counts = Counter[str]()
     for kind, names in _KINDS.items():
         columns = [column for name in names if (column := index.column(name)) is not None]
@@ -185,8 +168,10 @@ def _usual_kinds(index: ShardIndex) -> set[str]:
     return {kind for kind, count in counts.items() if 2 * count > len(index)}
 
 
-def _faults(sample: RawSample, wanted: set[str], empty_captions: EmptyCaptions) -> Iterator[str]:
-    for kind in sorted(wanted):
+def _faults(
+    sample: RawSample, required: set[str], empty_captions: Literal["refuse", "keep"]
+) -> Iterator[str]:
+    for kind in sorted(required):
         if not any(name in sample.members for name in _KINDS[kind]):
             yield f"there is no {kind} ({', '.join(_KINDS[kind])}), which most samples of this shard have"
     checksums: Any = {}

@@ -15,7 +15,7 @@ from data.toy.training.fitting import ToyTraining
 
 
 def image_gradients(images: Tensor) -> Tensor:
-    """Differences of neighbouring pixels, both directions flattened together: (B, n)."""
+    """Differences of neighbouring pixels in both directions, flattened: (B, n)."""
     across, down = images.diff(dim=-1), images.diff(dim=-2)
     return torch.cat([across.flatten(1), down.flatten(1)], dim=1)
 
@@ -23,10 +23,10 @@ def image_gradients(images: Tensor) -> Tensor:
 class AutoencoderTraining(ToyTraining):
     """L1 + MSE + gradient loss with a small KL term; exports a diffusers folder at the end.
 
-    After training the latents are centred and whitened per channel by folding the affine map into the 1x1 `quant_conv` and
+    After training, the latents are centred and whitened per channel by folding the affine map into the 1x1 `quant_conv` and
     `post_quant_conv`, which changes no reconstruction. `scaling_factor` 0.5 then makes latents of standard deviation 0.5:
-    the SD betas leave sqrt(abar_999) = 0.068 of the signal in the last step, and with unit variance the U-Net reads the
-    background out of that leak instead of the prompt.
+    the SD betas leave sqrt(abar_999) = 0.068 of the signal at the last timestep, and with unit variance the U-Net takes the
+    background from that leak instead of the prompt.
 
     Args:
         optimizer: from parameters to optimizer.
@@ -80,7 +80,7 @@ class AutoencoderTraining(ToyTraining):
         self.log("psnr_db", (10 * torch.log10(4 / error)).mean(), prog_bar=True, batch_size=len(images))
 
     def on_fit_end(self) -> None:
-        """Whiten the latents and write the folder."""
+        """Whitens the latents and writes the folder."""
         if not self.trainer.is_global_zero:
             return
         images = self.trainer.datamodule.train_split.images_uint8[:4096].float() / 127.5 - 1  # type: ignore[attr-defined]
@@ -90,8 +90,10 @@ class AutoencoderTraining(ToyTraining):
 
 @torch.no_grad()
 def whiten_latents(autoencoder: AutoencoderKL, images: Tensor) -> None:
-    """Give the latent mean of `images` (N,3,H,W) zero mean and unit variance per channel; reconstructions stay the same."""
-    latents = torch.cat([autoencoder.encode(part).latent_dist.mode() for part in images.split(256)])
+    """Normalises the latent means of `images` (N,3,H,W) to zero mean and unit variance per channel, without changing
+    reconstructions.
+    """
+    latents = torch.cat([autoencoder.encode(chunk).latent_dist.mode() for chunk in images.split(256)])
     mean, deviation = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
     encode, decode = autoencoder.quant_conv, autoencoder.post_quant_conv
     channels = len(mean)

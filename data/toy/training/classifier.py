@@ -1,4 +1,4 @@
-"""The attribute classifier: reads a toy picture's attributes, so that caption accuracy can be measured."""
+"""The attribute classifier: predicts the attributes of a toy image, for caption accuracy."""
 
 from __future__ import annotations
 
@@ -51,24 +51,24 @@ class AttributeClassifier(nn.Module):
 
     @torch.no_grad()
     def right(self, images_uint8: Tensor, captions: Sequence[str]) -> Tensor:
-        """Which stated attributes a picture shows.
+        """Which stated attributes an image shows.
 
         Args:
             images_uint8: (B, 3, 32, 32) uint8.
             captions: B captions of the toy world.
 
         Returns:
-            (B, 7) bool in the order of `attributes.CLASSES`; True where the caption states nothing. All True means that
-            every stated attribute is right, bound to the right object.
+            (B, 7) bool in the order of `attributes.CLASSES`; True where the caption states nothing. All True means that every
+            stated attribute is right and bound to the right object.
         """
-        wanted = attribute_table([parse_caption(caption) for caption in captions]).to(images_uint8.device)
+        targets = attribute_table([parse_caption(caption) for caption in captions]).to(images_uint8.device)
         logits = self(images_uint8.float() / 127.5 - 1)
-        read = torch.stack([head.argmax(dim=1) for head in logits], dim=1)
-        return (read == wanted) | (wanted == NOT_STATED)
+        predicted = torch.stack([head.argmax(dim=1) for head in logits], dim=1)
+        return (predicted == targets) | (targets == NOT_STATED)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> AttributeClassifier:
-        """Load, in fp32 and eval mode.
+        """Loads the classifier, in fp32 and eval mode.
 
         Raises:
             FileNotFoundError: if the folder has no weights.
@@ -83,7 +83,7 @@ class AttributeClassifier(nn.Module):
         return classifier.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the weights as fp16 safetensors."""
+        """Writes the weights as fp16 safetensors."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         save_file(
             {k: v.half().contiguous() for k, v in self.state_dict().items()}, Path(folder) / WEIGHTS_FILE
@@ -96,7 +96,7 @@ def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
 
 
 def degrade(images: Tensor) -> Tensor:
-    """Blur a third of a batch and add noise to another: what generated pictures suffer must not fool the judge."""
+    """Blurs a third of a batch and adds noise to another: artefacts of generated images must not mislead the classifier."""
     third = len(images) // 3
     blurred = gaussian_blur(images[:third], [5, 5], [0.8, 0.8])
     noisy = images[third : 2 * third] + 0.08 * torch.randn_like(images[third : 2 * third])
@@ -104,7 +104,7 @@ def degrade(images: Tensor) -> Tensor:
 
 
 class ClassifierTraining(ToyTraining):
-    """Trains the attribute classifier on rendered pictures, some of them degraded.
+    """Trains the attribute classifier on rendered images, some of them degraded.
 
     Args:
         optimizer: from parameters to optimizer.
@@ -118,22 +118,21 @@ class ClassifierTraining(ToyTraining):
         self.classifier = AttributeClassifier()
 
     def training_step(self, batch: CaptionedImages, batch_idx: int) -> Tensor:
-        """Sum of the cross-entropies of what is stated."""
+        """Sum of the cross-entropies of the stated attributes."""
         logits = self.classifier(degrade(self.to_network_range(batch.images_uint8)))
-        wanted = attribute_table([parse_caption(caption) for caption in batch.captions]).to(self.device)
+        targets = attribute_table([parse_caption(caption) for caption in batch.captions]).to(self.device)
         losses = [
-            F.cross_entropy(head, wanted[:, i], ignore_index=NOT_STATED) for i, head in enumerate(logits)
+            F.cross_entropy(head, targets[:, i], ignore_index=NOT_STATED) for i, head in enumerate(logits)
         ]
         loss = torch.stack(losses).sum()
         self.log("loss", loss, prog_bar=True)
         return loss
 
     def validation_step(self, batch: CaptionedImages, batch_idx: int) -> None:
-        """Share of pictures with every stated attribute read right."""
+        """Fraction of images with every stated attribute right."""
         right = self.classifier.right(batch.images_uint8, batch.captions)
         self.log("all_right", right.all(dim=1).float().mean(), prog_bar=True, batch_size=len(right))
 
     def on_fit_end(self) -> None:
-        """Write the weights."""
         if self.trainer.is_global_zero:
             self.classifier.save_pretrained(self.output)

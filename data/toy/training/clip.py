@@ -1,4 +1,4 @@
-"""The toy world's CLIP: a tiny open_clip model that judges (FID features, CLIP score) and never trains anything."""
+"""The toy world's CLIP: a tiny open_clip model for metrics (FID features, CLIP score), never used in a training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _THUMBNAIL_PX = 8
 
 
 def clip_config(vocabulary_size: int) -> dict[str, Any]:
-    """The `open_clip_config.json` of the toy CLIP; the tokenizer lies in the same folder."""
+    """The `open_clip_config.json` of the toy CLIP; the tokenizer is in the same folder."""
     return {
         "model_cfg": {
             "embed_dim": 64,
@@ -47,10 +47,10 @@ def clip_config(vocabulary_size: int) -> dict[str, Any]:
 
 
 class ClipTraining(ToyTraining):
-    """Contrastive training of the toy CLIP; pictures with the same caption count as each other's positives.
+    """Contrastive training of the toy CLIP; images with the same caption are each other's positives.
 
-    The captions leave place, light and texture unsaid, and a purely contrastive embedding forgets them; FID on it would
-    not see them. So a linear layer must also be able to paint an 8x8 thumbnail from the image embedding.
+    The captions do not state place, light and texture, so a purely contrastive embedding discards them and FID would not measure
+    them. Therefore a linear layer also has to reconstruct an 8x8 thumbnail from the image embedding.
 
     Args:
         optimizer: from parameters to optimizer.
@@ -80,13 +80,13 @@ class ClipTraining(ToyTraining):
         images = self.to_network_range(batch.images_uint8)
         features = self.clip.encode_image(images)
         contrast, _ = self._contrast(features, batch.captions)
-        wanted = F.avg_pool2d(images, IMAGE_PX // _THUMBNAIL_PX).flatten(1)
-        thumbnail = F.mse_loss(self.paint(features), wanted)
+        target = F.avg_pool2d(images, IMAGE_PX // _THUMBNAIL_PX).flatten(1)
+        thumbnail = F.mse_loss(self.paint(features), target)
         self.log_dict({"contrast": contrast, "thumbnail": thumbnail}, prog_bar=True)
         return contrast + self.thumbnail_weight * thumbnail
 
     def validation_step(self, batch: CaptionedImages, batch_idx: int) -> None:
-        """How often a picture's own caption is the nearest of the batch."""
+        """Fraction of images whose own caption is the nearest of the batch."""
         features = self.clip.encode_image(self.to_network_range(batch.images_uint8))
         _, accuracy = self._contrast(features, batch.captions)
         self.log("retrieval", accuracy, prog_bar=True, batch_size=len(features))
@@ -104,7 +104,7 @@ class ClipTraining(ToyTraining):
         return loss, nearest_is_own
 
     def on_fit_end(self) -> None:
-        """Write config, fp16 weights and tokenizer."""
+        """Writes config, fp16 weights and tokenizer."""
         if not self.trainer.is_global_zero:
             return
         folder = Path(self.output)

@@ -1,4 +1,4 @@
-"""The attribute classifier's convolutions as a feature network: what the toy decoder's discriminator sees through."""
+"""The attribute classifier's convolutions as a feature network for the toy decoder's discriminator."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdxs_lightning.networks.image_features import FeatureNetwork
 class ClassifierFeatures:
     """Outputs of some of the classifier's five convolutional stages.
 
-    The toy CLIP measures a decoder's feature distance, and FID, so it should not also train the decoder.
+    The toy CLIP measures a decoder's feature distance and FID, so it should not train the decoder as well.
 
     Args:
         folder: of the attribute classifier.
@@ -27,9 +27,8 @@ class ClassifierFeatures:
         self.folder, self.stages = folder, stages
 
     def load(self) -> FeatureNetwork:
-        """See `sdxs_lightning.networks.image_features.ImageFeatures`."""
         classifier = AttributeClassifier.from_pretrained(self.folder)
-        # The classifier takes images in [-1, 1], which is what this normalisation leaves of them.
+        # The classifier takes images in [-1, 1]; this normalisation of [0, 1] gives them.
         halves = (0.5, 0.5, 0.5)
         return FeatureNetwork(_Stages(classifier, self.stages), halves, halves, size_px=None)
 

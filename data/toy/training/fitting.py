@@ -1,4 +1,4 @@
-"""What the trainings of the toy world's small networks share."""
+"""Base class of the trainings of the toy world's small networks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ class ToyTraining(pl.LightningModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """One optimizer, its schedule stepped every batch."""
         optimizer = self.optimizer(self.parameters())
         return {
             "optimizer": optimizer,

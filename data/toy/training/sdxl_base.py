@@ -1,4 +1,4 @@
-"""The SDXL-kind toy base's folder: what of it is not weights."""
+"""The SDXL-kind toy base's folder, without weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
 
 TIME_ID_DIMENSIONS = 16
-"""Of the embedding of each of the six numbers of original size, crop and target size; SDXL has 256."""
+"""Width of the embedding of each of the six numbers of original size, crop and target size; SDXL has 256."""
 
 _COMPONENTS = {
     "scheduler": ["diffusers", "EulerDiscreteScheduler"],
@@ -22,15 +22,15 @@ _COMPONENTS = {
 
 
 def write_skeleton(folder: Path, cross_attention_dim: int, pooled_dim: int) -> None:
-    """Write model_index.json and the configs of scheduler and U-Net, as SDXL has them but for the sizes.
+    """Writes model_index.json and the configs of scheduler and U-Net: SDXL's, at a smaller size.
 
-    SDXL's kind: epsilon prediction, no attention in the outermost stage, more transformer layers in the innermost one,
-    pooled embedding, original size, crop and target size added to the timestep's embedding, zeros as unconditional.
+    As in SDXL: epsilon prediction, no attention in the outermost stage, more transformer layers in the innermost one, pooled
+    embedding, original size, crop and target size added to the timestep embedding, zeros as unconditional embeddings.
 
     Args:
         folder: of the base.
-        cross_attention_dim: both text encoders' widths together.
-        pooled_dim: width of the second one's pooled embedding.
+        cross_attention_dim: sum of both text encoders' widths.
+        pooled_dim: width of the second encoder's pooled embedding.
     """
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | _COMPONENTS
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,30 +1,28 @@
-"""What a set of pairs was made of, kept beside its shards, so that a set is never gone on with in another way."""
+"""What a set of pairs is made of."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from data.prepare.common import settings_file
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.sources import resolve_unet
 
 SETTINGS_FILE = "pairs.json"
-FORMAT = 1
-_NAMES_ONLY = ("model", "unet", "config", "captions")
-"""How things were named on the command line: a moved folder is the same set as long as the fingerprints agree."""
+NAMES_ONLY = ("model", "unet", "config", "captions")
+"""Settings that name an input: a moved folder is the same input as long as the fingerprints agree."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairSettings:
-    """Everything that the stored latents depend on, but for the machine."""
+class PairSet:
+    """Everything that the stored latents depend on, but for the machine; pairs.json keeps it."""
 
     model: str
     """Diffusers folder, hub id or single file."""
     unet: str | None
-    """Another U-Net in the model's place."""
+    """U-Net instead of the model's."""
     config: str | None
     """Configs of a single file."""
     captions: str
@@ -38,13 +36,13 @@ class PairSettings:
     resolution: int
     """Pixels of a side: the model's own."""
     count: int
-    """PairSettings of the whole set."""
+    """Pairs of the complete set."""
     samples_per_shard: int
-    """PairSettings of a shard; the last may hold fewer."""
+    """Pairs of a shard; the last may hold fewer."""
     steps: int
     """Of the target sampler."""
     guidance: float
-    """Of the target sampler; 1 means none."""
+    """Guidance scale of the target sampler; 1 means none. The name is that of the first sets that were stored."""
     scheduler: str | None
     """Class name in diffusers; None is DDIM."""
     spacing: Spacing
@@ -53,12 +51,17 @@ class PairSettings:
     """Of the noise."""
     dtype: str
     """Of U-Net and text encoders."""
-    format: int = FORMAT
+    format: int = 1
     """Raised when the same settings would give other pairs."""
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """As pairs.json keeps them."""
+        return asdict(self)
+
+    @property
     def shards(self) -> int:
-        """Number of shards of the whole set."""
+        """Number of shards of the complete set."""
         return -(-self.count // self.samples_per_shard)
 
     def indices(self, shard: int) -> range:
@@ -66,24 +69,19 @@ class PairSettings:
         return range(shard * self.samples_per_shard, min((shard + 1) * self.samples_per_shard, self.count))
 
 
-def begin(folder: Path, settings: PairSettings) -> None:
-    """As `settings_file.begin`."""
-    settings_file.begin(folder, SETTINGS_FILE, settings, _NAMES_ONLY)
-
-
-def fingerprint(family: Family, unet: str | None) -> str:
-    """Of every file that decides which latents are sampled; reads them once.
+def model_fingerprint(family: Family, unet: str | None) -> str:
+    """Hash of every file that decides which latents are sampled; reads them once.
 
     Args:
         family: the model.
-        unet: as `PairSettings.unet`.
+        unet: as `PairSet.unet`.
     """
-    parts = sorted(
+    folders = sorted(
         path for path in family.folder.iterdir() if path.name.startswith(("text_encoder", "tokenizer"))
     )
-    parts += [family.folder / "scheduler", family.folder / "unet" if unet is None else resolve_unet(unet)]
+    folders += [family.folder / "scheduler", family.folder / "unet" if unet is None else resolve_unet(unet)]
     digest = hashlib.sha256()
-    for folder in parts:
+    for folder in folders:
         for file in sorted(
             path for path in folder.rglob("*") if path.suffix in (".json", ".txt", ".safetensors")
         ):

@@ -1,0 +1,72 @@
+"""Options that several commands of `python -m data.prepare` share. Imported before torch: keep it light."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+from sdxs_lightning.command_line import Option
+
+Count = Annotated[int, Option(at_least=1)]
+
+
+class SetPart(NamedTuple):
+    """One of several interleaved parts of a set's shards."""
+
+    index: int
+    """Counted from 0."""
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> SetPart:
+        """The second of four parts of "1/4".
+
+        Raises:
+            ValueError: for other text.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise ValueError("must be I/N with I below N; 0/4 is the first of four parts, 3/4 the last")
+        return cls(int(index), int(count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """Where a set is written, and which of its shards."""
+
+    out: Path
+    """Folder of the shards; it is created, or resumed if the same command began it."""
+    part: Annotated[SetPart, Option(parse=SetPart.parse, metavar="I/N")] = SetPart(0, 1)
+    """Make only the I-th of N parts, counted from 0: one command per machine, all with the same --out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Hardware of this machine."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes the GPUs if there are any."""
+    processes: Count | None = None
+    """Number of processes; by default one per GPU, or without GPUs one per core (at most 8)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteOptions:
+    """Access to shards that may be remote."""
+
+    cache_folder: str | None = None
+    """For shards that are URLs or pipe: commands: folder that caches them and their indexes. Without it they are read by byte
+    ranges, and --index_folder is required."""
+    cache_gb: Count = 100
+    """Size limit of --cache_folder, 10^9 bytes."""
+    index_folder: str | None = None
+    """Folder of the indexes, if neither beside the shards nor in the cache; as data.index_folder of a training."""
+
+    @property
+    def indexes(self) -> str | None:
+        """Folder of the indexes; None: beside the shards."""
+        return self.index_folder or self.cache_folder

@@ -1,0 +1,91 @@
+"""The job that writes a set of pairs in several processes, one per GPU: shard by shard, each atomically, so that an interrupted
+run loses only the shards in progress.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data.prepare.common.machine import device_of, same_bits
+from data.prepare.common.options import SetPart
+from data.prepare.common.processes import OnProgress
+from data.prepare.common.shard_files import tar_path, unfinished_folder
+from data.prepare.pairs.pair_set import PairSet
+from data.prepare.pairs.prompts import open_prompts
+from data.prepare.pairs.sampler import PairSampler
+from data.shards.writer import LATENT_MEMBER, Member, ShardWriter, encode_latents
+from sdxs_lightning.callbacks.checkpoint_folder import write_failure
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+
+
+@dataclass(frozen=True)
+class PairJob:
+    """Writes shards of pairs; a `processes.Job`."""
+
+    pair_set: PairSet
+    folder: Path
+    batch_size: int
+    """Pairs per batch. Batches do not span shards, so that a shard does not depend on where a run was interrupted."""
+    device: str
+    """ "cpu" or "cuda"."""
+    processes: int
+
+    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+        torch.backends.cudnn.deterministic = True
+        with same_bits(self.device):
+            try:
+                prompts = open_prompts(self.pair_set.captions)
+                sampler = PairSampler(self.pair_set, prompts, device_of(self.device, process))
+            except (OSError, ValueError) as error:
+                raise UserError(f"--model or --unet: {error}") from error
+            try:
+                for shard in tasks:
+                    self._make_shard(shard, sampler, on_progress)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{self.batch_size} pairs at once do not fit the GPU; give a smaller --batch_size ({error})."
+                ) from error
+            except OSError as error:
+                raise CheckpointNotWritten(
+                    f"a shard could not be written to '{self.folder}': {write_failure(error)}."
+                ) from error
+
+    def _make_shard(self, shard: int, sampler: PairSampler, on_progress: OnProgress) -> None:
+        with unfinished_folder(self.folder) as temporary:
+            indices = self.pair_set.indices(shard)
+            with ShardWriter(temporary, samples_per_shard=len(indices)) as writer:
+                for start in range(0, len(indices), self.batch_size):
+                    batch = indices[start : start + self.batch_size]
+                    _write(writer, sampler, batch)
+                    on_progress(len(batch))
+            os.replace(writer.paths[0], tar_path(self.folder, shard))
+
+
+def missing_shards(folder: Path, pair_set: PairSet, part: SetPart = SetPart(0, 1)) -> list[int]:
+    """The shards of one part of a set that do not exist yet."""
+    every = range(part.index, pair_set.shards, part.count)
+    return [shard for shard in every if not tar_path(folder, shard).exists()]
+
+
+def _write(writer: ShardWriter, sampler: PairSampler, indices: Sequence[int]) -> None:
+    side = sampler.pair_set.resolution
+    # The sizes that SDXL was conditioned on when it sampled; a training that reads `sizes` conditions the student on the same.
+    sizes = {"original_height": side, "original_width": side, "crop_top": 0, "crop_left": 0}
+    for index, prompt, seed, latents in zip(indices, *sampler(indices), strict=True):
+        try:
+            encoded = encode_latents(latents)
+        except ValueError as error:
+            raise UserError(
+                f"pair {index} ('{prompt}'): {error} Give another --dtype, or a smaller --guidance_scale."
+            ) from error
+        members: dict[str, Member] = {
+            LATENT_MEMBER: encoded,
+            "txt": prompt,
+            "json": {"noise_seed": int(seed), **sizes},
+        }
+        writer.write(members, key=f"{index:09d}")
