@@ -14,12 +14,12 @@ Count = Annotated[int, Option(at_least=1)]
 class SetPart(NamedTuple):
     """One of several interleaved parts of a set's shards."""
 
-    index: int
+    number: int
     """Counted from 0."""
-    count: int
+    parts: int
 
     def __str__(self) -> str:
-        return f"{self.index}/{self.count}"
+        return f"{self.number}/{self.parts}"
 
     @classmethod
     def parse(cls, text: str) -> SetPart:
@@ -28,10 +28,10 @@ class SetPart(NamedTuple):
         Raises:
             ValueError: for other text.
         """
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        number, slash, parts = text.partition("/")
+        if not (slash and number.isdigit() and parts.isdigit() and int(number) < int(parts)):
             raise ValueError("must be I/N with I below N; 0/4 is the first of four parts, 3/4 the last")
-        return cls(int(index), int(count))
+        return cls(int(number), int(parts))
 
 
 @dataclass(frozen=True, kw_only=True)

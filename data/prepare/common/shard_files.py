@@ -82,7 +82,7 @@ def read_stats(folder: Path, shard: int) -> dict[str, Any] | None:
 
 def missing_shards(folder: Path, shards: int, part: SetPart = SetPart(0, 1)) -> list[int]:
     """The shards of one part of a set that are not complete."""
-    return [shard for shard in range(part.index, shards, part.count) if read_stats(folder, shard) is None]
+    return [shard for shard in range(part.number, shards, part.parts) if read_stats(folder, shard) is None]
 
 
 def make_shard(folder: Path, shard: int, samples: Iterable[PreparedSample | LeftOutSample]) -> None:
