@@ -60,7 +60,7 @@ class Option:
     positional: bool = False
     """An argument without a name."""
     const: Any = None
-    """The value of an option that is given without one; None requires a value."""
+    """The value of an option that is given without one, () for an option of several values; None requires a value."""
     at_least: float | None = None
     at_most: float | None = None
     choices: Sequence[str] = ()
@@ -272,7 +272,8 @@ class _Field:
             return
         keywords: dict[str, Any] = {"type": self.type, "help": shown, "metavar": self.metavar}
         if self.many:
-            keywords["nargs"] = "+" if self.required or not self.option.positional else "*"
+            no_value = self.option.const is not None or (self.option.positional and not self.required)
+            keywords["nargs"] = "*" if no_value else "+"
         elif self.option.const is not None:
             keywords |= {"nargs": "?", "const": self.option.const}
         if self.option.positional:

@@ -39,7 +39,7 @@ MODULES = (
     }
     | {
         f"{T}{name}": f"{T}training.{name}"
-        for name in ("autoencoder", "classifier", "clip", "text_encoder", "text_encoder_pair", "features")
+        for name in ("autoencoder", "classifier", "clip", "text_encoder", "features")
     }
 )
 """Old module -> new module."""
@@ -52,6 +52,8 @@ CLASSES = {
     f"{S}callbacks.export.ExportPipeline": f"{S}callbacks.export.Export",
     f"{S}callbacks.export_unet.ExportUNet": f"{S}callbacks.export.Export",
     f"{S}callbacks.export_decoder.ExportDecoder": f"{S}callbacks.export.Export",
+    f"{T}text_encoder_pair.TextEncoderPairTraining": f"{T}training.text_encoder.TextEncoderPairTraining",
+    f"{T}training.text_encoder_pair.TextEncoderPairTraining": f"{T}training.text_encoder.TextEncoderPairTraining",
     f"{E}callbacks.SampleGrids": f"{E}callbacks.sample_grids.SampleGrids",
     f"{E}callbacks.DistillationMetrics": f"{E}callbacks.sample_grids.DistillationMetrics",
 }

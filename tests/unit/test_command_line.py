@@ -58,6 +58,8 @@ class Resize(Machine):
     """Sizes of one area."""
     names: tuple[str, ...] = ()
     """Names of images."""
+    contents: Annotated[tuple[str, ...] | None, Option(choices=("images", "latents"), const=())] = None
+    """What is read."""
     metric: Annotated[str, Option(choices=("fid", "kid", "clip_score"))] = "fid"
     """What is measured."""
     record: bool = False
@@ -94,6 +96,13 @@ def test_values_and_defaults() -> None:
 
 def test_an_option_with_and_without_a_value() -> None:
     assert [parse(f"a --from b {one}").buckets for one in ("", "--buckets", "--buckets 64")] == [None, 0, 64]
+
+
+def test_several_values_and_none() -> None:
+    lines = {"": None, "--contents": (), "--contents images latents": ("images", "latents")}
+    assert {line: parse(f"a --from b {line}").contents for line in lines} == lines
+    with pytest.raises(UserError, match="--contents is 'image', but must be one of images, latents"):
+        parse("a --from b --contents latents image")
 
 
 def test_hyphens_are_underscores_in_options_and_stay_in_values() -> None:
