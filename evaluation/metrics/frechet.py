@@ -16,10 +16,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evaluation.metrics.collectives import all_gather_rows, collective_device
-from evaluation.metrics.estimates import GROUPS, Estimate, group_of, jackknife
+from evaluation.metrics.estimates import GROUPS, Estimate, balanced_groups, jackknife
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.metrics.statistics import FeatureStatistics as FeatureStatistics
 from evaluation.metrics.statistics import Sums
+
+LINEAR_FROM = 3
+"""Images a dimension from which FID's bias is about c / N; with fewer, the extrapolation to infinity misleads."""
 
 
 def frechet_distance(
@@ -38,7 +41,7 @@ def frechet_distance(
         mean_2: (d,).
         covariance_2: (d, d).
         root_1: (d, n) with root_1 @ root_1.T = covariance_1, if it is at hand.
-        root_2: likewise.
+        root_2: the same for covariance_2.
 
     Returns:
         The distance, not below zero.
@@ -55,7 +58,7 @@ def frechet_distance(
     covariance_1, covariance_2 = covariance_1.double(), covariance_2.double()
     if not all(bool(torch.isfinite(each).all()) for each in (mean_1, mean_2, covariance_1, covariance_2)):
         raise ValueError(
-            "Frechet distance of statistics that are not finite; look at the features that they are from"
+            "Frechet distance of statistics that are not finite; check the features that they are from"
         )
     cross = trace_of_root(covariance_1, covariance_2, root_1, root_2)
     spread = covariance_1.trace() + covariance_2.trace() - 2 * cross
@@ -103,7 +106,7 @@ class FrechetDistance(SampledMetric):
             raise ValueError(f"{name} needs the dimensions of its features, which {features!r} does not say")
         self.dimensions = int(known)
         self.reference, self.reset_real_features = reference, reset_real_features
-        self._kept_on_ranks: dict[str, int] = {}
+        self._ids_on_ranks: dict[str, Tensor] = {}
         for side in self.sides:
             self.add_state(f"{side}_count", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
             self.add_state(
@@ -152,18 +155,23 @@ class FrechetDistance(SampledMetric):
     def estimate(self) -> dict[str, Estimate]:
         """See SampledMetric; the interval is for other images of the generator, with the real side as it is.
 
-        There is none for images without ids, and for fewer than two in each group that is left out once.
+        There is none for images without ids, and for fewer than two in each group that is left out once. The value at
+        infinity takes a bias of c / N for granted, which holds from about 3 images a dimension on; below, there is none.
         """
         fake, real = self.statistics(), self.statistics(real=True)
         value = _between(fake, real)
-        if self._kept("fake") < max(fake.count, 2 * GROUPS):
+        if len(self._all_ids("fake")) < max(fake.count, 2 * GROUPS):
             return {self.names[0]: Estimate(value, fake.count)}
-        return {self.names[0]: jackknife(value, self._left_out(real), fake.count)}
+        left_out, sizes = self._left_out(real)
+        linear = fake.count >= LINEAR_FROM * self.dimensions
+        return {self.names[0]: jackknife(value, left_out, fake.count, linear, sizes).not_below(0.0)}
 
-    def _left_out(self, real: FeatureStatistics) -> list[float]:
-        """The distance without each group of fake images; the ranks share the groups."""
+    def _left_out(self, real: FeatureStatistics) -> tuple[list[float], list[int]]:
+        """The distance without each group of fake images, and the groups' sizes; the ranks share the groups."""
         rows, ids = self.rows_of("fake")
-        totals, groups = self._sums("fake"), group_of(ids)
+        everyone = self._all_ids("fake")
+        totals, groups = self._sums("fake"), balanced_groups(ids, everyone)
+        sizes = balanced_groups(everyone).bincount(minlength=GROUPS).tolist()
         members = self.process_group
         rank, ranks = (dist.get_rank(members), dist.get_world_size(members)) if self._is_synced else (0, 1)
         distances = torch.zeros(GROUPS, dtype=torch.float64)
@@ -184,7 +192,7 @@ class FrechetDistance(SampledMetric):
             everywhere = distances.to(device)
             dist.all_reduce(everywhere, group=members)
             distances = everywhere.cpu()
-        return distances.tolist()
+        return distances.tolist(), sizes
 
     def reset(self) -> None:
         """Forget the images; with `reset_real_features=False` the real ones stay."""
@@ -203,9 +211,9 @@ class FrechetDistance(SampledMetric):
     def _sums_of(self, rows: Tensor) -> Sums:
         return Sums.of(rows, self.dimensions, self.device)
 
-    def _kept(self, side: str) -> int:
-        """How many images have their features kept, on all ranks."""
-        return self._kept_on_ranks[side] if self._is_synced else len(self.rows_of(side)[0])
+    def _all_ids(self, side: str) -> Tensor:
+        """Ids of the images whose features are kept, on all ranks."""
+        return self._ids_on_ranks[side] if self._is_synced else self.rows_of(side)[1]
 
     def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
         """Add the sums up over the ranks, in place: `unsync` restores the states from torchmetrics' copy."""
@@ -214,9 +222,9 @@ class FrechetDistance(SampledMetric):
         if not bool(kept.all()):
             sums.subtract(self._sums_of(rows[~kept]))
         sums.all_reduce(group)
-        many = torch.tensor([[int(kept.sum())]])
-        self._kept_on_ranks[side] = int(torch.cat(all_gather_rows(many, self.device, group)).sum())
-        if self._kept_on_ranks[side] == int(sums.samples) <= self.dimensions:
+        gathered = torch.cat(all_gather_rows(ids[kept].unsqueeze(1), self.device, group))
+        self._ids_on_ranks[side] = gathered.squeeze(1)
+        if len(gathered) == int(sums.samples) <= self.dimensions:
             super()._exchange(side, kept, group)
         else:
             setattr(self, f"{side}_rows", [rows[kept]])
@@ -245,7 +253,7 @@ def trace_of_root(
         covariance_1: (d, d), symmetric, positive semi-definite, float64.
         covariance_2: (d, d).
         root_1: B_1 (d, n) if it is at hand: the centred features divided by sqrt(n - 1), for n <= d.
-        root_2: likewise.
+        root_2: the same for covariance_2.
 
     Returns:
         A float64 scalar.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.metrics.estimates import GROUPS, Estimate, jackknife
+from evaluation.metrics.estimates import GROUPS, Estimate, jackknife, student_t
 from evaluation.metrics.feature_sets import FeatureSetMetric
 
 
@@ -20,7 +20,7 @@ class KernelDistance(FeatureSetMetric):
 
     Args:
         features: as in FeatureSetMetric.
-        reference: likewise.
+        reference: as in FeatureSetMetric.
         subsets: how many.
         subset_size: images of each side in a subset.
         seed: of the draws.
@@ -47,19 +47,26 @@ class KernelDistance(FeatureSetMetric):
     def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
         """See FeatureSetMetric.
 
-        The interval is the subsets' spread, scaled from the size of a subset to the number of images.
+        The interval comes from the influence of each fake image on the mean over the subsets (the infinitesimal jackknife), so
+        that it holds whether the subsets overlap or are all images.
         """
         draws = np.random.RandomState(self.seed)
+        count, size = len(fake), self.subset_size
         found = []
+        influence, uses = fake.new_zeros(2, count, dtype=torch.float64)
         for _ in range(self.subsets):
-            own = [draws.choice(len(side), self.subset_size, replace=False) for side in (fake, real)]
-            x, y = (
-                side[torch.from_numpy(rows)].double() for side, rows in zip((fake, real), own, strict=True)
-            )
-            found.append(unbiased_mmd(polynomial(x, x), polynomial(x, y), polynomial(y, y)))
-        values = torch.stack(found)
-        mean, count = float(values.mean()), len(fake)
-        half = 1.96 * float(values.std(correction=0)) * (self.subset_size / count) ** 0.5
+            rows = [torch.from_numpy(draws.choice(len(side), size, replace=False)) for side in (fake, real)]
+            x, y = (side[chosen].double() for side, chosen in zip((fake, real), rows, strict=True))
+            xx, xy = polynomial(x, x), polynomial(x, y)
+            found.append(unbiased_mmd(xx, xy, polynomial(y, y)))
+            own = rows[0].to(fake.device)
+            influence[own] += 2 * ((xx.sum(1) - xx.diagonal()) / (size - 1) - xy.mean(1))
+            uses[own] += 1
+        mean = float(torch.stack(found).mean())
+        weights = uses / (self.subsets * size)
+        each = influence / uses.clamp_min(1)
+        spread = (weights * (each - (weights * each).sum())).square().sum() * count / (count - 1)
+        half = student_t(count - 1) * float(spread) ** 0.5
         return [Estimate(mean, count, mean - half, mean + half)]
 
 
@@ -85,7 +92,7 @@ class MaximumMeanDiscrepancy(FeatureSetMetric):
 
     Args:
         features: as in FeatureSetMetric; the paper's are ClipImageFeatures of ViT-L/14 at 336 pixels.
-        reference: likewise.
+        reference: as in FeatureSetMetric.
         sigma: of the kernel exp(-|x - y|^2 / (2 sigma^2)).
         scale: what the result is multiplied by, to be readable.
         name: of the number.
@@ -126,10 +133,11 @@ class MaximumMeanDiscrepancy(FeatureSetMetric):
         if len(fake) < 2 * GROUPS:
             return [Estimate(value(everything), len(fake))]
         left_out = [value(everything - one) for one in torch.eye(GROUPS, device=fake.device).double()]
-        return [jackknife(value(everything), left_out, len(fake))]
+        found = jackknife(value(everything), left_out, len(fake), sizes=[int(size) for size in sizes])
+        return [found.not_below(0.0)]
 
     def _summed(self, x: Tensor, y: Tensor, weights: Tensor, chunk: int = 2048) -> Tensor:
-        """kernel(x, y) @ weights: (n, d), (m, d), (m, k) to (n, k), without the whole kernel in memory."""
+        """kernel(x, y) @ weights: (n, d), (m, d), (m, k) to (n, k), without the complete kernel in memory."""
         squares = y.square().sum(1)
         parts = []
         for rows in x.split(chunk):

@@ -1,13 +1,14 @@
-"""Precision and recall of a generator: do its images lie among the real ones, and do they cover them?"""
+"""Improved precision and recall of a generator: the shares of fake images among the real ones, and of real ones covered."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from evaluation.metrics.estimates import Estimate, mean_estimate
+from evaluation.metrics.estimates import SPLITS, Estimate, half_splits_error, share_estimate
 from evaluation.metrics.feature_sets import FeatureSetMetric
 
 
@@ -19,7 +20,7 @@ class PrecisionRecall(FeatureSetMetric):
 
     Args:
         features: as in FeatureSetMetric.
-        reference: likewise.
+        reference: as in FeatureSetMetric.
         neighbours: k.
 
     Source: Kynkaanniemi et al., arXiv:1904.06991.
@@ -40,9 +41,13 @@ class PrecisionRecall(FeatureSetMetric):
         return "precision and recall"
 
     def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
-        """See FeatureSetMetric; the intervals take the balls as given."""
-        precision = mean_estimate(inside(fake, real, radii(real, self.neighbours)))
-        recall = mean_estimate(inside(real, fake, radii(fake, self.neighbours)))
+        """See FeatureSetMetric; both intervals are for other fake images, with the real ones as they are."""
+        precision = share_estimate(inside(fake, real, radii(real, self.neighbours)))
+        share = inside(real, fake, radii(fake, self.neighbours)).mean()
+        recall = Estimate(float(share), len(fake))
+        if len(fake) // 2 > self.neighbours:
+            half = half_splits_error(_recalls_of_halves(fake, real, self.neighbours))
+            recall = replace(recall, low=max(recall.value - half, 0.0), high=min(recall.value + half, 1.0))
         return [precision, recall]
 
 
@@ -58,3 +63,42 @@ def inside(features: Tensor, centres: Tensor, reach: Tensor, chunk: int = 4096) 
     """1 for each row (n, d) that is within reach (m,) of a centre (m, d), 0 for others: (n,), float32."""
     found = [(torch.cdist(rows, centres) <= reach).any(dim=1) for rows in features.split(chunk)]
     return torch.cat(found).float()
+
+
+def _recalls_of_halves(fake: Tensor, real: Tensor, neighbours: int, chunk: int = 1024) -> Tensor:
+    """Recall of both halves of SPLITS random splits of the fake images, (SPLITS, 2); each distance is computed once."""
+    draws = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(len(fake), generator=draws) for _ in range(SPLITS)]
+    kept = torch.zeros(2 * SPLITS, len(fake), dtype=torch.bool)
+    for split, order in enumerate(orders):
+        first, second = order.split(len(fake) // 2)[:2]
+        kept[2 * split, first] = True
+        kept[2 * split + 1, second] = True
+    kept = kept.to(fake.device)
+    reach = torch.cat([_radii_among(rows, fake, kept, neighbours) for rows in fake.split(chunk)], dim=1)
+    reach[~kept] = -1  # the ball of an image of the other half holds nothing
+    hits = torch.zeros(len(reach), dtype=torch.float64, device=fake.device)
+    for rows in real.split(chunk):
+        distances = torch.cdist(rows, fake)
+        hits += torch.stack([(distances <= row).any(dim=1).sum() for row in reach])
+    return (hits / len(real)).reshape(SPLITS, 2).cpu()
+
+
+def _radii_among(rows: Tensor, features: Tensor, kept: Tensor, neighbours: int, nearest: int = 64) -> Tensor:
+    """Distance of rows (n, d) of the features to their k-th neighbour within each subset (s, m) of them: (s, n).
+
+    Only the results of rows that are in the subset themselves are of use: the nearest is then the row itself. The nearest
+    images are sorted out once; where too few of them are in a subset, the k-th neighbour is looked for among all.
+    """
+    distances = torch.cdist(rows, features)
+    near, index = distances.topk(min(nearest, len(features)), largest=False)
+    found = []
+    for subset in kept:
+        rank = subset[index].cumsum(dim=1)
+        radius = near.gather(1, (rank > neighbours).double().argmax(dim=1)[:, None]).squeeze(1)
+        few = rank[:, -1] <= neighbours
+        if bool(few.any()):
+            rest = distances[few].masked_fill(~subset, torch.inf)
+            radius[few] = rest.kthvalue(neighbours + 1).values
+        found.append(radius)
+    return torch.stack(found)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.metrics.estimates import GROUPS, group_of, jackknife, mean_estimate
+from evaluation.benchmarks.coverage import coverage, metrics
+from evaluation.metrics.estimates import (
+    GROUPS,
+    T_95,
+    balanced_groups,
+    jackknife,
+    mean_estimate,
+    share_estimate,
+    student_t,
+)
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
 
 DIMENSIONS = 16
@@ -66,9 +75,15 @@ def test_mean_of_one_image_has_no_interval() -> None:
     assert two.low == pytest.approx(0.5 - 1.96 * 0.5**0.5 / 2**0.5)
 
 
-def test_groups_are_of_about_one_size_and_do_not_follow_the_ids() -> None:
-    groups = group_of(torch.arange(5000))
-    assert int(groups.bincount(minlength=GROUPS).min()) > 400
+def test_groups_are_of_one_size_and_do_not_follow_the_ids() -> None:
+    groups = balanced_groups(torch.arange(5000))
+    assert groups.bincount(minlength=GROUPS).tolist() == [500] * GROUPS
+    for count in (20, 23, 57):  # hashing the ids into groups left some of them empty
+        ids = 7 * torch.arange(count) + 3
+        sizes = balanced_groups(ids).bincount(minlength=GROUPS)
+        assert int(sizes.max()) - int(sizes.min()) <= 1
+        share = ids[count // 3 :]  # what one of several ranks holds
+        assert torch.equal(balanced_groups(share, ids), balanced_groups(ids)[count // 3 :])
     neighbours = (groups[1:] == groups[:-1]).double().mean()
     assert float(neighbours) < 0.3
 
@@ -81,3 +96,57 @@ def test_fewer_images_than_dimensions_by_either_route() -> None:
     by_eigenvalues = frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
     assert by_roots == pytest.approx(by_eigenvalues, rel=1e-10)
     torch.testing.assert_close(a.root @ a.root.T, a.covariance)
+
+
+def test_unequal_groups_are_weighted() -> None:
+    # Of a mean, the jackknife with groups of any size estimates the variance of the mean without bias.
+    generator = torch.Generator().manual_seed(3)
+    groups = torch.tensor([0] * 1 + [1] * 19 + [k for k in range(2, GROUPS) for _ in range(10)])
+    sizes = groups.bincount().tolist()
+    variances = []
+    for _ in range(400):
+        values = torch.randn(len(groups), generator=generator, dtype=torch.float64)
+        left_out = [float(values[groups != group].mean()) for group in range(GROUPS)]
+        found = jackknife(float(values.mean()), left_out, len(groups), sizes=sizes)
+        assert found.infinity == pytest.approx(float(values.mean()), abs=1e-12)
+        assert found.high is not None
+        variances.append(((found.high - found.value) / T_95) ** 2)
+    assert sum(variances) / 400 == pytest.approx(1 / len(groups), rel=0.1)
+
+
+def test_a_share_of_one_has_an_interval() -> None:
+    found = share_estimate(torch.ones(50))
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(50 / (50 + 1.96**2), rel=1e-12)  # Wilson's lower end at 50 of 50
+    half = share_estimate(torch.tensor([0.0, 1.0] * 200))
+    assert half.low is not None and half.low == pytest.approx(0.5 - 0.98 / 400**0.5, abs=1e-3)
+
+
+def test_student_t_is_the_tables() -> None:
+    for freedom, expected in ((9, 2.2622), (15, 2.1314), (99, 1.9842), (999, 1.9623)):
+        assert student_t(freedom) == pytest.approx(expected, abs=5e-4)
+
+
+def test_no_interval_of_fid_is_below_zero_and_few_images_are_not_extrapolated() -> None:
+    metric = FrechetDistance(
+        lambda images: images, DIMENSIONS, FeatureStatistics.from_features(gaussian(5000, 99))
+    )
+    metric.add(gaussian(20, 0), range(20))
+    found = metric.estimates()["fid"]
+    assert found.low is not None and found.low >= 0
+    assert found.infinity is None
+    metric.add(gaussian(200, 1), range(100, 300))
+    many = metric.estimates()["fid"]
+    assert many.infinity is not None and 0 <= many.infinity < many.value
+
+
+@pytest.mark.parametrize(
+    ("metric", "trials", "bound"),
+    [("fid", 150, 0.88), ("kid", 150, 0.88), ("cmmd", 100, 0.88), ("precision and recall", 60, 0.85)],
+)
+def test_intervals_hold_the_mean_of_other_draws(metric: str, trials: int, bound: float) -> None:
+    # The committed evaluation/results/coverage.json has the percentages; this is a smaller run of the same benchmark.
+    found = coverage(metrics(100)[metric], 100, trials)
+    for name, row in found.items():
+        assert row["coverage"] >= bound, (name, row)
+        assert row["half_width"] > 0
