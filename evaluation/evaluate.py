@@ -73,7 +73,7 @@ class EvaluateOptions(ComputeOptions):
     protocol: Annotated[str, Option(choices=PROTOCOL_NAMES)] = "toy"
     """Protocol."""
     captions: Annotated[str | None, Option(metavar="FILE")] = None
-    """Prompts: COCO's json, or txt, json, csv, tsv, parquet."""
+    """Prompts: COCO's json, txt, json, jsonl, csv, tsv, parquet; PartiPrompts, MJHQ-30K, GenEval, DrawBench and HPSv2 as published."""
     reference: Annotated[str | None, Option(metavar="SET|NPZ")] = None
     """Real images, or the .npz of `python -m evaluation.reference`."""
     metrics: Annotated[tuple[str, ...], Option(choices=METRIC_NAMES)] = ()
@@ -92,6 +92,10 @@ class EvaluateOptions(ComputeOptions):
     """Precision of the model."""
     report_images: Annotated[int, Option(at_least=0, deprecated=("pictures",))] = 24
     """Sample images in the HTML report."""
+    save_images: Annotated[Path | None, Option(metavar="DIR")] = None
+    """Keep the images that the model makes as PNG files; a stopped command resumes from them."""
+    save_layout: Literal["flat", "geneval", "t2i_compbench"] = "flat"
+    """Names of the saved images: what --images and DPG-Bench, GenEval or T2I-CompBench read."""
     out: Annotated[Path | None, Option(metavar="FILE.json")] = None
     """Result; FILE.md and FILE.html are written beside it."""
 
@@ -99,6 +103,10 @@ class EvaluateOptions(ComputeOptions):
         super().__post_init__()
         if (self.model is None) == (self.images is None):
             raise ValueError("give either --model, a pipeline folder, or --images, a set of images.")
+        if self.save_images is not None and self.model is None:
+            raise ValueError(
+                "--save_images keeps what a --model makes; with --images there is nothing to save."
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

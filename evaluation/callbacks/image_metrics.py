@@ -90,7 +90,10 @@ class ImageMetrics(ScoreCurve):
                     f"ImageMetrics: {one.metric} needs `reference`, the npz of `python -m evaluation.reference`, got "
                     f"{self.reference}."
                 )
-            self._references[one.metric] = read_reference(Path(self.reference), one, identity)
+            found = read_reference(Path(self.reference), one, identity)
+            count = len(self.prompts.captions)
+            self._networks.require_fit(one, count, found.count, found, self.reference)
+            self._references[one.metric] = found
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
         """See ScoreCurve."""

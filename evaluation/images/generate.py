@@ -1,4 +1,4 @@
-"""Making the images that are measured, each a function of its caption and its number alone."""
+"""Makers of the measured images; each image is a function of its caption and its number alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sdxs_lightning.families import Family
 
 
 class ImageMaker(Protocol):
-    """Whatever makes images: a student, a sampler, an exported pipeline, the renderer."""
+    """Makes images: a student, a sampler, an exported pipeline, the renderer."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
         """B captions and their numbers (B,) int64 to (B,3,H,W) uint8."""
@@ -38,12 +38,11 @@ class SampledImages:
     family: Family
     """Encodes the prompts, decodes the latents."""
     device: torch.device
-    """Where."""
+    """Device of the images."""
     seed: int = 0
     """Of the noise."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
-        """See ImageMaker."""
         with torch.no_grad():
             noise = normal(
                 self.seed, Stream.EVALUATION, sample_ids.to(self.device), self.family.latent_shape()
@@ -54,15 +53,14 @@ class SampledImages:
 
 @dataclass(frozen=True)
 class RealImages:
-    """The toy world's own pictures; their captions are those of the same split."""
+    """The toy world's real images; their captions are those of the same split."""
 
     split: Split
     """Of the toy world."""
     device: torch.device = torch.device("cpu")
-    """Where."""
+    """Device of the images."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
-        """See ImageMaker."""
         frames = np.stack([image_at(self.split, index) for index in sample_ids.tolist()])
         return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous().to(self.device)
 
@@ -77,7 +75,6 @@ class Reconstructions:
     """On the same device."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
-        """See ImageMaker."""
         images = from_uint8(self.real(captions, sample_ids))
         with torch.no_grad():
             return to_uint8(self.vae.decode(self.vae.encode(images).latent_dist.mode()).sample)

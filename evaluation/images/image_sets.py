@@ -1,14 +1,17 @@
-"""Images to judge or to compare with: a folder, a zip file or shards, numbered in an order that is the same everywhere."""
+"""Images to measure or to compare with: a folder, a zip file or shards, numbered in an order that is the same everywhere."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from PIL import Image
 
@@ -16,122 +19,161 @@ from data.shards.locations import is_remote
 from evaluation.images.shard_images import ShardImages, decoded_image
 from sdxs_lightning.core.errors import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+
+OTHER_SUFFIXES = (
+    ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".hdr", ".ico", ".dds",
+    ".raw", ".dng", ".apng", ".eps",
+)  # fmt: skip
+"""Of image formats that are not read; a set with such files is refused rather than measured without them."""
 
 
 class ImageSet(Protocol):
-    """Images by number. Sample i is the same image wherever the set lies; a source can be sent to another process."""
+    """Images by number. Image i is the same wherever the set lies; a set can be pickled to another process."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the images, in their order."""
+        """Relative paths of the images, in their order."""
 
     @property
     def formats(self) -> str:
-        """Endings that occur, joined by "+": "png", "jpg+png". JPEG alone moves FID by a tenth."""
+        """File endings, joined by "+": "png", "jpg+png". JPEG alone moves FID by a tenth."""
 
     def read(self, number: int) -> Image.Image:
-        """The image, RGB, decoded to its last row.
+        """The image, RGB, completely decoded.
 
         Raises:
             UserError: where it cannot be decoded.
         """
 
     def captions(self) -> list[str] | None:
-        """One an image, where the set holds them."""
+        """The caption of each image, where the set holds them."""
 
     def digest(self) -> str:
-        """16 hex digits over what the set holds: names and sizes in bytes, not the folder. Stands in results."""
+        """16 hex digits over the names and contents of the files, not over where they lie. Stands in results."""
 
     def stamp(self) -> str:
-        """16 hex digits that change when a file is written anew, be it as long as before. Not for results."""
+        """16 hex digits that change when a file is rewritten, even with the same size. Not for results."""
+
+
+def natural_order(name: str) -> tuple[list[int | str], str]:
+    """Sort key that puts `2.png` before `10.png`: numbers in a path compare as numbers."""
+    parts = re.split(r"([0-9]+)", name)  # text and numbers alternate, so that keys compare
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 class FolderImages:
-    """The images under a folder, sorted by their path.
+    """The images under a folder, in natural order of their paths.
 
     Args:
         folder: holds at least one image.
+
+    Raises:
+        UserError: for a linked folder inside it, images of a format that is not read, or a folder that cannot be listed.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names = sorted(
-            path.relative_to(folder).as_posix()
-            for path in folder.rglob("*")
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
-        )
+        files: list[Path] = []
+
+        def refuse(error: OSError) -> NoReturn:
+            raise UserError(f"'{error.filename}' cannot be listed ({error.strerror}).")
+
+        for root, folders, names in os.walk(folder, onerror=refuse):
+            linked = sorted(name for name in folders if os.path.islink(os.path.join(root, name)))
+            if linked:
+                raise UserError(
+                    f"'{os.path.join(root, linked[0])}' is a link to another folder, which is not followed; give that folder "
+                    "itself, or copy its images."
+                )
+            files += [Path(root, name) for name in names]
+        paths = [file.relative_to(folder).as_posix() for file in files]
+        self.names = image_names(paths, str(folder))
         self.formats = _formats(self.names)
+        self._digest = ("", "")
 
     def read(self, number: int) -> Image.Image:
-        """See ImageSet."""
         path = self.folder / self.names[number]
-        return decoded_image(path.read_bytes(), str(path))
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
+        return decoded_image(content, str(path))
 
     def captions(self) -> list[str] | None:
-        """From a .txt file beside each image, where all have one."""
+        """From a .txt file beside each image, where all have one.
+
+        Raises:
+            UserError: for a file without words or not in UTF-8, or where two images share one.
+        """
         files = [(self.folder / name).with_suffix(".txt") for name in self.names]
         if not all(file.is_file() for file in files):
             return None
-        return [file.read_text(encoding="utf-8-sig").strip() for file in files]
+        shared = next((file for file, count in Counter(files).items() if count > 1), None)
+        if shared is not None:
+            raise UserError(
+                f"two images have the caption file '{shared}'; give --captions FILE with their names instead."
+            )
+        return [_caption(file) for file in files]
 
     def digest(self) -> str:
-        """See ImageSet."""
-        return _digest(self.names, (os.path.getsize(self.folder / name) for name in self.names))
+        stamp = self.stamp()
+        if self._digest[0] != stamp:
+            with ThreadPoolExecutor(4) as threads:  # zlib lets go of the interpreter
+                sums = list(threads.map(_checksum, [self.folder / name for name in self.names]))
+            self._digest = stamp, _digest(self.names, sums)
+        return self._digest[1]
 
     def stamp(self) -> str:
-        """See ImageSet."""
-        return _digest(self.names, ((self.folder / name).stat().st_mtime_ns for name in self.names))
+        states = ((self.folder / name).stat() for name in self.names)
+        return _digest(self.names, (f"{state.st_mtime_ns} {state.st_size}" for state in states))
 
 
 class ZipImages:
-    """The images of a zip file, sorted by their path.
+    """The images of a zip file, in natural order of their paths.
 
     Args:
         path: of the file.
 
     Raises:
-        UserError: for a file that is no zip.
+        UserError: for a file that is not a zip file, or images of a format that is not read.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             with zipfile.ZipFile(path) as archive:
-                found = {
-                    info.filename: info.file_size
-                    for info in archive.infolist()
-                    if PurePosixPath(info.filename).suffix.lower() in SUFFIXES
-                    and not PurePosixPath(info.filename).name.startswith(".")
-                }
+                members = [info for info in archive.infolist() if not info.is_dir()]
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"'{path}' cannot be read as a zip file ({error}).") from error
-        self.names = sorted(found)
-        self._sizes = [found[name] for name in self.names]
+        found = {info.filename: f"{info.file_size} {info.CRC:08x}" for info in members}
+        self.names = image_names(found, str(path))
+        self._sums = [found[name] for name in self.names]
         self.formats = _formats(self.names)
         self._archive: zipfile.ZipFile | None = None
 
     def read(self, number: int) -> Image.Image:
-        """See ImageSet."""
         where = f"{self.path}, '{self.names[number]}'"
         try:
             self._archive = self._archive or zipfile.ZipFile(self.path)
             content = self._archive.read(self.names[number])
-        except (OSError, zipfile.BadZipFile) as error:
+        except (
+            Exception
+        ) as error:  # damaged archives raise zlib.error, NotImplementedError, RuntimeError (encrypted), ...
             raise UserError(f"{where}: cannot be read ({error}).") from error
         return decoded_image(content, where)
 
     def captions(self) -> list[str] | None:
-        """None: give a file of captions."""
+        """None: captions of a zip file come from --captions."""
         return None
 
     def digest(self) -> str:
         """See ImageSet; equal to that of the folder that was zipped."""
-        return _digest(self.names, self._sizes)
+        return _digest(self.names, self._sums)
 
     def stamp(self) -> str:
-        """See ImageSet."""
-        return _digest([self.path.name], [self.path.stat().st_mtime_ns])
+        state = self.path.stat()
+        return _digest([self.path.name], [f"{state.st_mtime_ns} {state.st_size}"])
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open file, which another process cannot use."""
@@ -158,19 +200,56 @@ def open_images(text: str) -> ImageSet:
     raise UserError(f"'{text}' is neither a folder of images nor a .zip file nor .tar shards.")
 
 
-def _filled(source: FolderImages | ZipImages, text: str) -> ImageSet:
-    if not source.names:
+def image_names(paths: Iterable[str], where: str) -> list[str]:
+    """The images among the paths, in natural order, without hidden files (macOS keeps copies under `._name`).
+
+    Raises:
+        UserError: for images of a format that is not read.
+    """
+    visible = [
+        path for path in paths if not PurePosixPath(path).name.startswith(".") and "__MACOSX/" not in path
+    ]
+    unread = sorted(path for path in visible if PurePosixPath(path).suffix.lower() in OTHER_SUFFIXES)
+    if unread:
+        raise UserError(
+            f"'{where}' holds {len(unread)} images of formats that are not read, the first of them '{unread[0]}'; convert "
+            f"them to one of {', '.join(SUFFIXES)}, or move them elsewhere."
+        )
+    return sorted(
+        (path for path in visible if PurePosixPath(path).suffix.lower() in SUFFIXES), key=natural_order
+    )
+
+
+def _filled(images: FolderImages | ZipImages, text: str) -> ImageSet:
+    if not images.names:
         raise UserError(f"'{text}' holds no image; images end in {', '.join(SUFFIXES)}.")
-    return source
+    return images
+
+
+def _caption(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"'{file}' is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    if not text:
+        raise UserError(f"'{file}' has no words; write a caption, or give --captions FILE.")
+    return text
 
 
 def _formats(names: Iterable[str]) -> str:
-    endings = Counter(PurePosixPath(name).suffix.lower()[1:].replace("jpeg", "jpg") for name in names)
-    return "+".join(sorted(endings))
+    same = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif"}
+    endings = (PurePosixPath(name).suffix.lower()[1:] for name in names)
+    return "+".join(sorted({same.get(ending, ending) for ending in endings}))
 
 
-def _digest(names: Sequence[str], sizes: Iterable[int]) -> str:
+def _checksum(file: Path) -> str:
+    """Size and CRC-32, which a zip file has of its members too."""
+    content = file.read_bytes()
+    return f"{len(content)} {zlib.crc32(content):08x}"
+
+
+def _digest(names: Sequence[str], states: Iterable[str]) -> str:
     """Without the folders that all names have in common, so that `val2014.zip` equals the folder `val2014`."""
     common = len(os.path.commonpath([os.path.dirname(name) for name in names])) if names else 0
-    lines = (f"{name[common:].lstrip('/')} {size}" for name, size in zip(names, sizes, strict=True))
+    lines = [f"{name[common:].lstrip('/')} {state}" for name, state in zip(names, states, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

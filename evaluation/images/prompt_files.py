@@ -1,10 +1,15 @@
-"""Prompts from the file that a user has: COCO's annotations, a list of lines, a CSV or parquet table."""
+"""Prompts from the files that users have: COCO's annotations, the usual prompt sets, lists of lines, tables.
+
+Read as they are published: PartiPrompts.tsv, MJHQ-30K's meta_data.json, GenEval's evaluation_metadata.jsonl, DrawBench.csv and
+HPSv2's json files (one a style, or all in one).
+"""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -12,24 +17,31 @@ from typing import Any
 
 import torch
 
+from evaluation.images.image_sets import SUFFIXES, natural_order
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.seeding import Stream, uniform
 
-CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT")
-NAME_COLUMNS = ("file_name", "filename", "image", "key", "__key__", "image_id")
+CAPTION_COLUMNS = ("caption", "text", "prompt", "prompts")
+"""Compared without case."""
+NAME_COLUMNS = ("file_name", "filename", "image", "key", "__key__", "image_id", "image_path")
+CATEGORY_COLUMNS = ("category", "tag", "style")
 DRAW_SEED = 2014
 """Of the subset of COCO's images; a smaller subset is the beginning of a larger one."""
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Captions in their order, with the image that each belongs to where the file says so."""
+    """Captions in their order, with what the file says about each."""
 
     captions: tuple[str, ...]
     names: tuple[str, ...] | None = None
     """File name or key of the image, for each caption."""
     origin: str = "list"
     """`list`: in published order. `coco`: one an image, the one with the smallest annotation id, by image id."""
+    categories: tuple[str, ...] | None = None
+    """Of each caption, where the file has them: PartiPrompts' Category, GenEval's tag, HPSv2's style."""
+    records: tuple[Mapping[str, Any], ...] | None = None
+    """The rows of a table or of a JSON Lines file, for the files that GenEval reads beside images."""
 
     def selection(self, count: int | None, source: str) -> PromptList:
         """What a protocol of `count` samples uses: the first of a list; of COCO's images a seeded subset.
@@ -45,62 +57,109 @@ class PromptList:
             return self
         if count > len(self.captions):
             raise UserError(
-                f"the protocol asks for {count} prompts, but '{source}' has {len(self.captions)}; give the whole file, or "
-                f"--samples {len(self.captions)}, which is another protocol hash."
+                f"the protocol asks for {count} prompts, but '{source}' has {len(self.captions)}; give the complete file, or "
+                f"--samples {len(self.captions)}, which has another protocol hash."
             )
         chosen = list(range(count))
         if self.origin == "coco":
             order = uniform(DRAW_SEED, Stream.EVALUATION, torch.arange(len(self.captions)))
             chosen = order.argsort(stable=True)[:count].tolist()
-        names = None if self.names is None else tuple(self.names[i] for i in chosen)
-        return PromptList(tuple(self.captions[i] for i in chosen), names, self.origin)
+        return self._at(chosen)
 
     def of_images(self, image_names: Sequence[str], source: str) -> list[str]:
-        """The caption of each image, by name where the file has names of these images, otherwise by position.
+        """The caption of each image, as `for_images`."""
+        return list(self.for_images(image_names, source).captions)
 
-        Images that are numbered rather than named as COCO's stand in the order of the selection of as many prompts. A name
-        matches without its folder and its ending, so that a PNG finds the caption of COCO's JPEG.
+    def for_images(self, image_names: Sequence[str], source: str) -> PromptList:
+        """The entry of each image: by name where the file has names, by position otherwise.
+
+        A name matches by its relative path without the ending (a PNG finds the caption of COCO's JPEG), then by its file name
+        alone where that is unambiguous, then, for COCO, by the image id. Images that are numbered from 0 or 1 on stand for
+        COCO's selection of as many prompts.
 
         Raises:
-            UserError: for an image without a caption, or another number of captions than images.
+            UserError: for an image without a caption or with several, or another number of captions than images.
         """
         if self.names is not None:
-            by_name = {_stem(name): caption for name, caption in zip(self.names, self.captions, strict=True)}
-            missing = [name for name in image_names if _stem(name) not in by_name]
-            if not missing:
-                return [by_name[_stem(name)] for name in image_names]
-            if len(missing) < len(image_names):
-                raise UserError(
-                    f"'{source}' has no caption for {len(missing)} of {len(image_names)} images, the first of them "
-                    f"'{missing[0]}'; its names have to be those of the images."
-                )
-        if self.origin == "coco" and len(self.captions) > len(image_names):
-            return list(self.selection(len(image_names), source).captions)
+            if self.origin == "coco" and _are_counted(image_names) and not self._shares_names(image_names):
+                return self.selection(len(image_names), source)
+            matched = self._by_name(image_names, source)
+            if matched is not None:
+                return self._at(matched)
+            raise UserError(
+                f"none of the names in '{source}' (the first is '{self.names[0]}') is that of an image (the first is "
+                f"'{image_names[0]}'); give a table with the images' names, or a list of captions in the images' order."
+            )
         if len(self.captions) != len(image_names):
             raise UserError(
                 f"{len(image_names)} images and {len(self.captions)} captions in '{source}'; give one caption an image, in "
                 "the order of the images' names, or a table with the images' names."
             )
-        return list(self.captions)
+        return self
 
     def digest(self) -> str:
-        """16 hex digits over the captions, in whatever order: that of images in a folder is not that of their prompts."""
+        """16 hex digits over the captions in their order."""
         return captions_digest(self.captions)
+
+    def _by_name(self, image_names: Sequence[str], source: str) -> list[int] | None:
+        """The caption's position for each image; None if no name matches."""
+        assert self.names is not None
+        key = _file_name if self._shares_names(image_names) else _image_id
+        by_path, by_file = _places(self.names, without_ending), _places(self.names, key)
+        found, missing = [], []
+        for name in image_names:
+            places = by_path.get(without_ending(name)) or by_file.get(key(name) or "", [])
+            if len(places) > 1:
+                raise UserError(
+                    f"'{source}' has {len(places)} captions for '{name}' (rows {places[0] + 1} and {places[1] + 1}); write "
+                    "paths relative to the folder of the images into it, each once."
+                )
+            found += places
+            missing += [] if places else [name]
+        if not found:
+            return None
+        if missing:
+            raise UserError(
+                f"'{source}' has no caption for {len(missing)} of {len(image_names)} images, the first of them "
+                f"'{missing[0]}'; its names must be those of the images."
+            )
+        if len(set(found)) < len(found):
+            row = next(place for place, count in Counter(found).items() if count > 1)
+            raise UserError(
+                f"several images are called '{self.names[row]}', so that '{source}' does not tell their captions apart; write "
+                "paths relative to the folder of the images into it."
+            )
+        return found
+
+    def _shares_names(self, image_names: Sequence[str]) -> bool:
+        """Whether file names are compared rather than COCO's image ids."""
+        assert self.names is not None
+        held = {_file_name(name) for name in self.names}
+        return self.origin != "coco" or any(_file_name(name) in held for name in image_names)
+
+    def _at(self, positions: Sequence[int]) -> PromptList:
+        def picked(values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+            return None if values is None else tuple(values[position] for position in positions)
+
+        captions = picked(self.captions) or ()
+        return PromptList(
+            captions, picked(self.names), self.origin, picked(self.categories), picked(self.records)
+        )
 
 
 def captions_digest(captions: Sequence[str]) -> str:
-    """16 hex digits over captions, in whatever order."""
-    return hashlib.sha256("\n".join(sorted(captions)).encode()).hexdigest()[:16]
+    """16 hex digits over captions in their order: which caption belongs to which image decides CLIP score."""
+    return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()[:16]
 
 
 def read_prompts(path: str | Path) -> PromptList:
-    """Reads a file of captions by its ending: .json (COCO annotations or a list), .txt, .csv, .tsv, .parquet.
+    """Reads a file of captions by its ending (.json, .txt, .jsonl, .csv, .tsv, .parquet), or a folder of .txt files.
 
     Raises:
-        UserError: for a file that is not there, not readable as what its ending says, or has a caption without words.
+        UserError: for a file that is missing, cannot be read as what its ending says, or has an empty caption.
     """
     path = Path(path)
-    reader = _READERS.get(path.suffix.lower())
+    reader = _folder if path.is_dir() else _READERS.get(path.suffix.lower())
     if reader is None:
         raise UserError(
             f"--captions '{path}' ends in '{path.suffix}'; it takes {', '.join(_READERS)} (COCO's captions_val2014.json is "
@@ -110,8 +169,10 @@ def read_prompts(path: str | Path) -> PromptList:
         found = reader(path)
     except FileNotFoundError:
         raise UserError(f"--captions '{path}': there is no such file.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"--captions '{path}' cannot be read as {path.suffix[1:]} ({error}).") from error
+    except Exception as error:  # parsers raise a dozen kinds: csv.Error, RecursionError, pyarrow's, ...
+        raise UserError(
+            f"--captions '{path}' cannot be read as {path.suffix[1:] or 'a folder'} ({error})."
+        ) from error
     empty = next((i for i, caption in enumerate(found.captions) if not caption.strip()), None)
     if empty is not None or not found.captions:
         what = "holds no caption" if empty is None else f"has a caption without words (number {empty + 1})"
@@ -137,21 +198,80 @@ def _json(path: Path) -> PromptList:
     content = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(content, dict) and "annotations" in content:
         return _coco(content)
+    if isinstance(content, dict) and content:
+        values = list(content.values())
+        if all(isinstance(value, dict) for value in values):  # MJHQ-30K: by the image's key
+            return _table([{"key": key, **value} for key, value in content.items()])
+        if all(isinstance(value, list) for value in values):  # HPSv2: lists by style
+            rows = [(style, prompt) for style, prompts in content.items() for prompt in prompts]
+            return _listed([prompt for _, prompt in rows], tuple(style for style, _ in rows))
     if not isinstance(content, list):
         raise ValueError("neither a list nor COCO's `images` and `annotations`")
+    return _listed(content)
+
+
+def _listed(content: Sequence[Any], categories: tuple[str, ...] | None = None) -> PromptList:
     if all(isinstance(one, str) for one in content):
-        return PromptList(tuple(content))
+        return PromptList(tuple(content), categories=categories)
     return _table(content)
 
 
+def _json_lines(path: Path) -> PromptList:
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return _listed([json.loads(line) for line in lines if line.strip()])
+
+
 def _text(path: Path) -> PromptList:
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    return PromptList(tuple(line.strip() for line in lines if line.strip()))
+    # Not splitlines: a caption may hold U+2028 and the like, and captions and images would no longer correspond.
+    # An empty line between others is no caption either, and is refused: those after it would belong to other images.
+    lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    return PromptList(tuple(line.strip() for line in lines if lines != [""]))
+
+
+def _folder(path: Path) -> PromptList:
+    """One prompt a .txt file, as DPG-Bench publishes them."""
+    files = sorted(path.glob("*.txt"), key=lambda file: natural_order(file.name))
+    texts = tuple(file.read_text(encoding="utf-8-sig").strip() for file in files)
+    return PromptList(texts, tuple(file.stem for file in files))
 
 
 def _csv(path: Path) -> PromptList:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return _table(list(csv.DictReader(file, dialect="excel-tab" if path.suffix == ".tsv" else "excel")))
+        rows = list(csv.reader(file, strict=True))
+    return _table(_rows(rows))
+
+
+def _tsv(path: Path) -> PromptList:
+    """PartiPrompts has unquoted fields that begin with a quotation mark, which would swallow the following lines."""
+    content = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
+    lines = [line.split("\t") for line in content.split("\n") if line]
+    if any(len(line) != len(lines[0]) for line in lines):
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = list(csv.reader(file, dialect="excel-tab", strict=True))
+    else:
+        lines = [[_unquoted(cell) for cell in line] for line in lines]
+    return _table(_rows(lines))
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1]
+    quoted = len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if quoted else cell
+
+
+def _rows(lines: Sequence[Sequence[str]]) -> list[dict[str, str]]:
+    """Rows by the names of the first line.
+
+    Raises:
+        ValueError: for a row of another number of cells, whose captions would be those of another column.
+    """
+    if not lines:
+        return []
+    header, *rows = lines
+    for number, row in enumerate(rows, start=2):
+        if row and len(row) != len(header):
+            raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
+    return [dict(zip(header, row, strict=True)) for row in rows if row]
 
 
 def _parquet(path: Path) -> PromptList:
@@ -163,22 +283,66 @@ def _parquet(path: Path) -> PromptList:
 def _table(rows: Sequence[Mapping[str, Any]]) -> PromptList:
     if not rows:
         return PromptList(())
-    caption = next((name for name in CAPTION_COLUMNS if name in rows[0]), None)
+    caption = _column(rows[0], CAPTION_COLUMNS)
     if caption is None:
         raise ValueError(f"no column named {', '.join(CAPTION_COLUMNS)}, but {', '.join(map(str, rows[0]))}")
-    name = next((name for name in NAME_COLUMNS if name in rows[0]), None)
+    name, category = _column(rows[0], NAME_COLUMNS), _column(rows[0], CATEGORY_COLUMNS)
     names = None if name is None else tuple(str(row[name]) for row in rows)
-    return PromptList(tuple(str(row[caption] or "").strip() for row in rows), names)
+    if name is not None and any(not isinstance(row[name], str | int) for row in rows):
+        names = None  # HPSv2's image_path is a list of the compared images
+    return PromptList(
+        tuple(str(row[caption] or "").strip() for row in rows),
+        names,
+        categories=None if category is None else tuple(str(row.get(category) or "none") for row in rows),
+        records=tuple(rows),
+    )
 
 
-def _stem(name: str) -> str:
-    return PurePosixPath(name).stem
+def _column(row: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
+    """The first wanted column that the table has, without regard to case."""
+    there = {str(name).strip().lower(): name for name in reversed(list(row))}
+    return next((there[name] for name in wanted if name in there), None)
+
+
+def _places(names: Sequence[str], key: Callable[[str], str | None]) -> dict[str, list[int]]:
+    """Positions by key, for names that have one."""
+    places: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        if (found := key(name)) is not None:
+            places.setdefault(found, []).append(position)
+    return places
+
+
+def without_ending(name: str) -> str:
+    """The path without the ending of an image."""
+    path = PurePosixPath(name)
+    return (path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).as_posix()
+
+
+def _file_name(name: str) -> str:
+    return PurePosixPath(without_ending(name)).name
+
+
+def _image_id(name: str) -> str | None:
+    """The number at the end of a COCO file name, without zeros in front."""
+    digits = _file_name(name).rpartition("_")[2]
+    return str(int(digits)) if digits.isascii() and digits.isdigit() else None
+
+
+def _are_counted(names: Sequence[str]) -> bool:
+    """Whether the images are called 0, 1, 2, ... or 1, 2, 3, ..., with or without zeros in front."""
+    stems = [_file_name(name) for name in names]
+    if not all(stem.isascii() and stem.isdigit() for stem in stems):
+        return False
+    numbers = [int(stem) for stem in stems]
+    return numbers == list(range(numbers[0], numbers[0] + len(numbers))) and numbers[0] in (0, 1)
 
 
 _READERS: dict[str, Callable[[Path], PromptList]] = {
     ".json": _json,
     ".txt": _text,
+    ".jsonl": _json_lines,
     ".csv": _csv,
-    ".tsv": _csv,
+    ".tsv": _tsv,
     ".parquet": _parquet,
 }

@@ -1,7 +1,8 @@
-"""Where the images of a measurement come from: a model that makes them, or files; each is a function of its number."""
+"""The images of a measurement: made by a model, or read from files; each is a function of its number."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from evaluation.images.image_sets import ImageSet
+from evaluation.images.prompt_files import captions_digest
 from evaluation.networks.image_steps import apply_steps, still_to_do
-from evaluation.protocols.protocols import hash_weights
+from evaluation.protocols.protocols import hash_model
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
@@ -41,13 +43,13 @@ class Samples(Protocol):
 
     @property
     def are_files(self) -> bool:
-        """Whether reading them keeps the processor busy rather than the networks' device."""
+        """Whether they are read by the processor rather than made on the networks' device."""
 
     def open(self, device: torch.device) -> Reader:
-        """Load what makes or reads them."""
+        """Load the model, or open the files."""
 
     def origin(self) -> dict[str, Any]:
-        """What the images depend on: another origin, other images."""
+        """Everything that the images depend on, for JSON."""
 
     def prepare(self, image: Image.Image, number: int, steps: Sequence[str]) -> Image.Image:
         """An image through the steps of a protocol."""
@@ -60,7 +62,7 @@ class PipelineImages:
     pipeline: Any
     """A text-to-image pipeline of Stable Diffusion's or SDXL's kind."""
     steps: int
-    """Network calls."""
+    """Sampling steps."""
     guidance_scale: float
     """1 means none."""
     seed: int
@@ -94,14 +96,14 @@ class PipelineImages:
 
 @dataclass(frozen=True)
 class ModelSamples:
-    """What a pipeline folder makes of captions."""
+    """Images that a pipeline folder makes of captions."""
 
     model: str
     """Diffusers folder."""
     prompts: tuple[str, ...]
     """Sample i is made from the i-th."""
     steps: int = 1
-    """Network calls."""
+    """Sampling steps."""
     guidance_scale: float = 1.0
     """1 means none."""
     seed: int = 0
@@ -116,16 +118,14 @@ class ModelSamples:
 
     @property
     def count(self) -> int:
-        """See Samples."""
         return len(self.prompts)
 
     @property
     def formats(self) -> str:
-        """See Samples."""
         return "lossless"
 
     def check(self) -> None:
-        """Before anything heavy.
+        """Check the folder before anything is loaded.
 
         Raises:
             UserError: if there is no pipeline in the folder.
@@ -134,6 +134,14 @@ class ModelSamples:
             raise UserError(
                 f"no diffusers pipeline at {self.model} (model_index.json is missing); --model takes its folder"
             )
+
+    def switched_off(self) -> list[str]:
+        """Parts of the model folder that a measurement does without."""
+        named = json.loads((Path(self.model) / "model_index.json").read_text())
+        checker = ["the safety checker"] if (named.get("safety_checker") or [None])[0] is not None else []
+        return checker + (
+            ["SDXL's watermark"] if "StableDiffusionXL" in str(named.get("_class_name")) else []
+        )
 
     def maker(self, device: torch.device) -> PipelineImages:
         """The pipeline, loaded.
@@ -144,14 +152,13 @@ class ModelSamples:
         self.check()
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()  # of files; they tear the command's own progress apart
-        pipeline = DiffusionPipeline.from_pretrained(self.model).to(device, DTYPES[self.precision])
+        pipeline = load_pipeline(self.model).to(device, DTYPES[self.precision])
         pipeline.set_progress_bar_config(disable=True)
         if self.image_px is not None and self.image_px % pipeline.vae_scale_factor:
             raise UserError(f"--image_px {self.image_px} is no multiple of {pipeline.vae_scale_factor}.")
         return PipelineImages(pipeline, self.steps, self.guidance_scale, self.seed, self.image_px)
 
     def open(self, device: torch.device) -> Reader:
-        """See Samples."""
         maker = self.maker(device)
 
         def make(numbers: Sequence[int]) -> list[Image.Image]:
@@ -161,9 +168,9 @@ class ModelSamples:
         return make
 
     def origin(self) -> dict[str, Any]:
-        """See Samples."""
         return {
-            "model_sha256": hash_weights(self.model),
+            "model_sha256": hash_model(self.model),
+            "prompts_sha256": captions_digest(self.prompts),
             "nfe": self.steps,
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
@@ -172,7 +179,6 @@ class ModelSamples:
         }
 
     def prepare(self, image: Image.Image, number: int, steps: Sequence[str]) -> Image.Image:
-        """See Samples."""
         return apply_steps(image, steps)
 
 
@@ -190,28 +196,42 @@ class StoredSamples:
 
     @property
     def count(self) -> int:
-        """See Samples."""
         return len(self.source.names) if self.first is None else self.first
 
     @property
     def formats(self) -> str:
-        """See Samples."""
-        lossy = {"jpg", "webp"} & set(self.source.formats.split("+"))
+        lossy = {"jpg", "webp", "avif", "gif"} & set(self.source.formats.split("+"))
         return self.source.formats if lossy else "lossless"
 
     def open(self, device: torch.device) -> Reader:
-        """See Samples."""
         return lambda numbers: [self.source.read(number) for number in numbers]
 
     def origin(self) -> dict[str, Any]:
-        """See Samples."""
         return {"images_sha256": self.source.digest(), "stamp": self.source.stamp()}
 
     def prepare(self, image: Image.Image, number: int, steps: Sequence[str]) -> Image.Image:
         """See Samples; the steps that its file shows to have been taken are left out."""
         name = self.source.names[number].lower()
-        from_jpeg = name.endswith((".jpg", ".jpeg")) or self.source.formats == "jpg"
+        from_jpeg = name.endswith((".jpg", ".jpeg", ".jfif")) or self.source.formats == "jpg"
         return apply_steps(image, still_to_do(steps, from_jpeg, image.size))
+
+
+def load_pipeline(folder: str | Path) -> Any:
+    """A pipeline as it is measured: without safety checker, which returns black images, and without SDXL's watermark."""
+    named = json.loads((Path(folder) / "model_index.json").read_text())
+    options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    if "safety_checker" in named:
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    if "StableDiffusionXL" in str(named.get("_class_name")):
+        options["add_watermarker"] = False
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
+    assert getattr(pipeline, "safety_checker", None) is None and getattr(pipeline, "watermark", None) is None
+    return pipeline
+
+
+def is_constant(image: Image.Image) -> bool:
+    """Whether all pixels are equal, as in the black images of a safety checker or of overflow in half precision."""
+    return all(low == high for low, high in image.convert("RGB").getextrema())  # type: ignore[misc]
 
 
 def stacked(images: Sequence[Image.Image], device: torch.device) -> Tensor:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import io
+import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from data.shards.decoders import (
@@ -17,12 +20,15 @@ from data.shards.decoders import (
     JSON_MEMBER,
     BadSampleError,
     decode,
-    decode_image,
 )
+from data.shards.images import MAX_PIXELS
 from data.shards.index import ShardSet
 from data.shards.locations import is_remote
 from data.shards.store import ShardFile, ShardStore
 from sdxs_lightning.core.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""Pillow's decoders that are used; others (EPS runs Ghostscript) are not reached."""
 
 INDEX_FOLDER = Path.home() / ".cache" / "sdxs-lightning" / "shard-index"
 """Indexes of remote shards."""
@@ -64,7 +70,6 @@ class ShardImages:
         self._ends = list(accumulate(self._shards.sizes))
 
     def read(self, number: int) -> Image.Image:
-        """See ImageSet."""
         _, content, where = self._member(number, IMAGE_MEMBERS)
         if content is None:
             raise UserError(f"{where}: there is no image ({', '.join(IMAGE_MEMBERS)}) in this sample.")
@@ -88,11 +93,9 @@ class ShardImages:
         return texts
 
     def digest(self) -> str:
-        """See ImageSet."""
         return self._shards.fingerprint[:16]
 
     def stamp(self) -> str:
-        """See ImageSet."""
         places = [shard.location for shard in self._shards.shards]
         stamps = [self._store.stamp(place) for place in places]
         return hashlib.sha256(repr(list(zip(places, stamps, strict=True))).encode()).hexdigest()[:16]
@@ -129,16 +132,39 @@ class ShardImages:
 
 
 def decoded_image(content: bytes, where: str) -> Image.Image:
-    """The image, RGB, decoded to its last row.
+    """The image as RGB, completely decoded, as `Image.open(...).convert("RGB")` of clean-fid, torch-fidelity and pytorch-fid.
+
+    That is: an alpha channel is dropped, not composed over a background, and the EXIF orientation is left alone. Only 16-bit
+    grey differs: its upper 8 bits are taken, where Pillow's conversion clips nearly all of it to white.
 
     Args:
         content: of a file.
         where: names the file in messages.
 
     Raises:
-        UserError: where it cannot be decoded.
+        UserError: where it cannot be decoded, or holds several images.
     """
     try:
-        return decode_image(content, where)
-    except BadSampleError as error:
-        raise UserError(str(error)) from error
+        opened = Image.open(io.BytesIO(content), formats=FORMATS)
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
+        frames = getattr(opened, "n_frames", 1)
+        if opened.format != "MPO" and frames > 1:
+            raise UserError(
+                f"{where}: holds {frames} images (an animation, or pages); store one image a file."
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of palettes with transparency, and of damaged EXIF
+            opened.load()
+            converted = opened.convert("RGB")
+        if opened.mode.startswith("I;16"):
+            return Image.fromarray((np.asarray(opened).astype(np.uint16) >> 8).astype(np.uint8)).convert(
+                "RGB"
+            )
+        if opened.mode in ("I", "F"):
+            raise ValueError(f"its pixels are 32-bit numbers (mode {opened.mode}); store 8 or 16 bits")
+        return converted
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
+        raise UserError(f"{where}: the image cannot be decoded ({error}).") from error

@@ -1,4 +1,4 @@
-"""Caption accuracy: does the image show what the caption states, attribute by attribute, in the eyes of a classifier."""
+"""Caption accuracy: whether the image shows what the caption states, attribute by attribute, according to a classifier."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evaluation.networks.network_features import full_precision
 
 
 class Classifier(Protocol):
-    """What reads attributes off images; data/toy/classifier.py has the one of the toy world."""
+    """Reads attributes off images; data/toy/training/classifier.py has the one of the toy world."""
 
     def right(self, images_uint8: Tensor, captions: Sequence[str]) -> Tensor:
         """(B, n) bool: whether each attribute is as the caption states it; True where it states nothing."""
@@ -32,8 +32,8 @@ class CaptionAccuracy(SampledMetric):
     """Share of stated attributes that are right, and share of images with all of them right.
 
     Args:
-        classifier: the judge; its weights are in no checkpoint unless the caller registers it elsewhere.
-        stated: which columns of the classifier's answer the captions state.
+        classifier: reads the attributes; its weights are in no checkpoint unless the caller registers it elsewhere.
+        stated: which attributes the captions state.
     """
 
     higher_is_better = True

@@ -1,4 +1,4 @@
-"""CLIP score: how well images fit their captions in the eyes of a CLIP model; and preference scores, which are CLIP's too."""
+"""CLIP score and preference scores: cosines of images and captions in the features of a CLIP model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ClipScore(PerImageMetric):
     """Mean of 100 * cos(image, caption), not clamped at zero.
 
     Args:
-        clip: the judge; its weights are in no checkpoint.
+        clip: the model; its weights are in no checkpoint.
         scale: what the cosine is multiplied by.
         name: of the number.
 
@@ -47,7 +47,7 @@ class PreferenceScore(ClipScore):
     """A CLIP that was trained on people's choices between images of one prompt: PickScore, HPSv2.
 
     Args:
-        clip: the judge, with the weights of the preference model.
+        clip: the preference model.
         scale: what the cosine is multiplied by; None: the checkpoint's own exp(logit_scale), as PickScore's authors do
             (about 100). HPSv2's authors use 1.
         name: of the number.

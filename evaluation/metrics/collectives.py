@@ -1,4 +1,4 @@
-"""Rows that lie on several ranks: gathering them, and finding those that more than one rank has."""
+"""Gathering rows from several ranks, and finding rows that more than one rank has."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_ID = -1
 
 
 def collective_device(device: torch.device, group: Any | None = None) -> torch.device:
-    """Where tensors have to lie to be sent: gloo takes them from the CPU, NCCL from the metric's GPU."""
+    """Device of tensors that are sent: the CPU for gloo, the metric's GPU for NCCL."""
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
 
 
@@ -26,7 +26,7 @@ def all_gather_rows(rows: Tensor, device: torch.device, group: Any | None = None
 
 
 def gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) -> Tensor:
-    """Rows (n_rank, k) of every rank one below the other on the first rank; the others get none."""
+    """Rows (n_rank, k) of all ranks, concatenated on the first rank; the others get none."""
     padded, sizes = _padded(rows.to(collective_device(device, group)), group)
     first = dist.get_rank(group) == 0
     parts = [torch.empty_like(padded) for _ in sizes] if first else None
@@ -37,7 +37,7 @@ def gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) ->
 
 
 def global_rank(rank: int, group: Any | None = None) -> int:
-    """The number among all processes of a rank of a group."""
+    """The global rank of a rank within a group."""
     return rank if group is None else dist.get_global_rank(group, rank)
 
 

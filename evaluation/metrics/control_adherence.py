@@ -1,4 +1,4 @@
-"""Control adherence: does an image show the edges, or the depth, that it was asked for?"""
+"""Control adherence: whether an image shows the edges, or the depth, of its control image."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ class ControlAdherence(PerImageMetric):
         return self.between(torch.from_numpy(made).permute(0, 3, 1, 2), controls_uint8.cpu()).unsqueeze(1)
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """Refused: captions do not say what was asked for."""
+        """Refused: captions do not describe the control image."""
         raise ValueError(f"{self.title} needs control images; use update_with(images_uint8, controls_uint8)")
 
-    def between(self, made: Tensor, asked: Tensor) -> Tensor:
-        """Conditions (B,3,H,W) uint8, of the images and as asked for, to a number each: (B,), float64."""
+    def between(self, made: Tensor, wanted: Tensor) -> Tensor:
+        """Conditions (B,3,H,W) uint8, of the images and of the control images, to a number each: (B,), float64."""
         raise NotImplementedError
 
 
 class EdgeAdherence(ControlAdherence):
-    """F1 of edge pixels: 1 where all edges that were asked for are there, and no others.
+    """F1 of edge pixels: 1 where the image has all edges of the control image, and no others.
 
     Args:
         condition: an edge detector; white (128 and up) on black.
@@ -76,9 +76,9 @@ class EdgeAdherence(ControlAdherence):
         super().__init__(condition, name)
         self.tolerance_px = tolerance_px
 
-    def between(self, made: Tensor, asked: Tensor) -> Tensor:
+    def between(self, made: Tensor, wanted: Tensor) -> Tensor:
         """See ControlAdherence; 1 where neither has an edge."""
-        sides = [(side.amax(1, keepdim=True) >= 128).double() for side in (made, asked)]
+        sides = [(side.amax(1, keepdim=True) >= 128).double() for side in (made, wanted)]
         reach = 2 * self.tolerance_px + 1
         near = [max_pool2d(side, reach, stride=1, padding=self.tolerance_px) for side in sides]
         counts = [side.sum((1, 2, 3)) for side in sides]
@@ -103,6 +103,5 @@ class DepthAdherence(ControlAdherence):
     def __init__(self, condition: ImageCondition, name: str = "depth_error") -> None:
         super().__init__(condition, name)
 
-    def between(self, made: Tensor, asked: Tensor) -> Tensor:
-        """See ControlAdherence."""
-        return (made.double() - asked.double()).square().mean((1, 2, 3)).sqrt()
+    def between(self, made: Tensor, wanted: Tensor) -> Tensor:
+        return (made.double() - wanted.double()).square().mean((1, 2, 3)).sqrt()

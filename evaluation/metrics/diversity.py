@@ -71,7 +71,7 @@ def diversity(
         captions: the prompts.
         clip: whose features.
         samples_per_prompt: at least 2.
-        advance: told how many images were made.
+        advance: called with the number of images that were made.
 
     Raises:
         ValueError: for fewer than two samples, or no prompt.

@@ -1,4 +1,4 @@
-"""Base of distances that need the features of both sets side by side, not only their sums."""
+"""Base of distances that need the features of both sets, not only their sums."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evaluation.metrics.sampled import SampledMetric
 
 
 class FeatureSetMetric(SampledMetric):
-    """Features of both sides come together on the first rank, which computes and tells the others.
+    """Features of both sides are gathered on the first rank, which computes and broadcasts the numbers.
 
     Args:
         features: a feature network, or any callable from (B,3,H,W) uint8 images to (B, d) float32 features.
@@ -25,7 +25,7 @@ class FeatureSetMetric(SampledMetric):
 
     row_dtype = torch.float32
     least = 2
-    """Images that each side needs."""
+    """Smallest number of images on each side."""
 
     def __init__(
         self, features: Callable[[Tensor], Tensor], reference: Tensor | None, names: tuple[str, ...]
@@ -60,22 +60,21 @@ class FeatureSetMetric(SampledMetric):
         return found if len(found) > 1 else found[self.names[0]]
 
     def estimate(self) -> dict[str, Estimate]:
-        """See SampledMetric."""
         for side in self.sides:
             count = self._counts[side] if self._is_synced else len(self.rows_of(side)[0])
             if count < self.least:
                 raise ValueError(f"{self.title} needs at least {self.least} {side} images, got {count}")
         if not self._is_synced:
             return dict(zip(self.names, self._between(), strict=True))
-        return self._told()
+        return self._broadcast()
 
     def _between(self) -> list[Estimate]:
         fake = self.rows_of("fake")[0].to(self.device)
         real = self.rows_of("real")[0] if self.reference is None else self.reference
         return self.between(fake, real.to(self.device))
 
-    def _told(self) -> dict[str, Estimate]:
-        """Computed on the first rank, sent to all."""
+    def _broadcast(self) -> dict[str, Estimate]:
+        """Computed on the first rank and sent to all."""
         blank = float("nan")
         table = torch.full((len(self.names), 5), blank, dtype=torch.float64)
         if dist.get_rank(self.process_group) == 0:

@@ -21,7 +21,7 @@ class SampledMetric(Metric):
     the result depends neither on the batch size nor on the number of ranks. `compute` and `estimates` are collective: all
     ranks call them, also those without an image.
 
-    A subclass says in `measure` what is kept of an image. Metrics of the same network share the work: measure once, then
+    A subclass defines in `measure` what is kept of an image. Metrics of the same network share the work: measure once, then
     `add` the rows to each.
 
     Args:
@@ -32,9 +32,9 @@ class SampledMetric(Metric):
     higher_is_better: bool | None = None
     is_differentiable = False
     row_dtype = torch.float64
-    """Of the rows; an empty rank has to know it."""
+    """Of the rows; a rank without images needs it too."""
     names: tuple[str, ...] = ()
-    """What the numbers are called, in the order of `values`."""
+    """Names of the numbers."""
 
     def __init__(self, sides: tuple[str, ...] = ("fake",)) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class SampledMetric(Metric):
 
     @property
     def source(self) -> object:
-        """What `measure` asks: metrics with the same source take each other's rows."""
+        """The network that `measure` calls: metrics with the same source accept each other's rows."""
         return self
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
@@ -91,8 +91,7 @@ class SampledMetric(Metric):
             )
         if not torch.isfinite(rows).all():
             raise ValueError(
-                f"{self.title}: what was measured of the images is not finite; look at the weights of the judge and at the "
-                "images"
+                f"{self.title}: the network's output is not finite; check its weights and the images"
             )
         self._computed = None  # what torchmetrics remembers between updates
         self._update_count += 1
@@ -113,7 +112,7 @@ class SampledMetric(Metric):
 
     @property
     def title(self) -> str:
-        """For messages."""
+        """The metric's name in messages."""
         return self.names[0] if self.names else type(self).__name__
 
     def rows_of(self, side: str) -> tuple[Tensor, Tensor]:
@@ -132,19 +131,19 @@ class SampledMetric(Metric):
             return self.estimate()
 
     def estimate(self) -> dict[str, Estimate]:
-        """What `estimates` returns, once the ranks have exchanged their rows."""
+        """The result of `estimates`, after the ranks have exchanged their rows."""
         raise NotImplementedError
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None
     ) -> None:
-        """Leave each row on one rank only, then let the subclass bring together what it needs."""
+        """Keep each row on one rank only, then let the subclass gather what it needs."""
         group = process_group or self.process_group
         for side in self.sides:
             self._exchange(side, own_share(self.rows_of(side)[1], self.device, group), group)
 
     def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
-        """Bring together the rows (of `rows_of`) that count: every rank gets every row, as is right for a few numbers each."""
+        """Gather the rows (of `rows_of`) that count on every rank, which suits rows of a few numbers."""
         rows, ids = (each[kept] for each in self.rows_of(side))
         both = [torch.cat(all_gather_rows(each, self.device, group)) for each in (rows, ids.unsqueeze(1))]
         setattr(self, f"{side}_rows", [both[0]])
@@ -156,7 +155,7 @@ class PerImageMetric(SampledMetric):
 
     @property
     def count(self) -> int:
-        """Images, duplicates left out: of this rank."""
+        """Number of images on this rank, without duplicates."""
         return len(self.rows_of("fake")[0])
 
     def compute(self) -> Tensor:
@@ -168,7 +167,6 @@ class PerImageMetric(SampledMetric):
         return torch.tensor(self.estimate()[self.names[0]].value, dtype=torch.float64, device=self.device)
 
     def estimate(self) -> dict[str, Estimate]:
-        """See SampledMetric."""
         rows = self.rows_of("fake")[0]
         if len(rows) == 0:
             raise ValueError(f"{self.title} needs at least 1 image, got 0")

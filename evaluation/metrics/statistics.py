@@ -41,7 +41,7 @@ class FeatureStatistics:
         features = features.double()
         if not torch.isfinite(features).all():
             raise ValueError(
-                "features to take statistics of are not finite; look at the feature network's weights"
+                "features to take statistics of are not finite; check the feature network's weights"
             )
         count, dimensions = features.shape
         mean = features.mean(0)
@@ -93,9 +93,9 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             mean, covariance = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
-            count = int(archive["n"]) if "n" in archive else 0
+            count = archive["n"] if "n" in archive else np.int64(0)
             stored = json.loads(str(archive["protocol"])) if "protocol" in archive else {}
-    except (KeyError, ValueError, OSError, AttributeError) as error:
+    except Exception as error:  # damaged archives raise a dozen kinds: BadZipFile, EOFError, zlib.error, ...
         raise ValueError(
             f"{path} holds no statistics of features (npz with `mu` and `sigma`): {error}"
         ) from error
@@ -104,7 +104,41 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
         raise ValueError(
             f"{path}: `mu` {mean.shape} and `sigma` {covariance.shape} are no mean (d,) and covariance (d, d) of finite numbers"
         )
-    return torch.from_numpy(mean), torch.from_numpy(covariance), count, stored
+    if (
+        count.shape != ()
+        or count.dtype.kind not in "iu"
+        or int(count) < 0
+        or int(count) == 1
+        or not isinstance(stored, dict)
+    ):
+        raise ValueError(
+            f"{path}: `n` is {count.tolist()}, but statistics are of 2 or more images, and `protocol` has to be a JSON object"
+        )
+    _check_covariance(covariance, path)
+    return torch.from_numpy(mean), torch.from_numpy(covariance), int(count), stored
+
+
+def _check_covariance(covariance: np.ndarray[Any, Any], path: Path) -> None:
+    """A matrix that is not a covariance gives distances that are not distances: with -I, FID came out as 0.
+
+    Raises:
+        ValueError: unless it is symmetric and positive semi-definite, up to the rounding of float32 sums.
+    """
+    scale = float(np.abs(covariance).max(initial=0.0))
+    asymmetry = float(np.abs(covariance - covariance.T).max(initial=0.0))
+    if asymmetry > 1e-4 * scale:
+        raise ValueError(
+            f"{path}: `sigma` is not symmetric (by up to {asymmetry:.3g}), so that it is no covariance"
+        )
+    try:
+        np.linalg.cholesky(
+            (covariance + covariance.T) / 2 + (1e-4 * scale + 1e-300) * np.eye(len(covariance))
+        )
+    except np.linalg.LinAlgError:
+        least = float(np.linalg.eigvalsh((covariance + covariance.T) / 2)[0])
+        raise ValueError(
+            f"{path}: `sigma` has the negative eigenvalue {least:.3g}, so that it is no covariance; write the statistics again"
+        ) from None
 
 
 class Sums(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import open_clip
 import torch
 from torch import Tensor, nn
+
+from evaluation.networks.network_features import hash_settings
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,6 +40,10 @@ class LoadedClip:
     """What is subtracted of pixels in [0, 1]."""
     std: tuple[float, ...]
     """What they are divided by then."""
+    image_settings: str
+    """Hash of the image tower's configuration, which the weights do not determine (heads, activation)."""
+    text_settings: str
+    """Hash of the text tower's configuration and the tokenizer."""
 
 
 def load_folder(folder: str | Path) -> LoadedClip:
@@ -49,7 +55,9 @@ def load_folder(folder: str | Path) -> LoadedClip:
     folder = Path(folder)
     if (folder / "open_clip_config.json").is_file():
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-        return _of_open_clip(f"clip-{folder.name}", model, open_clip.get_tokenizer(f"local-dir:{folder}"))
+        settings = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        return _of_open_clip(f"clip-{folder.name}", model, tokenizer, settings)
     if (folder / "config.json").is_file():
         return load_transformers(folder)
     raise FileNotFoundError(
@@ -84,10 +92,11 @@ def load_open_clip(model: str, tag: str, weights: str | Path | None = None) -> L
             f"weights of CLIP {model}/{tag} could not be loaded ({str(error).splitlines()[0][:200]}); without a network, "
             "put them into the Hugging Face cache beforehand, or name a file or a folder"
         ) from error
-    return _of_open_clip(f"{model}/{tag}", network, open_clip.get_tokenizer(model))
+    settings = {**(open_clip.get_model_config(model) or {}), "quick_gelu": quick_gelu}
+    return _of_open_clip(f"{model}/{tag}", network, open_clip.get_tokenizer(model), settings)
 
 
-def _of_open_clip(name: str, model: Any, tokenizer: Any) -> LoadedClip:
+def _of_open_clip(name: str, model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> LoadedClip:
     preprocessing = model.visual.preprocess_cfg
     # open_clip's own tokenizer names it differently from the transformers one that it wraps.
     eos = tokenizer.eot_token_id if hasattr(tokenizer, "eot_token_id") else tokenizer.tokenizer.eos_token_id
@@ -102,6 +111,8 @@ def _of_open_clip(name: str, model: Any, tokenizer: Any) -> LoadedClip:
         int(size if isinstance(size, int) else size[0]),
         tuple(preprocessing["mean"]),
         tuple(preprocessing["std"]),
+        hash_settings({key: value for key, value in settings.items() if key != "text_cfg"}),
+        hash_settings([settings.get("text_cfg"), _tokenizer_settings(tokenizer)]),
     )
 
 
@@ -125,6 +136,7 @@ def load_transformers(model: str | Path, processor: str | Path | None = None) ->
             f"no CLIP of transformers at {model} ({str(error).strip().splitlines()[0][:200]}); it needs config.json, weights "
             "and tokenizer files"
         ) from error
+    tokenizer_settings = _tokenizer_settings(tokenizer)
     settings = _image_settings(Path(processor or model))
     length = network.config.text_config.max_position_embeddings
 
@@ -145,7 +157,29 @@ def load_transformers(model: str | Path, processor: str | Path | None = None) ->
         int(network.config.vision_config.image_size),
         tuple(settings.get("image_mean", OPENAI_MEAN)),
         tuple(settings.get("image_std", OPENAI_STD)),
+        architecture_hash(network.config.vision_config),
+        hash_settings([architecture_hash(network.config.text_config), tokenizer_settings]),
     )
+
+
+def architecture_hash(config: Any) -> str:
+    """16 hex digits over a configuration of transformers, without what says where or how it was stored."""
+    incidental = ("name_or_path", "transformers_version", "dtype", "architectures", "attn_implementation")
+    return hash_settings(
+        {
+            key: value
+            for key, value in config.to_dict().items()
+            if not key.lstrip("_").removeprefix("torch_").startswith(incidental)
+        }
+    )
+
+
+def _tokenizer_settings(tokenizer: Any) -> str:
+    """Vocabulary and rules; taken before the first call, which would add its padding."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    if hasattr(inner, "backend_tokenizer"):
+        return str(inner.backend_tokenizer.to_str())
+    return hash_settings(sorted(getattr(tokenizer, "encoder", {}).items()))
 
 
 def _image_settings(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from evaluation.networks.frozen_clip import PLAIN, ClipRule, FrozenClip
 
 @dataclass(frozen=True)
 class ClipPreset:
-    """A CLIP model and how it is asked."""
+    """A CLIP model with the preprocessing of captions and images."""
 
     model: str
     """Of open_clip, or a hub id where `tag` is empty."""
@@ -45,7 +45,7 @@ def load_clip(name: str | Path, weights: str | Path | None = None) -> FrozenClip
     """A CLIP by the name of a preset, or in a local folder of open_clip's or transformers' layout.
 
     Args:
-        name: of CLIP_PRESETS, or a folder, which is asked in the plain way.
+        name: of CLIP_PRESETS, or a folder, which is used without a prefix or crop.
         weights: for a preset: a checkpoint file, or a folder of transformers' layout, instead of the hub's weights.
 
     Raises:

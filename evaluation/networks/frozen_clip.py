@@ -1,4 +1,4 @@
-"""CLIP as a judge: features of images for FID, cosines with captions for CLIP score."""
+"""A frozen CLIP: features of images for FID, cosines with captions for CLIP score."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from evaluation.networks.resize import centre_square, resize_shortest_and_crop, 
 
 @dataclass(frozen=True)
 class ClipRule:
-    """What happens to captions and images before a CLIP model sees them."""
+    """Preprocessing of captions and images before a CLIP model's own."""
 
     prefix: str = ""
     """Put before every caption, token by token: after the start token, and what then sticks out is cut off."""
@@ -30,7 +30,7 @@ PLAIN = ClipRule()
 
 
 class FrozenClip:
-    """A CLIP model that only ever judges.
+    """A CLIP model that is never trained.
 
     Not an nn.Module: whatever holds it, its weights are in no checkpoint, no optimizer and no DDP bucket, and no `train()`
     of a parent reaches it. It follows the images to their device.
@@ -38,7 +38,7 @@ class FrozenClip:
     Args:
         source: a folder in open_clip's layout (`open_clip_config.json`, weights in safetensors, tokenizer files) or in that
             of transformers, or what `clip_loading` loaded. `clip_models.load_clip` knows the models of published numbers.
-        rule: what happens to captions and images first.
+        rule: preprocessing of captions and images.
 
     Raises:
         FileNotFoundError: if the folder or its configuration is missing.
@@ -51,6 +51,7 @@ class FrozenClip:
         self.tokenizer, self.eos_token_id = loaded.tokenizer, loaded.eos_token_id
         self.device = torch.device("cpu")
         self.size = loaded.size
+        self._image_settings, self._text_settings = loaded.image_settings, loaded.text_settings
         self._encode_image, self._encode_text = loaded.encode_image, loaded.encode_text
         self._mean = torch.tensor(loaded.mean).view(1, 3, 1, 1)
         self._std = torch.tensor(loaded.std).view(1, 3, 1, 1)
@@ -102,15 +103,19 @@ class FrozenClip:
     __call__ = image_features
 
     def identity(self) -> dict[str, str]:
-        """See Features."""
         square = f"centre square to {self.rule.square_px} by Lanczos, then " if self.rule.square_px else ""
         return {
             "network": "CLIP image features before normalisation to length 1",
             "weights_sha256": hash_state(self.model),
+            "architecture_sha256": self._image_settings,
             "resize": f"{square}shortest side to {self.size}, bicubic, 8 bits (Pillow), centre crop",
             "normalisation": f"mean {self._mean.flatten().tolist()}, deviation {self._std.flatten().tolist()}",
             "caption_prefix": self.rule.prefix,
         }
+
+    def text_identity(self) -> dict[str, str]:
+        """What the text features depend on besides: hash of the tokenizer and of the text tower's configuration."""
+        return {"text_sha256": self._text_settings}
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
         """B captions to (B, dimensions) float32, before normalisation."""

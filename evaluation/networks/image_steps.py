@@ -1,4 +1,4 @@
-"""What happens to an image before a network judges it, as words that stand in a protocol and in its hash.
+"""Image processing before a metric network, written as words that stand in a protocol and in its hash.
 
 A step is one of
 
@@ -70,11 +70,6 @@ def apply_steps(image: Image.Image, steps: Sequence[str]) -> Image.Image:
     for step in steps:
         image = parse_step(step)(image)
     return image
-
-
-def brings_to_one_size(steps: Sequence[str]) -> bool:
-    """Whether images of different sizes leave with the same one."""
-    return any(step.startswith("resize") for step in steps)
 
 
 def still_to_do(steps: Sequence[str], from_jpeg: bool, size: tuple[int, int]) -> Sequence[str]:

@@ -28,7 +28,7 @@ class InceptionFeatures:
     """What FID, KID, precision and recall are usually measured in; see `evaluation.networks.network_features.Features`.
 
     Args:
-        weights: file in torch-fidelity's or pytorch-fid's layout; None looks for either in torch's hub cache.
+        weights: file in torch-fidelity's or pytorch-fid's layout; None searches torch's hub cache for either.
         resize: whose resize and normalisation.
 
     Raises:
@@ -89,7 +89,6 @@ class InceptionFeatures:
         return 2 * F.interpolate(images_uint8.float() / 255, (PX, PX), mode="bilinear") - 1
 
     def identity(self) -> dict[str, str]:
-        """See Features."""
         return {
             "network": "FID Inception 2015-12-05, 2048 averages before the classifier",
             "weights_sha256": hash_state(self.network),

@@ -1,13 +1,13 @@
-"""Networks that images are judged by, frozen, in float32: the protocol of all of them, and what they share."""
+"""Frozen feature networks in float32: their common interface, and what they share."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +90,6 @@ class CentreCrop:
         return self.features(images_uint8[..., top : top + self.px, left : left + self.px])
 
     def identity(self) -> dict[str, str]:
-        """See Features."""
         return self.features.identity() | {"crop": f"centre {self.px}"}
 
 
@@ -101,9 +100,7 @@ def check_uint8(images_uint8: Tensor) -> None:
         TypeError: for another dtype.
     """
     if images_uint8.dtype != torch.uint8:
-        raise TypeError(
-            f"images to judge are uint8 in 0..255, got {images_uint8.dtype}; use latents.to_uint8"
-        )
+        raise TypeError(f"images must be uint8 in 0..255, got {images_uint8.dtype}; use latents.to_uint8")
 
 
 def hash_state(module: nn.Module) -> str:
@@ -115,20 +112,6 @@ def hash_state(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def hash_files(path: str | Path) -> str:
-    """16 hex digits over the weights: of a file, or of every .safetensors, .pt, .pth and .bin of a folder.
-
-    Raises:
-        FileNotFoundError: if there are none.
-    """
-    path = Path(path)
-    suffixes = {".safetensors", ".pt", ".pth", ".bin"}
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in suffixes)
-    if not files:
-        raise FileNotFoundError(f"no weights at {path}; a file or a folder with .safetensors is needed")
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            while block := content.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()[:16]
+def hash_settings(settings: Any) -> str:
+    """16 hex digits over settings that JSON can hold; other values count as their text."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from evaluation.networks.clip_loading import architecture_hash
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.network_features import check_uint8, full_precision, hash_state
 from evaluation.networks.resize import resize_float, resize_uint8
@@ -17,7 +18,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DinoV2Features:
-    """The class token of a DINOv2 after its last norm: what FD-DINOv2 is measured in; see `evaluation.networks.network_features.Features`.
+    """The class token of a DINOv2 after its last norm: the features of FD-DINOv2. See `network_features.Features`.
 
     Args:
         model: folder or hub id of a Dinov2Model of transformers ("facebook/dinov2-large" is the paper's).
@@ -46,7 +47,6 @@ class DinoV2Features:
         self._mean, self._std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __call__(self, images_uint8: Tensor) -> Tensor:
-        """See Features."""
         check_uint8(images_uint8)
         device = self.to(images_uint8.device).device
         pixels = resize_uint8(images_uint8, (self.px, self.px), "bicubic").float() / 255
@@ -63,10 +63,10 @@ class DinoV2Features:
         return self
 
     def identity(self) -> dict[str, str]:
-        """See Features."""
         return {
             "network": "DINOv2 (transformers), class token after the last norm",
             "weights_sha256": hash_state(self.network),
+            "architecture_sha256": architecture_hash(self.network.config),
             "resize": f"{self.px} x {self.px}, bicubic, 8 bits (Pillow)",
             "normalisation": "ImageNet's mean and deviation",
         }
@@ -87,14 +87,12 @@ class ClipImageFeatures:
         self.dimensions = clip.dimensions
 
     def __call__(self, images_uint8: Tensor) -> Tensor:
-        """See Features."""
         check_uint8(images_uint8)
         clip = self.clip.to(images_uint8.device)
         pixels = resize_float(images_uint8, (clip.size, clip.size), "bicubic")
         return normalize(clip.features_of(clip.normalise(pixels)))
 
     def identity(self) -> dict[str, str]:
-        """See Features."""
         return self.clip.identity() | {
             "network": "CLIP image features of length 1",
             "resize": "squashed, bicubic with antialias in float, not rounded",

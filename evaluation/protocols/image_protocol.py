@@ -15,21 +15,21 @@ Steps = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number: which network looks, and at what."""
+    """One metric: its network, and the image processing in front."""
 
     metric: str
-    """`fid`, `clip_score`, ...: a name of evaluation/metric_table.py."""
+    """`fid`, `clip_score`, ...: one of evaluation/protocols/names.py."""
     network: str
-    """The network, in the words of evaluation/networks.py."""
+    """The network, KIND:NAME as in evaluation/protocols/metric_table.py."""
     steps: Steps = ()
-    """What happens to a generated image first; words of evaluation/image_steps.py."""
+    """Image steps of a generated image, as in evaluation/networks/image_steps.py."""
     reference_steps: Steps = ()
     """The same for a reference image."""
 
 
 @dataclass(frozen=True)
 class ImageProtocol:
-    """A named way to obtain numbers from images of any kind; the toy world has its own in evaluation/protocols.py.
+    """A named way to obtain numbers from images of any kind; the toy world has its own in evaluation/protocols/protocols.py.
 
     Always so: noise of sample i is seeded by (seed, i), images are clamped and rounded to bytes, features are float32
     without autocast, sums float64, covariance over n - 1.
@@ -38,7 +38,7 @@ class ImageProtocol:
     name: str
     """Stands in every result."""
     measurements: tuple[Measurement, ...]
-    """What it measures unless told otherwise. `--metrics` may ask for others."""
+    """What it measures by default; `--metrics` names others."""
     samples: int | None = None
     """How many images; None takes all that are given. FID falls with it, so it is part of the hash."""
     image_px: int | None = None
@@ -46,16 +46,16 @@ class ImageProtocol:
     lossless: bool = False
     """Refuses generated images that come from JPEG files."""
     inception: str = "inception:clean"
-    """The judge of further metrics that look through an Inception network."""
+    """The Inception network of metrics that the protocol does not name."""
     seed: int = 0
     """Of the noise of a model. Not in the hash: others draw from other generators, and their images compare too."""
-    version: int = 1
+    version: int = 2
     """Goes up with every change that moves a number."""
     source: str = field(default="", compare=False)
     """Where it is from, and where we depart from it."""
 
     def measurement(self, metric: str) -> Measurement:
-        """How a metric is taken under this protocol: its own, or the usual judge on the steps of its FID.
+        """How a metric is taken under this protocol: its own way, or the default network on the image steps of its FID.
 
         Raises:
             UserError: for a metric that does not exist.
@@ -63,6 +63,11 @@ class ImageProtocol:
         own = {one.metric: one for one in self.measurements}
         if metric in own:
             return own[metric]
+        if metric == "precision_recall" and self.inception == "inception:torch-fidelity":
+            raise UserError(
+                "torch-fidelity measures precision and recall in the features of a VGG-16, which is not here; --protocol clean "
+                "measures them in those of Inception, which is another number."
+            )
         networks = DEFAULT_NETWORKS | dict.fromkeys(INCEPTION_METRICS, self.inception)
         if metric not in networks:
             raise UserError(f"no metric named '{metric}'; there are {', '.join(sorted(networks))}.")
@@ -119,7 +124,7 @@ def hashed_settings(
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(measurement).items()
         },
-        "judge": dict(identity),
+        "network": dict(identity),
         "samples": samples,
         "formats": formats,
         "captions": captions,

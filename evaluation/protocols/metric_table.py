@@ -1,4 +1,4 @@
-"""From the words of a protocol to metrics: which network, which weights, which number."""
+"""From the words of a protocol to metrics and their networks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from data.toy.training.classifier import AttributeClassifier
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
 from evaluation.metrics.clip_score import ClipScore, PreferenceScore
 from evaluation.metrics.diversity import PromptDiversity
+from evaluation.metrics.feature_sets import FeatureSetMetric
 from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
@@ -21,7 +22,7 @@ from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.inception import InceptionFeatures
 from evaluation.networks.vit_features import ClipImageFeatures, DinoV2Features
 from evaluation.protocols.image_protocol import Measurement
-from evaluation.protocols.names import FRECHET_METRICS
+from evaluation.protocols.names import CAPTION_METRICS, FRECHET_METRICS
 from evaluation.protocols.protocols import REPOSITORY, hash_weights
 from evaluation.protocols.references import Reference
 from sdxs_lightning.core.errors import UserError
@@ -38,7 +39,7 @@ IMAGES_PER_PROMPT = 8
 
 @dataclass
 class NetworkCache:
-    """The networks that judge, each loaded once.
+    """The metric networks, each loaded once.
 
     A protocol's words name them: KIND:NAME, where KIND is `inception`, `dinov2`, `clip_image` (features as they are),
     `clip_unit` (of length 1, squashed), `clip_text`, `pickscore`, `hpsv2` or `attributes`.
@@ -70,7 +71,7 @@ class NetworkCache:
         return self._loaded[key]
 
     def metric(self, measurement: Measurement, reference: Reference | None = None) -> SampledMetric:
-        """A metric that has seen nothing yet.
+        """A metric without images.
 
         Args:
             measurement: which one.
@@ -90,6 +91,37 @@ class NetworkCache:
             return CaptionAccuracy(network)
         return PreferenceScore(network, scale=1.0 if name == "hpsv2" else None, name=name)
 
+    def require_fit(
+        self,
+        measurement: Measurement,
+        samples: int,
+        real: int,
+        reference: Reference | None = None,
+        where: str = "the reference",
+    ) -> None:
+        """Check numbers of images and the reference's dimensions before the first image is measured.
+
+        Args:
+            measurement: a metric with a reference.
+            samples: number of generated images.
+            real: number of the reference's; 0 where its file does not say.
+            reference: the real side, where it is known.
+            where: its name in messages.
+
+        Raises:
+            UserError: for too few images, or features of other dimensions.
+        """
+        if reference is not None:
+            dimensions = getattr(self.network(measurement.network), "dimensions", None)
+            reference.require_dimensions(dimensions, measurement.metric, where)
+        metric = self.metric(measurement)
+        least = metric.least if isinstance(metric, FeatureSetMetric) else 2
+        if samples < least or 0 < real < least:
+            raise UserError(
+                f"{measurement.metric} needs at least {least} images on each side, got {samples}"
+                f"{f' and {real} of the reference' if real else ''}; leave it out, or give more images."
+            )
+
     def identity(self, measurement: Measurement) -> dict[str, str]:
         """Of the network of a measurement, for hashes."""
         network = self.network(measurement.network)
@@ -97,17 +129,32 @@ class NetworkCache:
             folder = _place(measurement.network.partition(":")[2], self.weights.get("attributes"))
             return {"network": "attribute classifier", "weights_sha256": hash_weights(folder)}
         identity: dict[str, str] = network.identity()
-        return identity
+        return identity | network.text_identity() if measurement.metric in CAPTION_METRICS else identity
 
     def all(self) -> list[Any]:
         """Those that are loaded; each has `to`."""
         return [getattr(network, "clip", network) for network in self._loaded.values()]
 
 
-@lru_cache(maxsize=1)
 def shared_networks(weights: tuple[tuple[str, str], ...]) -> NetworkCache:
-    """The networks of this process, so that checking them and measuring with them loads them once."""
+    """The networks of this process, so that checking them and measuring with them loads them once.
+
+    Files that were replaced meanwhile are loaded again.
+    """
+    return _shared(weights, tuple(_stamp(Path(path)) for _, path in weights))
+
+
+@lru_cache(maxsize=1)
+def _shared(weights: tuple[tuple[str, str], ...], stamps: tuple[object, ...]) -> NetworkCache:
     return NetworkCache(dict(weights))
+
+
+def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, times and sizes of a file or of the files of a folder."""
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    return tuple(
+        (str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()
+    )
 
 
 def _inception(name: str, path: str | None) -> InceptionFeatures:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,75 @@ def hash_weights(folder: str | Path) -> str:
         digest.update(file.relative_to(folder).as_posix().encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+NOT_READ = {
+    ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".log", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx",
+    ".partial", ".lock",
+}  # fmt: skip
+"""Endings of files that loading a model with safetensors does not read."""
+
+
+def hash_model(folder: str | Path) -> str:
+    """16 hex digits over everything in a model folder that its images depend on: weights and configurations.
+
+    Of a pipeline these are the components that model_index.json names, without the safety checker, which is off here. Model
+    cards, sample images and weights in formats that are not loaded do not count.
+
+    Raises:
+        FileNotFoundError: if there are no weights.
+    """
+    folder = Path(folder)
+    if not any(folder.rglob("*.safetensors")):
+        raise FileNotFoundError(f"no .safetensors under {folder}")
+    files = sorted(
+        file for file in folder.rglob("*") if file.is_file() and _is_read(file.relative_to(folder))
+    )
+    states = [file.stat() for file in files]
+    return _hash_files(
+        folder, tuple((file, one.st_mtime_ns, one.st_size) for file, one in zip(files, states, strict=True))
+    )
+
+
+def _is_read(path: Path) -> bool:
+    """Whether loading a model reads a file of its folder."""
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix.lower() not in NOT_READ and path.parts[0] not in NOT_MEASURED
+
+
+@lru_cache(maxsize=8)
+def _hash_files(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    """Of files with their times and sizes; a model is read once per process."""
+    digest, index = hashlib.sha256(), folder / "model_index.json"
+    named = json.loads(index.read_text()) if index.is_file() else None
+    for file, _, size in files:
+        path = file.relative_to(folder)
+        if named is not None and file != index and path.parts[0] not in named:
+            continue
+        digest.update(f"\0{path.as_posix()}\0".encode())
+        if file.suffix == ".json" and size < 1 << 26:
+            digest.update(_settings_in(file.read_bytes()))
+            continue
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def _settings_in(content: bytes) -> bytes:
+    """A JSON file without what says where it was stored, and without its white space."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return content
+    if isinstance(found, dict):
+        left_out = (*NOT_MEASURED, "_name_or_path", "_diffusers_version", "transformers_version")
+        found = {key: value for key, value in found.items() if key not in left_out}
+    return json.dumps(found, sort_keys=True).encode()
+
+
+NOT_MEASURED = ("safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder")
+"""Components of a pipeline that a measurement does without."""
 
 
 def _digest(content: bytes) -> str:

@@ -31,6 +31,32 @@ class Reference:
     rows: Tensor | None = None
     """(n, d) features, for the others."""
 
+    @property
+    def count(self) -> int:
+        """Number of images; 0 where a file does not say."""
+        return (
+            len(self.rows)
+            if self.rows is not None
+            else 0
+            if self.statistics is None
+            else self.statistics.count
+        )
+
+    def require_dimensions(self, wanted: int | None, metric: str, where: str) -> None:
+        """Check that the features are of the network's dimensions.
+
+        Raises:
+            UserError: if not.
+        """
+        have = self.rows.shape[1] if self.rows is not None else None
+        if self.statistics is not None:
+            have = len(self.statistics.mean)
+        if wanted is not None and have != wanted:
+            raise UserError(
+                f"'{where}' has {metric} features of {have} dimensions, the network of this protocol {wanted}; both sides "
+                "have to come from the same feature network."
+            )
+
     def as_statistics(self) -> FeatureStatistics:
         """Those that are there, or of the features."""
         if self.statistics is not None:
@@ -46,7 +72,7 @@ def file_of(path: Path, metric: str) -> Path:
 
 def origin_of(measurement: Measurement, identity: Mapping[str, str]) -> dict[str, Any]:
     """What reference files depend on besides the images."""
-    return {"judge": dict(identity), "steps": list(measurement.reference_steps)}
+    return {"network": dict(identity), "steps": list(measurement.reference_steps)}
 
 
 def write_reference(
@@ -97,11 +123,12 @@ def read_reference(path: Path, measurement: Measurement, identity: Mapping[str, 
     if not stored:
         return Reference(_digest_of(file), statistics, rows)
     wanted = origin_of(measurement, identity)
+    stored.setdefault("network", stored.get("judge"))  # the name in files that were written before
     found = {key: stored.get(key) for key in wanted}
     if found != wanted:
         raise UserError(
-            f"{file} was measured otherwise than this protocol does ({', '.join(setting_differences(found, wanted))}); measure the "
-            "reference again with `python -m evaluation.reference`."
+            f"{file} was measured otherwise than this protocol does ({', '.join(setting_differences(found, wanted))}); measure "
+            "the reference again with `python -m evaluation.reference`."
         )
     return Reference(str(stored["reference"]), statistics, rows)
 
@@ -109,9 +136,19 @@ def read_reference(path: Path, measurement: Measurement, identity: Mapping[str, 
 def _features(file: Path, metric: str) -> tuple[Tensor, dict[str, Any]]:
     try:
         with np.load(file, allow_pickle=False) as archive:
-            return torch.from_numpy(archive["features"]), json.loads(str(archive["protocol"]))
-    except (OSError, KeyError, ValueError) as error:
+            features, stored = archive["features"], json.loads(str(archive["protocol"]))
+        if not isinstance(stored, dict):
+            raise ValueError("`protocol` is not an object")
+        if (
+            features.ndim != 2
+            or features.dtype.kind != "f"
+            or not len(features)
+            or not np.isfinite(features).all()
+        ):
+            raise ValueError(f"`features` {features.shape} {features.dtype} are not (n, d) finite numbers")
+    except Exception as error:  # damaged archives raise a dozen kinds
         raise UserError(f"{file} holds no features for {metric} ({error}).") from error
+    return torch.from_numpy(features).float(), stored
 
 
 def _digest_of(file: Path) -> str:

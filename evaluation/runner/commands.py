@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -34,6 +35,7 @@ from evaluation.runner.passes import run_pass
 from evaluation.runner.requests import build_request
 from evaluation.runner.scores import measure_reference
 from evaluation.user_errors import as_user_errors
+from sdxs_lightning.core.errors import UserError
 
 if TYPE_CHECKING:
     from evaluation.evaluate import EvaluateOptions
@@ -53,15 +55,23 @@ def evaluate(options: EvaluateOptions) -> str:
         work = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluation-")))
         resources = Resources(device, options.processes, options.batch_size)
         evaluated = run_evaluation(request, resources, work, options.report_images)
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in evaluated.failed.items())
+    if not evaluated.metrics:
+        raise UserError(reasons)
     result = _result_content(options, request, evaluated, torch.device(device))
     result["seconds"] = round(time.perf_counter() - started, 1)
-    page = result_markdown(result)
+    page = (
+        "\n".join([result_markdown(result).rstrip("\n"), *(f"\n{note}" for note in evaluated.notes)]) + "\n"
+    )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=2) + "\n")
         options.out.with_suffix(".md").write_text(page)
         html = options.out.with_suffix(".html")
         write_html(html, result, evaluated.images, request.captions, evaluated.reference_images)
+    if evaluated.failed:
+        sys.stdout.write(page)
+        raise UserError(f"{len(evaluated.failed)} of the metrics failed, the others are kept ({reasons})")
     return page.rstrip("\n")
 
 
@@ -82,6 +92,9 @@ def _result_content(
     named = {"name": request.protocol.name, "version": request.protocol.version}
     source = {"source": request.protocol.source}
     result["protocol"] = {**(named if request.fingerprint is None else request.fingerprint[1]), **source}
+    result["image_statistics"] = dict(evaluated.image_statistics)
+    result |= {"notes": list(evaluated.notes)} if evaluated.notes else {}
+    result |= {"failed": dict(evaluated.failed)} if evaluated.failed else {}
     return {**result, "metrics": evaluated.metrics, **where(device)}
 
 
@@ -117,6 +130,9 @@ def _image_reference(protocol: ImageProtocol, options: ReferenceOptions) -> str:
         origin = samples.origin()
         job = build_pass(samples, measurements, identities, origin, request, resources, work, real=True)
         parts = run_pass(job, "reference")
+    for metric_pass in job.metric_passes:
+        if metric_pass not in parts:
+            raise UserError(f"{metric_pass.measurement.metric}: {metric_pass.store.failure()}")
     digest, files = samples.source.digest(), []
     for metric_pass, part in parts.items():
         one = metric_pass.measurement

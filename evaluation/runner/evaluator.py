@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evaluation.images.image_sets import open_images
+from evaluation.images.image_sets import ImageSet, open_images
 from evaluation.images.prompt_files import captions_digest
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
+from evaluation.images.saved_images import SavedImages
+from evaluation.metrics.sampled import PerImageMetric, SampledMetric
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement, hashed_settings, metric_hash
 from evaluation.protocols.metric_table import IMAGES_PER_PROMPT, NetworkCache, shared_networks
 from evaluation.protocols.names import CAPTION_METRICS, REFERENCE_METRICS
 from evaluation.protocols.references import Reference, read_reference
+from evaluation.runner.machine import versions
 from evaluation.runner.passes import MetricPass, PassJob, load_kept_images, processes_for, run_pass
 from evaluation.runner.row_store import MeasuredBatch, RowStore
 from sdxs_lightning.core.errors import UserError
@@ -24,39 +28,43 @@ from sdxs_lightning.core.errors import UserError
 DIVERSITY_PROMPTS = 50
 """The first ones of a protocol."""
 
+ROWS_VERSION = 2
+"""Of the rows on disk: goes up with every change of decoding, image steps or networks that moves a row."""
+
 
 @dataclass(frozen=True)
 class Resources:
-    """Where and how the work is done; no number depends on it beyond rounding."""
+    """Device, processes and batch size; no number depends on them beyond rounding."""
 
     device: str = "cpu"
-    """ "cpu" or "cuda"."""
+    """"cpu" or "cuda"."""
     processes: int | None = None
-    """None is one a GPU or core, where there is enough to do."""
+    """None is one per GPU or core, where there is enough to do."""
     batch_size: int = 100
     """Images at once."""
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is to be measured."""
+    """What to measure."""
 
     protocol: ImageProtocol
-    """How."""
     samples: Samples
-    """Of what."""
     metrics: tuple[str, ...]
-    """Which numbers."""
     captions: tuple[str, ...] | None = None
-    """One an image, where they are known."""
+    """One per image, where they are known."""
     reference: str | None = None
-    """Images, or an npz."""
+    """Images, or an npz file."""
     known: Mapping[str, Reference] = field(default_factory=dict)
-    """References at hand, by metric; the toy world's."""
+    """References by metric that are already loaded; the toy world's."""
     weights: tuple[tuple[str, str], ...] = ()
-    """Where networks are, by kind, instead of the usual place."""
+    """Files or folders of networks, by kind, instead of the default ones."""
     fingerprint: tuple[str, Mapping[str, Any]] | None = None
-    """Hash and settings of all metrics; the toy world's protocols have one for all."""
+    """One hash and settings for all metrics; the toy world's protocols have that."""
+    categories: tuple[str, ...] | None = None
+    """Of each image, where the prompt set has categories."""
+    saved: SavedImages | None = None
+    """Folder that keeps the images of a model."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,17 @@ class EvaluationResult:
     """What came out."""
 
     metrics: dict[str, dict[str, Any]]
-    """By name: `value`, `samples`, `low`, `high`, `infinity`, `hash`, `settings`; what is not known is left out."""
+    """By name: `value`, `samples`, `low`, `high`, `infinity`, `categories`, `hash`, `settings`; unknown fields are left out."""
     images: Mapping[int, Image.Image]
     """The first images, by number."""
     reference_images: Mapping[int, Image.Image]
     """Of the reference, where it was given as images."""
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Metrics that could not be measured, with the reason."""
+    image_statistics: Mapping[str, Any] = field(default_factory=dict)
+    """`sizes`: number of images by size; `constant_images`: number of images of one colour."""
+    notes: tuple[str, ...] = ()
+    """Sentences that belong beside the numbers."""
 
 
 def run_evaluation(
@@ -76,45 +90,75 @@ def run_evaluation(
 ) -> EvaluationResult:
     """Measures; what an earlier call left in the same folder is not measured again.
 
+    Whatever can be refused is refused before the first image. A metric that fails afterwards leaves the others alone.
+
     Args:
-        request: what.
+        request: what to measure.
         resources: device, processes and batch size.
         work: folder for the rows of every network, batch by batch.
-        keep_images: how many of the first images to keep for a report.
+        keep_images: number of images to return for a report.
 
     Raises:
-        UserError: for whatever the user can mend.
+        UserError: for any error that the user can fix.
     """
     measurements = [request.protocol.measurement(name) for name in request.metrics if name != "diversity"]
     _refuse_what_is_missing(request)
-    networks = shared_networks(request.weights)  # before anything long: missing weights are told now
+    networks = shared_networks(request.weights)  # missing weights are an error before anything long
     identities = {one: networks.identity(one) for one in measurements}
     comparing = [one for one in measurements if one.metric in REFERENCE_METRICS]
-    extra = measure_diversity(request, networks, resources, work) if "diversity" in request.metrics else {}
+    reference = _open_reference(request, comparing, identities)
+    _refuse_what_does_not_fit(request, networks, comparing, reference)
+    if request.saved is not None:
+        request.saved.begin(request.samples.origin())
+    evaluated: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    if "diversity" in request.metrics:
+        evaluated |= measure_diversity(request, networks, resources, work, failed)
     if not measurements:
-        return EvaluationResult(extra, {}, {})
-    references, reference_images = _references(request, comparing, identities, resources, work, keep_images)
+        return EvaluationResult(evaluated, {}, {}, failed)
     origin = request.samples.origin()
-    if request.captions is not None:
-        origin["captions"] = captions_digest(request.captions)
+    references: dict[str, Reference] = dict(reference) if isinstance(reference, Mapping) else {}
+    reference_images: Mapping[int, Image.Image] = {}
+    if reference is not None and not isinstance(reference, Mapping):
+        references, reference_images = _measure_reference(
+            reference, comparing, identities, request, resources, work, keep_images, failed
+        )
     job = build_pass(request.samples, measurements, identities, origin, request, resources, work, keep_images)
     parts = run_pass(job, request.protocol.name)
     found: dict[str, dict[str, Any]] = {}
-    for metric_pass, part in parts.items():
+    for metric_pass in job.metric_passes:
         one = metric_pass.measurement
+        if metric_pass not in parts:
+            failed.setdefault(one.metric, metric_pass.store.failure() or "")
+            continue
+        if one.metric in failed:
+            continue
+        try:
+            numbers = _estimates(
+                networks, one, parts[metric_pass], references.get(one.metric), request.categories
+            )
+        except ValueError as error:
+            failed[one.metric] = str(error)
+            continue
         settings, digest = _settings(request, one, identities[one], references.get(one.metric))
-        for name, estimate in _estimates(networks, one, part, references.get(one.metric)).items():
+        for name, estimate in numbers.items():
             found[name] = {**estimate, "hash": digest, "settings": settings}
-    return EvaluationResult(found | extra, load_kept_images(job) if keep_images else {}, reference_images)
+    statistics, notes = _of_the_images(request, next(iter(parts.values()), None))
+    kept = load_kept_images(job) if keep_images else {}
+    return EvaluationResult(found | evaluated, kept, reference_images, failed, statistics, notes)
 
 
 def measure_diversity(
-    request: EvaluationRequest, networks: NetworkCache, resources: Resources, work: Path
+    request: EvaluationRequest,
+    networks: NetworkCache,
+    resources: Resources,
+    work: Path,
+    failed: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
     """Diversity per prompt: of the first prompts the model makes several images each, beside those of the protocol.
 
     Raises:
-        UserError: for images that are not made by a model: one of each prompt cannot say it.
+        UserError: for images that are not made by a model: one image per prompt has no diversity.
     """
     if not isinstance(request.samples, ModelSamples):
         raise UserError(
@@ -124,21 +168,24 @@ def measure_diversity(
     first = request.samples.prompts[:DIVERSITY_PROMPTS]
     repeated = tuple(prompt for prompt in first for _ in range(IMAGES_PER_PROMPT))
     samples = replace(request.samples, prompts=repeated)
-    inner = replace(request, samples=samples, captions=None)
+    inner = replace(request, samples=samples, captions=None, categories=None, saved=None)
     identities = {one: networks.identity(one)}
-    origin = {**samples.origin(), "captions": captions_digest(repeated), "each": IMAGES_PER_PROMPT}
+    origin = {**samples.origin(), "each": IMAGES_PER_PROMPT}
     job = build_pass(samples, [one], identities, origin, inner, resources, work)
-    (part,) = run_pass(job, "diversity").values()
+    parts = run_pass(job, "diversity")
+    if not parts:
+        failed["diversity"] = job.metric_passes[0].store.failure() or ""
+        return {}
     settings, digest = _settings(replace(inner, captions=repeated), one, identities[one], None)
     return {
         name: {**estimate, "hash": digest, "settings": settings}
-        for name, estimate in _estimates(networks, one, part, None).items()
+        for name, estimate in _estimates(networks, one, parts[job.metric_passes[0]], None).items()
     }
 
 
 def build_pass(
     samples: Samples,
-    measurements: list[Measurement],
+    measurements: Sequence[Measurement],
     identities: Mapping[Measurement, Mapping[str, str]],
     origin: Mapping[str, Any],
     request: EvaluationRequest,
@@ -147,11 +194,20 @@ def build_pass(
     keep_images: int = 0,
     real: bool = False,
 ) -> PassJob:
-    """The job that measures all networks over a set; networks that several metrics share metric_pass once."""
+    """The job that measures all networks over a set. Its stores are named by everything that the rows depend on."""
     metric_passes: dict[tuple[str, ...], MetricPass] = {}
     for one in measurements:
         steps = one.reference_steps if real else one.steps
-        settings = {**origin, "judge": dict(identities[one]), "words": one.network, "steps": list(steps)}
+        settings = {
+            **origin,
+            "network": dict(identities[one]),
+            "words": one.network,
+            "steps": list(steps),
+            "versions": versions(),
+            "rows": ROWS_VERSION,
+        }
+        if one.metric in CAPTION_METRICS and request.captions is not None:
+            settings["captions"] = captions_digest(request.captions)
         what = one.network.partition(":")[0]
         store = RowStore.at(work, what, settings, samples.count, resources.batch_size)
         metric_passes[one.metric, *steps] = MetricPass(one, steps, store)
@@ -165,32 +221,48 @@ def build_pass(
         request.weights,
         resources.device,
         processes,
-        one_size=not real,
         kept_images=kept_images,
         keep_images=keep_images,
+        real=real,
+        saved=None if real else request.saved,
     )
 
 
-def _references(
+def _open_reference(
     request: EvaluationRequest,
-    comparing: list[Measurement],
+    comparing: Sequence[Measurement],
     identities: Mapping[Measurement, Mapping[str, str]],
-    resources: Resources,
-    work: Path,
-    keep_images: int,
-) -> tuple[dict[str, Reference], Mapping[int, Image.Image]]:
-    """The real side of each metric that has one, and pictures of it."""
+) -> Mapping[str, Reference] | ImageSet | None:
+    """The real side: by metric where its features are known, or images that have to be measured."""
     if request.known or not comparing:
-        return dict(request.known), {}
+        return dict(request.known)
     assert request.reference is not None
     if request.reference.endswith(".npz"):
         path = Path(request.reference)
-        return {one.metric: read_reference(path, one, identities[one]) for one in comparing}, {}
-    samples = StoredSamples(open_images(request.reference))
-    origin = samples.origin()
-    job = build_pass(samples, comparing, identities, origin, request, resources, work, keep_images, real=True)
+        return {one.metric: read_reference(path, one, identities[one]) for one in comparing}
+    return open_images(request.reference)
+
+
+def _measure_reference(
+    images: ImageSet,
+    comparing: Sequence[Measurement],
+    identities: Mapping[Measurement, Mapping[str, str]],
+    request: EvaluationRequest,
+    resources: Resources,
+    work: Path,
+    keep_images: int,
+    failed: dict[str, str],
+) -> tuple[dict[str, Reference], Mapping[int, Image.Image]]:
+    """The real side of each metric that has one, and its first images."""
+    samples = StoredSamples(images)
+    job = build_pass(
+        samples, comparing, identities, samples.origin(), request, resources, work, keep_images, real=True
+    )
     parts = run_pass(job, "reference")
-    digest = samples.source.digest()
+    digest = images.digest()
+    for metric_pass in job.metric_passes:
+        if metric_pass not in parts:
+            failed[metric_pass.measurement.metric] = f"the reference: {metric_pass.store.failure()}"
     found = {
         metric_pass.measurement.metric: Reference(digest, rows=part.rows)
         for metric_pass, part in parts.items()
@@ -199,15 +271,29 @@ def _references(
 
 
 def _estimates(
-    networks: NetworkCache, one: Measurement, part: MeasuredBatch, reference: Reference | None
+    networks: NetworkCache,
+    one: Measurement,
+    part: MeasuredBatch,
+    reference: Reference | None,
+    categories: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The numbers of one metric."""
-    try:
-        metric = networks.metric(one, reference)
-        metric.add(part.rows, torch.arange(len(part.rows)))
-        return {name: estimate.as_dict() for name, estimate in metric.estimates().items()}
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    """The numbers of one metric, and of each category where the metric is a mean over images."""
+    metric = networks.metric(one, reference)
+    metric.add(part.rows, torch.arange(len(part.rows)))
+    found = {name: estimate.as_dict() for name, estimate in metric.estimates().items()}
+    if categories is None or not _is_a_mean(metric):
+        return found
+    for category in dict.fromkeys(categories):
+        rows = torch.tensor([place for place, its in enumerate(categories) if its == category])
+        inner = networks.metric(one)
+        inner.add(part.rows[rows], rows)
+        for name, estimate in inner.estimates().items():
+            found[name].setdefault("categories", {})[category] = estimate.as_dict()
+    return found
+
+
+def _is_a_mean(metric: SampledMetric) -> bool:
+    return isinstance(metric, PerImageMetric) or metric.names[0] == "caption_accuracy"
 
 
 def _settings(
@@ -215,16 +301,44 @@ def _settings(
 ) -> tuple[Mapping[str, Any], str]:
     if request.fingerprint is not None:
         return request.fingerprint[1], request.fingerprint[0]
+    # Of stored images only a metric that reads captions depends on them; what a model makes always does.
+    captions = request.captions
+    if one.metric not in CAPTION_METRICS and isinstance(request.samples, StoredSamples):
+        captions = None
     settings = hashed_settings(
         request.protocol,
         one,
         identity,
         request.samples.count,
         request.samples.formats,
-        None if request.captions is None else captions_digest(request.captions),
+        None if captions is None else captions_digest(captions),
         None if reference is None else reference.digest,
     )
     return settings, metric_hash(settings)
+
+
+def _of_the_images(
+    request: EvaluationRequest, part: MeasuredBatch | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Sizes and constant images, and what has to be said about them and about the model."""
+    if part is None:
+        return {}, ()
+    sizes = Counter(f"{width} x {height}" for width, height in part.sizes.tolist())
+    constant, notes = int(part.constant.sum()), []
+    if constant:
+        notes.append(
+            f"{constant} of {len(part.constant)} images are of one colour, as a safety checker or an overflow leaves them; "
+            "every number counts them."
+        )
+    if len(sizes) > 1:
+        notes.append(
+            f"The images have {len(sizes)} sizes, most of them {sizes.most_common(1)[0][0]}; each was resized by itself."
+        )
+    if isinstance(request.samples, ModelSamples):
+        switched_off = request.samples.switched_off()
+        if switched_off:
+            notes.append(f"Off for the measurement: {', '.join(switched_off)} of the model folder.")
+    return {"sizes": dict(sizes.most_common(10)), "constant_images": constant}, tuple(notes)
 
 
 def _refuse_what_is_missing(request: EvaluationRequest) -> None:
@@ -241,6 +355,10 @@ def _refuse_what_is_missing(request: EvaluationRequest) -> None:
             f"{', '.join(comparing)} compares with real images; give --reference a folder, a .zip file, shards, or an .npz "
             "of `python -m evaluation.reference`."
         )
+    if "diversity" in request.metrics and not isinstance(request.samples, ModelSamples):
+        raise UserError(
+            "diversity needs several images of one prompt, which only a --model makes; leave it out of --metrics."
+        )
     if request.protocol.lossless and request.samples.formats != "lossless":
         raise UserError(
             f"the images are {request.samples.formats} files, but protocol {request.protocol.name} takes lossless ones: JPEG "
@@ -250,3 +368,21 @@ def _refuse_what_is_missing(request: EvaluationRequest) -> None:
         raise UserError(
             f"{request.samples.count} images and {len(request.captions)} captions; one each is needed."
         )
+
+
+def _refuse_what_does_not_fit(
+    request: EvaluationRequest,
+    networks: NetworkCache,
+    comparing: Sequence[Measurement],
+    reference: Mapping[str, Reference] | ImageSet | None,
+) -> None:
+    """Numbers of images, and dimensions of references, before the first image is measured."""
+    for one in comparing:
+        known = reference.get(one.metric) if isinstance(reference, Mapping) else None
+        if known is not None:
+            networks.require_fit(
+                one, request.samples.count, known.count, known, request.reference or known.digest
+            )
+        else:
+            real = len(reference.names) if reference is not None and not isinstance(reference, Mapping) else 0
+            networks.require_fit(one, request.samples.count, real)

@@ -1,4 +1,4 @@
-"""Where a number was measured: versions, device, and how long one image takes there."""
+"""The machine of a measurement: versions, device, and the time that one image takes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from evaluation.images.generate import ImageMaker
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the numbers."""
-    names = ("torch", "lightning", "diffusers", "transformers", "open_clip_torch", "torchmetrics", "numpy")
+    """Versions of the libraries that decide the numbers."""
+    names = (
+        "torch",
+        "lightning",
+        "diffusers",
+        "transformers",
+        "open_clip_torch",
+        "torchmetrics",
+        "numpy",
+        "pillow",
+    )
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 def device_name(device: torch.device) -> str:
-    """In words."""
+    """Name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
@@ -38,5 +47,5 @@ def milliseconds_per_image(maker: ImageMaker, caption: str, repeats: int = 5) ->
 
 
 def where(device: torch.device) -> dict[str, Any]:
-    """For a result file."""
+    """Device and versions, for a result file."""
     return {"device": device_name(device), "versions": versions()}

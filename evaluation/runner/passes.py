@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +18,13 @@ from torch import Tensor
 from data.prepare.common.machine import default_processes, device_of, same_bits
 from data.prepare.common.processes import OnProgress, run_all
 from data.prepare.common.progress import ProgressBar
-from evaluation.images.samples import Reader, Samples, stacked
+from evaluation.images.samples import Reader, Samples, is_constant, stacked
+from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.protocols.image_protocol import Measurement
 from evaluation.protocols.metric_table import shared_networks
 from evaluation.runner.row_store import MeasuredBatch, RowStore
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import RunStopped, UserError
 
 STEP_THREADS = 4
 BATCHES_PER_PROCESS = 4
@@ -38,36 +38,38 @@ class MetricPass:
     measurement: Measurement
     """Names the network."""
     steps: tuple[str, ...]
-    """What happens to an image first."""
+    """Image steps before the network."""
     store: RowStore
-    """Takes what it says."""
+    """Takes the network's output."""
 
 
 @dataclass(frozen=True)
 class PassJob:
-    """A job for processes; its parts are batches."""
+    """A job for processes; its tasks are batches."""
 
     samples: Samples
     """The images."""
     metric_passes: tuple[MetricPass, ...]
     """One per network and image steps; all stores have the same batches."""
     captions: tuple[str, ...] | None
-    """One an image."""
+    """One per image."""
     weights: tuple[tuple[str, str], ...]
     """Where networks are, by kind."""
     device: str
-    """ "cpu" or "cuda"."""
+    """"cpu" or "cuda"."""
     processes: int
-    """At most so many."""
-    one_size: bool
-    """Refuses images of different sizes, which no generator makes."""
+    """Upper limit."""
     kept_images: Path | None = None
-    """Takes the first images as PNG files, for reports."""
+    """Folder for the first images as PNG files, for reports."""
     keep_images: int = 0
-    """How many."""
+    """Number of them."""
+    real: bool = False
+    """Whether the images are the reference's."""
+    saved: SavedImages | None = None
+    """Folder for all images; those that it holds are read rather than made again."""
 
     def missing(self) -> list[int]:
-        """Batches that are not done."""
+        """Batches that are not complete."""
         store = self.metric_passes[0].store
         undone = {batch for metric_pass in self.metric_passes for batch in metric_pass.store.missing()}
         undone |= {
@@ -75,45 +77,61 @@ class PassJob:
             for number in range(min(self.keep_images, store.count))
             if not self.kept_image(number).is_file()
         }
+        if self.saved is not None:
+            undone |= {batch for batch in range(store.batches) if not self.saved.has(store.numbers(batch))}
         return sorted(undone)
 
     def kept_image(self, number: int) -> Path:
-        """Where a picture is kept."""
+        """File of an image for reports."""
         assert self.kept_images is not None
         return self.kept_images / f"{number:06d}.png"
 
-    def work(self, process: int, parts: Sequence[int], told: OnProgress) -> None:
-        """See data/prepare/processes.py."""
+    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+        """See data.prepare.common.processes.Job."""
         device = device_of(self.device, process)
         with same_bits(self.device):
             try:
-                read = self.samples.open(device)
+                # With every image saved there is no need of the model.
+                make: Callable[[], Reader] = cache(lambda: self.samples.open(device))
                 networks = shared_networks(self.weights)
                 metrics = [networks.metric(metric_pass.measurement) for metric_pass in self.metric_passes]
-                for part, images in self._read(read, parts):
-                    self._measure(part, images, metrics, device)
-                    told(len(images))
+                for task, images in self._read(make, tasks):
+                    self._measure(task, images, metrics, device)
+                    on_progress(len(images))
             except torch.OutOfMemoryError as error:
                 size = self.metric_passes[0].store.batch_size
                 raise UserError(
-                    f"{size} images at once do not fit the GPU; give a smaller --batch_size ({error})."
+                    f"{size} images at once do not fit into GPU memory; give a smaller --batch_size ({error})."
                 ) from error
             except (OSError, ValueError) as error:
                 raise UserError(str(error)) from error
 
-    def _read(self, read: Reader, parts: Sequence[int]) -> Iterator[tuple[int, list[Image.Image]]]:
+    def _read(
+        self, make: Callable[[], Reader], tasks: Sequence[int]
+    ) -> Iterator[tuple[int, list[Image.Image]]]:
         """The batches with their images; files of the next one are decoded while the networks measure this one."""
         numbers = self.metric_passes[0].store.numbers
         if not self.samples.are_files:
-            for part in parts:
-                yield part, read(numbers(part))
+            for task in tasks:
+                yield task, self._made(make, numbers(task))
             return
+        read = make()
         with ThreadPoolExecutor(1) as ahead:
-            reading = deque([ahead.submit(read, numbers(parts[0]))])
-            for part, following in zip_longest(parts, parts[1:]):
+            reading = deque([ahead.submit(read, numbers(tasks[0]))])
+            for task, following in zip_longest(tasks, tasks[1:]):
                 if following is not None:
                     reading.append(ahead.submit(read, numbers(following)))
-                yield part, reading.popleft().result()
+                yield task, reading.popleft().result()
+
+    def _made(self, make: Callable[[], Reader], numbers: Sequence[int]) -> list[Image.Image]:
+        if self.saved is None:
+            return make()(numbers)
+        if self.saved.has(numbers):
+            return self.saved.read(numbers)
+        images = make()(numbers)
+        for number, image in zip(numbers, images, strict=True):
+            self.saved.write(number, image)
+        return images
 
     def _measure(
         self,
@@ -123,24 +141,32 @@ class PassJob:
         device: torch.device,
     ) -> None:
         numbers = self.metric_passes[0].store.numbers(batch)
-        sizes = np.array([image.size for image in images], dtype=np.int64)
-        if self.one_size:
-            refuse_mixed_sizes(sizes, numbers[0])
         for number, image in zip(numbers, images, strict=True):
             if number < self.keep_images:
                 self.kept_image(number).parent.mkdir(parents=True, exist_ok=True)
                 image.save(self.kept_image(number))
+        sizes = np.array([image.size for image in images], dtype=np.int64)
+        constant = np.array([is_constant(image) for image in images])
         captions = None if self.captions is None else [self.captions[number] for number in numbers]
         for metric_pass, metric in zip(self.metric_passes, metrics, strict=True):
-            if metric_pass.store.path(batch).is_file():
+            store = metric_pass.store
+            if store.path(batch).is_file() or store.failure() is not None:
                 continue
-            with ThreadPoolExecutor(
-                STEP_THREADS
-            ) as threads:  # Pillow lets go of the interpreter while it resizes
-                ready = list(
-                    threads.map(partial(self.samples.prepare, steps=metric_pass.steps), images, numbers)
+            try:
+                if not self.real and metric_pass.measurement.metric == "patch_fid":
+                    refuse_smaller_than_patch(images, metric_pass.steps)
+                # Pillow releases the interpreter while it resizes.
+                with ThreadPoolExecutor(STEP_THREADS) as threads:
+                    ready = list(
+                        threads.map(partial(self.samples.prepare, steps=metric_pass.steps), images, numbers)
+                    )
+                store.save(batch, MeasuredBatch(rows_of(metric, ready, captions, device), sizes, constant))
+            except (torch.OutOfMemoryError, RunStopped, OSError):
+                raise
+            except Exception as error:  # one metric fails, the others go on
+                store.fail(
+                    f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
                 )
-            metric_pass.store.save(batch, MeasuredBatch(rows_of(metric, ready, captions, device), sizes))
 
 
 def rows_of(
@@ -159,19 +185,18 @@ def rows_of(
     return torch.stack([row for row in rows if row is not None])
 
 
-def refuse_mixed_sizes(sizes: np.ndarray[Any, Any], first: int) -> None:
-    """Checks (n, 2) widths and heights of the images from number `first` on.
+def refuse_smaller_than_patch(images: Sequence[Image.Image], steps: Sequence[str]) -> None:
+    """Patch FID of images smaller than the patch is another number: the crop leaves them as they are, as DMD2's does.
 
     Raises:
-        UserError: if they differ.
+        ValueError: for such an image. A reference such as COCO's may hold some.
     """
-    other = np.flatnonzero((sizes != sizes[0]).any(axis=1))
-    if len(other):
-        (width, height), (other_width, other_height) = sizes[0].tolist(), sizes[other[0]].tolist()
-        raise UserError(
-            f"the images are of different sizes: number {first} has {width} x {height} pixels, number "
-            f"{first + int(other[0])} has {other_width} x {other_height}; one model makes images of one size, so give its "
-            "images alone."
+    patch = next((int(step.split()[1]) for step in steps if step.startswith("crop ")), 0)
+    small = next((image.size for image in images if min(image.size) < patch), None)
+    if small is not None:
+        raise ValueError(
+            f"patch FID crops {patch} x {patch} pixels out of each image, but an image has {small[0]} x {small[1]}; give images "
+            "at full resolution"
         )
 
 
@@ -180,33 +205,39 @@ def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
 
     Args:
         job: the pass.
-        what: is measured, for the progress bar.
+        what: label of the progress bar.
+
+    Returns:
+        The rows by network, without networks that failed: their stores say why.
 
     Raises:
         RunStopped: if a process cannot go on.
     """
+    for metric_pass in job.metric_passes:
+        metric_pass.store.retry()
     missing = job.missing()
     if missing:
         store = job.metric_passes[0].store
-        told = ProgressBar(sum(len(store.numbers(batch)) for batch in missing), f"{what}: images")
-        run_all(job, missing, told)
-    parts = {metric_pass: metric_pass.store.all() for metric_pass in job.metric_passes}
-    if job.one_size:
-        refuse_mixed_sizes(next(iter(parts.values())).sizes, 0)
-    return parts
+        total = sum(len(store.numbers(batch)) for batch in missing)
+        run_all(job, missing, ProgressBar(total, f"{what}: images"))
+    return {
+        metric_pass: metric_pass.store.all()
+        for metric_pass in job.metric_passes
+        if metric_pass.store.failure() is None
+    }
 
 
-def processes_for(asked: int | None, device: str, batches: int) -> int:
+def processes_for(wanted: int | None, device: str, batches: int) -> int:
     """What `--processes` means: None is one a GPU or core, but no more than are worth loading the networks for."""
-    if asked is not None:
-        if asked < 1:
-            raise UserError(f"--processes is {asked}, but at least 1 is needed.")
-        return asked
+    if wanted is not None:
+        if wanted < 1:
+            raise UserError(f"--processes is {wanted}, but at least 1 is needed.")
+        return wanted
     return max(1, min(default_processes(device), batches // BATCHES_PER_PROCESS))
 
 
 def load_kept_images(job: PassJob) -> Mapping[int, Image.Image]:
-    """The pictures that a finished pass has kept, by number."""
+    """The images that a finished pass has kept, by number."""
     found = {}
     for number in range(min(job.keep_images, job.metric_passes[0].store.count)):
         with Image.open(job.kept_image(number)) as opened:

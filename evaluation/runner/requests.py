@@ -1,4 +1,4 @@
-"""From the options of a command to what is to be measured, or to one sentence that says what does not fit."""
+"""From the options of a command to an EvaluationRequest, or to one sentence on what does not fit."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evaluation.images.image_sets import open_images
-from evaluation.images.prompt_files import read_prompts
+from evaluation.images.prompt_files import PromptList, read_prompts, without_ending
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
+from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.frechet import FeatureStatistics
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
-from evaluation.protocols.names import parse_weights
+from evaluation.protocols.names import CAPTION_METRICS, parse_weights
 from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
 from evaluation.protocols.references import Reference
 from evaluation.runner.evaluator import EvaluationRequest
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def build_request(options: EvaluateOptions) -> EvaluationRequest:
-    """What the options ask for.
+    """The request that the options describe.
 
     Raises:
         UserError: for options that do not fit each other or the files that they name.
@@ -44,12 +45,12 @@ def as_image_protocol(protocol: Protocol) -> ImageProtocol:
         ),
         samples=protocol.samples,
         seed=protocol.seed,
-        source="the toy world's own judges, on its own held-out prompts",
+        source="the toy world's own networks, on its own held-out prompts",
     )
 
 
 def toy_request(options: EvaluateOptions, weights: tuple[tuple[str, str], ...]) -> EvaluationRequest:
-    """A model under a protocol of the toy world, which brings prompts, judges and reference.
+    """A model under a protocol of the toy world, which brings prompts, networks and reference.
 
     Raises:
         UserError: for what it does not take.
@@ -59,15 +60,17 @@ def toy_request(options: EvaluateOptions, weights: tuple[tuple[str, str], ...]) 
     if options.model is None or given:
         raise UserError(
             f"protocol {protocol.name} is the toy world's own: it measures a --model and brings captions, reference and "
-            f"judges{f', so leave out --{given[0]}' if given else ''}; for other images choose another --protocol."
+            f"networks{f', so leave out --{given[0]}' if given else ''}; for other images choose another --protocol."
         )
     statistics = FeatureStatistics.load(protocol.path(protocol.reference), protocol.reference_origin())
     inner = as_image_protocol(protocol)
+    prompts = tuple(protocol.captions())
     return EvaluationRequest(
         inner,
-        model_samples(options, inner, tuple(protocol.captions())),
+        model_samples(options, inner, prompts),
         selected_metrics(options, inner),
-        captions=tuple(protocol.captions()),
+        captions=prompts,
+        saved=saved_images(options, PromptList(prompts)),
         known={"fid": Reference(protocol.reference, statistics)},
         weights=weights,
         fingerprint=(protocol.fingerprint(), protocol.describe()),
@@ -80,34 +83,61 @@ def image_request(
     """A model or a set of images under a protocol of published images."""
     file = options.captions or ""
     prompts = read_prompts(file) if file else None
+    metrics = selected_metrics(options, protocol)
+    for name in metrics:
+        protocol.measurement(
+            name
+        )  # a metric that the protocol does not have is an error before any image is read
     if options.samples is not None:
         protocol = replace(protocol, samples=options.samples)
     samples: Samples
-    captions: tuple[str, ...] | None
+    chosen: PromptList | None = None
+    saved = None
     if options.model is not None:
         if prompts is None:
             raise UserError(
                 "--model needs --captions: a file of prompts, such as COCO's captions_val2014.json."
             )
-        captions = prompts.selection(protocol.samples, file).captions
-        samples = model_samples(options, protocol, captions)
+        chosen = prompts.selection(protocol.samples, file)
+        samples = model_samples(options, protocol, chosen.captions)
+        saved = saved_images(options, chosen)
     else:
         samples = stored_samples(options, protocol)
         names = samples.source.names[: samples.count]
         if prompts is not None:
-            captions = tuple(prompts.of_images(names, file))
-        else:
+            chosen = prompts.for_images(names, file)
+        elif any(name in CAPTION_METRICS for name in metrics):
             held = samples.source.captions()
-            captions = None if held is None else tuple(held[: samples.count])
+            chosen = None if held is None else PromptList(tuple(held[: samples.count]))
     return EvaluationRequest(
-        protocol, samples, selected_metrics(options, protocol), captions, options.reference, weights=weights
+        protocol,
+        samples,
+        metrics,
+        None if chosen is None else chosen.captions,
+        options.reference,
+        weights=weights,
+        categories=None if chosen is None else chosen.categories,
+        saved=saved,
+    )
+
+
+def saved_images(options: EvaluateOptions, prompts: PromptList) -> SavedImages | None:
+    """The folder of `--save_images`, in the layout of `--save_layout`."""
+    if options.save_images is None:
+        return None
+    names = None
+    if prompts.names is not None and prompts.origin != "coco":
+        stems = tuple(without_ending(name) for name in prompts.names)
+        names = stems if len(set(stems)) == len(stems) else None  # several prompts of one image are numbered
+    return SavedImages(
+        str(options.save_images), prompts.captions, names, prompts.records, options.save_layout
     )
 
 
 def model_samples(
     options: EvaluateOptions, protocol: ImageProtocol, prompts: tuple[str, ...]
 ) -> ModelSamples:
-    """What a model folder makes."""
+    """The images of a model folder."""
     assert options.model is not None
     return ModelSamples(
         options.model,
@@ -138,5 +168,5 @@ def stored_samples(options: EvaluateOptions, protocol: ImageProtocol) -> StoredS
 
 
 def selected_metrics(options: EvaluateOptions, protocol: ImageProtocol) -> tuple[str, ...]:
-    """The metrics that were asked for, or the protocol's own."""
+    """The metrics of `--metrics`, or the protocol's own."""
     return tuple(options.metrics or (one.metric for one in protocol.measurements))

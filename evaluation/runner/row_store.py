@@ -1,4 +1,4 @@
-"""What networks said of images, batch by batch on disk, so that a measurement that was killed goes on where it stood."""
+"""Output of networks, batch by batch on disk, so that a measurement that was stopped resumes."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ class MeasuredBatch(NamedTuple):
     """One batch."""
 
     rows: Tensor
-    """(B, k), what was measured."""
+    """(B, k), the network's output."""
     sizes: NDArray[np.int64]
     """(B, 2), width and height of each image as it was read."""
+    constant: NDArray[np.bool_]
+    """(B,), whether all pixels of an image are equal: black images of a safety checker, or of an overflow."""
 
 
 @dataclass(frozen=True)
 class RowStore:
-    """The rows of one network over one set of images: a folder with a file a batch.
+    """The rows of one network over one set of images: a folder with a file per batch.
 
-    A file appears under its name when it is complete. The folder's name is made of everything that the rows depend on, so
-    that nothing else can be mistaken for them.
+    A file appears under its name when it is complete. The folder's name is a hash of everything that the rows depend on,
+    so that rows of something else are never taken for them.
     """
 
     folder: Path
     count: int
     """Images."""
     batch_size: int
-    """A batch is the images k * batch_size up to (k + 1) * batch_size, whoever measures it."""
+    """A batch is the images k * batch_size up to (k + 1) * batch_size, in every process."""
 
     @classmethod
     def at(cls, root: Path, what: str, settings: Mapping[str, Any], count: int, batch_size: int) -> RowStore:
@@ -61,7 +63,7 @@ class RowStore:
 
     @property
     def batches(self) -> int:
-        """How many."""
+        """Number of batches."""
         return -(-self.count // self.batch_size)
 
     def numbers(self, batch: int) -> list[int]:
@@ -70,7 +72,7 @@ class RowStore:
         return list(range(start, min(start + self.batch_size, self.count)))
 
     def path(self, batch: int) -> Path:
-        """Where a batch's rows are."""
+        """File of a batch."""
         return self.folder / f"batch_{batch:06d}.npz"
 
     def missing(self) -> list[int]:
@@ -79,9 +81,9 @@ class RowStore:
         return [batch for batch in range(self.batches) if self.path(batch).name not in there]
 
     def save(self, batch: int, part: MeasuredBatch) -> None:
-        """Write a batch, whole or not at all."""
+        """Writes a batch atomically."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
-            np.savez(file, rows=part.rows.cpu().numpy(), sizes=part.sizes)
+            np.savez(file, rows=part.rows.cpu().numpy(), sizes=part.sizes, constant=part.constant)
         os.replace(file.name, self.path(batch))
 
     def load(self, batch: int) -> MeasuredBatch:
@@ -93,7 +95,7 @@ class RowStore:
         path = self.path(batch)
         try:
             with np.load(path, allow_pickle=False) as archive:
-                part = MeasuredBatch(torch.from_numpy(archive["rows"]), archive["sizes"])
+                part = MeasuredBatch(torch.from_numpy(archive["rows"]), archive["sizes"], archive["constant"])
         except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} cannot be read ({error}); remove it and run again") from error
         if len(part.rows) != len(self.numbers(batch)):
@@ -104,5 +106,23 @@ class RowStore:
         """All rows, in the order of the images."""
         parts = [self.load(batch) for batch in range(self.batches)]
         return MeasuredBatch(
-            torch.cat([part.rows for part in parts]), np.concatenate([part.sizes for part in parts])
+            torch.cat([part.rows for part in parts]),
+            np.concatenate([part.sizes for part in parts]),
+            np.concatenate([part.constant for part in parts]),
         )
+
+    def fail(self, reason: str) -> None:
+        """Note that the network cannot measure these images."""
+        self._failed.write_text(reason)
+
+    def failure(self) -> str | None:
+        """Why the network cannot measure these images, if so."""
+        return self._failed.read_text() if self._failed.is_file() else None
+
+    def retry(self) -> None:
+        """Forget a failure of an earlier run."""
+        self._failed.unlink(missing_ok=True)
+
+    @property
+    def _failed(self) -> Path:
+        return self.folder / "failed.txt"

@@ -1,4 +1,4 @@
-"""One measurement: the metrics of a protocol over the images that a maker makes."""
+"""The metrics of a toy protocol over the images of a maker."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from evaluation.protocols.protocols import Protocol
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of images scored."""
+    """Scores of a set of images."""
 
     fid: float
     """Frechet distance to the protocol's reference, on its CLIP's image features; lower is better."""
@@ -99,12 +99,12 @@ def score_images(
     Args:
         maker: makes the images.
         captions: sample i is made from the i-th.
-        networks: who scores.
+        networks: the networks.
         device: of the metrics' sums.
         batch_size: images per call and rank; the scores do not depend on it beyond rounding.
         rank: of this process.
         world_size: how many processes share the samples.
-        advance: told how many images were made, after each batch.
+        advance: called with the number of images after each batch.
     """
     board = ToyMetrics(networks, device)
     for sample_ids, counting in rank_batches(len(captions), batch_size, rank, world_size):

@@ -1,4 +1,4 @@
-"""The many-step teacher under a protocol: what a student is compared with, measured once and looked up afterwards."""
+"""The many-step teacher under a protocol: the comparison of every student, measured once and looked up afterwards."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from data.toy.world import captions
 from evaluation.images.generate import ImageMaker, RealImages, Reconstructions, SampledImages
-from evaluation.protocols.protocols import Protocol, hash_weights
+from evaluation.protocols.protocols import Protocol, hash_model, hash_weights
 from evaluation.runner.machine import milliseconds_per_image, where
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
@@ -39,7 +39,7 @@ class Teacher:
     family: Family
     """The base."""
     device: torch.device
-    """Where it samples; the family has been moved there."""
+    """Device of the sampling; the family has been moved to it."""
     guidance_scale: float = GUIDANCE_SCALE
     """1 means none."""
     spacing: Spacing = "trailing"
@@ -56,9 +56,10 @@ class Teacher:
         return SampledImages(sampler, self.family, self.device, self.seed)
 
     def key(self) -> dict[str, Any]:
-        """What its scores depend on besides the protocol."""
+        """Everything that its scores depend on besides the protocol."""
         return {
             "base_sha256": hash_weights(self.family.folder),
+            "base_files_sha256": hash_model(self.family.folder),  # scheduler and other configurations too
             "guidance_scale": self.guidance_scale,
             "spacing": self.spacing,
         }
@@ -78,7 +79,7 @@ def look_up(files: Sequence[Path], protocol: Protocol, teacher: Teacher) -> Entr
         if stored is None:
             continue
         if stored["protocol"]["fingerprint"] == fingerprint and all(
-            stored[name] == key[name] for name in key
+            stored.get(name) == key[name] for name in key
         ):
             entry = {**entry, **stored, "teacher": {**entry["teacher"], **stored["teacher"]}}
         else:

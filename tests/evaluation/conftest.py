@@ -29,7 +29,7 @@ def clip(clip_folder: Path) -> FrozenClip:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a base, shards and random judges."""
+    """A folder with a base, shards and random metric networks."""
     folder = tmp_path_factory.mktemp("world")
     save_base("sd-epsilon", folder)
     save_shards(folder / "shards")
@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def toy_networks(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Arguments that name those judges; the protocols are small and judged by them."""
+    """Arguments that name those networks; the protocols are small and use them."""
     for name, protocol in small_protocols(world).items():
         monkeypatch.setitem(PROTOCOLS, name, protocol)
     return {"clip": str(world / "clip"), "classifier": str(world / "classifier")}

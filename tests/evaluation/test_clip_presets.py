@@ -69,7 +69,7 @@ def noise(height: int = 60, width: int = 80, count: int = len(CAPTIONS)) -> Tens
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def pictures(images_uint8: Tensor) -> list[Image.Image]:
+def pil_images(images_uint8: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in images_uint8.permute(0, 2, 3, 1).numpy()]
 
 
@@ -109,11 +109,11 @@ def test_long_captions_keep_their_end_and_differ(folder: Path) -> None:
 def test_pixels_of_both_presets_are_those_of_their_scripts(folder: Path) -> None:
     images = noise(300, 280, 2)
     _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-    plain = torch.stack([transform(image) for image in pictures(images)])
+    plain = torch.stack([transform(image) for image in pil_images(images)])
     assert torch.equal(FrozenClip(folder).preprocess(images), plain)
 
     squares = []
-    for image in pictures(images):
+    for image in pil_images(images):
         left, top = 0, 10
         square = image.crop((left, top, left + 280, top + 280))
         squares.append(transform(square.resize((256, 256), Image.Resampling.LANCZOS)))
@@ -124,7 +124,7 @@ def test_the_score_is_that_of_open_clip_on_images_of_any_size(folder: Path) -> N
     model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     images = noise()
     with torch.no_grad():
-        pixels = torch.stack([transform(image) for image in pictures(images)])
+        pixels = torch.stack([transform(image) for image in pil_images(images)])
         image_features = model.eval().encode_image(pixels, normalize=True)
         text_features = model.encode_text(open_clip.get_tokenizer("ViT-g-14")(CAPTIONS), normalize=True)
     metric = ClipScore(FrozenClip(folder))

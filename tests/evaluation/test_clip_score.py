@@ -1,4 +1,4 @@
-"""The CLIP judge: equality with open_clip, precision, long captions, what it refuses."""
+"""The frozen CLIP: equality with open_clip, precision, long captions, what it refuses."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from evaluation.metrics.control_adherence import DepthAdherence, EdgeAdherence
 
 
 def itself(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """A condition that is the picture."""
+    """A condition that is the image itself."""
     return image
 
 
@@ -40,15 +40,15 @@ def test_f1_of_edges() -> None:
 
 
 def test_the_picture_that_the_edges_are_from_follows_them() -> None:
-    picture = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
-    picture[:, :, 16:48, 20:40] = 200
+    made = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    made[:, :, 16:48, 20:40] = 200
     condition = Canny()
-    edges = np.stack([condition(image) for image in picture.permute(0, 2, 3, 1).numpy()])
+    edges = np.stack([condition(image) for image in made.permute(0, 2, 3, 1).numpy()])
     control = torch.from_numpy(edges).permute(0, 3, 1, 2)
     assert int((control > 0).sum()) > 0
     metric = EdgeAdherence(condition)
-    metric.update_with(picture, control, [0, 1])
-    metric.update_with(picture.roll(7, dims=-1), control, [2, 3])
+    metric.update_with(made, control, [0, 1])
+    metric.update_with(made.roll(7, dims=-1), control, [2, 3])
     found = metric.estimates()["edge_f1"]
     assert found.samples == 4
     assert metric.rows_of("fake")[0].flatten()[:2].tolist() == [1, 1]

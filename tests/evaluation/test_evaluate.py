@@ -53,7 +53,7 @@ def small(name: str = "small", **changes: Any) -> ImageProtocol:
 
 @pytest.fixture
 def protocols(world: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Protocols `small` and `small-lossless`; returns the options that name the judges."""
+    """Protocols `small` and `small-lossless`; returns the options that name the networks."""
     monkeypatch.setitem(IMAGE_PROTOCOLS, "small", small())
     monkeypatch.setitem(IMAGE_PROTOCOLS, "lossless", small("lossless", lossless=True))
     monkeypatch.setattr("evaluation.evaluate.PROTOCOL_NAMES", (*PROTOCOLS, *IMAGE_PROTOCOLS))
@@ -145,7 +145,7 @@ def test_numbers_equal_a_direct_computation(
     fid = result["metrics"]["fid"]
     assert fid["samples"] == 30
     assert fid["low"] < fid["value"] < fid["high"]
-    assert fid["infinity"] < fid["value"]
+    assert "infinity" not in fid  # 30 images are less than three for each of the 16 dimensions
     assert fid["hash"] != entry["hash"]
     assert fid["settings"]["reference_steps"] == list(STEPS)
     page = (tmp_path / "a.html").read_text()
@@ -262,9 +262,6 @@ def test_bad_input_is_one_sentence(
         ["--images", real, "--captions", captions, *usual]
     )
     fid = [*usual, "--metrics", "fid"]
-    assert "different sizes: number 0 has 40 x 40 pixels, number 1 has 50 x 36" in refused(
-        ["--images", real, "--samples", 40, *fid]
-    )
     assert "diversity needs several images" in refused(["--images", images, *usual, "--metrics", "diversity"])
     assert "--metrics is 'is', but must be one of" in refused(["--images", images, *usual, "--metrics", "is"])
     assert "kid: FID" not in (said := refused(["--images", images, *usual, "--metrics", "kid"]))
@@ -303,7 +300,7 @@ def test_wrong_statistics_are_one_sentence(
     FeatureStatistics.from_features(
         features, {"judge": {"weights": "x"}, "steps": [], "reference": "r"}
     ).save(tmp_path / "other.npz")
-    assert "was measured otherwise than this protocol does (judge." in refused(
+    assert "was measured otherwise than this protocol does (network." in refused(
         [*images, "--reference", tmp_path / "other.npz"]
     )
     assert "other.kid.npz, which is not there" in refused(

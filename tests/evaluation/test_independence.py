@@ -1,4 +1,4 @@
-"""A network that judges never trains."""
+"""A metric network never trains."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_rank_finds_what_one_process_finds(ranks: list[dict[str, Any]], case: str, many: int) -> None:
     alone = measured(0, 1, batch_size=11, many=many)
     held = 0
-    for told in ranks if case != "two" else ranks[:2]:
-        found = told[case]
+    for rank in ranks if case != "two" else ranks[:2]:
+        found = rank[case]
         held += found.pop("rows-after")
         for name, expected in alone.items():
             if not name.endswith("-after"):

@@ -36,7 +36,7 @@ from sdxs_lightning.core.errors import UserError
 from tests.helpers.metric_networks import random_images
 
 
-def picture(seed: int, width: int = 40, height: int = 30) -> Image.Image:
+def pil_image(seed: int, width: int = 40, height: int = 30) -> Image.Image:
     frame = random_images(1, seed, 64)[0].permute(1, 2, 0).numpy()
     return Image.fromarray(frame).resize((width, height))
 
@@ -209,7 +209,7 @@ def test_bad_prompt_files_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_steps_equal_pillow_and_torchvision(tmp_path: Path) -> None:
-    image = picture(0, 41, 30)
+    image = pil_image(0, 41, 30)
     assert same(apply_steps(image, ["crop"]), center_crop(image, [30, 30]))
     assert same(apply_steps(image, ["crop 20"]), center_crop(image, [20, 20]))
     assert apply_steps(image, ["crop 31"]).size == (41, 30)  # too small: left alone
@@ -238,7 +238,7 @@ def test_files_that_went_through_a_step_do_not_go_again() -> None:
 def write_set(folder: Path, count: int = 5) -> None:
     folder.mkdir(parents=True)
     for i in range(count):
-        picture(i).save(folder / f"{i:03d}.png")
+        pil_image(i).save(folder / f"{i:03d}.png")
         (folder / f"{i:03d}.txt").write_text(f"caption {i}")
 
 
@@ -258,7 +258,7 @@ def test_folder_zip_and_shards_are_the_same_images(tmp_path: Path, monkeypatch: 
         assert len(source.names) == 5
         assert source.formats == "png"
         for number in (4, 0, 2):
-            assert same(source.read(number), picture(number))
+            assert same(source.read(number), pil_image(number))
     folder, zipped, shards = sources
     assert folder.captions() == shards.captions() == [f"caption {i}" for i in range(5)]
     assert zipped.captions() is None
@@ -296,7 +296,7 @@ def test_bad_images_are_one_sentence(tmp_path: Path) -> None:
 def test_formats_say_whether_images_were_compressed(tmp_path: Path) -> None:
     write_set(tmp_path / "set", 2)
     assert StoredSamples(open_images(str(tmp_path / "set"))).formats == "lossless"
-    picture(5).save(tmp_path / "set" / "005.jpg")
+    pil_image(5).save(tmp_path / "set" / "005.jpg")
     assert StoredSamples(open_images(str(tmp_path / "set"))).formats == "jpg+png"
     assert torch.is_tensor(random_images(1))
 

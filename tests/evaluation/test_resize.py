@@ -29,7 +29,7 @@ def noise(height: int, width: int, count: int = 2) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def pictures(images_uint8: Tensor) -> list[Image.Image]:
+def pil_images(images_uint8: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array) for array in images_uint8.permute(0, 2, 3, 1).numpy()]
 
 
@@ -42,7 +42,7 @@ def tensor(images: list[Image.Image]) -> Tensor:
 def test_pillows_arithmetic_gives_pillows_bytes(kind: Filter, size: tuple[int, int]) -> None:
     images = noise(64, 80)
     resampling = Image.Resampling[kind.upper()]
-    expected = tensor([image.resize(size[::-1], resampling) for image in pictures(images)])
+    expected = tensor([image.resize(size[::-1], resampling) for image in pil_images(images)])
     assert torch.equal(resize_by_pillows_arithmetic(images, size, kind), expected)
     assert torch.equal(resize_uint8(images, size, kind), expected)
 
@@ -70,10 +70,10 @@ def test_bilinear_of_tensorflow_1(size: tuple[int, int]) -> None:
 def test_shortest_side_and_crop_are_torchvisions(shape: tuple[int, int]) -> None:
     images = noise(*shape)
     resize, crop = Resize(32, InterpolationMode.BICUBIC), CenterCrop(32)
-    expected = tensor([crop(resize(image)) for image in pictures(images)])
+    expected = tensor([crop(resize(image)) for image in pil_images(images)])
     assert torch.equal(resize_shortest_and_crop(images, 32), expected)
     square = CenterCrop(min(shape))
-    assert torch.equal(centre_square(images), tensor([square(image) for image in pictures(images)]))
+    assert torch.equal(centre_square(images), tensor([square(image) for image in pil_images(images)]))
 
 
 def test_the_right_size_is_left_alone() -> None:

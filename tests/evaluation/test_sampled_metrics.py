@@ -97,7 +97,9 @@ def test_kept_features_and_sums_give_the_same_distance() -> None:
         kept.update(images(50, seed), sample_ids=range(50), real=real)
         summed.update(images(50, seed), real=real)
     assert number(kept) == pytest.approx(number(summed), rel=1e-10)
-    assert kept.estimates()["fid"].infinity is not None
+    assert (
+        kept.estimates()["fid"].infinity is not None
+    )  # 50 images are more than three for each of 12 dimensions
     assert summed.estimates()["fid"].as_dict().keys() == {"value", "samples"}
 
 
@@ -154,25 +156,25 @@ def test_cmmd_is_the_mean_over_all_pairs() -> None:
 
 def test_diversity_is_the_mean_distance_of_pairs_of_a_prompt() -> None:
     metric = PromptDiversity(PIXELS, samples_per_prompt=3)
-    pictures = images(6, 0)
-    metric.update(pictures, sample_ids=range(6))
-    unit = torch.nn.functional.normalize(PIXELS(pictures).double())
+    shown = images(6, 0)
+    metric.update(shown, sample_ids=range(6))
+    unit = torch.nn.functional.normalize(PIXELS(shown).double())
     pairs = [(0, 1), (0, 2), (1, 2), (3, 4), (3, 5), (4, 5)]
     expected = sum(float((unit[i] - unit[j]).norm()) for i, j in pairs) / 6
     assert number(metric)[0] == pytest.approx(expected, rel=1e-6)
-    metric.update(pictures[:1], sample_ids=[6])
+    metric.update(shown[:1], sample_ids=[6])
     with pytest.raises(ValueError, match=r"needs 3 images of every prompt, found between 1 and 3"):
         metric.compute()
 
 
 def test_patches_are_the_middle_at_full_resolution() -> None:
-    whole = torch.zeros(1, 3, 5, 6, dtype=torch.uint8)
-    whole[..., 2:4, 2:4] = 9
+    full = torch.zeros(1, 3, 5, 6, dtype=torch.uint8)
+    full[..., 2:4, 2:4] = 9
     crop = CentreCrop(PIXELS, px=2)
-    assert torch.equal(crop(whole), torch.full((1, 12), 9.0))
+    assert torch.equal(crop(full), torch.full((1, 12), 9.0))
     assert crop.identity() == {"network": "pixels", "crop": "centre 2"}
     with pytest.raises(ValueError, match="crops 2 x 2 pixels out of each image, but these have 1 x 6"):
-        crop(whole[..., :1, :])
+        crop(full[..., :1, :])
 
 
 def test_refusals() -> None:

@@ -36,7 +36,7 @@ def made(captions: Sequence[str], sample_ids: Tensor) -> Tensor:
 
 
 def callback(world: Path, folder: Path, **settings: Any) -> ImageMetrics:
-    """ImageMetrics judged by the tiny CLIP, against 40 random images; writes the files that it reads."""
+    """ImageMetrics with the tiny CLIP, against 40 random images; writes the files that it reads."""
     IMAGE_PROTOCOLS["small"] = SMALL
     (folder / "captions.txt").write_text(
         "\n".join(f"a {'red' if i % 2 else 'blue'} circle" for i in range(COUNT))

@@ -1,4 +1,4 @@
-"""Tiny random judges in the layouts of the real ones, so that the metrics are tested without trained weights."""
+"""Tiny random metric networks in the layouts of the real ones, so that the metrics are tested without trained weights."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
 
 
 def small_protocols(world: Path) -> dict[str, Protocol]:
-    """The named protocols with 7 samples, references of 40 images, and the judges in a folder."""
+    """The named protocols with 7 samples, references of 40 images, and the networks in a folder."""
     paths = {"clip": str(world / "clip"), "classifier": str(world / "classifier")}
     return {
         name: get_protocol(

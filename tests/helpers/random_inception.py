@@ -60,7 +60,7 @@ def first_layer(network: Inception, pixels: Tensor) -> Tensor:
 
 
 def textures(count: int, seed: int, size: int = 96) -> Tensor:
-    """(count,3,size,size) uint8: patches of two frequencies with noise; another seed is another kind of picture."""
+    """(count,3,size,size) uint8: patches of two frequencies with noise; another seed is another kind of image."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.zeros(count, 3, size, size)
     for cells, weight in ((4, 1.0), (16 + 4 * seed, 0.6), (size, 0.15)):

@@ -1,0 +1,120 @@
+"""Images that a model made, kept as files in a layout that other benchmarks read.
+
+| layout | files | read by |
+|---|---|---|
+| `flat` | `000000.png`, or the name that the prompt file gives; its caption beside it in a .txt file | `--images`, DPG-Bench |
+| `geneval` | `00000/metadata.jsonl`, `00000/samples/00000.png` | GenEval's evaluation/evaluate_images.py |
+| `t2i_compbench` | `samples/PROMPT_000000.png` | T2I-CompBench |
+
+DPG-Bench reads one file per prompt, called as the prompt's file: give its folder of .txt prompts as --captions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from sdxs_lightning.core.errors import UserError
+
+Layout = Literal["flat", "geneval", "t2i_compbench"]
+MANIFEST = "images.json"
+
+
+@dataclass(frozen=True)
+class SavedImages:
+    """A folder that takes image i under a name that depends on i and its prompt alone, so that a stopped run resumes."""
+
+    folder: str
+    prompts: tuple[str, ...]
+    names: tuple[str, ...] | None = None
+    """From the prompt file; `flat` uses them."""
+    records: tuple[Mapping[str, Any], ...] | None = None
+    """Rows of the prompt file; GenEval's metadata."""
+    layout: Layout = "flat"
+
+    def path(self, number: int) -> Path:
+        """Where an image lies."""
+        folder = Path(self.folder)
+        if self.layout == "geneval":
+            return folder / f"{number:05d}" / "samples" / "00000.png"
+        if self.layout == "t2i_compbench":
+            return folder / "samples" / f"{_file_name(self.prompts[number])}_{number:06d}.png"
+        return folder / f"{f'{number:06d}' if self.names is None else self.names[number]}.png"
+
+    def begin(self, origin: Mapping[str, Any]) -> None:
+        """Creates the folder, or checks that it holds images of the same origin.
+
+        Raises:
+            UserError: for a folder with other content, or names that two images share.
+        """
+        folder, described = Path(self.folder), json.loads(json.dumps({**origin, "layout": self.layout}))
+        paths = [self.path(number) for number in range(len(self.prompts))]
+        if len(set(paths)) < len(paths) or any(
+            folder.resolve() not in path.resolve().parents for path in paths
+        ):
+            raise UserError(
+                "--save_images: the names in the prompt file repeat, or lead out of the folder; give a file without names."
+            )
+        manifest = folder / MANIFEST
+        if manifest.is_file():
+            stored = json.loads(manifest.read_text())
+            changed = sorted(key for key in {*stored, *described} if stored.get(key) != described.get(key))
+            if changed:
+                raise UserError(
+                    f"--save_images '{folder}' holds images that were made otherwise ({', '.join(changed)}); give "
+                    "another folder."
+                )
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise UserError(
+                f"--save_images '{folder}' holds other files; give an empty folder, or one that does not exist."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest.write_text(json.dumps(described, indent=2) + "\n")
+
+    def has(self, numbers: Sequence[int]) -> bool:
+        """Whether all of these images are there."""
+        return all(self.path(number).is_file() for number in numbers)
+
+    def write(self, number: int, image: Image.Image) -> None:
+        """Stores an image; it appears under its name when it is complete, after its caption."""
+        path = self.path(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.layout == "geneval":
+            record = {} if self.records is None else dict(self.records[number])
+            _write(
+                path.parent.parent / "metadata.jsonl",
+                json.dumps({**record, "prompt": self.prompts[number]}) + "\n",
+            )
+        elif self.layout == "flat":
+            _write(path.with_suffix(".txt"), self.prompts[number] + "\n")
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=".", suffix=".partial", delete=False
+        ) as file:
+            image.save(file, format="PNG")
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+
+    def read(self, numbers: Sequence[int]) -> list[Image.Image]:
+        """Images that were stored."""
+        images = []
+        for number in numbers:
+            with Image.open(self.path(number), formats=("PNG",)) as opened:
+                images.append(opened.convert("RGB"))
+        return images
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def _file_name(prompt: str) -> str:
+    """A prompt as part of a file name; T2I-CompBench takes what stands before the last underscore as the prompt."""
+    return prompt.replace("/", " ").replace("\0", " ").encode()[:200].decode(errors="ignore")
