@@ -1,6 +1,6 @@
-"""What travels through a training step: a batch of data, and what the networks are conditioned on.
+"""A batch of training data, and the conditioning of the networks.
 
-Both are immutable and refuse bad data where it enters, in one sentence, rather than let it train.
+Both are immutable and check their data at construction, with one sentence for each fault.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Conditioning:
-    """What a U-Net is told besides x_t and t: embeddings (never token ids), and their unconditional twin."""
+    """Inputs of a U-Net besides x_t and t: embeddings (never token ids), with their unconditional twin."""
 
     prompt_embeds: Tensor
     """(B, tokens, d), float: text encoder's hidden states; d = 768 SD-1.5, 1024 SD-2.1, 2048 SDXL."""
@@ -68,18 +68,23 @@ class Conditioning:
 
         The U-Net makes sinusoids of add_time_ids, and bfloat16 cannot tell 1023 px from 1024 px.
         """
-        moved = _map_tensors(self, lambda tensor: tensor.to(device, dtype, non_blocking=_is_away(device)))
+        moved = _map_tensors(
+            self, lambda tensor: tensor.to(device, dtype, non_blocking=_may_be_asynchronous(device))
+        )
         if self.add_time_ids is None:
             return moved
         return replace(
-            moved, add_time_ids=self.add_time_ids.to(device, torch.float32, non_blocking=_is_away(device))
+            moved,
+            add_time_ids=self.add_time_ids.to(
+                device, torch.float32, non_blocking=_may_be_asynchronous(device)
+            ),
         )
 
     def unconditional(self) -> "Conditioning":
         """The twin for guidance: negative embeddings, same sizes and control images.
 
         Raises:
-            ValueError: where there are no negative embeddings.
+            ValueError: without negative embeddings.
         """
         if self.negative_prompt_embeds is None:
             raise ValueError(
@@ -98,7 +103,7 @@ class Conditioning:
         """One batch of 2B for guidance: unconditional half first, then conditional, as in diffusers.
 
         Raises:
-            ValueError: where there are no negative embeddings.
+            ValueError: without negative embeddings.
         """
         uncond = self.unconditional()
         return replace(
@@ -159,7 +164,7 @@ class TrainingBatch:
         self._check_values()
 
     def _check_values(self) -> None:
-        # Only where the data is made, on the host: on a GPU each look at a value would wait for the device.
+        # On the host only, where the data is made: on a GPU each read of a value would wait for the device.
         if self.positions.device.type != "cpu":
             return
         if bool((self.positions < 0).any()):
@@ -167,7 +172,7 @@ class TrainingBatch:
         for name, tensor in (("latents", self.latents), ("images", self.images)):
             if tensor is None:
                 continue
-            # The extremes carry NaN and infinity, and take a twentieth of the time of a look at each value.
+            # The extremes propagate NaN and infinity, and take a twentieth of the time of checking each value.
             low, high = (bound.item() for bound in torch.aminmax(tensor))
             if not (math.isfinite(low) and math.isfinite(high)):
                 broken = (~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero().flatten().tolist()
@@ -191,7 +196,7 @@ class TrainingBatch:
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
         """Moves the tensors; Lightning calls it for every batch."""
-        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=_is_away(device)))
+        return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=_may_be_asynchronous(device)))
 
     def pin_memory(self) -> "TrainingBatch":
         """Pins the tensors; DataLoader(pin_memory=True) calls it."""
@@ -232,8 +237,8 @@ def _as_slice(index: slice) -> slice:
     return index
 
 
-def _is_away(device: torch.device | str | None) -> bool:
-    """Whether a copy may run on alone: towards the host, it could be read before it has arrived."""
+def _may_be_asynchronous(device: torch.device | str | None) -> bool:
+    """Whether a copy may be asynchronous: a copy to the host could be read before it has arrived."""
     return device is not None and torch.device(device).type != "cpu"
 
 

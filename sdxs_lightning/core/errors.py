@@ -5,7 +5,7 @@
 | 0 | finished |
 | 1 | unexpected: a bug, shown with its traceback |
 | 2 | the configuration or an input was refused; nothing was trained |
-| 3 | the training diverged (NaN or infinity); starting it again as it is would not help |
+| 3 | the training diverged (NaN or infinity); starting it again unchanged would not help |
 | 4 | a checkpoint could not be written; the previous one is intact |
 | 128 + signal (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM) | interrupted after a checkpoint; `--ckpt_path auto` resumes |
 
@@ -16,9 +16,9 @@ import signal as signals
 
 
 class RunStopped(Exception):
-    """A run ends early for a reason that one sentence explains.
+    """Ends a run early for a reason that one sentence explains.
 
-    Raised on every rank or on none: the callbacks that raise it agree first.
+    Raised on all ranks or on none: the callbacks that raise it agree first.
     """
 
     exit_code = 1
@@ -43,11 +43,11 @@ class CheckpointNotWritten(RunStopped):
 
 
 class Interrupted(RunStopped):
-    """A signal asked the run to stop, and it stopped at a step boundary.
+    """The run stopped at a step boundary after a signal.
 
     Args:
-        message: what to tell the user.
-        signal_number: the signal that came.
+        message: for the user.
+        signal_number: the signal received.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:

@@ -1,4 +1,4 @@
-"""A holder that keeps a frozen network out of Lightning's sight."""
+"""A holder that hides a frozen network from Lightning."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Frozen(Generic[M]):
-    """Holds an evaluated, gradient-free module, and is itself not an `nn.Module`.
+    """Holds a module in eval mode and without gradients, and is not an `nn.Module` itself.
 
     An attribute of a LightningModule that is a module is registered: its weights go into every checkpoint, into
-    `parameters()`, into DDP's buckets and into an averaged copy. A teacher belongs in none of these. Whoever owns a
-    `Frozen` moves it to its device, because Lightning will not.
+    `parameters()`, into DDP's buckets and into an averaged copy. A teacher belongs in none of these. The owner of a
+    `Frozen` moves it to its device, because Lightning does not.
 
     Gradients with respect to *inputs* still flow, so frozen features can serve a loss; wrap the call in
     `torch.no_grad()` where that is not wanted.

@@ -1,11 +1,11 @@
-"""Latents and images: the scale of latents, and the one rule by which images become bytes."""
+"""The scale of latents, and the conversion between images and bytes."""
 
 import torch
 from torch import Tensor
 
 
 def scale(latents: Tensor, scaling_factor: float, shift_factor: float | None = None) -> Tensor:
-    """What the VAE's encoder gives -> what the U-Net sees: (latents - shift) * scaling_factor.
+    """VAE encoder output -> U-Net input: (latents - shift_factor) * scaling_factor.
 
     Args:
         latents: (B, C, h, w), float, as the VAE's encoder outputs them and as shards store them.
@@ -19,14 +19,14 @@ def scale(latents: Tensor, scaling_factor: float, shift_factor: float | None = N
 
 
 def unscale(latents: Tensor, scaling_factor: float, shift_factor: float | None = None) -> Tensor:
-    """What the U-Net sees -> what the VAE's decoder takes; the inverse of `scale`, arguments as there."""
+    """U-Net output -> VAE decoder input: the inverse of `scale`, with the same arguments."""
     return latents.float() / scaling_factor + (shift_factor or 0.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Pixels in [-1, 1] -> bytes: clamped, then rounded to the nearest byte.
 
-    Truncation instead of rounding shifts every image by half a byte, which FID sees; so there is one rule.
+    Truncation instead of rounding shifts every image by half a byte, which changes FID; so there is one rule.
 
     Args:
         images: (B, 3, H, W), float; values outside [-1, 1] are clamped.

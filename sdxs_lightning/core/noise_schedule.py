@@ -119,7 +119,7 @@ class NoiseSchedule(nn.Module):
     def _at(self, values: Tensor, timesteps: Tensor) -> Tensor:
         if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
             raise ValueError(f"timesteps must be (B,) int64, got {tuple(timesteps.shape)} {timesteps.dtype}.")
-        # On a GPU a look at the values would wait for the device; there index_select refuses them itself.
+        # On a GPU reading the values would wait for the device; there index_select checks them itself.
         if timesteps.device.type == "cpu" and bool(((timesteps < 0) | (timesteps >= len(values))).any()):
             raise ValueError(f"timesteps must be in [0, {len(values) - 1}], got {timesteps.tolist()}.")
         return values.index_select(0, timesteps).view(-1, 1, 1, 1)
@@ -261,7 +261,7 @@ def from_pred_x0(
     schedule: NoiseSchedule,
     prediction_type: PredictionType,
 ) -> Tensor:
-    """The network output that stands for this clean-latent estimate; the inverse of `to_pred_x0`.
+    """The network output that is equivalent to this clean-latent estimate; the inverse of `to_pred_x0`.
 
     Args:
         pred_x0: (B, 4, h, w), float, clean-latent estimate.

@@ -1,4 +1,4 @@
-"""The noise of a target sampler's pair, from one stored integer: pairs keep this integer, never the noise itself."""
+"""The noise of a target sampler's pair, derived from one integer, which is stored instead of the noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INDEX_BITS = 32
 
 
 def noise_seeds(seed: int, indices: Tensor) -> Tensor:
-    """The integers that are stored with pairs: seed and index side by side, so that sets of several seeds can be mixed.
+    """The integers that are stored with pairs: seed and index in one, so that sets of several seeds can be mixed.
 
     Args:
         seed: of the set of pairs, in [0, 2^31).
@@ -30,7 +30,7 @@ def noise_seeds(seed: int, indices: Tensor) -> Tensor:
 
 
 def pair_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The noise that belongs to stored integers, the same bits on every device and for every batch size.
+    """The noise of stored integers: the same bits on every device and for every batch size.
 
     Args:
         seeds: (B,), int64, as `noise_seeds` made them; `pair_noise_seeds` of a TrainingBatch.

@@ -3,7 +3,7 @@
 A stateful generator gives other numbers after a resume, or on another number of ranks, unless its state
 travels. Here a number has an address instead: the run's seed, a named stream, the sample's global position
 (how many samples the run had consumed before it) and the element inside the sample. So no random state is
-in checkpoints, and a batch split over ranks draws what the whole batch draws.
+in checkpoints, and a batch split over ranks draws the numbers of the complete batch.
 
 The 64-bit words come from SplitMix64's mixer (Steele, Lea, Flood, "Fast splittable pseudorandom number
 generators", OOPSLA 2014; constants of its variant 13) over hashed addresses. Only integer operations and
@@ -26,7 +26,7 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Stream(IntEnum):
-    """What a random number is for; two purposes never share numbers.
+    """What a random number is used for; two purposes never share numbers.
 
     Append only: a changed value changes every run of that seed.
     """
@@ -56,12 +56,12 @@ def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) ->
 
     Args:
         seed: the run's seed, any int (its lowest 64 bits count).
-        stream: what the numbers are for.
+        stream: what the numbers are used for.
         positions: (B,), int64; their device is the result's.
         shape: of one sample's block; another shape draws other numbers.
 
     Returns:
-        (B, *shape), float32; no value is farther out than 6.7, the reach of 32 bits.
+        (B, *shape), float32; no absolute value exceeds 6.7, the reach of 32 bits.
 
     Raises:
         ValueError: unless positions are (B,) int64.
@@ -79,7 +79,7 @@ def uniform(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...] = 
 
     Args:
         seed: the run's seed, any int (its lowest 64 bits count).
-        stream: what the numbers are for.
+        stream: what the numbers are used for.
         positions: (B,), int64; their device is the result's.
         shape: of one sample's block; a longer block begins with the numbers of a shorter one.
 
@@ -98,13 +98,13 @@ def integers(seed: int, stream: int, positions: Tensor, low: int, high: int) -> 
 
     Args:
         seed: the run's seed, any int (its lowest 64 bits count).
-        stream: what the numbers are for.
+        stream: what the numbers are used for.
         positions: (B,), int64; their device is the result's.
         low: smallest result.
         high: one more than the largest result, as in torch.randint; high - low is at most 2^31.
 
     Returns:
-        (B,), int64. A value is off its fair share by at most (high - low) / 2^32: 2e-7 for 1000 timesteps.
+        (B,), int64. The probability of a value is off by at most (high - low) / 2^32: 2e-7 for 1000 timesteps.
 
     Raises:
         ValueError: for an empty or too wide range, or unless positions are (B,) int64.
@@ -115,8 +115,8 @@ def integers(seed: int, stream: int, positions: Tensor, low: int, high: int) -> 
     return low + ((((words >> 32) & 0xFFFFFFFF) * (high - low)) >> 32)
 
 
-def fingerprint(values: Tensor) -> Tensor:
-    """A number for each sample's values, to stand for its position where only the values are known.
+def fingerprint_values(values: Tensor) -> Tensor:
+    """A hash of each sample's values, used like a position where only the values are known.
 
     Args:
         values: (B, ...), float; compared as float32, bit for bit.
@@ -126,7 +126,7 @@ def fingerprint(values: Tensor) -> Tensor:
     """
     bits = values.detach().float().contiguous().view(torch.int32).flatten(1).to(torch.int64)
     elements = torch.arange(1, bits.shape[1] + 1, device=bits.device, dtype=torch.int64)
-    # Hashed before they are added: the sum of plain bits would not see two elements change places. int64 sums wrap around,
+    # Hashed before they are added: the sum of plain bits would not change if two elements were swapped. int64 sums wrap around,
     # so their order does not matter.
     return _mix(_mix(bits ^ _mix(elements)[None, :]).sum(dim=1))
 

@@ -1,4 +1,4 @@
-"""Which timesteps: the ranges that training draws from, and the few that a sampler visits."""
+"""Timesteps: the ranges that training draws from, and the few that a sampler visits."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -32,7 +32,7 @@ class TimestepRange:
 
         Args:
             seed: the run's seed.
-            stream: what the timesteps are for, a `seeding.Stream`.
+            stream: a `seeding.Stream`.
             positions: (B,), int64, global positions of the samples.
 
         Returns:
@@ -47,16 +47,16 @@ def few_step_timesteps(
     """The timesteps that a sampler of so many steps visits, from noise to clean.
 
     "trailing" starts at the last timestep, so one step starts at 999; "leading" starts one spacing earlier,
-    which leaves the noisiest part out, and is what the configs of SD-1.5 and SDXL ask for.
+    which leaves the noisiest part out; the scheduler configs of SD-1.5 and SDXL have it.
 
     Args:
         steps: number of network calls, in [1, num_train_timesteps].
         num_train_timesteps: T.
         spacing: as `timestep_spacing` of diffusers.
-        steps_offset: added to "leading" timesteps only; the configs of Stable Diffusion say 1.
+        steps_offset: added to "leading" timesteps only; the configs of Stable Diffusion have 1.
 
     Returns:
-        `steps` ints, falling; a list, so that a loop over them never waits for the device.
+        `steps` ints, descending; a list, so that a loop over them never waits for the device.
 
     Raises:
         ValueError: for a number of steps or an offset that leaves [0, T), or an unknown spacing.

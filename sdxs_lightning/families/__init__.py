@@ -1,4 +1,4 @@
-"""Base models: what a stage asks of one, so that no other file asks which one it is."""
+"""Base models behind one interface, so that no other file asks which family a base is of."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType
 
 @runtime_checkable
 class Family(Protocol):
-    """A pretrained base: its networks, how it reads prompts, and its constants. `sd.py` and `sdxl.py` are two."""
+    """A pretrained base: its networks, its prompt encoding, and its constants. `sd.py` and `sdxl.py` implement it."""
 
     base: str
-    """As the user named it: diffusers folder, hub id, or single .safetensors file. Read from `folder`, not from here."""
+    """As the user gave it: diffusers folder, hub id, or single .safetensors file. To read files, use `folder`."""
     folder: Path
     """The diffusers folder that the base was resolved to."""
     unet_config: dict[str, Any]
     """Settings of the base's U-Net, defaults included; known without reading its weights."""
     conditioning_timestep: int
-    """The constant timestep at which a one-step student of this base is called."""
+    """The constant timestep of one-step students of this base."""
     schedule: NoiseSchedule
     prediction_type: PredictionType
     scaling_factor: float
@@ -32,7 +32,7 @@ class Family(Protocol):
     shift_factor: float
     """`shift_factor` of the KL VAE's config; 0 for every SD and SDXL."""
     resolution: int
-    """Pixels of a side, as the base was trained."""
+    """Side in pixels of the images that the base was trained on."""
     pipeline_class: str
     """The diffusers pipeline that an export names."""
     pipeline_options: dict[str, Any]
@@ -56,7 +56,7 @@ class Family(Protocol):
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
-        """Embeds B captions, unconditional twin included, without graph."""
+        """Embeds B captions, with their unconditional twin, without graph."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), float32: the VAE's means, without graph."""
@@ -65,7 +65,7 @@ class Family(Protocol):
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32, without graph."""
 
     def decode_with_graph(self, latents: Tensor) -> Tensor:
-        """The same with a graph to the latents, for losses on images."""
+        """`decode` with a graph to the latents, for losses on images."""
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves what is loaded and what will be; dtype is that of the text encoders."""
+        """Moves the networks, also those loaded later; dtype is that of the text encoders."""

@@ -1,4 +1,4 @@
-"""Reading a diffusers folder, with one sentence for each way in which it can be wrong."""
+"""Reading a diffusers folder, with one sentence for each fault."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from sdxs_lightning.families.weights import check_not_pickled, load_network, weight_files
 
 VAE_FOLDERS = ("vae", "vae_large")
-"""Where a VAE may be. Released SDXS folders keep the tiny one in the first and the KL one in the second."""
+"""Folders that may hold a VAE. Released SDXS folders have the tiny one in the first and the KL one in the second."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What a base of one kind consists of, on disk."""
+    """The files of a family's bases."""
 
     family: str
-    """Class name, for messages."""
+    """Name of the class, for messages."""
     pipeline_class: str
     """The `_class_name` that `model_index.json` must have."""
     components: tuple[str, ...]
-    """Sub-folders that must be there."""
+    """Required sub-folders."""
     single_file: Mapping[str, tuple[str, ...]]
     """Component -> beginnings of its tensors' names in a single file; one of them must occur."""
     pipeline_options: Mapping[str, Any]
@@ -34,9 +34,9 @@ class Layout:
 
 
 def check_base(folder: Path, layout: Layout) -> Path:
-    """The folder, if it is a base of this kind and complete; reads one small file.
+    """Checks that a folder is a complete base of this family, and returns it; reads one small file.
 
-    A U-Net or VAE without weights passes: they may be what is about to be trained.
+    A U-Net or VAE without weights passes, because it may be about to be trained.
 
     Raises:
         FileNotFoundError: no `model_index.json`, or a component is missing.
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: for a missing file.
-        ValueError: for a broken one, named.
+        ValueError: for a broken one.
     """
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is missing.")
@@ -81,11 +81,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unet_config(folder: Path) -> dict[str, Any]:
-    """The settings of the U-Net in a folder, those that its file leaves out included, without loading it.
+    """The settings of the U-Net in a folder, defaults included, without loading it.
 
     Raises:
         FileNotFoundError: without config.json.
-        ValueError: for another kind of network.
+        ValueError: for another class of network.
     """
     config = read_json(folder / "config.json")
     found = config.get("_class_name", "UNet2DConditionModel")
@@ -124,8 +124,8 @@ def read_unet(folder: Path, base: Path, prompt_width: int) -> UNet2DConditionMod
         prompt_width: of the base's text encoders, together.
 
     Raises:
-        ValueError: for a U-Net that reads another text encoder, other latents, or predicts something else; before its
-            weights are read.
+        ValueError: for a U-Net of another text encoder, other latents or another prediction type; before its weights are
+            read.
     """
     found, expected = unet_config(folder), unet_config(base / "unet")
     if _prompt_widths(found) != {prompt_width}:
@@ -155,7 +155,7 @@ def _prompt_widths(config: Mapping[str, Any]) -> set[int]:
 
 
 def _check_prediction(pipeline: Path, base: Path) -> None:
-    """A student's pipeline folder says what its U-Net predicts; read as something else it would give noise."""
+    """Refuses a pipeline folder whose scheduler has another prediction type: its U-Net would produce noise."""
     name = Path("scheduler") / "scheduler_config.json"
     if not (pipeline / name).is_file():
         return
@@ -170,7 +170,7 @@ def _check_prediction(pipeline: Path, base: Path) -> None:
 
 
 def kl_folder(base: Path) -> Path | None:
-    """The folder of a base's KL VAE, if it has one."""
+    """The folder of a base's KL VAE, or None."""
     for name in VAE_FOLDERS:
         if (base / name).is_dir() and vae_class(base / name) is AutoencoderKL:
             return base / name
@@ -181,7 +181,7 @@ def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
     """The class of the VAE in a folder.
 
     Raises:
-        ValueError: for one that is neither.
+        ValueError: for any other class.
     """
     found = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
     if found not in ("AutoencoderKL", "AutoencoderTiny"):
@@ -217,20 +217,20 @@ def read_vae(base: Path) -> AutoencoderKL:
     folder = kl_folder(base)
     if folder is None:
         raise FileNotFoundError(
-            f"'{base}' has an AutoencoderTiny as vae and no vae_large, and what was asked for needs an AutoencoderKL; take the "
-            "base that this folder was made from, or add its VAE as vae_large."
+            f"'{base}' has an AutoencoderTiny as vae and no vae_large, and an AutoencoderKL is needed here; take the base "
+            "that this folder was made from, or add its VAE as vae_large."
         )
     return load_network(AutoencoderKL, folder)
 
 
 def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent, a side."""
+    """Pixels per latent, along one side."""
     # Older configs of AutoencoderTiny lack the first name.
     widths = config.get("block_out_channels") or config["decoder_block_out_channels"]
     return int(2 ** (len(widths) - 1))
 
 
 def pipeline_variant(folder: Path) -> str | None:
-    """The `variant` for loading a whole pipeline: "fp16" where some component has only such files."""
+    """The `variant` for loading a complete pipeline: "fp16" if some component has only such files."""
     found = (weight_files(path.name for path in one.iterdir()) for one in folder.iterdir() if one.is_dir())
     return next((files.variant for files in found if files is not None and files.variant), None)

@@ -1,4 +1,4 @@
-"""A model of the Hugging Face hub as a folder of its cache, with no file that is not needed."""
+"""Models of the Hugging Face hub as folders of its cache; fetches only the files that are needed."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def is_hub_id(name: str) -> bool:
 def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = True) -> Path:
     """The snapshot of a model: the cached one if it is complete, otherwise downloaded.
 
-    The cache comes first, so that a run starts the same with and without network, and 64 processes do not ask the hub 64
-    times; a branch that has moved since is taken up by naming the new `@revision`.
+    The cache comes first, so that a run starts the same with and without network, and 64 processes do not query the hub
+    64 times; to use a branch that has moved since, give the new `@revision`.
 
     Args:
         name: `org/name`, or `org/name@revision` with a branch, tag or commit.
-        key_file: the file that says what the model is, such as "model_index.json".
-        components: sub-folders to fetch, those that exist.
+        key_file: the file that identifies the model, such as "model_index.json".
+        components: sub-folders to fetch; missing ones are skipped.
         weights: False fetches configs and tokenizers only.
 
     Returns:
@@ -38,7 +38,7 @@ def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = T
 
     Raises:
         FileNotFoundError: not cached and the network is off, or no such model or revision, or it may not be read.
-        ValueError: where a component has only pickled weights.
+        ValueError: if a component has only pickled weights.
     """
     match = _HUB_ID.fullmatch(name)
     assert match is not None
@@ -57,13 +57,13 @@ def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = T
 def needed_files(
     names: Sequence[str], key_file: str, components: Sequence[str], weights: bool = True
 ) -> list[str]:
-    """Of a repository's files, those that a base needs.
+    """The files of a repository that a base needs.
 
     Plain weights, or fp16 ones where a component has no others; never both, never pickles, flax, onnx or checkpoints
     beside the folders.
 
     Raises:
-        ValueError: where a component has only pickled weights.
+        ValueError: if a component has only pickled weights.
     """
     folders: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -99,12 +99,12 @@ def _cached(
         names = [file.name for file in path.iterdir()] if path.is_dir() else []
         # A folder with config.json is a network; tokenizers and the scheduler have other files. vae_large is optional.
         empty = not names and component != "vae_large"
-        if empty or (weights and "config.json" in names and not _whole(path, names)):
+        if empty or (weights and "config.json" in names and not _is_complete(path, names)):
             return None
     return folder
 
 
-def _whole(folder: Path, names: list[str]) -> bool:
+def _is_complete(folder: Path, names: list[str]) -> bool:
     found = weight_files(names)
     index = next((name for name in found.names if name.endswith(".json")), None) if found else None
     if index is None:
@@ -122,7 +122,7 @@ def _download(
         )
         others = [file for file in files if file != key_file]
         snapshot = Path(api.snapshot_download(repo, revision=revision, allow_patterns=others))
-        # Last, and of the same commit: where it is in the cache, a download was not broken off.
+        # Last, and of the same commit: if it is in the cache, the download was completed.
         api.hf_hub_download(repo, key_file, revision=snapshot.name)
         return snapshot
     except GatedRepoError as error:

@@ -1,4 +1,4 @@
-"""What the families share: everything but how prompts are read."""
+"""The common part of the families: everything except prompt encoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sdxs_lightning.families.weights import load_network
 
 
 class PretrainedBase(ABC):
-    """A base on disk: its constants at once, its networks when they are first asked for.
+    """A base on disk: constants at construction, networks on first use.
 
     Construction reads only small JSON files, once a hub id has been fetched or a single file converted. Text encoders and
     VAE are frozen and in no checkpoint.
@@ -48,7 +48,7 @@ class PretrainedBase(ABC):
 
     layout: ClassVar[Layout]
     kl_scaling_factor: ClassVar[float]
-    """Of a KL VAE whose config does not say."""
+    """Of a KL VAE whose config has none."""
     encoder_classes: ClassVar[dict[str, type[CLIPTextModel] | type[CLIPTextModelWithProjection]]]
     """Folder of each text encoder -> its class."""
 
@@ -73,7 +73,7 @@ class PretrainedBase(ABC):
         self.pipeline_options: dict[str, Any] = dict(self.layout.pipeline_options)
         self.unet_config: dict[str, Any] = unet_config(self.folder / "unet")
         self._vae_config = read_json(self.folder / "vae" / "config.json")
-        # Also where only a tiny VAE is here: the U-Net still sees latents of the KL VAE that it was trained on.
+        # Also if there is only a tiny VAE: the U-Net takes latents of the KL VAE that it was trained on.
         kl = kl_folder(self.folder)
         scale_of_kl = (
             (self.kl_scaling_factor, 0.0) if kl is None else latent_scale(kl, self.kl_scaling_factor)
@@ -106,7 +106,7 @@ class PretrainedBase(ABC):
         return read_unet(source, self.folder, sum(widths))
 
     def load_vae(self) -> AutoencoderKL:
-        """The base's KL VAE, float32: `vae`, or `vae_large` where `vae` is a tiny one."""
+        """The base's KL VAE, float32: `vae`, or `vae_large` if `vae` is a tiny one."""
         return read_vae(self.folder)
 
     @abstractmethod
@@ -119,33 +119,34 @@ class PretrainedBase(ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), float32: means of the KL VAE.
 
-        Also where the base decodes with a tiny VAE: latents are those that the U-Net was trained on.
+        Also if the base decodes with a tiny VAE: these are the latents that the U-Net was trained on.
         """
         posterior = self._kl_vae.module.encode(images.to(self._device, torch.float32)).latent_dist
         return self.scale_latents(posterior.mode())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """`decode_with_graph` without graph."""
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32, without graph."""
         return self.decode_with_graph(latents)
 
     def decode_with_graph(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1] up to the VAE's overshoot, float32.
 
-        By the base's `vae`. An AutoencoderTiny takes scaled latents as they are: its own scaling factor is 1.
+        By the base's `vae`. An AutoencoderTiny takes scaled latents unchanged: its own scaling factor is 1.
         """
         unscaled = unscale(latents.to(self._device), *self._decoder_scale)
         images: Tensor = self._vae.module.decode(unscaled).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves what is loaded and what will be. `dtype` is the text encoders'; the VAE stays float32 (SDXL's overflows in
-        float16).
+        """Moves the networks, also those loaded later.
+
+        `dtype` is that of the text encoders; the VAE stays float32 (SDXL's overflows in float16).
         """
         self._device = torch.device(device) if device is not None else self._device
         self._dtype = dtype or self._dtype
         self.schedule.to(self._device)
-        self.__dict__.pop("_empty_prompt", None)  # was made in the old dtype
+        self.__dict__.pop("_empty_prompt", None)  # of the old dtype
         if "_text_encoders" in self.__dict__:
             for encoder in self._text_encoders:
                 encoder.to(self._device, self._dtype)

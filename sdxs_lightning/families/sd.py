@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x, and bases of their kind: one CLIP text encoder, the encoding of "" as unconditional."""
+"""Stable Diffusion 1.x and 2.x and models like them: one CLIP text encoder, the encoding of "" as unconditional."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sdxs_lightning.families.pretrained import PretrainedBase
 
 
 class StableDiffusion(PretrainedBase):
-    """A base of the SD-1.5 / SD-2.1 kind.
+    """A base like SD-1.5 or SD-2.1.
 
     Construction reads only small JSON files, once a hub id has been fetched or a single file converted; networks are
-    loaded when they are first asked for. Text encoder and VAE are frozen and in no checkpoint.
+    loaded on first use. Text encoder and VAE are frozen and in no checkpoint.
 
     Args:
         base: diffusers folder, hub id (`org/name`, `org/name@revision`), or .safetensors file in the original layout.
         conditioning_timestep: the student's constant timestep; 999 is DMD2's for SD. Smaller ones amplify the
             network's error less (x 14.6 at 999 for epsilon, x 2.3 at 399).
         config: for a single file, the folder or hub id of its configs and tokenizers (SD-1.5, SD-2.1-base and SD-2.1
-            differ in them, and the file does not say which it is).
+            differ in them, which cannot be read from the file).
 
     Raises:
         FileNotFoundError: nothing there, or a component is missing.

@@ -1,6 +1,4 @@
-"""Stable Diffusion XL and bases of its kind: two text encoders, pooled embeddings, size conditioning, zeros as
-unconditional.
-"""
+"""Stable Diffusion XL and models like it: two text encoders, pooled embeddings, size conditioning, zeros as unconditional."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ from sdxs_lightning.families.pretrained import PretrainedBase
 
 
 class StableDiffusionXL(PretrainedBase):
-    """A base of the SDXL kind.
+    """A base like SDXL.
 
     Construction reads only small JSON files, once a hub id has been fetched or a single file converted; networks are
-    loaded when they are first asked for. Text encoders and VAE are frozen and in no checkpoint.
+    loaded on first use. Text encoders and VAE are frozen and in no checkpoint.
 
     Args:
         base: diffusers folder, hub id (`org/name`, `org/name@revision`), or .safetensors file in the original layout.
@@ -71,8 +69,8 @@ class StableDiffusionXL(PretrainedBase):
 
         Args:
             captions: B prompts; "" is an ordinary one.
-            original_sizes: (B, 2) height, width before resizing; None says the target size, as when sampling.
-            crops: (B, 2) top, left; None says 0.
+            original_sizes: (B, 2) height, width before resizing; None is the target size, as when sampling.
+            crops: (B, 2) top, left; None is 0.
 
         Returns:
             embeddings and their unconditional twin, in the text encoders' dtype; add_time_ids (B, 6) float32. The twin is

@@ -30,15 +30,15 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def convert(file: Path, configs: Path, layout: Layout) -> Path:
-    """The diffusers folder of a single file, made at the first call.
+    """The diffusers folder of a single file, written at the first call.
 
-    It appears whole or not at all. Processes of one machine wait for the first of them; on a file system without locks
-    each makes its own and the first to finish wins.
+    It is written completely or not at all. Processes of one machine wait for the first of them; on a file system without
+    locks each writes its own and the first to finish wins.
 
     Args:
         file: .safetensors with U-Net, VAE and text encoder(s).
-        configs: diffusers folder that the configs and tokenizers are taken from; its weights, if any, are not.
-        layout: what this family consists of.
+        configs: diffusers folder of the configs and tokenizers; its weights, if any, are not used.
+        layout: of the family.
 
     Raises:
         ValueError: for a broken file, one of another family or layout, or one that does not fit the configs.
@@ -55,7 +55,7 @@ def convert(file: Path, configs: Path, layout: Layout) -> Path:
     folder = cache / f"{file.stem}-{_fingerprint(file, configs, layout)}"
     if folder.is_dir():
         return folder
-    rank_zero_info(f"{layout.family}: '{file}' is converted, once, to {folder}")
+    rank_zero_info(f"{layout.family}: '{file}' is converted once, to {folder}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -124,8 +124,9 @@ def _check_contents(file: Path, header: Mapping[str, Any], layout: Layout) -> No
 
 
 def _fingerprint(file: Path, configs: Path, layout: Layout) -> str:
-    """Of the file (size, time, names, samples of its bytes: reading 7 GB per process and start would cost half a minute),
-    of the configs, and of the converter.
+    """Hash of the file, the configs and the converter.
+
+    Of the file: size, time, names and samples of its bytes; reading 7 GB per process and start would take half a minute.
     """
     status = file.stat()
     digest = hashlib.sha256(f"{diffusers.__version__} {status.st_size} {status.st_mtime_ns}".encode())
@@ -174,7 +175,7 @@ def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) 
             f"{layout.family}: '{file}' does not fit the configs of '{configs}' ({_shortened(error)}); is it of "
             "another version of the model?"
         ) from error
-    _check_whole(pipeline, file, configs, layout)
+    _check_complete(pipeline, file, configs, layout)
     for network in pipeline.components.values():
         if isinstance(network, nn.Module):
             nn.Module.to(
@@ -184,14 +185,14 @@ def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) 
 
 
 def _dtype(header: Mapping[str, Any], layout: Layout) -> torch.dtype:
-    """The file's own; where it mixes several, as few do, float32, so that nothing is rounded."""
+    """The dtype of the file; float32 if it mixes several (few do), so that nothing is rounded."""
     names = tuple(beginning for parts in layout.single_file.values() for beginning in parts)
     found = {entry["dtype"] for name, entry in header.items() if name.startswith(names)} & set(_DTYPES)
     return _DTYPES[found.pop()] if len(found) == 1 else torch.float32
 
 
-def _check_whole(pipeline: DiffusionPipeline, file: Path, configs: Path, layout: Layout) -> None:
-    """Raises where the file lacked tensors of a text encoder: diffusers leaves them without values and says nothing."""
+def _check_complete(pipeline: DiffusionPipeline, file: Path, configs: Path, layout: Layout) -> None:
+    """Raises if the file lacks tensors of a text encoder, which diffusers leaves without values silently."""
     for component, network in pipeline.components.items():
         if not isinstance(network, nn.Module):
             continue

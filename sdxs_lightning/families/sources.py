@@ -1,4 +1,4 @@
-"""From what a user names (a folder, a hub id, a single file) to one diffusers folder on disk."""
+"""Resolves a folder, hub id or single file to a diffusers folder on disk."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def resolve_base(base: str, config: str | None, layout: Layout) -> Path:
         base: a diffusers folder; a hub id, `org/name` or `org/name@revision`; or a .safetensors file in the original
             layout of Stable Diffusion.
         config: folder or hub id that a single file's configs and tokenizers come from; None for the others.
-        layout: what this family consists of.
+        layout: of the family.
 
     Raises:
-        FileNotFoundError: nothing there, or something is missing in it.
+        FileNotFoundError: for a base that does not exist or is incomplete.
         ValueError: a base of another family, a pickle, a broken file, or a `config` that is lacking or superfluous.
     """
     path = Path(base)
@@ -44,7 +44,7 @@ def resolve_unet(weights: str, option: str = "weights") -> Path:
         option: that gave it, for the message.
 
     Raises:
-        FileNotFoundError: where there is no U-Net.
+        FileNotFoundError: without a U-Net.
         ValueError: for a pickle or a single file.
     """
     _refuse_pickle(weights, option)

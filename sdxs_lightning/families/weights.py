@@ -1,4 +1,4 @@
-"""Which files of a folder hold a network's weights, and loading them.
+"""The weight files of a folder, and loading them.
 
 Safetensors only: unpickling a .bin or .ckpt runs whatever code its author put there.
 """
@@ -29,18 +29,18 @@ class WeightFiles(NamedTuple):
 
 
 def weight_files(names: Iterable[str]) -> WeightFiles | None:
-    """Of a folder's file names, those that hold the weights: plain ones, or fp16 ones where there are no others.
+    """The weight files among a folder's file names: plain ones, or fp16 ones if there are no others.
 
     Args:
-        names: without folder, whole or in shards; other variants (`non_ema`) and foreign formats may be among them.
+        names: without folder; complete files or shards; other variants (`non_ema`) and formats may be among them.
 
     Returns:
-        the files of one precision, index of shards included; None where there are none.
+        the files of one precision, with the index of shards; None if there are none.
     """
     names = list(names)
     for variant in _VARIANTS:
         mark = f"\\.{variant}" if variant else ""
-        # Libraries disagree on whether the variant stands before or after a shard's number.
+        # Libraries disagree on whether the variant comes before or after a shard's number.
         shard = r"-\d+-of-\d+"
         tensors = re.compile(
             rf"(diffusion_pytorch_model|model)({mark}|{mark}{shard}|{shard}{mark})\.safetensors"
@@ -53,7 +53,7 @@ def weight_files(names: Iterable[str]) -> WeightFiles | None:
 
 
 def pickled(names: Iterable[str]) -> str | None:
-    """A pickled weight file among the names where no safetensors are; None where all is well."""
+    """A pickled weight file among the names if there are no safetensors, else None."""
     names = list(names)
     if weight_files(names) is not None:
         return None
@@ -64,7 +64,7 @@ def check_not_pickled(folder: Path) -> None:
     """Refuses a network's folder that has only pickled weights.
 
     Raises:
-        ValueError: naming the file and the way out.
+        ValueError: for such a folder.
     """
     name = pickled(path.name for path in folder.iterdir())
     if name is not None:
@@ -77,7 +77,7 @@ def check_not_pickled(folder: Path) -> None:
 def load_network(
     network: type[_Network], folder: Path, dtype: torch.dtype = torch.float32, strict: bool = False
 ) -> _Network:
-    """A network of a folder, whole or in shards, without a second copy and without random weights beneath.
+    """Loads the network of a folder, one file or shards, without a second copy and without initialising weights first.
 
     Args:
         network: a model class of diffusers or transformers.

@@ -1,6 +1,6 @@
 """The memory plan before launch: `python train.py --config ... --plan`.
 
-What is exact: parameters, and bytes of weights, gradients and optimizer state. What is measured on the meta device, and so an
-estimate of a GPU's: everything that a training step makes and drops (`live_bytes.py`), under attention and autocast as on
-CUDA (`as_on_cuda.py`). What is an allowance: CUDA's context, and communication buffers.
+Exact: parameters, and bytes of weights, gradients and optimizer state. Measured on the meta device, and so an estimate for a
+GPU: everything that a training step allocates and frees (`live_bytes.py`), with attention and autocast as on CUDA
+(`as_on_cuda.py`). Allowances: CUDA's context and communication buffers.
 """

@@ -1,6 +1,6 @@
-"""The meta device under CUDA's habits: attention that keeps no N x N matrix, and CUDA's autocast.
+"""CUDA's behaviour on the meta device: attention that keeps no N x N matrix, and CUDA's autocast.
 
-torch has neither for meta tensors: attention falls back to the plain formula, and autocast passes them over.
+torch has neither for meta tensors: attention falls back to the plain formula, and autocast ignores them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FLOAT32 = frozenset(
 
 
 class AsOnCuda(TorchFunctionMode):
-    """While entered, functions behave on meta tensors as they do on CUDA, as far as memory goes.
+    """While entered, functions behave on meta tensors as they do on CUDA, as far as memory is concerned.
 
     Args:
         autocast: the lower precision of "bf16-mixed" or "16-mixed"; None is no autocast.
@@ -63,12 +63,12 @@ class AsOnCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def forget_casts(self) -> None:
-        """What leaving autocast does: the weights' lower-precision copies go."""
+        """As when autocast ends: frees the lower-precision copies of the weights."""
         self._casts.clear()
 
     @contextmanager
     def islands(self) -> Iterator[None]:
-        """Inside, `torch.autocast(...)` in a stage's own code speaks to this mode; torch's refuses the meta device."""
+        """Inside, `torch.autocast(...)` in a stage's code changes this mode; torch's own refuses the meta device."""
         autocast = torch.autocast
         torch.autocast = self._island  # type: ignore[assignment,misc]
         try:

@@ -1,4 +1,4 @@
-"""`--plan`: from the parsed configuration and its stage to a printed plan."""
+"""`--plan`: prints the memory plan of a parsed configuration and its stage."""
 
 from __future__ import annotations
 
@@ -12,20 +12,19 @@ from lightning.pytorch import LightningModule
 
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.memory_plan.hardware import read_hardware
-from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
-from sdxs_lightning.memory_plan.plan_report import as_json, show
-from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
+from sdxs_lightning.memory_plan.report import as_json, print_plan
 
 
 def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
-    """Makes the plan and prints it; writes it where `--plan_json` says.
+    """Makes the plan and prints it; writes it to the file of `--plan_json`.
 
     Args:
         stage: as constructed from the configuration.
-        config: the whole parsed configuration, as plain values.
+        config: the complete parsed configuration, as plain values.
 
     Raises:
-        UserError: for what the plan cannot read, or a file that cannot be written.
+        UserError: for a configuration that the plan does not support, or a file that cannot be written.
     """
     trainer, data = config["trainer"], (config.get("data") or {}).get("init_args") or {}
     if not isinstance(data.get("batch_size"), int):
@@ -40,7 +39,7 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
     )
     plan = planner.plan()
     changes = [] if plan.fits else planner.changes(plan)
-    show(plan, changes)
+    print_plan(plan, changes)
     if config.get("plan_json"):
         path = Path(config["plan_json"])
         try:
@@ -51,7 +50,7 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
 
 
 def _callbacks_decode(callbacks: Any) -> bool:
-    """Whether a callback says that it makes images, by a class attribute `decodes_images`."""
+    """Whether a callback generates images: its class attribute `decodes_images`."""
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         path = callback.get("class_path", "") if isinstance(callback, Mapping) else ""
         module, _, name = path.rpartition(".")

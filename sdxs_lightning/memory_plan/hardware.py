@@ -1,4 +1,4 @@
-"""What the configuration says about the machine: processes, sharding, precision, memory of a device."""
+"""The machine of a configuration: processes, sharding, precision, memory of a device."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Hardware:
     memory: int
     """Bytes of one device."""
     memory_source: str
-    """Where that number is from."""
+    """Where that number comes from."""
     assumed: str | None = None
-    """What the configuration leaves to the machine, and was assumed."""
+    """What the configuration leaves to the machine and is assumed here."""
 
     @property
     def shards(self) -> int:
@@ -68,12 +68,12 @@ class Hardware:
 
     @property
     def gathered(self) -> torch.dtype | None:
-        """The type in which FSDP2 gathers, see `modules.sharding.mixed_precision`."""
+        """The type in which FSDP2 gathers, see `training.sharding.mixed_precision`."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else None
 
     @property
     def allowance(self) -> int:
-        """Bytes that belong to no tensor."""
+        """Bytes that do not belong to a tensor."""
         if not self.on_gpu:
             return 0
         return CUDA_CONTEXT + (NCCL if self.processes > 1 else 0)
@@ -116,8 +116,8 @@ def _devices(devices: Any, on_gpu: bool) -> tuple[int, str | None]:
     if torch.cuda.is_available():
         return torch.cuda.device_count(), None
     return ASSUMED_GPUS, (
-        f"trainer.devices is {devices!r} and no GPU is at hand, so {ASSUMED_GPUS} per machine are assumed; "
-        "say how many with --trainer.devices"
+        f"trainer.devices is {devices!r} and there is no GPU here, so {ASSUMED_GPUS} per machine are assumed; "
+        "set --trainer.devices"
     )
 
 
@@ -131,7 +131,7 @@ def _memory(on_gpu: bool, gpu_gib: float | None) -> tuple[int, str]:
     if torch.cuda.is_available():
         device = torch.cuda.get_device_properties(0)
         return int(device.total_memory), device.name
-    return int(ASSUMED_GIB * GIB), "assumed; say another with --plan_gpu_gb"
+    return int(ASSUMED_GIB * GIB), "assumed; set --plan_gpu_gb"
 
 
 def _strategy(strategy: Any, processes: int) -> str:

@@ -1,4 +1,4 @@
-"""Counts the bytes that are alive while code runs on the meta device, without having them."""
+"""Counts the bytes of live tensors while code runs on the meta device, where they take no memory."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, follows the storage of every tensor that an operation returns, from its making to its end.
+    """While entered, tracks the storage of every tensor that an operation returns until it is freed.
 
     Views share a storage and count once. What the caching allocator of CUDA adds (rounding to 512 bytes, fragments) is
-    not in it, nor are the workspaces inside a kernel.
+    not included, nor are workspaces inside a kernel.
 
     Args:
-        modules: their parameters and buffers are known beforehand and count nothing.
-        shapes: what an earlier count has learned.
+        modules: their parameters and buffers are not counted.
+        shapes: of an earlier count, to be reused.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = (), shapes: ShapeMemory | None = None) -> None:
@@ -43,34 +43,34 @@ class LiveBytes(TorchDispatchMode):
         result = self._shapes.call(func, args, kwargs or {})
         for leaf in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage())
+                self._track(leaf.untyped_storage())
         return result
 
     def add(self, size: int, gradients: bool = False) -> None:
-        """Counts bytes that no tensor stands for, such as a shard of a gradient; negative ones take them back."""
+        """Counts bytes without a tensor, such as a shard of a gradient; negative bytes are subtracted."""
         self.live += size
         self.gradients += size if gradients else 0
         self.line.append((self.live, self.gradients))
 
     def mark_gradient(self, gradient: Tensor) -> None:
-        """From here on this tensor counts as a gradient."""
+        """Counts this tensor as a gradient from now on."""
         storage = gradient.untyped_storage()
-        self._see(storage)
+        self._track(storage)
         key = storage._cdata
         if key not in self._gradient_storages and key in self._known:
             self._gradient_storages.add(key)
             self.gradients += storage.nbytes()
 
-    def _see(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
         # torch keeps the Python object of a storage for as long as the storage lives, whoever holds it.
-        self._known[key] = weakref.ref(storage, lambda _: self._forget(key, size))
+        self._known[key] = weakref.ref(storage, lambda _: self._untrack(key, size))
         self.live += size
         self.line.append((self.live, self.gradients))
 
-    def _forget(self, key: int, size: int) -> None:
+    def _untrack(self, key: int, size: int) -> None:
         del self._known[key]
         self.live -= size
         if key in self._gradient_storages:
@@ -79,15 +79,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 class ShapeMemory:
-    """Remembers the shapes that operations return, because torch works them out in Python, and networks repeat themselves.
+    """Caches the shapes that operations return: torch computes them in Python, and networks repeat their operations.
 
-    Makes the plan of SDXL several times faster. Operations whose result shares storage with an argument are not remembered.
+    Makes the plan of SDXL several times faster. Operations whose result shares storage with an argument are not cached.
     """
 
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
         self._fresh: dict[Any, bool] = {}
-        """Operation -> whether its schema says that its results are new tensors."""
+        """Operation -> whether its results are new tensors, by its schema."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result of an operation, on the meta device."""
@@ -105,7 +105,7 @@ class ShapeMemory:
             return _made(known)
         result = func(*args, **kwargs)
         if func is torch.ops.aten.convolution.default and _is_channels_last(args[1]):
-            # As cuDNN answers; on the meta device torch looks at the input alone.
+            # As cuDNN returns it; on the meta device torch considers the input only.
             result = torch.empty_like(result, memory_format=torch.channels_last)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if all(output is None or isinstance(output, Tensor) for output in outputs):

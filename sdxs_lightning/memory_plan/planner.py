@@ -1,10 +1,10 @@
-"""From a stage to its plan: weights taken away, one step counted, and again with what would make it fit."""
+"""The plan of a stage: its networks without weights, one step counted, and the changes that would make it fit."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,24 +12,88 @@ from diffusers import ModelMixin
 from lightning.pytorch import LightningModule
 
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.memory_plan.batch_shape import BatchShape
 from sdxs_lightning.memory_plan.hardware import ASSUMED_GPUS, Hardware
-from sdxs_lightning.memory_plan.memory_plan import Change, MemoryPlan
-from sdxs_lightning.memory_plan.states import gathered_bytes, network_bytes, update_workspace
-from sdxs_lightning.memory_plan.step_memory import measure
+from sdxs_lightning.memory_plan.network_bytes import (
+    NetworkBytes,
+    gathered_bytes,
+    network_bytes,
+    update_workspace,
+)
+from sdxs_lightning.memory_plan.step_memory import BatchShape, StepProfile, profile_step
 from sdxs_lightning.memory_plan.weightless import META, WeightlessFamily
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
+MARGIN = 0.15
+"""By how much activations may exceed the count: workspaces of kernels, fragments of the allocator."""
+LARGEST_BATCH = 1 << 16
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The memory of one device of a run."""
+
+    stage: str
+    hardware: Hardware
+    batch_size: int
+    accumulate: int
+    resolution: int | None
+    networks: tuple[NetworkBytes, ...]
+    buffers: Mapping[str, int]
+    """Permanent bytes besides the networks."""
+    checkpointed: tuple[str, ...]
+    """Trained networks that recompute blocks."""
+    step: StepProfile
+
+    @property
+    def permanent(self) -> int:
+        """Permanent bytes: weights, optimizer states, buffers."""
+        return sum(one.weights + one.optimizer for one in self.networks) + sum(self.buffers.values())
+
+    def needed(self, batch_size: int | None = None) -> int:
+        """Bytes at the peak, as counted."""
+        return self.permanent + self.step.peak(batch_size or self.batch_size).total
+
+    def needed_at_most(self, batch_size: int | None = None) -> int:
+        """Bytes at the peak, with the margin on everything that is not exact."""
+        peaks = self.step.phase_peaks(batch_size or self.batch_size)
+        return self.permanent + max(peak.total + int(MARGIN * peak.activations) for peak in peaks)
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits with the margin."""
+        return self.needed_at_most() <= self.hardware.memory
+
+    @property
+    def largest_batch(self) -> int:
+        """The largest batch per device that fits with the margin; 0 if none does."""
+        low, high = 0, 1
+        while high < LARGEST_BATCH and self.needed_at_most(high) <= self.hardware.memory:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (
+                (middle, high) if self.needed_at_most(middle) <= self.hardware.memory else (low, middle)
+            )
+        return low
+
+
+@dataclass(frozen=True)
+class SuggestedChange:
+    """A change of the configuration that reduces memory."""
+
+    what: str
+    plan: MemoryPlan
+
 
 class Planner:
-    """Makes plans of one stage under one configuration or variations of it.
+    """Makes plans of one stage, as configured and with variations.
 
     Args:
         stage: as constructed; it gets a family without weights, builds its networks, and goes to the meta device.
         hardware: the machine.
         batch_size: per device.
-        contents: what the data yields besides captions, as in data.contents.
-        accumulate: micro-batches per update, of a stage that leaves that to the Trainer.
+        contents: of the data besides captions, as in data.contents.
+        accumulate: micro-batches per update, for a stage that leaves this to the Trainer.
         decodes: whether a callback decodes images, for which the VAE stays on the device.
 
     Raises:
@@ -53,7 +117,7 @@ class Planner:
         self.stage, self.hardware, self.batch_size = stage, hardware, batch_size
         self._accumulate = int(getattr(stage, "accumulate_grad_batches", accumulate))
         self._decodes = decodes
-        self.family = _take_weights_away(stage)
+        self.family = _without_weights(stage)
         self.networks: list[PlannedNetwork] = stage.plan_networks()
         if hardware.weights is not None:
             for one in self.networks:
@@ -72,8 +136,8 @@ class Planner:
         }
         batch = BatchShape(self._latents, self._images, accumulate)
         with _gathered(self.networks, hardware):
-            step = measure(self.stage, self.networks, hardware, batch, workspaces)
-        networks = [*self.networks, *self._of_the_family()]
+            step = profile_step(self.stage, self.networks, hardware, batch, workspaces)
+        networks = [*self.networks, *self._family_networks()]
         return MemoryPlan(
             stage=type(self.stage).__name__,
             hardware=hardware,
@@ -86,10 +150,10 @@ class Planner:
             step=step,
         )
 
-    def changes(self, plan: MemoryPlan) -> list[Change]:
-        """What would help a plan that does not fit, from the cheapest to the dearest, up to the first that is enough.
+    def changes(self, plan: MemoryPlan) -> list[SuggestedChange]:
+        """What would make a plan fit, from the cheapest to the most expensive change, up to the first that is enough.
 
-        The networks' switches are left as the last change put them.
+        The networks keep the gradient checkpointing of the last change.
         """
         changes = []
         for change in self._possible(plan):
@@ -98,12 +162,12 @@ class Planner:
                 break
         return changes
 
-    def _possible(self, plan: MemoryPlan) -> Iterator[Change]:
+    def _possible(self, plan: MemoryPlan) -> Iterator[SuggestedChange]:
         carried = plan if plan.accumulate > 1 else self.plan(accumulate=2)
         if 0 < carried.largest_batch < plan.batch_size:
             smaller = replace(carried, batch_size=carried.largest_batch)
             factor = -(-plan.batch_size // smaller.batch_size) * plan.accumulate
-            yield Change(
+            yield SuggestedChange(
                 f"data.init_args.batch_size {smaller.batch_size} with accumulate_grad_batches {factor}, for the same "
                 "global batch",
                 smaller,
@@ -112,21 +176,21 @@ class Planner:
         switched = [one.name for one in self.networks if one.role == "trained" and _checkpoint(one)]
         if switched:
             text = f"gradient_checkpointing: true of {' and '.join(switched)}"
-            yield Change(text, self.plan())
+            yield SuggestedChange(text, self.plan())
         if not self.hardware.on_gpu:
             return
         together = f"{text}, and " if text else ""
         if self.hardware.strategy != "fsdp2":
             processes = max(self.hardware.processes, ASSUMED_GPUS)
             sharded = replace(self.hardware, strategy="fsdp2", processes=processes)
-            yield Change(
+            yield SuggestedChange(
                 f"{together}--config configs/hardware/fsdp2.yaml on {processes} GPUs", self.plan(sharded)
             )
         else:
             twice = replace(self.hardware, processes=2 * self.hardware.processes)
-            yield Change(f"{together}twice as many GPUs (--trainer.num_nodes)", self.plan(twice))
+            yield SuggestedChange(f"{together}twice as many GPUs (--trainer.num_nodes)", self.plan(twice))
 
-    def _of_the_family(self) -> list[PlannedNetwork]:
+    def _family_networks(self) -> list[PlannedNetwork]:
         family = self.family
         encoders = family.text_encoders if family.encodes else {}
         networks = [
@@ -139,7 +203,7 @@ class Planner:
     def _buffers(self, hardware: Hardware) -> dict[str, int]:
         buffers = {}
         if hardware.strategy == "ddp":
-            # DDP makes them when it wraps the stage, although its reducer rests (training/gradients.py).
+            # DDP allocates them when it wraps the stage, although its reducer is not used (training/gradients.py).
             buffers["DDP buckets"] = sum(
                 network_bytes(one, 1).gradients for one in self.networks if one.role == "trained"
             )
@@ -153,7 +217,7 @@ class Planner:
         return buffers
 
 
-def _take_weights_away(stage: LightningModule) -> WeightlessFamily:
+def _without_weights(stage: LightningModule) -> WeightlessFamily:
     stage_: Any = stage
     if not hasattr(stage_, "family"):
         raise UserError(f"--plan needs a stage with a family, and {type(stage).__name__} has none.")
@@ -184,7 +248,7 @@ def _checkpoint(network: PlannedNetwork) -> bool:
 
 @contextmanager
 def _gathered(networks: Sequence[PlannedNetwork], hardware: Hardware) -> Iterator[None]:
-    """Inside, sharded networks have the type in which FSDP2 gathers them."""
+    """Inside, sharded networks have the dtype in which FSDP2 gathers them."""
     dtype = hardware.gathered if hardware.shards > 1 else None
     changed: list[tuple[torch.nn.Parameter, torch.dtype]] = []
     if dtype is not None:

@@ -1,4 +1,4 @@
-"""Runs a stage's training step on the meta device and keeps the line of its memory, for every batch size at once."""
+"""Runs a stage's training step on the meta device and records its memory, for every batch size at once."""
 
 from __future__ import annotations
 
@@ -14,19 +14,47 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.memory_plan.as_on_cuda import AsOnCuda
-from sdxs_lightning.memory_plan.batch_shape import BatchShape
 from sdxs_lightning.memory_plan.hardware import Hardware
 from sdxs_lightning.memory_plan.live_bytes import LiveBytes, ShapeMemory
-from sdxs_lightning.memory_plan.states import sharded_numel
+from sdxs_lightning.memory_plan.network_bytes import sharded_numel
+from sdxs_lightning.memory_plan.weightless import META
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
 PROBES = 2, 3
 """Batch sizes that are run. Not 1: a batch dimension of 1 lets some operations copy less."""
 
 
-class Moment(NamedTuple):
-    """Bytes on one device, beside weights and optimizer states."""
+@dataclass(frozen=True)
+class BatchShape:
+    """The contents of a micro-batch, and how many of them are accumulated."""
+
+    latents: tuple[int, int, int] | None
+    """(C, h, w); None if the data has no latents."""
+    images: int | None = None
+    """Side in pixels; None if the data has no images."""
+    accumulate: int = 1
+    """Micro-batches whose gradients are averaged; from 2 on, gradients outlive a micro-batch."""
+
+    def make(self, size: int) -> TrainingBatch:
+        """A batch of that size on the meta device."""
+        latents = None if self.latents is None else torch.empty(size, *self.latents, device=META)
+        images = None if self.images is None else torch.empty(size, 3, self.images, self.images, device=META)
+        return TrainingBatch(
+            captions=[""] * size,
+            positions=torch.empty(size, dtype=torch.int64, device=META),
+            sample_ids=[str(i) for i in range(size)],
+            latents=latents,
+            images=images,
+            pair_noise_seeds=torch.empty(size, dtype=torch.int64, device=META),
+            original_sizes=torch.empty(size, 2, dtype=torch.int64, device=META),
+            crops=torch.empty(size, 2, dtype=torch.int64, device=META),
+        )
+
+
+class PhasePeak(NamedTuple):
+    """The peak of one phase: bytes on one device, besides weights and optimizer states."""
 
     phase: str
     total: int
@@ -34,7 +62,7 @@ class Moment(NamedTuple):
 
     @property
     def activations(self) -> int:
-        """What is neither a gradient nor counted with the weights."""
+        """Everything that is neither a gradient nor counted with the weights."""
         return self.total - self.gradients
 
 
@@ -60,18 +88,18 @@ class StepProfile:
     kept: tuple[tuple[int, int], ...]
     """Per phase: what the forward pass keeps for the backward pass, constant and per sample."""
 
-    def moments(self, batch_size: int) -> list[Moment]:
-        """The fullest moment of each phase."""
+    def phase_peaks(self, batch_size: int) -> list[PhasePeak]:
+        """The peak of each phase."""
         result = []
         for name, constant, slope in zip(self.phases, self.constants, self.slopes, strict=True):
             line = constant + batch_size * slope
             total, gradients = line[int(line[:, 0].argmax())]
-            result.append(Moment(name, int(total), int(gradients)))
+            result.append(PhasePeak(name, int(total), int(gradients)))
         return result
 
-    def peak(self, batch_size: int) -> Moment:
-        """The fullest moment of the step."""
-        return max(self.moments(batch_size), key=lambda moment: moment.total)
+    def peak(self, batch_size: int) -> PhasePeak:
+        """The peak of the step."""
+        return max(self.phase_peaks(batch_size), key=lambda peak: peak.total)
 
     def kept_bytes(self, batch_size: int) -> dict[str, int]:
         """Per phase with a backward pass, what its forward pass keeps."""
@@ -79,29 +107,29 @@ class StepProfile:
         return {name: constant + batch_size * slope for name, (constant, slope) in pairs if constant or slope}
 
 
-def measure(
+def profile_step(
     stage: LightningModule,
     networks: Sequence[PlannedNetwork],
     hardware: Hardware,
     batch: BatchShape,
     workspaces: Mapping[str, int],
 ) -> StepProfile:
-    """Runs the step twice, and reads off what is constant and what grows with the batch.
+    """Runs the step at two batch sizes, and derives what is constant and what grows with the batch.
 
     Args:
         stage: on the meta device, a `Plannable`.
-        networks: all that it has, in the types in which they compute.
+        networks: all of the stage, in the dtypes in which they compute.
         hardware: precision, sharding and number of processes.
         batch: what a micro-batch holds.
-        workspaces: by trained network, what its optimizer's step takes and gives back.
+        workspaces: by trained network, temporary bytes of its optimizer's step.
     """
     shapes = ShapeMemory()
-    first, second = (_run(stage, networks, hardware, batch, workspaces, shapes, size) for size in PROBES)
+    first, second = (run_step(stage, networks, hardware, batch, workspaces, shapes, size) for size in PROBES)
     constants, slopes, kept = [], [], []
     step = PROBES[1] - PROBES[0]
     for low, high in zip(first, second, strict=True):
         below, above = np.array(low.live, dtype=np.int64), np.array(high.live, dtype=np.int64)
-        if below.shape != above.shape:  # another path was taken: keep the phase's peaks, and their line
+        if below.shape != above.shape:  # the runs took different paths: keep the peak of the phase only
             below, above = (line[[int(line[:, 0].argmax())]] for line in (below, above))
         slope = (above - below) // step
         slopes.append(slope)
@@ -111,7 +139,7 @@ def measure(
     return StepProfile(tuple(low.name for low in first), tuple(constants), tuple(slopes), tuple(kept))
 
 
-def _run(
+def run_step(
     stage: LightningModule,
     networks: Sequence[PlannedNetwork],
     hardware: Hardware,
@@ -120,6 +148,7 @@ def _run(
     shapes: ShapeMemory,
     size: int,
 ) -> list[_Line]:
+    """Runs the step at one batch size; arguments as in `profile_step`, the shapes known so far, and the size."""
     assert isinstance(stage, Plannable)
     trained = {one.name: one for one in networks if one.role == "trained"}
     modules = [stage, *(one.module for one in networks)]
@@ -145,7 +174,7 @@ def _run(
 
 
 class _Gradients:
-    """Counts the gradients of the trained networks: whole, or the shard that is left when the others have theirs."""
+    """Counts the gradients of the trained networks: complete ones, or the shards that remain after the reduction."""
 
     def __init__(
         self, live: LiveBytes, trained: Mapping[str, PlannedNetwork], hardware: Hardware, carried: bool
@@ -168,7 +197,7 @@ class _Gradients:
             for parameter in parameters:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
                 if self._carried:
-                    # Of the micro-batches before; made outside of the count, so that it says what it is.
+                    # Of earlier micro-batches; allocated outside of the count, then counted as a gradient.
                     parameter.grad = torch.empty_like(parameter)
                     self._arrived(parameter)
 
@@ -178,7 +207,7 @@ class _Gradients:
         self.clear(tuple(self._trained))
 
     def clear(self, names: Sequence[str]) -> None:
-        """What an optimizer's `zero_grad(set_to_none=True)` does."""
+        """As an optimizer's `zero_grad(set_to_none=True)`."""
         for name in names:
             for parameter in self._trained[name]:
                 parameter.grad = None
@@ -192,7 +221,7 @@ class _Gradients:
         if shards == 1:
             self._live.mark_gradient(gradient)
             return
-        # FSDP2 sends the others their shares and keeps its own, in the type of the master weights.
+        # FSDP2 reduces the gradient and keeps its own shard, in the dtype of the master weights.
         parameter.grad = None
         if id(parameter) not in self._sizes:
             self._sizes[id(parameter)] = sharded_numel(parameter, shards) * self._itemsize
@@ -201,7 +230,7 @@ class _Gradients:
 
 @contextmanager
 def _outside_a_trainer(stage: LightningModule) -> Iterator[None]:
-    """What a stage asks of its Trainer during a step: a plain backward pass, and no log, which would read values."""
+    """Replaces what a stage calls of its Trainer: a plain backward pass, and no log, which would read values."""
     replaced = {"manual_backward": lambda loss: loss.backward(), "log": _nothing, "log_dict": _nothing}
     vars(stage).update(replaced)
     try:
@@ -217,7 +246,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No compilation, no collector (it would free at other moments in the second run), no words about meta tensors."""
+    """No compilation, no garbage collector (it would free at other times in the second run), no warnings on meta tensors."""
     collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""A family without weights: the same networks from their configs alone, on the meta device."""
+"""A family without weights: its networks on the meta device, from their configs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ META = torch.device("meta")
 
 
 class WeightlessFamily:
-    """Stands in for a family: its constants are the family's, its networks have shapes and no weights.
+    """Replaces a family: the same constants, networks with shapes and no weights.
 
     Args:
-        family: of which only the JSON files are read.
+        family: only its JSON files are read.
     """
 
     def __init__(self, family: Family) -> None:
         self._family = family
         self._dtype = torch.float32
         self.encodes = False
-        """Whether the stage has asked for prompts' embeddings."""
+        """Whether the stage has encoded prompts."""
 
     def __getattr__(self, name: str) -> Any:
-        # The object is not complete yet when copy or pickle ask.
+        # copy and pickle look attributes up before the object is complete.
         if name.startswith("__") or "_family" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._family, name)
@@ -54,14 +54,14 @@ class WeightlessFamily:
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
-        """Embeddings of the right shapes and type; the text encoders' own, short-lived activations are left out."""
+        """Embeddings of the right shapes and dtype; the text encoders' short-lived activations are not counted."""
         self.encodes = True
         encoders, count = list(self.text_encoders.values()), len(captions)
         configs: list[Any] = [encoder.config for encoder in encoders]
         shape = count, configs[0].max_position_embeddings, sum(config.hidden_size for config in configs)
         embeds = torch.empty(shape, dtype=self._dtype, device=META)
         if len(encoders) == 1:
-            # The unconditional twin of SD is one row, seen B times.
+            # The unconditional twin of SD is one row, expanded to B.
             negative = torch.empty((1, *shape[1:]), dtype=self._dtype, device=META).expand_as(embeds)
             return Conditioning(prompt_embeds=embeds, negative_prompt_embeds=negative)
         pooled = torch.empty(count, configs[-1].projection_dim, dtype=self._dtype, device=META)
@@ -85,12 +85,12 @@ class WeightlessFamily:
         return self.decode_with_graph(latents)
 
     def decode_with_graph(self, latents: Tensor) -> Tensor:
-        """The same with graph."""
+        """`decode` with a graph to the latents."""
         images: Tensor = self.vae.decode(self._family.unscale_latents(latents)).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Takes the text encoders' type; everything stays on the meta device."""
+        """Sets the dtype of the text encoders; everything stays on the meta device."""
         self._dtype = dtype or self._dtype
         self._family.schedule.to(META)
         for encoder in self.text_encoders.values():
@@ -106,7 +106,7 @@ class WeightlessFamily:
 
     @cached_property
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
-        """The VAE that `decode` and `encode` use, the base's `vae`; made when it is first asked for."""
+        """The VAE of `decode` and `encode`, the base's `vae`; created on first use."""
         folder = self._family.folder / "vae"
         with META:
             vae = vae_class(folder).from_config(read_json(folder / "config.json"))
@@ -114,7 +114,7 @@ class WeightlessFamily:
 
     @property
     def decodes(self) -> bool:
-        """Whether the stage has asked for images."""
+        """Whether the stage has decoded or encoded images."""
         return "vae" in self.__dict__
 
 

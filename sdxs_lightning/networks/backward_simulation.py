@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.noise_schedule import add_noise
-from sdxs_lightning.core.seeding import Stream, fingerprint, integers, normal
+from sdxs_lightning.core.seeding import Stream, fingerprint_values, integers, normal
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.network import no_param_grad
 
@@ -48,7 +48,7 @@ def one_step(denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, time
 
 def fresh_noise(noise: Tensor, step: int) -> Tensor:
     """N(0, 1) of the shape of `noise`, determined by its bits and by the step, independent of both; float32."""
-    return normal(step, Stream.STEP_NOISE, fingerprint(noise), tuple(noise.shape[1:]))
+    return normal(step, Stream.STEP_NOISE, fingerprint_values(noise), tuple(noise.shape[1:]))
 
 
 def sample_in_steps(
@@ -101,7 +101,7 @@ def simulated_sample(
     """
     if len(timesteps) == 1:
         return one_step(denoiser, noise, conditioning, timesteps[0])
-    drawn = integers(0, Stream.STEP_INDEX, fingerprint(noise), 0, len(timesteps))
+    drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, len(timesteps))
     chosen, chosen_timesteps = noise.float(), torch.full_like(drawn, timesteps[0])
     # Resting, as autocast may keep casts of the weights that have no graph, for the pass that needs one.
     with torch.no_grad(), no_param_grad(denoiser):

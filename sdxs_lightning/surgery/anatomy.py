@@ -1,4 +1,4 @@
-"""The config of a U-Net read as stages, layers and Transformer depths: the one place that knows diffusers' many spellings."""
+"""The config of a U-Net as stages, layers and Transformer depths: the only file that knows diffusers' spellings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from sdxs_lightning.surgery.topology import MidBlock
 
 ATTENDS = {"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "DownBlock2D": False, "UpBlock2D": False}
-"""The known kinds of stage, and whether their layers have a Transformer."""
+"""Supported block types, and whether their layers have a Transformer."""
 
 MID_BLOCKS: dict[str | None, MidBlock] = {
     "UNetMidBlock2DCrossAttn": "full",
@@ -32,7 +32,7 @@ class Side:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Transformer blocks of each layer; 0 where there is no Transformer."""
+        """Transformer blocks of each layer; 0 without a Transformer."""
         return self.settings if self.attends else (0,) * len(self.settings)
 
 
@@ -48,7 +48,7 @@ class StageAnatomy:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """A whole U-Net, stages outermost first."""
+    """A complete U-Net, stages outermost first."""
 
     stages: tuple[StageAnatomy, ...]
     mid: MidBlock
@@ -61,8 +61,8 @@ class Anatomy:
 def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Every argument of `UNet2DConditionModel`: those given, and the class's defaults for the others.
 
-    Fields with a leading underscore are diffusers' notes about a file; they and fields that the class does not take are
-    left out, as diffusers does when it loads.
+    Fields with a leading underscore (diffusers' metadata) and fields that the class does not take are left out, as
+    diffusers does when it loads.
     """
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
     return {
@@ -77,7 +77,7 @@ def anatomy_of(config: Mapping[str, Any]) -> Anatomy:
         config: arguments of `UNet2DConditionModel`, or the `config` of one.
 
     Raises:
-        ValueError: for a kind of block that is not known here.
+        ValueError: for an unsupported block type.
     """
     config = full_config(config)
     widths = config["block_out_channels"]

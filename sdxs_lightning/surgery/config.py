@@ -1,4 +1,4 @@
-"""Config in, config out: the arguments of the student's U-Net from those of the teacher's."""
+"""The config of the student's U-Net from that of the teacher's, and networks without memory for their weights."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _attends(layers: tuple[Layer, ...]) -> bool:
 
 
 def _depths(selection: Selection, teacher: Anatomy) -> dict[str, Any]:
-    """The Transformer depths; those of the way up are said only where they are not the mirror image of those down."""
+    """The Transformer depths; those on the way up only if they do not mirror those on the way down."""
     pairs = list(zip(selection.stages, teacher.stages, strict=False))
     down = [_short(depth_settings(stage.down, anatomy.down)) for stage, anatomy in pairs]
     up = [_short(depth_settings(stage.up, anatomy.up)) for stage, anatomy in pairs]

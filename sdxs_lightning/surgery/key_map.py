@@ -1,4 +1,4 @@
-"""Where every tensor of a student comes from: an explicit map from its name to the teacher's name or names.
+"""The source of every tensor of a student: an explicit map from its name to the teacher's name or names.
 
 The rules are BK-SDM's (arXiv:2305.15798): a block that the student has under the same name is copied; on the way up the
 student's second layer is the teacher's last; where the innermost stages are gone, the student's up blocks are the teacher's
@@ -10,8 +10,8 @@ outer ones. Three cases that BK-SDM does not have are decided here:
 - With `only_cross_attention` the first attention of a block reads the prompt. The teacher's first reads the image and does
   not fit, so that the student's is a copy of the teacher's second, with the norm before it.
 
-Q, K and V are copied row by row: a teacher's head stays the same rows. A student with another number of heads cuts them at
-other places, so that its attention is the teacher's only after distillation.
+Q, K and V are copied row by row, so a teacher's head keeps its rows. A student with another number of heads splits the rows
+elsewhere, and its attention equals the teacher's only after distillation.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ _AS_SECOND = {"attn1": "attn2", "norm1": "norm2"}
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where one tensor comes from."""
+class TensorSource:
+    """The source of one tensor."""
 
     keys: tuple[str, ...] = ()
     """Teacher tensors: none, the tensor is new; one, it is copied; several, it is their mean."""
     last_columns: int | None = None
-    """Only the last so many input channels are copied, and the others are new; None copies the whole."""
+    """Only the last so many input channels are copied, and the others are new; None copies all."""
 
 
 def key_map(
     teacher_config: Mapping[str, Any], topology: Topology, names: Iterable[str] | None = None
-) -> dict[str, Source]:
+) -> dict[str, TensorSource]:
     """The source of every tensor of the pruned student, by its name in `state_dict()`.
 
     Args:
@@ -66,13 +66,13 @@ def key_map(
     teacher = anatomy_of(teacher_config)
     selection = select(teacher, topology)
     blocks = block_map(teacher, selection)
-    sources: dict[str, Source] = {}
+    sources: dict[str, TensorSource] = {}
     for key in shapes_of(prune_config(teacher_config, topology)) if names is None else names:
         block = block_of(key, blocks)
         if block is None:
             raise ValueError(f"the student's tensor '{key}' has no source: surgery does not know its block.")
         suffix = _renamed(key.removeprefix(block), block, teacher, selection)
-        sources[key] = Source(
+        sources[key] = TensorSource(
             tuple(prefix + suffix for prefix in blocks[block]), _last_columns(key, teacher, selection)
         )
     return sources
@@ -147,7 +147,7 @@ def _transformer(
 
 
 def _crosses_newly(block: str, teacher: Anatomy, selection: Selection) -> bool:
-    """Whether a block is a Transformer block of a stage that the student turns to cross-attention only."""
+    """Whether a block is a Transformer block of a stage that becomes cross-attention only in the student."""
     side, number = block.split(".")[:2] if ".transformer_blocks." in block else ("", "0")
     if side not in ("down_blocks", "up_blocks"):
         return False

@@ -1,7 +1,7 @@
-"""Topologies that are known by name, with the parameters that they give and where that number is published.
+"""Topologies by name, with their parameter counts and where these are published.
 
 The depths of ssd-1b, vega and koala-700m are those by which public loaders recognise the released files. The files do not
-say which of SDXL's blocks a kept block started from: ours are evenly spaced (`Topology.transformer_blocks`).
+record which of SDXL's blocks a kept block started from: ours are evenly spaced (`Topology.transformer_blocks`).
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ PRESETS: dict[str, Topology] = {topology.name: topology for topology in _TOPOLOG
 
 
 def topology_of(choice: str | Topology) -> Topology:
-    """A preset by its name; a topology is returned as it is.
+    """A preset by its name; a topology is returned unchanged.
 
     Raises:
         ValueError: for a name that no preset has.

@@ -1,4 +1,4 @@
-"""The operation itself: a smaller U-Net from a larger one, with an account of its weights."""
+"""Pruning: a smaller U-Net from a larger one, with a report on its weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdxs_lightning.surgery.anatomy import anatomy_of
 from sdxs_lightning.surgery.config import prune_config, shapes_of
-from sdxs_lightning.surgery.key_map import Source, block_map, key_map, superseded, teacher_blocks
+from sdxs_lightning.surgery.key_map import TensorSource, block_map, key_map, superseded, teacher_blocks
 from sdxs_lightning.surgery.report import Shapes, TransferReport, account, input_axis
 from sdxs_lightning.surgery.selection import select
 from sdxs_lightning.surgery.topology import Topology
@@ -20,7 +20,7 @@ from sdxs_lightning.surgery.topology import Topology
 def prune(
     teacher: UNet2DConditionModel, topology: Topology, transfer: bool = True, seed: int = 0
 ) -> tuple[UNet2DConditionModel, TransferReport]:
-    """Makes the student.
+    """Creates the student.
 
     Args:
         teacher: the U-Net to prune; it is not changed. A pruned one may be pruned further.
@@ -29,7 +29,7 @@ def prune(
         seed: of the fresh weights.
 
     Returns:
-        The student in eval mode, with the teacher's dtype and device, and the account of its weights.
+        The student in eval mode, with the teacher's dtype and device, and the report on its weights.
 
     Raises:
         ValueError: if the teacher does not contain such a student, or a tensor is left unaccounted for.
@@ -42,7 +42,7 @@ def prune(
     nn.Module.to(student, device=teacher.device, dtype=teacher.dtype)
     ours, theirs = student.state_dict(), teacher.state_dict()
     sources, report = _sources(teacher.config, topology, transfer, _shapes(ours), _shapes(theirs))
-    fill(ours, theirs, sources)
+    copy_weights(ours, theirs, sources)
     return student.eval(), report
 
 
@@ -59,12 +59,14 @@ def transfer_report(
 
 
 @torch.no_grad()
-def fill(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sources: Mapping[str, Source]) -> None:
-    """Writes the teacher's weights into the student's tensors; those without a source stay as they are."""
+def copy_weights(
+    student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sources: Mapping[str, TensorSource]
+) -> None:
+    """Copies the teacher's weights into the student's tensors; those without a source are left unchanged."""
     for key, source in sources.items():
         target = student[key]
         if len(source.keys) > 1:
-            # torch adds up halves in float32.
+            # torch accumulates float16 in float32.
             target.copy_(torch.stack([teacher[name] for name in source.keys]).mean(0))
         elif source.keys and source.last_columns is None:
             target.copy_(teacher[source.keys[0]])
@@ -79,11 +81,11 @@ def fill(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], sources: 
 
 def _sources(
     teacher_config: Mapping[str, Any], topology: Topology, transfer: bool, student: Shapes, teacher: Shapes
-) -> tuple[dict[str, Source], TransferReport]:
+) -> tuple[dict[str, TensorSource], TransferReport]:
     anatomy = anatomy_of(teacher_config)
     removable = teacher_blocks(anatomy)
     if not transfer:
-        sources = {key: Source() for key in student}
+        sources = {key: TensorSource() for key in student}
         return sources, account(topology.name, sources, student, teacher, removable)
     sources = key_map(teacher_config, topology, student)
     kept = {name for names in block_map(anatomy, select(anatomy, topology)).values() for name in names}

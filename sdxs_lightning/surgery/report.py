@@ -1,4 +1,4 @@
-"""The account of a weight transfer: every tensor of student and teacher in one place each, or an error with its name."""
+"""The report of a weight transfer: every tensor of student and teacher in one category each, or an error with its name."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from math import prod
 
 import torch
 
-from sdxs_lightning.surgery.key_map import Source, block_of
+from sdxs_lightning.surgery.key_map import TensorSource, block_of
 
 Shapes = Mapping[str, torch.Size]
 
 
 @dataclass(frozen=True)
 class TransferReport:
-    """What became of each tensor: name to number of parameters."""
+    """What became of each tensor: name -> number of parameters."""
 
     name: str
     """Of the topology."""
@@ -43,7 +43,7 @@ class TransferReport:
         return sum(self.used.values()) + sum(self.dropped.values())
 
     def __str__(self) -> str:
-        """A few lines to read."""
+        """A summary of a few lines."""
         share = self.student_parameters / self.teacher_parameters
         lines = [
             f"{self.name}: {self.student_parameters:,} parameters, {share:.1%} of the teacher's "
@@ -66,7 +66,7 @@ class TransferReport:
 
 def account(
     name: str,
-    sources: Mapping[str, Source],
+    sources: Mapping[str, TensorSource],
     student: Shapes,
     teacher: Shapes,
     removable: tuple[str, ...],
@@ -109,7 +109,7 @@ def account(
     return TransferReport(name, **parts, used=used, dropped=dropped)
 
 
-def _kind(source: Source) -> str:
+def _kind(source: TensorSource) -> str:
     if source.last_columns is not None:
         return "partly_new"
     return {0: "new", 1: "copied"}.get(len(source.keys), "averaged")
@@ -141,7 +141,7 @@ def _without(shape: torch.Size, axis: int) -> torch.Size:
 
 
 def outermost(names: Iterable[str], everything: Iterable[str]) -> list[str]:
-    """The fewest blocks that together hold exactly `names`; numbered siblings are told together, as "blocks.{1,3}"."""
+    """The fewest blocks that together hold exactly `names`; numbered siblings are joined, as "blocks.{1,3}"."""
     names = list(names)
     others = {prefix for name in set(everything) - set(names) for prefix in _prefixes(name)}
     blocks = dict.fromkeys(
@@ -152,12 +152,12 @@ def outermost(names: Iterable[str], everything: Iterable[str]) -> list[str]:
         parent, _, number = block.rpartition(".")
         siblings.setdefault(parent if number.isdigit() else block, []).append(number)
     return [
-        f"{parent}.{{{','.join(numbers)}}}" if len(numbers) > 1 else _whole(parent, numbers[0])
+        f"{parent}.{{{','.join(numbers)}}}" if len(numbers) > 1 else _joined(parent, numbers[0])
         for parent, numbers in siblings.items()
     ]
 
 
-def _whole(parent: str, number: str) -> str:
+def _joined(parent: str, number: str) -> str:
     return f"{parent}.{number}" if number.isdigit() else parent
 
 

@@ -1,4 +1,4 @@
-"""A topology applied to a teacher: which of its layers and Transformer blocks, by number, the student's become."""
+"""A topology applied to a teacher: the numbers of the layers and Transformer blocks that the student takes over."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class StageSelection:
 
 @dataclass(frozen=True)
 class Selection:
-    """A whole student, stages outermost first."""
+    """A complete student, stages outermost first."""
 
     stages: tuple[StageSelection, ...]
     mid: MidBlock
@@ -48,7 +48,7 @@ def select(teacher: Anatomy, topology: Topology) -> Selection:
         topology: what to keep of it.
 
     Raises:
-        ValueError: in one sentence, if the teacher does not contain such a student.
+        ValueError: if the teacher does not contain such a student.
     """
     name = topology.name
     if topology.added_conditioning not in ("any", teacher.added_conditioning):
@@ -108,7 +108,7 @@ def _stage(stage: Stage, teacher: StageAnatomy, topology: Topology, number: int)
     if crossing is False and teacher.only_cross_attention:
         raise ValueError(
             f"{where}.only_cross_attention is false, and the teacher has no self-attention to copy in this stage; "
-            "leave it away."
+            "leave it out."
         )
     return StageSelection(down, up, heads, teacher.only_cross_attention if crossing is None else crossing)
 
@@ -181,7 +181,7 @@ def _mid(
 
 
 def depth_settings(layers: tuple[Layer, ...], teacher: Side) -> tuple[int, ...]:
-    """What the config says of the layers' depths: in a stage without Transformers the teacher's words, which are not used."""
+    """The layers' depths for the config; in a stage without Transformers the teacher's, which are not used."""
     depths = tuple(len(layer.blocks) for layer in layers)
     return depths if all(depths) else tuple(teacher.settings[layer.source] for layer in layers)
 

@@ -48,7 +48,7 @@ class Stage:
         """
         for name, layers in (("down_layers", self.down_layers), ("up_layers", self.up_layers)):
             if layers is not None and not layers:
-                raise ValueError(f"{name} must keep at least one layer, got none; leave it away to keep all.")
+                raise ValueError(f"{name} must keep at least one layer, got none; leave it out to keep all.")
         for name, depths in (("down_depths", self.down_depths), ("up_depths", self.up_depths)):
             given = () if depths is None else (depths,) if isinstance(depths, int) else depths
             if any(depth < 0 for depth in given):
@@ -67,9 +67,9 @@ class Topology:
     """Which stages, layers and Transformer blocks of a teacher a student keeps; the default keeps everything."""
 
     stages: tuple[Stage, ...] | None = None
-    """The kept stages, outermost first; those further inside are removed. None keeps all as they are."""
+    """The kept stages, outermost first; those further inside are removed. None keeps all unchanged."""
     mid_block: MidBlock | None = None
-    """What is kept of the middle; None keeps it as it is."""
+    """What is kept of the middle; None keeps it unchanged."""
     transformer_blocks: BlockRule = "spaced"
     """Which blocks a Transformer of smaller depth gets."""
     added_conditioning: Literal["any", "none", "text_time"] = "any"
@@ -86,12 +86,12 @@ class Topology:
             ValueError: for an empty list of stages.
         """
         if self.stages is not None and not self.stages:
-            raise ValueError("stages must keep at least one stage, got none; leave it away to keep all.")
+            raise ValueError("stages must keep at least one stage, got none; leave it out to keep all.")
 
 
 _WORDS: dict[Any, str] = {
     types.NoneType: "null",
-    int: "a whole number",
+    int: "an integer",
     bool: "true or false",
     Stage: "stages",
 }
@@ -115,7 +115,7 @@ def read_topology(path: str | Path) -> Topology:
     try:
         content = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"'{path}' is no YAML: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"'{path}' is not valid YAML: {' '.join(str(error).split())}.") from error
     if isinstance(content, dict) and list(content) == ["topology"]:
         content = content["topology"]
     try:
@@ -154,14 +154,14 @@ def _fits(value: Any, hint: Any) -> bool:
     if typing.get_origin(hint) is tuple:
         inner = typing.get_args(hint)[0]
         return isinstance(value, tuple) and all(_fits(one, inner) for one in value)
-    return type(value) is hint  # True is no number here
+    return type(value) is hint  # True is not an integer here
 
 
 def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (
         types.UnionType,
         typing.Union,
-    )  # two spellings of one thing before Python 3.14
+    )  # the same type in two spellings before Python 3.14
 
 
 def _plain(hint: Any) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
-from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
 from tests.helpers.planned import ADAMW, hardware, without_weights
 from tests.helpers.tiny_distillation import distillation, save_base
 

@@ -12,13 +12,11 @@ from torch import Tensor, nn
 
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.memory_plan.as_on_cuda import AsOnCuda
-from sdxs_lightning.memory_plan.batch_shape import BatchShape
 from sdxs_lightning.memory_plan.hardware import GIB, read_hardware
 from sdxs_lightning.memory_plan.live_bytes import LiveBytes, ShapeMemory
-from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
-from sdxs_lightning.memory_plan.planner import Planner
-from sdxs_lightning.memory_plan.states import network_bytes, state_per_element, update_workspace
-from sdxs_lightning.memory_plan.step_memory import _run
+from sdxs_lightning.memory_plan.network_bytes import network_bytes, state_per_element, update_workspace
+from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
+from sdxs_lightning.memory_plan.step_memory import BatchShape, run_step
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.stages.teacher import DenoisingTraining
@@ -173,16 +171,16 @@ def test_what_the_forward_pass_keeps_is_what_autograd_keeps(
         assert counted == pytest.approx(kept_on_cpu(real, batch_size), rel=0.01)
 
 
-def test_one_profile_tells_every_batch_size(planner: Planner, planned: MemoryPlan) -> None:
-    told, size = planned.step, 16
+def test_one_profile_holds_for_every_batch_size(planner: Planner, planned: MemoryPlan) -> None:
+    profile, size = planned.step, 16
     batch = BatchShape(LATENT_SHAPE, accumulate=2)
     workspaces = {"student": 0, "fake_score": 0, "discriminator": 0}
-    counted = _run(planner.stage, planner.networks, hardware(), batch, workspaces, ShapeMemory(), size)
+    counted = run_step(planner.stage, planner.networks, hardware(), batch, workspaces, ShapeMemory(), size)
     peaks = [max(live for live, _ in line.live) for line in counted]
-    assert [moment.total for moment in told.moments(size)] == peaks
-    assert list(told.kept_bytes(size).values()) == [line.kept for line in counted]
+    assert [moment.total for moment in profile.phase_peaks(size)] == peaks
+    assert list(profile.kept_bytes(size).values()) == [line.kept for line in counted]
     # Activations grow in proportion; gradients and autocast's copies of weights do not grow at all.
-    kept = [told.kept_bytes(size)["student's iteration"] for size in (1, 2, 3)]
+    kept = [profile.kept_bytes(size)["student's iteration"] for size in (1, 2, 3)]
     assert kept[2] - kept[1] == kept[1] - kept[0] > 0
 
 
@@ -197,7 +195,7 @@ def test_gradient_checkpointing_keeps_less(planned: MemoryPlan, configs: dict[st
     for phase in ("student's iteration", "critic's iteration"):
         assert checkpointed.step.kept_bytes(16)[phase] < 0.5 * planned.step.kept_bytes(16)[phase]
     assert checkpointed.step.peak(16).activations < planned.step.peak(16).activations
-    assert checkpointed.step.peak(16).gradients <= planned.step.moments(16)[0].gradients
+    assert checkpointed.step.peak(16).gradients <= planned.step.phase_peaks(16)[0].gradients
 
 
 def test_mixed_precision_keeps_a_copy_of_every_weight_that_is_multiplied(configs: dict[str, Path]) -> None:

@@ -14,9 +14,8 @@ from lightning.pytorch import LightningModule
 
 from sdxs_lightning.cli import main
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.memory_plan.memory_plan import MemoryPlan
-from sdxs_lightning.memory_plan.plan_report import sentences
-from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
+from sdxs_lightning.memory_plan.report import sentences
 from tests.config.test_configs import stack
 from tests.helpers.plan_bases import save_configs
 from tests.helpers.planned import ADAMW, hardware
@@ -73,9 +72,11 @@ def test_a_smaller_batch_may_be_what_fits(planner: Planner, planned: MemoryPlan)
     assert not tight.fits and tight.largest_batch == 7
     (change,) = planner.changes(tight)
     assert change.plan.fits and change.plan.batch_size == 7
-    told = sentences(tight, [change])
-    assert "Does not fit: " in told[1] and told[1].endswith("the largest batch per device that fits is 7.")
-    assert told[2].startswith(
+    printed = sentences(tight, [change])
+    assert "Does not fit: " in printed[1] and printed[1].endswith(
+        "the largest batch per device that fits is 7."
+    )
+    assert printed[2].startswith(
         "Change: data.init_args.batch_size 7 with accumulate_grad_batches 6, for the same"
     )
     narrow = replace(planned, hardware=replace(planned.hardware, memory=planned.needed()))
@@ -108,10 +109,10 @@ def test_every_stage_has_a_plan(stage: str, tmp_path: Path) -> None:
     assert plan["needed"] > sum(network["weights"] for network in plan["networks"].values())
     assert "vae" not in plan["networks"]
     if stage == "decoder":  # the VAE is there where it makes the target, or the latents
-        pictures: dict[str, Any] = {"class_path": "data.shards.datamodule.ShardDataModule"}
-        pictures |= {"init_args": {"shards": "set", "batch_size": 8, "contents": ["images"]}}
-        (tmp_path / "pictures.yaml").write_text(json.dumps({"data": pictures}))
-        for more in (["--model.init_args.target=vae"], ["--config", str(tmp_path / "pictures.yaml")]):
+        images: dict[str, Any] = {"class_path": "data.shards.datamodule.ShardDataModule"}
+        images |= {"init_args": {"shards": "set", "batch_size": 8, "contents": ["images"]}}
+        (tmp_path / "images.yaml").write_text(json.dumps({"data": images}))
+        for more in (["--model.init_args.target=vae"], ["--config", str(tmp_path / "images.yaml")]):
             plan = plan_of(["--config", str(ROOT / "configs/toy/decoder.yaml"), *more], tmp_path)
             assert "vae" in plan["networks"], more
 

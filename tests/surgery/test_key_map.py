@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sdxs_lightning.surgery.config import prune_config, shapes_of
-from sdxs_lightning.surgery.key_map import Source, key_map
+from sdxs_lightning.surgery.key_map import TensorSource, key_map
 from sdxs_lightning.surgery.presets import PRESETS, topology_of
 from sdxs_lightning.surgery.pruning import prune, transfer_report
 from sdxs_lightning.surgery.report import TransferReport, account, outermost
@@ -55,7 +55,7 @@ def renamed(key: str, renames: dict[str, str]) -> str:
 )
 def test_the_map_is_bk_sdm_s(config: dict[str, Any], preset: str, renames: dict[str, str]) -> None:
     sources = key_map(config, PRESETS[preset])
-    assert sources == {key: Source((renamed(key, renames),)) for key in sources}
+    assert sources == {key: TensorSource((renamed(key, renames),)) for key in sources}
     # One to one: no tensor of the teacher is used twice.
     assert len({source.keys for source in sources.values()}) == len(sources)
 
@@ -75,7 +75,7 @@ def test_spot_values_of_sdxs_512() -> None:
         "up_blocks.2.resnets.1.norm1.weight": "up_blocks.3.resnets.2.norm1.weight",
         "conv_norm_out.weight": "conv_norm_out.weight",
     }.items():
-        assert sources[key] == Source((teacher_key,))
+        assert sources[key] == TensorSource((teacher_key,))
     assert not [key for key in sources if key.startswith(("down_blocks.0.att", "up_blocks.2.att", "mid"))]
 
 
@@ -87,14 +87,14 @@ def test_vega_takes_every_fifth_block_of_ten_and_the_first_of_two() -> None:
         "up_blocks.0.attentions.2.transformer_blocks.1": "up_blocks.0.attentions.2.transformer_blocks.5",
         "up_blocks.1.attentions.1.transformer_blocks.0": "up_blocks.1.attentions.1.transformer_blocks.0",
     }.items():
-        assert sources[f"{key}.ff.net.2.weight"] == Source((f"{teacher_key}.ff.net.2.weight",))
+        assert sources[f"{key}.ff.net.2.weight"] == TensorSource((f"{teacher_key}.ff.net.2.weight",))
 
 
 def test_ssd_1b_keeps_all_ten_blocks_of_the_last_layer() -> None:
     sources = key_map(SDXL, PRESETS["ssd-1b"])
     prefix = "up_blocks.0.attentions.2.transformer_blocks"
     assert all(
-        sources[f"{prefix}.{k}.norm1.bias"] == Source((f"{prefix}.{k}.norm1.bias",)) for k in range(10)
+        sources[f"{prefix}.{k}.norm1.bias"] == TensorSource((f"{prefix}.{k}.norm1.bias",)) for k in range(10)
     )
     assert f"{prefix.replace('attentions.2', 'attentions.1')}.4.norm1.bias" not in sources
 
@@ -113,11 +113,11 @@ def test_cross_attention_only_starts_from_the_second_attention() -> None:
             "norm2.weight": "norm2.weight",
             "norm3.weight": "norm3.weight",
         }.items():
-            expected = Source((f"{teacher_side}.transformer_blocks.0.{teacher_part}",))
+            expected = TensorSource((f"{teacher_side}.transformer_blocks.0.{teacher_part}",))
             assert sources[f"{side}.transformer_blocks.0.{part}"] == expected
     # Only that stage.
     key = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k.weight"
-    assert sources[key] == Source((key,))
+    assert sources[key] == TensorSource((key,))
 
 
 @pytest.mark.parametrize(("kind", "preset"), PAIRS)
@@ -138,39 +138,39 @@ def test_every_tensor_is_accounted_for(kind: str, preset: str) -> None:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_keeping_everything_maps_each_tensor_to_itself(kind: str) -> None:
     sources = key_map(CONFIGS[kind], Topology())
-    assert sources == {key: Source((key,)) for key in shapes_of(CONFIGS[kind])}
+    assert sources == {key: TensorSource((key,)) for key in shapes_of(CONFIGS[kind])}
 
 
 SHAPES = {"a.weight": torch.Size([4, 3]), "b.weight": torch.Size([4])}
 
 
 def checked(
-    sources: dict[str, Source], removable: tuple[str, ...] = ("b",), **teacher: Any
+    sources: dict[str, TensorSource], removable: tuple[str, ...] = ("b",), **teacher: Any
 ) -> TransferReport:
     return account("test", sources, {"a.weight": torch.Size([4, 3])}, teacher or SHAPES, removable)
 
 
 def test_the_account_refuses_by_name() -> None:
-    fine = {"a.weight": Source(("a.weight",))}
+    fine = {"a.weight": TensorSource(("a.weight",))}
     assert checked(fine).dropped == {"b.weight": 4}
     with pytest.raises(ValueError, match=r"teacher's tensor 'b.weight' is not accounted for.*'test'"):
         checked(fine, removable=())
     with pytest.raises(ValueError, match=r"do not agree on the tensor 'a.weight'"):
         checked({})
     with pytest.raises(ValueError, match=r"do not agree on the tensor 'c.weight' \(1 in all\)"):
-        checked({**fine, "c.weight": Source()})
+        checked({**fine, "c.weight": TensorSource()})
     with pytest.raises(
         ValueError, match=r"'a.weight' comes from 'x.weight', which the teacher does not have"
     ):
-        checked({"a.weight": Source(("x.weight",))})
+        checked({"a.weight": TensorSource(("x.weight",))})
     with pytest.raises(ValueError, match=r"'a.weight' is \[4, 3\] and the teacher's 'b.weight' \[4\]"):
-        checked({"a.weight": Source(("b.weight",))}, removable=("a",))
+        checked({"a.weight": TensorSource(("b.weight",))}, removable=("a",))
     with pytest.raises(ValueError, match=r"'b.weight' \[4\]: they do not fit"):
-        checked({"a.weight": Source(("a.weight", "b.weight"))})
+        checked({"a.weight": TensorSource(("a.weight", "b.weight"))})
 
 
 def test_the_account_refuses_columns_that_are_not_there() -> None:
-    source = {"a.weight": Source(("a.weight",), last_columns=2)}
+    source = {"a.weight": TensorSource(("a.weight",), last_columns=2)}
     student = {"a.weight": torch.Size([4, 3])}
     assert account("test", source, student, {"a.weight": torch.Size([4, 9])}, ()).partly_new == {
         "a.weight": 12

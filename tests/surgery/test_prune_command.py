@@ -36,19 +36,19 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def refused(arguments: Sequence[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
     with pytest.raises(SystemExit) as end:
         command.main([str(argument) for argument in arguments])
-    told = capsys.readouterr()
-    assert (end.value.code, told.out) == (code, "")
-    assert told.err.startswith("prune: ") and told.err.count("\n") == 1
-    return told.err
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out) == (code, "")
+    assert printed.err.startswith("prune: ") and printed.err.count("\n") == 1
+    return printed.err
 
 
 def test_it_writes_the_pruned_u_net(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "made" / "bk-tiny"
     command.main(["--base", str(base), "--preset", "bk-tiny", "--output", str(output)])
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     expected, report = prune(load(base), PRESETS["bk-tiny"])
     assert torch.equal(run(load(output)), run(expected))
-    assert told == f"{report}\nwritten to {output} in float32\n"
+    assert printed == f"{report}\nwritten to {output} in float32\n"
     assert sorted(path.name for path in output.iterdir()) == ["config.json", WEIGHTS]
     assert list(output.parent.iterdir()) == [output]
     # It is a base for the next.
@@ -128,8 +128,10 @@ def test_a_disk_that_refuses_leaves_nothing(
 ) -> None:
     (tmp_path / "file").write_text("")
     arguments = ["--base", base, "--preset", "bk-tiny", "--output"]
-    told = refused([*arguments, tmp_path / "file" / "out"], capsys, code=4)
-    assert "could not be written: not a directory" in told or "could not be written: file exists" in told
+    printed = refused([*arguments, tmp_path / "file" / "out"], capsys, code=4)
+    assert (
+        "could not be written: not a directory" in printed or "could not be written: file exists" in printed
+    )
 
 
 def test_an_interrupted_writing_leaves_nothing(
@@ -187,9 +189,9 @@ def test_half_precision_files_of_a_hub_folder_are_read(base: Path, tmp_path: Pat
 def test_help_shows_examples_and_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         command.main(["--help"])
-    told = capsys.readouterr().out
-    assert end.value.code == 0 and "--preset sdxs-512 --output" in told
-    assert all(f"  {name} " in told and preset.note in told for name, preset in PRESETS.items())
+    printed = capsys.readouterr().out
+    assert end.value.code == 0 and "--preset sdxs-512 --output" in printed
+    assert all(f"  {name} " in printed and preset.note in printed for name, preset in PRESETS.items())
 
 
 def test_a_missing_output_is_refused(base: Path, capsys: pytest.CaptureFixture[str]) -> None:

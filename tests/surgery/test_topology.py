@@ -1,4 +1,4 @@
-"""Topologies: what the presets count to, what is refused, and what a YAML file may say."""
+"""Topologies: parameter counts of the presets, refusals, and YAML files."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_the_depths_of_ssd_1b_and_vega_are_those_of_the_released_files() -> None
 def test_keeping_everything_keeps_the_config(kind: str) -> None:
     pruned = prune_config(CONFIGS[kind], Topology())
     assert {name: pruned[name] for name in CONFIGS[kind]} == CONFIGS[kind]
-    # What a file says about itself is no argument of the class.
+    # Metadata of a file is not an argument of the class.
     assert prune_config(pruned | {"_class_name": "UNet2DConditionModel"}, Topology()) == pruned
 
 
@@ -274,15 +274,15 @@ def test_a_training_configuration_takes_a_topology_or_the_name_of_a_preset() -> 
         ("stages: [{}, {down_layer: [0]}]", r"stages\[1\] has no field 'down_layer'; it has down_layers"),
         (
             "stages: [{down_depths: true}]",
-            r"stages\[0\]: down_depths is True, but a whole number or a list of",
+            r"stages\[0\]: down_depths is True, but an integer or a list of",
         ),
-        ("stages: [{up_layers: [0, x]}]", r"up_layers is \[0, 'x'\], but a list of a whole number or null"),
+        ("stages: [{up_layers: [0, x]}]", r"up_layers is \[0, 'x'\], but a list of an integer or null"),
         ("stages: [{down_depths: -1}]", r"stages\[0\]: down_depths must be 0 or more, got -1"),
         ("stages: 3", "stages is 3, but a list of stages or null is accepted"),
         ("stages: []", "must keep at least one stage"),
         ("mid_block: half", "mid_block is 'half', but full, resnet, none or null is accepted"),
         ("- 3", r"must be fields with values, got \[3\]"),
-        ("stages: [", "is no YAML"),
+        ("stages: [", "is not valid YAML"),
     ],
 )
 def test_a_wrong_topology_file_is_told_in_a_sentence(text: str, message: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdxs_lightning.callbacks.export import Export
-from sdxs_lightning.core.seeding import Stream, fingerprint, integers, normal
+from sdxs_lightning.core.seeding import Stream, fingerprint_values, integers, normal
 from sdxs_lightning.memory_plan.hardware import read_hardware
 from sdxs_lightning.memory_plan.planner import Planner
 from sdxs_lightning.networks.backward_simulation import sample_in_steps
@@ -41,7 +41,7 @@ def test_every_network_learns_from_samples_of_all_steps(
     for role in ("student", "ema", "fake_score", "discriminator"):
         assert moved(before, module, role) == pytest.approx(1.0, abs=0.01)
     noise = normal(0, Stream.STUDENT_NOISE, torch.arange(8), LATENT_SHAPE)
-    drawn = integers(0, Stream.STEP_INDEX, fingerprint(noise), 0, 2)
+    drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, 2)
     assert calls == [(False, [999] * 8), (True, [STEPS[step] for step in drawn.tolist()])]
     assert set(drawn.tolist()) == {0, 1}
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning
-from sdxs_lightning.core.seeding import Stream, fingerprint, integers, normal
+from sdxs_lightning.core.seeding import Stream, fingerprint_values, integers, normal
 from sdxs_lightning.export import export_pipeline, one_step_scheduler, several_step_scheduler
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
@@ -102,7 +102,7 @@ def test_training_sees_what_sampling_visits(family: Any) -> None:
         lambda module, inputs: calls.append((torch.is_grad_enabled(), inputs[1].tolist()))
     )
     found = student.simulate(noise, conditioning)
-    drawn = integers(0, Stream.STEP_INDEX, fingerprint(noise), 0, 4).tolist()
+    drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, 4).tolist()
     assert set(drawn) == {0, 1, 2, 3}
     assert [graph for graph, _ in calls] == [False, False, False, True]
     assert calls[-1][1] == [FOUR[step] for step in drawn]
@@ -146,11 +146,11 @@ def test_under_autocast_every_weight_gets_its_gradient(family: Any) -> None:
 
 def test_steps_are_drawn_evenly_and_by_the_noise_alone() -> None:
     noise = normal(3, Stream.STUDENT_NOISE, torch.arange(4000), (4, 2, 2))
-    drawn = integers(0, Stream.STEP_INDEX, fingerprint(noise), 0, 4)
+    drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, 4)
     counts = torch.bincount(drawn, minlength=4)
     assert (counts - 1000).abs().max() < 4 * (4000 * 0.25 * 0.75) ** 0.5  # four standard deviations
     order = torch.arange(3999, -1, -1)
-    assert torch.equal(integers(0, Stream.STEP_INDEX, fingerprint(noise[order]), 0, 4), drawn[order])
+    assert torch.equal(integers(0, Stream.STEP_INDEX, fingerprint_values(noise[order]), 0, 4), drawn[order])
 
 
 def test_fresh_noise_is_new_for_every_step_and_sample() -> None:
@@ -165,9 +165,9 @@ def test_fresh_noise_is_new_for_every_step_and_sample() -> None:
 
 def test_fingerprints_tell_values_and_their_order() -> None:
     values = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 3.0000002]])
-    first, swapped, same, near = fingerprint(values).tolist()
+    first, swapped, same, near = fingerprint_values(values).tolist()
     assert first == same and len({first, swapped, near}) == 3
-    assert fingerprint(values.double()).tolist() == [first, swapped, same, near]
+    assert fingerprint_values(values.double()).tolist() == [first, swapped, same, near]
 
 
 class _Recorded:

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sdxs_lightning.memory_plan.hardware import GIB
-from sdxs_lightning.memory_plan.memory_plan import MARGIN, Change, MemoryPlan
+from sdxs_lightning.memory_plan.planner import MARGIN, MemoryPlan, SuggestedChange
 
 
-def show(plan: MemoryPlan, changes: Sequence[Change] = ()) -> None:
+def print_plan(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> None:
     """Prints the plan."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(heading(plan), markup=False, soft_wrap=True)
@@ -24,7 +24,7 @@ def show(plan: MemoryPlan, changes: Sequence[Change] = ()) -> None:
 
 
 def heading(plan: MemoryPlan) -> str:
-    """What is planned."""
+    """One line on the planned run."""
     hardware = plan.hardware
     where = f"{hardware.strategy} on {hardware.processes}" if hardware.processes > 1 else "one device"
     checkpointed = ", ".join(plan.checkpointed) or "none"
@@ -34,8 +34,8 @@ def heading(plan: MemoryPlan) -> str:
     )
 
 
-def sentences(plan: MemoryPlan, changes: Sequence[Change] = ()) -> list[str]:
-    """The verdict, what it rests on, and what would help."""
+def sentences(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> list[str]:
+    """Whether it fits, the assumptions, and the changes that would help."""
     needed, most, memory = plan.needed(), plan.needed_at_most(), plan.hardware.memory
     lines = [
         "Networks: exact. Activations: counted on the meta device under CUDA's attention and autocast, an estimate within "
@@ -56,11 +56,11 @@ def sentences(plan: MemoryPlan, changes: Sequence[Change] = ()) -> list[str]:
     else:
         verdict = "Does not fit"
     lines.append(f"{verdict}: {numbers}; {batch}.")
-    lines += [f"Change: {_told(change)}." for change in changes]
+    lines += [f"Change: {_outcome(change)}." for change in changes]
     return lines
 
 
-def as_json(plan: MemoryPlan, changes: Sequence[Change] = ()) -> dict[str, Any]:
+def as_json(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> dict[str, Any]:
     """The plan as plain values; all sizes are bytes per device."""
     hardware = plan.hardware
     return {
@@ -87,12 +87,12 @@ def as_json(plan: MemoryPlan, changes: Sequence[Change] = ()) -> dict[str, Any]:
         },
         "buffers": dict(plan.buffers),
         "phases": {
-            moment.phase: {
-                "peak": moment.total,
-                "gradients": moment.gradients,
-                "activations": moment.activations,
+            peak.phase: {
+                "peak": peak.total,
+                "gradients": peak.gradients,
+                "activations": peak.activations,
             }
-            for moment in plan.step.moments(plan.batch_size)
+            for peak in plan.step.phase_peaks(plan.batch_size)
         },
         "kept_for_backward": plan.step.kept_bytes(plan.batch_size),
         "needed": plan.needed(),
@@ -114,11 +114,11 @@ def as_json(plan: MemoryPlan, changes: Sequence[Change] = ()) -> dict[str, Any]:
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB, or as MiB where that says more."""
+    """Bytes as GiB, or as MiB if they are few."""
     return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:.2f} MiB"
 
 
-def _told(change: Change) -> str:
+def _outcome(change: SuggestedChange) -> str:
     plan = change.plan
     outcome = "fits" if plan.fits else "is not enough"
     return (
@@ -128,7 +128,7 @@ def _told(change: Change) -> str:
 
 
 def _networks(plan: MemoryPlan) -> Table:
-    table = Table(title="There all the time, but for gradients", title_justify="left")
+    table = Table(title="Permanent (gradients: during the step)", title_justify="left")
     for name in ("network", "role", "type"):
         table.add_column(name)
     for name in ("parameters", "trainable", "weights", "gradients", "optimizer"):
@@ -153,17 +153,17 @@ def _networks(plan: MemoryPlan) -> Table:
 
 
 def _phases(plan: MemoryPlan) -> Table:
-    table = Table(title=f"The training step at batch {plan.batch_size}, at its fullest", title_justify="left")
+    table = Table(title=f"The training step at batch {plan.batch_size}, at its peak", title_justify="left")
     table.add_column("phase")
-    for name in ("kept for backward", "activations", "gradients", "with what is always there"):
+    for name in ("kept for backward", "activations", "gradients", "with permanent memory"):
         table.add_column(name, justify="right")
     kept = plan.step.kept_bytes(plan.batch_size)
-    for moment in plan.step.moments(plan.batch_size):
+    for peak in plan.step.phase_peaks(plan.batch_size):
         table.add_row(
-            moment.phase,
-            gib(kept[moment.phase]) if moment.phase in kept else "-",
-            gib(moment.activations),
-            gib(moment.gradients),
-            gib(plan.standing + moment.total),
+            peak.phase,
+            gib(kept[peak.phase]) if peak.phase in kept else "-",
+            gib(peak.activations),
+            gib(peak.gradients),
+            gib(plan.permanent + peak.total),
         )
     return table

@@ -1,4 +1,4 @@
-"""Exact bytes of what outlives a training step: weights, gradients, optimizer state, per device."""
+"""Exact bytes of a network's weights, gradients and optimizer state, per device."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROBE_SHAPE = 8, 8
 
 @dataclass(frozen=True)
 class NetworkBytes:
-    """One network, on one device. Counts are of the whole network, bytes of the device's part."""
+    """One network on one device. Counts are of the complete network, bytes of the device's shard."""
 
     name: str
     role: Role
@@ -79,10 +79,10 @@ def state_per_element(network: PlannedNetwork) -> int:
 
 
 def update_workspace(network: PlannedNetwork, shards: int) -> int:
-    """Bytes that the optimizer's step takes and gives back.
+    """Temporary bytes of the optimizer's step.
 
     On CUDA torch's optimizers handle all tensors of a type together ("foreach") and need a copy of them, unless they are
-    fused or told not to.
+    fused or `foreach` is off.
     """
     optimizer, _ = _probe(network)
     group = optimizer.param_groups[0]
@@ -93,10 +93,10 @@ def update_workspace(network: PlannedNetwork, shards: int) -> int:
 
 
 def gathered_bytes(network: PlannedNetwork, compute_dtype: torch.dtype | None) -> int:
-    """Upper bound of what FSDP2 holds beside the shards while the network runs.
+    """Upper bound of what FSDP2 holds besides the shards while the network runs.
 
-    Forward: a group's whole weights, and the next group's on their way. Backward, besides: the group's whole gradients, and
-    float32 copies of them and of the group before's on their way to the others.
+    Forward: the unsharded weights of a group, and those of the next, which are being gathered. Backward, in addition: the
+    group's unsharded gradients, and float32 copies of them and of the previous group's, which are being reduced.
     """
     groups = [_group_bytes(group, compute_dtype) for group in _groups(network.module)]
     rest, *blocks = groups
@@ -122,14 +122,14 @@ class _Group(NamedTuple):
 
 
 def _neighbours(blocks: Sequence[_Group]) -> Iterator[tuple[_Group, _Group]]:
-    """Each with the larger of those beside it."""
+    """Each with the larger of its neighbours."""
     for index, block in enumerate(blocks):
         beside = [*blocks[max(index - 1, 0) : index], *blocks[index + 1 : index + 2]]
         yield block, max(beside, default=_Group(0, 0, 0))
 
 
 def _groups(module: nn.Module) -> list[list[Tensor]]:
-    """What is gathered together: first what no block has, then the blocks."""
+    """Parameters that are gathered together: first those outside all blocks, then the blocks."""
     blocks: list[list[Tensor]] = [
         list(block.parameters()) for part in module.modules() for block in blocks_of(part)
     ]
