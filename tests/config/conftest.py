@@ -19,7 +19,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def configs(folder: Path) -> dict[str, Path]:
-    """Tiny bases of both kinds without a weight."""
+    """Tiny bases of both families, without weights."""
     kinds = "sd-epsilon", "sdxl-epsilon"
     return {
         kind.partition("-")[0]: without_weights(save_base(kind, folder / "whole"), folder) for kind in kinds
@@ -28,7 +28,7 @@ def configs(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def planner(configs: dict[str, Path]) -> Planner:
-    """Of a distillation on one GPU whose gradients outlive a micro-batch."""
+    """Of a distillation on one GPU with gradient accumulation."""
     settings: dict[str, Any] = {"accumulate_grad_batches": 2, "real_score_dtype": "bfloat16"}
     return Planner(distillation(configs["sdxl"], optimizer=ADAMW, **settings), hardware(), 16)
 

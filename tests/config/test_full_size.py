@@ -1,4 +1,4 @@
-"""The reference configs of `miniaturise` at full size, without a single weight: the right student, and its taps."""
+"""The reference configs of `miniaturise` at full size, without weights: the right student, and its taps."""
 
 from __future__ import annotations
 

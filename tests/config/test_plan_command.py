@@ -14,12 +14,14 @@ from lightning.pytorch import LightningModule
 
 from sdxs_lightning.cli import main
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.memory_plan.command import show_plan
 from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
 from sdxs_lightning.memory_plan.report import sentences
 from tests.config.test_configs import stack
 from tests.helpers.plan_bases import save_configs
-from tests.helpers.planned import ADAMW, hardware
+from tests.helpers.planned import ADAMW, ONE_CPU, hardware
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny_decoding import decoding
 from tests.helpers.tiny_distillation import distillation
 from tests.helpers.tiny_run import ROOT, tiny_config, write_config
 
@@ -83,7 +85,7 @@ def test_a_smaller_batch_may_be_what_fits(planner: Planner, planned: MemoryPlan)
     assert sentences(narrow)[1].startswith("May not fit: ")
 
 
-def test_a_plan_that_does_not_fit_says_what_would(
+def test_a_plan_that_does_not_fit_suggests_changes(
     configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plan = plan_of(tiny_arguments(tmp_path, configs["sd"], "--plan_gpu_gb=0.5"), tmp_path)
@@ -108,28 +110,39 @@ def test_every_stage_has_a_plan(stage: str, tmp_path: Path) -> None:
     assert any(network["role"] == "averaged" for network in plan["networks"].values())
     assert plan["needed"] > sum(network["weights"] for network in plan["networks"].values())
     assert "vae" not in plan["networks"]
-    if stage == "decoder":  # the VAE is there where it makes the target, or the latents
-        images: dict[str, Any] = {"class_path": "data.shards.datamodule.ShardDataModule"}
-        images |= {"init_args": {"shards": "set", "batch_size": 8, "contents": ["images"]}}
-        (tmp_path / "images.yaml").write_text(json.dumps({"data": images}))
-        for more in (["--model.init_args.target=vae"], ["--config", str(tmp_path / "images.yaml")]):
-            plan = plan_of(["--config", str(ROOT / "configs/toy/decoder.yaml"), *more], tmp_path)
-            assert "vae" in plan["networks"], more
+
+
+def test_the_vae_is_planned_for_targets_and_for_latents_of_images(configs: dict[str, Path]) -> None:
+    def networks(contents: list[str], **settings: Any) -> set[str]:
+        data = {"init_args": {"batch_size": 4, "contents": contents}}
+        plan = show_plan(decoding(configs["sd"], **settings), {"trainer": ONE_CPU, "data": data})
+        return {one.name for one in plan.networks}
+
+    assert "vae" in networks(["latents"], target="vae")
+    assert "vae" in networks(["images"], target="images")
+    assert "vae" not in networks(["latents", "images"], target="images")
+
+
+def test_a_base_that_does_not_exist_is_refused(
+    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flag = "--model.init_args.family.init_args.base=nowhere/at/all"
+    assert main([*tiny_arguments(tmp_path, configs["sd"]), "--plan", flag]) == 2
+    assert "there is no folder 'nowhere/at/all'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("changes", "message"),
     [
-        ("--model.init_args.family.init_args.base=nowhere/at/all", "there is no folder 'nowhere/at/all'"),
-        ("--plan_gpu_gb=0", "--plan_gpu_gb must be above 0"),
-        ("--trainer.precision=64-true", "--plan does not know trainer.precision '64-true'"),
+        ({"plan_gpu_gb": 0}, "--plan_gpu_gb must be above 0"),
+        ({"trainer": {"precision": "64-true"}}, "--plan does not know trainer.precision '64-true'"),
+        ({"data": None}, "--plan reads data.init_args.batch_size, and this configuration has none"),
     ],
 )
-def test_what_a_plan_cannot_read_is_said_in_a_sentence(
-    flag: str, message: str, configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main([*tiny_arguments(tmp_path, configs["sd"]), "--plan", flag]) == 2
-    assert message in capsys.readouterr().err
+def test_what_a_plan_cannot_read_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = {"trainer": ONE_CPU, "data": {"init_args": {"batch_size": 4}}}
+    with pytest.raises(UserError, match=message):
+        show_plan(LightningModule(), config | changes)
 
 
 def test_a_stage_that_does_not_describe_itself_is_refused() -> None:

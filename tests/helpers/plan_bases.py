@@ -1,4 +1,4 @@
-"""Bases of full size that hold their configs and no weights: what a memory plan needs."""
+"""Bases of full size without weights, for memory plans."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SCHEDULER = {
 
 
 def save_configs(kind: str, folder: Path) -> Path:
-    """Writes the JSON files of "sd15" or "sdxl" as a diffusers folder, without a single weight."""
+    """Writes the JSON files of "sd15" or "sdxl" as a diffusers folder, without weights."""
     base = folder / f"{kind}-configs"
     sdxl = kind == "sdxl"
     files: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""What the tests of the memory plan share."""
+"""Helpers of the memory plan's tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hardware(gpu_gib: float = 80.0, **trainer: Any) -> Hardware:
 
 
 def without_weights(base: Path, folder: Path) -> Path:
-    """The JSON files of a base, which is all that a laptop may have."""
+    """A copy of a base's JSON files."""
     copy = folder / base.name
     if not copy.exists():
         shutil.copytree(base, copy, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Released models at tiny size: what tells their folders apart (configs, scheduler, file layout), with random weights.
+"""Released models at tiny size: their configs, schedulers and file layouts, with random weights.
 
 The settings are those of the published configs of SD-1.5, SD-2.1-base, SD-2.1, SDXL, SSD-1B, Vega and SDXS; only
 widths and depths are small.
@@ -191,7 +191,7 @@ def only_fp16(base: Path) -> Path:
 
 
 def only_pickles(folder: Path) -> Path:
-    """Puts an empty pickle, whose content nobody may look at, in the place of the weights."""
+    """Replaces the weights by an empty pickle, which must not be opened."""
     for file in folder.glob("*.safetensors"):
         file.with_name("diffusion_pytorch_model.bin").write_bytes(b"never to be read")
         file.unlink()

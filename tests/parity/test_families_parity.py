@@ -157,15 +157,15 @@ def test_a_base_with_a_tiny_vae_keeps_the_kl_conventions_of_latents(releases: Pa
 @pytest.mark.parametrize(("student", "base"), [("sdxs", "sd21-base"), ("vega", "sdxl"), ("ssd-1b", "sdxl")])
 def test_released_students_load_beside_their_base(student: str, base: str, releases: Path) -> None:
     family = (StableDiffusion if base in SD else StableDiffusionXL)(str(releases / base))
-    whole, alone = (
+    complete, alone = (
         family.load_unet(str(releases / student)),
         family.load_unet(str(releases / student / "unet")),
     )
-    assert _same(whole.state_dict(), alone.state_dict())
-    assert (whole.mid_block is None) == (student != "vega")
+    assert _same(complete.state_dict(), alone.state_dict())
+    assert (complete.mid_block is None) == (student != "vega")
     latents, timesteps = torch.randn(2, *LATENT_SHAPE), torch.tensor([999, 399])
     with torch.no_grad():
-        output = whole(latents, timesteps, **family.encode_prompts(CAPTIONS[:2]).unet_kwargs()).sample
+        output = complete(latents, timesteps, **family.encode_prompts(CAPTIONS[:2]).unet_kwargs()).sample
     assert output.shape == latents.shape and output.isfinite().all()
 
 

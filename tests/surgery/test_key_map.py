@@ -150,7 +150,7 @@ def checked(
     return account("test", sources, {"a.weight": torch.Size([4, 3])}, teacher or SHAPES, removable)
 
 
-def test_the_account_refuses_by_name() -> None:
+def test_the_report_refuses_by_name() -> None:
     fine = {"a.weight": TensorSource(("a.weight",))}
     assert checked(fine).dropped == {"b.weight": 4}
     with pytest.raises(ValueError, match=r"teacher's tensor 'b.weight' is not accounted for.*'test'"):
@@ -169,7 +169,7 @@ def test_the_account_refuses_by_name() -> None:
         checked({"a.weight": TensorSource(("a.weight", "b.weight"))})
 
 
-def test_the_account_refuses_columns_that_are_not_there() -> None:
+def test_the_report_refuses_missing_columns() -> None:
     source = {"a.weight": TensorSource(("a.weight",), last_columns=2)}
     student = {"a.weight": torch.Size([4, 3])}
     assert account("test", source, student, {"a.weight": torch.Size([4, 9])}, ()).partly_new == {
@@ -207,7 +207,7 @@ def test_the_report_reads_well() -> None:
     assert "up_blocks.1.attentions.1" in dropped and "up_blocks.1.resnets.1" in dropped
 
 
-def test_blocks_are_told_together() -> None:
+def test_numbered_siblings_are_joined() -> None:
     names = ["a.blocks.0.w", "a.blocks.1.w", "a.blocks.1.b", "a.blocks.3.w", "b.w", "c"]
     assert outermost(names[1:5], names) == ["a.blocks.{1,3}", "b"]
     assert outermost(names, names) == ["a", "b", "c"]

@@ -56,7 +56,7 @@ def test_it_writes_the_pruned_u_net(base: Path, tmp_path: Path, capsys: pytest.C
     assert torch.equal(run(load(tmp_path / "next")), run(prune(load(base), PRESETS["sdxs-512"])[0]))
 
 
-def test_it_halves_the_files_and_forgets_the_weights_where_told(base: Path, tmp_path: Path) -> None:
+def test_float16_files_and_fresh_weights(base: Path, tmp_path: Path) -> None:
     arguments = ["--base", str(base), "--preset", "bk-tiny", "--output"]
     command.main([*arguments, str(tmp_path / "half"), "--dtype", "float16"])
     half = load_file(tmp_path / "half" / WEIGHTS)
@@ -88,7 +88,7 @@ def test_a_dry_run_reads_no_weights(base: Path, tmp_path: Path, capsys: pytest.C
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-def test_wrong_choices_are_told_in_a_sentence(
+def test_wrong_options_are_refused_in_one_sentence(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = ["--output", tmp_path / "out"]
@@ -148,7 +148,7 @@ def test_an_interrupted_writing_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_unusable_base_is_told_in_a_sentence(
+def test_an_unusable_base_is_refused_in_one_sentence(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [

@@ -285,7 +285,7 @@ def test_a_training_configuration_takes_a_topology_or_the_name_of_a_preset() -> 
         ("stages: [", "is not valid YAML"),
     ],
 )
-def test_a_wrong_topology_file_is_told_in_a_sentence(text: str, message: str, tmp_path: Path) -> None:
+def test_a_wrong_topology_file_is_refused_in_one_sentence(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "wrong.yaml"
     path.write_text(text)
     with pytest.raises(ValueError, match=message) as refusal:

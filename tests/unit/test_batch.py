@@ -74,9 +74,9 @@ def test_slices_cut_every_tensor() -> None:
     assert (cut.captions, cut.sample_ids, cut.positions.tolist()) == ([""], ["y"], [1])
     assert cut.latents is not None
     assert cut.latents.shape == (1, 4, 8, 8)
-    for whole in (sdxl(), batch()):
+    for complete in (sdxl(), batch()):
         with pytest.raises(TypeError, match="index a batch with a slice, .* got int"):
-            whole[0]  # type: ignore[index]
+            complete[0]  # type: ignore[index]
 
 
 def test_a_cast_leaves_time_ids_exact() -> None:

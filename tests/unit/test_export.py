@@ -63,8 +63,8 @@ def test_export_halves_files_and_leaves_the_student(tmp_path: Path) -> None:
     for name, value in pipeline.unet.state_dict().items():
         assert value.dtype == torch.float16 and torch.equal(value, before[name].half())
     half = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    whole = (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
-    assert half < 0.7 * whole
+    complete = (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert half < 0.7 * complete
 
 
 def test_halved_files_run_without_naming_a_dtype(tmp_path: Path) -> None:

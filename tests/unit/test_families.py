@@ -65,8 +65,8 @@ def test_sdxl_prompts_sizes_and_zeros_equal_the_pipeline(sdxl_base: Path) -> Non
     assert torch.equal(found.negative_pooled_prompt_embeds, uncond_pooled) and uncond_pooled.abs().sum() == 0
     assert found.add_time_ids.tolist() == [[32, 32, 0, 0, 32, 32]] * 3
     sizes, crops = torch.tensor([[640, 480]] * 3), torch.tensor([[7, 9]] * 3)
-    told = family.encode_prompts(CAPTIONS, sizes, crops).add_time_ids
-    assert told is not None and told.tolist() == [[640, 480, 7, 9, 32, 32]] * 3
+    time_ids = family.encode_prompts(CAPTIONS, sizes, crops).add_time_ids
+    assert time_ids is not None and time_ids.tolist() == [[640, 480, 7, 9, 32, 32]] * 3
     assert family.conditioning_timestep == 399 and isinstance(family, Family)
 
 
@@ -127,7 +127,7 @@ def test_refusals_name_the_cause(sd_base: Path, sdxl_base: Path, tmp_path: Path)
         StableDiffusion(str(sd_copy))
 
 
-def test_a_scheduler_of_another_kind(sd_base: Path, tmp_path: Path) -> None:
+def test_an_unknown_scheduler_is_refused(sd_base: Path, tmp_path: Path) -> None:
     shutil.copytree(sd_base, tmp_path / "flow")
     scheduler = tmp_path / "flow" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"v_prediction"', '"flow_prediction"'))
@@ -136,7 +136,7 @@ def test_a_scheduler_of_another_kind(sd_base: Path, tmp_path: Path) -> None:
 
 
 def test_pickles_are_refused_unopened(sd_base: Path, tmp_path: Path) -> None:
-    """Their content is no pickle: whoever opened one would say so instead."""
+    """Their content is not a pickle: opening one would raise another error."""
     for name in ("model.ckpt", "model.bin", "model.pt"):
         (tmp_path / name).write_bytes(b"never to be read")
         with pytest.raises(
@@ -160,7 +160,7 @@ def test_pickles_are_refused_unopened(sd_base: Path, tmp_path: Path) -> None:
         family.load_unet(str(sd_base / "unet" / "diffusion_pytorch_model.safetensors"))
 
 
-def test_a_base_without_unet_weights_serves_until_they_are_asked_for(sd_base: Path, tmp_path: Path) -> None:
+def test_a_base_without_unet_weights_works_until_they_are_loaded(sd_base: Path, tmp_path: Path) -> None:
     """Training a U-Net from its config begins so."""
     shutil.copytree(sd_base, tmp_path / "new")
     (tmp_path / "new" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
@@ -207,13 +207,13 @@ def test_students_that_do_not_fit_the_base(sd_base: Path, sdxl_base: Path, tmp_p
 
 
 def test_shards_and_fp16_files_give_the_same_networks(sd_base: Path, tmp_path: Path) -> None:
-    whole = StableDiffusion(str(sd_base))
+    complete = StableDiffusion(str(sd_base))
     shutil.copytree(sd_base, tmp_path / "shards")
     (tmp_path / "shards" / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    whole.load_unet().save_pretrained(tmp_path / "shards" / "unet", max_shard_size="100KB")
+    complete.load_unet().save_pretrained(tmp_path / "shards" / "unet", max_shard_size="100KB")
     assert len(list((tmp_path / "shards" / "unet").glob("*-of-*.safetensors"))) > 1
     sharded = StableDiffusion(str(tmp_path / "shards")).load_unet()
-    expected = whole.load_unet().state_dict()
+    expected = complete.load_unet().state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in sharded.state_dict().items())
     half = StableDiffusion(str(only_fp16(Path(shutil.copytree(sd_base, tmp_path / "half")))))
     for name, value in half.load_unet().state_dict().items():

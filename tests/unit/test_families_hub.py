@@ -25,7 +25,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Models by id, and the files that were asked for."""
+    """Models by id, and the files that were requested."""
 
     models: dict[str, Path]
     fetched: list[str] = field(default_factory=list)
@@ -149,7 +149,7 @@ def test_fetches_what_is_needed_once_and_works_offline_afterwards(
     assert StableDiffusion("org/sd").folder == family.folder and len(hub.fetched) == count
 
 
-def test_fp16_files_where_there_are_no_others(hub: Hub) -> None:
+def test_fp16_files_if_there_are_no_others(hub: Hub) -> None:
     family = StableDiffusion("org/half")
     assert sum(name.endswith(".fp16.safetensors") for name in hub.fetched) == 3
     assert family.load_unet().dtype == family.load_vae().dtype == torch.float32
@@ -165,7 +165,7 @@ def test_a_student_by_hub_id_fetches_its_unet_alone(hub: Hub, models: dict[str, 
         "unet/diffusion_pytorch_model.safetensors",
     ]
     assert student.mid_block is None
-    # What is cached of a student is no base yet.
+    # The cached files of a student are not a base yet.
     assert StableDiffusion("org/sdxs").load_vae().config.scaling_factor == 0.5
     assert "vae_large/config.json" in hub.fetched
 

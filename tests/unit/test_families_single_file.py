@@ -112,7 +112,7 @@ def test_half_precision_stays_half_on_disk_and_is_widened_when_loaded(world: Pat
     assert torch.equal(unet.conv_in.weight, halved["model.diffusion_model.input_blocks.0.0.weight"].float())
 
 
-def test_averaged_weights_are_taken_where_a_file_has_both(world: Path, tmp_path: Path) -> None:
+def test_averaged_weights_are_used_if_a_file_has_both(world: Path, tmp_path: Path) -> None:
     """The original trainer keeps its average under names without dots; the released folders hold the average."""
 
     def with_average(tensors: dict[str, torch.Tensor]) -> None:
@@ -149,7 +149,7 @@ def test_processes_that_start_together_convert_once(
     assert (tmp_path / "conversions").read_text() == "one\n"
 
 
-def test_whoever_comes_second_without_a_lock_keeps_the_first_folder(world: Path, tmp_path: Path) -> None:
+def test_without_a_lock_the_second_process_keeps_the_first_folder(world: Path, tmp_path: Path) -> None:
     file, configs, target = world / "sd15.safetensors", world / "sd15", tmp_path / "made"
     for _ in range(2):
         single_file._write(file, configs, StableDiffusion.layout, read_header(file), target)

@@ -144,14 +144,14 @@ def test_no_number_repeats_over_positions_and_streams() -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 5, 8])
-def test_a_batch_in_two_parts_equals_the_whole_to_the_last_bit(cut: int) -> None:
+def test_a_split_batch_equals_the_complete_one_to_the_last_bit(cut: int) -> None:
     positions = torch.arange(1000, 1013)
     for shape in ((4, 16, 16), (3, 5, 7), (1,), ()):
-        whole = normal(5, Stream.FAKE_NOISE, positions, shape)
+        complete = normal(5, Stream.FAKE_NOISE, positions, shape)
         parts = [normal(5, Stream.FAKE_NOISE, part, shape) for part in (positions[:cut], positions[cut:])]
-        assert torch.equal(whole, torch.cat(parts))
-    whole = uniform(5, Stream.DROPOUT, positions)
-    assert torch.equal(whole[cut:], uniform(5, Stream.DROPOUT, positions[cut:]))
+        assert torch.equal(complete, torch.cat(parts))
+    complete = uniform(5, Stream.DROPOUT, positions)
+    assert torch.equal(complete[cut:], uniform(5, Stream.DROPOUT, positions[cut:]))
     drawn = integers(5, Stream.GAN_TIMESTEP, positions, 0, 1000)
     assert torch.equal(drawn[cut:], integers(5, Stream.GAN_TIMESTEP, positions[cut:], 0, 1000))
 
