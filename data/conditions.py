@@ -1,6 +1,6 @@
-"""Condition images made of pictures: edges, soft edges, sketches, depth. For ControlNet-like training, and to judge it.
+"""Condition images made from images: edges, soft edges, sketches, depth. For training ControlNets, and for evaluating them.
 
-Each is called with a picture and gives a condition image of the same size; a class of your own that does so works as well.
+Each is called with an image and returns a condition image of the same size; so may a class of your own.
 In YAML:
 
     data:
@@ -8,8 +8,8 @@ In YAML:
         contents: [images, control_images]
         condition: {class_path: data.conditions.Canny, init_args: {low: 100, high: 200}}
 
-Without `condition`, control images are read from the shards (`cond.png`): those that were given, or made beforehand by
-`python -m data.prepare images --condition ...`, which a network such as `Depth` is better used for.
+Without `condition`, control images are read from the shards (`cond.png`): given ones, or ones made beforehand by
+`python -m data.prepare images --condition ...`, which is the better way for a network such as `Depth`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.shards.image_condition import ImageCondition
+from data.shards.images import ImageCondition
+from sdxs_lightning.core.errors import UserError
 
 __all__ = ["Canny", "Depth", "ImageCondition", "Sketch", "SoftEdge"]
 
@@ -31,12 +32,16 @@ Pixels = NDArray[np.uint8]
 _Floats = NDArray[np.float32]
 
 
+class UnloadableConditionError(UserError, ValueError):
+    """A condition cannot work at all: no sample is to blame for it."""
+
+
 class Canny:
-    """White edges on black, by OpenCV's Canny on the colour picture, as ControlNet's conditions are made.
+    """White edges on black, by OpenCV's Canny on the colour image, as for ControlNet's conditions.
 
     Args:
-        low: gradients from here on go on with an edge.
-        high: gradients from here on begin one. 100 and 200 are the defaults of ControlNet's demo.
+        low: gradients from here on continue an edge.
+        high: gradients from here on start an edge. 100 and 200 are the defaults of ControlNet's demo.
 
     Raises:
         ValueError: unless 0 <= low <= high.
@@ -52,17 +57,15 @@ class Canny:
         self.low, self.high = low, high
 
     def __call__(self, image: Pixels) -> Pixels:
-        """See `ImageCondition`."""
         edges: Any = cv2.Canny(np.ascontiguousarray(image), self.low, self.high)
         return _three(edges)
 
 
 class SoftEdge:
-    """Edges of graded strength, white on black: the smoothed picture's gradient.
+    """Edges of graded strength, white on black: the gradient of the smoothed image.
 
-    The strongest of the three colours' Scharr gradients of the picture after a Gaussian blur, divided by its own 99th
-    percentile. A filter and no network: it does not know which edges belong to things, as HED and PiDiNet do. Those fit in
-    its place as a class of your own.
+    The strongest of the three channels' Scharr gradients after a Gaussian blur, divided by its own 99th percentile. It is a
+    filter, not a network such as HED or PiDiNet, which know the edges of objects; those can be used as a class of your own.
 
     Args:
         blur: standard deviation of the blur, in pixels.
@@ -78,24 +81,23 @@ class SoftEdge:
         self.blur = blur
 
     def __call__(self, image: Pixels) -> Pixels:
-        """See `ImageCondition`."""
         smooth = cv2.GaussianBlur(image.astype(np.float32), (0, 0), self.blur)
         across, down = cv2.Scharr(smooth, cv2.CV_32F, 1, 0), cv2.Scharr(smooth, cv2.CV_32F, 0, 1)
         strength: _Floats = np.sqrt(across**2 + down**2).max(axis=2)
-        # An even picture has gradients of rounding errors only, which are no edges: 1 is a thirtieth of a grey level a pixel.
+        # A uniform image has gradients of rounding errors only, which are no edges: 1 is a thirtieth of a grey level per pixel.
         full = max(float(np.percentile(strength, 99)), 1.0)
         return _three(_bytes(strength / full))
 
 
 class Sketch:
-    """White strokes on black, as drawn by pen: the extended difference of Gaussians, inverted.
+    """White strokes on black, like pen drawings: the extended difference of Gaussians, inverted.
 
-    u = 1 + p (G_s - G_ks) / G_ks of the grey picture is 1 on even ground; where it falls below a threshold there is a stroke,
-    softened by tanh. Our departure from the paper is the quotient: without it every dark area would be filled with ink.
+    u = 1 + p (G_s - G_ks) / G_ks of the grey image is 1 on uniform areas; below a threshold there is a stroke, softened by
+    tanh. We depart from the paper by the quotient: without it every dark area would be filled with ink.
 
     Args:
         blur: s, standard deviation of the finer blur, in pixels; k is 1.6.
-        sharpness: p, how much of the difference is added.
+        sharpness: p, the weight of the difference.
         threshold: of u.
 
     Raises:
@@ -112,26 +114,25 @@ class Sketch:
         self.blur, self.sharpness, self.threshold = blur, sharpness, threshold
 
     def __call__(self, image: Pixels) -> Pixels:
-        """See `ImageCondition`."""
         grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY).astype(np.float32) / 255
         fine = cv2.GaussianBlur(grey, (0, 0), self.blur)
         coarse = cv2.GaussianBlur(grey, (0, 0), self.blur * self._RATIO)
-        # A tenth of white at least, or the noise of black areas would be drawn.
+        # At least a tenth of white, or the noise of black areas would be drawn.
         sharpened = 1 + self.sharpness * (fine - coarse) / np.maximum(coarse, 0.1)
         ink = np.tanh(self._PHI * (self.threshold - sharpened))
         return _three(_bytes(np.where(sharpened < self.threshold, ink, 0.0)))
 
 
 class Depth:
-    """Near is white, far is black: relative depth by a network of transformers (DPT, Depth Anything, ZoeDepth, ...).
+    """Relative depth, near white and far black, by a network of transformers (DPT, Depth Anything, ZoeDepth, ...).
 
-    The network is loaded at the first picture, once in each process. On a CPU a picture takes about a second: make depth
+    The network is loaded at the first image, once per process. On a CPU an image takes about a second: compute depth
     beforehand (`python -m data.prepare images --condition depth:FOLDER`) rather than while training.
 
     Args:
         model: folder or hub id of the network with its preprocessor_config.json; safetensors only.
         device: where it runs.
-        metric: the network predicts distances, which are turned over, and not inverse depth.
+        metric: the network predicts distances, which are negated, rather than inverse depth.
     """
 
     def __init__(self, model: str, device: str = "cpu", metric: bool = False) -> None:
@@ -139,7 +140,6 @@ class Depth:
 
     @torch.no_grad()
     def __call__(self, image: Pixels) -> Pixels:
-        """See `ImageCondition`."""
         depth = self.depth(image)
         depth = -depth if self.metric else depth
         low, high = float(depth.min()), float(depth.max())
@@ -147,7 +147,7 @@ class Depth:
 
     @torch.no_grad()
     def depth(self, image: Pixels) -> _Floats:
-        """What the network says, at the size of the picture: (H, W), float32, before any scaling."""
+        """The prediction of the network at the size of the image: (H, W), float32, unscaled."""
         processor, network = self._loaded
         inputs = processor(images=image, return_tensors="pt").to(self.device)
         predicted = network(**inputs).predicted_depth[:, None].float()
@@ -159,12 +159,12 @@ class Depth:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
-        # Here, since it takes seconds, and the other conditions need none of it.
+        # Here, because importing takes seconds and no other condition needs it.
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
         folder = Path(self.model)
         if not folder.is_dir() and "/" not in self.model:
-            raise FileNotFoundError(
+            raise UnloadableConditionError(
                 f"Depth: there is no folder '{self.model}'; give a folder with config.json, preprocessor_config.json and "
                 "model.safetensors, or a hub id (org/name), as data.condition.init_args.model."
             )
@@ -175,14 +175,14 @@ class Depth:
             )
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]
-            raise ValueError(
+            raise UnloadableConditionError(
                 f"Depth: '{self.model}' cannot be loaded as a depth network of transformers ({first_line}); see "
                 "data.condition.init_args.model."
             ) from error
         return processor, network.to(self.device).eval()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the network, which every process loads by itself."""
+        """Without the network, which every process loads itself."""
         return {name: value for name, value in self.__dict__.items() if name != "_loaded"}
 
 

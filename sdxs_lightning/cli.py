@@ -180,9 +180,9 @@ class TrainingCLI(LightningCLI):
                 callback.install(self.trainer)
         self._check_process_count()
         path = self.checkpoint_path()
-        self.trainer.fit(
-            self.model, self.datamodule, ckpt_path=path, weights_only=None if path is None else True
-        )
+        # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
+        self.trainer.ckpt_path = path
+        self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
 
     def checkpoint_path(self) -> str | None:
         """The checkpoint that `--ckpt_path` means, checked; None for a new run.

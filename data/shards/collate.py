@@ -11,7 +11,7 @@ from sdxs_lightning.core.batch import TrainingBatch
 
 
 def collate(samples: Sequence[dict[str, Any]], positions: Sequence[int]) -> TrainingBatch:
-    """One batch of samples as `ShardDataset` reads them.
+    """Stack samples, as `ShardDataset` reads them, into a batch.
 
     Raises:
         BadSampleError: naming two samples, if sizes differ.
@@ -38,7 +38,7 @@ def _stack(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
     if content not in samples[0]:
         return None
     _require_one_shape(samples, content)
-    # Written where it stays: stacking first and converting then takes five times as long for latents of SDXL.
+    # Converted in place: stacking first and converting afterwards takes five times as long for latents of SDXL.
     stacked = torch.empty((len(samples), *samples[0][content].shape))
     for row, sample in zip(stacked, samples, strict=True):
         row.copy_(torch.from_numpy(sample[content]))
@@ -46,7 +46,7 @@ def _stack(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
 
 
 def _pixels(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
-    """(B, 3, H, W) float32, 0 to 255. Contiguous: to look for NaN in a permuted view takes longer than to decode it."""
+    """(B, 3, H, W) float32, 0 to 255. Contiguous: checking a permuted view for NaN takes longer than decoding it."""
     if content not in samples[0]:
         return None
     _require_one_shape(samples, content)

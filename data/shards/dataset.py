@@ -1,10 +1,10 @@
-"""Reading samples by position: one read spans the members of a sample, then each is decoded."""
+"""Reads samples by position: one read spans the members of a sample, then each is decoded."""
 
 from __future__ import annotations
 
 import zlib
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,15 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from data.shards.buckets import AnyOrder, BucketOrder
 from data.shards.collate import collate
-from data.shards.decoders import BadSampleError
+from data.shards.decoders import LATENT_MEMBER, BadSampleError
 from data.shards.faults import Quarantine, UnreadableBatch
-from data.shards.image_condition import ImageCondition
-from data.shards.images import fast_jpeg_decoder
+from data.shards.images import ImageCondition, fast_jpeg_decoder
 from data.shards.index import ShardIndex, ShardSet
-from data.shards.layout import CONTENTS, Content, incomplete_samples, missing_member, sample_rows
-from data.shards.sample_decoder import EmptyCaptions, Reading, SampleDecoder
+from data.shards.layout import (
+    CONTENTS,
+    Content,
+    EmptyCaptions,
+    incomplete_samples,
+    missing_member,
+    sample_rows,
+)
+from data.shards.order.buckets import AnyOrder, BucketOrder
+from data.shards.sample_decoder import Reading, SampleDecoder
 from data.shards.store import Arena, ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.batch import TrainingBatch
@@ -30,22 +36,23 @@ from sdxs_lightning.core.errors import UserError
 __all__ = ["Content", "EmptyCaptions", "Reading", "ShardDataset"]
 _OPEN_SHARDS = 128
 _REPLACEMENTS = 100  # tried for one position before the shards count as unreadable
-_MAX_SAMPLE_BYTES = 1 << 30  # a size in a header may be anything
+_MAX_SAMPLE_BYTES = 1 << 29  # a size in a header may be anything
+_PROBES = 7  # samples that decide which shape is that of the set
 
 
 @dataclass(frozen=True)
 class _OpenShard:
-    """An open file, and where to read each of its samples: see `sample_rows`."""
+    """An open file, and where to read each of its samples, as `sample_rows` returns it."""
 
     file: ShardFile
     rows: NDArray[np.int64]
 
 
 class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
-    """Whole batches by position, map-style: `dataset.batch([p0, p1, ...])` is a `TrainingBatch`.
+    """Batches by position, map-style: `dataset.batch([p0, p1, ...])` is a `TrainingBatch`.
 
-    As a torch Dataset its item is a sequence of positions too, so that a DataLoader without automatic
-    batching hands positions to its workers and gets batches back.
+    As a torch Dataset its index is a sequence of positions too, so that a DataLoader without automatic
+    batching sends positions to its workers and gets batches back.
     """
 
     def __init__(
@@ -61,29 +68,29 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         store: ShardStore | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        """Check, from the index alone, that every sample has what will be read.
+        """Check, from the index alone, that every sample has the members that will be read.
 
         Args:
             shards: the index.
             order: which sample stands at which position.
-            contents: what a batch holds besides captions; nothing reads captions alone.
-            resolution: see `Reading`.
-            empty_captions: see `Reading`.
-            condition: see `Reading`.
-            reading: everything about decoding, in place of the three before it.
+            contents: what a batch holds besides captions; () reads captions alone.
+            resolution: as in `Reading`.
+            empty_captions: as in `Reading`.
+            condition: as in `Reading`.
+            reading: all settings of decoding, in place of the three before it.
             store: how remote shards are reached.
-            quarantine: where bad samples are written down while others take their places; None stops at one.
+            quarantine: records bad samples, which others replace; None raises at the first one.
 
         Raises:
             BadSampleError: naming shard and key, if a sample has no member for a content or for the caption.
-            TooManyFaultsError: with a quarantine, if there are more of these than its budget.
-            ValueError: on an unknown content.
+            TooManyFaultsError: with a quarantine, if these exceed its budget.
+            ValueError: for an unknown content.
         """
         unknown = sorted(set(contents) - set(CONTENTS))
         if unknown:
             raise ValueError(
-                f"data.contents is {list(contents)}, but it names latents, images, control_images, noise_seeds "
-                "or sizes."
+                f"data.contents is {list(contents)}, but it accepts latents, images, control_images, noise_seeds "
+                "and sizes."
             )
         self.shards, self.order, self.contents = shards, order, tuple(contents)
         self.reading = reading or Reading(
@@ -96,6 +103,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         self._names = shards.names()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._arena = Arena()
+        self._shapes: dict[str, tuple[tuple[int, ...], str]] | None = None
         if {"images", "control_images"} & set(contents):
             fast_jpeg_decoder()  # loaded here, once, rather than in each reading process
         self._check_index()
@@ -105,10 +113,10 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         return len(self.order)
 
     def __getitem__(self, positions: Sequence[int]) -> TrainingBatch | UnreadableBatch:
-        """As `batch`, with errors about the data as a value, for the process that trains to raise."""
+        """As `batch`; errors about the data are returned, for the training process to raise."""
         try:
             return self.batch(positions)
-        except (UserError, BadSampleError, BrokenShardError, OSError) as error:
+        except (UserError, BadSampleError, BrokenShardError, OSError, MemoryError) as error:
             return UnreadableBatch(error)
 
     def batch(self, positions: Sequence[int]) -> TrainingBatch:
@@ -131,9 +139,9 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         return [self._read(sample, sample)["captions"] for sample in range(min(count, len(self)))]
 
     def raw(self, positions: Sequence[int]) -> list[list[memoryview]]:
-        """The undecoded members of the samples at these positions: of each the caption's, then those of `contents`.
+        """The undecoded members of the samples at these positions: for each the caption's, then those of `contents`.
 
-        They are valid until the next samples are read.
+        They are valid until further samples are read.
         """
         self._arena.clear()
         return [self._span(sample)[2] for sample in self.order.samples_at(positions).tolist()]
@@ -159,7 +167,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             if self._quarantine is None and rows.size:
                 raise missing_member(index, self._parts, int(rows[0]))
             if self._quarantine is None:
-                index.require_whole()
+                index.require_complete()
                 continue
             for fault in index.faults:
                 self._quarantine.record(index.location, fault.key, fault.reason)
@@ -168,11 +176,13 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
                 self._quarantine.record(index.location, index.key(row), str(error))
 
     def _read(self, sample: int, position: int) -> dict[str, Any]:
-        """One sample by its number in stored order, or the one that stands in for it."""
+        """One sample by its number in stored order, or its replacement."""
         chosen = sample
         for attempt in range(_REPLACEMENTS):
             try:
-                return self._decoded(chosen, position)
+                decoded = self._decoded(chosen, position)
+                self._check_shapes(decoded, chosen)
+                return decoded
             except (BadSampleError, BrokenShardError, OSError) as error:
                 if self._quarantine is None:
                     raise
@@ -181,9 +191,60 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
                 self._quarantine.record(index.location, index.key(row), str(error))
             chosen = self.order.replacement(sample, attempt)
         raise UserError(
-            f"{_REPLACEMENTS} samples that could stand in for one that cannot be read cannot be read either; is the storage "
+            f"{_REPLACEMENTS} samples that could replace one that cannot be read cannot be read either; is the storage "
             "of data.shards reachable?"
         )
+
+    def _check_shapes(self, decoded: dict[str, Any], sample: int) -> None:
+        """Require the shape that the set has: one sample of another would spoil its batch, which no replacement mends.
+
+        Without a quarantine the first batch that mixes shapes stops the run anyway, and names two samples.
+        """
+        if self._quarantine is None:
+            return
+        if self._shapes is None:
+            self._shapes = self._probe_shapes()
+        for content, (shape, example) in self._shapes.items():
+            if content == "latents" and self.reading.latent_sizes is not None:
+                shape = (shape[0], *self.reading.latent_sizes[sample].tolist())
+            if decoded[content].shape != shape:
+                raise BadSampleError(
+                    f"{self._where(*self._place(sample))}: its {content} are {decoded[content].shape}, but those of the set are "
+                    f"{shape} (as of {example}); set data.resolution or data.buckets, or write shards of one size."
+                )
+
+    def _probe_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """For each content of one size the commonest shape among a few samples of the set, and the id of one of them."""
+        fitted = self.reading.resolution is not None or self.reading.sizes is not None
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for content in {"latents", "images", "control_images"} & set(self.contents):
+            if fitted and content != "latents":
+                continue
+            decoded: list[tuple[tuple[int, ...], str]] = []
+            for sample in self._typical_samples(content):
+                try:
+                    one = self._decoded(sample, sample)
+                except (BadSampleError, BrokenShardError, OSError):
+                    continue  # counted when its position comes
+                decoded.append((one[content].shape, one["id"]))
+            if decoded:
+                shape = Counter(shape for shape, _ in decoded).most_common(1)[0][0]
+                found[content] = next(one for one in decoded if one[0] == shape)
+        return found
+
+    def _typical_samples(self, content: str) -> list[int]:
+        """A few samples from everywhere in the set; for latents, those whose members have the commonest size."""
+        sizes = np.zeros(sum(self.shards.sizes), dtype=np.int64)
+        if content == "latents":
+            for first, index in zip(self._first_samples, self.shards.shards, strict=True):
+                if (column := index.column(LATENT_MEMBER)) is not None:
+                    sizes[first : first + len(index)] = index.sizes[:, column]
+        values, counts = np.unique(sizes[sizes >= 0], return_counts=True)
+        if not values.size:
+            return []
+        usual = np.flatnonzero(sizes == values[counts.argmax()])
+        places = np.linspace(0, len(usual) - 1, min(_PROBES, len(usual)))
+        return [int(usual[round(place)]) for place in places.tolist()]
 
     def _place(self, sample: int) -> tuple[int, int]:
         # An empty shard begins where the next one does; "right" passes over it.
@@ -199,7 +260,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             raise missing_member(self.shards.shards[number], self._parts, row)
         if length > _MAX_SAMPLE_BYTES:
             raise BadSampleError(
-                f"{self._where(number, row)}: the sample claims {length:,} bytes, more than {_MAX_SAMPLE_BYTES:,}."
+                f"{self._where(number, row)}: the sample states {length:,} bytes, more than {_MAX_SAMPLE_BYTES:,}."
             )
         span = self._arena.take(length)
         if shard.file.read_into(span, start) != length:
@@ -214,12 +275,12 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
 
     def _where(self, number: int, row: int) -> str:
         index = self.shards.shards[number]
-        return f"{index.location}, key '{index.key(row)}'"
+        return f"{index.location}, key {index.key(row)!r}"
 
     def _shard(self, number: int) -> _OpenShard:
         if (shard := self._open.get(number)) is None:
             index = self.shards.shards[number]
-            shard = _OpenShard(self._store.open(index.location), sample_rows(index, self._parts))
+            shard = _OpenShard(self._store.open(index.location, index.stamp), sample_rows(index, self._parts))
             if len(self._open) >= _OPEN_SHARDS:
                 self._open.popitem(last=False)[1].file.close()
             self._open[number] = shard
@@ -245,5 +306,5 @@ def _check(
     for content, column in zip(members, columns, strict=True):
         if zlib.crc32(content) != index.checksums[row, column]:
             raise BadSampleError(
-                f"{where}: the member '{index.extensions[column]}' has other bytes than when the shard was verified."
+                f"{where}: the bytes of the member '{index.extensions[column]}' have changed since the shard was verified."
             )

@@ -1,4 +1,4 @@
-"""What the reader decodes, and nothing else: images, text, JSON, tensors in safetensors.
+"""Decoders of the members that are read: images, text, JSON, tensors in safetensors.
 
 A shard from elsewhere is untrusted input. Formats that can carry code (pickle, .pth, .npy with objects) have
 no decoder here, so a member of that kind is never opened.
@@ -6,7 +6,7 @@ no decoder here, so a member of that kind is never opened.
 
 import json
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,12 @@ READABLE = (*IMAGE_MEMBERS, *CAPTION_MEMBERS, JSON_MEMBER, *CONTROL_IMAGE_MEMBER
 
 MAX_TEXT_BYTES = 1 << 20
 """Of a caption or a json member; one of more is no caption."""
+
+_MAX_HEADER_BYTES = 1 << 20
+_MAX_SIDE = 1 << 16
+_MAX_NESTING = 64
+_LARGEST_LATENT = 65504.0
+"""Of float16, in which latents are written. Larger values are finite in float32 only."""
 
 
 class BadSampleError(ValueError):
@@ -69,76 +75,144 @@ def decode_latents(content: Bytes, where: str, tensor: str = LATENT_TENSOR) -> N
     parses each header anew; the headers of a data set are all the same.
     """
     try:
-        length = int.from_bytes(content[:8], "little")
-        dtype, shape, begin, end = _latent_layout(bytes(content[8 : 8 + length]), tensor)
-        latents: NDArray[np.generic] = np.frombuffer(content[8 + length :][begin:end], dtype).reshape(shape)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        layout, data = _latent_layout(_header(content), tensor), content[8 + _header_length(content) :]
+        if layout.end > len(data):
+            raise ValueError(f"its header states {layout.end} bytes of data, and it has {len(data)}")
+        latents: NDArray[np.generic] = np.frombuffer(data[layout.begin : layout.end], layout.dtype).reshape(
+            layout.shape
+        )
+    except _HEADER_ERRORS as error:
         raise BadSampleError(
-            f"{where}: {LATENT_MEMBER} does not hold a whole float16 or float32 tensor named '{tensor}' "
-            f"({error})."
+            f"{where}: {LATENT_MEMBER} does not hold a complete float16 or float32 tensor named '{tensor}' "
+            f"({_short(error)})."
         ) from error
-    if latents.ndim != 3:
-        raise BadSampleError(f"{where}: latents of one sample are (4, h, w), but these are {latents.shape}.")
     # All bits of the exponent are set in infinity and NaN alone. Six times as fast as isfinite of float16.
     bits: NDArray[Any] = latents.view(np.int16 if latents.itemsize == 2 else np.int32)
     exponent = 0x7C00 if latents.itemsize == 2 else 0x7F800000
     if ((bits & exponent) == exponent).any():
         raise BadSampleError(f"{where}: {LATENT_MEMBER} holds NaN or infinity.")
+    if latents.itemsize == 4 and float(np.abs(latents).max()) > _LARGEST_LATENT:  # type: ignore[arg-type]
+        raise BadSampleError(f"{where}: {LATENT_MEMBER} holds values beyond {_LARGEST_LATENT:g}.")
     return latents
 
 
+class _Layout(NamedTuple):
+    """Where a tensor lies in the data of a safetensors file."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, int, int]
+    begin: int
+    end: int
+
+
+_HEADER_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _header_length(content: Bytes) -> int:
+    return int.from_bytes(content[:8], "little")
+
+
+def _header(content: Bytes) -> bytes:
+    length = _header_length(content)
+    if len(content) < 8 or length > min(_MAX_HEADER_BYTES, len(content) - 8):
+        raise ValueError(f"its header states {length} bytes of {len(content)} in all")
+    return bytes(content[8 : 8 + length])
+
+
 @lru_cache(maxsize=64)
-def _latent_layout(header: bytes, tensor: str) -> tuple[np.dtype[Any], tuple[int, ...], int, int]:
-    """Dtype, shape, begin and end of a tensor, from the JSON header of a safetensors file."""
-    entry = json.loads(header)[tensor]
+def _latent_layout(header: bytes, tensor: str) -> _Layout:
+    """Of a tensor, from the JSON header of a safetensors file."""
+    entry = json.loads(header.decode("utf-8"))[tensor]
     if entry["dtype"] not in ("F16", "F32"):
-        raise ValueError(f"it is {entry['dtype']}")
-    begin, end = entry["data_offsets"]
-    return (
-        np.dtype(entry["dtype"].replace("F16", "<f2").replace("F32", "<f4")),
-        tuple(entry["shape"]),
-        begin,
-        end,
-    )
+        raise ValueError(f"its dtype is {entry['dtype']!r}")
+    dtype = np.dtype("<f2" if entry["dtype"] == "F16" else "<f4")
+    shape, (begin, end) = entry["shape"], entry["data_offsets"]
+    numbers = [*shape, begin, end]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        raise ValueError("its shape or data_offsets are no positive integers")
+    if len(shape) != 3 or not all(1 <= side <= _MAX_SIDE for side in shape):
+        raise ValueError(f"latents of one sample are (4, h, w), but these are {tuple(shape)}")
+    if end - begin != dtype.itemsize * shape[0] * shape[1] * shape[2]:
+        raise ValueError(
+            f"its shape {tuple(shape)} does not take the {end - begin} bytes of its data_offsets"
+        )
+    return _Layout(dtype, (shape[0], shape[1], shape[2]), begin, end)
 
 
-def latent_size(content: Bytes, where: str) -> tuple[int, int]:
-    """Height and width of latents, from the header alone.
+def latent_shape(content: Bytes, where: str) -> tuple[int, int, int]:
+    """The shape of latents, from the header alone.
+
+    Args:
+        content: the beginning of the file, or all of it.
+        where: shard and key, for messages.
 
     Raises:
         BadSampleError: as `decode_latents`.
     """
     try:
-        length = int.from_bytes(content[:8], "little")
-        _, (_, height, width), _, _ = _latent_layout(bytes(content[8 : 8 + length]), LATENT_TENSOR)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise BadSampleError(f"{where}: {LATENT_MEMBER} has no header of latents ({error}).") from error
-    return height, width
+        return _latent_layout(_header(content), LATENT_TENSOR).shape
+    except _HEADER_ERRORS as error:
+        raise BadSampleError(
+            f"{where}: {LATENT_MEMBER} has no header of latents ({_short(error)})."
+        ) from error
 
 
 def decode_text(content: Bytes, where: str) -> str:
-    """UTF-8 text without surrounding white space."""
+    """UTF-8 text without surrounding white space and byte-order mark."""
     _check_length(content, where)
     try:
-        return str(content, "utf-8").strip()
+        text = str(content, "utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise BadSampleError(
             f"{where}: the caption is not UTF-8 ({error.reason} at byte {error.start})."
         ) from error
+    if "\0" in text:
+        raise BadSampleError(f"{where}: the caption holds zero bytes, which a damaged file does and no text.")
+    return text
 
 
 def decode_json(content: Bytes, where: str) -> dict[str, Any]:
-    """A JSON object."""
+    """A JSON object, whose strings are text and which is nested at most 64 deep."""
     _check_length(content, where)
     try:
-        value = json.loads(bytes(content))
+        value = json.loads(str(content, "utf-8-sig"))
+        _check_json(value)
     except (ValueError, RecursionError) as error:
-        raise BadSampleError(f"{where}: the json member cannot be parsed ({error}).") from error
+        raise BadSampleError(f"{where}: the json member cannot be parsed ({_short(error)}).") from error
     if not isinstance(value, dict):
         raise BadSampleError(
             f"{where}: the json member holds a {type(value).__name__}, but an object is needed."
         )
     return value
+
+
+def _check_json(value: Any) -> None:
+    """Refuse strings that cannot be written anywhere, and nesting that whoever walks through it may not survive.
+
+    JSON can escape half of a surrogate pair, which is no character: tokenizers, tables and UTF-8 refuse it.
+    """
+    level = [value]
+    for _ in range(_MAX_NESTING):
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, str):
+                one.encode()  # UnicodeEncodeError is a ValueError
+            elif isinstance(one, dict):
+                inner += one
+                inner += one.values()
+            elif isinstance(one, list):
+                inner += one
+        if not inner:
+            return
+        level = inner
+    raise ValueError(f"it is nested more than {_MAX_NESTING} deep")
+
+
+def _short(error: Exception) -> str:
+    """An error's text in one short line: it may quote what the file holds."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _check_length(content: Bytes, where: str) -> None:
@@ -149,12 +223,12 @@ def _check_length(content: Bytes, where: str) -> None:
         )
 
 
-def decode_image(content: Bytes, where: str) -> Image.Image:
-    """An RGB image, decoded to its last row; transparency is laid over white."""
+def decode_image(content: Bytes, where: str, upright: bool = True) -> Image.Image:
+    """An RGB image, decoded to its last row; transparency is laid over white. Arguments as of `decode_pil`."""
     try:
-        return decode_pil(content)
+        return decode_pil(content, upright)
     except UndecodableImageError as error:
-        raise BadSampleError(f"{where}: the image cannot be decoded ({error}).") from error
+        raise BadSampleError(f"{where}: the image cannot be decoded ({_short(error)}).") from error
 
 
 def decode_array(content: Bytes, where: str) -> NDArray[np.uint8]:
@@ -162,4 +236,4 @@ def decode_array(content: Bytes, where: str) -> NDArray[np.uint8]:
     try:
         return decode_pixels(content)
     except UndecodableImageError as error:
-        raise BadSampleError(f"{where}: the image cannot be decoded ({error}).") from error
+        raise BadSampleError(f"{where}: the image cannot be decoded ({_short(error)}).") from error

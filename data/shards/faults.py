@@ -1,12 +1,14 @@
-"""Bad samples: replaced one by one, written to a file, and counted; too many stop the run.
+"""Bad samples: replaced one by one, recorded in a file, and counted; too many stop the run.
 
-All reading processes of all ranks append to the same file and count what stands in it, so the budget is that
-of the whole run, also over restarts. Whether a sample is bad is decided each time by reading it, never by the
+All reading processes of all ranks append to the same file and count its entries, so the budget is that of the
+complete run, also over restarts. Whether a sample is bad is decided each time by reading it, never by the
 file: what a position holds depends on the shards alone.
 """
 
+import contextlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,17 +17,18 @@ from sdxs_lightning.core.errors import UserError
 
 @dataclass(frozen=True)
 class Faults:
-    """Go on in spite of bad samples, within a budget."""
+    """Tolerate bad samples, within a budget."""
 
     budget: int = 100
     """Bad samples (and broken shards) that are replaced; one more stops the run."""
     quarantine: str = "quarantine.jsonl"
-    """File with one JSON object a line: shard, key, reason. On a file system that all nodes share."""
+    """File with one JSON object per line: shard, key, reason. A relative path is in the run's folder (trainer.default_root_dir),
+    which all nodes share. A run that does not resume sets the file of an earlier run aside."""
 
     def __post_init__(self) -> None:
         if self.budget < 0:
             raise ValueError(
-                f"data.faults.budget is {self.budget}, but it is a number of samples: 0 or more."
+                f"data.faults.budget is {self.budget}, but it must be a number of samples: 0 or more."
             )
 
 
@@ -34,7 +37,7 @@ class TooManyFaultsError(UserError):
 
 
 class UnreadableBatch:
-    """What a worker sends in place of a batch, for the main process to raise: without the worker's traceback around it."""
+    """Sent by a worker in place of a batch, for the main process to raise without the worker's traceback around it."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -45,19 +48,30 @@ class Quarantine:
 
     Args:
         faults: budget and path.
+        folder: of the run, for a relative path.
+        shards: of the run; entries about other shards are not counted. None counts all.
     """
 
-    def __init__(self, faults: Faults) -> None:
-        self.budget, self.path = faults.budget, Path(faults.quarantine)
+    def __init__(self, faults: Faults, folder: str | Path = ".", shards: Iterable[str] | None = None) -> None:
+        self.budget, self.path = faults.budget, Path(folder) / Path(faults.quarantine).expanduser()
+        self._shards = None if shards is None else frozenset(shards)
         self._known: set[tuple[str, str]] = set()
         self._read_bytes = 0
-        self._last = ""
+
+    def set_aside(self) -> None:
+        """Rename the file of an earlier run, whose faults are not this run's; under the first free name."""
+        for number in range(1, 1 << 16):
+            target = self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")
+            if not target.exists():
+                with contextlib.suppress(FileNotFoundError):  # there is none, or another node was first
+                    os.rename(self.path, target)
+                return
 
     def record(self, shard: str, key: str, reason: str) -> None:
-        """Write a fault down, unless it is there.
+        """Record a fault, unless it is recorded.
 
         Raises:
-            TooManyFaultsError: if there are more than the budget allows now.
+            TooManyFaultsError: if there are more now than the budget allows.
         """
         self._read_new()
         if (shard, key) in self._known:
@@ -67,7 +81,7 @@ class Quarantine:
         # One write to a file opened for appending: lines of several processes do not mix.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line.encode("utf-8", "surrogateescape"))
+            os.write(descriptor, line.encode("utf-8", "backslashreplace"))
         finally:
             os.close(descriptor)
         self._read_new()
@@ -84,11 +98,12 @@ class Quarantine:
                 new = file.read()
         except FileNotFoundError:
             return
-        whole = new[: new.rfind(b"\n") + 1]
-        self._read_bytes += len(whole)
-        for line in whole.splitlines():
+        complete = new[: new.rfind(b"\n") + 1]
+        self._read_bytes += len(complete)
+        for line in complete.splitlines():
             try:
                 entry = json.loads(line)
-                self._known.add((entry["shard"], entry["key"]))
+                if self._shards is None or entry["shard"] in self._shards:
+                    self._known.add((entry["shard"], entry["key"]))
             except (ValueError, KeyError, TypeError):
                 continue  # cut off by a crash

@@ -1,23 +1,26 @@
-"""The size of every picture, or of every latent, for buckets: asked for once and kept in the sidecar."""
+"""The size of every image, or of every latent, for buckets: determined once and kept in the sidecar."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.decoders import IMAGE_MEMBERS, LATENT_MEMBER, BadSampleError, latent_size
+from data.shards.decoders import IMAGE_MEMBERS, LATENT_MEMBER, BadSampleError, latent_shape
 from data.shards.images import UndecodableImageError, image_size
-from data.shards.img2dataset import parquet_image_sizes
 from data.shards.layout import Part, sample_rows
+from data.shards.locations import is_remote
 from data.shards.scan import ShardIndex
 from data.shards.store import ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 
-_HEAD_BYTES = 1 << 12  # holds the header of most pictures; those with a thumbnail in front are read whole
+_HEAD_BYTES = 1 << 12  # holds the header of most images; those with a thumbnail in front are read completely
+_MAX_SIDE = 1 << 20
 
 
 def with_image_sizes(index: ShardIndex, content: str, store: ShardStore) -> ShardIndex:
-    """The index with heights and widths, from img2dataset's table, else from the headers of the members.
+    """Add heights and widths to an index, from img2dataset's table, else from the headers of the members.
 
     Args:
         index: of a shard.
@@ -39,7 +42,7 @@ def with_image_sizes(index: ShardIndex, content: str, store: ShardStore) -> Shar
                 file = file or store.open(index.location)
                 sizes[row] = _size(file, start, length, content)
     except (OSError, BrokenShardError):
-        pass  # whoever reads the samples meets the same fault, and tells
+        pass  # reading the samples meets the same fault and reports it
     finally:
         if file is not None:
             file.close()
@@ -50,21 +53,38 @@ def _size(file: ShardFile, start: int, length: int, content: str) -> tuple[int, 
     for count in (min(_HEAD_BYTES, length), length):
         head = file.read(start, count)
         try:
-            return image_size(head) if content == "images" else latent_size(head, "")
+            return image_size(head) if content == "images" else latent_shape(head, "")[1:]
         except (UndecodableImageError, BadSampleError):
             continue
     return 0, 0
 
 
 def sizes_of(indexes: tuple[ShardIndex, ...]) -> NDArray[np.int64]:
-    """(samples, 2) of all shards; samples without a size get the commonest one, and are found bad when they are read."""
+    """(samples, 2) of all shards; samples without a size get the commonest one, and prove faulty when they are read."""
     sizes = np.concatenate([index.image_sizes for index in indexes if index.image_sizes is not None])
     unknown = (sizes < 1).any(axis=1)
     if unknown.all():
         raise ValueError(
-            "No picture or latent of these shards has a size that can be read, so there are no buckets."
+            "No image or latent of these shards has a size that can be read, so there are no buckets."
         )
     if unknown.any():
         values, counts = np.unique(sizes[~unknown], axis=0, return_counts=True)
         sizes[unknown] = values[counts.argmax()]
     return sizes
+
+
+def parquet_image_sizes(location: str) -> Mapping[str, tuple[int, int]]:
+    """Height and width by key, from the parquet file that img2dataset writes beside a local shard; empty without one."""
+    path = Path(location)
+    path = path.with_name(path.name.removesuffix(".tar") + ".parquet")
+    if is_remote(location) or not path.is_file():
+        return {}
+    import pyarrow.parquet  # a third of a second, for few
+
+    try:
+        table = pyarrow.parquet.read_table(path, columns=["key", "height", "width"]).to_pydict()
+        rows = zip(table["key"], table["height"], table["width"], strict=True)
+        sizes = {str(key): (int(height), int(width)) for key, height, width in rows if height and width}
+    except Exception:  # a table that is damaged, or another tool's: the headers of the images tell the same
+        return {}
+    return {key: size for key, size in sizes.items() if min(size) > 0 and max(size) <= _MAX_SIDE}

@@ -1,4 +1,4 @@
-"""Pictures as arrays: decoded by the fastest decoder at hand, resized, cropped, mirrored.
+"""Images as arrays: decoded by the fastest available decoder, resized, cropped, mirrored.
 
 JPEG goes through OpenCV (libjpeg-turbo, straight into an array) where that is as strict as PIL about files
 that were cut, and everything else through PIL; both give the same pixels. Resizing is bicubic with
@@ -6,45 +6,74 @@ antialiasing; torch's kernel takes a fifth of the time of PIL's and differs from
 """
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-from torch.nn.functional import interpolate
+from PIL import Image
 
-from data.shards.choices import Draw, draw
+from data.shards.order.sample_order import Draw, draw
 
 MAX_PIXELS = 100_000_000
-"""A file of a few kB can claim more than memory holds. 10,000 x 10,000 is beyond any training picture."""
+"""A file of a few kB can claim more than memory holds. 10,000 x 10,000 is beyond any training image."""
+
+MAX_IMAGE_BYTES = 1 << 28
+"""Of an image file: an uncompressed image of MAX_PIXELS has about as many."""
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""Pillow's names of the formats that are opened; its other decoders (EPS runs Ghostscript) are never reached."""
+
+_ORIENTATION = 0x0112
+_STRIP_PIXELS = (
+    1 << 22
+)  # transparency is composed strip by strip, which needs three images of memory otherwise
 
 Bytes = bytes | memoryview
+Pixels = NDArray[np.uint8]
 
 
 class UndecodableImageError(ValueError):
-    """Bytes that are no picture, only a part of one, or too large a one."""
+    """Bytes that are no image, only a part of one, or too large a one."""
+
+
+class ImageCondition(Protocol):
+    """Makes a condition image, such as edges or depth, from an image. A pure function: the same bytes each time.
+
+    In YAML it is named by class_path (data/conditions.py has the ones that are shipped). It is called in the reading processes,
+    so it must be picklable.
+    """
+
+    def __call__(self, image: Pixels) -> Pixels:
+        """From an image (H, W, 3), uint8 RGB, to its condition image, (H, W, 3), uint8."""
+        ...
 
 
 @lru_cache(maxsize=1)
-def fast_jpeg_decoder() -> Callable[[Bytes], NDArray[np.uint8] | None] | None:
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without AVIF
+
+
+@lru_cache(maxsize=1)
+def fast_jpeg_decoder() -> Callable[[Bytes], Pixels | None] | None:
     """OpenCV's decoder, from bytes to (H, W, 3) or None if they cannot be decoded.
 
     None where there is no OpenCV, or one that would give a grey lower half for a file that was cut, as versions
-    before 4.11 may. Imported when it is first asked for; ask before reading processes are forked.
+    before 4.11 may. Imported on the first call; call it before reading processes are forked.
     """
     try:
         import cv2
 
-        # As PIL, and unlike OpenCV's default, the orientation that cameras note is left alone.
+        # As PIL's decoder; the orientation is applied afterwards, the same way for all formats.
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     except (ImportError, AttributeError):
         return None
 
-    def decode(content: Bytes) -> NDArray[np.uint8] | None:
+    def decode(content: Bytes) -> Pixels | None:
         try:
             array: Any = cv2.imdecode(np.frombuffer(content, dtype=np.uint8), flags)
         except cv2.error:
@@ -56,103 +85,205 @@ def fast_jpeg_decoder() -> Callable[[Bytes], NDArray[np.uint8] | None] | None:
     return decode if decode(stream.getvalue()[:-40]) is None else None
 
 
-def decode_pixels(content: Bytes) -> NDArray[np.uint8]:
-    """A picture as (H, W, 3), uint8 RGB, decoded to its last row; transparency is laid over white.
+def decode_pixels(content: Bytes) -> Pixels:
+    """An image as (H, W, 3), uint8 RGB, upright, decoded to its last row.
+
+    Transparency is laid over white. The EXIF orientation of cameras is applied. Of 16 bits a channel the upper 8 are taken,
+    for grey as for colour.
 
     Raises:
         UndecodableImageError: if it cannot be decoded, or has more than MAX_PIXELS.
     """
-    opened = _opened(content)
+    opened = open_image(content)
     decode = fast_jpeg_decoder() if opened.format == "JPEG" and opened.mode in ("RGB", "L") else None
     if decode is None:
-        return np.array(_loaded(opened))
+        return np.array(_loaded(opened, upright=True))
     array = decode(content)
     if array is None:
         raise UndecodableImageError("its JPEG data is broken or was cut")
-    return array
+    if array.shape != (opened.height, opened.width, 3):
+        raise UndecodableImageError(
+            f"its header states {opened.width} x {opened.height} pixels, and it holds {array.shape[1]} x {array.shape[0]}"
+        )
+    return _upright(array, orientation(opened))
 
 
-def decode_pil(content: Bytes) -> Image.Image:
-    """As `decode_pixels`, always by PIL."""
-    return _loaded(_opened(content))
+def decode_pil(content: Bytes, upright: bool = True) -> Image.Image:
+    """As `decode_pixels`, always by PIL.
+
+    Args:
+        content: of the file.
+        upright: whether the EXIF orientation is applied; tools that compute FID leave it.
+    """
+    return _loaded(open_image(content), upright)
 
 
-_UNREADABLE = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+def open_image(content: Bytes) -> Image.Image:
+    """Read the header of an image; nothing is decoded yet.
 
-
-def _opened(content: Bytes) -> Image.Image:
-    """The header of a picture, nothing decoded yet."""
+    Raises:
+        UndecodableImageError: for a format that is not in FORMATS, or an image or file that is too large.
+    """
+    if len(content) > MAX_IMAGE_BYTES:
+        raise UndecodableImageError(
+            f"its file has {len(content):,} bytes, more than {MAX_IMAGE_BYTES:,} (MAX_IMAGE_BYTES in data/shards/images.py)"
+        )
     try:
-        opened = Image.open(io.BytesIO(content))
-    except _UNREADABLE as error:
-        raise UndecodableImageError(str(error)) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # MAX_PIXELS, below, is our own limit; damaged EXIF is ignored
+            opened = Image.open(io.BytesIO(content), formats=_formats())
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files: struct.error, EOFError, KeyError, ...
+        raise UndecodableImageError(_reason(error)) from error
     if opened.width * opened.height > MAX_PIXELS:
         raise UndecodableImageError(
             f"it has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,} (MAX_PIXELS in data/shards/images.py)"
         )
+    if (
+        opened.format == "JPEG"
+        and content[-1] == 0
+        and not bytes(content).rstrip(b"\0").endswith(b"\xff\xd9")
+    ):
+        raise UndecodableImageError(
+            "it ends in zeros instead of the mark that ends a JPEG: it was cut, and padded"
+        )
     return opened
 
 
-def _loaded(opened: Image.Image) -> Image.Image:
+def orientation(opened: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 (upright) to 8; 1 where there is none or the EXIF data is damaged."""
     try:
-        opened.load()  # a JPEG that was cut short fails here rather than giving a grey lower half
-        if opened.mode in ("RGBA", "LA", "PA") or "transparency" in opened.info:
-            white = Image.new("RGBA", opened.size, "white")
-            return Image.alpha_composite(white, opened.convert("RGBA")).convert("RGB")
-        return opened.convert("RGB")
-    except _UNREADABLE as error:
-        raise UndecodableImageError(str(error)) from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = opened.getexif().get(_ORIENTATION, 1)
+    except Exception:  # what an image viewer ignores too
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def _upright(pixels: Pixels, exif: int) -> Pixels:
+    """Undo the rotation and mirroring that an EXIF orientation states.
+
+    Source: Exif 2.32, table 6: the visual top and left of the stored row 0 and column 0.
+    """
+    if exif >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    if exif in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if exif in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def _loaded(opened: Image.Image, upright: bool) -> Image.Image:
+    """The image in RGB."""
+    exif = orientation(opened) if upright else 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opened.load()  # a JPEG that was cut short fails here rather than giving a grey lower half
+        converted = _rgb(opened)
+    except Exception as error:  # as in open_image
+        raise UndecodableImageError(_reason(error)) from error
+    return converted if exif == 1 else Image.fromarray(_upright(np.asarray(converted), exif))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return _rgb_of_deep_grey(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are 32-bit numbers (mode {image.mode}), whose black and white are not known; store 8 or 16 bits"
+        )
+    if not (image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info):
+        return image.convert("RGB")
+    composed = Image.new("RGB", image.size)
+    rows = max(1, _STRIP_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        strip.info = image.info
+        white = Image.new("RGBA", strip.size, "white")
+        composed.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, top))
+    return composed
+
+
+def _rgb_of_deep_grey(image: Image.Image) -> Image.Image:
+    """16-bit grey by its upper 8 bits, as Pillow and libpng treat 16-bit colour; Pillow's own conversion clips to white."""
+    values = np.asarray(image).astype(np.uint16)
+    grey = (values >> 8).astype(np.uint8)
+    if isinstance(transparent := image.info.get("transparency"), int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    return (
+        str(error)
+        if isinstance(error, OSError | ValueError) and str(error)
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 def image_size(content: Bytes) -> tuple[int, int]:
-    """Height and width of a picture, from its header.
+    """Height and width of an image, upright, from its header.
 
     Raises:
         UndecodableImageError: as `decode_pixels`.
     """
-    opened = _opened(content)
-    return opened.height, opened.width
+    opened = open_image(content)
+    size = opened.height, opened.width
+    return size if orientation(opened) < 5 else size[::-1]
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """How a picture is brought to the size of its batch."""
+    """How an image is brought to the size of its batch."""
 
     seed: int = 0
     random_crop: bool = False
-    """A place drawn for each visit; otherwise the middle."""
+    """The crop is drawn for each visit; otherwise it is the centre."""
     flip: bool = False
-    """Half of the visits see the picture mirrored."""
+    """Half of the visits see the image mirrored."""
 
 
 @dataclass(frozen=True)
 class FittedImage:
-    """A picture of its batch's size, and where it came from."""
+    """An image of its batch's size, and where it came from."""
 
-    pixels: NDArray[np.uint8]
+    pixels: Pixels
     """(H, W, 3); may be a view of an array with the channels first, as batches have them."""
     original_size: tuple[int, int]
     """Height and width before resizing."""
+    resized: tuple[int, int]
+    """Height and width after resizing, before the crop."""
     crop: tuple[int, int]
-    """Top and left of the crop in the resized (and mirrored) picture."""
-    scale: tuple[float, float]
-    """Resized over stored height and width."""
+    """Top and left of the crop in the resized (and mirrored) image."""
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """Resized over stored height and width."""
+        return self.resized[0] / self.original_size[0], self.resized[1] / self.original_size[1]
 
 
-def fit(
-    pixels: NDArray[np.uint8], size: tuple[int, int] | None, fitting: Fitting, position: int
-) -> FittedImage:
-    """Resize so that the picture covers a size, mirror, and crop to that size.
+def fit(pixels: Pixels, size: tuple[int, int] | None, fitting: Fitting, position: int) -> FittedImage:
+    """Resize an image so that it covers a size, mirror it, and crop it to that size.
 
     Args:
         pixels: (H, W, 3).
-        size: height and width; None leaves the picture's own.
-        fitting: how.
-        position: of the sample, for what is drawn.
+        size: height and width; None leaves the image's own.
+        fitting: crop and mirroring.
+        position: of the sample, which addresses the draws.
+
+    Raises:
+        UndecodableImageError: for an image so elongated that the resized one would have more than MAX_PIXELS.
     """
     original = (pixels.shape[0], pixels.shape[1])
     height, width = size or original
     resized = _covering(original, (height, width))
+    if resized[0] * resized[1] > MAX_PIXELS:
+        raise UndecodableImageError(
+            f"it has {original[1]} x {original[0]} pixels, so to cover {width} x {height} it would be resized to "
+            f"{resized[1]} x {resized[0]}, more than {MAX_PIXELS:,} pixels"
+        )
     pixels = _resized(pixels, *resized)
     mirrored = fitting.flip and bool(draw(fitting.seed, position, Draw.FLIP, 2))
     if mirrored:
@@ -165,7 +296,7 @@ def fit(
     cut = pixels[top : top + height, left : left + width]
     if mirrored:
         cut = cut.copy(order="K")  # torch takes no negative strides
-    return FittedImage(cut, original, (top, left), (resized[0] / original[0], resized[1] / original[1]))
+    return FittedImage(cut, original, resized, (top, left))
 
 
 def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -173,10 +304,13 @@ def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     return max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
 
 
-def _resized(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.uint8]:
+def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
+    import torch  # here, because commands that only decode start in a third of the time without it
+    from torch.nn.functional import interpolate
+
     batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # a view, channels last: the fast layout
     resized = interpolate(batch, (height, width), mode="bicubic", antialias=True)
-    array: NDArray[np.uint8] = resized[0].permute(1, 2, 0).numpy()
+    array: Pixels = resized[0].permute(1, 2, 0).numpy()
     return array

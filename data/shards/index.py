@@ -1,16 +1,16 @@
 """The index of shards: one pass over the headers of each tar, kept as its sidecar."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from data.shards.img2dataset import stated_samples
 from data.shards.locations import expand_braces, file_name, find_locations, find_shards, is_remote
 from data.shards.scan import SampleFault, ShardIndex, scan_members, scan_shard
-from data.shards.sidecar import SIDECAR_SUFFIX, Stamp, load_sidecar, save_sidecar, sidecar_path
+from data.shards.sidecar import SIDECAR_SUFFIX, load_sidecar, save_sidecar, sidecar_path
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 
@@ -23,7 +23,7 @@ __all__ = [
     "scan_shard",
     "sidecar_path",
 ]
-_THREADS = 8  # sidecars are small files, which a network file system hands out one at a time
+_THREADS = 8  # sidecars are small files, which a network file system serves one at a time
 
 
 def index_shard(
@@ -32,14 +32,14 @@ def index_shard(
     store: ShardStore | None = None,
     tolerant: bool = False,
 ) -> ShardIndex:
-    """The index of one shard: its sidecar if that describes the file of now, otherwise scanned and saved.
+    """The index of one shard: its sidecar if that describes the present file, otherwise scanned and saved.
 
     Args:
         location: path, URL or command.
         index_folder: where the sidecar is kept if not beside the shard.
         store: how remote shards are reached.
-        tolerant: give an index with `faults` rather than raise; the sidecar of a shard that is gone or was
-            cut since still says which samples there were.
+        tolerant: return an index with `faults` rather than raise; the sidecar of a shard that is gone or was
+            cut since still tells which samples there were.
 
     Raises:
         BrokenShardError: unless tolerant, if something is wrong with the shard.
@@ -51,25 +51,38 @@ def index_shard(
         stamp = store.stamp(location)
         index = load_sidecar(sidecar, location, stamp)
         if index is None:
-            index = _checked(scan_members(location, store.members(location)))
+            index = _checked(replace(scan_members(location, store.members(location, stamp)), stamp=stamp))
             earlier = load_sidecar(sidecar, location, None) if index.faults else None
             if tolerant and earlier is not None and len(earlier) > len(index):
-                return replace(earlier, faults=earlier.faults + index.faults)
+                return replace(earlier, faults=earlier.faults + index.faults, stamp=None)
             save_sidecar(sidecar, index, stamp)
     except OSError as error:
         if not tolerant:
             raise
         return _of_unreachable(location, sidecar, error)
-    return index if tolerant else index.require_whole()
+    return index if tolerant else index.require_complete()
 
 
-def save_index(index: ShardIndex, index_folder: str | Path | None, stamp: Stamp) -> None:
-    """Keep an index to which something was added."""
-    save_sidecar(sidecar_path(index.location, index_folder), index, stamp)
+def save_index(index: ShardIndex, index_folder: str | Path | None) -> None:
+    """Save an index to which something was added, for the state of the file that it was made from."""
+    if index.stamp is not None:
+        save_sidecar(sidecar_path(index.location, index_folder), index, index.stamp)
+
+
+def stated_samples(location: str) -> int | None:
+    """How many samples the `00000_stats.json` of img2dataset beside a local shard counts; None if it does not say."""
+    if is_remote(location):
+        return None
+    path = Path(location)
+    try:
+        stated = json.loads(path.with_name(path.name.removesuffix(".tar") + "_stats.json").read_text())
+        return int(stated["successes"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return None
 
 
 def _checked(index: ShardIndex) -> ShardIndex:
-    """With a fault if img2dataset counted other samples than the tar holds: it was cut at a member's end, say."""
+    """With a fault if img2dataset counted another number of samples: the tar was cut between two samples, for example."""
     stated = stated_samples(index.location)
     if stated is None or stated == len(index) or index.faults:
         return index
@@ -84,7 +97,7 @@ def _of_unreachable(location: str, sidecar: Path, error: OSError) -> ShardIndex:
     fault = SampleFault("", f"{location} cannot be read ({error}).")
     known = load_sidecar(sidecar, location, None)
     if known is not None:
-        return replace(known, faults=(*known.faults, fault))
+        return replace(known, faults=(*known.faults, fault), stamp=None)
     return replace(scan_members(location, ()), faults=(fault,))
 
 
@@ -106,7 +119,7 @@ class ShardSet:
 
         Raises:
             FileNotFoundError: if there is none.
-            BrokenShardError: if one is not a whole tar, or if none holds a sample.
+            BrokenShardError: if one is not a complete tar, or if none holds a sample.
         """
         locations = find_locations(shards, gone=SIDECAR_SUFFIX if tolerant and index_folder is None else None)
         with ThreadPoolExecutor(_THREADS if len(locations) > 1 else 1) as threads:
@@ -115,9 +128,10 @@ class ShardSet:
             )
             found = cls(tuple(indexes))
         if not sum(found.sizes):
+            faults = [fault.reason for index in found.shards for fault in index.faults]
             raise BrokenShardError(
                 f"{len(found.shards)} shards were found, from {found.shards[0].location} on, but they hold no "
-                "sample."
+                f"sample{': ' + faults[0] if faults else '.'}"
             )
         return found
 
@@ -132,18 +146,18 @@ class ShardSet:
         return _digest(f"{file_name(shard.location)} {shard.fingerprint}" for shard in self.shards)
 
     def names(self) -> list[str]:
-        """A unique name for each shard: its path without '.tar', below the folder that all have in common."""
+        """A unique name for each shard: its path without '.tar', relative to the folder that contains all."""
         paths = [_unique_path(shard.location) for shard in self.shards]
         common = os.path.commonpath([path.parent for path in paths])
         return [path.relative_to(common).with_suffix("").as_posix() for path in paths]
 
 
 def _unique_path(location: str) -> Path:
-    """Remote shards as if their URL were a path; of a command its whole text, in a form that can be a path."""
+    """The URL of a remote shard, or the text of a command, as a path."""
     if not is_remote(location):
         return Path(location).resolve()
     return Path("/", *[part for part in location.replace("\0", "").split("/") if part not in ("", ".", "..")])
 
 
 def _digest(lines: Iterable[str]) -> str:
-    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b("\n".join(lines).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()

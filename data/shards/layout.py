@@ -1,4 +1,4 @@
-"""From the index of a shard to rows of plain numbers: where to read what a batch holds."""
+"""From the index of a shard to rows of integers: where to read what a batch holds."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -18,6 +18,7 @@ from data.shards.scan import ShardIndex
 
 Content = Literal["latents", "images", "control_images", "noise_seeds", "sizes"]
 CONTENTS: tuple[str, ...] = get_args(Content)
+EmptyCaptions = Literal["refuse", "keep"]
 
 MEMBERS: dict[str, tuple[str, ...]] = {
     "latents": (LATENT_MEMBER,),
@@ -27,11 +28,11 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "sizes": (JSON_MEMBER,),
     "captions": (*CAPTION_MEMBERS, JSON_MEMBER),
 }
-"""For each content the members that can hold it; the first that a sample has is read."""
+"""The members that can hold each content; the first that a sample has is read."""
 
 
 class Part(NamedTuple):
-    """What is read of each sample: a content, and the members that can hold it."""
+    """A content that is read, and the members that can hold it."""
 
     content: str
     members: tuple[str, ...]
@@ -49,7 +50,7 @@ def member_columns(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64
 
 def missing_member(index: ShardIndex, parts: Sequence[Part], row: int) -> BadSampleError:
     """The error of a sample that lacks a part, or that the index found at fault."""
-    where = f"{index.location}, key '{index.key(row)}'"
+    where = f"{index.location}, key {index.key(row)!r}"
     for fault in index.faults:
         if fault.key == index.key(row):
             return BadSampleError(f"{where}: {fault.reason}")
@@ -58,25 +59,34 @@ def missing_member(index: ShardIndex, parts: Sequence[Part], row: int) -> BadSam
         (part, column) for part, column in zip(parts, columns, strict=True) if column[row] < 0
     )
     what = "caption" if part.content == "captions" else f"member for '{part.content}'"
+    others = int((column < 0).sum()) - 1
     return BadSampleError(
-        f"{where}: there is no {what} ({', '.join(part.members)}) in this sample and in "
-        f"{int((column < 0).sum()) - 1} more of this shard; write them, or change data.contents."
+        f"{where}: there is no {what} ({', '.join(part.members)}) in this sample{_instead(index, part, row)} and in "
+        f"{others} more of this shard; write them, or change data.contents."
     )
 
 
+def _instead(index: ShardIndex, part: Part, row: int) -> str:
+    """Which members would hold the part if their names had no further dot."""
+    dotted = [name for name in index.members(row) if name.rpartition(".")[2] in part.members and "." in name]
+    if not dotted:
+        return ""
+    return f" (it has {', '.join(dotted[:3])}: a key ends at the first dot of a file's name)"
+
+
 def incomplete_samples(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
-    """Rows of the samples that lack a part."""
+    """The rows of the samples that lack a part."""
     return np.flatnonzero((member_columns(index, parts) < 0).any(axis=0))
 
 
 def sample_rows(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
-    """One row a sample: the span's start and length, then for each part where it begins in the span, its size, its column.
+    """One row per sample: start and length of the span, then for each part its offset in the span, its size, its column.
 
-    The start is -1 where a part is missing. One row costs 0.3 us to look up; the same numbers one by one from
-    the index cost five times as much.
+    The start is -1 where a part is missing. Looking up one row costs 0.3 us; the same numbers one by one from the
+    index cost five times as much.
     """
     columns = member_columns(index, parts)
-    if not index.extensions:  # no sample is whole
+    if not index.extensions:  # every sample is at fault
         return np.full((len(index), 2 + 3 * len(parts)), -1, dtype=np.int64)
     every = np.arange(len(index))
     offsets, sizes = index.offsets[every, columns], index.sizes[every, columns]

@@ -1,9 +1,9 @@
-"""The loader that Lightning iterates over: global batches by number, begun where the run's counters say.
+"""The loader that Lightning iterates over: global batches by number, starting where the run's counters say.
 
-Lightning saves no position of a plain loader, and saves that of a stateful one on rank 0 only and as of what
-was fetched. The number of batches that the run completed is in every checkpoint, the same on all ranks and
-untouched by prefetching. So that one number is asked for, at the first batch of each pass: not earlier, since
-Lightning opens the iterator before it has brought its counters in order.
+Lightning saves no position of a plain loader, and that of a stateful one on rank 0 only, including what was
+prefetched. The number of batches that the run completed is in every checkpoint, the same on all ranks and
+unaffected by prefetching. So that number is read, at the first batch of each pass: not earlier, because
+Lightning creates the iterator before it has restored its counters.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from sdxs_lightning.core.child_process import kill_children_at_exit, leave_signa
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over the loader yields: `count` global batches from number `first` on."""
+    """One pass over the loader: `count` global batches, starting with number `first`."""
 
     first: int
     count: int
@@ -31,12 +31,12 @@ class RankPositions(Sampler[list[int]]):
     """One rank's positions in each global batch: batch g covers [g B, (g + 1) B), rank r its r-th slice."""
 
     def __init__(self, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        """Keep the layout; `batch_size` is per rank."""
+        """Store the layout; `batch_size` is per rank."""
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
         self.current = Pass(0, 0)
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Positions, batch after batch, of the current pass."""
+        """Yield the positions of each batch of the current pass."""
         for batch in range(self.current.first, self.current.first + self.current.count):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(start, start + self.batch_size))
@@ -59,17 +59,17 @@ class ShardLoader:
         pin_memory: bool = False,
         next_pass: Callable[[int], Pass] | None = None,
     ) -> None:
-        """Lay out the batches.
+        """Divide positions into batches.
 
         Args:
-            dataset: what is read.
+            dataset: reads the samples.
             batch_size: samples of a batch on this rank.
             rank: of the data-parallel ranks.
-            world_size: how many of them.
+            world_size: number of data-parallel ranks.
             num_workers: processes that read and decode; 0 does it in this one. The batches are the same.
-            pin_memory: page-locked memory, for copies to a GPU that run beside the computation.
-            next_pass: from the number of batches in an epoch to the batches of the next pass; by default
-                epoch after epoch.
+            pin_memory: page-locked memory, for copies to a GPU that overlap with computation.
+            next_pass: maps the number of batches in an epoch to the next pass; by default epoch after
+                epoch.
 
         Raises:
             ValueError: if one global batch has more samples than there are.
@@ -89,11 +89,11 @@ class ShardLoader:
         self._loader: DataLoader[TrainingBatch | UnreadableBatch] | None = None
 
     def __len__(self) -> int:
-        """Batches in an epoch. What is left over begins the next one, so no sample is passed over."""
+        """Batches in an epoch. Remaining samples begin the next epoch, so none is dropped."""
         return self.batches_per_epoch
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        """One pass; where it begins is decided when the first batch is asked for."""
+        """One pass; its start is determined when the first batch is requested."""
         self._positions.current = self._next_pass(len(self))
         if self._loader is None:
             self._loader = self._open()
@@ -108,11 +108,11 @@ class ShardLoader:
         self.dataset.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: the position is in the Trainer's counters. It tells Lightning that we can resume."""
+        """Empty: the position is in the Trainer's counters. Its presence tells Lightning that we can resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing, see `state_dict`."""
+        """The position is in the Trainer's counters."""
 
     def _open(self) -> DataLoader[TrainingBatch | UnreadableBatch]:
         kill_children_at_exit()
@@ -122,7 +122,7 @@ class ShardLoader:
             sampler=self._positions,
             persistent_workers=self._options["num_workers"] > 0,
             worker_init_fn=leave_signals_to_parent,
-            # Its own generator: by default opening an iterator draws from torch's global one.
+            # Its own generator: by default creating an iterator draws from torch's global one.
             generator=torch.Generator(),
             **self._options,
         )

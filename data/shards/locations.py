@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from glob import escape as glob_escape
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import fsspec
@@ -20,8 +20,17 @@ _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _HOW = "set data.shards to a folder of shards, a glob, or a pattern like 'set/{00000..00009}.tar', local or as a URL"
 
 
+class Stamp(NamedTuple):
+    """Distinguishes one state of a file from another."""
+
+    size: int
+    """In bytes; -1 where it is not known beforehand."""
+    mark: int
+    """Modification time in nanoseconds, or a hash of a remote file's tag."""
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """`a{00..02}b` and `{x,y}` as in a shell and in webdataset: numbers keep their leading zeros."""
+    """Expand `a{00..02}b` and `{x,y}` as a shell and webdataset do: numbers keep their leading zeros."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -36,12 +45,12 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def is_pipe(location: str) -> bool:
-    """Whether this is a command whose output is the shard."""
+    """Whether the location is a command whose output is the shard."""
     return location.startswith("pipe:")
 
 
 def is_remote(location: str) -> bool:
-    """Whether this is a URL or a command rather than the path of a local file."""
+    """Whether the location is a URL or a command rather than a local path."""
     return "://" in location or is_pipe(location)
 
 
@@ -55,14 +64,14 @@ def file_name(location: str) -> str:
 
 
 def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None = None) -> list[str]:
-    """The shards that folders, globs, brace patterns, URLs and commands name; sorted within each.
+    """List the shards that folders, globs, brace patterns, URLs and commands name; sorted within each.
 
     Args:
-        shards: what names them.
-        gone: ending of the sidecars of local shards; with it, a shard counts as long as its sidecar is there.
+        shards: one or several of these.
+        gone: suffix of the sidecars of local shards; with it, a missing shard is listed if its sidecar exists.
 
     Raises:
-        FileNotFoundError: if one of them names no file. A URL without a glob is looked at when it is indexed.
+        FileNotFoundError: if one of them matches no file. A URL without a glob is only opened when it is indexed.
     """
     patterns = [shards] if isinstance(shards, str | Path) else list(shards)
     found: dict[str, None] = {}
@@ -80,7 +89,7 @@ def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None =
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
-    """As `find_locations`, for local files."""
+    """`find_locations` for local files."""
     return [Path(location) for location in find_locations(shards)]
 
 

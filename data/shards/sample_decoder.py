@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from data.shards.choices import Draw, draw
 from data.shards.decoders import (
     JSON_MEMBER,
     LOGVAR_TENSOR,
@@ -19,37 +17,48 @@ from data.shards.decoders import (
     decode_array,
     decode_latents,
 )
-from data.shards.image_condition import ImageCondition
-from data.shards.images import FittedImage, Fitting, fit
-from data.shards.layout import MEMBERS, Part
-from sdxs_lightning.core.seeding import Stream, normal
+from data.shards.images import FittedImage, Fitting, ImageCondition, UndecodableImageError, fit
+from data.shards.layout import MEMBERS, EmptyCaptions, Part
+from data.shards.order.sample_order import Draw, draw
+from sdxs_lightning.core.errors import UserError
 
-EmptyCaptions = Literal["refuse", "keep"]
-
+_MAX_SIDE = 1 << 20  # pixels; a panorama of a million columns is beyond any camera
+_INT_FIELDS = {
+    "noise_seed": (0, (1 << 63) - 1),
+    "original_height": (1, _MAX_SIDE),
+    "original_width": (1, _MAX_SIDE),
+    "crop_top": (0, _MAX_SIDE),
+    "crop_left": (0, _MAX_SIDE),
+}
+"""Integers in the json member that are read, and their ranges: the seed of a pair's noise (core/pair_noise.py); the image before resizing,
+as img2dataset names it, and where the crop began, in pixels."""
 _SIZE_FIELDS = ("original_height", "original_width", "crop_top", "crop_left")
-"""In the json member: the picture before resizing, as img2dataset names it, and where the crop began; pixels."""
+_LOGVAR_RANGE = (-30.0, 20.0)
+"""To which diffusers' DiagonalGaussianDistribution clamps it; beyond, the drawn latents overflow."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are decoded."""
+    """Settings of decoding."""
 
     resolution: int | None = None
     """Images are resized so that the shorter side has this many pixels, then cropped to a square; None takes them as
     they are, all of one size."""
     sizes: NDArray[np.int64] | None = None
     """(samples, 2): with buckets, the height and width that each image is brought to."""
+    latent_sizes: NDArray[np.int64] | None = None
+    """(samples, 2): with buckets of stored latents, the height and width that each has."""
     empty_captions: EmptyCaptions = "refuse"
-    """What becomes of a sample without words: "keep" trains on it, "refuse" stops at the first."""
+    """For a sample without words: "keep" trains on it, "refuse" takes it as a fault."""
     caption_fields: tuple[str, ...] = ()
-    """Fields of the json member, strings or lists of strings, of which one is drawn at each visit; by default the text
+    """Fields of the json member, strings or lists of strings, one of which is drawn at each visit; by default the text
     member, else the field `caption`."""
     condition: ImageCondition | None = None
-    """Makes control_images from the picture, as resized and cropped; None reads them as members."""
+    """Makes control_images from the resized and cropped image; None reads them as members."""
     fitting: Fitting = Fitting()
-    """Crops and mirroring; its seed is also that of captions and of latents."""
+    """Crops and mirroring; its seed also draws captions and latents."""
     draw_latents: bool = False
-    """Latents are drawn from the VAE's posterior at each visit, which needs its spread stored; else they are its mean."""
+    """Draw latents from the VAE's posterior at each visit, which needs its logvar stored; otherwise take its mean."""
 
 
 class SampleDecoder:
@@ -57,7 +66,7 @@ class SampleDecoder:
 
     Args:
         contents: what a batch holds besides captions.
-        reading: how.
+        reading: settings.
     """
 
     def __init__(self, contents: Sequence[str], reading: Reading) -> None:
@@ -67,31 +76,60 @@ class SampleDecoder:
         if reading.caption_fields:
             parts[0] = Part("captions", (JSON_MEMBER,))
         self.parts = parts
-        """What has to be read of each sample."""
+        """What must be read of each sample."""
 
     def decode(
         self, extensions: Sequence[str], members: Sequence[memoryview], sample: int, position: int, where: str
     ) -> dict[str, Any]:
-        """One sample, by content.
+        """Decode one sample, by content.
 
         Args:
             extensions: of the member that holds each part.
             members: their bytes.
-            sample: its number, for the size of its bucket.
-            position: addresses what is drawn.
+            sample: its number, which selects the size of its bucket.
+            position: addresses the draws.
             where: shard and key, for messages.
 
         Raises:
-            BadSampleError: if a member does not hold what it should.
+            BadSampleError: if a member does not hold what it should, whatever decoding it raised.
+            UserError: if `data.condition` does not do what it should.
         """
+        try:
+            return self._decode(extensions, members, sample, position, where)
+        except (BadSampleError, UserError):
+            raise
+        except Exception as error:
+            # One sample must not end a run with a traceback, days in; the cause is named and chained.
+            raise BadSampleError(
+                f"{where}: the sample cannot be decoded ({type(error).__name__}: {error})."
+            ) from error
+
+    def missing(self, members: Sequence[str]) -> list[str]:
+        """The contents for which a sample has no member."""
+        return [part.content for part in self.parts if not set(part.members) & set(members)]
+
+    def decode_members(self, members: Mapping[str, bytes], sample: int, where: str) -> dict[str, Any]:
+        """As `decode`, from all members of a sample by extension.
+
+        Raises:
+            BadSampleError: also if a part is missing.
+        """
+        if missing := self.missing(list(members)):
+            raise BadSampleError(f"{where}: there is no member for {', '.join(missing)}.")
+        names = [next(name for name in part.members if name in members) for part in self.parts]
+        return self.decode(names, [memoryview(members[name]) for name in names], sample, sample, where)
+
+    def _decode(
+        self, extensions: Sequence[str], members: Sequence[memoryview], sample: int, position: int, where: str
+    ) -> dict[str, Any]:
         decoded: dict[str, Any] = {}
         sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
-        fitted: dict[str, FittedImage] = {}  # a picture and the condition made of it share a member
+        fitted: dict[str, FittedImage] = {}  # an image and the condition made from it share a member
         for part, extension, member in zip(self.parts, extensions, members, strict=True):
             if part.content == "captions":
                 decoded["captions"] = self._caption(decode(extension, member, where), where, position)
             elif part.content == "noise_seeds":
-                decoded["noise_seeds"] = _field(decode(extension, member, where), "noise_seed", int, where)
+                decoded["noise_seeds"] = _int_field(decode(extension, member, where), "noise_seed", where)
             elif part.content == "sizes":
                 sizes = _sizes(decode(extension, member, where), where)
             elif part.content == "latents":
@@ -100,6 +138,7 @@ class SampleDecoder:
                 if extension not in fitted:
                     fitted[extension] = self._fit(member, sample, position, where)
                 decoded |= self._image(part.content, fitted[extension], where)
+        _check_aligned(fitted, where)
         if sizes is not None:
             decoded["original_size"], before = sizes
             decoded["crop"] = _cropped_again(before, next(iter(fitted.values()), None))
@@ -109,11 +148,21 @@ class SampleDecoder:
         mean = decode_latents(member, where)
         if not self.reading.draw_latents:
             return mean
-        logvar = decode_latents(member, where, LOGVAR_TENSOR)
+        logvar = decode_latents(member, where, LOGVAR_TENSOR).astype(np.float32)
+        low, high = _LOGVAR_RANGE
+        if logvar.shape != mean.shape or float(logvar.min()) < low or float(logvar.max()) > high:
+            raise BadSampleError(
+                f"{where}: the tensor '{LOGVAR_TENSOR}' is {logvar.shape} from {logvar.min():g} to {logvar.max():g}, but that of "
+                f"latents {mean.shape} has their shape and is from {low:g} to {high:g}."
+            )
+        import torch  # here: whoever only checks samples starts in a third of the time without it
+
+        from sdxs_lightning.core.seeding import Stream, normal
+
         noise = normal(
             self.reading.fitting.seed, Stream.VAE_SAMPLE, torch.tensor([position]), tuple(mean.shape)
         )
-        drawn: NDArray[np.generic] = mean + np.exp(0.5 * logvar.astype(np.float32)) * noise[0].numpy()
+        drawn: NDArray[np.generic] = mean + np.exp(0.5 * logvar) * noise[0].numpy()
         return drawn
 
     def _fit(self, member: memoryview, sample: int, position: int, where: str) -> FittedImage:
@@ -121,7 +170,11 @@ class SampleDecoder:
         size = None if reading.resolution is None else (reading.resolution, reading.resolution)
         if reading.sizes is not None:
             size = (int(reading.sizes[sample, 0]), int(reading.sizes[sample, 1]))
-        return fit(decode_array(member, where), size, reading.fitting, position)
+        pixels = decode_array(member, where)
+        try:
+            return fit(pixels, size, reading.fitting, position)
+        except UndecodableImageError as error:
+            raise BadSampleError(f"{where}: the image cannot be used ({error}).") from error
 
     def _image(self, content: str, fitted: FittedImage, where: str) -> dict[str, Any]:
         if content == "images":
@@ -142,6 +195,8 @@ class SampleDecoder:
             caption = choices[draw(self.reading.fitting.seed, position, Draw.CAPTION, len(choices))]
         else:
             caption = str(_field(value, "caption", str, where)).strip()
+        if "\0" in caption:
+            raise BadSampleError(f"{where}: the caption holds zero characters, which no text does.")
         if not caption and self.reading.empty_captions == "refuse":
             raise BadSampleError(
                 f"{where}: the caption is empty; set data.empty_captions to 'keep' to train on samples "
@@ -162,14 +217,22 @@ def _captions_of(value: dict[str, Any], fields: Sequence[str], where: str) -> li
     return found
 
 
+def invalid_fields(fields: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the fields of a json member that a training may read."""
+    for name, (low, high) in _INT_FIELDS.items():
+        value = fields.get(name)
+        if value is not None and (type(value) is not int or not low <= value <= high):
+            yield f"'{name}' is {_shown(value)}, but it is an integer from {low} to {high}"
+
+
 def _sizes(fields: dict[str, Any], where: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Original size and crop, as the json member says."""
-    height, width, top, left = (_field(fields, name, int, where) for name in _SIZE_FIELDS)
+    """Original size and crop, as the json member states them."""
+    height, width, top, left = (_int_field(fields, name, where) for name in _SIZE_FIELDS)
     return (height, width), (top, left)
 
 
 def _cropped_again(before: tuple[int, int], fitted: FittedImage | None) -> tuple[int, int]:
-    """Where a crop lies that was resized and cropped once more on reading; latents are taken as they are."""
+    """The crop of an image that was resized and cropped once more on reading; latents are taken as they are."""
     if fitted is None:
         return before
     top, left = (
@@ -179,14 +242,41 @@ def _cropped_again(before: tuple[int, int], fitted: FittedImage | None) -> tuple
     return top, left
 
 
+def _check_aligned(fitted: Mapping[str, FittedImage], where: str) -> None:
+    """Require that an image and its given condition image are cropped at the same place."""
+    if len({one.resized for one in fitted.values()}) > 1:
+        sizes = ", ".join(
+            f"{name} {one.original_size[1]} x {one.original_size[0]}" for name, one in fitted.items()
+        )
+        raise BadSampleError(
+            f"{where}: the image and its condition image have other proportions ({sizes}), so they would be cropped at other places."
+        )
+
+
 def _conditioned(condition: ImageCondition, pixels: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
     made = condition(np.ascontiguousarray(pixels))
     if made.dtype != np.uint8 or made.shape != pixels.shape:
-        raise ValueError(
-            f"{where}: data.condition made {made.dtype} {made.shape} of a picture of {pixels.shape}, but a condition "
-            "image is uint8 of the picture's shape."
+        raise UserError(
+            f"{where}: data.condition made {made.dtype} {made.shape} from an image of {pixels.shape}, but a condition "
+            "image is uint8 of the image's shape."
         )
     return np.ascontiguousarray(made)  # torch takes no array of negative strides
+
+
+def _int_field(decoded: dict[str, Any], name: str, where: str) -> int:
+    value, (low, high) = decoded.get(name), _INT_FIELDS[name]
+    if type(value) is not int:
+        raise BadSampleError(f"{where}: the json member has no int named '{name}'.")
+    if not low <= value <= high:
+        raise BadSampleError(
+            f"{where}: '{name}' of the json member is {_shown(value)}, but it is an integer from {low} to {high}."
+        )
+    return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."
 
 
 def _field(decoded: dict[str, Any], name: str, kind: type, where: str) -> Any:

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -10,15 +10,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.shards.decoders import CAPTION_MEMBERS, JSON_MEMBER, READABLE
+from data.shards.locations import Stamp
 from data.shards.tar_headers import BrokenShardError, TarMember, tar_members
 
 # WebDataset's rule: the key ends at the first dot of the file's name; what follows says what the member is.
-_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+_KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
+_MAX_EXTENSIONS = 256
+"""Of one shard; a table of samples x extensions is kept in memory."""
 
 
 @dataclass(frozen=True)
 class SampleFault:
-    """What is wrong with a sample, or with a whole shard (no key), by the headers alone."""
+    """What the headers alone show to be wrong with a sample, or with a complete shard (no key)."""
 
     key: str
     reason: str
@@ -29,7 +33,7 @@ class ShardIndex:
     """Where the samples of one shard lie.
 
     `offsets` and `sizes` are (samples, extensions), int64, in bytes; -1 where a sample has no such member. A
-    sample with a fault keeps its row, with no member at all, so that the others keep their positions.
+    faulty sample keeps its row, without any member, so that the others keep their positions.
     """
 
     location: str
@@ -37,17 +41,19 @@ class ShardIndex:
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     keys: NDArray[np.uint8]
-    """All keys as UTF-8, one after another: strings of Python would take ten times the memory."""
+    """All keys as UTF-8, one after another: Python strings would take ten times the memory."""
     key_ends: NDArray[np.int64]
     fingerprint: str
     """Of keys, members and sizes, not of time or folder: a copied shard keeps it."""
     faults: tuple[SampleFault, ...] = ()
     checksums: NDArray[np.uint32] | None = None
-    """CRC-32 of each member, as `offsets`; None until `with_checksums` has read the contents."""
+    """CRC-32 of each member, shaped as `offsets`; None until `python -m data.prepare verify` has read the contents."""
     image_sizes: NDArray[np.int64] | None = None
-    """(samples, 2): height and width of pictures or latents, for buckets; None until they were asked for."""
+    """(samples, 2): height and width of images or latents, for buckets; None until they are needed."""
     sized_by: str = ""
-    """"images" or "latents": whose sizes these are."""
+    """"images" or "latents": what `image_sizes` measures."""
+    stamp: Stamp | None = None
+    """The state of the file that was indexed; None where that is not known."""
 
     def __len__(self) -> int:
         """Samples in this shard."""
@@ -63,11 +69,15 @@ class ShardIndex:
         start = int(self.key_ends[sample - 1]) if sample else 0
         return self.keys[start : int(self.key_ends[sample])].tobytes().decode("utf-8", "surrogateescape")
 
+    def members(self, sample: int) -> list[str]:
+        """The extensions of a sample."""
+        return [self.extensions[column] for column in np.flatnonzero(self.offsets[sample] >= 0).tolist()]
+
     def column(self, extension: str) -> int | None:
-        """Where this extension stands in `offsets` and `sizes`, None if no sample has it."""
+        """The column of an extension in `offsets` and `sizes`, None if no sample has it."""
         return self.extensions.index(extension) if extension in self.extensions else None
 
-    def require_whole(self) -> "ShardIndex":
+    def require_complete(self) -> "ShardIndex":
         """This index.
 
         Raises:
@@ -82,21 +92,24 @@ def scan_shard(path: Path) -> ShardIndex:
     """Index one local tar by its headers.
 
     Raises:
-        BrokenShardError: if the tar is not whole, if members of a sample do not stand together, if one occurs
-            twice, or if a name leads out of the folder.
+        BrokenShardError: if the tar is not complete, or for a sample that `scan_members` finds at fault.
     """
-    return scan_members(str(path), tar_members(path)).require_whole()
+    return scan_members(str(path), tar_members(path)).require_complete()
 
 
 def scan_members(location: str, members: Iterable[TarMember]) -> ShardIndex:
-    """The index of a tar's members; what is wrong stands in its `faults`.
+    """Index the members of a tar; what is wrong is listed in its `faults`.
+
+    A sample is at fault if its members are not adjacent, if one occurs twice or is a link, if its key leads out of the folder,
+    or if it is several samples whose keys hold dots.
 
     Args:
         location: of the shard.
-        members: its regular files; may end in BrokenShardError, and what came before it is indexed.
+        members: its files; may end in BrokenShardError, and what came before it is indexed.
     """
     samples: dict[str, dict[str, TarMember]] = {}
     faults: dict[str, str] = {}
+    extensions = set[str]()
     current = ""
     try:
         for member in members:
@@ -109,18 +122,46 @@ def scan_members(location: str, members: Iterable[TarMember]) -> ShardIndex:
                 faults.setdefault(key, _apart(location, key))
             elif extension in found:
                 faults.setdefault(key, _twice(location, key, extension))
+            elif member.without_content:
+                faults.setdefault(key, _linked(location, key, extension, member.without_content))
             elif not found and _leads_out(key):
                 faults[key] = _outside(location, key)
             current = key
             found[extension] = member
+            extensions.add(extension)
+            if len(extensions) > _MAX_EXTENSIONS:
+                raise BrokenShardError(
+                    f"{location} has members of more than {_MAX_EXTENSIONS} kinds, the last '{extension[:80]}': a key ends at "
+                    "the first dot of a file's name; write the shard again with keys without dots."
+                )
     except BrokenShardError as error:
-        # Even if it looks complete: members of the last sample may lie behind the cut.
+        # Even if the last sample looks complete: more of its members may lie behind the cut.
         faults[current] = str(error)
+    for key, found in samples.items():
+        if len(found) > 1 and (melted := _melted(found)):
+            faults.setdefault(key, _dotted(location, key, melted))
     for key in faults:
         if key in samples:
             samples[key] = {}
     reasons = tuple(SampleFault(key, reason) for key, reason in faults.items())
     return _build(location, samples, reasons)
+
+
+def _melted(found: Mapping[str, TarMember]) -> str:
+    """The beginning of a dotted key, or "".
+
+    `a.1.jpg, a.1.txt, a.2.jpg, a.2.txt` are two samples to whoever wrote them and one sample, `a`, without an image to a reader.
+    A single `a.mask.png` is a member that is not read here.
+    """
+    kinds: dict[str, set[bool]] = {}
+    for extension in found:
+        dots = [place for place, letter in enumerate(extension) if letter == "."]
+        if dots and extension not in READABLE:
+            place = next((place for place in dots if extension[place + 1 :] in READABLE), None)
+            if place is not None:
+                is_text = extension[place + 1 :] in (*CAPTION_MEMBERS, JSON_MEMBER)
+                kinds.setdefault(extension[:place], set()).add(is_text)
+    return next((prefix for prefix, found_kinds in kinds.items() if len(found_kinds) == 2), "")
 
 
 def _leads_out(key: str) -> bool:
@@ -129,11 +170,25 @@ def _leads_out(key: str) -> bool:
 
 
 def _apart(location: str, key: str) -> str:
-    return f"{location}: the members of '{key}' do not stand together; write the shard again, sorted by key."
+    return f"{location}: the members of {key!r} are not adjacent; write the shard again, sorted by key."
 
 
 def _twice(location: str, key: str, extension: str) -> str:
-    return f"{location}: '{key}' has the member '{extension}' twice; write the shard again with unique keys."
+    return f"{location}: {key!r} has the member {extension!r} twice; write the shard again with unique keys."
+
+
+def _linked(location: str, key: str, extension: str, what: str) -> str:
+    return (
+        f"{location}: the member {extension!r} of {key!r} is a {what}, which has no content of its own; write the shard again with "
+        "plain files (tar --hard-dereference --dereference, without --sparse)."
+    )
+
+
+def _dotted(location: str, key: str, prefix: str) -> str:
+    return (
+        f"{location}: {key!r} holds members named '{prefix}.*', which look like samples of their own: a key ends at the first dot "
+        "of a file's name, so all of them are one sample; write the shard again with keys without dots."
+    )
 
 
 def _outside(location: str, key: str) -> str:
@@ -158,7 +213,7 @@ def _build(
     encoded = [key.encode("utf-8", "surrogateescape") for key in samples]
     keys = np.frombuffer(b"".join(encoded), dtype=np.uint8)
     key_ends = np.fromiter(accumulate(map(len, encoded)), dtype=np.int64, count=len(encoded))
-    digest = hashlib.blake2b("\0".join(extensions).encode(), digest_size=16)
+    digest = hashlib.blake2b("\0".join(extensions).encode("utf-8", "surrogateescape"), digest_size=16)
     for array in (offsets, sizes, keys, key_ends):
         digest.update(np.ascontiguousarray(array).tobytes())
     return ShardIndex(location, extensions, offsets, sizes, keys, key_ends, digest.hexdigest(), faults=faults)

@@ -1,7 +1,8 @@
 """A bounded folder of remote shards, shared by the processes of a machine.
 
-A file is named after its whole URL, since every data set calls its first shard 00000.tar. What was opened
-longest ago goes first; a file that a process has open stays readable to it.
+A file is named after its complete URL, since every data set calls its first shard 00000.tar, and after the state of the
+remote file (its stamp), so that a shard that was replaced is fetched again. What was opened longest ago is removed first; a
+file that a process has open stays readable to it.
 """
 
 import contextlib
@@ -15,62 +16,94 @@ from typing import Any
 from filelock import FileLock
 from webdataset.gopen import gopen
 
-from data.shards.locations import file_name, file_system, is_pipe
+from data.shards.locations import Stamp, file_name, file_system, is_pipe
 from data.shards.tar_headers import BrokenShardError
 
 _log = logging.getLogger(__name__)
 _COPY_BYTES = 1 << 22
+UNKNOWN = Stamp(-1, 0)
+"""The stamp of a command's output, and of a file whose server says nothing."""
 
 
 class ShardCache:
-    """Fetches whole shards and keeps as many as fit.
+    """Fetches complete shards and keeps as many as fit.
 
     Args:
-        folder: made if it is missing.
+        folder: created if it is missing.
         gigabytes: 10^9 bytes that the shards in it may take together.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float) -> None:
-        if gigabytes <= 0:
+        if not gigabytes > 0:
             raise ValueError(f"data.cache_gb is {gigabytes}, but it is a size in gigabytes above 0.")
         self.folder = Path(folder).expanduser()
         self.limit_bytes = int(gigabytes * 1e9)
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def path_of(self, url: str) -> Path:
-        """Where a URL's or a command's shard is kept."""
-        digest = hashlib.blake2b(url.encode(), digest_size=16).hexdigest()
-        return self.folder / f"{file_name(url).removesuffix('.tar')}-{digest}.tar"
+    def path_of(self, url: str, stamp: Stamp = UNKNOWN) -> Path:
+        """Where the shard of a URL or a command is kept in that state."""
+        return self.folder / f"{self._stem(url)}-{_digest(f'{stamp.size} {stamp.mark}')[:8]}.tar"
 
-    def find(self, url: str) -> Path | None:
-        """The file of a shard that is here, marked as used."""
-        path = self.path_of(url)
+    def find(self, url: str, stamp: Stamp = UNKNOWN) -> Path | None:
+        """The file of a shard that is here complete, marked as used. One that was cut since it was fetched is removed."""
+        path = self.path_of(url, stamp)
         try:
-            os.utime(path)
+            size = path.stat().st_size
+            expected = stamp.size if stamp.size >= 0 else int(_size_file(path).read_text())
+            if size == expected:
+                os.utime(path)
+                return path
         except FileNotFoundError:
-            return None
-        return path
+            if not path.exists():
+                return None
+            size, expected = path.stat().st_size, -1
+        except ValueError:  # a size file that was cut too
+            expected = -1
+        _log.warning(
+            "The cached copy %s of '%s' has %d bytes instead of %s, so it was damaged on this disk; it is fetched again.",
+            path,
+            url,
+            size,
+            expected if expected >= 0 else "those that were noted when it was fetched",
+        )
+        self._remove(path)
+        return None
 
-    def fetch(self, url: str, wait: bool = True) -> Path | None:
+    def fetch(self, url: str, stamp: Stamp = UNKNOWN, wait: bool = True) -> Path | None:
         """Fetch a shard unless it is here.
 
         Args:
             url: a URL, or `pipe:` with a command.
-            wait: for another process that fetches it already; otherwise None comes back at once.
+            stamp: the state of the remote file that is wanted.
+            wait: for another process that is fetching it; otherwise None is returned at once.
 
         Raises:
-            BrokenShardError: if a command fails, or if the shard is larger than the whole cache.
-            OSError: as the file system raises it.
+            BrokenShardError: if a command fails, or if the shard is larger than the cache.
+            OSError: as the file system raises it, or if another number of bytes came than the stamp states.
         """
-        path = self.path_of(url)
+        path = self.path_of(url, stamp)
         lock = FileLock(path.with_suffix(".lock"), blocking=wait)
         with contextlib.suppress(TimeoutError), lock:
-            if (found := self.find(url)) is None:
+            if (found := self.find(url, stamp)) is None:
                 partial = path.with_suffix(".partial")
                 with open(partial, "wb") as target:
                     self._copy(url, target)
-                self._make_room(partial.stat().st_size, url)
+                    target.flush()
+                    os.fsync(
+                        target.fileno()
+                    )  # or a crash of the machine leaves a file of the right size full of zeros
+                size = partial.stat().st_size
+                if stamp.size not in (-1, size):
+                    partial.unlink(missing_ok=True)
+                    raise OSError(
+                        f"{size:,} bytes came, but the server states {stamp.size:,}: the transfer was cut, or the shard was "
+                        "replaced while it was fetched; start again"
+                    )
+                self._make_room(size, url)
+                if stamp.size < 0:
+                    _size_file(path).write_text(str(size))
                 os.replace(partial, path)
+                self._remove_other_states(url, path)
                 found = path
             return found
         return None
@@ -81,7 +114,7 @@ class ShardCache:
             try:
                 shutil.copyfileobj(stream, target, _COPY_BYTES)
                 stream.close()
-            except OSError as error:  # how gopen tells that the command failed
+            except OSError as error:  # gopen's way of reporting that the command failed
                 raise BrokenShardError(f"The command '{url}' failed ({error}).") from error
         else:
             system, path = file_system(url)
@@ -100,8 +133,34 @@ class ShardCache:
             for _, freed, file in files:
                 if used + size <= self.limit_bytes:
                     break
-                file.unlink(missing_ok=True)
+                self._remove(file)
                 used -= freed
+
+    def _remove_other_states(self, url: str, kept: Path) -> None:
+        for path in self.folder.glob(f"{_escaped(self._stem(url))}-*.tar"):
+            if path != kept:
+                self._remove(path)
+
+    def _stem(self, url: str) -> str:
+        return f"{file_name(url).removesuffix('.tar')}-{_digest(url)}"
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        _size_file(path).unlink(missing_ok=True)
 
     def _shards(self) -> list[Path]:
         return list(self.folder.glob("*.tar"))
+
+
+def _size_file(path: Path) -> Path:
+    """Holds the size of a shard whose size nobody states beforehand."""
+    return path.with_suffix(".size")
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)

@@ -1,7 +1,7 @@
 """Indexes on disk: `<shard>.tar.index.npz`, beside the shard or in a folder of their own.
 
-A sidecar knows the size and the modification time (of a remote file: its tag) of the tar that it describes,
-and does not count where they differ.
+A sidecar holds the size and the modification time (of a remote file: its tag) of the tar that it describes, and is ignored
+where they differ.
 """
 
 import hashlib
@@ -11,25 +11,18 @@ import os
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from data.shards.locations import file_name, is_remote
+from data.shards.locations import Stamp, file_name, is_remote
 from data.shards.scan import SampleFault, ShardIndex
 
 _log = logging.getLogger(__name__)
 
-SIDECAR_VERSION = 2
+SIDECAR_VERSION = 3
+"""3: what follows an end-of-archive mark, links and dotted keys are faults."""
 SIDECAR_SUFFIX = ".index.npz"
-
-
-class Stamp(NamedTuple):
-    """What tells one state of a file from another."""
-
-    size: int
-    mark: int
-    """Modification time in nanoseconds, or a hash of a remote file's tag."""
 
 
 def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -> Path:
@@ -47,21 +40,25 @@ def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -
         return Path(location).with_name(Path(location).name + SIDECAR_SUFFIX)
     # The full path, since every data set calls its first shard 00000.tar.
     full = str(location) if is_remote(str(location)) else str(Path(location).resolve())
-    name = hashlib.blake2b(full.encode(), digest_size=8).hexdigest()
+    name = hashlib.blake2b(full.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     return Path(index_folder) / f"{file_name(str(location)).removesuffix('.tar')}-{name}{SIDECAR_SUFFIX}"
 
 
 def load_sidecar(sidecar: Path, location: str, stamp: Stamp | None) -> ShardIndex | None:
-    """The stored index, or None if there is none of this version and stamp (None: of any stamp)."""
+    """The stored index, or None if there is none of this version and stamp (None: of any stamp), or none that makes sense."""
     try:
         # Read at once: numpy's many small reads make threads wait for each other at the interpreter's lock.
-        with np.load(io.BytesIO(sidecar.read_bytes()), allow_pickle=False) as stored:
+        content = io.BytesIO(sidecar.read_bytes())
+        with zipfile.ZipFile(content) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                return None  # not ours, and it might unpack to any size
+        with np.load(content, allow_pickle=False) as stored:
             version, *known = stored["stamp"].tolist()
             if version != SIDECAR_VERSION or (stamp is not None and tuple(known) != stamp):
                 return None
             names = set(stored.files)
             faults = zip(stored["fault_keys"].tolist(), stored["fault_reasons"].tolist(), strict=True)
-            return ShardIndex(
+            index = ShardIndex(
                 location=location,
                 extensions=tuple(stored["extensions"].tolist()),
                 offsets=stored["offsets"],
@@ -73,16 +70,44 @@ def load_sidecar(sidecar: Path, location: str, stamp: Stamp | None) -> ShardInde
                 checksums=stored["checksums"] if "checksums" in names else None,
                 image_sizes=stored["image_sizes"] if "image_sizes" in names else None,
                 sized_by=str(stored["sized_by"]) if "image_sizes" in names else "",
+                stamp=Stamp(*known),
             )
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+    except Exception:  # numpy and zipfile raise a dozen kinds for a damaged file
         return None  # absent, or cut short by a full disk: the tar is the truth
+    return index if _makes_sense(index) else None
+
+
+def _makes_sense(index: ShardIndex) -> bool:
+    """Whether an index can be used without leading out of its arrays or its file: a sidecar may come with the shards."""
+    shape = index.offsets.shape
+    tables: list[tuple[Any, tuple[int, ...], str]] = [
+        (index.offsets, (len(index), len(index.extensions)), "int64"),
+        (index.sizes, shape, "int64"),
+        (index.keys, (index.keys.size,), "uint8"),
+        (index.key_ends, (len(index),), "int64"),
+    ]
+    if index.checksums is not None:
+        tables.append((index.checksums, shape, "uint32"))
+    if index.image_sizes is not None:
+        tables.append((index.image_sizes, (len(index), 2), "int64"))
+    if any(table.shape != expected or table.dtype != dtype for table, expected, dtype in tables):
+        return False
+    if index.stamp is None or (len(index) and index.key_ends[-1] != index.keys.size):
+        return False
+    end = index.stamp.size if index.stamp.size >= 0 else np.iinfo(np.int64).max
+    present = index.offsets >= 0
+    return bool(
+        (np.diff(index.key_ends, prepend=0) > 0).all()
+        and (index.sizes[present] >= 0).all()
+        and (index.offsets[present] <= end - index.sizes[present]).all()
+    )
 
 
 def save_sidecar(sidecar: Path, index: ShardIndex, stamp: Stamp) -> None:
-    """Write an index; one that cannot be written only costs time at each start."""
+    """Write an index; failing to do so is only logged, because it merely costs time at each start."""
     try:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        # Through a name of its own, since several processes may index the same shard.
+        # Through a unique name, since several processes may index the same shard.
         with tempfile.NamedTemporaryFile(dir=sidecar.parent, suffix=".partial", delete=False) as stream:
             np.savez(stream, **_arrays(index, stamp))
         os.chmod(stream.name, 0o644)

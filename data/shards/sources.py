@@ -1,12 +1,11 @@
-"""Opening the data sets of a run: their indexes, and for buckets the sizes of their pictures."""
+"""Opens the data sets of a run: their indexes, and for buckets the sizes of their images."""
 
-import contextlib
 from collections.abc import Sequence
 
 from data.shards.image_sizes import with_image_sizes
 from data.shards.index import ShardSet, save_index
 from data.shards.locations import is_remote
-from data.shards.mixture import Source
+from data.shards.order.mixture import Source
 from data.shards.scan import ShardIndex
 from data.shards.shard_cache import ShardCache
 from data.shards.store import ShardStore
@@ -25,8 +24,8 @@ def open_sources(
         sources: of the mixture, at least one.
         index_folder: where indexes are kept if not beside the shards.
         store: how remote shards are reached.
-        tolerant: faults stand in the indexes instead of being raised.
-        sized: "images" or "latents", to have their sizes; None for no sizes.
+        tolerant: faults are listed in the indexes instead of being raised.
+        sized: "images" or "latents" adds their sizes; None adds none.
 
     Raises:
         FileNotFoundError: for a source without shards.
@@ -46,12 +45,12 @@ def joined(sets: Sequence[ShardSet]) -> ShardSet:
 
 
 def require_window(cache: ShardCache, shards: ShardSet, window: int) -> None:
-    """Refuse a cache that would fetch the same shards again and again.
+    """Refuse a cache that would keep fetching the same shards.
 
     Args:
         cache: of remote shards.
         shards: all of them.
-        window: shards that are read at a time; 0 reads one after another.
+        window: shards of a shuffle window; 0 reads one after another.
 
     Raises:
         ValueError: if the remote shards of one shuffle window may not fit into the cache together.
@@ -73,6 +72,5 @@ def _sized(index: ShardIndex, content: str, index_folder: str | None, store: Sha
     if index.image_sizes is not None and index.sized_by == content:
         return index
     index = with_image_sizes(index, content, store)
-    with contextlib.suppress(OSError):  # a shard that is gone keeps the sidecar that it has
-        save_index(index, index_folder, store.stamp(index.location))
+    save_index(index, index_folder)
     return index

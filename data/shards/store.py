@@ -1,4 +1,4 @@
-"""Reading bytes of shards wherever they lie: local files by pread, remote ones by range or through the cache."""
+"""Reads bytes of shards: local files by pread, remote ones by range or through the cache."""
 
 import hashlib
 import os
@@ -12,9 +12,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from data.shards.locations import file_system, is_pipe, is_remote
-from data.shards.shard_cache import ShardCache
-from data.shards.sidecar import Stamp
+from data.shards.locations import Stamp, file_system, is_pipe, is_remote
+from data.shards.shard_cache import UNKNOWN, ShardCache
 from data.shards.tar_headers import BrokenShardError, TarMember, members_of, tar_members
 
 _ATTEMPTS, _FIRST_PAUSE_SECONDS = 4, 0.2
@@ -27,11 +26,11 @@ class ShardFile(ABC):
 
     @abstractmethod
     def read_into(self, buffer: memoryview, start: int) -> int:
-        """Fill a buffer with the bytes from `start` on; how many there were, fewer where the shard ends."""
+        """Fill a buffer with the bytes from `start` on; returns their number, less than asked for where the shard ends."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of the file."""
+        """Release the file."""
 
     def read(self, start: int, length: int) -> memoryview:
         """Bytes in memory of their own; fewer where the shard ends."""
@@ -40,46 +39,62 @@ class ShardFile(ABC):
 
 
 class LocalFile(ShardFile):
-    """A file of this machine. pread rather than a mapping: one that has shrunk gives a short read, not a bus error."""
+    """A file of this machine. pread rather than a mapping: a file that has shrunk gives a short read, not a bus error."""
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
 
+    def stamp(self) -> Stamp:
+        """The state of the file that is open."""
+        status = os.fstat(self._descriptor)
+        return Stamp(status.st_size, status.st_mtime_ns)
+
     def read_into(self, buffer: memoryview, start: int) -> int:
-        """See `ShardFile`."""
-        return os.preadv(self._descriptor, (buffer,), start)
+        count = 0
+        while count < len(buffer):  # one call reads at most 2 GB, and less on some network file systems
+            read = os.preadv(self._descriptor, (buffer[count:],), start + count)
+            if read == 0:
+                break
+            count += read
+        return count
 
     def close(self) -> None:
-        """See `ShardFile`."""
         os.close(self._descriptor)
 
 
 class RemoteFile(ShardFile):
-    """A URL's bytes by ranged reads; from the cache once the whole shard has arrived there."""
+    """The bytes of a URL by ranged reads; from the cache once the complete shard has arrived there."""
 
-    def __init__(self, url: str, find: Callable[[str], Path | None]) -> None:
+    def __init__(self, url: str, find: Callable[[], Path | None]) -> None:
         self._url, self._find = url, find
         self._local: LocalFile | None = None
 
     def read_into(self, buffer: memoryview, start: int) -> int:
-        """See `ShardFile`."""
-        if self._local is None and (path := self._find(self._url)) is not None:
+        if self._local is None and (path := self._find()) is not None:
             self._local = LocalFile(path)
         if self._local is not None:
-            return self._local.read_into(buffer, start)
+            count = self._local.read_into(buffer, start)
+            if count == len(buffer) or self._find() is not None:
+                return count
+            self.close()  # the cached copy was cut since it was opened, and is removed now: the server still has the shard
+            self._local = None
         system, name = file_system(self._url)
         read = persistent(lambda: system.cat_file(name, start=start, end=start + len(buffer)), self._url)
+        if len(read) > len(buffer):
+            raise OSError(
+                f"'{self._url}': {len(read):,} bytes came where {len(buffer):,} were asked for, so its server does not serve "
+                "ranges; set data.cache_folder, where complete shards are kept."
+            )
         buffer[: len(read)] = read
         return len(read)
 
     def close(self) -> None:
-        """See `ShardFile`."""
         if self._local is not None:
             self._local.close()
 
 
 class Arena:
-    """Memory for the members of one batch, used again for the next one.
+    """Memory for the members of one batch, reused for the next one.
 
     Fresh memory for every sample would be mapped page by page as it is filled, which takes longer than the
     copy; memory that was just used is also still in the processor's cache.
@@ -93,16 +108,16 @@ class Arena:
         return Arena, ()
 
     def clear(self) -> None:
-        """Give all of it back; what was taken before must not be used any more."""
+        """Reuse all of it; what was taken before must not be used any more."""
         if self._wanted > len(self._buffer):
             self._buffer = np.empty(self._wanted * 5 // 4, dtype=np.uint8).data
         self._used = self._wanted = 0
 
     def take(self, length: int) -> memoryview:
-        """Memory that may be written to, since torch takes no other."""
+        """Writable memory, which torch requires."""
         self._wanted += length
         if self._wanted > len(self._buffer):
-            return memoryview(bytearray(length))  # this once; the next batch finds room
+            return memoryview(bytearray(length))  # only this time; `clear` enlarges the buffer
         start = self._used
         self._used = start + length
         return self._buffer[start : self._used]
@@ -110,12 +125,12 @@ class Arena:
 
 class ShardStore:
     """Opens shards. Remote ones go through the cache if there is one: a shard is read by ranges at first, while a thread
-    fetches it whole.
+    fetches it completely.
     """
 
     def __init__(self, cache: ShardCache | None = None) -> None:
         self.cache = cache
-        self._wanted: queue.SimpleQueue[str] | None = None
+        self._wanted: queue.SimpleQueue[tuple[str, Stamp]] | None = None
         self._process = -1
 
     def __getstate__(self) -> dict[str, Any]:
@@ -123,13 +138,13 @@ class ShardStore:
         return {"cache": self.cache, "_wanted": None, "_process": -1}
 
     def stamp(self, location: str) -> Stamp:
-        """What tells this state of a shard from another.
+        """The present state of a shard.
 
         Raises:
             OSError: if it cannot be reached.
         """
         if is_pipe(location):
-            return Stamp(-1, 0)  # the command is all that is known of it
+            return UNKNOWN  # the command is all that is known of it
         if not is_remote(location):
             status = os.stat(location)
             return Stamp(status.st_size, status.st_mtime_ns)
@@ -140,61 +155,74 @@ class ShardStore:
         mark = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=7).digest(), "big")
         return Stamp(int(info.get("size") or -1), mark)
 
-    def members(self, location: str) -> Iterator[TarMember]:
-        """The headers of a shard. Of a remote one without a cache, all bytes or ranges of it are read."""
+    def members(self, location: str, stamp: Stamp) -> Iterator[TarMember]:
+        """The headers of a shard in that state. Of a remote one without a cache, all bytes or ranges of it are read."""
         if not is_remote(location):
             return tar_members(Path(location))
         if self.cache is not None or is_pipe(location):
-            return tar_members(self._fetched(location))
-        return self._remote_members(location)
+            path = self._fetched(location, stamp)
+            return tar_members(path, f"{location} (its copy {path})")
+        return self._remote_members(location, stamp)
 
-    def open(self, location: str) -> ShardFile:
+    def open(self, location: str, stamp: Stamp | None = None) -> ShardFile:
         """Open a shard for reading by offset.
+
+        Args:
+            location: path, URL or command.
+            stamp: the state that was indexed; None takes the present one.
 
         Raises:
             OSError: if it cannot be reached.
-            BrokenShardError: if a command fails.
+            BrokenShardError: if it is in another state now, or if a command fails.
         """
         if not is_remote(location):
-            return LocalFile(location)
+            file = LocalFile(location)
+            if stamp not in (None, now := file.stamp()):
+                file.close()
+                raise _replaced(location, stamp, now)
+            return file
         if is_pipe(location):
-            return LocalFile(self._fetched(location))
-        if self.cache is None:
-            return RemoteFile(location, lambda url: None)
-        if self.cache.find(location) is None:
-            self._want(location)
-        return RemoteFile(location, self.cache.find)
+            return LocalFile(self._fetched(location, UNKNOWN))
+        cache, now = self.cache, None
+        if cache is not None and stamp is not None and cache.find(location, stamp) is not None:
+            return RemoteFile(location, lambda: cache.find(location, stamp))
+        now = self.stamp(location)
+        if stamp not in (None, now):
+            raise _replaced(location, stamp, now)
+        if cache is None:
+            return RemoteFile(location, lambda: None)
+        self._want(location, now)
+        return RemoteFile(location, lambda: cache.find(location, now))
 
-    def _fetched(self, location: str) -> Path:
+    def _fetched(self, location: str, stamp: Stamp) -> Path:
         cache = self.cache
         if cache is None:
             raise ValueError(
                 f"The output of '{location}' cannot be read from the middle; set data.cache_folder, where it is kept."
             )
-        path = persistent(lambda: cache.fetch(location), location)
+        path = persistent(lambda: cache.fetch(location, stamp), location)
         assert path is not None
         return path
 
-    def _remote_members(self, url: str) -> Iterator[TarMember]:
+    def _remote_members(self, url: str, stamp: Stamp) -> Iterator[TarMember]:
         system, path = file_system(url)
-        stamp = self.stamp(url)
         with system.open(path, "rb", block_size=_SCAN_BYTES, cache_type="readahead") as stream:
             yield from members_of(url, _Ranges(stream), stamp.size)
 
-    def _want(self, url: str) -> None:
+    def _want(self, url: str, stamp: Stamp) -> None:
         if self._wanted is None or self._process != os.getpid():  # a fork inherits no thread
             self._wanted, self._process = queue.SimpleQueue(), os.getpid()
             threading.Thread(target=self._fetch_wanted, args=(self._wanted,), daemon=True).start()
-        self._wanted.put(url)
+        self._wanted.put((url, stamp))
 
-    def _fetch_wanted(self, wanted: "queue.SimpleQueue[str]") -> None:
+    def _fetch_wanted(self, wanted: "queue.SimpleQueue[tuple[str, Stamp]]") -> None:
         assert self.cache is not None
         while True:
-            url = wanted.get()
+            url, stamp = wanted.get()
             try:
-                self.cache.fetch(url, wait=False)
+                self.cache.fetch(url, stamp, wait=False)
             except (OSError, BrokenShardError):
-                continue  # whoever reads the shard by ranges meets the same fault, and tells
+                continue  # reading the shard by ranges meets the same fault and reports it
 
 
 class _Ranges:
@@ -209,12 +237,22 @@ class _Ranges:
         return data
 
 
+def _replaced(location: str, indexed: Stamp | None, now: Stamp) -> BrokenShardError:
+    assert indexed is not None
+    sizes = (
+        f"{indexed.size:,} bytes then, {now.size:,} now" if indexed.size != now.size else "other time or tag"
+    )
+    return BrokenShardError(
+        f"{location} was replaced since it was indexed ({sizes}), so its samples lie elsewhere; start again, which indexes it anew."
+    )
+
+
 def persistent(call: Callable[[], _T], location: str) -> _T:
-    """Call again after a pause where the network failed; a missing file is missing.
+    """Call again after a pause if the network failed; a missing file is not retried.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        OSError: if it failed four times, whatever the file system's own package raised.
+        OSError: if it failed four times, whatever the file system's package raised.
     """
     pause = _FIRST_PAUSE_SECONDS
     for attempt in range(_ATTEMPTS):

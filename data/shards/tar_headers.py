@@ -1,7 +1,7 @@
-"""Reading the headers of a tar without its contents: what is where, and whether the file is whole.
+"""Reads the headers of a tar without its contents: which member lies where, and whether the file is complete.
 
-Python's tarfile gives the same facts at a fifth of the speed and accepts a file that was cut between two
-members.
+Python's tarfile gives the same facts at a fifth of the speed, accepts a file that was cut between two members, and ignores
+whatever follows the first end-of-archive mark.
 """
 
 import mmap
@@ -13,15 +13,21 @@ from typing import NamedTuple, Protocol
 _BLOCK = 512
 _REGULAR = frozenset(b"0\0" + b"7")  # '0', NUL of the old format, '7' contiguous
 _EXTENDED = frozenset(b"xgLK")  # pax for one member and for all, GNU's long name and long link
+_WITHOUT_CONTENT = {ord("1"): "hard link", ord("2"): "symbolic link", ord("S"): "sparse file"}
 _ZEROS = bytes(_BLOCK)
+_MAX_EXTENSION_BYTES = 1 << 20
+# Two blocks of zeros end an archive, then tar fills its record of 20 blocks. More zeros than that are what a preallocated file
+# holds where the download has not come to yet.
+_MAX_TRAILING_ZEROS = 2 * _BLOCK + 20 * _BLOCK - _BLOCK
+_SCAN_BYTES = 1 << 20
 
 
 class BrokenShardError(ValueError):
-    """A shard that is not a whole, plain WebDataset tar."""
+    """A shard that is not a complete, plain WebDataset tar."""
 
 
 class Bytes(Protocol):
-    """A file's bytes, cut out by slices: a mapping of a local one, ranged reads of a remote one."""
+    """The bytes of a file by slices: a memory map of a local file, ranged reads of a remote one."""
 
     def __getitem__(self, part: slice, /) -> bytes:
         """The bytes of a slice; fewer where the file ends."""
@@ -29,34 +35,37 @@ class Bytes(Protocol):
 
 
 class TarMember(NamedTuple):
-    """A regular file in a tar: its name, and where its content lies."""
+    """A file in a tar: its name, and where its content lies."""
 
     name: str
     offset: int
     size: int
+    without_content: str = ""
+    """What the member is instead of a regular file: "hard link", "symbolic link", "sparse file"."""
 
 
-def tar_members(path: Path) -> Iterator[TarMember]:
-    """The regular files of an uncompressed tar, in order.
+def tar_members(path: Path, named: str = "") -> Iterator[TarMember]:
+    """The files of an uncompressed tar, in order.
 
     Reads ustar, GNU (long names, base-256 sizes) and pax (path, size) headers.
 
     Args:
         path: a local file.
+        named: what messages call it; by default its path.
 
     Raises:
-        BrokenShardError: naming the file, if a header's checksum is wrong, if the file ends inside a member,
-            or if it has no end-of-archive mark (a file cut between members has none).
+        BrokenShardError: if a header's checksum is wrong, if the file ends inside a member or without an end-of-archive
+            mark, or if that mark is followed by data or by more zeros than tar writes.
     """
-    size = path.stat().st_size
+    size, named = path.stat().st_size, named or str(path)
     if size == 0:
-        raise BrokenShardError(f"{path} is empty; write or copy the shard again.")
+        raise BrokenShardError(f"{named} is empty; write or copy the shard again.")
     with open(path, "rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        yield from members_of(str(path), data, size)
+        yield from members_of(named, data, size)
 
 
 def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
-    """As `tar_members`, of bytes that lie anywhere.
+    """As `tar_members`, for bytes that lie anywhere.
 
     Args:
         path: for messages.
@@ -72,34 +81,60 @@ def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
                 "copy it again."
             )
         if header == _ZEROS:
+            _check_end(path, data, at, total)
             return
         name, size, kind = _parse(path, header, at)
         start = at + _BLOCK
         if overrides and kind not in _EXTENDED:
             size, name = _overridden(path, at, size, name, overrides)
+        # A link has no content, whatever size its header states: as tarfile and GNU tar read it.
+        size = 0 if kind in _WITHOUT_CONTENT and kind != ord("S") else size
         if start + size > total:
             raise BrokenShardError(
-                f"{path} is truncated: '{name}' should end at byte {start + size}, but the file has {total}; "
+                f"{path} is truncated: {_shown(name)} should end at byte {start + size}, but the file has {total}; "
                 "write or copy it again."
             )
         if kind in _EXTENDED:
+            if size > _MAX_EXTENSION_BYTES:
+                raise _no_header(path, at)
             overrides = overrides | _extension(path, at, kind, data[start : start + size])
         else:
             if kind in _REGULAR:
-                yield TarMember(name, start, size)
+                yield TarMember(name, start, size, "sparse file" if "sparse" in overrides else "")
+            elif kind in _WITHOUT_CONTENT:
+                yield TarMember(name, start, size, _WITHOUT_CONTENT[kind])
             overrides = {}
         at = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
+def _check_end(path: str, data: Bytes, at: int, total: int) -> None:
+    """Require that nothing but the zeros that tar writes follows the end-of-archive mark at byte `at`."""
+    for start in range(at, total, _SCAN_BYTES):
+        part = data[start : min(start + _SCAN_BYTES, total)]
+        if rest := part.lstrip(b"\0"):
+            raise BrokenShardError(
+                f"{path} has the mark that ends a tar at byte {at}, but data follows at byte {start + len(part) - len(rest)}: "
+                "a header was overwritten by zeros, or two tars were joined; write or copy it again (to join tars: tar "
+                "--concatenate)."
+            )
+    if total - at > _MAX_TRAILING_ZEROS:
+        raise BrokenShardError(
+            f"{path} holds nothing but {total - at:,} zeros from byte {at} on, more than the {_MAX_TRAILING_ZEROS:,} at most "
+            "that end a tar: a download that was preallocated and not completed looks so; copy it again, or write it with "
+            "tar's default blocking factor."
+        )
+
+
 def _overridden(path: str, at: int, size: int, name: str, overrides: dict[str, str]) -> tuple[int, str]:
     stated = overrides.get("size", str(size))
-    if not stated.isascii() or not stated.isdigit():  # a negative size would lead back to this header
+    # A negative size would lead back to this header.
+    if not stated.isascii() or not stated.isdigit() or len(stated) > 20:
         raise _no_header(path, at)
     return int(stated), overrides.get("path", name)
 
 
 def _extension(path: str, at: int, kind: int, payload: bytes) -> dict[str, str]:
-    """What an extended header says of the member after it."""
+    """What an extended header states about the member after it."""
     if kind == ord("L"):
         return {"path": payload.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     if kind == ord("K") or kind == ord("g"):
@@ -108,6 +143,10 @@ def _extension(path: str, at: int, kind: int, payload: bytes) -> dict[str, str]:
         return _pax_records(payload)
     except ValueError:
         raise _no_header(path, at) from None
+
+
+def _shown(name: str) -> str:
+    return repr(name if len(name) <= 200 else name[:200] + "...")
 
 
 def _no_header(path: str, at: int, hint: str = "") -> BrokenShardError:
@@ -131,7 +170,7 @@ def _parse(path: str, header: bytes, at: int) -> tuple[str, int, int]:
     except ValueError:
         compressed = (
             " (it looks compressed; shards are plain .tar files)"
-            if header[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7")
+            if header[:2] in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5")
             else ""
         )
         raise _no_header(path, at, compressed) from None
@@ -145,9 +184,17 @@ def _pax_records(payload: bytes) -> dict[str, str]:
     records, at = dict[str, str](), 0
     while at < len(payload):
         length = int(payload[at : payload.index(b" ", at)])
-        if length < 5:  # "5 a=\n" is the shortest; a length of 0 would be read for ever
+        # "5 a=\n" is the shortest record; a length of 0 would be read for ever.
+        if length < 5 or at + length > len(payload) or payload[at + length - 1] != ord("\n"):
             raise ValueError
-        field, _, value = payload[at : at + length].partition(b" ")[2].partition(b"=")
-        records[field.decode()] = value.rstrip(b"\n").decode("utf-8", "surrogateescape")
+        field, _, value = payload[at : at + length - 1].partition(b" ")[2].partition(b"=")
+        records[field.decode()] = value.decode("utf-8", "surrogateescape")
         at += length
-    return {field: records[field] for field in ("path", "size") if field in records}
+    if "\0" in records.get("path", ""):
+        raise ValueError
+    found: dict[str, str] = {field: records[field] for field in ("path", "size") if field in records}
+    if any(field.startswith("GNU.sparse") for field in records):
+        found["sparse"] = ""
+        if "GNU.sparse.name" in records:
+            found["path"] = records["GNU.sparse.name"]
+    return found

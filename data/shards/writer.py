@@ -1,4 +1,4 @@
-"""Writing shards: plain WebDataset tars, the same bytes for the same samples on every machine and day."""
+"""Writes shards: plain WebDataset tars, byte for byte reproducible on every machine."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ def encode_latents(latents: torch.Tensor | NDArray[np.generic]) -> bytes:
     """The `latent.safetensors` member of one sample.
 
     Args:
-        latents: (4, h, w), what the VAE gives before any scaling; stored as float16.
+        latents: (4, h, w), unscaled output of the VAE; stored as float16.
 
     Raises:
         ValueError: unless it has three axes, or if a value is not finite in float16.
@@ -46,25 +46,24 @@ def encode_latents(latents: torch.Tensor | NDArray[np.generic]) -> bytes:
 class ShardWriter:
     """Writes samples into `<folder>/<prefix>00000.tar`, `<prefix>00001.tar`, and so on.
 
-    A shard appears under its name only when it is complete; what an interrupted writer leaves behind ends in
-    `.partial`. Use it as a context manager: leaving it normally completes the last shard, leaving it by an
-    exception discards that shard.
+    A shard appears under its name only when it is complete; an interrupted writer leaves a file that ends in
+    `.partial`. Use it as a context manager: leaving it normally completes the last shard, an exception discards it.
     """
 
     def __init__(
         self, folder: str | Path, prefix: str = "", samples_per_shard: int = 10_000, overwrite: bool = False
     ) -> None:
-        """Prepare the folder.
+        """Create the folder, and check that it is free.
 
         Args:
-            folder: made if it is missing.
+            folder: created if it is missing.
             prefix: begins every shard's name.
             samples_per_shard: the last shard may hold fewer.
-            overwrite: remove shards of this prefix that are already there, with their indexes.
+            overwrite: remove existing shards of this prefix, with their indexes.
 
         Raises:
             ValueError: unless samples_per_shard is at least 1.
-            FileExistsError: if shards of this prefix are there and `overwrite` is off.
+            FileExistsError: if shards of this prefix exist and `overwrite` is off.
         """
         if samples_per_shard < 1:
             raise ValueError(
@@ -100,8 +99,8 @@ class ShardWriter:
             The key.
 
         Raises:
-            ValueError: on a key that a reader would cut elsewhere or that the shard already has, or on no
-                member or one that our reader does not decode.
+            ValueError: for a key that holds a dot or that the shard already has, and for a sample without members
+                or with one that the reader does not decode.
         """
         key = f"{self.samples_written:09d}" if key is None else key
         if "." in key or key.startswith("__") or not key or key != key.strip("/"):
@@ -135,7 +134,6 @@ class ShardWriter:
         return self.paths
 
     def __enter__(self) -> Self:
-        """Enter."""
         return self
 
     def __exit__(
@@ -145,7 +143,7 @@ class ShardWriter:
         if kind is None:
             self._complete()
         elif self._tar is not None and self._stream is not None:
-            with contextlib.suppress(OSError):  # a full disk is often why we are here
+            with contextlib.suppress(OSError):  # a full disk is often the cause
                 self._tar.close()
             self._stream.close()
             self._partial.unlink(missing_ok=True)

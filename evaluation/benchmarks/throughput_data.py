@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from data.shards.datamodule import ShardDataModule
 from data.shards.dataset import Content, ShardDataset
 from data.shards.loader import Pass, ShardLoader
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.shards.scan import scan_shard
 from data.shards.writer import Member, ShardWriter, encode_latents
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from data.shards.image_condition import ImageCondition
+from data.shards.images import ImageCondition
 from evaluation.metrics.sampled import PerImageMetric
 
 

@@ -24,6 +24,7 @@ from transformers import (
 from data.conditions import Canny, Depth, ImageCondition, Sketch, SoftEdge
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter
+from sdxs_lightning.core.errors import UserError
 
 FILTERS = [Canny(), SoftEdge(), Sketch()]
 
@@ -139,7 +140,7 @@ def test_depth_is_the_networks(depth_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        ("nowhere", FileNotFoundError, "Depth: there is no folder 'nowhere'; give a folder with config.json"),
+        ("nowhere", UserError, "Depth: there is no folder 'nowhere'; give a folder with config.json"),
         ("EMPTY", ValueError, "cannot be loaded as a depth network of transformers"),
     ],
 )

@@ -26,7 +26,7 @@ from data.prepare.images.image_files import UnreadableImageError, open_image
 from data.prepare.images.sources import open_source
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
 from tests.helpers.preparing import files, killed_in_its_second_shard, refused

@@ -22,7 +22,7 @@ from data.prepare.common.shard_files import PreparedSample, make_shard
 from data.shards.dataset import ShardDataset
 from data.shards.decoders import BadSampleError
 from data.shards.index import ShardSet, index_shard, sidecar_path
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.shards.writer import Member, ShardWriter
 
 CAPTIONS = ["a red circle", "a small blue square", "a green cat", "the white star", "a photo", "a dog"]
@@ -232,7 +232,9 @@ def test_a_flipped_bit_is_detected_by_a_training_and_by_the_next_check(
     shards = ShardSet.open(str(folder))
     dataset = ShardDataset(shards, SampleOrder(shards.sizes, shuffle_window_shards=0), ())
     assert dataset.batch([3]).captions == ["the white star"]
-    with pytest.raises(BadSampleError, match="key '000000004': the member 'txt' has other bytes than when"):
+    with pytest.raises(
+        BadSampleError, match="key '000000004': the bytes of the member 'txt' have changed since"
+    ):
         dataset.batch([4])
 
 

@@ -10,14 +10,14 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from data.shards.buckets import Buckets
 from data.shards.datamodule import ShardDataModule
 from data.shards.dataset import ShardDataset
 from data.shards.faults import Faults
 from data.shards.index import ShardSet
 from data.shards.loader import Pass, ShardLoader
-from data.shards.mixture import Source
-from data.shards.order import SampleOrder
+from data.shards.order.buckets import Buckets
+from data.shards.order.mixture import Source
+from data.shards.order.sample_order import SampleOrder
 from data.shards.writer import ShardWriter, encode_latents
 from sdxs_lightning.core.batch import TrainingBatch
 
@@ -282,8 +282,8 @@ data:
     )
     made = parser.instantiate(parser.parse_path(file))
     assert isinstance(made.data, ShardDataModule)
-    assert made.data.sources == [Source(str(folder), 3.0), Source([str(folder)])]
-    assert made.data.buckets == Buckets(512, 64, 1.5) and made.data.faults == Faults(
+    assert made.data.settings.sources == [Source(str(folder), 3.0), Source([str(folder)])]
+    assert made.data.settings.buckets == Buckets(512, 64, 1.5) and made.data.settings.faults == Faults(
         5, f"{tmp_path}/bad.jsonl"
     )
     made.data.setup()

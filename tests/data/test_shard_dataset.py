@@ -19,7 +19,7 @@ from data.shards.dataset import Content, Reading, ShardDataset
 from data.shards.decoders import BadSampleError, decode
 from data.shards.images import Fitting
 from data.shards.index import ShardSet
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
 from data.shards.writer import ShardWriter, encode_latents
 from sdxs_lightning.core.seeding import Stream, normal

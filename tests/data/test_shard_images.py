@@ -5,17 +5,26 @@ import json
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from data.shards import images
-from data.shards.choices import Draw, draw
 from data.shards.datamodule import ShardDataModule
 from data.shards.decoders import decode
-from data.shards.images import Fitting, UndecodableImageError, decode_pixels, fast_jpeg_decoder, fit
+from data.shards.images import (
+    Fitting,
+    UndecodableImageError,
+    decode_pil,
+    decode_pixels,
+    fast_jpeg_decoder,
+    fit,
+    image_size,
+)
+from data.shards.order.sample_order import Draw, draw
 from data.shards.writer import ShardWriter
 
 
@@ -59,10 +68,86 @@ def test_without_the_fast_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.array_equal(images.decode_pixels(content), expected)
 
 
-def test_the_orientation_of_cameras_is_left_alone() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    assert decode_pixels(jpeg(smooth(30, 50), exif=exif)).shape == (30, 50, 3)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("value", [*range(10), "sideways"])
+def test_the_orientation_of_cameras_is_applied(value: int | str, kind: str) -> None:
+    pixels, exif, stream = smooth(30, 50), Image.Exif(), io.BytesIO()
+    exif[0x0112] = value
+    options = {"lossless": True} if kind == "WEBP" else {}
+    Image.fromarray(pixels).save(stream, kind, exif=exif.tobytes(), **options)
+    content = stream.getvalue()
+    with Image.open(io.BytesIO(content)) as opened:
+        expected = np.array(ImageOps.exif_transpose(opened).convert("RGB"))
+        stored = np.array(opened.convert("RGB"))
+    if value in (5, 6, 7, 8):
+        assert expected.shape == (50, 30, 3)
+    assert np.array_equal(decode_pixels(content), expected)
+    assert np.array_equal(np.array(decode_pil(content)), expected)
+    assert np.array_equal(np.array(decode_pil(content, upright=False)), stored)
+    assert image_size(content) == expected.shape[:2]
+
+
+def test_damaged_exif_is_ignored_as_by_any_viewer() -> None:
+    content = jpeg(smooth(30, 50), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01" * 30)
+    assert decode_pixels(content).shape == (30, 50, 3) and image_size(content) == (30, 50)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled_and_not_clipped(kind: str) -> None:
+    """Depth maps come so. 16-bit colour is read the same way: OpenCV, libpng and Pillow keep the upper 8 bits."""
+    values, stream = np.array([[0, 0x4000, 0x80FF, 0xFFFF]], dtype=np.uint16), io.BytesIO()
+    Image.fromarray(values).save(stream, kind)
+    assert decode_pixels(stream.getvalue()).tolist() == [[[0] * 3, [64] * 3, [128] * 3, [255] * 3]]
+    assert np.array_equal(np.array(decode_pil(stream.getvalue())), decode_pixels(stream.getvalue()))
+    coloured = cv2.imencode(f".{kind.lower()}", np.repeat(values[:, :, None], 3, axis=2))[1].tobytes()
+    if kind == "PNG":
+        assert np.array_equal(decode_pixels(coloured), decode_pixels(stream.getvalue()))
+
+
+def test_grey_of_32_bits_is_refused() -> None:
+    for mode in ("I", "F"):
+        stream = io.BytesIO()
+        Image.new(mode, (3, 3), 7).save(stream, "TIFF")
+        with pytest.raises(UndecodableImageError, match="32-bit numbers .* store 8 or 16 bits"):
+            decode_pixels(stream.getvalue())
+
+
+def test_only_formats_of_images_are_opened() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (3, 3)).save(stream, "EPS")
+    with pytest.raises(UndecodableImageError, match="cannot identify image file"):
+        decode_pixels(stream.getvalue())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1000])
+def test_transparency_is_composed_in_strips(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 4), dtype=np.uint8)
+    rgba, palette = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(rgba, "PNG")
+    Image.fromarray(pixels[..., :3]).quantize(16).save(palette, "PNG", transparency=3)
+    monkeypatch.setattr(images, "_STRIP_PIXELS", rows * 30)
+    white = Image.new("RGBA", (30, 40), "white")
+    for stream in (rgba, palette):
+        with Image.open(stream) as opened:
+            expected = Image.alpha_composite(white, opened.convert("RGBA")).convert("RGB")
+        assert np.array_equal(decode_pixels(stream.getvalue()), np.array(expected))
+
+
+def test_a_jpeg_that_ends_in_zeros_was_cut() -> None:
+    """As a preallocated download leaves it; decoders take zeros for data and give a grey lower half."""
+    content = jpeg(smooth(200, 200))
+    half = len(content) // 2
+    for cut in (half, len(content) - 40, len(content) - 3):
+        with pytest.raises(UndecodableImageError, match="it ends in zeros|broken or was cut"):
+            decode_pixels(content[:cut] + bytes(len(content) - cut))
+    assert np.array_equal(decode_pixels(content + bytes(100)), decode_pixels(content))
+
+
+def test_elongated_images_are_not_blown_up() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (60_000, 1)).save(stream, "PNG")
+    with pytest.raises(UndecodableImageError, match=r"resized to 30720000 x 512, more than 100,000,000"):
+        fit(decode_pixels(stream.getvalue()), (512, 512), Fitting(), 0)
 
 
 @pytest.mark.parametrize("size", [(60, 90), (40, 40), (20, 64), (99, 150)])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.shards.buckets import BucketOrder, Buckets, nearest_bucket, open_buckets
 from data.shards.datamodule import ShardDataModule
-from data.shards.mixture import MixedOrder, Schedule, Source, whole_weights
-from data.shards.plan import OrderPlan
+from data.shards.order.buckets import BucketOrder, Buckets, nearest_bucket, open_buckets
+from data.shards.order.mixture import MixedOrder, Schedule, Source, integer_weights
+from data.shards.order.run_order import OrderSpec
 from data.shards.writer import ShardWriter, encode_latents
 
 
@@ -39,19 +39,19 @@ def test_a_schedule_far_into_a_run() -> None:
     assert abs(counts[choices == 0][0] - 0.7 * start) <= 2
 
 
-def test_whole_weights() -> None:
-    assert whole_weights([0.5, 0.25, 0.25]) == [2, 1, 1]
-    assert whole_weights([1, 0.1]) == [10, 1]
-    near = whole_weights([2**0.5, 1])
+def test_integer_weights() -> None:
+    assert integer_weights([0.5, 0.25, 0.25]) == [2, 1, 1]
+    assert integer_weights([1, 0.1]) == [10, 1]
+    near = integer_weights([2**0.5, 1])
     assert near[0] / near[1] == pytest.approx(2**0.5, rel=1e-5)
     with pytest.raises(ValueError, match="below a millionth"):
-        whole_weights([1, 1e-9])
+        integer_weights([1, 1e-9])
     with pytest.raises(ValueError, match=r"data\.sources: the weight of 'a' is 0"):
         Source("a", 0)
 
 
 def test_a_mixture_goes_through_each_source_in_its_own_epochs() -> None:
-    order = OrderPlan([[50, 30], [20]], [1, 1], seed=3).order()
+    order = OrderSpec([[50, 30], [20]], [1, 1], seed=3).order()
     assert isinstance(order, MixedOrder) and len(order) == 100
     samples = order.samples_at(range(320))
     for low, high in ((0, 80), (80, 100)):
@@ -95,7 +95,7 @@ def test_a_batch_lies_in_one_bucket_and_all_samples_come(sources: int) -> None:
     sizes, batch = [[40, 17, 43], [50, 30]][:sources], 6
     total = sum(map(sum, sizes))
     bucket_of = np.random.default_rng(0).choice(3, size=total, p=[0.6, 0.3, 0.1])
-    order = OrderPlan(sizes, [1.0, 80 / 100][:sources], seed=1, shuffle_window_shards=2).bucket_order(
+    order = OrderSpec(sizes, [1.0, 80 / 100][:sources], seed=1, shuffle_window_shards=2).bucket_order(
         bucket_of, batch
     )
     assert isinstance(order, BucketOrder) and len(order) == total

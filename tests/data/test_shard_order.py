@@ -5,7 +5,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 
-from data.shards.order import SampleOrder, permute
+from data.shards.order.sample_order import SampleOrder, permute
 
 
 @pytest.mark.parametrize("length", [*range(1, 40), 255, 256, 257, 8193])

@@ -11,7 +11,7 @@ import torch
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
 from data.shards.loader import Pass, RankPositions, ShardLoader
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.shards.writer import ShardWriter, encode_latents
 
 SIZES = [5, 1, 9, 2, 7, 11, 3, 8, 4, 6, 13]  # a prime number of shards, none like another

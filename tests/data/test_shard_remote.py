@@ -241,11 +241,12 @@ def test_the_cache_is_bounded(folder: Path, tmp_path: Path) -> None:
     urls = [f"file://{path}" for path in sorted(folder.glob("*.tar"))]
     size = (folder / "00000.tar").stat().st_size
     cache = ShardCache(tmp_path / "cache", 2.5 * size / 1e9)
-    paths = [cache.fetch(url) for url in urls[:2]]
+    stamps = {url: ShardStore().stamp(url) for url in urls}
+    paths = [cache.fetch(url, stamps[url]) for url in urls[:2]]
     time.sleep(0.01)
-    assert cache.find(urls[0]) == paths[0]  # used again, so the other one is the oldest
-    cache.fetch(urls[2])
-    assert [cache.find(url) is not None for url in urls] == [True, False, True]
+    assert cache.find(urls[0], stamps[urls[0]]) == paths[0]  # used again, so the other one is the oldest
+    cache.fetch(urls[2], stamps[urls[2]])
+    assert [cache.find(url, stamps[url]) is not None for url in urls] == [True, False, True]
     assert sum(path.stat().st_size for path in cache.folder.iterdir()) <= cache.limit_bytes
     with pytest.raises(BrokenShardError, match=r"more than the cache of 1e-06 GB; raise data\.cache_gb"):
         ShardCache(tmp_path / "small", 1e-6).fetch(urls[0])
@@ -299,7 +300,7 @@ def test_a_shard_is_fetched_while_it_is_read_by_ranges(folder: Path, tmp_path: P
     file = store.open(url)
     assert isinstance(file, RemoteFile) and bytes(file.read(1000, 50)) == whole[1000:1050]
     until = time.monotonic() + 20
-    while store.cache.find(url) is None and time.monotonic() < until:
+    while store.cache.find(url, store.stamp(url)) is None and time.monotonic() < until:
         time.sleep(0.02)
     assert bytes(file.read(2000, 50)) == whole[2000:2050] and file._local is not None
     assert len(file.read(len(whole) - 10, 50)) == 10
@@ -320,7 +321,8 @@ def test_workers_read_remote_shards(
 
 def test_tar_headers_over_a_slow_stream(folder: Path, tmp_path: Path) -> None:
     """Without a cache the headers of a remote shard are found by reading on, not by a request each."""
-    members = list(ShardStore()._remote_members(f"file://{folder}/00001.tar"))
+    store, url = ShardStore(), f"file://{folder}/00001.tar"
+    members = list(store._remote_members(url, store.stamp(url)))
     with tarfile.open(folder / "00001.tar") as tar:
         assert [(one.name, one.offset, one.size) for one in members] == [
             (one.name, one.offset_data, one.size) for one in tar

@@ -8,8 +8,8 @@ import pytest
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from data.shards.buckets import Buckets
 from data.shards.datamodule import ShardDataModule
+from data.shards.order.buckets import Buckets
 from data.shards.writer import ShardWriter, encode_latents
 from sdxs_lightning.core.batch import TrainingBatch
 

@@ -10,7 +10,7 @@ import webdataset
 
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.shards.writer import Member, ShardWriter, encode_latents
 
 

@@ -17,7 +17,7 @@ from data.prepare.common.shard_files import SUMMARY_FILE, missing_shards, summar
 from data.prepare.latents.job import LatentJob, LatentSet
 from data.prepare.latents.options import LatentOptions
 from data.prepare.latents.vae import check_dtype, find_vae, pixels_per_latent
-from data.shards.buckets import Buckets, Size
+from data.shards.order.buckets import Buckets, Size
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family

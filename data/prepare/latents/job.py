@@ -19,7 +19,7 @@ from data.prepare.common.shard_files import LeftOutSample, PreparedSample, make_
 from data.prepare.latents.options import LatentOptions, LatentSettings
 from data.prepare.latents.samples import FittedSample, fit_sample, pack
 from data.prepare.latents.vae import VaeEncoder
-from data.shards.buckets import Size
+from data.shards.order.buckets import Size
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError

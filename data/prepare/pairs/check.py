@@ -13,7 +13,7 @@ from data.prepare.pairs.pair_set import PairSet
 from data.prepare.pairs.sampler import PairSampler
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.families import Family

@@ -9,7 +9,7 @@ from typing import Protocol, get_args
 
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
-from data.shards.order import SampleOrder
+from data.shards.order.sample_order import SampleOrder
 from data.toy import world
 from sdxs_lightning.core.errors import UserError
 

@@ -25,8 +25,7 @@ from data.shards.decoders import (
     BadSampleError,
     decode,
 )
-from data.shards.img2dataset import stated_samples
-from data.shards.index import ShardIndex
+from data.shards.index import ShardIndex, stated_samples
 from data.shards.locations import file_name, is_remote
 from data.shards.scan import scan_members
 from data.shards.sidecar import load_sidecar, save_sidecar, sidecar_path

@@ -1,19 +1,20 @@
 """Which sample stands at which position: a pure function of (seed, epoch, position).
 
-Nothing is stored and nothing is drawn from a stateful generator, so any rank and any worker can ask for any
-position, and a run continues from one integer. A position p counts every sample that the run consumed before
-it; with n samples it lies in epoch p // n at place p % n, and each epoch visits each sample exactly once.
+Nothing is stored and no generator has a state, so any rank and any worker can look up any position, and a run
+resumes from one integer. Position p counts the samples that the run consumed before it; with n samples it lies in
+epoch p // n at place p % n, and each epoch visits each sample exactly once.
 
 The shuffle is bounded: shards are dealt into windows of at most K shards, and the samples of one window are
-permuted among themselves. Only K shards are open at a time; K at least the number of shards is a full
-shuffle. Each window gets shards from everywhere in the written order (one of each run of as many shards as
-there are windows), so that a data set that was written sorted comes as mixed as 1 / K^1.5 allows; windows of
-shards drawn at random would leave a correlation of about 1 / sqrt(shards).
+permuted among themselves. Only K shards are open at a time; with K >= the number of shards it is a full shuffle.
+Each window gets shards from everywhere in the stored order (one of each run of as many shards as there are
+windows), so that a data set that was written sorted comes out as mixed as 1 / K^1.5 allows; windows of shards
+drawn at random would leave a correlation of about 1 / sqrt(shards).
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import TypeVar
 
 import numpy as np
@@ -31,7 +32,8 @@ ORDER_VERSION = 2
 
 _MASK = (1 << 64) - 1
 _ROUNDS = 8  # even, so that halves of unequal width end where they began
-_BLOCK = 8192  # positions looked up at once: vectorised arithmetic costs 0.1 us a sample instead of 5
+_BLOCK = 8192  # positions computed at once: vectorised arithmetic costs 0.1 us a sample instead of 5
+_DRAWS = 3  # the order's own keys begin with 0, 1 and 2 after the epoch or the seed
 
 
 def mix(value: int) -> int:
@@ -53,6 +55,24 @@ def key_of(*parts: int) -> int:
     return key
 
 
+class Draw(IntEnum):
+    """What is drawn anew at each visit of a sample. Append only: a changed value changes every run of that seed."""
+
+    CROP_TOP = 0
+    CROP_LEFT = 1
+    FLIP = 2
+    CAPTION = 3
+
+
+def draw(seed: int, position: int, what: Draw, count: int) -> int:
+    """A uniform integer in [0, count).
+
+    Like noise and timesteps (core/seeding.py), each draw is addressed by the seed and the sample's position instead of coming
+    from a stateful generator, so a resumed run draws the same.
+    """
+    return key_of(seed, _DRAWS, position, what) * count >> 64
+
+
 def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -72,11 +92,10 @@ def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint
 
 
 def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
-    """Where a keyed permutation of range(length) sends the given indices, without storing the permutation.
+    """Apply a keyed permutation of range(length) to the given indices, without storing the permutation.
 
-    A Feistel network permutes the next power of two; values that land outside are sent on until they land
-    inside (cycle walking), which keeps it a permutation of range(length). At most half of them do so each
-    time.
+    A Feistel network permutes the next power of two; values that land outside are permuted again until they land
+    inside (cycle walking), which keeps it a permutation of range(length). Each round leaves at most half of them outside.
 
     Args:
         indices: (n,), int64, in [0, length).
@@ -100,7 +119,7 @@ def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch's shards in their order, where each begins, and where windows begin, with the end."""
+    """One epoch: shards in their order, the first place of each, the first place of each window and the end."""
 
     shards: Int64Array
     starts: Int64Array
@@ -108,24 +127,24 @@ class _Epoch:
 
 
 class SampleOrder:
-    """Maps positions to sample numbers, which count the samples of all shards in the index's order."""
+    """Maps positions to sample numbers; samples are numbered through all shards in the order of the index."""
 
     def __init__(self, shard_sizes: Sequence[int], seed: int = 0, shuffle_window_shards: int = 64) -> None:
-        """Keep what the order depends on.
+        """Store the settings.
 
         Args:
             shard_sizes: samples in each shard, in the index's order.
             seed: another seed gives another order.
-            shuffle_window_shards: shards whose samples are mixed with each other; 0 keeps the written order
-                in every epoch.
+            shuffle_window_shards: number of shards whose samples are shuffled together; 0 keeps the stored order in
+                every epoch.
 
         Raises:
-            ValueError: on a negative window or when there is no sample.
+            ValueError: for a negative window, or without any sample.
         """
         if shuffle_window_shards < 0:
             raise ValueError(
                 f"shuffle_window_shards is {shuffle_window_shards}, but it is a number of shards: 1 or more, "
-                "or 0 for the written order."
+                "or 0 for the stored order."
             )
         self.seed = seed
         self.shuffle_window_shards = shuffle_window_shards
@@ -133,7 +152,7 @@ class SampleOrder:
         self._first_samples = np.cumsum(self._sizes) - self._sizes
         self._total = int(self._sizes.sum())
         if self._total == 0:
-            raise ValueError("The shards hold no sample, so there is no order of them.")
+            raise ValueError("The shards hold no sample, so nothing can be ordered.")
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], Int64Array] = OrderedDict()
 
@@ -143,18 +162,18 @@ class SampleOrder:
 
     @property
     def version(self) -> int:
-        """The version of the order that began to order these shards as now."""
+        """The first version of the order that gives these shards their current order."""
         shards = np.count_nonzero(self._sizes)
         return ORDER_VERSION if 0 < self.shuffle_window_shards < shards else 1
 
     def replacement(self, sample: int, attempt: int) -> int:
-        """The sample that stands in for one that cannot be read, the same each time.
+        """The sample that replaces an unreadable one; a pure function of its arguments.
 
-        Any sample of the data set: neighbours of one that cannot be read often cannot be read either.
+        It is drawn from the complete data set, because the neighbours of an unreadable sample are often unreadable too.
 
         Args:
-            sample: its number.
-            attempt: 0 for the first choice, 1 where that cannot be read either, and so on.
+            sample: number of the unreadable sample.
+            attempt: 0 for the first replacement, 1 if that one is unreadable too, and so on.
         """
         step = 1 + key_of(self.seed, 2, sample, attempt) % max(1, self._total - 1)
         return (sample + step) % self._total
@@ -184,7 +203,7 @@ class SampleOrder:
         return samples
 
     def _neighbours(self, positions: Sequence[int]) -> Int64Array | None:
-        """As `samples_at` for the positions of a batch, which nearly always lie in one block; None where they do not."""
+        """Fast path of `samples_at` for a batch, whose positions nearly always lie in one block; None if they do not."""
         low, high = int(min(positions)), int(max(positions))
         epoch, place = divmod(low, self._total)
         last, block = place + high - low, place // _BLOCK
@@ -229,7 +248,7 @@ class SampleOrder:
 
 
 def _deal(shards: Int64Array, window: int, key: int) -> list[Int64Array]:
-    """Shards in windows of at most `window`, one of each run of consecutive shards to each window."""
+    """Deal shards into windows of at most `window`: of each run of consecutive shards one to each window."""
     count = -(-len(shards) // window)
     if count == 1:
         return [shards[permute(np.arange(len(shards)), len(shards), key)]]

@@ -1,8 +1,8 @@
 """Weighted mixtures: which source a position belongs to, by a schedule instead of by chance.
 
-Random draws would need either a stored sequence or a sum over all earlier positions. The schedule answers
-both questions, which source and how many of that source came before, by a few divisions, and among the first
-n positions of any run a source is never more than about two samples away from its share.
+Random draws would need either a stored sequence or a sum over all earlier positions. The schedule gives both the
+source of a position and the number of earlier positions of that source by a few divisions, and over the first n
+positions a source is never more than about two samples away from its share.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from math import gcd
 
 import numpy as np
 
-from data.shards.order import Int64Array, SampleOrder
+from data.shards.order.sample_order import Int64Array, SampleOrder
 
 _RESOLUTION = 10**6  # weights are fractions of at most this denominator
 
@@ -32,19 +32,19 @@ class Source:
             raise ValueError(f"data.sources: the weight of '{self.shards}' is {self.weight}; it is above 0.")
 
 
-def whole_weights(weights: Sequence[float]) -> list[int]:
-    """Weights as the smallest whole numbers of the same proportions, to one part in a million.
+def integer_weights(weights: Sequence[float]) -> list[int]:
+    """The smallest integers in the proportions of the weights, to one part in a million.
 
     Raises:
-        ValueError: for a source that is too rare for that.
+        ValueError: for a weight that is too small for that.
     """
     total = sum(weights)
     parts = [round(weight / total * _RESOLUTION) for weight in weights]
     exact = [Fraction(weight).limit_denominator(1000) for weight in weights]
     if all(float(fraction) == weight for fraction, weight in zip(exact, weights, strict=True)):
         common = reduce(lambda a, b: a * b // gcd(a, b), (fraction.denominator for fraction in exact))
-        if sum(wholes := [int(fraction * common) for fraction in exact]) <= _RESOLUTION:
-            parts = wholes
+        if sum(integers := [int(fraction * common) for fraction in exact]) <= _RESOLUTION:
+            parts = integers
     if min(parts) == 0:
         raise ValueError(
             f"data.sources have the weights {list(weights)}; the smallest is below a millionth of their sum."
@@ -53,20 +53,20 @@ def whole_weights(weights: Sequence[float]) -> list[int]:
 
 
 class Schedule:
-    """Deals the numbers 0, 1, 2, ... out among choices by their weights.
+    """Distributes the numbers 0, 1, 2, ... over choices in proportion to their weights.
 
-    The first choice takes each number where floor(n w / W + 1/2) steps up, the second does so among the
-    numbers that are left, and so on: how many of the first n numbers went to a choice has a closed form. Over
-    each W numbers the first gets exactly its weight, and every other nearly.
+    The first choice takes each number n where floor(n w / W + 1/2) steps up, the second does so among the remaining
+    numbers, and so on, so the count of a choice among the first n numbers has a closed form. Of each W numbers the
+    first choice gets exactly its weight, the others very nearly.
     """
 
     def __init__(self, weights: Sequence[int]) -> None:
-        """Keep the weights, positive whole numbers."""
+        """Store the weights, positive integers."""
         divisor = reduce(gcd, weights)
         self.weights = [weight // divisor for weight in weights]
 
     def at(self, numbers: Sequence[int] | Int64Array) -> tuple[Int64Array, Int64Array]:
-        """For each number its choice, and how many numbers before it had the same choice.
+        """For each number its choice, and how many smaller numbers have the same choice.
 
         Args:
             numbers: (n,), non-negative; times a weight below 2^62.
@@ -90,32 +90,31 @@ class MixedOrder:
     """Maps positions to samples of several sources; each source goes through its own epochs."""
 
     def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[int], offsets: Sequence[int]) -> None:
-        """Keep the parts.
+        """Store the parts.
 
         Args:
             orders: of each source.
-            weights: of each source, whole numbers.
+            weights: of each source, integers.
             offsets: for each source the number of its first sample among the samples of all.
         """
         self.orders, self.schedule, self.offsets = tuple(orders), Schedule(weights), tuple(offsets)
         self.seed = orders[0].seed
 
     def __len__(self) -> int:
-        """Positions in an epoch: as many as there are samples, though a source may come more or less than once."""
+        """Positions in an epoch: the number of samples, although a source may be visited more or less than once."""
         return sum(len(order) for order in self.orders)
 
     @property
     def version(self) -> int:
-        """See `SampleOrder`."""
         return max(order.version for order in self.orders)
 
     def replacement(self, sample: int, attempt: int) -> int:
-        """A sample of the same source; see `SampleOrder`."""
+        """A replacement from the same source."""
         source = int(np.searchsorted(self.offsets, sample, side="right")) - 1
         return self.offsets[source] + self.orders[source].replacement(sample - self.offsets[source], attempt)
 
     def samples_at(self, positions: Sequence[int] | Int64Array) -> Int64Array:
-        """Sample numbers at the given positions, as `SampleOrder`."""
+        """Sample numbers at the given positions."""
         choices, counts = self.schedule.at(positions)
         samples = np.empty_like(choices)
         for source in set(choices.tolist()):

@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: every global batch holds pictures, or latents, of one size.
+"""Aspect-ratio buckets: every global batch holds images, or latents, of one size.
 
-Which bucket a batch belongs to comes from the same schedule as mixtures, with the buckets' sizes as weights:
-batch g is the k-th of its bucket, and holds the bucket's positions [k B, (k + 1) B). So all ranks have the
-same size at each step, nothing is left out or padded, and a run still continues from one integer. A bucket
-goes through its own epochs; all buckets end theirs at about the same time.
+The bucket of a batch comes from the same schedule as mixtures, with the number of samples in each bucket as weights:
+batch g is the k-th of its bucket and holds the bucket's positions [k B, (k + 1) B). So all ranks have the same size
+at each step, nothing is dropped or padded, and a run still resumes from one integer. Each bucket has its own epochs,
+which end at about the same time.
 
 Source of the sizes: SDXL, arXiv:2307.01952, section 2.3 and appendix I.
 """
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.shards.mixture import MixedOrder, Schedule
-from data.shards.order import Int64Array, SampleOrder
+from data.shards.order.mixture import MixedOrder, Schedule
+from data.shards.order.sample_order import Int64Array, SampleOrder
 
 Size = tuple[int, int]
 AnyOrder = SampleOrder | MixedOrder
@@ -22,10 +22,10 @@ AnyOrder = SampleOrder | MixedOrder
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes for pictures, all of about the area of a square."""
+    """Image sizes of about the area of a square."""
 
     side_px: int = 1024
-    """Side of the square whose area no size exceeds."""
+    """Side of the square whose area bounds every size."""
     step_px: int = 64
     """Heights and widths are multiples of this."""
     max_aspect: float = 2.0
@@ -34,10 +34,10 @@ class Buckets:
     def __post_init__(self) -> None:
         if self.step_px < 1 or self.side_px < self.step_px or self.side_px % self.step_px:
             raise ValueError(
-                f"data.buckets.side_px is {self.side_px} and step_px {self.step_px}, but the side is a multiple of the step."
+                f"data.buckets.side_px is {self.side_px} and step_px {self.step_px}, but the side must be a multiple of the step."
             )
         if self.max_aspect < 1:
-            raise ValueError(f"data.buckets.max_aspect is {self.max_aspect}, but it is 1 or more.")
+            raise ValueError(f"data.buckets.max_aspect is {self.max_aspect}, but it must be 1 or more.")
 
     def sizes(self) -> list[Size]:
         """(height, width) of every bucket, from the flattest to the tallest."""
@@ -51,14 +51,14 @@ class Buckets:
 
 
 def nearest_bucket(image_sizes: Int64Array, sizes: Sequence[Size]) -> Int64Array:
-    """For each picture the size of the nearest aspect, by the ratio of ratios.
+    """For each image the bucket of the nearest aspect ratio, measured by the ratio of ratios.
 
     Args:
         image_sizes: (n, 2), heights and widths, positive.
         sizes: (height, width) of the buckets.
 
     Returns:
-        (n,), int64, places in `sizes`.
+        (n,), int64, indices into `sizes`.
     """
     ratios = np.log([height / width for height, width in sizes])
     by_ratio = np.argsort(ratios, kind="stable")
@@ -69,10 +69,10 @@ def nearest_bucket(image_sizes: Int64Array, sizes: Sequence[Size]) -> Int64Array
 
 
 def open_buckets(image_sizes: Int64Array, sizes: Sequence[Size], global_batch_size: int) -> Int64Array:
-    """As `nearest_bucket`, among buckets of at least a global batch: a smaller one would repeat pictures in a batch.
+    """As `nearest_bucket`, among buckets that fill a global batch: a smaller one would repeat images within a batch.
 
     Raises:
-        ValueError: if there are fewer pictures than a global batch.
+        ValueError: if there are fewer images than a global batch.
     """
     if len(image_sizes) < global_batch_size:
         raise ValueError(
@@ -87,7 +87,7 @@ def open_buckets(image_sizes: Int64Array, sizes: Sequence[Size], global_batch_si
         smallest = min(places, key=lambda place: int(counts[place]))
         if counts[smallest] >= global_batch_size:
             return chosen
-        places.remove(smallest)  # one at a time: its pictures may fill a neighbour
+        places.remove(smallest)  # one at a time: its images may fill a neighbour
 
 
 class BucketOrder:
@@ -100,12 +100,12 @@ class BucketOrder:
         weights: Sequence[int],
         global_batch_size: int,
     ) -> None:
-        """Keep the parts.
+        """Store the parts.
 
         Args:
-            orders: of each bucket's samples among themselves.
+            orders: of the samples within each bucket.
             samples: for each bucket its samples' numbers, ascending.
-            weights: of each bucket, whole numbers: the share of batches that it gets.
+            weights: of each bucket, integers: its share of the batches.
             global_batch_size: samples of a batch over all ranks.
         """
         self.orders, self.samples = tuple(orders), tuple(samples)
@@ -121,17 +121,16 @@ class BucketOrder:
 
     @property
     def version(self) -> int:
-        """See `SampleOrder`."""
         return max(order.version for order in self.orders)
 
     def replacement(self, sample: int, attempt: int) -> int:
-        """A sample of the same bucket; see `SampleOrder`."""
+        """A replacement from the same bucket."""
         bucket = int(self._bucket_of[sample])
         own = int(np.searchsorted(self.samples[bucket], sample))
         return int(self.samples[bucket][self.orders[bucket].replacement(own, attempt)])
 
     def samples_at(self, positions: Sequence[int] | Int64Array) -> Int64Array:
-        """Sample numbers at the given positions, as `SampleOrder`."""
+        """Sample numbers at the given positions."""
         batches, places = np.divmod(np.asarray(positions, dtype=np.int64), self.global_batch_size)
         buckets, counts = self.schedule.at(batches)
         within = counts * self.global_batch_size + places
