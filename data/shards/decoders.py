@@ -91,7 +91,7 @@ def decode_latents(content: Bytes, where: str, tensor: str = LATENT_TENSOR) -> N
     exponent = 0x7C00 if latents.itemsize == 2 else 0x7F800000
     if ((bits & exponent) == exponent).any():
         raise BadSampleError(f"{where}: {LATENT_MEMBER} holds NaN or infinity.")
-    if latents.itemsize == 4 and float(np.abs(latents).max()) > _LARGEST_LATENT:  # type: ignore[arg-type]
+    if latents.itemsize == 4 and float(np.abs(latents).max()) > _LARGEST_LATENT:
         raise BadSampleError(f"{where}: {LATENT_MEMBER} holds values beyond {_LARGEST_LATENT:g}.")
     return latents
 

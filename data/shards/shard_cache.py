@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from webdataset.gopen import gopen
 
 from data.shards.locations import Stamp, file_name, file_system, is_pipe
 from data.shards.tar_headers import BrokenShardError
@@ -110,6 +109,8 @@ class ShardCache:
 
     def _copy(self, url: str, target: Any) -> None:
         if is_pipe(url):
+            from webdataset.gopen import gopen  # which imports torch
+
             stream = gopen(url, "rb", bufsize=_COPY_BYTES)
             try:
                 shutil.copyfileobj(stream, target, _COPY_BYTES)

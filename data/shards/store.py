@@ -155,10 +155,11 @@ class ShardStore:
         mark = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=7).digest(), "big")
         return Stamp(int(info.get("size") or -1), mark)
 
-    def members(self, location: str, stamp: Stamp) -> Iterator[TarMember]:
-        """The headers of a shard in that state. Of a remote one without a cache, all bytes or ranges of it are read."""
+    def members(self, location: str, stamp: Stamp | None = None) -> Iterator[TarMember]:
+        """The headers of a shard in that state, by default the present one. Without a cache, ranges of a remote one are read."""
         if not is_remote(location):
             return tar_members(Path(location))
+        stamp = self.stamp(location) if stamp is None else stamp
         if self.cache is not None or is_pipe(location):
             path = self._fetched(location, stamp)
             return tar_members(path, f"{location} (its copy {path})")
@@ -183,7 +184,7 @@ class ShardStore:
             return file
         if is_pipe(location):
             return LocalFile(self._fetched(location, UNKNOWN))
-        cache, now = self.cache, None
+        cache = self.cache
         if cache is not None and stamp is not None and cache.find(location, stamp) is not None:
             return RemoteFile(location, lambda: cache.find(location, stamp))
         now = self.stamp(location)

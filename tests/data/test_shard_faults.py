@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from data.shards.datamodule import ShardDataModule
@@ -24,6 +25,7 @@ from data.shards.faults import Faults, Quarantine, TooManyFaultsError
 from data.shards.index import index_shard, save_index, scan_shard
 from data.shards.order.sample_order import SampleOrder
 from data.shards.tar_headers import BrokenShardError, tar_members
+from data.shards.writer import Member, ShardWriter
 from sdxs_lightning.core.errors import UserError
 
 SHARDS, PER_SHARD = 4, 10
@@ -31,8 +33,12 @@ TOTAL = SHARDS * PER_SHARD
 Members = dict[str, bytes]
 
 
-def png(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+def float16(latents: Any) -> bytes:
+    return safetensors.numpy.save({"latents": latents.astype(np.float16)})
+
+
+def png(seed: int, size: tuple[int, int] = (6, 6)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
     return stream.getvalue()
@@ -171,6 +177,11 @@ FAULTS: dict[str, Callable[[Path], set[str]]] = {
     "not finite": member_fault(
         latent_safetensors=safetensors.numpy.save({"latents": np.full((4, 2, 2), np.nan, np.float16)})
     ),
+    "latents of another size": member_fault(latent_safetensors=float16(np.zeros((4, 2, 3)))),
+    "latents on their side": member_fault(latent_safetensors=float16(np.zeros((2, 4, 2)))),
+    "latents of more channels": member_fault(latent_safetensors=float16(np.zeros((16, 2, 2)))),
+    "a picture of another size": member_fault(png=png(3, (6, 7))),
+    "half a caption": member_fault(txt=b"caption" + bytes(9)),
     "empty caption": member_fault(txt=b" \n"),
     "caption of no text": member_fault(txt=b"\xff\xfe\x00"),
     "members apart": apart,
@@ -264,6 +275,153 @@ def test_a_shard_that_vanishes_while_it_is_read(tmp_path: Path) -> None:
     (folder / "00001.tar").unlink()
     with pytest.raises(FileNotFoundError):
         epoch(strict)
+
+
+FIELDS = {"noise_seed": 3, "original_height": 64, "original_width": 64, "crop_top": 0, "crop_left": 0}
+SAMPLE_FAULTS: dict[str, tuple[str, bytes]] = {
+    **{
+        f"{name} {value!r:.20}": ("json", json.dumps(FIELDS | {"caption": "a", name: value}).encode())
+        for name, value in [
+            ("noise_seed", 1e30),
+            ("noise_seed", 10**30),
+            ("noise_seed", -1),
+            ("noise_seed", 1 << 63),
+            ("noise_seed", True),
+            ("noise_seed", [1]),
+            ("noise_seed", "1"),
+            ("original_width", -5),
+            ("original_height", 0),
+            ("original_height", 10**9),
+            ("original_width", 64.0),
+            ("crop_top", -1),
+            ("crop_left", None),
+            ("caption", "\ud800"),
+            ("caption", "a\0b"),
+            ("caption", 5),
+            ("caption", "  "),
+            ("more", "\udfff"),
+        ]
+    },
+    "deep json": ("json", b'{"a":' * 500 + b"1" + b"}" * 500),
+    "logvar of another shape": (
+        "latent.safetensors",
+        safetensors.numpy.save({"latents": np.zeros((4, 2, 2), "f2"), "logvar": np.zeros((4, 1, 2), "f2")}),
+    ),
+    "logvar that overflows": (
+        "latent.safetensors",
+        safetensors.numpy.save(
+            {"latents": np.zeros((4, 2, 2), "f2"), "logvar": np.full((4, 2, 2), 300, "f2")}
+        ),
+    ),
+    "no logvar": ("latent.safetensors", float16(np.zeros((4, 2, 2)))),
+    "an elongated picture": ("png", png(0, (1, 60_000))),
+    "a condition image of other proportions": ("cond.png", png(0, (6, 8))),
+    "a picture that is no picture": ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+}
+
+
+def picky(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if (image == image[0, 0]).all():
+        raise ZeroDivisionError("a picture of one colour")
+    return image
+
+
+@pytest.mark.parametrize("name", SAMPLE_FAULTS)
+def test_whatever_one_sample_does_is_inside_the_budget(tmp_path: Path, name: str) -> None:
+    """Shard, key and reason are written down, the others are read; without a budget it is one sentence."""
+    extension, content = SAMPLE_FAULTS[name]
+    mean = {"latents": np.ones((4, 2, 2), np.float16), "logvar": np.zeros((4, 2, 2), np.float16)}
+    with ShardWriter(tmp_path / "set") as writer:
+        for number in range(6):
+            members: dict[str, Member] = {
+                "latent.safetensors": safetensors.numpy.save(mean),
+                "json": FIELDS | {"caption": "a"},
+                "png": png(number),
+                "cond.png": png(number),
+            }
+            if number == 4:
+                members[extension] = content
+            writer.write(members)
+    options: dict[str, Any] = {
+        "contents": ["latents", "noise_seeds", "sizes", "images", "control_images"],
+        "draw_latents": True,
+        "resolution": 600 if "elongated" in name else 6,
+    }
+    faults = Faults(1, str(tmp_path / "quarantine.jsonl"))
+    data = ShardDataModule(str(tmp_path / "set"), 3, faults=faults, **options)
+    loader = data.train_dataloader()
+    batches = list(itertools.chain.from_iterable(itertools.repeat(loader, 2)))
+    assert len(batches) == 4
+    (entry,) = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert entry["shard"].endswith("00000.tar") and entry["key"] == "000000004" and len(entry["reason"]) < 500
+    with pytest.raises(BadSampleError, match=r"00000\.tar, key '000000004': ") as refused:
+        list(ShardDataModule(str(tmp_path / "set"), 3, **options).train_dataloader())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_condition_that_fails_on_one_picture(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "set") as writer:
+        for number in range(6):
+            even = io.BytesIO()
+            Image.new("RGB", (6, 6), "red").save(even, "PNG")
+            writer.write({"txt": "a", "png": even.getvalue() if number == 4 else png(number)})
+    options: dict[str, Any] = {"contents": ["images", "control_images"], "condition": picky}
+    faults = Faults(1, str(tmp_path / "quarantine.jsonl"))
+    data = ShardDataModule(str(tmp_path / "set"), 3, faults=faults, **options)
+    assert len(list(data.train_dataloader())) == 2
+    assert "ZeroDivisionError: a picture of one colour" in (tmp_path / "quarantine.jsonl").read_text()
+    flat = ShardDataModule(
+        str(tmp_path / "set"),
+        3,
+        faults=faults,
+        contents=options["contents"],
+        condition=lambda image: image[..., :1],
+    )
+    with pytest.raises(
+        UserError, match=r"data\.condition made uint8 \(6, 6, 1\) from an image of \(6, 6, 3\)"
+    ):
+        list(flat.train_dataloader())
+
+
+def test_only_faults_of_this_run_count(tmp_path: Path) -> None:
+    """Its folder, its shards, and since it began."""
+    folder = whole_set(tmp_path / "set")
+    member_fault(png=b"")(folder)
+    other = tmp_path / "run" / "quarantine.jsonl"
+    other.parent.mkdir()
+    lines = [json.dumps({"shard": f"elsewhere/{n}.tar", "key": str(n), "reason": "bad"}) for n in range(50)]
+    other.write_text("".join(f"{line}\n" for line in lines))
+    reached = Quarantine(Faults(2), other.parent, [str(folder / f"0000{n}.tar") for n in range(SHARDS)])
+    reached.record(str(folder / "00000.tar"), "0007", "bad")
+    reached.record(str(folder / "00002.tar"), "0023", "bad")
+    with pytest.raises(TooManyFaultsError, match="3 samples"):
+        reached.record(str(folder / "00001.tar"), "0011", "bad")
+    reached.set_aside()
+    assert not other.exists() and (other.parent / "quarantine.1.jsonl").exists()
+    again = Quarantine(Faults(2), other.parent)
+    again.set_aside()  # nothing to do
+    again.record("\udcff.tar", "\ud800", "half a character \ud800")  # names may hold any bytes
+    again.record("\udcff.tar", "\ud800", "again")
+    assert len(other.read_text().splitlines()) == 1
+    again.set_aside()
+    assert (other.parent / "quarantine.2.jsonl").exists()
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_run_that_resumes_keeps_its_count(tmp_path: Path, resumed: bool) -> None:
+    folder = whole_set(tmp_path / "set")
+    trainer = Trainer(default_root_dir=tmp_path / "run", logger=False, accelerator="cpu")
+    trainer.ckpt_path = str(tmp_path / "last.ckpt") if resumed else None
+    data = ShardDataModule(str(folder), 4, contents=["latents"], faults=Faults(5))
+    data.trainer = trainer
+    path = tmp_path / "run" / "quarantine.jsonl"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"shard": str(folder / "00000.tar"), "key": "0001", "reason": "bad"}) + "\n")
+    data.prepare_data()
+    data.setup()
+    assert path.exists() == resumed
+    assert data.dataset is not None and data.dataset._quarantine is not None
+    assert data.dataset._quarantine.path == path
 
 
 def test_the_budget_is_that_of_all_processes_and_starts(tmp_path: Path) -> None:

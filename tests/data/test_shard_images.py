@@ -69,8 +69,8 @@ def test_without_the_fast_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("value", [*range(10), "sideways"])
-def test_the_orientation_of_cameras_is_applied(value: int | str, kind: str) -> None:
+@pytest.mark.parametrize("value", range(10))
+def test_the_orientation_of_cameras_is_applied(value: int, kind: str) -> None:
     pixels, exif, stream = smooth(30, 50), Image.Exif(), io.BytesIO()
     exif[0x0112] = value
     options = {"lossless": True} if kind == "WEBP" else {}

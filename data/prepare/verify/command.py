@@ -16,6 +16,7 @@ from data.prepare.common.progress import ProgressBar
 from data.prepare.common.settings_file import write_text
 from data.prepare.verify.options import VerifyOptions
 from data.prepare.verify.shard_check import ShardReport, check_shard
+from data.shards.checks import odd_latents
 from data.shards.locations import file_name, find_locations, is_remote
 from sdxs_lightning.core.errors import UserError
 
@@ -30,7 +31,7 @@ class VerifyJob:
 
     def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
         for task in tasks:
-            on_progress(check_shard(self.locations[task], self.options, self.options.empty_captions))
+            on_progress(check_shard(self.locations[task], self.options))
 
 
 def run(options: VerifyOptions) -> str:
@@ -58,6 +59,11 @@ def run(options: VerifyOptions) -> str:
     run_all(job, range(len(locations)), on_progress)
     seconds = time.monotonic() - started
     reports.sort(key=lambda report: locations.index(report.location))
+    if not options.buckets:
+        by_location = {report.location: report for report in reports}
+        for location, key, reason in odd_latents((one.location, one.latent_shapes) for one in reports):
+            by_location[location].add(key, reason)
+            sys.stdout.write(f"{by_location[location].faults[-1]}\n")
     faults = [fault for report in reports for fault in report.faults]
     if options.out is not None:
         write_text(options.out, "".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))

@@ -10,6 +10,9 @@ from data.prepare.common.options import Count, RemoteOptions
 from sdxs_lightning.command_line import Option
 
 
+ReadContent = Literal["captions", "latents", "images", "control_images", "noise_seeds", "sizes"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(RemoteOptions):
     """Reads, checks and decodes every byte of shards, and writes their index.
@@ -24,6 +27,7 @@ class VerifyOptions(RemoteOptions):
     python -m data.prepare verify datasets/photos
     python -m data.prepare verify 'laion/{00000..00999}.tar' --processes 16 --out faults.jsonl
     python -m data.prepare verify datasets/photos --record
+    python -m data.prepare verify datasets/pairs --contents latents noise_seeds
     """
 
     shards: Annotated[tuple[str, ...], Option(positional=True)]
@@ -32,6 +36,11 @@ class VerifyOptions(RemoteOptions):
     """Number of processes; by default one per core."""
     empty_captions: Literal["refuse", "keep"] = "refuse"
     """Whether an empty caption is a fault (refuse), as data.empty_captions of a training."""
+    contents: tuple[ReadContent, ...] | None = None
+    """What the training reads, as its data.contents (captions for captions alone): every sample is decoded as there. By default
+    every sample needs a caption, and an image or latents."""
+    buckets: bool = False
+    """The training has data.buckets: latents may have several shapes."""
     out: Path | None = None
     """Also write the faults to this file, as JSON lines (shard, key, reason), the format of data.faults.quarantine."""
     record: bool = False

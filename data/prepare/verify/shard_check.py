@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from data.prepare.common.checksums import CHECKSUMS_FIELD, recorded_sums
 from data.prepare.common.options import RemoteOptions
+from data.prepare.verify.options import VerifyOptions
 from data.prepare.common.raw_shards import RawSample, RawShard, shard_store
+from data.shards.checks import SampleCheck, Shape
 from data.shards.decoders import (
     CAPTION_MEMBERS,
     CONTROL_IMAGE_MEMBERS,
     IMAGE_MEMBERS,
     JSON_MEMBER,
     LATENT_MEMBER,
-    READABLE,
     BadSampleError,
-    decode,
+    decode_json,
 )
 from data.shards.index import ShardIndex, stated_samples
 from data.shards.locations import file_name, is_remote
@@ -53,8 +55,9 @@ class ShardFault:
 
     def __str__(self) -> str:
         """One line."""
-        where = f"{self.shard}, key '{self.key}'" if self.key else self.shard
-        return " ".join(f"{where}: {self.reason}".split())
+        where = f"{self.shard}, key {self.key!r}" if self.key else self.shard
+        line = " ".join(f"{where}: {self.reason}".split())
+        return line.encode("utf-8", "backslashreplace").decode()  # a name may hold bytes that no terminal takes
 
 
 @dataclass
@@ -67,33 +70,38 @@ class ShardReport:
     recorded: bool = False
     """Whether there was a checksum to compare with."""
     faults: list[ShardFault] = field(default_factory=list)
+    latent_shapes: Mapping[Shape, Sequence[str]] = field(default_factory=dict)
+    """The keys of the samples of each shape of latents."""
 
     def add(self, key: str, reason: str) -> None:
         """Adds a fault; removes the shard and key from the beginning of the reason, since they are printed before it."""
-        for prefix in (f"{self.location}, key '{key}'", self.location):
+        for prefix in (f"{self.location}, key {key!r}", self.location):
             reason = reason.removeprefix(prefix).lstrip(": ")
         self.faults.append(ShardFault(self.location, key, reason))
 
 
-def check_shard(
-    location: str, remote: RemoteOptions, empty_captions: Literal["refuse", "keep"]
-) -> ShardReport:
+def check_shard(location: str, options: VerifyOptions) -> ShardReport:
     """Reads a complete shard, and stores its index with the checksum of every member.
 
     Args:
         location: path or URL of the tar.
-        remote: access to the shard, and the folder of its index.
-        empty_captions: whether an empty caption is a fault ("refuse").
+        options: what is checked, and access to the shard.
     """
-    report, store = ShardReport(location), shard_store(remote)
+    report, store = ShardReport(location), shard_store(options)
+    contents = None if options.contents is None else [one for one in options.contents if one != "captions"]
+    check = SampleCheck(contents, options.empty_captions)
     try:
-        index = scan_members(location, store.members(location))
+        stamp = store.stamp(location)
+        index = replace(scan_members(location, store.members(location, stamp)), stamp=stamp)
         report.samples = len(index)
         for fault in index.faults:
             report.add(fault.key, fault.reason)
         _compare_file(report, store)
-        checksums = _read(report, index, store, empty_captions)
-        _save_index(report, replace(index, checksums=checksums), remote, store)
+        checksums = _read(report, index, store, check)
+        report.latent_shapes = check.latent_shapes
+        for reason in check.shard():
+            report.add("", reason)
+        _save_index(report, replace(index, checksums=checksums), options, store)
     except (OSError, ValueError) as error:
         report.add("", str(error))
     if not report.samples and not report.faults:
@@ -124,7 +132,7 @@ def _compare_file(report: ShardReport, store: ShardStore) -> None:
 
 
 def _read(
-    report: ShardReport, index: ShardIndex, store: ShardStore, empty_captions: Literal["refuse", "keep"]
+    report: ShardReport, index: ShardIndex, store: ShardStore, check: SampleCheck
 ) -> np.ndarray[Any, np.dtype[np.uint32]]:
     """Decodes every sample; returns the CRC-32 of every member, in the shape of the index's offsets."""
     checksums = np.zeros(index.offsets.shape, dtype=np.uint32)
@@ -136,7 +144,7 @@ def _read(
                 continue  # reported already, and without members in the index
             for name, content in sample.members.items():
                 checksums[row, index.extensions.index(name)] = zlib.crc32(content)
-            for reason in _faults(sample, required, empty_captions):
+            for reason in _faults(sample, required, check):
                 report.add(sample.key, reason)
     return checksums
 
@@ -167,25 +175,14 @@ def _usual_kinds(index: ShardIndex) -> set[str]:
     return {kind for kind, count in counts.items() if 2 * count > len(index)}
 
 
-def _faults(
-    sample: RawSample, required: set[str], empty_captions: Literal["refuse", "keep"]
-) -> Iterator[str]:
+def _faults(sample: RawSample, required: set[str], check: SampleCheck) -> Iterator[str]:
     for kind in sorted(required):
         if not any(name in sample.members for name in _KINDS[kind]):
             yield f"there is no {kind} ({', '.join(_KINDS[kind])}), which most samples of this shard have"
+    yield from check.sample(sample.key, sample.members)
     checksums: Any = {}
-    for name, content in sample.members.items():
-        if name not in READABLE:
-            continue
-        try:
-            decoded = decode(name, content, name)
-        except BadSampleError as error:
-            yield str(error)
-            continue
-        if name == JSON_MEMBER:
-            checksums = decoded.get(CHECKSUMS_FIELD)
-        if name in CAPTION_MEMBERS and not decoded and empty_captions == "refuse":
-            yield "the caption is empty"
+    with contextlib.suppress(BadSampleError):  # reported by the check
+        checksums = decode_json(sample.members.get(JSON_MEMBER, b"{}"), "").get(CHECKSUMS_FIELD)
     for name, checksum in checksums.items() if isinstance(checksums, dict) else ():
         if name not in sample.members:
             yield f"{name} is missing, and its json has a checksum of it"

@@ -1,0 +1,131 @@
+"""What a training demands of samples, for `python -m data.prepare verify`."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from data.shards.decoders import (
+    CAPTION_MEMBERS,
+    IMAGE_MEMBERS,
+    JSON_MEMBER,
+    LATENT_MEMBER,
+    READABLE,
+    BadSampleError,
+    decode,
+    latent_shape,
+)
+from data.shards.layout import CONTENTS, Content, EmptyCaptions
+from data.shards.sample_decoder import Reading, SampleDecoder, invalid_fields
+
+Shape = tuple[int, ...]
+_EXAMPLES = 3
+_MOST_ODD = 20  # samples of one shape in one shard; more are told of together
+
+
+class SampleCheck:
+    """Finds the samples of one shard that a training could not read.
+
+    Args:
+        contents: of the training, as data.contents; each sample is decoded as there. None: every sample needs a caption and
+            an image or latents, whatever they are read for.
+        empty_captions: as data.empty_captions.
+
+    Raises:
+        ValueError: for an unknown content.
+    """
+
+    def __init__(self, contents: Sequence[Content] | None, empty_captions: EmptyCaptions) -> None:
+        if unknown := sorted(set(contents or ()) - set(CONTENTS)):
+            raise ValueError(f"--contents names {', '.join(unknown)}, but it accepts {', '.join(CONTENTS)}.")
+        self._decoder = (
+            None if contents is None else SampleDecoder(contents, Reading(empty_captions=empty_captions))
+        )
+        self._empty_captions = empty_captions
+        self._samples = 0
+        self._unreadable: defaultdict[str, list[str]] = defaultdict(list)
+        self.latent_shapes: dict[Shape, list[str]] = {}
+        """The keys of the samples of each shape of latents."""
+
+    def sample(self, key: str, members: Mapping[str, bytes]) -> Iterator[str]:
+        """What is wrong with one sample.
+
+        Args:
+            key: of the sample.
+            members: content by extension.
+        """
+        self._samples += 1
+        found = False
+        for name, content in members.items():
+            if name in READABLE:
+                try:
+                    decoded = decode(name, content, name)
+                except BadSampleError as error:
+                    found = True
+                    yield str(error)
+                    continue
+                if name == JSON_MEMBER:
+                    yield from (f"{name}: {reason}" for reason in invalid_fields(decoded))
+                if name in CAPTION_MEMBERS and not decoded and self._empty_captions == "refuse":
+                    found = True
+                    yield "the caption is empty"
+                if name == LATENT_MEMBER:
+                    self.latent_shapes.setdefault(latent_shape(content, name), []).append(key)
+        if self._decoder is None:
+            self._note_missing(key, members)
+        elif not found:
+            try:
+                self._decoder.decode_members(members, self._samples - 1, "as data.contents reads it")
+            except BadSampleError as error:
+                yield str(error)
+
+    def _note_missing(self, key: str, members: Mapping[str, bytes]) -> None:
+        names = set(members)
+        if not names & {*CAPTION_MEMBERS, JSON_MEMBER}:
+            self._unreadable[f"no caption ({', '.join((*CAPTION_MEMBERS, JSON_MEMBER))})"].append(key)
+        if not names & {*IMAGE_MEMBERS, LATENT_MEMBER}:
+            held = ", ".join(sorted(names)[:_EXAMPLES]) or "nothing"
+            what = f"neither an image ({', '.join(IMAGE_MEMBERS)}) nor latents ({LATENT_MEMBER})"
+            dotted = any(name.rpartition(".")[2] in IMAGE_MEMBERS for name in names if name not in READABLE)
+            hint = ": a key ends at the first dot of a file's name" if dotted else ""
+            self._unreadable[f"{what}, but {held}{hint}"].append(key)
+
+    def shard(self) -> Iterator[str]:
+        """What is wrong with the samples together, so that no training reads this shard."""
+        for what, keys in self._unreadable.items():
+            if len(keys) * 2 > self._samples:
+                names = ", ".join(repr(key) for key in keys[:_EXAMPLES])
+                yield (
+                    f"{len(keys)} of {self._samples} samples have {what} (the first: {names}), so no training can read them; if "
+                    "one should, name what it reads with --contents (nothing after it: captions alone)"
+                )
+
+
+def odd_latents(
+    shards: Iterable[tuple[str, Mapping[Shape, Sequence[str]]]],
+) -> Iterator[tuple[str, str, str]]:
+    """The samples whose latents have another shape than most of a set, without data.buckets: shard, key, and reason.
+
+    Args:
+        shards: location and `SampleCheck.latent_shapes` of each.
+    """
+    found = list(shards)
+    counts: defaultdict[Shape, int] = defaultdict(int)
+    for _, shapes in found:
+        for shape, keys in shapes.items():
+            counts[shape] += len(keys)
+    if len(counts) < 2:
+        return
+    usual = max(counts, key=lambda shape: counts[shape])
+    for location, shapes in found:
+        for shape, keys in shapes.items():
+            if shape == usual:
+                continue
+            reason = (
+                f"{shape}, but those of {counts[usual]} of {sum(counts.values())} samples {usual}; write sets of one shape, or "
+                "verify with --buckets if the training has data.buckets"
+            )
+            if len(keys) > _MOST_ODD:
+                yield location, "", f"the latents of {len(keys)} samples, {keys[0]!r} the first, are {reason}"
+            else:
+                yield from ((location, key, f"its latents are {reason}") for key in keys)
