@@ -255,7 +255,7 @@ def test_members_missing_from_all_samples_are_detected_by_their_checksum(
     with ShardWriter(tmp_path / "set") as writer:
         writer.write({"txt": "a", "json": {"crc32": {"txt": 3904355907, "jpg": 1}}})
         writer.write({"txt": "b", "json": {"crc32": "no mapping"}})
-    (line,) = faults(capsys, tmp_path / "set")
+    (line,) = faults(capsys, tmp_path / "set", "--contents", "captions")
     assert line.endswith("key '000000000': jpg is missing, and its json has a checksum of it")
 
 
@@ -265,8 +265,8 @@ def test_members_that_are_not_adjacent(tmp_path: Path, capsys: pytest.CaptureFix
             member = tarfile.TarInfo(name)
             member.size = 2
             tar.addfile(member, io.BytesIO(b"{}"))
-    (line,) = faults(capsys, tmp_path / "set.tar")
-    reason = "the members of 'a' do not stand together; write the shard again, sorted by key."
+    (line,) = faults(capsys, tmp_path / "set.tar", "--contents", "captions")
+    reason = "the members of 'a' are not adjacent; write the shard again, sorted by key."
     assert line == f"{tmp_path}/set.tar, key 'a': {reason}"
 
 

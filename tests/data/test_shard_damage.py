@@ -189,7 +189,10 @@ def test_one_latent_of_another_shape_is_found_over_all_shards() -> None:
     ((shard, key, reason),) = odd_latents(shapes)
     assert (shard, key) == ("a.tar", "2") and "(4, 2, 3), but those of 3 of 4 samples (4, 2, 2)" in reason
     assert list(odd_latents(shapes[1:])) == []
-    many = {(4, 2, 2): [str(n) for n in range(50)], (4, 3, 3): [str(n) for n in range(30)]}
+    many: dict[tuple[int, ...], list[str]] = {
+        (4, 2, 2): [str(n) for n in range(50)],
+        (4, 3, 3): [str(n) for n in range(30)],
+    }
     ((_, key, reason),) = odd_latents([("a.tar", many)])
     assert key == "" and reason.startswith("the latents of 30 samples, '0' the first, are (4, 3, 3)")
 

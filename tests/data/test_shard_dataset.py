@@ -22,6 +22,7 @@ from data.shards.index import ShardSet
 from data.shards.order.sample_order import SampleOrder
 from data.shards.tar_headers import BrokenShardError
 from data.shards.writer import ShardWriter, encode_latents
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.seeding import Stream, normal
 
 LATENTS = encode_latents(torch.zeros(4, 2, 2))
@@ -99,7 +100,7 @@ def test_latents_drawn_from_the_posterior(tmp_path: Path) -> None:
     only_means = dataset(
         tmp_path, [{"latent.safetensors": LATENTS, "txt": "a"}], ["latents"], reading=drawing
     )
-    with pytest.raises(BadSampleError, match="whole float16 or float32 tensor named 'logvar'"):
+    with pytest.raises(BadSampleError, match="complete float16 or float32 tensor named 'logvar'"):
         only_means.batch([0])
 
 
@@ -168,12 +169,12 @@ BAD_MEMBERS: list[tuple[Content, dict[str, Any], str]] = [
     (
         "latents",
         {"latent.safetensors": LATENTS[:-1], "txt": "a"},
-        "does not hold a whole float16 or float32 tensor named",
+        "does not hold a complete float16 or float32 tensor named",
     ),
     (
         "latents",
         {"latent.safetensors": safetensors.numpy.save({"x": np.zeros((4, 2, 2))}), "txt": "a"},
-        "does not hold a whole float16 or float32 tensor named 'latents'",
+        "does not hold a complete float16 or float32 tensor named 'latents'",
     ),
     (
         "latents",
@@ -186,7 +187,7 @@ BAD_MEMBERS: list[tuple[Content, dict[str, Any], str]] = [
             "latent.safetensors": safetensors.numpy.save({"latents": np.zeros((4, 2, 2), np.int16)}),
             "txt": "a",
         },
-        r"float16 or float32 tensor named 'latents' \(it is I16\)",
+        r"float16 or float32 tensor named 'latents' \(its dtype is 'I16'\)",
     ),
     ("latents", {"latent.safetensors": LATENTS, "txt": b"\xff\xfe"}, "the caption is not UTF-8"),
     (
@@ -221,7 +222,7 @@ def test_latents_as_the_safetensors_package_reads_them(dtype: type) -> None:
     assert decoded.dtype == dtype and np.array_equal(decoded, safetensors.numpy.load(content)["latents"])
     for length in range(len(content)):
         if length < len(content) - tensors["z"].nbytes:  # cut within the latents or before them
-            with pytest.raises(BadSampleError, match="does not hold a whole float16"):
+            with pytest.raises(BadSampleError, match="does not hold a complete float16"):
                 decode("latent.safetensors", content[:length], "here")
 
 
@@ -242,13 +243,14 @@ def test_a_missing_member_is_refused_before_training(tmp_path: Path) -> None:
         dataset(tmp_path, [whole, {"latent.safetensors": LATENTS}], ["latents"])
     with pytest.raises(BadSampleError, match=r"there is no member for 'images' \(jpg, jpeg, png, webp\)"):
         dataset(tmp_path, [whole], ["images"])
-    with pytest.raises(ValueError, match=r"data.contents is \['pictures'\], but it names latents"):
+    with pytest.raises(ValueError, match=r"data.contents is \['pictures'\], but it accepts latents"):
         reading(tmp_path, ["pictures"])  # type: ignore[list-item]
 
 
 def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     samples = dataset(tmp_path, [{"latent.safetensors": LATENTS, "txt": "a"}] * 3, ["latents"])
     path = tmp_path / "00000.tar"
+    assert len(samples.batch([0])) == 1  # opened
     path.write_bytes(path.read_bytes()[:2000])
     assert len(samples.batch([0])) == 1
     with pytest.raises(BrokenShardError, match=r"00000\.tar ends before its sample '000000001' does"):
@@ -286,5 +288,5 @@ def test_a_condition_made_on_the_fly(tmp_path: Path) -> None:
     alone = reading(tmp_path, ["control_images"], resolution=20, condition=mirrored).batch([0])
     assert alone.images is None and alone.control_images is not None
     assert torch.equal(alone.control_images, both.control_images)
-    with pytest.raises(ValueError, match=r"made uint8 \(20, 20\) of a picture of \(20, 20, 3\)"):
+    with pytest.raises(UserError, match=r"made uint8 \(20, 20\) from an image of \(20, 20, 3\)"):
         reading(tmp_path, ["control_images"], resolution=20, condition=lambda image: image[..., 0]).batch([0])
