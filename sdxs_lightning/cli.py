@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -97,6 +98,9 @@ class TrainingCLI(LightningCLI):
     def __init__(self, arguments: Sequence[str] | None) -> None:
         command_line = read_arguments(sys.argv[1:] if arguments is None else arguments)
         TrainingParser.command_line = command_line
+        # Only then: reading the docstrings under the fields of dataclasses takes longer than all other parsing.
+        wants_help = any("help" in argument for argument in command_line.arguments)
+        set_parsing_settings(docstring_parse_attribute_docstrings=wants_help)
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
