@@ -20,7 +20,7 @@ from data.shards.sample_decoder import Reading, SampleDecoder, invalid_fields
 
 Shape = tuple[int, ...]
 _EXAMPLES = 3
-_MOST_ODD = 20  # samples of one shape in one shard; more are told of together
+_MOST_ODD = 20  # samples of one shape in one shard; more are reported together
 
 
 class SampleCheck:

@@ -46,7 +46,7 @@ class ShardSettings:
     batch_size: int
     """Samples of a micro-batch on each device."""
     contents: list[Content] | None = None
-    """What a batch holds besides captions: latents, images, control_images, noise_seeds, sizes (original size and crop of
+    """What a batch holds in addition to captions: latents, images, control_images, noise_seeds, sizes (original size and crop of
     latents, for SDXL); by default latents, and [] for captions alone."""
     num_workers: int = 0
     """Reading processes per device; the batches do not depend on it."""
@@ -59,7 +59,7 @@ class ShardSettings:
     empty_captions: EmptyCaptions = "refuse"
     """"refuse" takes a sample without words as a fault, "keep" trains on it."""
     index_folder: str | None = None
-    """Where indexes are kept if not beside the shards."""
+    """Where indexes are kept if not next to the shards."""
     pin_memory: bool | None = None
     """Page-locked batches; by default where the run is on CUDA."""
     condition: ImageCondition | None = None
@@ -120,7 +120,7 @@ class ShardSettings:
 
     @property
     def kept_indexes(self) -> str | None:
-        """The folder of the indexes; None: beside the shards."""
+        """The folder of the indexes; None: next to the shards."""
         return self.index_folder or self.cache_folder
 
     @property

@@ -73,7 +73,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         Args:
             shards: the index.
             order: which sample stands at which position.
-            contents: what a batch holds besides captions; () reads captions alone.
+            contents: what a batch holds in addition to captions; () reads captions alone.
             resolution: as in `Reading`.
             empty_captions: as in `Reading`.
             condition: as in `Reading`.

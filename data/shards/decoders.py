@@ -19,7 +19,7 @@ Bytes = bytes | memoryview
 LATENT_MEMBER = "latent.safetensors"
 LATENT_TENSOR = "latents"
 LOGVAR_TENSOR = "logvar"
-"""Beside the mean, where it was stored: latents drawn from the VAE's posterior are mean + exp(logvar / 2) * noise."""
+"""Stored next to the mean, if at all: latents drawn from the VAE's posterior are mean + exp(logvar / 2) * noise."""
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 CONTROL_IMAGE_MEMBERS = ("cond.png", "cond.jpg", "cond.jpeg", "cond.webp")
 CAPTION_MEMBERS = ("txt", "text", "caption")
@@ -187,7 +187,7 @@ def decode_json(content: Bytes, where: str) -> dict[str, Any]:
 
 
 def _check_json(value: Any) -> None:
-    """Refuse strings that cannot be written anywhere, and nesting that whoever walks through it may not survive.
+    """Refuse strings that cannot be written anywhere, and nesting so deep that code that walks through it may fail.
 
     JSON can escape half of a surrogate pair, which is no character: tokenizers, tables and UTF-8 refuse it.
     """

@@ -74,7 +74,7 @@ def sizes_of(indexes: tuple[ShardIndex, ...]) -> NDArray[np.int64]:
 
 
 def parquet_image_sizes(location: str) -> Mapping[str, tuple[int, int]]:
-    """Height and width by key, from the parquet file that img2dataset writes beside a local shard; empty without one."""
+    """Height and width by key, from the parquet file that img2dataset writes next to a local shard; empty without one."""
     path = Path(location)
     path = path.with_name(path.name.removesuffix(".tar") + ".parquet")
     if is_remote(location) or not path.is_file():

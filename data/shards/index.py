@@ -36,7 +36,7 @@ def index_shard(
 
     Args:
         location: path, URL or command.
-        index_folder: where the sidecar is kept if not beside the shard.
+        index_folder: where the sidecar is kept if not next to the shard.
         store: how remote shards are reached.
         tolerant: return an index with `faults` rather than raise; the sidecar of a shard that is gone or was
             cut since still tells which samples there were.
@@ -70,7 +70,7 @@ def save_index(index: ShardIndex, index_folder: str | Path | None) -> None:
 
 
 def stated_samples(location: str) -> int | None:
-    """How many samples the `00000_stats.json` of img2dataset beside a local shard counts; None if it does not say."""
+    """How many samples the `00000_stats.json` of img2dataset next to a local shard counts; None if it does not say."""
     if is_remote(location):
         return None
     path = Path(location)

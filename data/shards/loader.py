@@ -118,7 +118,7 @@ class ShardLoader:
         kill_children_at_exit()
         return DataLoader(
             self.dataset,
-            batch_size=None,  # a list of positions is one item: the workers make whole batches
+            batch_size=None,  # a list of positions is one item: the workers build complete batches
             sampler=self._positions,
             persistent_workers=self._options["num_workers"] > 0,
             worker_init_fn=leave_signals_to_parent,

@@ -65,7 +65,7 @@ class SampleDecoder:
     """Decodes the caption and the contents of samples.
 
     Args:
-        contents: what a batch holds besides captions.
+        contents: what a batch holds in addition to captions.
         reading: settings.
     """
 
@@ -155,7 +155,7 @@ class SampleDecoder:
                 f"{where}: the tensor '{LOGVAR_TENSOR}' is {logvar.shape} from {logvar.min():g} to {logvar.max():g}, but that of "
                 f"latents {mean.shape} has their shape and is from {low:g} to {high:g}."
             )
-        import torch  # here: whoever only checks samples starts in a third of the time without it
+        import torch  # here, because commands that only check samples start in a third of the time without it
 
         from sdxs_lightning.core.seeding import Stream, normal
 

@@ -150,7 +150,7 @@ def scan_members(location: str, members: Iterable[TarMember]) -> ShardIndex:
 def _melted(found: Mapping[str, TarMember]) -> str:
     """The beginning of a dotted key, or "".
 
-    `a.1.jpg, a.1.txt, a.2.jpg, a.2.txt` are two samples to whoever wrote them and one sample, `a`, without an image to a reader.
+    `a.1.jpg, a.1.txt, a.2.jpg, a.2.txt` are two samples to their author and one sample, `a`, without an image to a reader.
     A single `a.mask.png` is a member that is not read here.
     """
     kinds: dict[str, set[bool]] = {}

@@ -98,7 +98,7 @@ class ShardCache:
                         f"{size:,} bytes came, but the server states {stamp.size:,}: the transfer was cut, or the shard was "
                         "replaced while it was fetched; start again"
                     )
-                self._make_room(size, url)
+                self._evict(size, url)
                 if stamp.size < 0:
                     _size_file(path).write_text(str(size))
                 os.replace(partial, path)
@@ -122,7 +122,7 @@ class ShardCache:
             with system.open(path, "rb", block_size=_COPY_BYTES, cache_type="readahead") as stream:
                 shutil.copyfileobj(stream, target, _COPY_BYTES)
 
-    def _make_room(self, size: int, url: str) -> None:
+    def _evict(self, size: int, url: str) -> None:
         if size > self.limit_bytes:
             raise BrokenShardError(
                 f"'{url}' has {size / 1e9:g} GB, more than the cache of {self.limit_bytes / 1e9:g} GB; raise "

@@ -1,4 +1,4 @@
-"""Indexes on disk: `<shard>.tar.index.npz`, beside the shard or in a folder of their own.
+"""Indexes on disk: `<shard>.tar.index.npz`, next to the shard or in a folder of their own.
 
 A sidecar holds the size and the modification time (of a remote file: its tag) of the tar that it describes, and is ignored
 where they differ.
@@ -26,7 +26,7 @@ SIDECAR_SUFFIX = ".index.npz"
 
 
 def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -> Path:
-    """Where a shard's index is kept: beside it, or in `index_folder` under a name made from its full path.
+    """Where a shard's index is kept: next to it, or in `index_folder` under a name made from its full path.
 
     Raises:
         ValueError: for a remote shard without a folder.

@@ -22,7 +22,7 @@ def open_sources(
 
     Args:
         sources: of the mixture, at least one.
-        index_folder: where indexes are kept if not beside the shards.
+        index_folder: where indexes are kept if not next to the shards.
         store: how remote shards are reached.
         tolerant: faults are listed in the indexes instead of being raised.
         sized: "images" or "latents" adds their sizes; None adds none.

@@ -17,7 +17,7 @@ from data.shards.shard_cache import UNKNOWN, ShardCache
 from data.shards.tar_headers import BrokenShardError, TarMember, members_of, tar_members
 
 _ATTEMPTS, _FIRST_PAUSE_SECONDS = 4, 0.2
-_SCAN_BYTES = 1 << 20  # read ahead while a remote tar's headers are looked for
+_SCAN_BYTES = 1 << 20  # read ahead while the headers of a remote tar are scanned
 _T = TypeVar("_T")
 
 

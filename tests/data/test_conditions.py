@@ -71,7 +71,7 @@ def test_every_filter(condition: ImageCondition) -> None:
     made = condition(image)
     assert made.shape == image.shape and made.dtype == np.uint8
     assert (made[:, :, 0] == made[:, :, 1]).all() and (made[:, :, 0] == made[:, :, 2]).all()
-    # The same bytes each time, also by a copy that went to another process and for a picture that is a view.
+    # The same bytes each time, also by a copy that went to another process and for an image that is a view.
     assert np.array_equal(made, condition(image)) and np.array_equal(square(), image)
     assert np.array_equal(made, pickle.loads(pickle.dumps(condition))(image))
     assert np.array_equal(made, condition(np.asfortranarray(image)))
@@ -90,7 +90,7 @@ def test_canny_is_opencvs_and_by_its_thresholds() -> None:
         Canny(3, 2)
 
 
-def test_soft_edges_are_scharrs_gradient_of_the_blurred_picture() -> None:
+def test_soft_edges_are_scharrs_gradient_of_the_blurred_image() -> None:
     image = square()
     smooth = ndimage.gaussian_filter(image.astype(float), (1.5, 1.5, 0), truncate=4, mode="mirror")
     kernel = np.array([[-3, 0, 3], [-10, 0, 10], [-3, 0, 3]], dtype=float)
@@ -149,7 +149,7 @@ def test_what_is_no_depth_network(tmp_path: Path, model: str, error: type[Except
         Depth(str(tmp_path) if model == "EMPTY" else model)(square())
 
 
-def pictures(folder: Path) -> Path:
+def images(folder: Path) -> Path:
     with ShardWriter(folder) as writer:
         for i in range(4):
             stream = io.BytesIO()
@@ -161,7 +161,7 @@ def pictures(folder: Path) -> Path:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_data_module_makes_them_while_reading(tmp_path: Path, workers: int) -> None:
     data = ShardDataModule(
-        str(pictures(tmp_path / "set")),
+        str(images(tmp_path / "set")),
         2,
         contents=["images", "control_images"],
         resolution=32,

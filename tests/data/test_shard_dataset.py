@@ -28,7 +28,7 @@ from sdxs_lightning.core.seeding import Stream, normal
 LATENTS = encode_latents(torch.zeros(4, 2, 2))
 
 
-def picture(width: int, height: int, kind: str = "PNG", seed: int = 0) -> bytes:
+def encoded_image(width: int, height: int, kind: str = "PNG", seed: int = 0) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
@@ -51,7 +51,7 @@ def reading(folder: Path, contents: list[Content], **options: Any) -> ShardDatas
 
 def test_images_of_each_format(tmp_path: Path) -> None:
     samples: list[dict[str, Any]] = [
-        {kind: picture(6, 4, kind), "txt": kind} for kind in ("png", "webp", "jpeg")
+        {kind: encoded_image(6, 4, kind), "txt": kind} for kind in ("png", "webp", "jpeg")
     ]
     samples += [{"jpg": samples[2]["jpeg"], "json": {"caption": " jpg "}}]
     batch = dataset(tmp_path, samples, ["images"]).batch([0, 1, 2, 3])
@@ -65,9 +65,9 @@ def test_images_of_each_format(tmp_path: Path) -> None:
 
 def test_resolution_and_its_record(tmp_path: Path) -> None:
     samples = [
-        {"png": picture(60, 40), "txt": "a"},
-        {"png": picture(30, 48), "txt": "b"},
-        {"png": picture(20, 20), "txt": "c"},
+        {"png": encoded_image(60, 40), "txt": "a"},
+        {"png": encoded_image(30, 48), "txt": "b"},
+        {"png": encoded_image(20, 20), "txt": "c"},
     ]
     batch = dataset(tmp_path, samples, ["images"], resolution=20).batch([0, 1, 2])
     assert batch.images is not None and batch.images.shape == (3, 3, 20, 20)
@@ -108,8 +108,8 @@ def test_several_contents_in_one_batch(tmp_path: Path) -> None:
     latents = torch.arange(16.0).reshape(4, 2, 2)
     sample = {
         "latent.safetensors": encode_latents(latents),
-        "png": picture(4, 4),
-        "cond.png": picture(4, 4, seed=1),
+        "png": encoded_image(4, 4),
+        "cond.png": encoded_image(4, 4, seed=1),
         "json": {"noise_seed": 2**40, "caption": "not this one"},
         "txt": "this one",
     }
@@ -162,8 +162,8 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
 
 
 BAD_MEMBERS: list[tuple[Content, dict[str, Any], str]] = [
-    ("images", {"png": picture(8, 8)[:-40], "txt": "a"}, "the image cannot be decoded"),
-    ("images", {"jpg": picture(64, 64, "JPEG")[:1500], "txt": "a"}, "the image cannot be decoded"),
+    ("images", {"png": encoded_image(8, 8)[:-40], "txt": "a"}, "the image cannot be decoded"),
+    ("images", {"jpg": encoded_image(64, 64, "JPEG")[:1500], "txt": "a"}, "the image cannot be decoded"),
     ("images", {"jpg": b"<html>404</html>", "txt": "a"}, "the image cannot be decoded"),
     ("images", {"jpg": b"", "txt": "a"}, "the image cannot be decoded"),
     (
@@ -278,8 +278,8 @@ def mirrored(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def test_a_condition_made_on_the_fly(tmp_path: Path) -> None:
-    """It sees the picture as it was resized and cropped, and needs no content 'images' beside it."""
-    samples = [{"png": picture(60, 40), "txt": "a"}]
+    """It sees the image as it was resized and cropped, and needs no content 'images' beside it."""
+    samples = [{"png": encoded_image(60, 40), "txt": "a"}]
     both = dataset(tmp_path, samples, ["images", "control_images"], resolution=20, condition=mirrored).batch(
         [0]
     )

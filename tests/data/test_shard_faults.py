@@ -169,9 +169,9 @@ def flipped_content(folder: Path) -> set[str]:
 
 FAULTS: dict[str, Callable[[Path], set[str]]] = {
     "missing member": member_fault(txt=None),
-    "missing picture": member_fault(png=None),
-    "undecodable picture": member_fault(png=b"<html>404</html>"),
-    "picture cut short": member_fault(png=png(3)[:-30]),
+    "missing image": member_fault(png=None),
+    "undecodable image": member_fault(png=b"<html>404</html>"),
+    "image cut short": member_fault(png=png(3)[:-30]),
     "empty member": member_fault(latent_safetensors=b""),
     "latents cut short": member_fault(latent_safetensors=samples_of(0)["0003"]["latent.safetensors"][:-2]),
     "not finite": member_fault(
@@ -180,7 +180,7 @@ FAULTS: dict[str, Callable[[Path], set[str]]] = {
     "latents of another size": member_fault(latent_safetensors=float16(np.zeros((4, 2, 3)))),
     "latents on their side": member_fault(latent_safetensors=float16(np.zeros((2, 4, 2)))),
     "latents of more channels": member_fault(latent_safetensors=float16(np.zeros((16, 2, 2)))),
-    "a picture of another size": member_fault(png=png(3, (6, 7))),
+    "an image of another size": member_fault(png=png(3, (6, 7))),
     "half a caption": member_fault(txt=b"caption" + bytes(9)),
     "empty caption": member_fault(txt=b" \n"),
     "caption of no text": member_fault(txt=b"\xff\xfe\x00"),
@@ -314,15 +314,15 @@ SAMPLE_FAULTS: dict[str, tuple[str, bytes]] = {
         ),
     ),
     "no logvar": ("latent.safetensors", float16(np.zeros((4, 2, 2)))),
-    "an elongated picture": ("png", png(0, (1, 60_000))),
+    "an elongated image": ("png", png(0, (1, 60_000))),
     "a condition image of other proportions": ("cond.png", png(0, (6, 8))),
-    "a picture that is no picture": ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
+    "an image that is no image": ("png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
 }
 
 
 def picky(image: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if (image == image[0, 0]).all():
-        raise ZeroDivisionError("a picture of one colour")
+        raise ZeroDivisionError("an image of one colour")
     return image
 
 
@@ -359,7 +359,7 @@ def test_whatever_one_sample_does_is_inside_the_budget(tmp_path: Path, name: str
     assert "\n" not in str(refused.value)
 
 
-def test_a_condition_that_fails_on_one_picture(tmp_path: Path) -> None:
+def test_a_condition_that_fails_on_one_image(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "set") as writer:
         for number in range(6):
             even = io.BytesIO()
@@ -369,7 +369,7 @@ def test_a_condition_that_fails_on_one_picture(tmp_path: Path) -> None:
     faults = Faults(1, str(tmp_path / "quarantine.jsonl"))
     data = ShardDataModule(str(tmp_path / "set"), 3, faults=faults, **options)
     assert len(list(data.train_dataloader())) == 2
-    assert "ZeroDivisionError: a picture of one colour" in (tmp_path / "quarantine.jsonl").read_text()
+    assert "ZeroDivisionError: an image of one colour" in (tmp_path / "quarantine.jsonl").read_text()
     flat = ShardDataModule(
         str(tmp_path / "set"),
         3,

@@ -175,7 +175,7 @@ def test_random_crops_and_mirroring() -> None:
     assert 110 < sum(mirrored) < 190
     assert abs(np.corrcoef(lefts, mirrored)[0, 1]) < 0.2
     for fitted, flipped in zip(seen, mirrored, strict=True):
-        # The crop counts in the picture as it was mirrored.
+        # The crop counts in the image as it was mirrored.
         first = 59 - fitted.crop[1] if flipped else fitted.crop[1]
         assert fitted.pixels[0, 0, 0] == first
     again = fit(pixels, (40, 40), fitting, 7)
@@ -213,7 +213,7 @@ def test_one_of_several_captions(tmp_path: Path) -> None:
         bad.dataset.batch([0])
 
 
-def test_a_control_image_is_cropped_as_its_picture(tmp_path: Path) -> None:
+def test_a_control_image_is_cropped_as_its_image(tmp_path: Path) -> None:
     pixels = smooth(40, 70)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
@@ -236,11 +236,11 @@ def test_a_control_image_is_cropped_as_its_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("contents", [["images", "sizes"], ["sizes", "images"]])
-def test_a_picture_resized_before_keeps_its_first_size_and_both_crops(tmp_path: Path, contents: Any) -> None:
-    """Of a 100x96 picture, halved and cropped at (5, 0) to 40x48, the reader makes 20x20."""
+def test_an_image_resized_before_keeps_its_first_size_and_both_crops(tmp_path: Path, contents: Any) -> None:
+    """Of a 100x96 image, halved and cropped at (5, 0) to 40x48, the reader makes 20x20."""
     fields = {"original_height": 100, "original_width": 96, "crop_top": 5, "crop_left": 0}
     with ShardWriter(tmp_path) as writer:
-        writer.write({"jpg": jpeg(smooth(40, 48)), "txt": "a picture", "json": fields})
+        writer.write({"jpg": jpeg(smooth(40, 48)), "txt": "an image", "json": fields})
     data = ShardDataModule(str(tmp_path), 1, contents=contents, resolution=20)
     (batch,) = iter(data.train_dataloader())
     assert batch.images is not None and batch.images.shape == (1, 3, 20, 20)

@@ -78,11 +78,11 @@ def test_bucket_sizes() -> None:
         Buckets(1024, 64, 0.5)
 
 
-def test_pictures_go_to_the_nearest_bucket_that_is_open() -> None:
+def test_images_go_to_the_nearest_bucket_that_is_open() -> None:
     sizes = [(32, 64), (64, 64), (64, 32)]
-    pictures = np.array([[10, 100], [30, 50], [100, 90], [50, 30], [500, 100]])
-    assert nearest_bucket(pictures, sizes).tolist() == [0, 0, 1, 2, 2]
-    many = np.repeat(pictures, [1, 1, 9, 4, 4], axis=0)
+    images = np.array([[10, 100], [30, 50], [100, 90], [50, 30], [500, 100]])
+    assert nearest_bucket(images, sizes).tolist() == [0, 0, 1, 2, 2]
+    many = np.repeat(images, [1, 1, 9, 4, 4], axis=0)
     assert np.bincount(open_buckets(many, sizes, 2), minlength=3).tolist() == [2, 9, 8]
     assert np.bincount(open_buckets(many, sizes, 4), minlength=3).tolist() == [0, 11, 8]
     assert np.bincount(open_buckets(many, sizes, 12), minlength=3).tolist() in ([0, 19, 0], [19, 0, 0])
@@ -110,7 +110,7 @@ def test_a_batch_lies_in_one_bucket_and_all_samples_come(sources: int) -> None:
         assert bucket_of[order.replacement(sample, 0)] == bucket_of[sample]
 
 
-def picture(height: int, width: int, seed: int) -> bytes:
+def encoded_image(height: int, width: int, seed: int) -> bytes:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, "PNG")
@@ -121,14 +121,18 @@ SHAPES = [(40, 40)] * 14 + [(30, 60)] * 9 + [(60, 30)] * 8 + [(64, 44)] * 3
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
     shapes = [SHAPES[i] for i in np.random.default_rng(1).permutation(len(SHAPES))]
     with ShardWriter(folder, samples_per_shard=9) as writer:
         for i, shape in enumerate(shapes):
             latents = encode_latents(torch.full((4, shape[0] // 10, shape[1] // 10), float(i)))
             writer.write(
-                {"png": picture(shape[0], shape[1], i), "txt": f"{shape}", "latent.safetensors": latents}
+                {
+                    "png": encoded_image(shape[0], shape[1], i),
+                    "txt": f"{shape}",
+                    "latent.safetensors": latents,
+                }
             )
     return folder
 
@@ -157,9 +161,9 @@ def batches(
 
 
 @pytest.mark.parametrize("content", ["images", "latents"])
-def test_batches_of_one_size_from_shards(pictures: Path, content: Any) -> None:
+def test_batches_of_one_size_from_shards(images: Path, content: Any) -> None:
     options: dict[str, Any] = {"contents": [content], "buckets": Buckets(32, 8, 2.0)}
-    seen = batches(pictures, 1, 34, **options)
+    seen = batches(images, 1, 34, **options)
     shapes = [{shape for _, shape in batch} for batch in seen]
     assert all(len(shape) == 1 for shape in shapes)
     distinct = set[tuple[int, ...]]().union(*shapes)
@@ -167,7 +171,7 @@ def test_batches_of_one_size_from_shards(pictures: Path, content: Any) -> None:
         assert distinct == {(4, 4), (3, 6), (6, 3), (6, 4)}
     else:
         assert {(32, 32), (24, 40), (40, 24)} <= distinct <= set(Buckets(32, 8, 2.0).sizes())
-    assert batches(pictures, 4, 34, **options) == seen == batches(pictures, 2, 34, **options)
+    assert batches(images, 4, 34, **options) == seen == batches(images, 2, 34, **options)
     ids = [sample_id for batch in seen for sample_id, _ in batch]
     counts = [ids.count(sample_id) for sample_id in set(ids)]
     assert len(counts) == 34 and sum(counts) == 136
@@ -175,11 +179,11 @@ def test_batches_of_one_size_from_shards(pictures: Path, content: Any) -> None:
         assert set(counts) <= {3, 4, 5}
 
 
-def test_sizes_come_from_img2dataset_where_it_left_them(pictures: Path, tmp_path: Path) -> None:
+def test_sizes_come_from_img2dataset_where_it_left_them(images: Path, tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    (tmp_path / "00000.tar").write_bytes((pictures / "00000.tar").read_bytes())
+    (tmp_path / "00000.tar").write_bytes((images / "00000.tar").read_bytes())
     table = {
         "key": [f"{i:09d}" for i in range(9)],
         "height": [16 * (i + 1) for i in range(9)],
@@ -193,11 +197,11 @@ def test_sizes_come_from_img2dataset_where_it_left_them(pictures: Path, tmp_path
     assert found is not None and found.tolist() == [[16 * (i + 1), 32] for i in range(9)]
 
 
-def test_a_mixture_from_shards(pictures: Path, tmp_path: Path) -> None:
+def test_a_mixture_from_shards(images: Path, tmp_path: Path) -> None:
     with ShardWriter(tmp_path) as writer:
         for i in range(10):
             writer.write({"json": json.dumps({"caption": f"other {i}"}), "txt": f"other {i}"})
-    sources = [Source(str(pictures), 3.0), Source(str(tmp_path))]
+    sources = [Source(str(images), 3.0), Source(str(tmp_path))]
     data = ShardDataModule([], 8, contents=[], sources=sources)
     data.setup()
     assert data.dataset is not None and len(data.dataset) == 44
@@ -211,4 +215,4 @@ def test_a_mixture_from_shards(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="either one data set or a mixture"):
         ShardDataModule([], 8)
     with pytest.raises(ValueError, match="exclude each other"):
-        ShardDataModule(str(pictures), 8, resolution=32, buckets=Buckets())
+        ShardDataModule(str(images), 8, resolution=32, buckets=Buckets())
