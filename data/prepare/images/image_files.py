@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import io
-import warnings
 from typing import NamedTuple
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from data.prepare.images.options import ImageFormat
-from data.shards.images import MAX_PIXELS
+from data.shards import images
 
 _MEMBER_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes can be stored unchanged, and the member that holds them."""
-_ORIENTATION = 0x0112
 
 
 class UnreadableImageError(ValueError):
@@ -27,30 +25,20 @@ class DecodedImage(NamedTuple):
     """RGB, upright."""
     member: str | None
     """The member for the unchanged bytes; None for a format that the reader does not know, or an image that is rotated by its
-    EXIF tag, which the reader ignores."""
+    EXIF tag, which other readers may ignore."""
 
 
 def open_image(content: bytes) -> DecodedImage:
-    """Decodes an image completely; transparency is composited over white, as by the reader.
+    """Decodes an image completely, upright and in RGB, as the reader does.
 
     Raises:
         UnreadableImageError: for bytes that hold no complete image, or one of more than MAX_PIXELS.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as opened:
-                if opened.width * opened.height > MAX_PIXELS:
-                    raise ValueError(f"{opened.width}x{opened.height} is more than {MAX_PIXELS:,} pixels")
-                opened.load()
-                member = _MEMBER_OF.get(opened.format or "")
-                if opened.getexif().get(_ORIENTATION, 1) != 1:
-                    member = None
-                image = ImageOps.exif_transpose(opened)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return DecodedImage(image.convert("RGB"), member)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        opened = images.open_image(content)
+        member = _MEMBER_OF.get(opened.format or "") if images.orientation(opened) == 1 else None
+        return DecodedImage(images.decode_pil(content), member)
+    except images.UndecodableImageError as error:
         raise UnreadableImageError(f"the image cannot be decoded ({error})") from error
 
 

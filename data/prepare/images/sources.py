@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,15 @@ import pyarrow.parquet as pq
 
 from data.prepare.common.options import RemoteOptions
 from data.prepare.common.raw_shards import RawSample, RawShards, open_shards, shard_store
-from data.shards.decoders import CAPTION_MEMBERS, CONTROL_IMAGE_MEMBERS, IMAGE_MEMBERS, JSON_MEMBER
+from data.shards.decoders import (
+    CAPTION_MEMBERS,
+    CONTROL_IMAGE_MEMBERS,
+    IMAGE_MEMBERS,
+    JSON_MEMBER,
+    BadSampleError,
+    decode_json,
+    decode_text,
+)
 from data.shards.index import expand_braces, find_shards
 from sdxs_lightning.core.errors import UserError
 
@@ -299,9 +306,9 @@ def _text(content: bytes) -> str:
         SampleFaultError: for other bytes.
     """
     try:
-        return content.decode("utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise SampleFaultError(f"the caption is not UTF-8 ({error.reason} at byte {error.start})") from error
+        return decode_text(content, "")
+    except BadSampleError as error:
+        raise SampleFaultError(str(error).removeprefix(": ")) from error
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
@@ -311,12 +318,9 @@ def _json_object(content: bytes) -> dict[str, Any]:
         SampleFaultError: for other bytes.
     """
     try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise SampleFaultError(f"the json cannot be parsed ({error})") from error
-    if not isinstance(value, dict):
-        raise SampleFaultError(f"the json holds a {type(value).__name__}, but an object is needed")
-    return value
+        return decode_json(content, "")
+    except BadSampleError as error:
+        raise SampleFaultError(str(error).removeprefix(": ")) from error
 
 
 def _digest(lines: Iterable[str]) -> str:

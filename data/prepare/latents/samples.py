@@ -17,8 +17,8 @@ from data.prepare.common.shard_files import UNREADABLE, LeftOutSample, PreparedS
 from data.prepare.images.image_files import UnreadableImageError, encode_image, open_image
 from data.prepare.images.sources import SampleFaultError, from_members
 from data.prepare.latents.options import StoredDtype
-from data.shards.order.buckets import nearest_bucket
 from data.shards.decoders import LATENT_MEMBER, LATENT_TENSOR, LOGVAR_TENSOR
+from data.shards.order.buckets import nearest_bucket
 
 
 @dataclass(frozen=True)

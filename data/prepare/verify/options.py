@@ -9,7 +9,6 @@ from typing import Annotated, ClassVar, Literal
 from data.prepare.common.options import Count, RemoteOptions
 from sdxs_lightning.command_line import Option
 
-
 ReadContent = Literal["captions", "latents", "images", "control_images", "noise_seeds", "sizes"]
 
 

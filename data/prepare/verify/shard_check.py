@@ -15,8 +15,8 @@ import numpy as np
 
 from data.prepare.common.checksums import CHECKSUMS_FIELD, recorded_sums
 from data.prepare.common.options import RemoteOptions
-from data.prepare.verify.options import VerifyOptions
 from data.prepare.common.raw_shards import RawSample, RawShard, shard_store
+from data.prepare.verify.options import VerifyOptions
 from data.shards.checks import SampleCheck, Shape
 from data.shards.decoders import (
     CAPTION_MEMBERS,
