@@ -57,7 +57,9 @@ class ShardFault:
         """One line."""
         where = f"{self.shard}, key {self.key!r}" if self.key else self.shard
         line = " ".join(f"{where}: {self.reason}".split())
-        return line.encode("utf-8", "backslashreplace").decode()  # a name may hold bytes that no terminal takes
+        return line.encode(
+            "utf-8", "backslashreplace"
+        ).decode()  # a name may hold bytes that no terminal takes
 
 
 @dataclass
