@@ -55,7 +55,7 @@ class SampleCheck:
             members: content by extension.
         """
         self._samples += 1
-        found = False
+        found, has_caption = False, False
         for name, content in members.items():
             if name in READABLE:
                 try:
@@ -65,24 +65,26 @@ class SampleCheck:
                     yield str(error)
                     continue
                 if name == JSON_MEMBER:
+                    has_caption |= isinstance(decoded.get("caption"), str)
                     yield from (f"{name}: {reason}" for reason in invalid_fields(decoded))
+                has_caption |= name in CAPTION_MEMBERS
                 if name in CAPTION_MEMBERS and not decoded and self._empty_captions == "refuse":
                     found = True
                     yield "the caption is empty"
                 if name == LATENT_MEMBER:
                     self.latent_shapes.setdefault(latent_shape(content, name), []).append(key)
         if self._decoder is None:
-            self._note_missing(key, members)
+            self._note_missing(key, set(members), has_caption or found)
         elif not found:
             try:
                 self._decoder.decode_members(members, self._samples - 1, "as data.contents reads it")
             except BadSampleError as error:
                 yield str(error)
 
-    def _note_missing(self, key: str, members: Mapping[str, bytes]) -> None:
-        names = set(members)
-        if not names & {*CAPTION_MEMBERS, JSON_MEMBER}:
-            self._unreadable[f"no caption ({', '.join((*CAPTION_MEMBERS, JSON_MEMBER))})"].append(key)
+    def _note_missing(self, key: str, names: set[str], has_caption: bool) -> None:
+        if not has_caption:
+            what = f"no caption ({', '.join(CAPTION_MEMBERS)}, or 'caption' in {JSON_MEMBER})"
+            self._unreadable[what].append(key)
         if not names & {*IMAGE_MEMBERS, LATENT_MEMBER}:
             held = ", ".join(sorted(names)[:_EXAMPLES]) or "nothing"
             what = f"neither an image ({', '.join(IMAGE_MEMBERS)}) nor latents ({LATENT_MEMBER})"

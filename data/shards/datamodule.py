@@ -171,7 +171,7 @@ class ShardDataModule(pl.LightningDataModule):
         """Index the shards once per node, so that the ranks find the indexes; set the faults of an earlier run aside."""
         self._open()
         if self.settings.faults is not None and self.trainer is not None and self.trainer.ckpt_path is None:
-            self._quarantine(self.settings.faults).set_aside()
+            self._quarantine(self.settings.faults, self._open()).set_aside()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indexes and check that every sample has the members that will be read."""
@@ -183,7 +183,7 @@ class ShardDataModule(pl.LightningDataModule):
         if store.cache is not None:
             require_window(store.cache, sets, self.settings.shuffle_window_shards)
         faults = self.settings.faults
-        quarantine = None if faults is None else self._quarantine(faults)
+        quarantine = None if faults is None else self._quarantine(faults, self._open(store))
         self.dataset = ShardDataset(
             sets, order, self.contents, reading=reading, store=store, quarantine=quarantine
         )
@@ -207,11 +207,9 @@ class ShardDataModule(pl.LightningDataModule):
             return order, replace(settings.reading, latent_sizes=sizes)
         return order, replace(settings.reading, sizes=sizes)
 
-    def _quarantine(self, faults: Faults) -> Quarantine:
+    def _quarantine(self, faults: Faults, sets: list[ShardSet]) -> Quarantine:
         folder = "." if self.trainer is None else self.trainer.default_root_dir
-        return Quarantine(
-            faults, folder, [index.location for found in self._open() for index in found.shards]
-        )
+        return Quarantine(faults, folder, [index.location for found in sets for index in found.shards])
 
     def train_dataloader(self) -> ShardLoader:
         """This rank's loader.
@@ -235,10 +233,14 @@ class ShardDataModule(pl.LightningDataModule):
         settings = self.settings
         assert settings.val_shards is not None
         store = settings.store()
-        sets = open_sources([Source(settings.val_shards)], settings.kept_indexes, store, tolerant=False)
+        tolerant = settings.faults is not None
+        sets = open_sources([Source(settings.val_shards)], settings.kept_indexes, store, tolerant)
         order = OrderSpec([sets[0].sizes], [1.0], settings.seed, shuffle_window_shards=0).order()
         reading = replace(settings.reading, fitting=Fitting(settings.seed), draw_latents=False)
-        dataset = ShardDataset(joined(sets), order, self.contents, reading=reading, store=store)
+        quarantine = None if settings.faults is None else self._quarantine(settings.faults, sets)
+        dataset = ShardDataset(
+            joined(sets), order, self.contents, reading=reading, store=store, quarantine=quarantine
+        )
         self._val_loader = self._loader_of(dataset, lambda batches: Pass(0, batches))
         return self._val_loader
 

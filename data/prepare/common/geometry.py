@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+_MAX_SIDE = 1 << 20  # pixels; a number beyond it in a json member is none of an image
+
 Size = tuple[int, int]
 """Height, width in pixels."""
 
@@ -75,4 +77,4 @@ def size_fields(fields: Mapping[str, Any], size: Size, step: ResizeAndCrop) -> d
 
 def _number(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name)
-    return value if isinstance(value, int) and value > 0 else 0
+    return value if type(value) is int and 0 < value <= _MAX_SIDE else 0

@@ -18,6 +18,7 @@ from data.prepare.images.image_files import UnreadableImageError, encode_image, 
 from data.prepare.images.sources import SampleFaultError, from_members
 from data.prepare.latents.options import StoredDtype
 from data.shards.decoders import LATENT_MEMBER, LATENT_TENSOR, LOGVAR_TENSOR
+from data.shards.images import MAX_PIXELS
 from data.shards.order.buckets import nearest_bucket
 
 
@@ -47,6 +48,10 @@ def fit_sample(sample: RawSample, sizes: Sequence[Size]) -> FittedSample | LeftO
         image = open_image(found.image).image
         size = (image.height, image.width)
         step = resize_to_cover(size, sizes[int(nearest_bucket(np.array([size]), sizes)[0])])
+        if step.resized[0] * step.resized[1] > MAX_PIXELS:
+            raise SampleFaultError(
+                f"the image is {size[1]}x{size[0]}, too elongated to be resized to {step.resized[1]}x{step.resized[0]}"
+            )
         control = None if found.control is None else open_image(found.control).image
         if control is not None and (control.height, control.width) != size:
             raise SampleFaultError(
