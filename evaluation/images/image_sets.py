@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 
 from PIL import Image
 
+from data.shards.images import MAX_IMAGE_BYTES
 from data.shards.locations import is_remote
 from evaluation.images.shard_images import ShardImages, decoded_image
 from sdxs_lightning.core.errors import UserError
@@ -156,6 +157,9 @@ class ZipImages:
         where = f"{self.path}, '{self.names[number]}'"
         try:
             self._archive = self._archive or zipfile.ZipFile(self.path)
+            size = self._archive.getinfo(self.names[number]).file_size
+            if size > MAX_IMAGE_BYTES:  # zip packs zeros a thousandfold
+                raise ValueError(f"it unpacks to {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
             content = self._archive.read(self.names[number])
         except (
             Exception
