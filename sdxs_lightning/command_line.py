@@ -35,7 +35,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
@@ -219,14 +219,6 @@ class _Field:
         limits = [f"{words} {limit}" for words, limit in bounds.items() if limit is not None]
         return " ".join([kind, *limits])
 
-    def refuse(self, value: object) -> NoReturn:
-        """Says what came and what is accepted.
-
-        Raises:
-            UserError: always.
-        """
-        raise UserError(f"{self.label} is '{value}', but must be {self.accepted}.")
-
     def value(self, given: Any) -> Any:
         """The field's value of what jsonargparse made of the command line."""
         if given is None or given == self.option.const:
@@ -241,15 +233,15 @@ class _Field:
                 return self.option.parse(given)
             except ValueError as error:
                 raise UserError(f"{self.label} is '{given}', but {error}.") from error
-        if self.choices and str(given) not in self.choices:
-            hint = _nearest(str(given), self.choices)
-            raise UserError(f"{self.label} is '{given}', but must be {self.accepted}{hint}.")
+        right = not self.choices or str(given) in self.choices
         if isinstance(given, int | float) and not isinstance(given, bool):
             least, most = self.option.at_least, self.option.at_most
-            if not math.isfinite(given):
-                self.refuse(given)
-            if (least is not None and given < least) or (most is not None and given > most):
-                self.refuse(given)
+            right = (
+                math.isfinite(given) and (least is None or given >= least) and (most is None or given <= most)
+            )
+        if not right:
+            hint = _nearest(str(given), self.choices)
+            raise UserError(f"{self.label} is '{given}', but must be {self.accepted}{hint}.")
         return given
 
     def add_to(self, parser: jsonargparse.ArgumentParser) -> None:
@@ -283,10 +275,6 @@ class _Field:
             parser.add_argument(f"--{self.spelling}", **keywords)
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """The description and the examples as they are written; defaults are in the help texts."""
-
-
 class _Parser(jsonargparse.ArgumentParser):
     """Raises one sentence where jsonargparse prints a usage and a message."""
 
@@ -306,7 +294,7 @@ def _parser(options_class: type[Any], fields: Sequence[_Field], program: str) ->
         prog=program,
         description=_summary(options_class),
         epilog=_examples(options_class),
-        formatter_class=_HelpFormatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.fields = fields
@@ -361,15 +349,15 @@ def _current_spelling(arguments: Sequence[str], fields: Sequence[_Field], progra
 
 def _sentence(message: str, fields: Sequence[_Field], program: str) -> str:
     """What jsonargparse says, in one sentence."""
-    by_name: Mapping[str, _Field] = {field.name: field for field in fields}
-    by_name = {**by_name, **{field.label: field for field in fields}}
+    by_name = {name: field for field in fields for name in (field.name, field.label)}
     help_hint = f"see `{program} --help`"
     wrong = re.match(r'Parser key "([^"]+)"', message)
     given = re.search(r"(?:Got|Given) value: (.*)", message)
     if wrong and given and wrong[1] in by_name:
         field = by_name[wrong[1]]
-        value = given[1]
-        return f"{field.label} is '{value}', but must be {field.accepted}{_nearest(value, field.choices)}."
+        return (
+            f"{field.label} is '{given[1]}', but must be {field.accepted}{_nearest(given[1], field.choices)}."
+        )
     needed = re.match(r"the following arguments are required: (.+)", message)
     if needed:
         names = [by_name[one].label if one in by_name else one for one in needed[1].split(", ")]

@@ -1,1 +1,1 @@
-"""What the preparing commands share."""
+"""Shared by the commands of `python -m data.prepare`."""

@@ -1,1 +1,1 @@
-"""`python -m data.prepare images`"""
+"""`python -m data.prepare images`."""

@@ -107,7 +107,7 @@ def run(options: ImageOptions) -> str:
     message, summary = summarise(options.out, image_set.shards, image_set.settings, progress.total, seconds)
     padded = int(summary.get("sums", {}).get(PADDED, 0))
     if padded:
-        message += f"; {padded} have uniform bands around them: download with img2dataset's resize_mode keep_ratio instead of border"
+        message += f"; {padded} have uniform bands around them: download with img2dataset's resize_mode keep_ratio, not border"
     return message
 
 

@@ -1,1 +1,1 @@
-"""`python -m data.prepare latents`"""
+"""`python -m data.prepare latents`."""

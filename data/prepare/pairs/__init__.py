@@ -1,1 +1,1 @@
-"""`python -m data.prepare pairs`"""
+"""`python -m data.prepare pairs`."""

@@ -41,7 +41,8 @@ def open_pairs(folder: Path, pair_set: PairSet) -> ShardDataset:
     for path, shard, size in zip(paths, present, found.sizes, strict=True):
         if size != len(pair_set.indices(shard)):
             raise UserError(
-                f"{path} holds {size} pairs instead of {len(pair_set.indices(shard))}; remove it and run the same command again."
+                f"{path} holds {size} pairs instead of {len(pair_set.indices(shard))}; remove it and run the same command "
+                "again."
             )
     return dataset
 
@@ -99,7 +100,7 @@ def verify_pairs(folder: Path, sampler: PairSampler, batch_size: int, count: int
         largest = max(largest, float(torch.nan_to_num(difference, nan=float("inf"))))
         if largest > _TOLERANCE[pair_set.dtype]:
             raise UserError(
-                f"pair {index} of '{folder}' differs from what its settings give by {largest:.3g} standard deviations (allowed: "
-                f"{_TOLERANCE[pair_set.dtype]:g}); make the set again, in another folder."
+                f"pair {index} of '{folder}' differs from what its settings give by {largest:.3g} standard deviations "
+                f"(allowed: {_TOLERANCE[pair_set.dtype]:g}); make the set again, in another folder."
             )
     return {"verified": [present[place] for place in chosen], "largest_difference": largest}

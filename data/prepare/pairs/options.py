@@ -76,8 +76,8 @@ class PairOptions(OutputOptions, DeviceOptions):
     def __post_init__(self) -> None:
         if 0 < self.guidance_scale < 1:
             raise ValueError(
-                f"--guidance_scale is {self.guidance_scale}, but must be 1 (no guidance) or more; below 1 the prompt would count "
-                "for less than without guidance."
+                f"--guidance_scale is {self.guidance_scale}, but must be 1 (no guidance) or more; below 1 the prompt would "
+                "count for less than without guidance."
             )
         if self.guidance_scale == 0:
             # diffusers' spelling of no guidance for turbo models. In uncond + scale * (cond - uncond) 0 would drop the prompt.

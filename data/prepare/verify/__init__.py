@@ -1,1 +1,1 @@
-"""`python -m data.prepare verify`"""
+"""`python -m data.prepare verify`."""

@@ -49,8 +49,8 @@ def clip_config(vocabulary_size: int) -> dict[str, Any]:
 class ClipTraining(ToyTraining):
     """Contrastive training of the toy CLIP; images with the same caption are each other's positives.
 
-    The captions do not state place, light and texture, so a purely contrastive embedding discards them and FID would not measure
-    them. Therefore a linear layer also has to reconstruct an 8x8 thumbnail from the image embedding.
+    The captions do not state place, light and texture, so a purely contrastive embedding discards them and FID would not
+    measure them. Therefore a linear layer also has to reconstruct an 8x8 thumbnail from the image embedding.
 
     Args:
         optimizer: from parameters to optimizer.
