@@ -182,8 +182,8 @@ def test_help_and_refusals_import_nothing_slow(arguments: str, code: int) -> Non
     assert imported(MAIN, *arguments.split()) == (code, set())
 
 
-def test_verify_loads_no_models(tmp_path: Path) -> None:
+def test_verify_needs_no_torch(tmp_path: Path) -> None:
     (tmp_path / "00000.tar").write_bytes(b"")
     code, names = imported(MAIN, "verify", str(tmp_path), "--processes", "1")
     assert code == 2
-    assert not names & {"diffusers", "transformers", "lightning"}
+    assert names <= {"numpy"}
