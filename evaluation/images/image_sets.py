@@ -88,6 +88,11 @@ class FolderImages:
                     "itself, or copy its images."
                 )
             files += [Path(root, name) for name in names]
+        unnamed = next((file for file in files if not file.suffix and _is_image(file)), None)
+        if unnamed is not None:
+            raise UserError(
+                f"'{unnamed}' is an image whose name has no ending; rename it to .png or what it is."
+            )
         paths = [file.relative_to(folder).as_posix() for file in files]
         self.names = image_names(paths, str(folder))
         self.formats = _formats(self.names)
@@ -197,6 +202,10 @@ def open_images(text: str) -> ImageSet:
         return _filled(ZipImages(path), text)
     if path.is_dir() and not any(path.glob("*.tar")):
         return _filled(FolderImages(path), text)
+    if path.is_dir() and any(file.suffix.lower() in SUFFIXES for file in path.iterdir()):
+        raise UserError(
+            f"'{text}' holds .tar shards and images beside them; give a folder with one of the two."
+        )
     if path.is_dir() or ".tar" in text:
         return ShardImages(str(path))
     if not path.exists():
@@ -221,6 +230,16 @@ def image_names(paths: Iterable[str], where: str) -> list[str]:
         )
     return sorted(
         (path for path in visible if PurePosixPath(path).suffix.lower() in SUFFIXES), key=natural_order
+    )
+
+
+def _is_image(file: Path) -> bool:
+    """Whether a file begins as JPEG, PNG, GIF, WebP, TIFF or AVIF files do."""
+    with file.open("rb") as content:
+        begin = content.read(12)
+    return begin.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")) or begin[8:12] in (
+        b"WEBP",
+        b"avif",
     )
 
 

@@ -91,7 +91,9 @@ class PipelineImages:
             generator=[torch.Generator().manual_seed(number) for number in sample_ids.tolist()],
             output_type="pt",
         ).images
-        return to_uint8(images.float() * 2 - 1)
+        return to_uint8(
+            images.float().nan_to_num(0.0) * 2 - 1
+        )  # NaN, as half precision makes, is black everywhere
 
 
 @dataclass(frozen=True)

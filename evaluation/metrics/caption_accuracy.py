@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from data.toy.attributes import NOT_STATED, attribute_table
 from data.toy.world import parse_caption
-from evaluation.metrics.estimates import Estimate, mean_estimate
+from evaluation.metrics.estimates import Estimate, mean_estimate, share_estimate
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.networks.network_features import full_precision
 
@@ -88,8 +88,10 @@ class CaptionAccuracy(SampledMetric):
             raise ValueError("caption accuracy needs at least 1 image, got 0")
         right, stated = rows[:, 1], rows[:, 2]
         share = right.sum() / stated.sum()
-        attributes = mean_estimate(share + (right - share * stated) / stated.mean())
-        return {
-            "caption_accuracy": mean_estimate(rows[:, 0]),
-            "attribute_accuracy": replace(attributes, value=float(share)),
-        }
+        attributes = replace(
+            mean_estimate(share + (right - share * stated) / stated.mean()), value=float(share)
+        )
+        images = share_estimate(rows[:, 0])
+        if float(share) in (0.0, 1.0):  # then the delta method sees no spread
+            attributes = replace(attributes, low=images.low, high=images.high)
+        return {"caption_accuracy": images, "attribute_accuracy": attributes}

@@ -43,11 +43,11 @@ class Estimate:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def not_below(self, least: float) -> Estimate:
-        """Interval and extrapolation cut off at a bound that the metric cannot cross."""
+        """Everything cut off at a bound that the metric cannot cross, be it by rounding."""
         low, high, infinity = (
             None if each is None else max(each, least) for each in (self.low, self.high, self.infinity)
         )
-        return Estimate(self.value, self.samples, low, high, infinity)
+        return Estimate(max(self.value, least), self.samples, low, high, infinity)
 
 
 def student_t(freedom: int) -> float:

@@ -92,7 +92,12 @@ class FeatureStatistics:
 def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as archive:
-            mean, covariance = archive["mu"].astype(np.float64), archive["sigma"].astype(np.float64)
+            mean, covariance = archive["mu"], archive["sigma"]
+            if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
+                raise ValueError(
+                    f"`mu` is {mean.dtype} and `sigma` {covariance.dtype}, which are not real numbers"
+                )
+            mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
             count = archive["n"] if "n" in archive else np.int64(0)
             stored = json.loads(str(archive["protocol"])) if "protocol" in archive else {}
     except Exception as error:  # damaged archives raise a dozen kinds: BadZipFile, EOFError, zlib.error, ...

@@ -137,8 +137,8 @@ def run_evaluation(
             numbers = _estimates(
                 networks, one, parts[metric_pass], references.get(one.metric), request.categories
             )
-        except ValueError as error:
-            failed[one.metric] = str(error)
+        except Exception as error:  # as in PassJob: one metric fails, the others are kept
+            failed[one.metric] = str(error) or type(error).__name__
             continue
         settings, digest = _settings(request, one, identities[one], references.get(one.metric))
         for name, estimate in numbers.items():

@@ -359,6 +359,7 @@ def test_categories_have_numbers_of_their_own(run: Run, images: Path, tmp_path: 
         ({"n": 2.5}, "`n` is 2.5"),
         ({"n": 1}, "`n` is 1"),
         ({"protocol": "[1]"}, "JSON object"),
+        ({"sigma": np.eye(16) * (1 + 1j)}, "not real numbers"),
         ({"mu": np.full(16, np.nan)}, "finite"),
         (
             {"mu": np.zeros(64), "sigma": np.eye(64)},
@@ -442,6 +443,15 @@ def test_no_image_is_left_out_without_a_word(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="link' is a link to another folder"):
         open_images(str(folder))
     (folder / "link").unlink()
+    shutil.copy(folder / "f.PNG", folder / "unnamed")
+    with pytest.raises(UserError, match="unnamed' is an image whose name has no ending"):
+        open_images(str(folder))
+    (folder / "unnamed").unlink()
+    (folder / "LICENSE").write_text("words")
+    (folder / "0.tar").write_bytes(b"")
+    with pytest.raises(UserError, match="holds .tar shards and images beside them"):
+        open_images(str(folder))
+    (folder / "0.tar").unlink()
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(folder / "c.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(UserError, match="c.gif: holds 2 images"):
@@ -623,3 +633,23 @@ def test_patch_fid_of_images_smaller_than_a_patch_is_no_number(
     )
     assert "patch FID crops 41 x 41 pixels out of each image, but an image has 40 x 40" in said
     assert json.loads((tmp_path / "out.json").read_text())["fid"] > 0
+
+
+def test_distances_of_one_image_are_refused(refused: Refused, tmp_path: Path, real: Path) -> None:
+    # torchmetrics 1652: FID of one image ended in NaN.
+    one = write_images(tmp_path / "one", ["a.png"])
+    assert "fid needs at least 2 images on each side, got 1 and 20" in refused(
+        "--images", one, "--reference", real, "--metrics", "fid"
+    )
+    assert "fid needs at least 2 images on each side, got 20 and 1" in refused(
+        "--images", real, "--reference", one, "--metrics", "fid"
+    )
+
+
+def test_equal_sets_have_distance_zero_and_never_less(run: Run, real: Path) -> None:
+    # torch-fidelity 44, piq 283: a set against itself came out below or far above zero.
+    result = run("--images", real, "--reference", real, "--metrics", "fid", "cmmd")
+    for name in ("fid", "cmmd"):
+        entry = result["metrics"][name]
+        assert 0 <= entry["value"] < 1e-6
+        assert entry["low"] >= 0
