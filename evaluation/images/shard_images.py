@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import io
 import warnings
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from data.shards.decoders import (
@@ -21,14 +19,11 @@ from data.shards.decoders import (
     BadSampleError,
     decode,
 )
-from data.shards.images import MAX_PIXELS
+from data.shards.images import decode_pil, open_image
 from data.shards.index import ShardSet
 from data.shards.locations import is_remote
 from data.shards.store import ShardFile, ShardStore
 from sdxs_lightning.core.errors import UserError
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-"""Pillow's decoders that are used; others (EPS runs Ghostscript) are not reached."""
 
 INDEX_FOLDER = Path.home() / ".cache" / "sdxs-lightning" / "shard-index"
 """Indexes of remote shards."""
@@ -145,25 +140,18 @@ def decoded_image(content: bytes, where: str) -> Image.Image:
         UserError: where it cannot be decoded, or holds several images.
     """
     try:
-        opened = Image.open(io.BytesIO(content), formats=FORMATS)
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(f"it has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
+        opened = open_image(content)
         frames = getattr(opened, "n_frames", 1)
         if opened.format != "MPO" and frames > 1:
             raise UserError(
                 f"{where}: holds {frames} images (an animation, or pages); store one image a file."
             )
+        if opened.mode.startswith("I") or opened.mode == "F":
+            return decode_pil(content, upright=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of palettes with transparency, and of damaged EXIF
             opened.load()
-            converted = opened.convert("RGB")
-        if opened.mode.startswith("I;16"):
-            return Image.fromarray((np.asarray(opened).astype(np.uint16) >> 8).astype(np.uint8)).convert(
-                "RGB"
-            )
-        if opened.mode in ("I", "F"):
-            raise ValueError(f"its pixels are 32-bit numbers (mode {opened.mode}); store 8 or 16 bits")
-        return converted
+            return opened.convert("RGB")
     except UserError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
