@@ -195,8 +195,8 @@ def refuse_smaller_than_patch(images: Sequence[Image.Image], steps: Sequence[str
     small = next((image.size for image in images if min(image.size) < patch), None)
     if small is not None:
         raise ValueError(
-            f"patch FID crops {patch} x {patch} pixels out of each image, but an image has {small[0]} x {small[1]}; give images "
-            "at full resolution"
+            f"patch FID crops {patch} x {patch} pixels out of each image, but an image has {small[0]} x {small[1]}; give "
+            "images at full resolution"
         )
 
 
