@@ -13,7 +13,7 @@ MODULES = (
         f"{S}modules.{old}": f"{S}{new}"
         for old, new in {
             "one_step_distillation": "stages.distillation.step",
-            "matched_features": "stages.distillation.matched_features",
+            "matched_features": "objectives.matched_features",
             "miniaturisation": "stages.prune_distill",
             "decoder_distillation": "stages.decoder",
             "denoising_training": "stages.teacher",

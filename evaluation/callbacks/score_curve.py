@@ -61,7 +61,7 @@ class ScoreCurve(StudentUpdateCallback):
             UserError: see `require_independent`.
         """
         assert isinstance(pl_module, OneStepDistillation)
-        require_independent(self.networks(), pl_module.looked_through())
+        require_independent(self.networks(), pl_module.frozen_image_networks())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdxs_lightning.callbacks.diagnosis import Diagnosis, Thresholds
 from sdxs_lightning.callbacks.sample_diversity import BottleneckFeatures, measure_diversity
 from sdxs_lightning.core.batch import TrainingBatch
-from sdxs_lightning.stages.distillation.matched_features import MatchedFeatures
+from sdxs_lightning.objectives.matched_features import MatchedFeatures
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 WATCHED = ("student/fake_score_lag", "student/saturation", "student/cosine_", "discriminator/accuracy")

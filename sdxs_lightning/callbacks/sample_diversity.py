@@ -12,8 +12,8 @@ from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.student_generator import StudentGenerator
-from sdxs_lightning.stages.distillation.matched_features import MatchedFeatures
-from sdxs_lightning.stages.distillation.sample import DistillationContext
+from sdxs_lightning.objectives.matched_features import MatchedFeatures
+from sdxs_lightning.objectives.term import DistillationContext
 
 
 def pairwise_distance(features: Mapping[str, Tensor]) -> Tensor:

@@ -1,21 +1,85 @@
-"""A frozen image network that looks at latents: it decodes them, and returns feature maps of the images."""
+"""From latents to images with a graph, and to feature maps of these images: for losses on pixels."""
 
 from __future__ import annotations
 
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.latents import unscale
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.image_features import FeatureNetwork, ImageFeatures
-from sdxs_lightning.networks.pixel_decoder import PixelDecoder
+from sdxs_lightning.networks.network import without_autocast
+from sdxs_lightning.networks.tiny_decoder import load_tiny, tiny_factor
+
+
+class PixelDecoder:
+    """A frozen decoder, always in float32: bfloat16 has steps of half a grey level near white, which image networks notice.
+
+    Args:
+        weights: folder of an AutoencoderTiny, or of a pipeline that has one; None is the base's own VAE.
+        option: the setting that names the folder, for messages.
+    """
+
+    def __init__(self, weights: str | None, option: str) -> None:
+        self._weights, self._option = weights, option
+        self._tiny: Frozen[AutoencoderTiny] | None = None
+
+    def build(self, family: Family) -> None:
+        """Loads what is not the family's own; a second call does nothing.
+
+        Raises:
+            FileNotFoundError: without an AutoencoderTiny in the folder.
+            ValueError: for one that does not fit the base's latents.
+        """
+        self._family = family
+        if self._weights is None or self._tiny is not None:
+            return
+        tiny = load_tiny(self._weights, self._option)
+        channels, side, _ = family.latent_shape()
+        found, wanted = (
+            (tiny.config.latent_channels, tiny_factor(tiny.config)),
+            (channels, family.resolution // side),
+        )
+        if found != wanted:
+            raise ValueError(
+                f"the tiny decoder in '{self._weights}' maps {found[0]} latent channels to images {found[1]} times as large, "
+                f"and the base has {wanted[0]} channels and factor {wanted[1]}; change {self._option}."
+            )
+        del tiny.encoder  # is never called
+        self._tiny = Frozen(tiny)
+
+    def to(self, device: torch.device) -> None:
+        """Moves what was loaded; the family moves its own."""
+        if self._tiny is not None:
+            self._tiny.to(device)
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What was loaded, for the memory plan."""
+        return self._tiny.module if self._tiny is not None else None
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1] and not clamped, float32.
+
+        A value beyond the range has a gradient that leads it back; clamped it would have none.
+        """
+        with without_autocast(latents.device):
+            if self._tiny is None:
+                return self._family.decode_with_graph(latents)
+            config = self._tiny.module.config
+            # As the pipelines do: its own scaling factor is 1, so scaled latents go in as they are.
+            unscaled = unscale(latents, config.scaling_factor, config.get("shift_factor"))
+            images: Tensor = self._tiny.module.decode(unscaled).sample
+        return images.float()
 
 
 class DecodedImageFeatures:
-    """Decoder and feature network of a loss on pixels.
+    """Decoder and feature network of a loss on pixels, both frozen.
 
     Args:
-        network: where the feature network comes from; not the one that judges the result, or its score means nothing.
+        network: where the feature network comes from; not one that a metric uses, or that metric means nothing.
         decoder: folder of an AutoencoderTiny; None is the base's own VAE.
         option: the setting that names that folder, for messages.
     """
@@ -39,7 +103,7 @@ class DecodedImageFeatures:
 
     @property
     def network(self) -> FeatureNetwork:
-        """The feature network, once it was built."""
+        """The feature network; after `build`."""
         assert self._network is not None
         return self._network.module
 
@@ -49,7 +113,7 @@ class DecodedImageFeatures:
         tiny = self.decode.module
         return networks if tiny is None else networks | {decoder: tiny}
 
-    def see(self, images: Tensor) -> list[Tensor]:
+    def extract(self, images: Tensor) -> list[Tensor]:
         """Feature maps of images (B, 3, H, W); with graph where they have one."""
         assert self._network is not None
         features: list[Tensor] = self._network(images)

@@ -14,8 +14,7 @@ from sdxs_lightning.networks.adapter_views import BaseView
 from sdxs_lightning.networks.denoiser import Denoiser, Prediction
 from sdxs_lightning.networks.feature_taps import bottleneck_shape
 from sdxs_lightning.networks.lora import LoRA, cast_base
-from sdxs_lightning.networks.network import Network, save_adapters_only
-from sdxs_lightning.networks.trained_denoiser import frozen_fingerprint, load_denoiser
+from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_denoiser, save_adapters_only
 
 
 class FakeScore(Network):

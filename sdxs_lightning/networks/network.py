@@ -1,10 +1,12 @@
-"""What student, fake score and discriminator share: an optimizer of their own, and switches of a U-Net."""
+"""What the trained networks share: an optimizer of their own, loading and preparing a U-Net, gradients on and off, float32."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
+import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -12,6 +14,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.lora import LoRA, add_lora
 
 
 class Network(LightningModule):
@@ -109,6 +115,55 @@ def prepare_unet(
             if isinstance(block, ResnetBlock2D | Transformer2DModel) and not tapped:
                 block.compile()
     return unet
+
+
+def load_denoiser(
+    family: Family,
+    weights: str | None,
+    lora: LoRA | None,
+    gradient_checkpointing: bool,
+    compile_blocks: bool,
+) -> Denoiser:
+    """A denoiser in training mode.
+
+    Args:
+        family: the base.
+        weights: U-Net or pipeline folder; None is the base's own U-Net.
+        lora: freezes the weights and adds adapters; None leaves every weight trainable.
+        gradient_checkpointing: recompute blocks in the backward pass.
+        compile_blocks: torch.compile of each block.
+    """
+    unet = family.load_unet(weights)
+    if lora is not None:
+        add_lora(unet, lora)
+    prepared = prepare_unet(unet, gradient_checkpointing, compile_blocks)
+    return Denoiser(prepared, family.schedule, family.prediction_type)
+
+
+def frozen_fingerprint(network: nn.Module) -> str | None:
+    """What the weights are recognised by that do not learn, and so are in no checkpoint; None without such, or on meta.
+
+    Reads the first values of each tensor: two checkpoints of one architecture differ there, and 2.6 billion weights are not
+    read whole. To be called before weights are cast or sharded.
+    """
+    frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
+    if not frozen or any(parameter.is_meta for parameter in frozen.values()):
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in frozen.items():
+        digest.update(name.encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, autocast casts nothing; what bfloat16 would spoil stands in here, and its inputs are float32.
+
+    Args:
+        device: of the tensors.
+    """
+    # torch has no autocast of the meta device; the memory plan puts its own in the place of torch.autocast.
+    return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 
 def _require_grad(parameters: Sequence[nn.Parameter], value: bool) -> None:

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from sdxs_lightning.networks.image_features import FeatureShape
-from sdxs_lightning.networks.network import Network
-from sdxs_lightning.networks.precision import without_autocast
-from sdxs_lightning.objectives.projected_gan import hinge_critic_loss, r1_penalty
+from sdxs_lightning.networks.network import Network, without_autocast
 
 
 class ProjectedDiscriminator(Network):
-    """One head per tapped layer; it owns no features, which come from a frozen network.
+    """One head per tapped layer; the features come from a frozen network that is not part of it.
 
     The heads always run in float32: they are small, and spectral normalisation iterates on their weights.
 
@@ -52,37 +50,6 @@ class ProjectedDiscriminator(Network):
         """Per head, features (B, C, h, w) -> logits (B, h * w), float32; positive means real."""
         with without_autocast(features[0].device):
             return [head(part.float()) for head, part in zip(self.heads, features, strict=True)]
-
-
-def projected_critic_loss(
-    discriminator: ProjectedDiscriminator,
-    real_features: Sequence[Tensor],
-    fake_features: Sequence[Tensor],
-    r1_weight: float | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The heads' hinge loss, with R1 on what they see of real images; both halves are one batch to the heads.
-
-    Args:
-        discriminator: a built one.
-        real_features: per head (B, C, h, w), float; their graph is not followed.
-        fake_features: the same of as many images of the generator.
-        r1_weight: factor of R1; None leaves it out.
-
-    Returns:
-        The loss, (), float32, and scalars: `loss` without R1, `accuracy` over all logits, and `r1` where there is one.
-    """
-    real = [part.detach().float().requires_grad_(r1_weight is not None) for part in real_features]
-    both = [torch.cat([r, f.detach().float()]) for r, f in zip(real, fake_features, strict=True)]
-    logits = [part.chunk(2) for part in discriminator(both)]
-    real_logits, fake_logits = [pair[0] for pair in logits], [pair[1] for pair in logits]
-    loss = hinge_critic_loss(real_logits, fake_logits)
-    right = torch.cat([(part > 0).flatten() for part in [*real_logits, *(-f for f in fake_logits)]])
-    scalars = {"loss": loss, "accuracy": right.float().mean()}
-    if r1_weight is not None:
-        penalty = r1_penalty(real_logits, real)
-        scalars["r1"] = penalty
-        loss = loss + r1_weight * penalty
-    return loss, scalars
 
 
 class _Head(nn.Module):

@@ -12,8 +12,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.networks.backward_simulation import check_timesteps, sample_in_steps, simulated_sample
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.lora import LoRA
-from sdxs_lightning.networks.network import Network, save_adapters_only
-from sdxs_lightning.networks.trained_denoiser import frozen_fingerprint, load_denoiser
+from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_denoiser, save_adapters_only
 
 
 class StudentGenerator(Network):

@@ -14,8 +14,7 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
-from sdxs_lightning.networks.network import Network
-from sdxs_lightning.networks.precision import without_autocast
+from sdxs_lightning.networks.network import Network, without_autocast
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch.nn.functional import softplus
 
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_weight
+from sdxs_lightning.objectives.term import ObjectiveSettings
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DiffusionAdversarial:
+class DiffusionAdversarial(ObjectiveSettings):
     """Settings of the two losses of the diffusion GAN."""
 
     student_weight: float = 1e-3

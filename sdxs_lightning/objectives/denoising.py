@@ -6,6 +6,7 @@ from torch import Tensor
 
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
+from sdxs_lightning.objectives.term import ObjectiveSettings
 
 
 def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Denoising:
+class Denoising(ObjectiveSettings):
     """Settings of the fake score's denoising loss."""
 
     weight: float = 1.0

@@ -1,8 +1,8 @@
 """Distribution matching: move the student's samples along the difference of two scores.
 
-At a re-noised sample the frozen teacher (real score) says where data would be, the fake score where the
-student's own samples would be. The difference of their clean-latent estimates is the gradient of the KL
-divergence between the two distributions, up to a factor that depends on the timestep.
+At a re-noised sample the frozen base (real score) estimates the clean latents under the distribution of the data, the fake
+score under that of the student's samples. The difference of the two estimates is the gradient of the KL divergence between
+the two distributions, up to a factor that depends on the timestep.
 """
 
 from dataclasses import dataclass
@@ -10,9 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
+from sdxs_lightning.objectives.diagnostics import score_stats
 from sdxs_lightning.objectives.f_divergence import FDivergence
+from sdxs_lightning.objectives.term import DistillationContext, LatentSample, Scalars, StudentTerm
 
 
 def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
@@ -67,8 +70,8 @@ def distribution_matching_loss(pred_x0: Tensor, gradient: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DistributionMatching:
-    """Settings of the student's distribution matching loss."""
+class DistributionMatching(StudentTerm):
+    """Moves the sample along real minus fake score, both evaluated at the same re-noised sample, without graph."""
 
     weight: float = 1.0
     """Factor of the loss."""
@@ -79,8 +82,40 @@ class DistributionMatching:
     f_divergence: FDivergence | None = None
     """Another divergence than the reverse KL, through the ratio of a diffusion GAN's discriminator; null is DMD2."""
 
+    needs_real_score = True
+    needs_fake_score = True
+
     def __post_init__(self) -> None:
         check_weight("DistributionMatching", weight=self.weight)
+
+    @property
+    def needs_discriminator(self) -> bool:  # type: ignore[override]
+        """For the density ratio of `f_divergence`."""
+        return self.f_divergence is not None
+
+    def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
+        """See `StudentTerm`; the scalars are the loss and `score_stats`."""
+        assert context.real_score is not None and context.fake_score is not None
+        with torch.no_grad():
+            noisy = sample.renoise(
+                context.schedule, self.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE
+            )
+            fake_logits = None
+            if self.f_divergence is None:
+                fake_x0 = context.fake_score.predict(
+                    noisy.latents, noisy.timesteps, sample.conditioning
+                ).pred_x0
+            else:  # the density ratio at the same noisy samples, from the features of the same pass
+                assert context.discriminator is not None
+                (_, fake_x0, _), features = context.fake_score.predict_with_features(
+                    noisy.latents, noisy.timesteps, sample.conditioning
+                )
+                fake_logits = context.discriminator(features)
+            real_x0 = context.real_score.guided(
+                noisy.latents, noisy.timesteps, sample.conditioning, self.guidance_scale
+            ).pred_x0
+        loss = self.loss(sample.latents, real_x0, fake_x0, fake_logits)
+        return loss, {"distribution_matching": loss, **score_stats(sample.latents, real_x0, fake_x0)}
 
     def loss(
         self, pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor, fake_logits: Tensor | None = None

@@ -4,15 +4,23 @@ Notation: x and y are feature maps of the same layer, (B, C, h, w); their mean, 
 whole map, one number per sample and channel, as DISTS does and as the authors of SDXS say they do (their issue 14).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sdxs_lightning.families import Family
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
+from sdxs_lightning.objectives.matched_features import MatchedFeatures
+from sdxs_lightning.objectives.term import (
+    DistillationContext,
+    LatentSample,
+    ObjectiveSettings,
+    Phase,
+    Scalars,
+    StudentTerm,
+)
 
 STABILITY = 1e-6
 """C1 and C2 of the similarity."""
@@ -77,13 +85,15 @@ def feature_matching_loss(
 
 
 @dataclass(frozen=True)
-class FeatureMatching:
-    """Settings of feature matching."""
+class FeatureMatching(ObjectiveSettings):
+    """Settings of feature matching; `features` of the stage are what it compares."""
 
     weight: float = 1.0
     """Factor of the loss."""
     layer_weights: tuple[float, ...] | None = None
     """One per layer of the features; null counts all alike."""
+    phase: Phase = "warmup"
+    """When it acts with this weight. The segmented mode adds it after the warm-up, with a norm of its own."""
 
     def __post_init__(self) -> None:
         check_weight("FeatureMatching", weight=self.weight)
@@ -95,3 +105,40 @@ class FeatureMatching:
     def loss(self, features: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> Tensor:
         """Weighted `feature_matching_loss`: (), float32."""
         return self.weight * feature_matching_loss(features, targets, self.layer_weights)
+
+
+class FeatureMatchingTerm(StudentTerm):
+    """Statistics of features against those of the target sampler's latents for the same noise and prompts.
+
+    Args:
+        objective: the loss.
+        features: what is compared.
+    """
+
+    needs_pairs = True
+
+    def __init__(self, objective: FeatureMatching, features: MatchedFeatures) -> None:
+        self.objective, self.features = objective, features
+        self.phase = objective.phase
+        self.needs_real_score = features.needs_real_score
+
+    def build(self, family: Family, context: DistillationContext) -> None:
+        """Loads what the features need."""
+        self.features.build(family)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves what the features need."""
+        self.features.to(device, dtype)
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """The features' own."""
+        return self.features.frozen_networks()
+
+    def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
+        """See `StudentTerm`."""
+        assert sample.target is not None
+        with torch.no_grad():
+            targets = self.features(sample.target, sample.conditioning, context)
+        features = self.features(sample.latents, sample.conditioning, context)
+        loss = self.objective.loss(features, targets)
+        return loss, {"feature_matching": loss}

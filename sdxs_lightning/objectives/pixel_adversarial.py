@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sdxs_lightning.objectives.checks import check_weight
 from sdxs_lightning.objectives.projected_gan import hinge_generator_loss
+from sdxs_lightning.objectives.term import ObjectiveSettings
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Augmentation:
 
 
 @dataclass(frozen=True)
-class PixelAdversarial:
+class PixelAdversarial(ObjectiveSettings):
     """Settings of the GAN on images: its weight, and what the discriminator is shown.
 
     Source: SDXS, arXiv:2403.16627, names a short GAN fine-tune with the projected GAN; ADD, arXiv:2311.17042, section 3.2, has

@@ -1,4 +1,4 @@
-"""Regression of the student's latents on a target sampler's, from the same noise: the warm-up before DMD2."""
+"""Regression of the student's latents on a target sampler's, from the same noise."""
 
 from dataclasses import dataclass
 
@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import huber_loss
 
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
+from sdxs_lightning.objectives.term import DistillationContext, LatentSample, Phase, Scalars, StudentTerm
 
 
 def regression_loss(pred_x0: Tensor, target: Tensor, huber_delta: float | None = None) -> Tensor:
@@ -33,18 +34,29 @@ def regression_loss(pred_x0: Tensor, target: Tensor, huber_delta: float | None =
 
 
 @dataclass(frozen=True)
-class Regression:
-    """Settings of the warm-up on (noise, latents) pairs."""
+class Regression(StudentTerm):
+    """Regression on (noise, latents) pairs: the warm-up before DMD2, or the regularizer of plain DMD."""
 
     weight: float = 1.0
     """Factor of the loss."""
     huber_delta: float | None = None
     """Error, in scaled latents, beyond which the loss is linear; null is the plain mean square."""
+    phase: Phase = "warmup"
+    """When it acts. "distillation" is plain DMD, arXiv:2311.18828: beside the score difference, on samples from the pairs'
+    noise and prompts."""
+
+    needs_pairs = True
 
     def __post_init__(self) -> None:
         check_weight("Regression", weight=self.weight)
         if self.huber_delta is not None and not self.huber_delta > 0:
             raise ValueError(f"huber_delta of Regression must be positive or null, got {self.huber_delta}.")
+
+    def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
+        """See `StudentTerm`."""
+        assert sample.target is not None
+        loss = self.loss(sample.latents, sample.target)
+        return loss, {"regression": loss}
 
     def loss(self, pred_x0: Tensor, target: Tensor) -> Tensor:
         """Weighted `regression_loss`: (), float32."""

@@ -1,4 +1,4 @@
-"""Segmented score distillation: scores judge the student at low noise only, and feature matching stands in for the rest.
+"""Segmented score distillation: scores are compared at low noise only, and feature matching stands in for the rest.
 
 At high noise two scores agree while the student is still blurred, and where they differ they average over images; the pair
 that the target sampler made from the same noise says more there. As the student's distribution comes to overlap the base's,
@@ -6,9 +6,22 @@ the segment shrinks to the low noise levels that make texture, and feature match
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from sdxs_lightning.core.timesteps import TimestepRange
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.objectives.feature_matching import FeatureMatching, FeatureMatchingTerm
+from sdxs_lightning.objectives.matched_features import MatchedFeatures
+from sdxs_lightning.objectives.term import (
+    Balance,
+    DistillationContext,
+    LatentSample,
+    ObjectiveSettings,
+    Scalars,
+    StudentTerm,
+)
 
 
 def cosine_ramp(start: float, end: float, progress: float) -> float:
@@ -24,7 +37,7 @@ def cosine_ramp(start: float, end: float, progress: float) -> float:
 
 
 @dataclass(frozen=True)
-class SegmentedScoreDistillation:
+class SegmentedScoreDistillation(ObjectiveSettings):
     """Settings of the mode: two ramps over the student updates after the warm-up.
 
     The gradient is E_{t in [0, alpha T]} [score difference] + lambda * [feature matching]; alpha 1 and lambda 0 at both ends
@@ -54,7 +67,7 @@ class SegmentedScoreDistillation:
 
     @property
     def matches_features(self) -> bool:
-        """Whether feature matching has a part in it at all."""
+        """Whether feature matching is part of it."""
         return self.lambda_start > 0 or self.lambda_end > 0
 
     def alpha(self, progress: float) -> float:
@@ -75,3 +88,44 @@ class SegmentedScoreDistillation:
         """
         high = min(timesteps.high, round(self.alpha(progress) * num_train_timesteps))
         return TimestepRange(timesteps.low, max(high, timesteps.low))
+
+
+class SegmentedDistributionMatching(StudentTerm):
+    """Distribution matching on the segment of timesteps that belongs to the run's progress.
+
+    Args:
+        objective: restricted in its timesteps, otherwise unchanged.
+        segmented: the ramp.
+    """
+
+    def __init__(self, objective: DistributionMatching, segmented: SegmentedScoreDistillation) -> None:
+        self.objective, self.segmented = objective, segmented
+        self.needs_real_score, self.needs_fake_score = objective.needs_real_score, objective.needs_fake_score
+        self.needs_discriminator = objective.needs_discriminator
+
+    def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
+        """See `StudentTerm`."""
+        total = context.schedule.num_train_timesteps
+        timesteps = self.segmented.segment(self.objective.timesteps, context.progress, total)
+        return replace(self.objective, timesteps=timesteps)(sample, context)
+
+
+class BalancedFeatureMatching(FeatureMatchingTerm):
+    """Feature matching after the warm-up, whose gradient is lambda times as long as that of distribution matching.
+
+    Args:
+        objective: the loss.
+        features: what is compared.
+        segmented: the ramp of lambda.
+    """
+
+    def __init__(
+        self, objective: FeatureMatching, features: MatchedFeatures, segmented: SegmentedScoreDistillation
+    ) -> None:
+        super().__init__(objective, features)
+        self.phase = "distillation"
+        self.segmented = segmented
+
+    def balance(self, progress: float) -> Balance:
+        """See `StudentTerm`."""
+        return Balance("distribution_matching", self.segmented.feature_matching_ratio(progress))

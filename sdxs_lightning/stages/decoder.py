@@ -20,10 +20,10 @@ from sdxs_lightning.export import new_folder
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.image_features import FeatureNetwork, ImageFeatures
 from sdxs_lightning.networks.network import Network, no_param_grad
-from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator, projected_critic_loss
+from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.networks.tiny_decoder import DecoderAverage, TinyDecoder
 from sdxs_lightning.objectives.decoder_distillation import ProjectedAdversarial, Reconstruction
-from sdxs_lightning.objectives.projected_gan import hinge_generator_loss
+from sdxs_lightning.objectives.projected_gan import hinge_generator_loss, projected_discriminator_loss
 from sdxs_lightning.stages.decoder_pairs import DecoderPairs, SampledLatents, Target
 from sdxs_lightning.stages.distillation.augmentation import cut_squares
 from sdxs_lightning.training.manual_optimization import ManualOptimization
@@ -158,7 +158,9 @@ class DecoderDistillation(ManualOptimization):
         """The heads learn to tell features of the VAE's images from those of the decoder's, as these were before its update."""
         assert self.discriminator is not None and self.adversarial is not None
         r1_weight = self.adversarial.r1_weight
-        loss, scalars = projected_critic_loss(self.discriminator, real_features, fake_features, r1_weight)
+        loss, scalars = projected_discriminator_loss(
+            self.discriminator, real_features, fake_features, r1_weight
+        )
         self.note("discriminator/", **scalars)
         self.accumulate(loss)
 

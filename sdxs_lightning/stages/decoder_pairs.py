@@ -14,7 +14,7 @@ from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
-from sdxs_lightning.networks.precision import without_autocast
+from sdxs_lightning.networks.network import without_autocast
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 
 Target = Literal["vae", "images"]

@@ -28,8 +28,8 @@ from sdxs_lightning.objectives.knowledge_distillation import (
     OutputDistillation,
     TaskLoss,
 )
-from sdxs_lightning.stages.distillation.data_sample import data_sample
-from sdxs_lightning.stages.distillation.sample import Noisy, Sample
+from sdxs_lightning.objectives.term import LatentSample, NoisyLatents
+from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.stages.distillation.step import Dtype
 from sdxs_lightning.surgery.feature_pairs import feature_pairs
 from sdxs_lightning.surgery.presets import topology_of
@@ -142,7 +142,9 @@ class PrunedUNetDistillation(AveragedTraining):
         return terms, by_tap
 
     @torch.no_grad()
-    def _ask_teacher(self, noisy: Noisy, sample: Sample) -> tuple[Tensor | None, dict[str, Tensor]]:
+    def _ask_teacher(
+        self, noisy: NoisyLatents, sample: LatentSample
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The teacher's output, and its features by the student's blocks; nothing without a teacher."""
         if self.teacher is None:
             return None, {}
@@ -151,7 +153,7 @@ class PrunedUNetDistillation(AveragedTraining):
 
     @staticmethod
     def _predict(
-        denoiser: Denoiser, blocks: list[str], noisy: Noisy, sample: Sample
+        denoiser: Denoiser, blocks: list[str], noisy: NoisyLatents, sample: LatentSample
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The network's own output, and its features by block."""
         with FeatureTap(denoiser.unet, *blocks) as tap:

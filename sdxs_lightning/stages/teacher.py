@@ -19,7 +19,7 @@ from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.objectives.denoising import denoising_loss
-from sdxs_lightning.stages.distillation.data_sample import data_sample
+from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
 

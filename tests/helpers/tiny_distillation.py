@@ -21,8 +21,8 @@ from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.term import LatentSample
 from sdxs_lightning.pairs.target_pairs import PairSettings
-from sdxs_lightning.stages.distillation.sample import Sample
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_batch
@@ -137,10 +137,10 @@ def built(module: OneStepDistillation) -> OneStepDistillation:
     return module
 
 
-def sample_of(module: OneStepDistillation, seed: int = 0) -> Sample:
+def sample_of(module: OneStepDistillation, seed: int = 0) -> LatentSample:
     """The student's sample for three prompts, with its graph."""
     batch = tiny_batch(3)
     noise = normal(seed, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
     conditioning = module.family.encode_prompts(batch.captions)
     latents = module.student(noise, conditioning)
-    return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
+    return LatentSample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)

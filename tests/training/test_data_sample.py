@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdxs_lightning.core.seeding import Stream, uniform
-from sdxs_lightning.stages.distillation.data_sample import data_sample
+from sdxs_lightning.stages.data_sample import data_sample
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.tiny_distillation import family_of
 

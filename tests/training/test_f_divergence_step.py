@@ -17,7 +17,6 @@ from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.f_divergence import Divergence, FDivergence, divergence_weight
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
-from sdxs_lightning.stages.distillation.student_terms import DistributionMatchingTerm
 from tests.helpers.tiny_distillation import KINDS, built, distillation, fit, moved, sample_of, weights
 from tests.helpers.tiny_run import tiny_config, write_config
 
@@ -41,10 +40,10 @@ def test_each_sample_is_weighted_by_the_ratio_that_the_discriminator_says(base: 
     calls: list[int] = []
     unet = context.fake_score.denoiser.unet
     unet.register_forward_hook(lambda *_: calls.append(1))
-    loss, _ = DistributionMatchingTerm(MATCHING)(sample, context)
+    loss, _ = MATCHING(sample, context)
     assert len(calls) == 1  # features of the pass that is made anyway
     (weighted,) = torch.autograd.grad(loss, sample.latents, retain_graph=True)
-    loss, _ = DistributionMatchingTerm(DistributionMatching())(sample, context)
+    loss, _ = DistributionMatching()(sample, context)
     (plain,) = torch.autograd.grad(loss, sample.latents)
 
     noisy = sample.renoise(context.schedule, MATCHING.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)

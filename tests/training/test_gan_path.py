@@ -22,8 +22,8 @@ from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.network import no_param_grad
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
-from sdxs_lightning.stages.distillation.gan import Data, DiffusionGan
-from sdxs_lightning.stages.distillation.sample import DistillationContext, Sample
+from sdxs_lightning.objectives.term import DistillationContext, LatentSample
+from sdxs_lightning.stages.distillation.gan import DiffusionGan, RealBatch
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import family_of
 
@@ -46,18 +46,18 @@ class Parts(NamedTuple):
     def head(self) -> Discriminator:
         return self.gan.discriminator
 
-    def sample(self) -> Sample:
+    def sample(self) -> LatentSample:
         """The student's sample for three prompts, with its graph."""
         batch = tiny_batch(3)
         noise = normal(0, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
         conditioning = self.family.encode_prompts(batch.captions)
         latents = self.student(noise, conditioning)
-        return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=0)
+        return LatentSample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=0)
 
-    def data(self) -> Data:
+    def data(self) -> RealBatch:
         """A batch of three."""
         batch = tiny_batch(3)
-        return Data(batch, self.family.encode_prompts(batch.captions), seed=0)
+        return RealBatch(batch, self.family.encode_prompts(batch.captions), seed=0)
 
     def denoiser(self, features: Features) -> Denoiser:
         """Whose features."""
@@ -82,7 +82,9 @@ def parts(base: Path, features: Features, **settings: Any) -> Parts:
     return Parts(family, student, fake_score, context, gan)
 
 
-def logits_by_hand(one: Parts, sample: Sample, features: Features, streams: tuple[Stream, Stream]) -> Tensor:
+def logits_by_hand(
+    one: Parts, sample: LatentSample, features: Features, streams: tuple[Stream, Stream]
+) -> Tensor:
     noisy = sample.renoise(one.family.schedule, TIMESTEPS, *streams)
     _, seen = one.denoiser(features).with_features(noisy.latents, noisy.timesteps, sample.conditioning)
     logits: Tensor = one.head(seen)
@@ -104,7 +106,7 @@ def test_student_gan_gradient_reaches_the_student_through_resting_judges(
     one = parts(base("sd-v_prediction"), features, student_weight=2.0)
     sample = one.sample()
     with no_param_grad(one.fake_score, one.head):
-        loss, scalars = one.gan.student_term(sample, one.context)
+        loss, scalars = one.gan(sample, one.context)
         loss.backward()
     assert list(scalars) == ["adversarial"] and torch.equal(scalars["adversarial"], loss)
     assert all_learn(one.student) and none_learns(one.fake_score, one.head, one.denoiser("real_score"))
@@ -117,7 +119,7 @@ def test_student_gan_gradient_reaches_the_student_through_resting_judges(
         for parameter in one.student.parameters():
             assert parameter.grad is not None
             parameter.sub_(parameter.grad, alpha=5e-3)
-    better, _ = one.gan.student_term(one.sample(), one.context)
+    better, _ = one.gan(one.sample(), one.context)
     assert better < loss
 
 

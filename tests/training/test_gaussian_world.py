@@ -31,8 +31,7 @@ from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.objectives import distribution_matching
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.f_divergence import Divergence, FDivergence
-from sdxs_lightning.stages.distillation.sample import DistillationContext, Sample
-from sdxs_lightning.stages.distillation.student_terms import DistributionMatchingTerm
+from sdxs_lightning.objectives.term import DistillationContext, LatentSample
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 TIMESTEPS = (20, 100, 300, 500, 700, 900, 980)
@@ -91,9 +90,9 @@ def denoiser(unet: Any) -> Denoiser:
     return Denoiser(unet, SCHEDULE, "epsilon")
 
 
-def sample_of(latents: Tensor, positions: Tensor) -> Sample:
+def sample_of(latents: Tensor, positions: Tensor) -> LatentSample:
     nothing = Conditioning(prompt_embeds=torch.zeros(len(positions), 1, 1))
-    return Sample(latents=latents, conditioning=nothing, positions=positions, seed=0)
+    return LatentSample(latents=latents, conditioning=nothing, positions=positions, seed=0)
 
 
 def objective(timestep: int, f_divergence: FDivergence | None = None) -> DistributionMatching:
@@ -128,7 +127,7 @@ def case(timestep: int) -> Case:
     latents = clean.float().reshape(-1, *shape).requires_grad_()
     sample = sample_of(latents, positions)
     judges = context(GaussianUnet(real_mean, real_covariance), GaussianUnet(fake_mean, fake_covariance))
-    loss, scalars = DistributionMatchingTerm(objective(timestep))(sample, judges)
+    loss, scalars = objective(timestep)(sample, judges)
     (gradient,) = torch.autograd.grad(loss, latents)
 
     at = TimestepRange(timestep, timestep)
@@ -213,7 +212,7 @@ def test_a_student_descends_the_closed_form_kl(timestep: int) -> None:
         GaussianUnet(spread(REAL_MEANS), spread(REAL_STDS**2)),
         GaussianUnet(spread(BIASES), spread(LOG_STDS.exp() ** 2)),
     )
-    loss, _ = DistributionMatchingTerm(objective(timestep))(sample_of(latents, positions), judges)
+    loss, _ = objective(timestep)(sample_of(latents, positions), judges)
     gradients = torch.cat(torch.autograd.grad(loss, [biases, log_stds]))
 
     alpha, sigma = alpha_sigma(timestep)
@@ -278,7 +277,7 @@ def _our_gradient(divergence: Divergence, timestep: int) -> Tensor:
         ),
     )
     wide = FDivergence(divergence, min_ratio=1e-9, max_ratio=1e9)
-    term = DistributionMatchingTerm(objective(timestep, wide))
+    term = objective(timestep, wide)
     loss, _ = term(sample_of(latents, positions), judges)
     return torch.stack(torch.autograd.grad(loss, [mean, log_std]))
 

@@ -27,8 +27,8 @@ from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
-from sdxs_lightning.stages.distillation.matched_features import EncoderFeatures
-from sdxs_lightning.stages.distillation.sample import DistillationContext
+from sdxs_lightning.objectives.matched_features import EncoderFeatures
+from sdxs_lightning.objectives.term import DistillationContext
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE
 from tests.helpers.tiny_distillation import distillation, fit

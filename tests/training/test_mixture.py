@@ -42,7 +42,7 @@ from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.f_divergence import FDivergence
-from sdxs_lightning.stages.distillation.sample import Sample
+from sdxs_lightning.objectives.term import LatentSample
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.mixture_world import (
@@ -198,7 +198,7 @@ def test_a_fake_score_that_learns_the_wrong_target_misses_the_bound(monkeypatch:
 
 
 def test_a_sample_that_is_not_detached_for_the_critic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Sample, "detach", lambda self: self)
+    monkeypatch.setattr(LatentSample, "detach", lambda self: self)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         distilled(updates=1)
 

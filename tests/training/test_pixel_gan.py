@@ -16,15 +16,15 @@ from torch.nn import functional as F
 
 from sdxs_lightning.core.seeding import Stream, uniform
 from sdxs_lightning.memory_plan.weightless import META, WeightlessFamily
+from sdxs_lightning.networks.decoded_image_features import PixelDecoder
 from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.networks.network import no_param_grad
-from sdxs_lightning.networks.pixel_decoder import PixelDecoder
 from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.objectives.pixel_adversarial import Augmentation, PixelAdversarial
+from sdxs_lightning.objectives.term import DistillationContext, LatentSample
 from sdxs_lightning.stages.distillation.augmentation import augment
-from sdxs_lightning.stages.distillation.gan import Data, Gan
+from sdxs_lightning.stages.distillation.gan import Gan, RealBatch
 from sdxs_lightning.stages.distillation.pixel_gan import PixelGan
-from sdxs_lightning.stages.distillation.sample import DistillationContext, Sample
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_conditioning
 from tests.helpers.tiny_decoding import save_dinov2, save_tiny_autoencoder
 from tests.helpers.tiny_distillation import family_of
@@ -62,16 +62,16 @@ def gan_of(base: Path, dinov2: Path, **settings: Any) -> PixelGan:
     return gan
 
 
-def sample_of(base: Path, count: int = 3, seed: int = 2) -> Sample:
+def sample_of(base: Path, count: int = 3, seed: int = 2) -> LatentSample:
     latents = torch.randn(count, *LATENT_SHAPE, generator=torch.Generator().manual_seed(seed))
     conditioning = tiny_conditioning(count, sdxl=base.name.startswith("sdxl"))
-    return Sample(
+    return LatentSample(
         latents=latents.requires_grad_(), conditioning=conditioning, positions=torch.arange(count), seed=3
     )
 
 
-def data_of(base: Path, count: int = 3, **changes: Any) -> Data:
-    return Data(replace(tiny_batch(count), **changes), sample_of(base, count).conditioning, seed=3)
+def data_of(base: Path, count: int = 3, **changes: Any) -> RealBatch:
+    return RealBatch(replace(tiny_batch(count), **changes), sample_of(base, count).conditioning, seed=3)
 
 
 def decode_by_hand(base: Path, latents: Tensor, tiny: Path | None) -> Tensor:
@@ -102,7 +102,7 @@ def test_student_term_equals_plain_torch(
     gan = gan_of(base(kind), dinov2, decoder=str(tiny) if is_tiny else None)
     sample = sample_of(base(kind))
     with no_param_grad(gan.discriminator):
-        loss, scalars = gan.student_term(sample, context_of(base(kind)))
+        loss, scalars = gan(sample, context_of(base(kind)))
         (gradient,) = torch.autograd.grad(loss, sample.latents)
     logits = gan.discriminator(see_by_hand(gan, decode_by_hand(base(kind), sample.latents, folder)))
     expected = -2.0 * torch.stack([part.mean() for part in logits]).mean()
@@ -112,7 +112,7 @@ def test_student_term_equals_plain_torch(
     assert gradient.abs().amax(dim=(1, 2, 3)).min() > 0 and list(scalars) == ["adversarial"]
     # Downhill for the student is uphill for its logits.
     step = 0.05 * gradient / gradient.norm()
-    better, _ = gan.student_term(replace(sample, latents=sample.latents - step), context_of(base(kind)))
+    better, _ = gan(replace(sample, latents=sample.latents - step), context_of(base(kind)))
     assert better < loss
 
 
@@ -161,12 +161,12 @@ def test_a_sample_is_decoded_once_for_both_losses(
     data, context = data_of(folder), context_of(folder)
     gan.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     sample, other = sample_of(folder), sample_of(folder, seed=5)
-    gan.student_term(sample, context)
+    gan(sample, context)
     gan.discriminator_loss(sample.detach(), data, context, None)
     assert len(decoded) == 2  # the sample and the data
     gan.discriminator_loss(sample.detach(), data, context, None)
     assert len(decoded) == 4  # what was seen is kept for one iteration
-    gan.student_term(sample, context)
+    gan(sample, context)
     gan.discriminator_loss(other.detach(), data, context, None)
     assert len(decoded) == 7
     _, reused, anew, _, of_other = seen
@@ -188,7 +188,7 @@ def test_who_learns(base: Base, dinov2: Path, tiny: Path) -> None:
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in gan.discriminator.parameters())
     gan.discriminator.zero_grad()
     with no_param_grad(gan.discriminator):
-        gan.student_term(sample, context_of(base("sd-epsilon")))[0].backward()
+        gan(sample, context_of(base("sd-epsilon")))[0].backward()
     assert sample.latents.grad is not None
     frozen = [p for network in (*networks.values(), gan.discriminator) for p in network.parameters()]
     assert all(p.grad is None for p in frozen) and not any(network.training for network in networks.values())
@@ -250,7 +250,7 @@ def test_heads_learn_to_tell_and_the_sample_to_pass(base: Base, dinov2: Path) ->
     assert loss < 1.2 and told["accuracy"] > 0.8
     descent = torch.optim.Adam([sample.latents], lr=0.1)
     for _ in range(20):
-        loss, _ = gan.student_term(sample, context)
+        loss, _ = gan(sample, context)
         (sample.latents.grad,) = torch.autograd.grad(loss, sample.latents)
         descent.step()
     _, fooled = gan.discriminator_loss(sample.detach(), data, context, None)
@@ -290,7 +290,7 @@ def test_memory_plan_runs_both_losses_without_weights(
     batch = data_of(
         base("sd-epsilon"), latents=torch.empty(3, *LATENT_SHAPE, device=META), positions=positions
     )
-    loss, _ = gan.student_term(sample, context_of(base("sd-epsilon")))
+    loss, _ = gan(sample, context_of(base("sd-epsilon")))
     loss.backward()
     assert sample.latents.grad is not None and sample.latents.grad.is_meta
     gan.discriminator_loss(sample.detach(), batch, context_of(base("sd-epsilon")), None)[0].backward()
@@ -316,7 +316,7 @@ def test_refusals(base: Base, dinov2: Path, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"got some of 16x32; let data.contents"):
         gan.discriminator_loss(sample, data_of(folder, images=torch.zeros(3, 3, 16, 32)), context, None)
     with pytest.raises(ValueError, match=r"crop_px of the GAN is 40 and the images are only 32x32"):
-        gan_of(folder, dinov2, crop_px=40).student_term(sample, context)
+        gan_of(folder, dinov2, crop_px=40)(sample, context)
     with pytest.raises(
         FileNotFoundError, match="no AutoencoderTiny; give the folder of one as pixel_adversarial.decoder"
     ):

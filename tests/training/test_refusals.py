@@ -33,7 +33,7 @@ Base = Callable[[str], Path]
         ({"update_schedule": WARMUP_ONLY}, "the warm-up has no objective"),
         (
             {"update_schedule": WARMUP_ONLY, "regression": Regression()},
-            "pairs are null, but update_schedule.warmup_updates is 9",
+            "objective regression needs pairs: set model.init_args.pairs, or regression to null",
         ),
         (
             {"fake_score": None, "gan": False},

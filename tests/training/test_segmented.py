@@ -13,12 +13,11 @@ from torch import Tensor
 
 from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
+from sdxs_lightning.objectives.matched_features import EncoderFeatures, PixelFeatures
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
+from sdxs_lightning.objectives.term import Balance, LatentSample, balanced, comparison, term_gradients
 from sdxs_lightning.pairs.target_pairs import PairSettings
-from sdxs_lightning.stages.distillation.matched_features import EncoderFeatures, PixelFeatures
-from sdxs_lightning.stages.distillation.sample import Sample
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
-from sdxs_lightning.stages.distillation.term_gradients import balanced, comparison, term_gradients
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny_decoding import save_dinov2
 from tests.helpers.tiny_distillation import KINDS, built, distillation, fit, moved, sample_of, weights
@@ -161,9 +160,11 @@ def test_encoder_features_are_the_blocks_outputs(base: Base, kind: str) -> None:
 def test_terms_are_followed_one_by_one_and_their_sum_is_the_whole(base: Base) -> None:
     module = built(distillation(base("sd-epsilon")))
     sample = sample_of(module)
-    gradients, scalars = term_gradients(module.student_terms, sample, module.context)
+    gradients, scalars = term_gradients(module.terms.distillation, sample, module.context)
     assert set(gradients) == {"distribution_matching", "adversarial"} and "score_gap" in scalars
-    total = sum((term(sample, module.context)[0] for term in module.student_terms.values()), torch.zeros(()))
+    total = sum(
+        (term(sample, module.context)[0] for term in module.terms.distillation.values()), torch.zeros(())
+    )
     (whole,) = torch.autograd.grad(total, sample.latents)
     torch.testing.assert_close(sum(gradients.values()), whole)
 
@@ -173,10 +174,10 @@ def test_comparison_and_balance_of_gradients() -> None:
     gradients = {"a": one, "b": other}
     compared = {name: round(value.item(), 5) for name, value in comparison(gradients).items()}
     assert compared == {"gradient_norm_a": 3.0, "gradient_norm_b": 5.0, "cosine_a_b": 0.6}
-    scaled = balanced(gradients, "b", "a", 0.5)
+    scaled = balanced(gradients, "b", Balance("a", 0.5))
     torch.testing.assert_close(scaled["b"], other * 0.3)
     assert scaled["a"] is one and gradients["b"] is other
-    nothing = balanced({"a": one, "b": torch.zeros(1, 2)}, "b", "a", 1.0)
+    nothing = balanced({"a": one, "b": torch.zeros(1, 2)}, "b", Balance("a", 1.0))
     assert torch.equal(nothing["b"], torch.zeros(1, 2))
 
 
@@ -189,7 +190,7 @@ def test_pairs_bring_their_own_prompts_and_the_data_keep_theirs(base: Base, shar
             assert module.gan is not None
             loss = module.gan.discriminator_loss
 
-            def spy(fake: Sample, real: Any, *rest: Any) -> Any:
+            def spy(fake: LatentSample, real: Any, *rest: Any) -> Any:
                 own = module.family.encode_prompts(real.batch.captions).prompt_embeds
                 shown.append((real.conditioning.prompt_embeds, own))
                 return loss(fake, real, *rest)

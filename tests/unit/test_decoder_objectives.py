@@ -14,7 +14,7 @@ from sdxs_lightning.objectives.decoder_distillation import (
     averaged_l1,
     pixel_mse,
 )
-from sdxs_lightning.objectives.projected_gan import hinge_critic_loss, hinge_generator_loss, r1_penalty
+from sdxs_lightning.objectives.projected_gan import hinge_discriminator_loss, hinge_generator_loss, r1_penalty
 from sdxs_lightning.stages.distillation.augmentation import cut_squares
 
 
@@ -76,11 +76,11 @@ def test_hinge_losses_equal_numpy() -> None:
         np.maximum(0, 1 - r.double().numpy()).mean() + np.maximum(0, 1 + f.double().numpy()).mean()
         for r, f in zip(real, fake, strict=True)
     ]
-    assert hinge_critic_loss(real, fake).item() == pytest.approx(np.mean(per_head), rel=1e-6)
+    assert hinge_discriminator_loss(real, fake).item() == pytest.approx(np.mean(per_head), rel=1e-6)
     means = [f.double().numpy().mean() for f in fake]
     assert hinge_generator_loss(fake).item() == pytest.approx(-np.mean(means), rel=1e-6)
     nothing = [torch.zeros(5, 4)]
-    assert hinge_critic_loss(nothing, nothing).item() == 2
+    assert hinge_discriminator_loss(nothing, nothing).item() == 2
 
 
 def test_r1_of_a_linear_head_is_its_squared_weights() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from sdxs_lightning.callbacks.diagnosis import Diagnosis, Thresholds
 from sdxs_lightning.callbacks.sample_diversity import pairwise_distance
-from sdxs_lightning.stages.distillation.diagnostics import REACH, latent_stats, score_stats
+from sdxs_lightning.objectives.diagnostics import REACH, latent_stats, score_stats
 
 Signs = Mapping[str, float]
 

@@ -1,14 +1,14 @@
-"""What a GAN is to the training step: a term of the student's loss, and a loss of the discriminator.
+"""The GAN of a distillation: a term of the student's loss, and a loss of the discriminator.
 
 `DiffusionGan` compares re-noised latents by a U-Net's features; `PixelGan` (`pixel_gan.py`) compares images.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning, TrainingBatch
 from sdxs_lightning.core.seeding import Stream
@@ -16,12 +16,19 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.feature_taps import bottleneck_shape
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
-from sdxs_lightning.stages.distillation.sample import DistillationContext, Noisy, Sample
-from sdxs_lightning.stages.distillation.student_terms import Scalars
+from sdxs_lightning.objectives.denoising import Denoising
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.objectives.term import (
+    DistillationContext,
+    LatentSample,
+    NoisyLatents,
+    Scalars,
+    StudentTerm,
+)
 
 
-class Data(NamedTuple):
-    """What the discriminator is shown as real."""
+class RealBatch(NamedTuple):
+    """The data that the discriminator sees as real."""
 
     batch: TrainingBatch
     conditioning: Conditioning
@@ -30,31 +37,17 @@ class Data(NamedTuple):
     """Of the run."""
 
 
-class Gan(Protocol):
-    """A discriminator with what it looks through, and with both sides' losses.
+class Gan(StudentTerm):
+    """A discriminator with the features it reads, and both sides' losses.
 
     The discriminator itself belongs to the stage, which registers, optimises and saves it; what is frozen belongs to the GAN.
     """
 
-    needs_real_score: bool
-    """Whether it asks `context.real_score`."""
-    reads_denoising_pass: bool
+    reads_denoising_pass: bool = False
     """Whether `discriminator_loss` takes the features of the pass in which the fake score learns to denoise the sample."""
 
-    def build(self, family: Family, context: DistillationContext) -> None:
-        """Loads what is frozen and makes the discriminator's weights; a second call does nothing."""
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves what is frozen; `dtype` is that of frozen networks whose precision does not show in images."""
-
-    def frozen_networks(self) -> dict[str, nn.Module]:
-        """What is frozen and the GAN's own, by name, for the memory plan."""
-
-    def student_term(self, sample: Sample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """See `StudentTerm`."""
-
     def discriminator_loss(
-        self, fake: Sample, real: Data, context: DistillationContext, fake_features: Tensor | None
+        self, fake: LatentSample, real: RealBatch, context: DistillationContext, fake_features: Tensor | None
     ) -> tuple[Tensor, Scalars]:
         """The discriminator's loss and scalars for the log, `loss` and `accuracy` among them.
 
@@ -68,15 +61,16 @@ class Gan(Protocol):
             (), float32, and scalars.
 
         Raises:
-            ValueError: for a batch that does not hold what the discriminator is to see.
+            ValueError: for a batch without the latents or images that the discriminator compares.
         """
+        raise NotImplementedError
 
 
-class DiffusionGan:
+class DiffusionGan(Gan):
     """A head on a U-Net's bottleneck tells re-noised data from re-noised samples.
 
-    Through the fake score, as in DMD2, its loss also trains that network's encoder. Through the real score the features stay
-    what the base made them, and two passes of its encoder come on top.
+    On the fake score's features, as in DMD2, its loss also trains that network's encoder. On the real score's, the features
+    stay what the base made them, and two passes of its encoder come on top.
 
     Args:
         discriminator: the head.
@@ -86,10 +80,10 @@ class DiffusionGan:
     def __init__(self, discriminator: Discriminator, objective: DiffusionAdversarial) -> None:
         self.discriminator, self.objective = discriminator, objective
         self.needs_real_score = objective.features == "real_score"
-        self.reads_denoising_pass = not self.needs_real_score
+        self.needs_fake_score = self.reads_denoising_pass = not self.needs_real_score
 
     def build(self, family: Family, context: DistillationContext) -> None:
-        """See `Gan`."""
+        """Makes the head for the features' shape."""
         self._family = family
         if self.needs_real_score:
             assert context.real_score is not None
@@ -99,56 +93,47 @@ class DiffusionGan:
             shape = context.fake_score.feature_shape(family.latent_shape())
         self.discriminator.build(shape)
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """See `Gan`: there is nothing of its own."""
-
-    def frozen_networks(self) -> dict[str, nn.Module]:
-        """See `Gan`: there is nothing of its own."""
-        return {}
-
-    def student_term(self, sample: Sample, context: DistillationContext) -> tuple[Tensor, Scalars]:
+    def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
         """Makes the re-noised sample look real; the graph goes through the features' network."""
-        noisy = sample.renoise(
-            context.schedule, self.objective.timesteps, Stream.GAN_TIMESTEP, Stream.GAN_NOISE
-        )
-        loss = self.objective.student_loss(self.discriminator(self._features(noisy, sample, context)))
+        features = self._renoised_features(sample, context, Stream.GAN_TIMESTEP, Stream.GAN_NOISE)
+        loss = self.objective.student_loss(self.discriminator(features))
         return loss, {"adversarial": loss}
 
     def discriminator_loss(
-        self, fake: Sample, real: Data, context: DistillationContext, fake_features: Tensor | None
+        self, fake: LatentSample, real: RealBatch, context: DistillationContext, fake_features: Tensor | None
     ) -> tuple[Tensor, Scalars]:
-        """See `Gan`. Both halves are one batch to the head."""
+        """See `Gan`. Both halves go through the head as one batch."""
         data = self._data(real)
-        if self.needs_real_score:
-            with torch.no_grad():  # the features cannot learn, so nothing is kept for a backward pass
-                fake_features = self._seen(fake, context, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
-                real_features = self._seen(data, context, Stream.REAL_TIMESTEP, Stream.REAL_NOISE)
-        else:
-            real_features = self._seen(data, context, Stream.REAL_TIMESTEP, Stream.REAL_NOISE)
+        with torch.set_grad_enabled(not self.needs_real_score):  # the real score does not learn: no graph
+            if self.needs_real_score:
+                fake_features = self._renoised_features(
+                    fake, context, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE
+                )
+            real_features = self._renoised_features(data, context, Stream.REAL_TIMESTEP, Stream.REAL_NOISE)
         assert fake_features is not None
         fake_logits, real_logits = self.discriminator(torch.cat([fake_features, real_features])).chunk(2)
         loss = self.objective.discriminator_loss(real_logits, fake_logits)
         right = torch.cat([real_logits > 0, fake_logits < 0]).float().mean()
         return loss, {"loss": loss, "accuracy": right}
 
-    def _seen(
-        self, sample: Sample, context: DistillationContext, timestep_stream: Stream, noise_stream: Stream
+    def _renoised_features(
+        self,
+        sample: LatentSample,
+        context: DistillationContext,
+        timestep_stream: Stream,
+        noise_stream: Stream,
     ) -> Tensor:
-        noisy = sample.renoise(context.schedule, self.objective.timesteps, timestep_stream, noise_stream)
-        return self._features(noisy, sample, context)
+        """(B, C', h', w'), float32, with graph where the sample has one or the features' network learns."""
+        noisy: NoisyLatents = sample.renoise(
+            context.schedule, self.objective.timesteps, timestep_stream, noise_stream
+        )
+        network = context.real_score if self.needs_real_score else context.fake_score
+        assert network is not None
+        features = network.features(noisy.latents, noisy.timesteps, sample.conditioning)
+        # The real score may be bfloat16 throughout; the head is not.
+        return features.float() if self.needs_real_score else features
 
-    def _features(self, noisy: Noisy, sample: Sample, context: DistillationContext) -> Tensor:
-        """(B, C', h', w') of the noisy latents, with graph where they have one."""
-        asked = noisy.latents, noisy.timesteps, sample.conditioning
-        if self.needs_real_score:
-            assert context.real_score is not None
-            return context.real_score.features(
-                *asked
-            ).float()  # it may be bfloat16 as a whole; the head is not
-        assert context.fake_score is not None
-        return context.fake_score.features(*asked)
-
-    def _data(self, real: Data) -> Sample:
+    def _data(self, real: RealBatch) -> LatentSample:
         """The batch's own latents."""
         batch, shape = real.batch, self._family.latent_shape()
         if batch.latents is None or tuple(batch.latents.shape[1:]) != shape:
@@ -157,9 +142,41 @@ class DiffusionGan:
                 f"the discriminator needs latents of shape {shape} in every batch and got {found}; make latent shards for "
                 "this base and resolution, or set discriminator and adversarial to null."
             )
-        return Sample(
+        return LatentSample(
             latents=self._family.scale_latents(batch.latents),
             conditioning=real.conditioning,
             positions=batch.positions,
             seed=real.seed,
+        )
+
+
+def check_discriminator_timesteps(adversarial: DiffusionAdversarial | None, denoising: Denoising) -> None:
+    """Raises ValueError where the discriminator would read a denoising pass over other timesteps than its own."""
+    if adversarial is None or adversarial.features != "fake_score":
+        return
+    if adversarial.timesteps != denoising.timesteps:
+        raise ValueError(
+            f"adversarial.timesteps ({adversarial.timesteps}) must equal denoising.timesteps ({denoising.timesteps}), "
+            "because the discriminator reads the denoising pass."
+        )
+
+
+def check_f_divergence(
+    distribution_matching: DistributionMatching | None, adversarial: DiffusionAdversarial | None
+) -> None:
+    """Raises ValueError unless the discriminator can give the density ratio that f_divergence needs."""
+    if distribution_matching is None or distribution_matching.f_divergence is None:
+        return
+    if adversarial is None or adversarial.features != "fake_score":
+        got = "null" if adversarial is None else f"features of the {adversarial.features}"
+        raise ValueError(
+            "distribution_matching.f_divergence reads the density ratio from a discriminator of noisy latents, so adversarial "
+            f"must be set, on features of the fake_score, got {got}; change adversarial, or set f_divergence "
+            "to null."
+        )
+    needed, trained = distribution_matching.timesteps, adversarial.timesteps
+    if needed.low < trained.low or needed.high > trained.high:
+        raise ValueError(
+            f"distribution_matching.f_divergence reads the discriminator at timesteps {needed.low} to {needed.high}, and it "
+            f"learns at {trained.low} to {trained.high} only; widen adversarial.timesteps."
         )

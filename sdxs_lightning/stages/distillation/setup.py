@@ -1,239 +1,184 @@
-"""The networks of a one-step distillation: loading, sharding, moving, saving and sampling them; everything but learning."""
+"""Set-up of a one-step distillation: which terms its student has, and what they need."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-
-from sdxs_lightning.core.frozen import Frozen
-from sdxs_lightning.export import export_pipeline, gathered_unet
-from sdxs_lightning.families import Family
-from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.discriminator import Discriminator
-from sdxs_lightning.networks.ema import StudentEma
 from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.image_features import ImageFeatures
 from sdxs_lightning.networks.network import Network
 from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
-from sdxs_lightning.networks.student_generator import StudentGenerator
-from sdxs_lightning.pairs.target_pairs import TargetPairs
-from sdxs_lightning.stages.distillation.gan import Gan
-from sdxs_lightning.stages.distillation.matched_features import MatchedFeatures
-from sdxs_lightning.stages.distillation.sample import DistillationContext
-from sdxs_lightning.training.manual_optimization import ManualOptimization
-from sdxs_lightning.training.plannable import PlannedNetwork
-from sdxs_lightning.training.sharding import mixed_precision, shard_head, shard_unet
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.objectives.feature_matching import FeatureMatching, FeatureMatchingTerm
+from sdxs_lightning.objectives.matched_features import MatchedFeatures
+from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
+from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.segmented_score_distillation import (
+    BalancedFeatureMatching,
+    SegmentedDistributionMatching,
+    SegmentedScoreDistillation,
+)
+from sdxs_lightning.objectives.term import StudentTerm
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.gan import DiffusionGan, Gan
+from sdxs_lightning.stages.distillation.pixel_gan import PixelGan
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 
 
-class DistillationParts(NamedTuple):
-    """What a distillation is made of; see `OneStepDistillation` for each."""
+class Terms(NamedTuple):
+    """The student's terms by name: in the warm-up, and after it."""
 
-    family: Family
-    student: StudentGenerator
-    fake_score: FakeScore | None
-    discriminator: Network | None
-    gan: Gan | None
-    features: MatchedFeatures | None
-    pairs: TargetPairs | None
+    warmup: dict[str, StudentTerm]
+    distillation: dict[str, StudentTerm]
+
+    def acting(self, update_schedule: UpdateSchedule) -> dict[str, StudentTerm]:
+        """Those of the phases that the schedule has; where both have a term of the same name, they need the same."""
+        terms = self.warmup if update_schedule.warmup_updates else {}
+        return terms | (self.distillation if update_schedule.distils else {})
 
 
-class DistillationNetworks(ManualOptimization):
-    """Holds the networks of `OneStepDistillation`.
+def terms_of(
+    distribution_matching: DistributionMatching | None,
+    segmented: SegmentedScoreDistillation | None,
+    regression: Regression | None,
+    feature_matching: FeatureMatching | None,
+    features: MatchedFeatures | None,
+    gan: Gan | None,
+    objectives: Mapping[str, StudentTerm | None] | None,
+) -> Terms:
+    """The terms that a configuration names, each in the phases that it declares.
 
-    Args:
-        parts: which there are.
-        score_distillation: whether the student is moved along the difference of two scores.
-        ema_decay: of the averaged student, per student update.
-        accumulate_grad_batches: micro-batches of an iteration.
-        gradient_clip_norm: of each network by itself; None does not clip.
-        real_score_dtype: of the frozen networks in the step.
+    Raises:
+        ValueError: for parts that do not go together.
     """
-
-    export_name = "pipeline"
-
-    def __init__(
-        self,
-        parts: DistillationParts,
-        score_distillation: bool,
-        ema_decay: float,
-        accumulate_grad_batches: int,
-        gradient_clip_norm: float | None,
-        real_score_dtype: torch.dtype,
-    ) -> None:
-        super().__init__(accumulate_grad_batches, gradient_clip_norm)
-        self.family = parts.family
-        self.student = parts.student
-        self.fake_score = parts.fake_score
-        self.discriminator = parts.discriminator
-        self.ema: StudentEma | None = None  # made in configure_model, as everything with weights
-        self.real_score: Frozen[Denoiser] | None = None
-        self.gan = parts.gan
-        self.features = parts.features
-        self.pairs = parts.pairs
-        self.ema_decay = ema_decay
-        self.real_score_dtype = real_score_dtype
-        self.student_updates = 0
-        self._needs_real_score = (
-            score_distillation
-            or (self.gan is not None and self.gan.needs_real_score)
-            or (self.features is not None and self.features.needs_real_score)
-            or (self.pairs is not None and self.pairs.settings.samples_real_score)
+    if (feature_matching is None) != (features is None):
+        raise ValueError("feature_matching and features go together: set both, or both to null.")
+    if segmented is not None and distribution_matching is None:
+        raise ValueError(
+            "segmented restricts distribution_matching, which is null: set it, or segmented to null."
+        )
+    if segmented is not None and segmented.matches_features and feature_matching is None:
+        raise ValueError(
+            "segmented needs feature_matching and features, unless lambda_start and lambda_end are both 0."
         )
 
-    @property
-    def progress(self) -> float:
-        """Share of the student updates after the warm-up that lie behind."""
-        raise NotImplementedError
+    def named() -> Iterator[tuple[str, StudentTerm]]:
+        if distribution_matching is not None and segmented is None:
+            yield "distribution_matching", distribution_matching
+        elif distribution_matching is not None and segmented is not None:
+            yield "distribution_matching", SegmentedDistributionMatching(distribution_matching, segmented)
+        if regression is not None:
+            yield "regression", regression
+        if feature_matching is not None and features is not None:
+            yield "feature_matching", FeatureMatchingTerm(feature_matching, features)
+            if segmented is not None and segmented.matches_features:
+                yield "feature_matching", BalancedFeatureMatching(feature_matching, features, segmented)
+        if gan is not None:
+            yield "adversarial", gan
 
-    @property
-    def context(self) -> DistillationContext:
-        """The networks that the student's terms may ask."""
-        real_score = self.real_score.module if self.real_score is not None else None
-        head = self.discriminator if isinstance(self.discriminator, Discriminator) else None
-        return DistillationContext(self.family.schedule, self.fake_score, real_score, head, self.progress)
-
-    @property
-    def networks(self) -> dict[str, Network]:
-        """The networks that learn, by role."""
-        roles = {"student": self.student, "fake_score": self.fake_score, "discriminator": self.discriminator}
-        return {role: network for role, network in roles.items() if network is not None}
-
-    def looked_through(self) -> dict[str, nn.Module]:
-        """What the student's objectives see images through, by name: frozen image networks, and decoders before them."""
-        parts = [part.frozen_networks() for part in (self.gan, self.features) if part is not None]
-        return {name: network for part in parts for name, network in part.items()}
-
-    # -------------------------------------------------------------------------------------------------- building, moving
-
-    def configure_model(self) -> None:
-        """Loads every network, once; shards each by itself where the strategy gives a device mesh."""
-        if self.ema is not None:
-            return
-        self.student.build(self.family)
-        if self.fake_score is not None:
-            self.fake_score.build(self.family)
-        self.ema = StudentEma(self.student, self.ema_decay)
-        if self._needs_real_score:
-            self.real_score = Frozen(self._load_real_score()).to(dtype=self.real_score_dtype)
-        if self.gan is not None:
-            self.gan.build(self.family, self.context)
-        for part in (self.features, self.pairs):
-            if part is not None:
-                part.build(self.family)
-        if self.device_mesh is not None:
-            self._shard()
-
-    def _load_real_score(self) -> Denoiser:
-        """The base, which a fake score with adapters has in memory already."""
-        shared = self.fake_score.shared_base(self.real_score_dtype) if self.fake_score is not None else None
-        if shared is not None:
-            return shared
-        return Denoiser(self.family.load_unet(), self.family.schedule, self.family.prediction_type)
-
-    def _shard(self) -> None:
-        assert self.device_mesh is not None and self.ema is not None
-        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(str(self.trainer.precision))
-        denoisers = [self.student.denoiser, self.ema.denoiser]
-        denoisers += [self.fake_score.denoiser] if self.fake_score is not None else []
-        frozen = (self.real_score, self.pairs.own if self.pairs is not None else None)
-        denoisers += [network.module for network in frozen if network is not None]
-        for denoiser in denoisers:
-            shard_unet(denoiser.unet, mesh, policy)
-        self.ema.after_sharding()
-        if isinstance(self.discriminator, Discriminator):
-            shard_head(self.discriminator.head, mesh, policy)
-
-    def on_fit_start(self) -> None:
-        """Moves what Lightning does not see."""
-        self.family.to(self.device, self.real_score_dtype)
-        if self.real_score is not None:
-            self.real_score.to(self.device)
-        for part in (self.gan, self.features, self.pairs):
-            if part is not None:
-                part.to(self.device, self.real_score_dtype)
-
-    # ------------------------------------------------------------------------------------------------- saving, sampling
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counter of student updates, and what the weights under adapters are recognised by."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["student_updates"] = self.student_updates
-        checkpoint["frozen_weights"] = self._frozen_weights()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the counter.
-
-        Raises:
-            ValueError: if adapters would be put on other weights than those that they were trained on.
-        """
-        super().on_load_checkpoint(checkpoint)
-        self.student_updates = checkpoint["student_updates"]
-        for role, now in self._frozen_weights().items():
-            before = checkpoint.get("frozen_weights", {}).get(role, now)
-            if before != now:
-                option = "student.init_args.weights" if role == "student" else "family.init_args.base"
-                raise ValueError(
-                    f"the checkpoint's {role} is adapters on weights with fingerprint {before}, and this run loaded weights "
-                    f"with {now}; set {option} (or the base) to what the run began with, or start a new run."
-                )
-
-    def _frozen_weights(self) -> dict[str, str]:
-        """Fingerprint by role of what lies under adapters, and is not in the checkpoint."""
-        roles = {"student": self.student, "fake_score": self.fake_score}
-        return {
-            role: network.frozen_fingerprint
-            for role, network in roles.items()
-            if network is not None and network.frozen_fingerprint is not None
-        }
-
-    @torch.no_grad()
-    def generate(self, captions: list[str], noise: Tensor, use_ema: bool = True) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] in one step, of the averaged student or of the current one.
-
-        Args:
-            captions: B prompts.
-            noise: (B, C, h, w), N(0, 1).
-            use_ema: the averaged student.
-        """
-        assert self.ema is not None
-        generator = self.ema if use_ema else self.student
-        attached = self._trainer is not None
-        with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
-            latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
-        return self.family.decode(latents)
-
-    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
-        """Writes a diffusers pipeline; see `callbacks.export.Exportable`, and `export_pipeline` for vae."""
-        assert self.ema is not None
-        source = self.ema if average else self.student
-        with source.applied() if isinstance(source, StudentEma) else nullcontext():
-            unet = gathered_unet(source.denoiser.unet, first_rank=self.global_rank == 0)
-        if unet is not None:
-            export_pipeline(unet, self.family, folder, dtype=dtype, vae=vae, timesteps=source.timesteps)
-
-    def plan_networks(self) -> list[PlannedNetwork]:
-        """See `Plannable`."""
-        networks = [
-            # As in _shard: the heads of the projected GAN are whole on every rank.
-            PlannedNetwork(
-                role,
-                network,
-                "trained",
-                network.optimizer,
-                sharded=not isinstance(network, ProjectedDiscriminator),
+    terms = Terms({}, {})
+    for name, term in named():
+        _add(terms, name, term)
+    for name, extra in (objectives or {}).items():
+        if extra is None:  # a later configuration file took it out
+            continue
+        if name in terms.warmup | terms.distillation:
+            raise ValueError(
+                f"objectives.{name} has the name of a built-in objective that is set; rename it, or set {name} to null."
             )
-            for role, network in self.networks.items()
-        ]
-        if self.ema is not None:
-            networks.append(PlannedNetwork("ema", self.ema, "averaged"))
-        if self.real_score is not None:
-            networks.append(PlannedNetwork("real_score", self.real_score.module, "frozen"))
-        looking = self.looked_through()
-        networks += [PlannedNetwork(name, one, "frozen", sharded=False) for name, one in looking.items()]
-        if self.pairs is not None:
-            own = self.pairs.frozen_networks()
-            networks += [PlannedNetwork(name, one, "frozen") for name, one in own.items()]
-        return networks
+        _add(terms, name, extra)
+    return terms
+
+
+def _add(terms: Terms, name: str, term: StudentTerm) -> None:
+    if term.phase not in ("warmup", "distillation", "always"):
+        raise ValueError(
+            f"phase of objective {name} is '{term.phase}', accepted are 'warmup', 'distillation' and 'always'."
+        )
+    if term.phase != "distillation":
+        terms.warmup[name] = term
+    if term.phase != "warmup":
+        terms.distillation[name] = term
+
+
+def gan_of(
+    discriminator: Discriminator | ProjectedDiscriminator | None,
+    adversarial: DiffusionAdversarial | None,
+    pixel_adversarial: PixelAdversarial | None,
+    image_features: ImageFeatures | None,
+) -> Gan | None:
+    """The GAN that a config's parts make; None where it names none.
+
+    Raises:
+        ValueError: for parts that do not go together.
+    """
+    match discriminator, adversarial, pixel_adversarial, image_features:
+        case None, None, None, None:
+            return None
+        case Discriminator(), DiffusionAdversarial(), None, None:
+            return DiffusionGan(discriminator, adversarial)
+        case ProjectedDiscriminator(), None, PixelAdversarial(), source if source is not None:
+            return PixelGan(discriminator, pixel_adversarial, source)
+    found = {
+        "discriminator": discriminator,
+        "adversarial": adversarial,
+        "pixel_adversarial": pixel_adversarial,
+        "image_features": image_features,
+    }
+    named = [f"{name} {type(part).__name__}" for name, part in found.items() if part is not None]
+    raise ValueError(
+        "these go together: discriminator (a Discriminator) and adversarial, or discriminator (a ProjectedDiscriminator), "
+        f"pixel_adversarial and image_features; got {', '.join(named)}. Set all of a group and the rest to null."
+    )
+
+
+def check_needs(
+    terms: Terms,
+    update_schedule: UpdateSchedule,
+    pairs: PairSettings | None,
+    fake_score: FakeScore | None,
+    discriminator: Network | None,
+) -> None:
+    """Raises ValueError unless every phase has a term, and every term what it needs."""
+    warmup_updates, last = update_schedule.warmup_updates, update_schedule.max_student_updates
+    if update_schedule.distils and not terms.distillation:
+        raise ValueError(
+            "the student has no objective after the warm-up: set distribution_matching, or discriminator and adversarial, or "
+            "an entry of objectives, or update_schedule.max_student_updates to update_schedule.warmup_updates."
+        )
+    if update_schedule.distils and fake_score is None:
+        raise ValueError(
+            f"update_schedule goes on after the warm-up ({warmup_updates} of {last} updates) and fake_score is null: set it, "
+            "or end with the warm-up."
+        )
+    if warmup_updates and not terms.warmup:
+        raise ValueError(
+            f"update_schedule.warmup_updates is {warmup_updates} and the warm-up has no objective: set regression, or "
+            "feature_matching and features, or an entry of objectives with phase warmup, or warmup_updates to 0."
+        )
+    acting = terms.acting(update_schedule)
+    provided = {
+        "pairs": pairs is not None,
+        "fake_score": fake_score is not None,
+        "discriminator": isinstance(discriminator, Discriminator),
+    }
+    for name, term in acting.items():
+        for part, present in provided.items():
+            if getattr(term, f"needs_{part}") and not present:
+                kind = " (a Discriminator of latents, with adversarial)" if part == "discriminator" else ""
+                raise ValueError(
+                    f"objective {name} needs {part}: set model.init_args.{part}{kind}, or {name} to null."
+                )
+        balance = term.balance(0.0)
+        if balance is not None and balance.reference not in acting:
+            raise ValueError(
+                f"objective {name} is balanced against {balance.reference}, which is not set: set it, or {name} to null."
+            )
+    if pairs is not None and not any(term.needs_pairs for term in acting.values()):
+        raise ValueError(
+            f"pairs are set, but update_schedule.warmup_updates is {warmup_updates} and no objective after the warm-up needs "
+            "pairs: set them to null, or an objective that reads them (regression, feature_matching) and its phase."
+        )

@@ -10,16 +10,16 @@ class Updates(NamedTuple):
     """What one iteration updates."""
 
     student: bool
-    """The student is updated, before the critic."""
-    critic: bool
-    """Fake score and discriminator are updated."""
+    """The student, before the others."""
+    fake_score: bool
+    """The fake score, and the discriminator with it."""
     warmup: bool
-    """The student learns from the target sampler's pairs only."""
+    """Whether the student descends the terms of the warm-up."""
 
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """First the target sampler's pairs, then the critic alone, then both: the critic on every iteration, the student on every r-th.
+    """The warm-up, then fake score and discriminator alone, then these on every iteration and the student on every r-th.
 
     An iteration is `accumulate_grad_batches` micro-batches.
     """
@@ -29,9 +29,9 @@ class UpdateSchedule:
     fake_score_updates_per_student_update: int = 5
     """The ratio r: 10 for SD-1.5 and 5 for SDXL in DMD2."""
     warmup_updates: int = 0
-    """Student updates on the target sampler's pairs alone; more than 0 needs `pairs`."""
+    """Student updates on the terms of the warm-up, mostly against the target sampler's pairs; the other networks wait."""
     fake_score_only_iterations: int = 0
-    """Iterations after the warm-up on which only the critic learns: a fake score that does not yet know the student, and a
+    """Iterations after the warm-up without a student update: a fake score that does not yet know the student's samples, and a
     fresh discriminator, point the student the wrong way."""
 
     def __post_init__(self) -> None:
@@ -49,8 +49,13 @@ class UpdateSchedule:
                 f"warmup_updates ({self.warmup_updates}), got {self.max_student_updates}."
             )
 
+    @property
+    def distils(self) -> bool:
+        """Whether the run goes on after the warm-up."""
+        return self.max_student_updates > self.warmup_updates
+
     def progress(self, student_updates: int) -> float:
-        """Share of the student updates after the warm-up that lie behind: 0 at the first of them, 1 at the last."""
+        """Share of the student updates after the warm-up that are done: 0 at the first of them, 1 at the last."""
         first, last = self.warmup_updates, self.max_student_updates - 1
         return min(max((student_updates - first) / max(last - first, 1), 0.0), 1.0)
 
@@ -58,10 +63,10 @@ class UpdateSchedule:
         """What the iteration of that index, counted from 0, updates."""
         index -= self.warmup_updates
         if index < 0:
-            return Updates(student=True, critic=False, warmup=True)
+            return Updates(student=True, fake_score=False, warmup=True)
         index -= self.fake_score_only_iterations
         if index < 0:
-            return Updates(student=False, critic=True, warmup=False)
+            return Updates(student=False, fake_score=True, warmup=False)
         return Updates(
-            student=index % self.fake_score_updates_per_student_update == 0, critic=True, warmup=False
+            student=index % self.fake_score_updates_per_student_update == 0, fake_score=True, warmup=False
         )

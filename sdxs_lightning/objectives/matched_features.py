@@ -1,4 +1,4 @@
-"""What feature matching compares samples by: features of the base's own encoder, or of an image network."""
+"""What feature matching compares: features of the base's own encoder, or of an image network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.networks.decoded_image_features import DecodedImageFeatures
 from sdxs_lightning.networks.feature_taps import bottleneck_of
 from sdxs_lightning.networks.image_features import ImageFeatures
-from sdxs_lightning.stages.distillation.sample import DistillationContext
+from sdxs_lightning.objectives.term import DistillationContext
 
 
 @runtime_checkable
@@ -20,10 +20,10 @@ class MatchedFeatures(Protocol):
     """Maps clean latents to named feature maps; what `features.class_path` of a stage names."""
 
     needs_real_score: bool
-    """Whether it asks `context.real_score`."""
+    """Whether it calls `context.real_score`."""
 
     def build(self, family: Family) -> None:
-        """Loads what is frozen and its own; a second call does nothing."""
+        """Loads its own frozen networks; a second call does nothing."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves what was loaded."""
@@ -42,7 +42,7 @@ class EncoderFeatures:
 
     Args:
         blocks: module names, for example "down_blocks.0"; None takes every down block and the mid block.
-        timestep: what the U-Net is told of the latents, which are clean; 0 is the truth.
+        timestep: input of the U-Net; the latents are clean, which timestep 0 says.
 
     Source: SDXS, arXiv:2403.16627, section 3.2, names the U-Net's encoder as one of its feature networks, and neither its
         layers nor its timestep: both are ours.
@@ -56,13 +56,13 @@ class EncoderFeatures:
         self.blocks, self.timestep = blocks, timestep
 
     def build(self, family: Family) -> None:
-        """See `MatchedFeatures`."""
+        """Nothing: the network is the real score."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """See `MatchedFeatures`."""
+        """Nothing: the network is the real score."""
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """See `MatchedFeatures`: there is nothing of its own."""
+        """None of its own."""
         return {}
 
     def __call__(
@@ -83,7 +83,7 @@ class PixelFeatures:
     """An image network's features of the decoded latents.
 
     Args:
-        network: where the network comes from; not the one that judges the result, or its score means nothing.
+        network: where the network comes from; not one that a metric uses, or that metric means nothing.
         decoder: folder of an AutoencoderTiny that decodes; None is the base's own VAE, slow and large with a graph.
 
     Source: SDXS, arXiv:2403.16627, section 3.2, with VGG and DINOv2 in this place, and the tiny decoder.
@@ -92,23 +92,23 @@ class PixelFeatures:
     needs_real_score = False
 
     def __init__(self, network: ImageFeatures, decoder: str | None = None) -> None:
-        self._eye = DecodedImageFeatures(network, decoder, "features.init_args.decoder")
+        self._image_features = DecodedImageFeatures(network, decoder, "features.init_args.decoder")
 
     def build(self, family: Family) -> None:
-        """See `MatchedFeatures`."""
-        self._eye.build(family)
+        """Loads decoder and feature network."""
+        self._image_features.build(family)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """See `MatchedFeatures`."""
-        self._eye.to(device, dtype)
+        """Moves decoder and feature network."""
+        self._image_features.to(device, dtype)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """See `MatchedFeatures`."""
-        return self._eye.frozen_networks("matched_features", "feature_decoder")
+        """Feature network, and decoder where it is not the base's."""
+        return self._image_features.frozen_networks("matched_features", "feature_decoder")
 
     def __call__(
         self, latents: Tensor, conditioning: Conditioning, context: DistillationContext
     ) -> dict[str, Tensor]:
         """See `MatchedFeatures`."""
-        maps = self._eye.see(self._eye.decode(latents))
+        maps = self._image_features.extract(self._image_features.decode(latents))
         return {f"layer_{i}": features for i, features in enumerate(maps)}

@@ -10,10 +10,12 @@ from torch import Tensor
 from sdxs_lightning.core.batch import Conditioning, TrainingBatch
 from sdxs_lightning.core.seeding import Stream, uniform
 from sdxs_lightning.families import Family
-from sdxs_lightning.stages.distillation.sample import Sample
+from sdxs_lightning.objectives.term import LatentSample
 
 
-def data_sample(batch: TrainingBatch, family: Family, seed: int, caption_dropout: float = 0.0) -> Sample:
+def data_sample(
+    batch: TrainingBatch, family: Family, seed: int, caption_dropout: float = 0.0
+) -> LatentSample:
     """The batch's latents, and its captions encoded with the sizes and crops of its images.
 
     Args:
@@ -37,7 +39,7 @@ def data_sample(batch: TrainingBatch, family: Family, seed: int, caption_dropout
         dropped = uniform(seed, Stream.DROPOUT, batch.positions) < caption_dropout
         conditioning = without_prompts(conditioning, dropped)
     latents = family.scale_latents(batch.latents)
-    return Sample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
+    return LatentSample(latents=latents, conditioning=conditioning, positions=batch.positions, seed=seed)
 
 
 def without_prompts(conditioning: Conditioning, dropped: Tensor) -> Conditioning:

@@ -1,0 +1,200 @@
+"""The interface between the training step and the student's objectives, and the gradients of several of them.
+
+A *term* is one summand of the student's loss. It declares what it needs; the stage provides it, or refuses the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.noise_schedule import NoiseSchedule, add_noise
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.core.timesteps import TimestepRange
+
+if TYPE_CHECKING:
+    from sdxs_lightning.families import Family
+    from sdxs_lightning.networks.denoiser import Denoiser
+    from sdxs_lightning.networks.discriminator import Discriminator
+    from sdxs_lightning.networks.fake_score import FakeScore
+
+Phase = Literal["warmup", "distillation", "always"]
+"""When a term acts: during the first `update_schedule.warmup_updates` student updates, after them, or in both."""
+Scalars = Mapping[str, Tensor]
+Gradients = dict[str, Tensor]
+"""(B, C, h, w), float32, by name of the term."""
+
+
+class NoisyLatents(NamedTuple):
+    """Latents after forward diffusion."""
+
+    latents: Tensor
+    """(B, C, h, w), float32: alpha_t * clean + sigma_t * noise."""
+    timesteps: Tensor
+    """(B,), int64."""
+    noise: Tensor
+    """(B, C, h, w), float32."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LatentSample:
+    """Clean latents with their prompts, and the addresses of their noise."""
+
+    latents: Tensor
+    """(B, C, h, w), float32, scaled: pred_x0 of the student, or data."""
+    conditioning: Conditioning
+    """Of the same B samples."""
+    positions: Tensor
+    """(B,), int64: with the seed they determine every random number of the step."""
+    seed: int
+    """Of the run."""
+    target: Tensor | None = None
+    """(B, C, h, w), float32: what the target sampler made from the same noise and prompts; for terms with `needs_pairs`."""
+    images: Tensor | None = None
+    """(B, 3, H, W), float32, in [-1, 1]: the batch's images, for terms with `needs_images`. Where the sample comes from a pair
+    they show other prompts than its own."""
+
+    def detach(self) -> LatentSample:
+        """The same sample without the student's graph."""
+        return replace(self, latents=self.latents.detach())
+
+    def renoise(
+        self, schedule: NoiseSchedule, timesteps: TimestepRange, timestep_stream: Stream, noise_stream: Stream
+    ) -> NoisyLatents:
+        """Forward diffusion to a random timestep per sample; differentiable in `latents`."""
+        drawn = timesteps.draw(self.seed, timestep_stream, self.positions)
+        noise = normal(self.seed, noise_stream, self.positions, tuple(self.latents.shape[1:]))
+        return NoisyLatents(add_noise(self.latents, noise, drawn, schedule), drawn, noise)
+
+
+class DistillationContext(NamedTuple):
+    """What a term may use besides the sample: the networks of the stage, the noise schedule, the progress of the run."""
+
+    schedule: NoiseSchedule
+    fake_score: FakeScore | None
+    """None in a run that ends with the warm-up."""
+    real_score: Denoiser | None
+    """Frozen; None where nothing needs it."""
+    discriminator: Discriminator | None
+    """Of latents; None without one, or where the GAN compares images."""
+    progress: float = 0.0
+    """Share of the student updates after the warm-up that are done, for what changes over a run."""
+
+
+class Balance(NamedTuple):
+    """The norm that a term's gradient is scaled to, relative to another term's."""
+
+    reference: str
+    """Name of the other term."""
+    ratio: float
+    """Norm of this term's gradient over the reference's, both at the student's latents."""
+
+
+class ObjectiveSettings:
+    """Base class of the settings of an objective, a frozen dataclass, where these are not a term by themselves.
+
+    Not itself a dataclass: jsonargparse accepts a subclass by `class_path` only where not every class of the MRO is one. And
+    no `from __future__ import annotations` where a subclass is defined that others may extend: jsonargparse (4.53) evaluates
+    the annotations of all bases in the module of the class that the configuration names.
+    """
+
+
+class StudentTerm:
+    """Base class of the terms of the student's loss.
+
+    A frozen dataclass that derives from it has its fields as options in YAML. Not itself a dataclass, as `ObjectiveSettings`.
+    """
+
+    phase: str = "distillation"
+    """A `Phase`; by name of a builtin type, see `ObjectiveSettings`."""
+    needs_pairs: bool = False
+    """Reads `sample.target`; the sample is then made from a pair's noise and prompts."""
+    needs_real_score: bool = False
+    """Calls `context.real_score`."""
+    needs_fake_score: bool = False
+    """Calls `context.fake_score`, which passes gradients on and collects none."""
+    needs_images: bool = False
+    """Reads `sample.images`."""
+    needs_discriminator: bool = False
+    """Calls `context.discriminator`, the one on latents."""
+
+    def build(self, family: Family, context: DistillationContext) -> None:
+        """Loads the term's own frozen networks; called in `configure_model`, a second call does nothing."""
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Moves the term's own frozen networks; `dtype` is the real score's."""
+
+    def frozen_networks(self) -> dict[str, nn.Module]:
+        """The term's own frozen networks by name, for the memory plan."""
+        return {}
+
+    def balance(self, progress: float) -> Balance | None:
+        """How the gradient is scaled; None leaves it as it is.
+
+        Args:
+            progress: as in `DistillationContext`.
+        """
+        return None
+
+    def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
+        """The weighted loss, (), and scalars for the log, whose names get the prefix `student/`."""
+        raise NotImplementedError
+
+
+def term_gradients(
+    terms: Mapping[str, StudentTerm], sample: LatentSample, context: DistillationContext
+) -> tuple[Gradients, dict[str, Tensor]]:
+    """The gradient of each weighted term at the sample's latents, balanced, and the terms' scalars.
+
+    Args:
+        terms: by name.
+        sample: its latents require gradients; the student's graph behind them is not traversed.
+        context: its networks collect no gradients if their parameters require none.
+    """
+    gradients: Gradients = {}
+    scalars: dict[str, Tensor] = {}
+    for name, term in terms.items():
+        loss, named = term(sample, context)
+        (gradients[name],) = torch.autograd.grad(loss, sample.latents)
+        scalars.update(named)
+    for name, term in terms.items():
+        balance = term.balance(context.progress)
+        if balance is not None:
+            gradients = balanced(gradients, name, balance)
+    return gradients, scalars
+
+
+def balanced(gradients: Gradients, name: str, balance: Balance) -> Gradients:
+    """Scales one gradient so that its norm is `ratio` times the reference's, over the batches of all ranks.
+
+    Args:
+        gradients: of the terms.
+        name: which one is scaled.
+        balance: reference and ratio.
+
+    Returns:
+        A new dict; nothing waits for the device.
+    """
+    squares = torch.stack([gradients[key].float().square().sum() for key in (balance.reference, name)])
+    if dist.is_initialized():  # else the scale would depend on how the batch is split over ranks
+        dist.all_reduce(squares)
+    wanted, found = squares.sqrt()
+    return gradients | {name: gradients[name] * (balance.ratio * wanted / found.clamp_min(1e-12))}
+
+
+def comparison(gradients: Gradients) -> dict[str, Tensor]:
+    """Norms, and cosines of every two: `gradient_norm_A`, `cosine_A_B`; of this rank's samples."""
+    flat = {name: gradient.float().flatten() for name, gradient in gradients.items()}
+    norms = {name: gradient.norm() for name, gradient in flat.items()}
+    compared = {f"gradient_norm_{name}": norm for name, norm in norms.items()}
+    for one, other in combinations(flat, 2):
+        both = (norms[one] * norms[other]).clamp_min(1e-20)
+        compared[f"cosine_{one}_{other}"] = torch.dot(flat[one], flat[other]) / both
+    return compared

@@ -1,0 +1,266 @@
+"""The networks of a one-step distillation: loading, sharding, moving, saving and sampling them; everything but learning."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.export import export_pipeline, gathered_unet
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.ema import StudentEma
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.network import Network
+from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.term import DistillationContext, StudentTerm
+from sdxs_lightning.pairs.target_pairs import PairSettings, TargetPairs
+from sdxs_lightning.stages.distillation.gan import Gan
+from sdxs_lightning.stages.distillation.setup import Terms, check_needs
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from sdxs_lightning.training.manual_optimization import ManualOptimization
+from sdxs_lightning.training.plannable import PlannedNetwork
+from sdxs_lightning.training.sharding import mixed_precision, shard_head, shard_unet
+
+
+class DistillationNetworks(ManualOptimization):
+    """Holds the networks of `OneStepDistillation`, which documents the arguments.
+
+    Args:
+        family: the base.
+        student: learns by the terms.
+        fake_score: None in a run that ends with the warm-up.
+        discriminator: None without a GAN.
+        gan: goes with the discriminator.
+        pairs: where pairs come from.
+        update_schedule: iterations and phases.
+        terms: of the student.
+        ema_decay: of the averaged student, per student update.
+        accumulate_grad_batches: micro-batches of an iteration.
+        gradient_clip_norm: of each network by itself; None does not clip.
+        seed: of the run.
+        real_score_dtype: of the frozen networks in the step.
+    """
+
+    export_name = "pipeline"
+
+    def __init__(
+        self,
+        *,
+        family: Family,
+        student: StudentGenerator,
+        fake_score: FakeScore | None,
+        discriminator: Network | None,
+        gan: Gan | None,
+        pairs: PairSettings | None,
+        update_schedule: UpdateSchedule,
+        terms: Terms,
+        ema_decay: float,
+        accumulate_grad_batches: int,
+        gradient_clip_norm: float | None,
+        seed: int,
+        real_score_dtype: torch.dtype,
+    ) -> None:
+        super().__init__(accumulate_grad_batches, gradient_clip_norm)
+        check_needs(terms, update_schedule, pairs, fake_score, discriminator)
+        self.family = family
+        self.student = student
+        self.fake_score = fake_score
+        self.discriminator = discriminator
+        self.ema: StudentEma | None = None  # made in configure_model, as everything with weights
+        self.real_score: Frozen[Denoiser] | None = None
+        self.gan = gan
+        self.pairs = TargetPairs(pairs, seed) if pairs is not None else None
+        self.update_schedule = update_schedule
+        self.terms = terms
+        self.ema_decay = ema_decay
+        self.seed = seed
+        self.real_score_dtype = real_score_dtype
+        self.student_updates = 0
+        self._needs_real_score = any(term.needs_real_score for term in self._all_terms) or (
+            pairs is not None and pairs.samples_real_score
+        )
+
+    @property
+    def progress(self) -> float:
+        """Share of the student updates after the warm-up that are done."""
+        return self.update_schedule.progress(self.student_updates)
+
+    @property
+    def context(self) -> DistillationContext:
+        """What the student's terms may use."""
+        real_score = self.real_score.module if self.real_score is not None else None
+        head = self.discriminator if isinstance(self.discriminator, Discriminator) else None
+        return DistillationContext(self.family.schedule, self.fake_score, real_score, head, self.progress)
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The networks that learn, by role."""
+        roles = {"student": self.student, "fake_score": self.fake_score, "discriminator": self.discriminator}
+        return {role: network for role, network in roles.items() if network is not None}
+
+    @property
+    def _all_terms(self) -> list[StudentTerm]:
+        """Every term once."""
+        terms = [*self.terms.warmup.values(), *self.terms.distillation.values()]
+        return list({id(term): term for term in terms}.values())
+
+    def frozen_image_networks(self) -> dict[str, nn.Module]:
+        """The terms' own frozen networks by name: image networks, and the decoders before them."""
+        parts = [term.frozen_networks() for term in self._all_terms]
+        return {name: network for part in parts for name, network in part.items()}
+
+    # -------------------------------------------------------------------------------------------------- building, moving
+
+    def configure_model(self) -> None:
+        """Loads every network, once; shards each by itself where the strategy gives a device mesh."""
+        if self.ema is not None:
+            return
+        self.student.build(self.family)
+        if self.fake_score is not None:
+            self.fake_score.build(self.family)
+        self.ema = StudentEma(self.student, self.ema_decay)
+        if self._needs_real_score:
+            self.real_score = Frozen(self._load_real_score()).to(dtype=self.real_score_dtype)
+        for term in self._all_terms:
+            term.build(self.family, self.context)
+        if self.pairs is not None:
+            self.pairs.build(self.family)
+        if self.device_mesh is not None:
+            self._shard()
+
+    def _load_real_score(self) -> Denoiser:
+        """The base, which a fake score with adapters has in memory already."""
+        shared = self.fake_score.shared_base(self.real_score_dtype) if self.fake_score is not None else None
+        if shared is not None:
+            return shared
+        return Denoiser(self.family.load_unet(), self.family.schedule, self.family.prediction_type)
+
+    def _shard(self) -> None:
+        assert self.device_mesh is not None and self.ema is not None
+        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(str(self.trainer.precision))
+        denoisers = [self.student.denoiser, self.ema.denoiser]
+        denoisers += [self.fake_score.denoiser] if self.fake_score is not None else []
+        frozen = (self.real_score, self.pairs.own if self.pairs is not None else None)
+        denoisers += [network.module for network in frozen if network is not None]
+        for denoiser in denoisers:
+            shard_unet(denoiser.unet, mesh, policy)
+        self.ema.after_sharding()
+        if isinstance(self.discriminator, Discriminator):
+            shard_head(self.discriminator.head, mesh, policy)
+
+    def on_fit_start(self) -> None:
+        """Moves what Lightning does not see."""
+        self.family.to(self.device, self.real_score_dtype)
+        if self.real_score is not None:
+            self.real_score.to(self.device)
+        for part in (*self._all_terms, self.pairs):
+            if part is not None:
+                part.to(self.device, self.real_score_dtype)
+
+    def on_train_start(self) -> None:
+        """Makes the pairs unless no coming update needs them; a resumed run knows its counters by now, with FSDP2 too."""
+        if self.student_updates >= self.update_schedule.max_student_updates:
+            self.trainer.should_stop = True
+            return
+        if self.pairs is not None and self.pairs_are_needed:
+            real_score = self.real_score.module if self.real_score is not None else None
+            with self.trainer.precision_plugin.forward_context():
+                self.pairs.start(real_score, getattr(self.trainer, "datamodule", None))
+
+    @property
+    def pairs_are_needed(self) -> bool:
+        """Whether a student update on pairs is still to come."""
+        coming = list(self.terms.distillation.values()) if self.update_schedule.distils else []
+        if self.update_schedule.updates_at(self.iterations).warmup:
+            coming += self.terms.warmup.values()
+        return any(term.needs_pairs for term in coming)
+
+    # ------------------------------------------------------------------------------------------------- saving, sampling
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the counter of student updates, and a fingerprint of the weights under adapters."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["student_updates"] = self.student_updates
+        checkpoint["frozen_weights"] = self._frozen_weights()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores the counter.
+
+        Raises:
+            ValueError: if adapters would be put on other weights than those that they were trained on.
+        """
+        super().on_load_checkpoint(checkpoint)
+        self.student_updates = checkpoint["student_updates"]
+        for role, now in self._frozen_weights().items():
+            before = checkpoint.get("frozen_weights", {}).get(role, now)
+            if before != now:
+                option = "student.init_args.weights" if role == "student" else "family.init_args.base"
+                raise ValueError(
+                    f"the checkpoint's {role} is adapters on weights with fingerprint {before}, and this run loaded weights "
+                    f"with {now}; set {option} (or the base) to what the run began with, or start a new run."
+                )
+
+    def _frozen_weights(self) -> dict[str, str]:
+        """Fingerprint by role of the weights under adapters, which are not in the checkpoint."""
+        roles = {"student": self.student, "fake_score": self.fake_score}
+        return {
+            role: network.frozen_fingerprint
+            for role, network in roles.items()
+            if network is not None and network.frozen_fingerprint is not None
+        }
+
+    @torch.no_grad()
+    def generate(self, captions: list[str], noise: Tensor, use_ema: bool = True) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] in one step, of the averaged student or of the current one.
+
+        Args:
+            captions: B prompts.
+            noise: (B, C, h, w), N(0, 1).
+            use_ema: the averaged student.
+        """
+        assert self.ema is not None
+        generator = self.ema if use_ema else self.student
+        attached = self._trainer is not None
+        with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
+            latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
+        return self.family.decode(latents)
+
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
+        """Writes a diffusers pipeline; see `callbacks.export.Exportable`, and `export_pipeline` for vae."""
+        assert self.ema is not None
+        source = self.ema if average else self.student
+        with source.applied() if isinstance(source, StudentEma) else nullcontext():
+            unet = gathered_unet(source.denoiser.unet, first_rank=self.global_rank == 0)
+        if unet is not None:
+            export_pipeline(unet, self.family, folder, dtype=dtype, vae=vae, timesteps=source.timesteps)
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        """See `Plannable`."""
+        networks = [
+            # As in _shard: the heads of the projected GAN are complete on every rank.
+            PlannedNetwork(
+                role,
+                network,
+                "trained",
+                network.optimizer,
+                sharded=not isinstance(network, ProjectedDiscriminator),
+            )
+            for role, network in self.networks.items()
+        ]
+        if self.ema is not None:
+            networks.append(PlannedNetwork("ema", self.ema, "averaged"))
+        if self.real_score is not None:
+            networks.append(PlannedNetwork("real_score", self.real_score.module, "frozen"))
+        of_terms = self.frozen_image_networks()
+        networks += [PlannedNetwork(name, one, "frozen", sharded=False) for name, one in of_terms.items()]
+        if self.pairs is not None:
+            own = self.pairs.frozen_networks()
+            networks += [PlannedNetwork(name, one, "frozen") for name, one in own.items()]
+        return networks
