@@ -96,6 +96,8 @@ class TrainingCLI(LightningCLI):
     """
 
     def __init__(self, arguments: Sequence[str] | None) -> None:
+        if os.getcwd() not in sys.path:  # for a `class_path` in a file of the user's own
+            sys.path.append(os.getcwd())
         command_line = read_arguments(sys.argv[1:] if arguments is None else arguments)
         TrainingParser.command_line = command_line
         # Only then: reading the docstrings under the fields of dataclasses takes longer than all other parsing.

@@ -7,7 +7,7 @@ All `--config` files are merged here, before jsonargparse sees them, into one co
 - Mappings merge field by field, everything else is replaced. `key+: [...]` appends to a list.
 - `null` switches a part off.
 - A mapping that names another `class_path` drops the `init_args` below it, unless the new class is a subclass of the old one: then
-  they stay and merge.
+  they stay and merge. Fields without a `class_path` (`regression: {weight: 1.0}`) merge with the `init_args` of one that has it.
 - `${...}` is resolved after merging (by OmegaConf), so a reference follows what a later file or flag says.
 
 Flags are applied after all files, `--key null` included.
@@ -151,6 +151,7 @@ def read_config(value: str, including: Sequence[Path] = ()) -> list[ConfigFile]:
 
 def merge(base: Settings, overlay: Settings) -> Settings:
     """Lays one mapping over another; neither is changed."""
+    base, overlay = _as_class(base, overlay), _as_class(overlay, base)
     merged = dict(base)
     old = base.get("class_path")
     new = overlay.get("class_path", old)
@@ -169,6 +170,17 @@ def merge(base: Settings, overlay: Settings) -> Settings:
             merged.pop(f"{key}+", None)
             merged[key] = value
     return merged
+
+
+def _as_class(settings: Settings, other: Settings) -> Settings:
+    """Fields of a class that is not named, where the other mapping names it: they are its `init_args`."""
+    if (
+        not settings
+        or "class_path" not in other
+        or settings.keys() & {"class_path", "init_args", "dict_kwargs"}
+    ):
+        return settings
+    return {"init_args": settings}
 
 
 def _is_subclass(name: Any, of: Any) -> bool:

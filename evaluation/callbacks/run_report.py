@@ -101,7 +101,9 @@ class Report(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a run that learns through what will judge it."""
         assert isinstance(pl_module, OneStepDistillation) and self._networks is not None
-        require_independent([self._networks.clip, self._networks.classifier], pl_module.frozen_image_networks())
+        require_independent(
+            [self._networks.clip, self._networks.classifier], pl_module.frozen_image_networks()
+        )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Measure the student that training starts from; a resumed run has it in its checkpoint."""

@@ -1,7 +1,7 @@
 """Other networks inside a U-Net with adapters: the base that it was, and the average of what it became.
 
 Both use the one U-Net in memory, and leave it after each call as they found it. They own none of its weights, so nothing
-that they are asked to do (freeze, move, save, count) reaches them.
+that is done with them (freeze, move, save, count) reaches them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _View(Denoiser):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the U-Net computes what this denoiser stands for."""
+        """Inside, the U-Net computes this denoiser's function."""
         yield
 
     def _call(
@@ -64,7 +64,7 @@ class BaseView(_View):
         finally:
             for layer in self._layers:
                 layer.enable_adapters(True)
-            # peft lets adapters learn when it switches them on, also those that rest.
+            # peft lets adapters learn when it switches them on, frozen ones included.
             for parameter, value in zip(adapters, learning, strict=True):
                 parameter.requires_grad_(value)
 

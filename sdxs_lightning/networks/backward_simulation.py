@@ -82,7 +82,7 @@ def sample_in_steps(
 def simulated_sample(
     denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timesteps: Sequence[int]
 ) -> Tensor:
-    """The sample that training uses: what the student says at one of its steps, drawn for each sample.
+    """The sample that training uses: the student's prediction at one of its steps, drawn for each sample.
 
     The steps before it run without graph, exactly as in `sample_in_steps`. All samples run through all but the last of them,
     whichever was drawn: to skip some the host would have to wait for the device, and ranks that share a sharded network
@@ -97,13 +97,13 @@ def simulated_sample(
     Returns:
         (B, C, h, w), float32, scaled latents, with graph of the drawn step only.
 
-    Source: DMD2, arXiv:2405.14867, section 4.5. A departure: there one step is drawn for a whole batch.
+    Source: DMD2, arXiv:2405.14867, section 4.5. A departure: there one step is drawn per batch.
     """
     if len(timesteps) == 1:
         return one_step(denoiser, noise, conditioning, timesteps[0])
     drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, len(timesteps))
     chosen, chosen_timesteps = noise.float(), torch.full_like(drawn, timesteps[0])
-    # Resting, as autocast may keep casts of the weights that have no graph, for the pass that needs one.
+    # Without parameter gradients: autocast may cache casts of the weights without graph, for the pass that needs one.
     with torch.no_grad(), no_param_grad(denoiser):
         noisy = noise
         for step, timestep in enumerate(timesteps[1:], start=1):

@@ -16,7 +16,7 @@ from sdxs_lightning.networks.feature_taps import FeatureTap, encoder_of
 
 
 class Prediction(NamedTuple):
-    """What a U-Net says about noisy latents, three times the same statement, all float32 (B, C, h, w)."""
+    """A U-Net's output for noisy latents in three equivalent forms, all float32 (B, C, h, w)."""
 
     output: Tensor
     """As it leaves the network: epsilon, v or sample."""
@@ -71,7 +71,7 @@ class Denoiser(nn.Module):
     def guided_output(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """`Prediction.output` of `guided` alone; timesteps may lie between two whole ones, as some schedulers ask for."""
+        """`Prediction.output` of `guided` alone; timesteps may be fractional, as some schedulers need."""
         if guidance_scale == 1.0:
             return self._call(self.unet, noisy_latents, timesteps, conditioning).float()
         twice = torch.cat([noisy_latents, noisy_latents]), torch.cat([timesteps, timesteps])

@@ -51,7 +51,7 @@ class DenoiserEma(nn.Module):
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
 
     def after_sharding(self) -> None:
-        """Averaged adapters begin at the shards of the adapters, once these are sharded; a whole copy is sharded itself."""
+        """Averaged adapters begin at the shards of the adapters, once these are sharded; a full copy is sharded itself."""
         if isinstance(self.denoiser, AveragedView):
             self.denoiser.restart()
 
@@ -72,7 +72,7 @@ class DenoiserEma(nn.Module):
 class StudentEma(DenoiserEma):
     """The averaged student; it generates as the student does.
 
-    Updated once per *student* update: counting critic iterations too would raise the decay to its r-th power.
+    Updated once per *student* update: counting every iteration would raise the decay to its r-th power.
 
     Args:
         student: a built student.

@@ -18,7 +18,7 @@ from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_de
 
 
 class FakeScore(Network):
-    """A trainable copy of the base, or adapters on it, whose bottleneck also is the discriminator's eye.
+    """A trainable copy of the base, or adapters on it; a discriminator may read its bottleneck.
 
     Args:
         optimizer: called with the trainable parameters.
@@ -81,7 +81,7 @@ class FakeScore(Network):
         return self.predict(noisy_latents, timesteps, conditioning).noise_pred
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Prediction:
-        """Everything that the network says: its output, pred_x0 and noise_pred."""
+        """Output, pred_x0 and noise_pred."""
         return cast(Prediction, self.denoiser(noisy_latents, timesteps, conditioning))
 
     def predict_with_features(
@@ -96,7 +96,7 @@ class FakeScore(Network):
         return self._for_heads(self.denoiser.features(noisy_latents, timesteps, conditioning))
 
     def _for_heads(self, features: Tensor) -> Tensor:
-        # A shared base may be bfloat16 as a whole; what reads the features is not.
+        # A shared base may be bfloat16 throughout; the discriminator's head is float32.
         return features if self.lora is None else features.float()
 
     def feature_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:

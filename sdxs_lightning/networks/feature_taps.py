@@ -30,9 +30,9 @@ def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
     The view shares every parameter, buffer and hook with the original and has no up blocks. It replaces an early exit
     by exception, which would leave FSDP2's and the compiler's hooks half done; here unused blocks are just never
-    called. Making the view costs microseconds, so nobody needs to keep one.
+    called. Making the view costs microseconds, so there is no need to keep one.
     """
-    # Not copy.copy: FSDP2's subclass makes every new object by calling the constructor, a whole random U-Net each time.
+    # Not copy.copy: FSDP2's subclass makes every new object by calling the constructor, a randomly initialised U-Net each time.
     view: UNet2DConditionModel = object.__new__(type(unet))
     view.__dict__.update(unet.__dict__)
     modules: dict[str, nn.Module | None] = dict(unet._modules)

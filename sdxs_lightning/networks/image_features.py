@@ -2,7 +2,7 @@
 
 A config names a *source*: cheap to construct, it reads files only when `load` is called. What it loads maps images in
 [-1, 1] to feature maps and passes gradients on to the images. Which network it is decides what the decoder is pulled towards:
-a network that judges a model should not also train it.
+a network that a metric uses should not also train the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class FeatureNetwork(nn.Module):
     Args:
         backbone: normalised images (B, 3, H, W) -> feature maps.
         mean: (3,), of the normalisation of images in [0, 1].
-        std: (3,), likewise.
+        std: (3,), of the same.
         size_px: side that images are resized to; None takes them as they come.
     """
 

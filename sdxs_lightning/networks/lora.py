@@ -109,7 +109,7 @@ def merged_weights(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) ->
 
     Args:
         unet: whose adapters they are; one without adapters gets its weights back.
-        weights: of `unet.state_dict()`, whole tensors; not changed.
+        weights: of `unet.state_dict()`, unsharded; not changed.
 
     Returns:
         Name -> tensor, in the type of W; the product is added in float64, so that merging rounds once.

@@ -56,7 +56,7 @@ class Network(LightningModule):
 
 
 def save_adapters_only(network: nn.Module) -> None:
-    """Takes the frozen weights of a network out of what its `state_dict()` gives, and so out of a run's checkpoints.
+    """Removes the frozen weights of a network from its `state_dict()`, and so from a run's checkpoints.
 
     When a checkpoint is loaded they stay as they are; everything else is as strict as ever.
 
@@ -79,9 +79,9 @@ def save_adapters_only(network: nn.Module) -> None:
 
 @contextmanager
 def no_param_grad(*networks: nn.Module | None) -> Iterator[None]:
-    """Inside, the networks pass gradients through to their inputs and collect none themselves.
+    """Context in which the networks pass gradients to their inputs and accumulate none.
 
-    Cheaper than throwing gradients away, and needed for correctness under autocast: a weight that requires gradients
+    Cheaper than discarding gradients, and needed for correctness under autocast: a weight that requires gradients
     and is used under no_grad leaves its graph-less cast in autocast's cache, where a later pass with graph finds it.
     """
     parameters = [
@@ -141,10 +141,10 @@ def load_denoiser(
 
 
 def frozen_fingerprint(network: nn.Module) -> str | None:
-    """What the weights are recognised by that do not learn, and so are in no checkpoint; None without such, or on meta.
+    """Fingerprint of the frozen weights, which are in no checkpoint; None without frozen weights, or on meta.
 
-    Reads the first values of each tensor: two checkpoints of one architecture differ there, and 2.6 billion weights are not
-    read whole. To be called before weights are cast or sharded.
+    Reads the first values of each tensor: two checkpoints of one architecture differ there, and hashing 2.6 billion weights
+    would be slow. To be called before weights are cast or sharded.
     """
     frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
     if not frozen or any(parameter.is_meta for parameter in frozen.values()):
@@ -157,7 +157,7 @@ def frozen_fingerprint(network: nn.Module) -> str | None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Inside, autocast casts nothing; what bfloat16 would spoil stands in here, and its inputs are float32.
+    """Context in which autocast is off, for what bfloat16 would spoil; its inputs are float32.
 
     Args:
         device: of the tensors.

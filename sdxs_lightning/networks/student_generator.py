@@ -90,7 +90,7 @@ class StudentGenerator(Network):
             save_adapters_only(self)
 
     def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise (B, C, h, w) -> clean latents pred_x0 (B, C, h, w), float32: through all steps, for pictures."""
+        """Noise (B, C, h, w) -> clean latents pred_x0 (B, C, h, w), float32: through all steps, for images."""
         return sample_in_steps(self.denoiser, noise, conditioning, self.timesteps)
 
     def simulate(self, noise: Tensor, conditioning: Conditioning) -> Tensor:

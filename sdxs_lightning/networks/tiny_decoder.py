@@ -102,7 +102,7 @@ class TinyDecoder(Network):
         super().__init__(optimizer, lr_scheduler)
         if topology is not None and base_weights is not None:
             raise ValueError(
-                "decoder.init_args.topology and base_weights exclude each other: the folder says its own topology; set one "
+                "decoder.init_args.topology and base_weights exclude each other: the folder has its own topology; set one "
                 "of them to null."
             )
         self._topology = topology or DecoderTopology()
@@ -157,7 +157,7 @@ class TinyDecoder(Network):
         is filled with NaN, so that an image-to-image pipeline shows at once what is missing.
 
         Args:
-            weights: of the decoder, whole tensors, names as in `self.decoder`.
+            weights: of the decoder, unsharded, names as in `self.decoder`.
         """
         autoencoder = self._autoencoder(self._latent_channels)
         if self._base_weights is None:

@@ -1,6 +1,6 @@
 """The tiny decoder's losses: L1 on averaged images, a distance of single pixels, and the weight of the projected GAN.
 
-They compare the tiny decoder's images with those of the base's own decoder for the same latents, or with the pictures that the
+They compare the tiny decoder's images with those of the base's own decoder for the same latents, or with the images that the
 latents were encoded from.
 """
 
@@ -126,7 +126,7 @@ class ProjectedAdversarial:
     r1_weight: float | None = 1e-5
     """Factor of the R1 penalty on the heads' inputs; ADD's 1e-5. Null leaves it out."""
     crop_px: int | None = None
-    """Side of the random square, at full resolution, that the features see; null shows them the whole image."""
+    """Side of the random square, at full resolution, that the feature network gets; null gives it the complete image."""
 
     def __post_init__(self) -> None:
         check_weight("ProjectedAdversarial", fraction=self.fraction, max_weight=self.max_weight)

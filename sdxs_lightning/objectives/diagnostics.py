@@ -1,4 +1,4 @@
-"""Numbers that tell how a distillation fares, from tensors that the step has anyway: no network is asked for them."""
+"""Statistics for the log of a distillation, from tensors that the step has anyway: they cost no network pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from sdxs_lightning.objectives.checks import check_same_shape
 
 REACH = 4.0
-"""Standard deviations of the data beyond which latents count as saturated: 6e-5 of a normal distribution lie there, and 1e-3
+"""Standard deviations of the data beyond which latents count as saturated: 6e-5 of a normal distribution are there, and 1e-3
 of the toy base's latents, whose tails are heavier."""
 
 

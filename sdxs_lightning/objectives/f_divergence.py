@@ -19,7 +19,7 @@ factor h(r) = r^2 f''(r):
     jeffreys            (r - 1) log r                         r + 1
 
 An h that grows with r lets samples count where data is dense, and fewer modes get lost; it also has more variance. The ratio
-comes for free where there is a diffusion GAN: the optimal logit of its critic loss is log p - log q.
+comes for free where there is a diffusion GAN: the optimal logit of the discriminator's loss is log p - log q.
 
 Source: f-distill, arXiv:2502.15681, theorem 1 and table 1.
 """
@@ -75,7 +75,7 @@ class FDivergence:
     min_ratio: float = 0.1
     """Ratios below count as this; f-distill's."""
     max_ratio: float = 20.0
-    """Ratios above count as this: a discriminator that wins would let one sample be the whole batch. f-distill's."""
+    """Ratios above count as this: a discriminator that wins would give one sample the weight of all. f-distill's."""
 
     def __post_init__(self) -> None:
         if self.divergence not in _WEIGHTS:
@@ -89,12 +89,12 @@ class FDivergence:
     def weights(self, fake_logits: Tensor) -> Tensor:
         """h(r) of each sample over its mean in the micro-batch, no graph.
 
-        Weights say which samples count more than others, and leave the step's length alone. A departure: f-distill normalises
+        The weights are relative: they do not change the step's length. A departure: f-distill normalises
         in two stages, here only h is; a good discriminator's r has mean 1 over the student's samples by itself. The mean is
         this rank's and this micro-batch's.
 
         Args:
-            fake_logits: (B,), float, the discriminator's at the same noisy samples that the scores saw; positive is real.
+            fake_logits: (B,), float, the discriminator's at the scores' noisy samples; positive is real.
 
         Returns:
             (B, 1, 1, 1), float32, of mean 1.

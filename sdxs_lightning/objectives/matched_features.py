@@ -42,7 +42,7 @@ class EncoderFeatures:
 
     Args:
         blocks: module names, for example "down_blocks.0"; None takes every down block and the mid block.
-        timestep: input of the U-Net; the latents are clean, which timestep 0 says.
+        timestep: input of the U-Net; 0 is right for clean latents.
 
     Source: SDXS, arXiv:2403.16627, section 3.2, names the U-Net's encoder as one of its feature networks, and neither its
         layers nor its timestep: both are ours.

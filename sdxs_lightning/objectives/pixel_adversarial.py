@@ -13,7 +13,7 @@ from sdxs_lightning.objectives.term import ObjectiveSettings
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of what the discriminator sees, real and fake alike, so that it cannot learn its few images by heart.
+    """Random augmentation of the discriminator's images, real and fake alike, so that it cannot memorise the real ones.
 
     Source: DiffAugment, arXiv:2006.10738, whose ranges are the defaults.
     """
@@ -37,7 +37,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class PixelAdversarial(ObjectiveSettings):
-    """Settings of the GAN on images: its weight, and what the discriminator is shown.
+    """Settings of the GAN on images: its weight, and what the discriminator compares.
 
     Source: SDXS, arXiv:2403.16627, names a short GAN fine-tune with the projected GAN; ADD, arXiv:2311.17042, section 3.2, has
         its losses. Neither gives a weight beside score distillation: that is ours.
@@ -49,12 +49,12 @@ class PixelAdversarial(ObjectiveSettings):
     r1_weight: float | None = 1e-5
     """Factor of the R1 penalty on the heads' inputs; ADD's 1e-5. Null leaves it out."""
     crop_px: int | None = None
-    """Side of the random square, at full resolution, that the features see; null shows them the whole image."""
+    """Side of the random square, at full resolution, that the feature network gets; null gives it the complete image."""
     augmentation: Augmentation | None = Augmentation()
-    """Null shows images as they are."""
+    """Null leaves images as they are."""
     real: Literal["latents", "images"] = "latents"
     """What is real: the data's latents, decoded as the student's are, or its images. Latents leave the decoder's own traces
-    on both sides, so the student is not asked for what its decoder cannot draw; images pull it towards that too."""
+    on both sides, so the student is not trained towards what its decoder cannot draw; images pull it towards that too."""
     decoder: str | None = None
     """Folder of an AutoencoderTiny that decodes latents; null is the base's own VAE, slow and large with a graph."""
 

@@ -77,7 +77,7 @@ def scheduler_config(
         "steps_offset": steps_offset,
         # A second rescaling of rescaled betas changes nothing, and tells the class to expect the last of them.
         "rescale_betas_zero_snr": terminal <= 0,
-        # What the configs of Stable Diffusion say, where the classes default to something else.
+        # The values in Stable Diffusion's configs, where the classes have other defaults.
         "clip_sample": False,
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
@@ -94,7 +94,7 @@ class SchedulerSampler:
         guidance_scale: 1 means none.
         scheduler: one of ODE_SCHEDULERS.
         spacing: "trailing" begins at the last timestep.
-        steps_offset: added to "leading" timesteps; SD's configs say 1.
+        steps_offset: added to "leading" timesteps; 1 in SD's configs.
 
     Raises:
         ValueError: for a scheduler that is not known, or that cannot sample this base.

@@ -98,7 +98,7 @@ def sample_pairs(
     if not captions:
         raise ValueError("pairs in memory need captions and the training data has none.")
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    # Rounded up to whole batches on every rank: a sharded network needs all ranks in every call.
+    # Rounded up to full batches on every rank: a sharded network needs all ranks in every call.
     share = -(-count // world_size)
     batches = []
     for first in range(rank * share, (rank + 1) * share, batch_size):
@@ -142,7 +142,7 @@ def _encode(family: Family, prompts: list[str], batch_size: int) -> tuple[Condit
         for entry in fields(Conditioning)
         if isinstance(getattr(parts[0], entry.name), Tensor) and not entry.name.startswith("negative_")
     }
-    # Cloned: a view of one row would keep the whole batch.
+    # Cloned: a view of one row would keep the batch alive.
     twin = parts[0][:1].unconditional()
     row = {
         entry.name: value.clone()

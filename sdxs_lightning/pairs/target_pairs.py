@@ -1,6 +1,6 @@
-"""PairSettings (noise, latents) of a target sampler, from three sources: memory, the batch, or sampled in the step.
+"""Pairs (noise, latents) of a target sampler, from three sources: memory, the batch, or sampled in the step.
 
-What the student descends on them is said elsewhere (`Regression`, `FeatureMatching`), how long by the update_schedule.
+Terms with `needs_pairs` read them (`Regression`, `FeatureMatching`), in the iterations in which these act.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class PairSettings:
     weights: str | None = None
     """U-Net or pipeline folder or hub id of another target sampler, such as a few-step finetune; null is the base."""
     sampler_batch_size: int = 64
-    """PairSettings in memory that are sampled at once, on each device."""
+    """Pairs in memory that are sampled at once, on each device."""
 
     def __post_init__(self) -> None:
         if self.source not in ("memory", "batch", "on_the_fly"):
@@ -147,7 +147,7 @@ class TargetPairs:
             )
 
     def plan(self, real_score: Denoiser | None) -> bool:
-        """Stands in for `start` in a memory plan: one step of the sampler, and room for what `start` would keep.
+        """Stands in for `start` in a memory plan: one step of the sampler, and memory for what `start` would keep.
 
         Returns:
             Whether there was anything to do before the first step.
@@ -168,7 +168,7 @@ class TargetPairs:
         return self._stored is not None
 
     def forget(self) -> None:
-        """Gives the memory back, when the last update that needs pairs is over."""
+        """Frees the memory, after the last update that needs pairs."""
         self._stored, self._sampler = None, None
 
     def pick(self, batch: TrainingBatch) -> PickedPairs:

@@ -1,4 +1,4 @@
-"""A few-step ODE sampler with guidance: makes the pairs' targets and the teacher's pictures."""
+"""A few-step ODE sampler with guidance: makes the pairs' targets and the teacher's images."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ class TargetSampler:
     """Deterministic DDIM from noise to latents.
 
     x_s = alpha_s pred_x0 + sigma_s noise_pred for each step t -> s; after the last step alpha_s is that of timestep 0,
-    as the scheduler configs of Stable Diffusion say (`set_alpha_to_one: false`).
+    as in the scheduler configs of Stable Diffusion (`set_alpha_to_one: false`).
 
     Args:
         denoiser: usually the frozen real score; may be another, few-step checkpoint.
         steps: network calls.
         guidance_scale: 1 means none.
-        spacing: "leading" is what SD's configs ask for; "trailing" begins at the last timestep and is better below
+        spacing: "leading" is in SD's configs; "trailing" begins at the last timestep and is better below
             about ten steps.
-        steps_offset: added to "leading" timesteps; SD's configs say 1.
+        steps_offset: added to "leading" timesteps; 1 in SD's configs.
 
     Source: arXiv:2010.02502, eq. 12 with eta 0; equals the loop over diffusers' DDIMScheduler.
     """

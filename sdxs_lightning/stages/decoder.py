@@ -1,6 +1,7 @@
 """Stage `decoder`: a tiny image decoder that imitates the base's own, on latents of the base.
 
-For *iteration* and *micro-batch* see `manual_turns.py`. The student here is the decoder; it is updated on every iteration.
+For *iteration* and *micro-batch* see `training/manual_optimization.py`. The student here is the decoder; it is updated on
+every iteration.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ class DecoderDistillation(ManualOptimization):
         sampler: makes the latents, as in SDXS; None takes the batch's, which are VAE means of images.
         target: what the decoder's images are compared with: those of the VAE for the same latents, as in SDXS, or the
             batch's images, whose latents are the batch's or are encoded in the step. On the toy world at equal budget
-            the latter gives a higher PSNR of real pictures, since the VAE's own errors are not learned.
-        features: what the discriminator sees images through, frozen; goes with the two below. None means no GAN.
+            the latter gives a higher PSNR of real images, since the VAE's own errors are not learned.
+        features: frozen network whose features the discriminator reads; goes with the two below. None means no GAN.
         discriminator: heads on the features.
         adversarial: the GAN's schedule and strength.
         ema_decay: of the averaged decoder that is evaluated and exported, per update.
@@ -56,7 +57,7 @@ class DecoderDistillation(ManualOptimization):
     Raises:
         ValueError: for parts that do not go together.
 
-    Source: SDXS, arXiv:2403.16627, section 3.1 and eq. 5. Where the paper is silent the settings' classes say what is ours.
+    Source: SDXS, arXiv:2403.16627, section 3.1 and eq. 5. The settings' classes name what the paper leaves open and we chose.
     """
 
     export_name = "decoder"
@@ -102,7 +103,7 @@ class DecoderDistillation(ManualOptimization):
     # ------------------------------------------------------------------------------------------------ the training step
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
-        """One micro-batch: the decoder comes closer to the target images, then the discriminator learns to tell them."""
+        """One micro-batch: the decoder learns to reproduce the target images, the discriminator to tell them from its own."""
         latents = self.pairs.latents(batch)
         target = self.pairs.targets(batch, latents)
         with self.without_reducer():
@@ -111,7 +112,7 @@ class DecoderDistillation(ManualOptimization):
             self.note("student/", reconstruction_loss=reconstruction)
             if self.gan_is_on:
                 fake_features = self._adversarial_backward(images, reconstruction, batch.positions)
-                self._fake_score_and_discriminator_backward(self._see(target, batch.positions), fake_features)
+                self._discriminator_backward(self._features_of(target, batch.positions), fake_features)
             else:
                 self.accumulate(reconstruction)
             if self.iteration_is_ending:
@@ -130,7 +131,7 @@ class DecoderDistillation(ManualOptimization):
         """The decoder's gradients of both losses, weighed against each other; returns the features of its images."""
         assert self.discriminator is not None and self.adversarial is not None
         with no_param_grad(self.discriminator):
-            features = self._see(images, positions)
+            features = self._features_of(images, positions)
             adversarial = hinge_generator_loss(self.discriminator(features))
             # Each loss is followed back to the images once; the decoder, which both share, is passed once with their sum.
             (by_reconstruction,) = torch.autograd.grad(reconstruction, images, retain_graph=True)
@@ -140,21 +141,19 @@ class DecoderDistillation(ManualOptimization):
         )
         self.accumulate((images * (by_reconstruction + weight * by_adversarial)).sum())
         self.note("student/", adversarial_loss=adversarial, adversarial_weight=weight)
-        return [part.detach() for part in features]
+        return [feature_map.detach() for feature_map in features]
 
     def _at_last_layer(self, images: Tensor, gradient: Tensor) -> Tensor:
         """What a gradient at the images is at the decoder's last weight; the same on every rank."""
         (at_weight,) = torch.autograd.grad(
             images, self.decoder.last_weight, grad_outputs=gradient, retain_graph=True
         )
-        if dist.is_initialized():  # else the weight would depend on how the batch lies on ranks
+        if dist.is_initialized():  # else the weight would depend on how the batch is split over ranks
             dist.all_reduce(at_weight)
             at_weight = at_weight / dist.get_world_size()
         return at_weight
 
-    def _fake_score_and_discriminator_backward(
-        self, real_features: list[Tensor], fake_features: list[Tensor]
-    ) -> None:
+    def _discriminator_backward(self, real_features: list[Tensor], fake_features: list[Tensor]) -> None:
         """The heads learn to tell features of the VAE's images from those of the decoder's, as these were before its update."""
         assert self.discriminator is not None and self.adversarial is not None
         r1_weight = self.adversarial.r1_weight
@@ -178,7 +177,7 @@ class DecoderDistillation(ManualOptimization):
             return False
         return self.iterations >= self.adversarial.starts_at(self.max_student_updates)
 
-    def _see(self, images: Tensor, positions: Tensor) -> list[Tensor]:
+    def _features_of(self, images: Tensor, positions: Tensor) -> list[Tensor]:
         """Feature maps of the images, or of a random square of each; with graph where images have one."""
         assert self._features is not None and self.adversarial is not None
         if self.adversarial.crop_px is not None:
@@ -190,7 +189,7 @@ class DecoderDistillation(ManualOptimization):
     # -------------------------------------------------------------------------------------------------- building, moving
 
     def configure_model(self) -> None:
-        """Loads every network, once. All are whole on every rank: there is nothing here that pays to shard."""
+        """Loads every network, once. None is sharded: they are too small for that to pay."""
         if self.average is not None:
             return
         self.pairs.load(self.family, self.frozen_dtype)
@@ -263,6 +262,6 @@ class DecoderDistillation(ManualOptimization):
             self.accumulate(reconstruction)
         else:
             fake_features = self._adversarial_backward(images, reconstruction, batch.positions)
-            self._fake_score_and_discriminator_backward(self._see(target, batch.positions), fake_features)
+            self._discriminator_backward(self._features_of(target, batch.positions), fake_features)
         yield PlannedPhase("decoder and discriminator", tuple(self.networks))
         self._scalars.clear()

@@ -1,4 +1,4 @@
-"""What a decoder learns from: latents, and the images that they should become."""
+"""Training pairs of a decoder: latents, and the images they should decode to."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class DecoderPairs:
         if batch.images is None or batch.images.shape[-1] != side:
             found = "no images" if batch.images is None else f"images {batch.images.shape[-1]} px wide"
             raise ValueError(
-                f"with target images the decoder learns from the batch's pictures ({side} px wide for its latents) and got "
+                f"with target images the decoder learns from the batch's images ({side} px wide for its latents) and got "
                 f"{found}; set data.contents to [images] (or [latents, images] of the same crop), or target to vae."
             )
         return batch.images.float()
@@ -115,7 +115,7 @@ class DecoderPairs:
     def decode_by_vae(self, latents: Tensor) -> Tensor:
         """The VAE's images (B, 3, H, W), float32, as they are seen: in [-1, 1].
 
-        Outside autocast: bfloat16 would put an error of its own into the target. Clamped: the VAE overshoots, nobody sees
+        Outside autocast: bfloat16 would put an error of its own into the target. Clamped: the VAE overshoots, and nobody sees
         by how much, and imitating that would take capacity. The decoder's images are not clamped, since a value beyond the
         range would then have no gradient that leads it back.
         """

@@ -41,7 +41,7 @@ from sdxs_lightning.training.sharding import mixed_precision, shard_unet
 
 
 class PrunedUNetDistillation(AveragedTraining):
-    """Prunes the base's U-Net and trains what is left against the whole one, at the same noisy latents and prompts.
+    """Prunes the base's U-Net and trains the rest against the complete one, at the same noisy latents and prompts.
 
     One pass of the frozen base a step, without guidance and without graph; no VAE.
 
@@ -113,7 +113,7 @@ class PrunedUNetDistillation(AveragedTraining):
     # ------------------------------------------------------------------------------------------------ the training step
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Both networks denoise the same latents; the student is drawn to what the teacher says and sees."""
+        """Both networks denoise the same latents; the student learns to match the teacher's output and features."""
         terms, by_tap = self._terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"student/{name}": value.detach() for name, value in (terms | {"loss": loss}).items()})
@@ -121,11 +121,11 @@ class PrunedUNetDistillation(AveragedTraining):
         return loss
 
     def _terms(self, batch: TrainingBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted terms of the loss, and the parts of the features' term by tap."""
+        """The weighted terms of the loss, and the feature term's summands by tap."""
         sample = data_sample(batch, self.family, self.seed, self.caption_dropout)
         schedule = self.family.schedule
         noisy = sample.renoise(schedule, self.timesteps, Stream.TEACHER_TIMESTEP, Stream.TEACHER_NOISE)
-        wanted, seen = self._ask_teacher(noisy, sample)
+        wanted, teacher_features = self._teacher_output(noisy, sample)
         output, features = self._predict(self.student, list(self.taps), noisy, sample)
         terms: dict[str, Tensor] = {}
         by_tap: dict[str, Tensor] = {}
@@ -133,7 +133,7 @@ class PrunedUNetDistillation(AveragedTraining):
             assert wanted is not None
             terms["output"] = self.output_distillation.loss(output, wanted)
         if self.feature_distillation is not None:
-            by_tap = self.feature_distillation.losses(features, seen)
+            by_tap = self.feature_distillation.losses(features, teacher_features)
             terms["features"] = torch.stack(list(by_tap.values())).sum()
         if self.task is not None:
             kind = self.family.prediction_type
@@ -142,7 +142,7 @@ class PrunedUNetDistillation(AveragedTraining):
         return terms, by_tap
 
     @torch.no_grad()
-    def _ask_teacher(
+    def _teacher_output(
         self, noisy: NoisyLatents, sample: LatentSample
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """The teacher's output, and its features by the student's blocks; nothing without a teacher."""

@@ -16,7 +16,7 @@ class TwoPhaseLR(LambdaLR):
 
     Args:
         optimizer: its lr is the rate of distillation.
-        total_updates: updates of the whole run.
+        total_updates: updates of the run.
         first_phase_updates: updates of the first phase.
         first_phase_factor: the warm-up's rate over distillation's.
         ramp_updates: updates over which distillation's rate rises from 0 to lr.
@@ -53,7 +53,7 @@ class TrapezoidLR(LambdaLR):
 
     Args:
         optimizer: its lr is the plateau's.
-        total_updates: updates of the whole run; the fall ends there.
+        total_updates: updates of the run, at whose end the decay ends.
         rise_updates: updates of the rise.
         fall_updates: updates of the fall.
     """

@@ -1,4 +1,4 @@
-"""Manual optimisation of several networks in turns: what every such stage shares, so that its training step is only method.
+"""Manual optimisation of several networks: what such stages share, so that a training step shows its method only.
 
 A *micro-batch* is one batch of the loader. An *iteration* is `accumulate_grad_batches` of them; on its last one the optimizers
 step. Lightning refuses its own accumulation and clipping under manual optimisation, and its `global_step` counts the steps
@@ -61,9 +61,9 @@ class ManualOptimization(LightningModule):
         return self.micro_batches + 1 == self.accumulate_grad_batches
 
     def without_reducer(self) -> AbstractContextManager[None]:
-        """Around all backward passes: keeps DDP's reducer still, since `apply_update` averages over ranks.
+        """Around all backward passes: disables DDP's reducer, since `apply_update` averages over ranks.
 
-        FSDP2 scatters gradients on every micro-batch; holding them back would keep whole gradients in memory.
+        FSDP2 scatters gradients on every micro-batch; deferring that would keep unsharded gradients in memory.
         """
         model = self.trainer.model
         if isinstance(model, DistributedDataParallel):
@@ -75,10 +75,10 @@ class ManualOptimization(LightningModule):
         self.manual_backward(loss / self.accumulate_grad_batches)
 
     def apply_update(self, role: str) -> None:
-        """Averages over ranks, clips, steps, clears, moves the learning rate: the one place where weights change."""
+        """Averages gradients over ranks, clips, steps, zeroes them, steps the scheduler: the one place where weights change."""
         optimizer, network = self._optimizer_of(role), self.networks[role]
         if isinstance(self.trainer.model, DistributedDataParallel) or self.device_mesh is not None:
-            # FSDP2 has averaged what it shards while scattering it; what is whole there is left to us.
+            # FSDP2 has averaged what it shards while scattering it; what it does not shard is averaged here.
             average_gradients(p for p in network.parameters() if not isinstance(p, DTensor))
         norm = clip_gradients(network.parameters(), self.gradient_clip_norm)
         self.note(f"{role}/", gradient_norm=norm, lr=optimizer.param_groups[0]["lr"])
@@ -87,13 +87,25 @@ class ManualOptimization(LightningModule):
         if role in self._scheduled:
             self._scheduler_of(role).step()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Forgets the scalars that a row of the log has shown.
+
+        Lightning keeps what was logged until it is logged again, and would write it into every later row, also where an
+        iteration did not compute it. A row holds what was computed since the row before it, and nothing older.
+        """
+        results, every = self.trainer._results, self.trainer.log_every_n_steps
+        if results is None or every == 0 or self.trainer.fit_loop.epoch_loop._batches_that_stepped % every:
+            return
+        for key in [key for key, result in results.items() if not result.meta.on_epoch]:
+            del results[key]
+
     def note(self, prefix: str = "", **scalars: Tensor | float) -> None:
-        """Remembers scalars for the iteration's line in the log; tensors stay on the device."""
+        """Collects scalars for the iteration's row in the log; tensors stay on the device."""
         for name, value in scalars.items():
             self._scalars[prefix + name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def end_micro_batch(self, **counters: int) -> None:
-        """Counts, and logs a complete iteration once: means over its micro-batches, and the stage's own counters."""
+        """Counts, and logs each complete iteration: means over its micro-batches, and the stage's own counters."""
         self.micro_batches += 1
         if self.micro_batches < self.accumulate_grad_batches:
             return
@@ -118,7 +130,7 @@ class ManualOptimization(LightningModule):
         """Adds the counters. Random state is not needed, since noise has addresses."""
         if self.micro_batches:
             rank_zero_warn(
-                f"This checkpoint was taken {self.micro_batches} micro-batch(es) into an iteration; their gradients are not in it."
+                f"This checkpoint was taken {self.micro_batches} micro-batch(es) into an iteration; it lacks their gradients."
             )
         checkpoint["iterations"] = self.iterations
 

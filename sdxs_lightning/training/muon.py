@@ -49,7 +49,7 @@ class Muon(Optimizer):
     Args:
         params: parameters, or groups of them.
         lr: learning rate of both kinds.
-        momentum: of the matrices, with Nesterov's look ahead.
+        momentum: of the matrices, Nesterov's.
         betas: of AdamW.
         eps: of AdamW.
         weight_decay: decoupled, of both kinds.
@@ -104,7 +104,7 @@ class Muon(Optimizer):
                 parameter.add_(matrix.view(parameter.shape), alpha=-group["lr"] * size)
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Momentum looked ahead, as a matrix."""
+        """Nesterov momentum, as a matrix."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:

@@ -1,7 +1,7 @@
 """How a stage describes itself to the memory plan: its networks, and one worst-case training step.
 
-The plan (`sdxs_lightning/memory_plan/`) gives a stage a family without weights, calls `configure_model`, moves everything to the
-meta device and runs the step that the stage names. So a stage repeats nothing of itself: it calls its own methods.
+The plan (`sdxs_lightning/memory_plan/`) gives a stage a family without weights, calls `configure_model`, moves everything to
+the meta device and runs the step that the stage names. So a stage repeats nothing of itself: it calls its own methods.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Plannable(Protocol):
     """A stage that the memory plan knows how to read."""
 
     def plan_networks(self) -> list[PlannedNetwork]:
-        """Every network on the device but the family's own (text encoders, VAE); asked after `configure_model`."""
+        """Every network on the device but the family's own (text encoders, VAE); called after `configure_model`."""
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
         """Runs the most expensive training step, and yields after each backward pass.

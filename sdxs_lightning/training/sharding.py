@@ -58,7 +58,7 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shards a U-Net in place, one group a stage, the rest in the U-Net's own group; a second time does nothing.
+    """Shards a U-Net in place, one group a stage, the rest in the U-Net's own group; a second call does nothing.
 
     Two roles may be the same U-Net, with its adapters and without.
     """
@@ -67,7 +67,7 @@ def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecis
     for block in blocks_of(unet):
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # By default the outermost group stays gathered after a forward pass. The gathered copies of a network that rested in
-    # that pass (the fake score, judging without graph) would then still not require gradients when it is to learn.
+    # that pass (the fake score, called without graph) would then still not require gradients when it is to learn.
     fully_shard(unet, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 

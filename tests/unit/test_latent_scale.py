@@ -25,8 +25,8 @@ from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.memory_plan.weightless import WeightlessFamily
 from sdxs_lightning.pairs.target_pairs import PairSettings, TargetPairs
+from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.stages.decoder_pairs import DecoderPairs
-from sdxs_lightning.stages.distillation.data_sample import data_sample
 from tests.helpers.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, tiny_batch, tiny_sd_unet
 
 SCALE, SHIFT = 0.5, 0.125
@@ -154,7 +154,7 @@ def test_latents_normalised_by_channel_are_refused(tmp_path: Path, key: str) -> 
 
 
 def test_nobody_else_scales_latents() -> None:
-    """Outside the families only decoders of other autoencoders (`pixel_decoder.py`) know a scaling factor."""
+    """Outside the families only decoders of other autoencoders (`PixelDecoder`) know a scaling factor."""
     root = Path(__file__).parents[2]
     files = [
         path for name in ("sdxs_lightning", "data", "evaluation") for path in (root / name).rglob("*.py")
@@ -167,7 +167,10 @@ def test_nobody_else_scales_latents() -> None:
         and node.module == "sdxs_lightning.core.latents"
         and {"scale", "unscale"} & {alias.name for alias in node.names}
     }
-    assert importers == {"sdxs_lightning/families/pretrained.py", "sdxs_lightning/networks/pixel_decoder.py"}
+    assert importers == {
+        "sdxs_lightning/families/pretrained.py",
+        "sdxs_lightning/networks/decoded_image_features.py",
+    }
 
 
 def _png(image: Any) -> bytes:

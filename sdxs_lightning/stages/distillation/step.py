@@ -130,7 +130,7 @@ class OneStepDistillation(DistillationNetworks):
         self.denoising = denoising
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
-        """One micro-batch: the student makes a sample and descends its terms; then fake score and discriminator learn from it."""
+        """One micro-batch: the student makes a sample and descends its terms; fake score and discriminator learn from it."""
         updates = self.update_schedule.updates_at(self.iterations)
         terms = self._terms_at(updates)
         with self.without_reducer():
