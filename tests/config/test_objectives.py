@@ -15,16 +15,19 @@ import yaml
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.cli import _build, main
+from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
+from sdxs_lightning.networks.network import no_param_grad
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.term import term_gradients
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from tests.helpers.tiny_distillation import built, sample_of
 from tests.helpers.tiny_run import tiny_config, write_config
 
 USER_FILE = '''
 from dataclasses import dataclass
 
-import torch
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
@@ -35,9 +38,9 @@ from sdxs_lightning.stages.distillation.step import OneStepDistillation
 def score_identity(settings, alpha, sample, context):
     """SiD, arXiv:2404.04057, in latents and without its weighting: gradients through both scores and the re-noised sample."""
     noisy = sample.renoise(context.schedule, settings.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)
-    asked = noisy.latents, noisy.timesteps, sample.conditioning
-    real = context.real_score.guided(*asked, settings.guidance_scale).pred_x0
-    fake = context.fake_score.predict(*asked).pred_x0
+    scale = settings.guidance_scale
+    real = context.real_score.guided(noisy.latents, noisy.timesteps, sample.conditioning, scale).pred_x0
+    fake = context.fake_score.predict(noisy.latents, noisy.timesteps, sample.conditioning).pred_x0
     loss = ((real - fake) * (real - sample.latents - alpha * (real - fake))).mean()
     return settings.weight * loss
 
@@ -170,10 +173,26 @@ def test_a_term_of_a_users_file_trains_beside_the_others(config: dict[str, Any])
 
 
 def test_sid_replaces_the_score_difference(config: dict[str, Any]) -> None:
-    """Gradients go through both scores: they differ from those with the scores held constant."""
-    module = stage(config, overlay(objectives={"sid": SID}, distribution_matching=None))
-    assert list(module.terms.distillation) == ["sid"] and module._needs_real_score
-    assert main(files(config, overlay(objectives={"sid": SID}, distribution_matching=None))) == 0
+    changes = overlay(objectives={"sid": SID}, distribution_matching=None)
+    module = built(stage(config, changes))
+    sid: Any = module.terms.distillation["sid"]
+    assert list(module.terms.distillation) == ["sid"] and module.real_score is not None
+    with torch.no_grad():  # a fake score that differs from the real one
+        module.get_submodule("fake_score.denoiser.unet").conv_in.weight.mul_(1.2)  # type: ignore[union-attr,operator]
+    sample, context = sample_of(module), module.context
+    with no_param_grad(module.fake_score):
+        found = term_gradients(module.terms.distillation, sample, context)[0]["sid"]
+    noisy = sample.renoise(context.schedule, sid.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)
+    assert context.real_score is not None and context.fake_score is not None
+    real = context.real_score.guided(noisy.latents, noisy.timesteps, sample.conditioning, 1.5).pred_x0
+    fake = context.fake_score.predict(noisy.latents, noisy.timesteps, sample.conditioning).pred_x0
+    difference = real - fake
+    loss = (difference * (real - sample.latents - difference)).mean()
+    (expected,) = torch.autograd.grad(loss, sample.latents, retain_graph=True)
+    torch.testing.assert_close(found, expected)
+    # With the scores held constant only -(real - fake) / elements is left: the rest came through both networks.
+    assert (expected + difference.detach() / difference.numel()).norm() > 0.1 * expected.norm()
+    assert main(files(config, changes)) == 0
     assert "student/distribution_matching" not in rows()[0] and float(rows()[1]["student/gradient_norm"]) > 0
 
 

@@ -1,4 +1,4 @@
-"""One of two processes of test_distributed.py: trains under every strategy in turn and writes down where it arrived."""
+"""One of two processes of test_distributed.py: trains under every strategy and saves the results."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def strategy_of(name: str) -> Strategy:
 
 
 def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillation:
-    """Warm-up, critic iterations and both: every kind of iteration within six."""
+    """Warm-up, fake-score-only iterations and both: every kind of iteration within six."""
     make = OPTIMIZERS[case.optimizer]
     pixels = pixel_gan(base.parent / "dinov2", make, crop_px=24) if case.gan == "pixels" else {}
     falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)

@@ -115,7 +115,7 @@ class StopAfter(Callback):
 
 
 def batches_of(trainer: Trainer) -> int:
-    """Batches of the run, asked in on_train_batch_end; Lightning counts the batch as completed after that hook."""
+    """Batches of the run, called in on_train_batch_end; Lightning counts the batch as completed after that hook."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.completed + 1
 
 

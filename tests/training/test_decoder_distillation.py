@@ -173,9 +173,9 @@ class ByHand:
         ]
         r1 = torch.stack([(s**2).sum(dim=(1, 2, 3)).mean() for s in slopes]).mean()
         self.discriminator.zero_grad()
-        critic = hinge + 0.1 * r1
+        discriminator_loss = hinge + 0.1 * r1
         parameters = list(self.discriminator.parameters())
-        self.critic_gradients = torch.autograd.grad(critic, parameters)
+        self.discriminator_gradients = torch.autograd.grad(discriminator_loss, parameters)
 
 
 def test_one_step_equals_plain_torch(base: Base, shards: Path, dinov2: Path) -> None:
@@ -196,7 +196,7 @@ def test_one_step_equals_plain_torch(base: Base, shards: Path, dinov2: Path) -> 
         averaged = dict(module.named_parameters())[name.replace("decoder.", "average.", 1)]
         torch.testing.assert_close(averaged, 0.75 * start + 0.25 * now.detach(), rtol=1e-5, atol=1e-6)
     heads = [(n, v) for n, v in before.items() if n.startswith("discriminator.")]
-    for (name, start), gradient in zip(heads, hand.critic_gradients, strict=True):
+    for (name, start), gradient in zip(heads, hand.discriminator_gradients, strict=True):
         changed = dict(module.named_parameters())[name].detach()
         torch.testing.assert_close(changed, start - 0.1 * gradient, rtol=1e-5, atol=1e-6)
 

@@ -108,7 +108,7 @@ def test_diversity_is_that_of_one_process(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_resume_is_exact(two_processes: Path, strategy: str) -> None:
     results = load(two_processes, strategy, "adamw")
-    # 2 warm-up iterations, 1 of the critic, then the student on every second of 3.
+    # 2 warm-up iterations, 1 of fake score and discriminator, then the student on every second of 3.
     assert results["counters"] == (ITERATIONS, 2 + 2)
     for name, value in results["straight"].items():
         assert torch.equal(value, results["resumed"][name]), name
@@ -123,9 +123,9 @@ def test_only_the_gradients_of_updated_networks_travel(
     module = module_for(base("sd-v_prediction"), CASES[case], 1)
     module.configure_model()
     sizes = {role: sum(p.numel() for p in network.parameters()) for role, network in module.networks.items()}
-    student, critic = [sizes.pop("student")], list(sizes.values())
-    both = student + critic
-    iterations = [student, student, critic, both, critic, both]
+    student, others = [sizes.pop("student")], list(sizes.values())
+    both = student + others
+    iterations = [student, student, others, both, others, both]
     assert results["sent"] == [size for iteration in iterations for size in iteration]
     assert results["sent_by_reducer"] == 0
     # FSDP2 scatters the gradients of what it shards by itself; the heads of the projected GAN are whole.

@@ -96,11 +96,11 @@ def test_it_is_refused_without_the_discriminator_that_it_reads(
 
 
 @pytest.mark.parametrize(
-    ("divergence", "told"),
+    ("divergence", "message"),
     [("hellinger", ""), ("total_variation", "divergence is 'total_variation'")],
 )
 def test_a_configuration_names_it(
-    divergence: Divergence, told: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    divergence: Divergence, message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny_config(tmp_path, max_student_updates=1)
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
@@ -115,6 +115,6 @@ def test_a_configuration_names_it(
     }
     code = main(["--config", str(write_config(tmp_path / "tiny.yaml", config))])
     errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert code == (2 if told else 0), errors
-    assert len(errors) == (1 if told else 0)
-    assert told in "".join(errors)
+    assert code == (2 if message else 0), errors
+    assert len(errors) == (1 if message else 0)
+    assert message in "".join(errors)

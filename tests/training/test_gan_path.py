@@ -100,7 +100,7 @@ def none_learns(*modules: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("features", ["fake_score", "real_score"])
-def test_student_gan_gradient_reaches_the_student_through_resting_judges(
+def test_student_gan_gradient_reaches_the_student_through_frozen_networks(
     base: Base, features: Features
 ) -> None:
     one = parts(base("sd-v_prediction"), features, student_weight=2.0)
@@ -110,7 +110,7 @@ def test_student_gan_gradient_reaches_the_student_through_resting_judges(
         loss.backward()
     assert list(scalars) == ["adversarial"] and torch.equal(scalars["adversarial"], loss)
     assert all_learn(one.student) and none_learns(one.fake_score, one.head, one.denoiser("real_score"))
-    assert all(p.requires_grad for judge in (one.fake_score, one.head) for p in judge.parameters())
+    assert all(p.requires_grad for network in (one.fake_score, one.head) for p in network.parameters())
     with torch.no_grad():
         logits = logits_by_hand(one, sample, features, (Stream.GAN_TIMESTEP, Stream.GAN_NOISE))
     torch.testing.assert_close(loss.detach(), 2 * softplus(-logits).mean())
@@ -125,14 +125,15 @@ def test_student_gan_gradient_reaches_the_student_through_resting_judges(
 
 @pytest.mark.parametrize("features", ["fake_score", "real_score"])
 @pytest.mark.parametrize("kind", ["sd-epsilon", "sdxl-epsilon"])
-def test_critic_loss_equals_a_computation_by_hand(base: Base, kind: str, features: Features) -> None:
+def test_discriminator_loss_equals_a_computation_by_hand(base: Base, kind: str, features: Features) -> None:
     one = parts(base(kind), features, discriminator_weight=0.5)
     fake, data = one.sample().detach(), one.data()
     denoising_features = None
     if one.gan.reads_denoising_pass:
         noisy = fake.renoise(one.family.schedule, TIMESTEPS, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
-        asked = noisy.latents, noisy.timesteps, fake.conditioning
-        _, denoising_features = one.fake_score.predict_with_features(*asked)
+        _, denoising_features = one.fake_score.predict_with_features(
+            noisy.latents, noisy.timesteps, fake.conditioning
+        )
     loss, scalars = one.gan.discriminator_loss(fake, data, one.context, denoising_features)
     assert data.batch.latents is not None
     real = replace(fake, latents=0.5 * data.batch.latents, conditioning=data.conditioning)  # its VAE's scale
@@ -143,13 +144,12 @@ def test_critic_loss_equals_a_computation_by_hand(base: Base, kind: str, feature
     assert scalars["accuracy"].item() == pytest.approx(right.item()) and torch.equal(scalars["loss"], loss)
 
 
-def test_critic_gan_gradient_trains_head_and_encoder_only(base: Base) -> None:
+def test_the_discriminators_gradient_trains_head_and_encoder_only(base: Base) -> None:
     one = parts(base("sd-epsilon"), "fake_score")
     assert (one.gan.needs_real_score, one.gan.reads_denoising_pass) == (False, True)
     fake = one.sample().detach()
     noisy = fake.renoise(one.family.schedule, TIMESTEPS, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
-    asked = noisy.latents, noisy.timesteps, fake.conditioning
-    _, features = one.fake_score.predict_with_features(*asked)
+    _, features = one.fake_score.predict_with_features(noisy.latents, noisy.timesteps, fake.conditioning)
     loss, _ = one.gan.discriminator_loss(fake, one.data(), one.context, features)
     loss.backward()
     unet = one.fake_score.denoiser.unet

@@ -126,8 +126,8 @@ def case(timestep: int) -> Case:
     clean = fake_mean + noise @ torch.linalg.cholesky(fake_covariance).T
     latents = clean.float().reshape(-1, *shape).requires_grad_()
     sample = sample_of(latents, positions)
-    judges = context(GaussianUnet(real_mean, real_covariance), GaussianUnet(fake_mean, fake_covariance))
-    loss, scalars = objective(timestep)(sample, judges)
+    networks = context(GaussianUnet(real_mean, real_covariance), GaussianUnet(fake_mean, fake_covariance))
+    loss, scalars = objective(timestep)(sample, networks)
     (gradient,) = torch.autograd.grad(loss, latents)
 
     at = TimestepRange(timestep, timestep)
@@ -208,11 +208,11 @@ def test_a_student_descends_the_closed_form_kl(timestep: int) -> None:
     biases, log_stds = BIASES.clone().requires_grad_(), LOG_STDS.clone().requires_grad_()
     noise = normal(0, Stream.STUDENT_NOISE, positions, shape)
     latents = biases.view(-1, 1, 1) + log_stds.exp().view(-1, 1, 1) * noise
-    judges = context(
+    networks = context(
         GaussianUnet(spread(REAL_MEANS), spread(REAL_STDS**2)),
         GaussianUnet(spread(BIASES), spread(LOG_STDS.exp() ** 2)),
     )
-    loss, _ = objective(timestep)(sample_of(latents, positions), judges)
+    loss, _ = objective(timestep)(sample_of(latents, positions), networks)
     gradients = torch.cat(torch.autograd.grad(loss, [biases, log_stds]))
 
     alpha, sigma = alpha_sigma(timestep)
@@ -270,7 +270,7 @@ def _our_gradient(divergence: Divergence, timestep: int) -> Tensor:
         values[0] = value
         return values
 
-    judges = context(
+    networks = context(
         GaussianUnet(with_first(REAL_MEAN, 0.0), with_first(REAL_STD**2, 1.0)),
         GaussianUnet(
             with_first(FAKE_MEAN, 0.0), with_first(math.exp(2 * FAKE_LOG_STD), 1.0), log_ratio=_log_ratio
@@ -278,7 +278,7 @@ def _our_gradient(divergence: Divergence, timestep: int) -> Tensor:
     )
     wide = FDivergence(divergence, min_ratio=1e-9, max_ratio=1e9)
     term = objective(timestep, wide)
-    loss, _ = term(sample_of(latents, positions), judges)
+    loss, _ = term(sample_of(latents, positions), networks)
     return torch.stack(torch.autograd.grad(loss, [mean, log_std]))
 
 

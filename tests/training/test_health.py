@@ -185,7 +185,7 @@ def test_guidance_that_burns_the_samples_is_named(base: Base, shards: Path) -> N
 
 
 def test_a_discriminator_that_wins_is_named(base: Base, shards: Path) -> None:
-    """Where next to no noise is added, samples of a student that stands still, far out, are told from data at sight."""
+    """Where next to no noise is added, samples of a student that stands still, far out, differ from data visibly."""
     low = TimestepRange(0, 20)
     health = Probe(5, Thresholds(saturation=None, readings=2), diversity_prompts=0)
     module = distillation(

@@ -138,8 +138,8 @@ def test_checkpoints_are_small_and_only_adapters_travel(
         f"state_dict.{name}" for name in state
     }
     sent = torch.load(two_processes / "ddp.pt")["sent"]
-    critic = [sizes["fake_score"], sizes["discriminator"]]
+    others = [sizes["fake_score"], sizes["discriminator"]]
     student = [sizes["student"]]
-    both = student + critic
-    iterations = [student, student, both, critic, both]
+    both = student + others
+    iterations = [student, student, both, others, both]
     assert sent == [size for iteration in iterations for size in iteration]

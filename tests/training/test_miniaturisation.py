@@ -127,7 +127,7 @@ def test_step_equals_plain_torch(base: Base, kind: str) -> None:
     features = FeatureDistillation(weight=0.5, tap_weights={"up_blocks.1": 3.0})
     module = moved_away(stage(folder, feature_distillation=features, task=TaskLoss(0.25)))
     assert module.taps == TAPS
-    # Sizes that are not the target's, which SDXL is told.
+    # Sizes that are not the target's, which SDXL is conditioned on.
     batch = replace(tiny_batch(5), original_sizes=torch.full((5, 2), 48), crops=torch.full((5, 2), 3))
     loss, lines = logged(module, batch)
 

@@ -197,7 +197,7 @@ def test_a_fake_score_that_learns_the_wrong_target_misses_the_bound(monkeypatch:
     assert distilled() > 1.5 * SHORT_BOUND
 
 
-def test_a_sample_that_is_not_detached_for_the_critic_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_that_is_not_detached_for_the_fake_score_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LatentSample, "detach", lambda self: self)
     with pytest.raises(RuntimeError, match="backward through the graph a second time"):
         distilled(updates=1)

@@ -117,7 +117,7 @@ def test_student_term_equals_plain_torch(
 
 
 @pytest.mark.parametrize(("kind", "is_tiny"), CASES)
-def test_critic_loss_equals_plain_torch(
+def test_discriminator_loss_equals_plain_torch(
     base: Base, dinov2: Path, tiny: Path, kind: str, is_tiny: bool
 ) -> None:
     folder = tiny if is_tiny else None
@@ -243,18 +243,18 @@ def test_heads_learn_to_tell_and_the_sample_to_pass(base: Base, dinov2: Path) ->
     data = data_of(base("sd-epsilon"), latents=torch.full((3, 4, 16, 16), 4.0))
     heads = torch.optim.Adam(gan.discriminator.parameters(), lr=0.02)
     for _ in range(40):
-        loss, told = gan.discriminator_loss(sample.detach(), data, context, None)
+        loss, scalars = gan.discriminator_loss(sample.detach(), data, context, None)
         heads.zero_grad()
         loss.backward()
         heads.step()
-    assert loss < 1.2 and told["accuracy"] > 0.8
+    assert loss < 1.2 and scalars["accuracy"] > 0.8
     descent = torch.optim.Adam([sample.latents], lr=0.1)
     for _ in range(20):
         loss, _ = gan(sample, context)
         (sample.latents.grad,) = torch.autograd.grad(loss, sample.latents)
         descent.step()
     _, fooled = gan.discriminator_loss(sample.detach(), data, context, None)
-    assert fooled["accuracy"] < told["accuracy"] - 0.2
+    assert fooled["accuracy"] < scalars["accuracy"] - 0.2
 
 
 def test_images_stay_float32_under_autocast(base: Base, tiny: Path) -> None:

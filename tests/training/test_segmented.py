@@ -66,7 +66,7 @@ def test_the_segment_and_the_balance_follow_the_student_updates(base: Base, shar
 
 
 class _Segments(Callback):
-    """Which timesteps the real score was asked about, and how the two gradients of each iteration compare."""
+    """Which timesteps the real score was called at, and how the two gradients of each iteration compare."""
 
     def __init__(self) -> None:
         self.timesteps: list[Tensor] = []
@@ -94,7 +94,7 @@ class _Segments(Callback):
         self.ratios.append(one / other)
 
 
-def test_a_segmented_turn_moves_student_and_fake_score(base: Base, shards: Path) -> None:
+def test_a_segmented_iteration_moves_student_and_fake_score(base: Base, shards: Path) -> None:
     module = built(segmented(base("sd-epsilon")))
     before = weights(module)
     fit(module, shards, batches=1)
@@ -157,7 +157,7 @@ def test_encoder_features_are_the_blocks_outputs(base: Base, kind: str) -> None:
         EncoderFeatures(["up_blocks.0"])(sample.latents, sample.conditioning, module.context)
 
 
-def test_terms_are_followed_one_by_one_and_their_sum_is_the_whole(base: Base) -> None:
+def test_terms_are_differentiated_one_by_one_and_their_sum_is_the_total(base: Base) -> None:
     module = built(distillation(base("sd-epsilon")))
     sample = sample_of(module)
     gradients, scalars = term_gradients(module.terms.distillation, sample, module.context)

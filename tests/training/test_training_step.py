@@ -39,7 +39,7 @@ Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
 
 
-CRITIC_ONLY = UpdateSchedule(max_student_updates=9, fake_score_only_iterations=9)
+FAKE_SCORE_ONLY = UpdateSchedule(max_student_updates=9, fake_score_only_iterations=9)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,16 @@ CRITIC_ONLY = UpdateSchedule(max_student_updates=9, fake_score_only_iterations=9
             {"distribution_matching": None},
             {"student": 1.0, "ema": 1.0, "fake_score": 1.0, "discriminator": 1.0},
         ),
-        ({"update_schedule": CRITIC_ONLY}, {"student": 0, "ema": 0, "fake_score": 1.0, "discriminator": 1.0}),
+        (
+            {"update_schedule": FAKE_SCORE_ONLY},
+            {"student": 0, "ema": 0, "fake_score": 1.0, "discriminator": 1.0},
+        ),
         (
             {"update_schedule": WARMUP_ONLY, **WARMUP},
             {"student": 1.0, "ema": 1.0, "fake_score": 0, "discriminator": 0},
         ),
     ],
-    ids=["both", "no-gan", "gan-only", "critic-iteration", "warmup-iteration"],
+    ids=["both", "no-gan", "gan-only", "fake-score-iteration", "warmup-iteration"],
 )
 def test_which_networks_move(
     base: Base, shards: Path, settings: dict[str, Any], expected: dict[str, float]
@@ -122,7 +125,7 @@ class ByHand:
         return kept[0]
 
     def losses(self) -> tuple[Tensor, Tensor]:
-        """Student loss and critic loss of the first iteration."""
+        """Student loss, and loss of fake score and discriminator, of the first iteration."""
         full = torch.full_like(self.positions, self.timestep)
         noise = self.normal(Stream.STUDENT_NOISE)
         x = self.x0(self.call(self.student, noise, full), noise, full)
@@ -142,24 +145,24 @@ class ByHand:
         alpha, sigma = self.at(t)
         noisy = alpha * x + sigma * self.normal(Stream.GAN_NOISE)
         student = student + 0.3 * softplus(-self.head(self.features(noisy, t)).flatten()).mean()
-        # Critic on the detached sample and on data.
+        # Fake score and discriminator on the detached sample and on data.
         x = x.detach()
         t = integers(0, Stream.FAKE_TIMESTEP, self.positions, 0, 1000)
         alpha, sigma = self.at(t)
         noise = self.normal(Stream.FAKE_NOISE)
         noisy = alpha * x + sigma * noise
         target = alpha * noise - sigma * x if self.v else noise
-        critic = ((self.call(self.fake, noisy, t) - target) ** 2).mean()
-        critic = critic + 0.3 * softplus(self.head(self.features(noisy, t)).flatten()).mean()
+        others = ((self.call(self.fake, noisy, t) - target) ** 2).mean()
+        others = others + 0.3 * softplus(self.head(self.features(noisy, t)).flatten()).mean()
         t = integers(0, Stream.REAL_TIMESTEP, self.positions, 0, 1000)
         alpha, sigma = self.at(t)
         noisy = alpha * self.data + sigma * self.normal(Stream.REAL_NOISE)
-        critic = critic + 0.3 * softplus(-self.head(self.features(noisy, t)).flatten()).mean()
-        return student, critic
+        others = others + 0.3 * softplus(-self.head(self.features(noisy, t)).flatten()).mean()
+        return student, others
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_turn_equals_the_same_step_in_plain_torch(base: Base, shards: Path, kind: str) -> None:
+def test_an_iteration_equals_the_same_step_in_plain_torch(base: Base, shards: Path, kind: str) -> None:
     module = built(distillation(base(kind), gradient_clip_norm=None))
     assert module.fake_score is not None
     # Apart from the base, as after training: at the start fake equals real and the score difference is guidance alone.
@@ -171,11 +174,11 @@ def test_a_turn_equals_the_same_step_in_plain_torch(base: Base, shards: Path, ki
     hand = ByHand(copy.copy(module), size=4)
     student_loss, discriminator_loss = hand.losses()
     student = list(module.student.parameters())
-    critics = [*module.fake_score.parameters(), *module.discriminator.parameters()]  # type: ignore[union-attr]
-    gradients = torch.autograd.grad(student_loss, student) + torch.autograd.grad(discriminator_loss, critics)
-    expected = [p.detach() - 0.1 * g for p, g in zip([*student, *critics], gradients, strict=True)]
+    others = [*module.fake_score.parameters(), *module.discriminator.parameters()]  # type: ignore[union-attr]
+    gradients = torch.autograd.grad(student_loss, student) + torch.autograd.grad(discriminator_loss, others)
+    expected = [p.detach() - 0.1 * g for p, g in zip([*student, *others], gradients, strict=True)]
     trainer = fit(module, shards, batches=1, shuffled=False)
-    for found, wanted in zip([*student, *critics], expected, strict=True):
+    for found, wanted in zip([*student, *others], expected, strict=True):
         torch.testing.assert_close(found.detach(), wanted, rtol=1e-5, atol=1e-6)
     metrics = trainer.callback_metrics
     logged = metrics["student/distribution_matching"] + metrics["student/adversarial"]

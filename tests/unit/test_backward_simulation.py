@@ -72,7 +72,7 @@ def test_one_step_is_the_plain_call_to_the_last_bit(family: Any) -> None:
 
 
 @torch.no_grad()
-def test_steps_are_denoising_and_fresh_noise_in_turn(family: Any) -> None:
+def test_steps_are_denoising_and_fresh_noise_alternating(family: Any) -> None:
     """By hand, on the raw network, with alphas_cumprod of diffusers' own schedule."""
     noise, conditioning = noise_of(2), prompts_of(family, 2)
     student = student_of(family, timesteps=FOUR)
@@ -83,8 +83,8 @@ def test_steps_are_denoising_and_fresh_noise_in_turn(family: Any) -> None:
         alpha, sigma = float(abar[timestep].sqrt()), float((1 - abar[timestep]).sqrt())
         if step:
             noisy = alpha * x0 + sigma * fresh_noise(noise, step)
-        told = torch.full((2,), timestep)
-        output = student.denoiser.unet(noisy, told, **conditioning.unet_kwargs()).sample
+        timesteps = torch.full((2,), timestep)
+        output = student.denoiser.unet(noisy, timesteps, **conditioning.unet_kwargs()).sample
         v = family.prediction_type == "v_prediction"
         x0 = alpha * noisy - sigma * output if v else (noisy - sigma * output) / alpha
     size = float(x0.abs().max())

@@ -20,7 +20,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_latent_signs_count_what_lies_beyond_the_data() -> None:
+def test_latent_stats_count_what_lies_beyond_the_data() -> None:
     latents, data = random(4, 4, 16, 16), random(8, 4, 16, 16, seed=1) * 0.25
     latents[0, 0, 0, :3] = torch.tensor([1.5, -1.5, 0.9])
     reach = REACH * np.std(data.double().numpy(), ddof=1)
@@ -39,7 +39,7 @@ def test_without_data_latents_have_unit_variance() -> None:
     assert latent_stats(latents, None)["saturation"].item() == pytest.approx(0.02)
 
 
-def test_score_signs_are_their_formulas() -> None:
+def test_score_stats_are_their_formulas() -> None:
     pred, real, fake = random(3, 4, 5, 5), random(3, 4, 5, 5, seed=1), random(3, 4, 5, 5, seed=2)
     signs = {name: value.item() for name, value in score_stats(pred, real, fake).items()}
     p, r, f = (tensor.double().numpy() for tensor in (pred, real, fake))
@@ -122,12 +122,12 @@ HEALTHY: Signs = {
     ],
     ids=["lag", "discriminator", "saturation", "diversity", "cosine"],
 )
-def test_a_lasting_symptom_is_told_once_by_its_cause(signs: Signs, cause: str, advice: str) -> None:
+def test_a_lasting_symptom_is_reported_once_by_its_cause(signs: Signs, cause: str, advice: str) -> None:
     diagnosis = Diagnosis(Thresholds(readings=3))
     assert all(diagnosis.read(HEALTHY) == [] for _ in range(5))
-    told = [diagnosis.read({**HEALTHY, **signs}) for _ in range(6)]
-    assert [len(warnings) for warnings in told] == [0, 0, 1, 0, 0, 0]
-    warning = told[2][0]
+    readings = [diagnosis.read({**HEALTHY, **signs}) for _ in range(6)]
+    assert [len(warnings) for warnings in readings] == [0, 0, 1, 0, 0, 0]
+    warning = readings[2][0]
     assert re.search(cause, warning) and advice in warning
     # One good reading, and it counts anew.
     diagnosis.read(HEALTHY)

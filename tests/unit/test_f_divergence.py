@@ -82,7 +82,7 @@ def test_an_optimal_discriminator_gives_the_ratio_of_two_gaussians() -> None:
 
 
 def _fitted_logits(real: Tensor, fake: Tensor) -> Tensor:
-    """The discriminator c0 + c1 x + c2 x^2 that our critic loss is smallest for, at the fake points."""
+    """The discriminator c0 + c1 x + c2 x^2 that minimises our discriminator loss, at the fake points."""
     coefficients = torch.zeros(3, requires_grad=True)
 
     def logits(x: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def frozen_unet(sdxl: bool) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def asked(network: Denoiser, sdxl: bool) -> list[Tensor]:
+def outputs_of(network: Denoiser, sdxl: bool) -> list[Tensor]:
     """What a denoiser says in each way."""
     arguments = NOISY, TIMESTEPS, tiny_conditioning(3, sdxl=sdxl)
     prediction, features = network.with_features(*arguments)
@@ -159,13 +159,13 @@ def test_refusals(settings: dict[str, object], message: str) -> None:
 @pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
 def test_the_base_is_still_there(sdxl: bool) -> None:
     network = denoiser(frozen_unet(sdxl))
-    before = asked(network, sdxl)
+    before = outputs_of(network, sdxl)
     add_lora(network.unet, LoRA(rank=3)).train()
     move(network.unet, 0.3)
     base = BaseView(network)
     assert list(base.parameters()) == [] and base.state_dict() == {}
     base.eval().requires_grad_(False)
-    for now, then, learned in zip(asked(base, sdxl), before, asked(network, sdxl), strict=True):
+    for now, then, learned in zip(outputs_of(base, sdxl), before, outputs_of(network, sdxl), strict=True):
         assert torch.equal(now, then) and not torch.equal(learned, then)
     # And the network is what it was: adapters on and learning, in training mode.
     assert all(p.requires_grad for p in lora_parameters(network).values()) and network.unet.training

@@ -27,8 +27,8 @@ def test_curriculum_order() -> None:
         warmup_updates=2,
         fake_score_only_iterations=2,
     )
-    warmup, critic, both = Updates(True, False, True), Updates(False, True, False), Updates(True, True, False)
-    expected = [warmup, warmup, critic, critic, both, critic, critic, both, critic, critic, both]
+    warmup, others, both = Updates(True, False, True), Updates(False, True, False), Updates(True, True, False)
+    expected = [warmup, warmup, others, others, both, others, others, both, others, others, both]
     assert [update_schedule.updates_at(i) for i in range(11)] == expected
 
 
@@ -81,7 +81,7 @@ def test_configuring_before_building_is_an_error() -> None:
         Discriminator(SGD).configure_optimizers()
 
 
-def test_resting_restores_only_what_was_trainable() -> None:
+def test_no_param_grad_restores_only_what_was_trainable() -> None:
     network = nn.Linear(2, 2)
     network.bias.requires_grad_(False)
     with no_param_grad(network, None):
