@@ -94,7 +94,7 @@ def test_overlays_merge_field_by_field(capsys: pytest.CaptureFixture[str]) -> No
     assert isinstance(model, dict)
     optimizer = model["student"]["init_args"]["optimizer"]["init_args"]
     assert (optimizer["lr"], optimizer["weight_decay"], optimizer["fused"]) == (5e-7, 0.01, True)
-    assert model["adversarial"]["student_weight"] == 1e-3
+    assert model["adversarial"]["init_args"]["student_weight"] == 1e-3
     assert model["real_score_dtype"] == "bfloat16"
     assert model["update_schedule"]["fake_score_updates_per_student_update"] == 10
     assert resolved["trainer"]["precision"] == "bf16-mixed"

@@ -144,7 +144,10 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
     "a class that a setting does not take": (
         _set("model.init_args.distribution_matching", {"class_path": "torch.nn.Linear"}),
         (),
-        ["model.init_args.distribution_matching (set in ", "'torch.nn.Linear' is not accepted"],
+        [
+            "model.init_args.distribution_matching (set in ",
+            "torch.nn.Linear does not correspond to a subclass of DistributionMatching",
+        ],
     ),
     "a class of another kind": (
         _set("model.init_args.student", {"class_path": "torch.nn.Linear"}),

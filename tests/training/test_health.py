@@ -207,7 +207,7 @@ def test_a_fake_score_that_lost_the_student_is_named(base: Base, shards: Path) -
     health = Probe(2, Thresholds(readings=2), diversity_prompts=0)
     module = distillation(base("sd-v_prediction"), gan=False, fake_score=FakeScore(adam(0.3)))
     with pytest.warns(
-        UserWarning, match="the fake score lags behind the student: .*critic_updates_per_student"
+        UserWarning, match="the fake score lags behind the student: .*fake_score_updates_per_student"
     ):
         _loud(module, shards, 5, health)
     assert [warning.partition(":")[0] for warning in health.warnings] == [
