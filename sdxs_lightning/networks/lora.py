@@ -1,7 +1,7 @@
-"""Low-rank adapters: a U-Net learns through a few new weights while its own stay as they are.
+"""Low-rank adapters: a U-Net learns through a few new weights while its own stay fixed.
 
 A layer W becomes W + alpha / rank * B A, with A (rank, in) and B (out, rank); for a convolution A has the kernel and B is
-1x1. The layers are peft's, put in by diffusers' own adapter interface, so that a U-Net stays one that diffusers knows.
+1x1. The layers are peft's, added through diffusers' adapter interface, so that the U-Net stays a stock one.
 
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
@@ -53,7 +53,7 @@ class LoRA:
     targets: tuple[str, ...] = TARGETS
     """Ends of the names of linear layers and convolutions."""
     seed: int = 0
-    """Of the matrices A. The matrices B begin at zero, and with them the network at what it was."""
+    """Of the matrices A. The matrices B start at zero, so the network starts unchanged."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -67,7 +67,7 @@ class LoRA:
 
 
 def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
-    """Freezes a U-Net and gives it adapters that learn; what it computes stays the same to the last bit.
+    """Freezes a U-Net and gives it adapters that learn; its output stays the same to the last bit.
 
     Args:
         unet: changed in place; its type and config stay.

@@ -25,12 +25,12 @@ ODE_SCHEDULERS = (
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )
-"""Schedulers that map noise to latents without drawing anything, which is what makes a pair a pair. Ancestral, SDE and LCM
-schedulers draw noise on the way."""
+"""Schedulers that map noise to latents without drawing noise of their own, as pairs need. Ancestral, SDE and LCM schedulers
+draw noise between the steps."""
 
 
 def check_scheduler(name: str) -> None:
-    """Refuses what is no ODE scheduler.
+    """Refuses everything but the ODE schedulers.
 
     Raises:
         ValueError: naming those that are.
@@ -86,7 +86,7 @@ def scheduler_config(
 
 
 class SchedulerSampler:
-    """From noise to latents along a probability-flow ODE, as a diffusers pipeline would go.
+    """From noise to latents along the probability-flow ODE, as a diffusers pipeline does it.
 
     Args:
         denoiser: usually the frozen real score; may be another, few-step checkpoint.
@@ -122,7 +122,7 @@ class SchedulerSampler:
     def __call__(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
         """Noise (B, C, h, w) -> scaled latents (B, C, h, w), float32."""
         assert self._class is not None
-        # A new one each time: some keep the last outputs of the sample before.
+        # A new one each time: some keep the outputs of the previous sample.
         scheduler = self._class(**self._config)
         scheduler.set_timesteps(self.steps, device=noise.device)
         latents = noise.float() * scheduler.init_noise_sigma

@@ -1,4 +1,4 @@
-"""PairSettings that are sampled once, when the fit starts, and kept on the device."""
+"""Pairs that are sampled once, when the fit starts, and kept on the device."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ class PickedPairs(NamedTuple):
     """One pair per sample of a micro-batch."""
 
     noise: Tensor
-    """(B, C, h, w), float32, N(0, 1): what the student is given."""
+    """(B, C, h, w), float32, N(0, 1): the student's input."""
     conditioning: Conditioning
     """Of the pairs' prompts, unconditional twin included."""
     target: Tensor
-    """(B, C, h, w), float32, scaled latents: what the target sampler made of the same noise and prompts."""
+    """(B, C, h, w), float32, scaled latents: the target sampler's output for the same noise and prompts."""
 
 
 class StoredPairs:
-    """PairSettings in memory: prompts and target latents; the noise is made anew from each pair's index.
+    """Pairs in memory: prompts and target latents; the noise is made anew from each pair's index.
 
-    Prompt embeddings stay on the device, so that a batch is picked there without waiting for it: 2048 pairs are 0.5 GB
+    Prompt embeddings stay on the device, so that picking a batch does not synchronise with the host: 2048 pairs are 0.5 GB
     for SD in float32.
 
     Args:
@@ -52,9 +52,9 @@ class StoredPairs:
         return len(self.targets)
 
     def pick(self, positions: Tensor) -> PickedPairs:
-        """The pairs that stand at these positions of the run."""
-        # Drawn with replacement: a function of the position alone needs no state of a shuffle. The stream is the one that
-        # would make the student's noise at these positions, which the pair brings along here.
+        """The pairs of these positions of the run."""
+        # Drawn with replacement: a function of the position alone, so there is no shuffle state to save. The stream is that of
+        # the student's noise at these positions, which is not drawn here since the pair has its own.
         chosen = integers(self._seed, Stream.STUDENT_NOISE, positions, 0, len(self))
         noise = normal(self._seed, Stream.PAIRS, chosen, tuple(self.targets.shape[1:]))
         return PickedPairs(noise, self._conditioning_of(chosen), self.targets[chosen])
@@ -84,7 +84,7 @@ def sample_pairs(
     Args:
         count: of pairs.
         batch_size: pairs that are sampled at once, on each rank.
-        captions: prompts; used again from the start when there are fewer than pairs.
+        captions: prompts; repeated when there are fewer than pairs.
         family: encodes them.
         sampler: makes the targets.
         seed: of the run; with a pair's index it determines the pair's noise.
@@ -118,7 +118,7 @@ def sample_pairs(
 def planned_pairs(
     count: int, batch_size: int, family: Family, sampler: TargetSampler | SchedulerSampler
 ) -> StoredPairs:
-    """What `sample_pairs` holds, and at most holds for a moment, for the memory plan.
+    """Stands in for `sample_pairs` in the memory plan: what that keeps, and its peak.
 
     Args:
         count: of pairs.

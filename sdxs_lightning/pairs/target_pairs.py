@@ -28,7 +28,7 @@ Source = Literal["memory", "batch", "on_the_fly"]
 
 @runtime_checkable
 class CaptionSource(Protocol):
-    """A DataModule that can name prompts of the training split, always the same ones."""
+    """A DataModule that gives prompts of the training split, always the same ones."""
 
     def train_captions(self, count: int) -> list[str]:
         """The first `count` captions in stored order, or all if there are fewer."""
@@ -86,7 +86,7 @@ class PairSettings:
 
 
 class TargetPairs:
-    """The pairs of a run, whatever their source; holds no module that Lightning would see.
+    """The pairs of a run, whatever their source; registers no module with Lightning.
 
     In this order: `build` (configure_model), `to` (on_fit_start), `start` (on_train_start), `pick` (training_step).
 
@@ -98,7 +98,7 @@ class TargetPairs:
     def __init__(self, settings: PairSettings, seed: int) -> None:
         self.settings = settings
         self.own: Frozen[Denoiser] | None = None
-        """The target sampler's network, where it is not the real score: to be sharded and planned like that one."""
+        """The target sampler's network, where it is not the real score; sharded and planned like it."""
         self._seed = seed
         self._family: Family | None = None
         self._sampler: TargetSampler | SchedulerSampler | None = None

@@ -15,7 +15,7 @@ class TargetSampler:
     """Deterministic DDIM from noise to latents.
 
     x_s = alpha_s pred_x0 + sigma_s noise_pred for each step t -> s; after the last step alpha_s is that of timestep 0,
-    as in the scheduler configs of Stable Diffusion (`set_alpha_to_one: false`).
+    as in Stable Diffusion's scheduler configs (`set_alpha_to_one: false`).
 
     Args:
         denoiser: usually the frozen real score; may be another, few-step checkpoint.
@@ -76,7 +76,7 @@ def make_sampler(
         steps: of the scheduler.
         guidance_scale: 1 means none.
         spacing: of the timesteps.
-        scheduler: class name in diffusers, one of ODE_SCHEDULERS; None is DDIM by this file.
+        scheduler: class name in diffusers, one of ODE_SCHEDULERS; None is the DDIM of this file.
 
     Raises:
         ValueError: for a scheduler that is not known, or that cannot sample this base.

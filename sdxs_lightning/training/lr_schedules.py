@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class TwoPhaseLR(LambdaLR):
-    """One rate for the regression warm-up, another for distillation, each with its own fall; counted in updates.
+    """One rate for the stage's warm-up, another for distillation, each with its own decay; counted in updates.
 
     Warm-up: lr * first_phase_factor, falling by a half cosine to lr. Distillation: from lr by a half cosine to
     lr * final_factor at total_updates, after a linear ramp over ramp_updates.

@@ -1,6 +1,6 @@
-"""An optimizer for small convolutional networks: orthogonalised momentum for matrices, AdamW for what is none.
+"""An optimizer for small convolutional networks: orthogonalised momentum for matrices, AdamW for everything else.
 
-torch.optim.Muon refuses convolutions, and everything that is not a matrix needs a second optimizer beside it.
+torch.optim.Muon refuses convolutions, and needs a second optimizer for everything that is not a matrix.
 """
 
 from __future__ import annotations

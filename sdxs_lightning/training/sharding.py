@@ -66,8 +66,8 @@ def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecis
         return
     for block in blocks_of(unet):
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # By default the outermost group stays gathered after a forward pass. The gathered copies of a network that rested in
-    # that pass (the fake score, called without graph) would then still not require gradients when it is to learn.
+    # By default the outermost group stays gathered after a forward pass. The gathered copies of a network whose parameters
+    # required no gradients in that pass (the fake score, under the student's update) would require none in its own either.
     fully_shard(unet, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
 
 

@@ -1,4 +1,6 @@
-"""Whole pipelines at full size against the tools: `python -m tests.helpers.full_parity --out evaluation/results/metrics_parity.json`.
+"""Complete pipelines at full size against the tools.
+
+`python -m tests.helpers.full_parity --out evaluation/results/metrics_parity.json`.
 
 With fewer images than dimensions the product of the covariances is singular, and the tools' roots of it turn rounding errors of
 1e-16 into 1e-8 each; `ours_by_their_root` are our features in the tool's own formula, which has the same errors.

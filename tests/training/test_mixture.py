@@ -1,6 +1,7 @@
 """The stage as a whole on a mixture of eight Gaussians: it makes a one-step student, and no broken loss does.
 
-Real are the training step, the update_schedule, the objectives, the optimizers and the Trainer; the networks are `MixtureUnet`s.
+Real are the training step, the schedule of updates, the objectives, the optimizers and the Trainer; the networks are
+`MixtureUnet`s.
 Squared MMD to exact samples, with two sets of exact samples at 0.000; for seeds 0, 1, 2:
 
     before                                              0.302

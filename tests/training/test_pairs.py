@@ -139,7 +139,9 @@ def test_another_checkpoint_and_another_scheduler_sample(base: Base, tmp_path: P
     other = save_tiny_sd(tmp_path / "other", "v_prediction", seed=1)
     home = base("sd-v_prediction")
     pairs = TargetPairs(
-        PairSettings(**SETTINGS, source=source, weights=str(other), scheduler="HeunDiscreteScheduler"),  # type: ignore[arg-type]
+        PairSettings(  # type: ignore[arg-type]
+            **SETTINGS, source=source, weights=str(other), scheduler="HeunDiscreteScheduler"
+        ),
         SEED,
     )
     assert not pairs.settings.samples_real_score

@@ -1,7 +1,7 @@
-"""What a discriminator sees of an image: a square of it, shifted, recoloured, partly covered. All differentiable.
+"""Augmentation of a discriminator's images: crop, colour, translation, cutout. All differentiable.
 
-Where and how is given by numbers in [0, 1), which the caller draws by the samples' positions. So a real and a fake image of one
-position are changed alike, and a resumed run sees what the uninterrupted one sees. No call waits for the device.
+The random numbers are arguments in [0, 1), which the caller draws by the samples' positions. So a real and a fake image of one
+position are changed alike, and a resumed run equals the uninterrupted one. No call waits for the device.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
 
     Args:
         images: (B, C, H, W), float.
-        places: (B, 2), float in [0, 1): top and left, as shares of the room that there is.
+        places: (B, 2), float in [0, 1): top and left, as shares of the range that is possible.
         side_px: of the squares.
 
     Returns:
