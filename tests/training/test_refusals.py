@@ -14,6 +14,7 @@ from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
+from sdxs_lightning.objectives.term import Balance, StudentTerm
 from tests.helpers.tiny_distillation import (
     WARMUP,
     WARMUP_ONLY,
@@ -21,6 +22,20 @@ from tests.helpers.tiny_distillation import (
 )
 
 Base = Callable[[str], Path]
+
+
+class ReadsDiscriminator(StudentTerm):
+    needs_discriminator = True
+
+
+class ReadsFakeScore(StudentTerm):
+    phase = "warmup"
+    needs_fake_score = True
+
+
+class Led(StudentTerm):
+    def balance(self, progress: float) -> Balance:
+        return Balance("distribution_matching", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +59,20 @@ Base = Callable[[str], Path]
         (
             {"segmented": SegmentedScoreDistillation(), "distribution_matching": None},
             "segmented restricts distribution_matching, which is null",
+        ),
+        (
+            {"gan": False, "objectives": {"reader": ReadsDiscriminator()}},
+            r"objective reader needs discriminator: set model.init_args.discriminator \(a Discriminator of latents",
+        ),
+        (
+            WARMUP
+            | {"update_schedule": WARMUP_ONLY, "gan": False, "fake_score": None}
+            | {"objectives": {"early": ReadsFakeScore()}},
+            "objective early needs fake_score: set model.init_args.fake_score, or early to null",
+        ),
+        (
+            {"gan": False, "objectives": {"led": Led()}, "distribution_matching": None},
+            "objective led is balanced against distribution_matching, which is not set",
         ),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be 1 or more"),
     ],

@@ -34,10 +34,13 @@ class Terms(NamedTuple):
     warmup: dict[str, StudentTerm]
     distillation: dict[str, StudentTerm]
 
-    def acting(self, update_schedule: UpdateSchedule) -> dict[str, StudentTerm]:
-        """Those of the phases that the schedule has; where both have a term of the same name, they need the same."""
-        terms = self.warmup if update_schedule.warmup_updates else {}
-        return terms | (self.distillation if update_schedule.distils else {})
+    def of_run(self, update_schedule: UpdateSchedule) -> list[dict[str, StudentTerm]]:
+        """Those of each phase that the schedule has."""
+        phases = [
+            (update_schedule.warmup_updates > 0, self.warmup),
+            (update_schedule.distils, self.distillation),
+        ]
+        return [terms for runs, terms in phases if runs]
 
 
 def terms_of(
@@ -159,25 +162,29 @@ def check_needs(
             f"update_schedule.warmup_updates is {warmup_updates} and the warm-up has no objective: set regression, or "
             "feature_matching and features, or an entry of objectives with phase warmup, or warmup_updates to 0."
         )
-    acting = terms.acting(update_schedule)
+    phases = terms.of_run(update_schedule)
     provided = {
         "pairs": pairs is not None,
         "fake_score": fake_score is not None,
         "discriminator": isinstance(discriminator, Discriminator),
     }
-    for name, term in acting.items():
-        for part, present in provided.items():
-            if getattr(term, f"needs_{part}") and not present:
-                kind = " (a Discriminator of latents, with adversarial)" if part == "discriminator" else ""
+    for phase in phases:
+        for name, term in phase.items():
+            for part, present in provided.items():
+                if getattr(term, f"needs_{part}") and not present:
+                    kind = (
+                        " (a Discriminator of latents, with adversarial)" if part == "discriminator" else ""
+                    )
+                    raise ValueError(
+                        f"objective {name} needs {part}: set model.init_args.{part}{kind}, or {name} to null."
+                    )
+            balance = term.balance(0.0)
+            if balance is not None and balance.reference not in phase:
                 raise ValueError(
-                    f"objective {name} needs {part}: set model.init_args.{part}{kind}, or {name} to null."
+                    f"objective {name} is balanced against {balance.reference}, which is not set in the same phase: set it, or "
+                    f"{name} to null."
                 )
-        balance = term.balance(0.0)
-        if balance is not None and balance.reference not in acting:
-            raise ValueError(
-                f"objective {name} is balanced against {balance.reference}, which is not set: set it, or {name} to null."
-            )
-    if pairs is not None and not any(term.needs_pairs for term in acting.values()):
+    if pairs is not None and not any(term.needs_pairs for phase in phases for term in phase.values()):
         raise ValueError(
             f"pairs are set, but update_schedule.warmup_updates is {warmup_updates} and no objective after the warm-up needs "
             "pairs: set them to null, or an objective that reads them (regression, feature_matching) and its phase."
