@@ -53,7 +53,7 @@ def sentence(message: str, options: Iterable[str], command_line: MergedArguments
     flag = re.match(r"unrecognized arguments: (--[^\s=]+)", problem.text)
     if flag and not problem.key:
         near = _nearest(flag[1], options)
-        return f"{flag[1]} is no option{near}; `python train.py --help` says where the options are listed."
+        return f"{flag[1]} is no option{near}; `python train.py --help` says where all are listed."
     unknown = re.match(r"(?:Group '([^']*)' does not accept option|Option) '([^']+)'", problem.text)
     if flag or unknown:
         group, name = (unknown[1], unknown[2]) if unknown else (None, flag[1][2:] if flag else "")

@@ -30,6 +30,7 @@ TOP = {
     "config_files",
     "prune",
     "renamed",
+    "train_command",
 }
 """They see everything of sdxs_lightning."""
 

@@ -86,10 +86,10 @@ def commands(shards: Path) -> dict[str, TimedCommand]:
     quickstart = ("train.py", "--config", "configs/quickstart.yaml", "--print_config")
     return found | {
         "data.prepare verify FOLDER": TimedCommand(("-m", "data.prepare", "verify", str(shards)), 0, 1.5),
-        "train.py --help": TimedCommand(("train.py", "--help"), 0, 3.0),
+        "train.py --help": TimedCommand(("train.py", "--help"), 0, light),
         "train.py --print_config": TimedCommand(quickstart, 0, 3.0),
         "train.py --no_such_option": TimedCommand(
-            (*quickstart[:-1], "--no_such_option", "1"), UserError.exit_code, 3.0
+            (*quickstart[:-1], "--no_such_option", "1"), UserError.exit_code, light
         ),
     }
 

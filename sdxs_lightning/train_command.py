@@ -1,0 +1,99 @@
+"""`train.py` up to where torch is needed: --help, and command lines and files that are refused at once."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+import textwrap
+from collections.abc import Sequence
+
+from sdxs_lightning.config_files import CONFIG_FLAGS, read_arguments
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.renamed import renamed_in
+
+OPTIONS = {
+    "--config": "FILE or -c FILE: a configuration, or an overlay for those before it; any number of times",
+    "--ckpt_path": "PATH|last|auto: resume from a checkpoint; `last` is the newest complete one of the run's folder, `auto` the same "
+    "if there is one, else a new run",
+    "--print_config": "print the resolved configuration, with the defaults of all options, instead of training",
+    "--plan": "print what the run needs of a device's memory, and whether it fits, instead of training",
+    "--plan_gpu_gb": "GIB: memory of a device, for --plan; by default that of the GPU at hand, or 80",
+    "--plan_json": "FILE: where --plan writes its numbers",
+    "--seed_everything": "N: seed of all that is random; default 0",
+    "--model": "NAME.OPTION VALUE: any option of the stage, as --model.student.weights PATH; `init_args` may be left out",
+    "--data": "NAME.OPTION VALUE: any option of the data, as --data.batch_size 16",
+    "--trainer": "NAME.OPTION VALUE: any option of Lightning's Trainer, as --trainer.devices 8",
+}
+"""Options of the command line itself and the groups of the others."""
+
+GROUPS = "--model", "--data", "--trainer"
+
+EXAMPLES = """\
+usage: python train.py --config FILE [--config OVERLAY ...] [--ckpt_path PATH|last|auto] [--GROUP.OPTION VALUE ...]
+
+Trains a stage. Files merge in order, flags come after them; null switches a part off.
+
+examples:
+  python train.py --config configs/quickstart.yaml
+  python train.py --config configs/sd15/distill.yaml --config configs/sd15/distill_8gpu.yaml --data.batch_size 16
+  python train.py --config configs/sd15/distill.yaml --ckpt_path auto
+  python train.py --config configs/sdxl/distill.yaml --config configs/hardware/fsdp2.yaml --plan --plan_gpu_gb 80
+
+options:
+"""
+
+WHERE_OPTIONS_ARE_LISTED = """
+The options of each stage are listed in configs/README.md. --print_config shows those of a run with their values;
+--model.help CLASS, --data.help CLASS and --trainer.callbacks.help CLASS describe the arguments of a class.
+"""
+
+
+def help_text() -> str:
+    """What --help prints."""
+    width = max(map(len, OPTIONS))
+    lines = [
+        textwrap.fill(text, 116, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))
+        for name, text in OPTIONS.items()
+    ]
+    return EXAMPLES + "\n".join(lines) + "\n" + WHERE_OPTIONS_ARE_LISTED
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a stage from its command line.
+
+    Args:
+        arguments: the command line; None takes that of the process.
+
+    Returns:
+        The exit code, see `sdxs_lightning.core.errors`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if "--help" in given or "-h" in given:
+        sys.stdout.write(help_text())
+        return 0
+    try:
+        _refuse_early(given)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    # torch and Lightning take seconds; here, so that --help and refused files do not wait for them.
+    from sdxs_lightning import cli
+
+    return cli.main(given)
+
+
+def _refuse_early(given: Sequence[str]) -> None:
+    if not given:
+        raise UserError(
+            "no configuration: give --config configs/<base>/<stage>.yaml; `python train.py --help` has examples."
+        )
+    for argument in given:
+        name = argument.partition("=")[0]
+        known = name in OPTIONS or name in CONFIG_FLAGS or name.partition(".")[0] in GROUPS
+        if name.startswith("--") and not known and name != "--print_shtab":
+            near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.6)
+            meant = f" (did you mean {near[0]}?)" if near else ""
+            raise UserError(f"{name} is no option{meant}; `python train.py --help` lists them.")
+    moved = renamed_in(read_arguments(given))
+    if moved:
+        raise UserError("; ".join(moved) + ".")
