@@ -63,6 +63,7 @@ KEYS = {
     "critic_weight": "discriminator_weight",
     "warmup_factor": "first_phase_factor",
     "lr_scheduler.init_args.warmup_updates": "first_phase_updates",
+    "init_args.pictures": "columns",
 }
 """Old option, or the end of its path -> its new name."""
 

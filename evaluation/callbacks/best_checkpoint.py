@@ -1,4 +1,4 @@
-"""Keeping the checkpoint that scored best, beside the newest ones."""
+"""Keeps the checkpoint that scored best, beside the newest ones."""
 
 from __future__ import annotations
 
@@ -16,36 +16,35 @@ from sdxs_lightning.callbacks.counts import counts_of
 
 
 class BestCheckpoint(Checkpoint):
-    """Saves a whole checkpoint whenever a measured score is the best so far; the one before it is removed.
+    """Saves a complete checkpoint whenever a score is the best so far, and removes the previous best.
 
-    It holds everything to go on from (`--ckpt_path <run>/best/<folder>`), and the averaged student that was measured. Runs
-    after the measuring callbacks, as all of Lightning's checkpoint callbacks do.
+    Training can resume from it (`--ckpt_path <run>/best/<folder>`). It runs after the measuring callbacks, as all of
+    Lightning's checkpoint callbacks do.
 
     Args:
         metric: a score of DistillationMetrics or ImageMetrics: `fid`, `clip_score`, `caption_accuracy`, ...
-        folder: where it goes; None is `best` in the run's folder.
-        start_over: what happens to the best of an earlier run when this one does not resume: False refuses to start, True
-            removes it.
+        folder: destination; None is `best` in the run's folder.
+        start_over: whether a run that does not resume removes an earlier run's best checkpoint; False refuses to start.
     """
 
     def __init__(self, metric: str = "fid", folder: str | None = None, start_over: bool = False) -> None:
         self.metric, self.folder = metric, folder
         self.best: float | None = None
-        """The best score that was saved."""
+        """Best score saved so far."""
         self._writer = Checkpointing(keep=1, folder=folder, start_over=start_over)
         self._seen = 0
         self._pending: float | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds out before the training whether it can be written."""
+        """Checks before training that the folder is writable."""
         self._writer.folder = self.folder or str(Path(trainer.default_root_dir) / "best")
         self._writer.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps two runs apart. What was measured before the first update is passed over.
+        """Ignores what was measured before the first update.
 
         Raises:
-            UserError: if an earlier run's best is in the way.
+            UserError: if the folder holds an earlier run's checkpoint.
         """
         self._writer.on_train_start(trainer, pl_module)
         self._seen = len(self._history(trainer))
@@ -53,22 +52,20 @@ class BestCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves after a measurement that was better than all before; between iterations, as every checkpoint."""
-        self._look(trainer)
+        """Saves after a new best; between iterations, as every checkpoint."""
+        self._update_best(trainer)
         if counts_of(trainer).between_iterations:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last measurement may be the best."""
-        self._look(trainer)
+        self._update_best(trainer)
         self._save(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
         self.best = state_dict["best"]
 
     def _history(self, trainer: pl.Trainer) -> list[dict[str, float]]:
@@ -76,7 +73,7 @@ class BestCheckpoint(Checkpoint):
         curves = [one.history for one in callbacks if isinstance(one, ScoreCurve)]
         return [point for history in curves for point in history if self.metric in point]
 
-    def _look(self, trainer: pl.Trainer) -> None:
+    def _update_best(self, trainer: pl.Trainer) -> None:
         history = self._history(trainer)
         for point in history[self._seen :]:
             score, known = point[self.metric], self.best if self._pending is None else self._pending

@@ -1,4 +1,4 @@
-"""FID, CLIP score and further numbers of a student while it is trained, under a protocol of published images."""
+"""FID, CLIP score and further metrics of a student while it trains, under a protocol for published images."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 
 class ImageMetrics(ScoreCurve):
-    """Numbers of the averaged student, every n student updates, with the hash that the command line would give them.
+    """Metrics of the averaged student every n student updates, under the same hashes as `python -m evaluation.evaluate`.
 
-    The reference is read from what `python -m evaluation.reference` wrote. All ranks share the samples.
+    All ranks share the samples.
 
     Args:
         captions: file of prompts, as `--captions` of `python -m evaluation.evaluate`.
-        reference: npz of the real images; None for metrics that compare with none.
-        every_n_student_updates: how often.
-        protocol: a name of evaluation/protocols.py.
+        reference: npz of the real images, from `python -m evaluation.reference`; None if no metric needs one.
+        every_n_student_updates: measuring interval.
+        protocol: a protocol for published images.
         metrics: None for the protocol's.
-        samples: how many images, None for the protocol's; FID falls with it, and the hash changes.
+        samples: number of images, None for the protocol's; FID depends on it, and the hash changes.
         batch_size: images per call on each device.
-        weights: by kind (`inception`, `clip_text`, ...), where networks are, instead of the usual place.
+        weights: files or folders of metric networks by kind (`inception`, `clip_text`, ...), in place of their usual location.
         at_start: also before the first update.
 
     Raises:
-        UserError: for a protocol of the toy world, or a file that does not fit.
+        UserError: for a toy protocol, or captions that do not suffice.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class ImageMetrics(ScoreCurve):
         self.measurements = [self.protocol.measurement(name) for name in names]
         self.reference, self.batch_size = reference, batch_size
         self.latest: dict[str, Estimate] = {}
-        """Of the last measurement, with intervals."""
+        """Last measurement, with intervals."""
         self._networks = NetworkCache(weights or {})
         self._references: dict[str, Reference] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Load the networks and the reference, so that what is missing is told before anything is trained."""
+        """Loads the networks and the reference, so that what is missing is reported before training starts."""
         for one in self.measurements:
             identity = self._networks.identity(one)
             if one.metric not in REFERENCE_METRICS:
@@ -96,7 +96,6 @@ class ImageMetrics(ScoreCurve):
             self._references[one.metric] = found
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
-        """See ScoreCurve."""
         maker = averaged_student(trainer, module, self.protocol.seed)
         ranks = trainer.global_rank, trainer.world_size
         self.latest = self.estimates(maker, module.device, *ranks)
@@ -105,13 +104,13 @@ class ImageMetrics(ScoreCurve):
     def estimates(
         self, maker: ImageMaker, device: torch.device, rank: int = 0, world_size: int = 1
     ) -> dict[str, Estimate]:
-        """Every number over all ranks; collective.
+        """All metrics over all ranks; collective.
 
         Args:
-            maker: makes the images.
+            maker: generates the images.
             device: of the networks and sums.
             rank: of this process.
-            world_size: how many processes share the samples.
+            world_size: number of processes that share the samples.
         """
         metrics = [
             self._networks.metric(one, self._references.get(one.metric)).to(device)
@@ -124,13 +123,11 @@ class ImageMetrics(ScoreCurve):
         return {name: value for metric in metrics for name, value in metric.estimates().items()}
 
     def protocol_id(self) -> dict[str, Any]:
-        """See ScoreCurve; with the intervals of the last measurement."""
         hashes = {one.metric: self._hash(one) for one in self.measurements}
         estimates = {name: estimate.as_dict() for name, estimate in self.latest.items()}
         return {"protocol": self.protocol.name, "hash": hashes, "estimates": estimates}
 
     def networks(self) -> list[Any]:
-        """See ScoreCurve."""
         return self._networks.all()
 
     def _hash(self, one: Measurement) -> str:
@@ -155,7 +152,7 @@ def add_images(
     captions: Sequence[str],
     sample_ids: Tensor,
 ) -> None:
-    """Shows images (B,3,H,W) to all metrics; those that look through one network at the same steps share its answer."""
+    """Adds images (B,3,H,W) to all metrics; metrics that use one network after the same steps share its output."""
     if len(images_uint8) == 0:
         return
     rows: dict[tuple[int, tuple[str, ...]], Tensor] = {}
@@ -167,7 +164,7 @@ def add_images(
 
 
 def stepped(images_uint8: Tensor, steps: Sequence[str]) -> Tensor:
-    """Images (B,3,H,W) uint8 through the steps of a protocol, on the same device."""
+    """Applies the steps of a protocol to images (B,3,H,W) uint8; on the same device."""
     if not steps:
         return images_uint8
     frames = images_uint8.permute(0, 2, 3, 1).cpu().numpy()

@@ -1,4 +1,4 @@
-"""A network that judges never trains: a score that was trained for says nothing."""
+"""Refuses to measure with a network that training uses: a metric that was optimised measures nothing."""
 
 from __future__ import annotations
 
@@ -11,52 +11,53 @@ from torch import Tensor, nn
 from sdxs_lightning.core.errors import UserError
 
 SAMPLED = 64
-"""Values of a weight that are compared."""
+"""Values of each weight that are compared."""
 ROUNDING = 2.0**-7
-"""By how much they may differ, relatively: bfloat16 keeps 8 bits. Absolutely 1e-6, for the smallest numbers of float16."""
+"""Relative tolerance: bfloat16 keeps 8 bits. The absolute one is 1e-6, for the smallest numbers of float16."""
 
 
-def require_independent(judges: Iterable[Any], trainers: Mapping[str, nn.Module]) -> None:
-    """Refuses a run that learns through a network by which it will be judged.
+def require_independent(measuring: Iterable[Any], training: Mapping[str, nn.Module]) -> None:
+    """Refuses a run that trains through a network that measures it.
 
-    Two networks count as one where they share the values of a weight, under whatever name and at whatever precision: a GAN
-    may look through one tower of a CLIP only, in bfloat16.
+    Networks are the same if they share the values of one weight, whatever its name and precision: a GAN may use only one
+    tower of a CLIP, in bfloat16.
 
     Args:
-        judges: networks of the metrics; modules, or what holds them.
-        trainers: frozen image networks of the training, by what the configuration calls them.
+        measuring: networks of the metrics; modules, or objects that hold modules.
+        training: frozen image networks of the training, by their name in the configuration.
 
     Raises:
-        UserError: where one is both.
+        UserError: if a network is both.
     """
-    judging = [
-        (judge, shape, values)
-        for judge in judges
-        for module in _modules(judge)
+    metric_weights = [
+        (network, shape, values)
+        for network in measuring
+        for module in _modules(network)
         for shape, values in _weights(module)
     ]
-    for name, trainer in trainers.items():
+    for name, trainer in training.items():
         for shape, values in _weights(trainer):
-            for judge, its_shape, its_values in judging:
+            for network, its_shape, its_values in metric_weights:
                 if its_shape == shape and torch.allclose(values, its_values, rtol=ROUNDING, atol=1e-6):
+                    used = getattr(network, "name", type(network).__name__)
                     raise UserError(
-                        f"the student learns through {name}, which is the network '{_name(judge)}' that will judge it, and a "
-                        f"score that was trained for says nothing; change {name} or the metrics' protocol."
+                        f"the student trains through {name}, which is the network '{used}' of its metrics, and a metric that was "
+                        f"optimised measures nothing; change {name} or the metrics' protocol."
                     )
 
 
-def _modules(judge: Any) -> list[nn.Module]:
-    """The network itself, or what a judge holds, be it through the CLIP that it wraps."""
-    judge = getattr(judge, "clip", judge)
-    if isinstance(judge, nn.Module):
-        return [judge]
-    found = [value for value in vars(judge).values() if isinstance(value, nn.Module)]
-    assert found, f"{type(judge).__name__} holds no network that could be compared"
+def _modules(network: Any) -> list[nn.Module]:
+    """The module itself, or those that an object or the CLIP that it wraps holds."""
+    network = getattr(network, "clip", network)
+    if isinstance(network, nn.Module):
+        return [network]
+    found = [value for value in vars(network).values() if isinstance(value, nn.Module)]
+    assert found, f"{type(network).__name__} holds no network that could be compared"
     return found
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[torch.Size, Tensor]]:
-    """Shape and some values, evenly spread, of each matrix or kernel; constants, which networks begin with, tell nothing."""
+    """Shape and evenly spaced values of each matrix or kernel, except constants, with which many networks are initialised."""
     for weight in module.parameters():
         if weight.dim() < 2 or weight.numel() < SAMPLED:
             continue
@@ -64,7 +65,3 @@ def _weights(module: nn.Module) -> Iterator[tuple[torch.Size, Tensor]]:
         values = flat[torch.linspace(0, len(flat) - 1, SAMPLED).long().to(flat.device)].float().cpu()
         if values.unique().numel() > SAMPLED // 4:
             yield weight.shape, values
-
-
-def _name(judge: Any) -> str:
-    return str(getattr(judge, "name", type(judge).__name__))

@@ -1,4 +1,4 @@
-"""How fast a training goes, and the progress bar that says so; for every stage."""
+"""Throughput and progress bar, for every stage."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from evaluation.callbacks.loops import log_now, paused_seconds
+from evaluation.callbacks.student_updates import log_now, paused_seconds
 from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most that this process has held: allocated on a GPU, resident on a CPU."""
+    """Peak memory of this process: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -36,12 +36,12 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Throughput(pl.Callback):
-    """Logs images/s over all ranks, student updates/s and peak memory; time spent on measuring is left out.
+    """Logs images/s over all ranks, student updates/s and peak memory; time spent on measuring is excluded.
 
-    A stage without a student of its own counters counts its optimizer steps.
+    Stages without a student-update counter count optimizer steps.
 
     Args:
-        every_n_batches: how often; in between nothing waits for the device.
+        every_n_batches: logging interval; the device is synchronised only then.
     """
 
     def __init__(self, every_n_batches: int = 50) -> None:
@@ -52,13 +52,11 @@ class Throughput(pl.Callback):
         self._start = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The first window begins."""
         self._begin(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; close the window after so many batches."""
         self._images += len(batch)
         self._batches += 1
         if self._batches < self.every_n_batches:
@@ -95,19 +93,17 @@ SHOWN = {
     "fake_score/loss": "fake score {:.3f}",
     "discriminator/loss": "discriminator {:.3f}",
     "val/fid": "FID {:.1f}",
-    "val/caption_accuracy": "all right {:.0%}",
+    "val/caption_accuracy": "caption accuracy {:.0%}",
     "throughput/images_per_second": "{:.0f} images/s",
 }
-"""Metric to text. One that was not logged, because its part is switched off, is left out."""
+"""Metric to text; metrics that were not logged are omitted."""
 
 
 class ProgressBar(LightningProgressBar):
-    """A bar of student updates, and the few numbers that tell whether a training goes well.
-
-    Where the output is no terminal it prints a line now and then, for logs.
+    """Progress in student updates, with the most telling metrics; without a terminal, a line at intervals.
 
     Args:
-        line_seconds: how often, without a terminal.
+        line_seconds: interval of the lines without a terminal.
     """
 
     def __init__(self, line_seconds: float = 15.0) -> None:
@@ -123,15 +119,14 @@ class ProgressBar(LightningProgressBar):
         self._start = self._last_line = 0.0
 
     def disable(self) -> None:
-        """Lightning calls it on all ranks but the first."""
+        """Called by Lightning on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
-        """The opposite."""
+        """Shows the bar."""
         self._enabled = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar, where the run stands."""
         self._total = _planned_updates(trainer, pl_module)
         self._first_update = counts_of(trainer).updates
         self._start = self._last_line = time.monotonic()
@@ -150,7 +145,7 @@ class ProgressBar(LightningProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move; read the numbers only where they were logged, because reading waits for the device."""
+        """Reads metrics only where they were logged, because reading waits for the device."""
         if not self._enabled:
             return
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -165,17 +160,16 @@ class ProgressBar(LightningProgressBar):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leave the last state on the screen."""
         self._stop()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """Give the terminal back before a message is printed."""
+        """Releases the terminal before the message is printed."""
         self._stop()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bar."""
+        """Prints above the bar."""
         if self._enabled:
             console = self._progress.console if self._progress is not None else self._console
             console.print(*args, soft_wrap=True, highlight=False, markup=False)
@@ -199,7 +193,7 @@ class ProgressBar(LightningProgressBar):
 
 
 def _planned_updates(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:
-    """Where the run ends, if that is counted in updates."""
+    """Updates at which the run ends, if it ends by their number."""
     if isinstance(module, OneStepDistillation):
         return module.update_schedule.max_student_updates
     if isinstance(limit := getattr(module, "max_student_updates", None), int):

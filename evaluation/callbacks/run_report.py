@@ -1,4 +1,4 @@
-"""The report of a distillation: report.json, samples.png and progress.png, written where training ends."""
+"""The report of a distillation: report.json, samples.png and progress.png, written at the end of training."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from evaluation.callbacks.independence import require_independent
-from evaluation.callbacks.loops import callback_of, paused, student_updates_of
 from evaluation.callbacks.progress import Throughput, peak_memory_gib
-from evaluation.callbacks.sample_grids import DistillationMetrics, averaged_student
+from evaluation.callbacks.sample_grids import DistillationMetrics
+from evaluation.callbacks.student_updates import averaged_student, callback_of, paused, student_updates_of
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.grids import progress_curves, sheet
@@ -39,24 +39,24 @@ from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 OWN_RESULTS = "teacher.json"
-"""In the run's folder: what of the teacher had to be measured there."""
+"""In the run's folder: teacher scores that had to be measured there."""
 
 
 class Report(pl.Callback):
-    """Measures the averaged student before and after, beside its teacher, on held-out prompts, and writes it down.
+    """Measures the averaged student before and after training and its teacher on held-out prompts.
 
-    The teacher's figures are looked up in `teacher_results` (and in `teacher.json` of the run's folder) by protocol and
-    weights; what is missing there is measured, which takes minutes. Latencies are always measured here.
+    Teacher scores are looked up in `teacher_results` (and in `teacher.json` of the run's folder) by protocol and weights;
+    missing ones are measured, which takes minutes. Latencies are always measured.
 
     Args:
-        folder: where to write; None means the trainer's default_root_dir.
-        protocol: a name of evaluation/protocols.py.
-        samples: how many images, None for the protocol's; it changes FID, and no stored teacher will match.
-        teacher_steps: of the teacher's rows; the most of them is "many-step", the fewest "few-step" in samples.png.
-        teacher_guidance_scale: of the teacher.
-        teacher_spacing: of the teacher's timesteps.
+        folder: destination; None means the trainer's default_root_dir.
+        protocol: a toy protocol.
+        samples: number of images, None for the protocol's; FID depends on it, and stored teacher scores will not match.
+        teacher_steps: steps of the teacher's rows; samples.png shows the most and the fewest.
+        teacher_guidance_scale: guidance of the teacher.
+        teacher_spacing: spacing of the teacher's timesteps.
         teacher_results: JSON file of `python -m evaluation.benchmarks.tables teacher`; None means the committed one.
-        pictures: columns of samples.png.
+        columns: images per row of samples.png.
         batch_size: images per call on each device.
         clip: open_clip folder, None for the protocol's.
         classifier: attribute classifier's folder, None for the protocol's.
@@ -72,7 +72,7 @@ class Report(pl.Callback):
         teacher_guidance_scale: float = GUIDANCE_SCALE,
         teacher_spacing: Spacing = "trailing",
         teacher_results: str | None = None,
-        pictures: int = 10,
+        columns: int = 10,
         batch_size: int = 100,
         clip: str | None = None,
         classifier: str | None = None,
@@ -85,53 +85,53 @@ class Report(pl.Callback):
         self.teacher_guidance_scale, self.teacher_spacing = teacher_guidance_scale, teacher_spacing
         self.teacher_results = Path(teacher_results) if teacher_results is not None else RESULTS
         self.prompts = self.protocol.captions()
-        self.picture_ids = torch.arange(min(pictures, self.protocol.samples))
+        self.sample_ids = torch.arange(min(columns, self.protocol.samples))
         self._before: dict[str, float] | None = None
-        self._before_pictures: Tensor | None = None
+        self._before_samples: Tensor | None = None
         self._networks: ProtocolNetworks | None = None
         self._to_store: dict[str, Entry] = {}
         self._start_seconds = 0.0
         self._earlier_seconds = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Start the clock; load the judges, so that a missing one is told before anything is trained."""
+        """Loads the metric networks, so that a missing one is reported before training starts."""
         self._start_seconds = time.perf_counter()
         self._networks = self._networks or ProtocolNetworks.load(self.protocol)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a run that learns through what will judge it."""
+        """Refuses a run that trains through a network that measures it."""
         assert isinstance(pl_module, OneStepDistillation) and self._networks is not None
         require_independent(
             [self._networks.clip, self._networks.classifier], pl_module.frozen_image_networks()
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the student that training starts from; a resumed run has it in its checkpoint."""
+        """Measures the student that training starts from; a resumed run has it in its checkpoint."""
         if self._before is None:
             with paused(trainer):
                 self._before = self._student(trainer, pl_module)
-                self._before_pictures = self._draw(averaged_student(trainer, pl_module, self.protocol.seed))
+                self._before_samples = self._samples(averaged_student(trainer, pl_module, self.protocol.seed))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measure the student and whatever is not known of its teacher; write the three files."""
+        """Measures the student and missing teacher scores; writes the three files."""
         assert isinstance(pl_module, OneStepDistillation)
         with paused(trainer):
             student = self._student(trainer, pl_module)
             teacher = self._teacher(pl_module, self.protocol)
             entry = self._teacher_entry(trainer, teacher, self.protocol, self.teacher_steps, with_real=True)
             entry = add_timings(entry, teacher, self.prompts[0])
-            rows = self._picture_rows(trainer, pl_module, teacher)
+            rows = self._sample_rows(trainer, pl_module, teacher)
             curve = callback_of(trainer, DistillationMetrics)
             line = None if curve is None else self._teacher_line(trainer, pl_module, curve, entry)
         if not trainer.is_global_zero:
             return
         folder = self._folder(trainer)
-        # Only now: a rank that still looked up while another one stored would measure less than the others, and wait.
+        # Not earlier: a rank that looks up after another has stored would measure less than the others, which would wait for it.
         for name, measured in self._to_store.items():
             store(folder / OWN_RESULTS, name, measured)
         report = self._compose(trainer, pl_module, student, entry, curve)
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-        sheet(rows, [self.prompts[index] for index in self.picture_ids.tolist()]).save(folder / "samples.png")
+        sheet(rows, [self.prompts[index] for index in self.sample_ids.tolist()]).save(folder / "samples.png")
         label = f"teacher, {self.teacher_steps[0]} steps"
         progress_curves(report["history"], line, label, folder / "progress.png")
         sys.stdout.write(f"Protocol {self.protocol.name}:\n\n{score_file_markdown(report)}\n")
@@ -140,13 +140,12 @@ class Report(pl.Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What only the start of the run can know."""
-        pictures = None if self._before_pictures is None else self._before_pictures.cpu()
-        return {"before": self._before, "before_pictures": pictures, "seconds": self._seconds()}
+        """Measurements of the start of the run."""
+        samples = None if self._before_samples is None else self._before_samples.cpu()
+        return {"before": self._before, "before_pictures": samples, "seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
-        self._before, self._before_pictures = state_dict["before"], state_dict["before_pictures"]
+        self._before, self._before_samples = state_dict["before"], state_dict["before_pictures"]
         self._earlier_seconds = state_dict["seconds"]
 
     def _seconds(self) -> float:
@@ -158,7 +157,7 @@ class Report(pl.Callback):
         return folder
 
     def _student(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        """One row of the report: the averaged student as it is now."""
+        """A row of the report: the averaged student now."""
         maker = averaged_student(trainer, module, self.protocol.seed)
         scores = self._measure(trainer, self.protocol, self._networks, maker, self.prompts, module.device)
         return {"nfe": 1, **scores, "ms_per_image": milliseconds_per_image(maker, self.prompts[0])}
@@ -183,7 +182,7 @@ class Report(pl.Callback):
     def _teacher_entry(
         self, trainer: pl.Trainer, teacher: Teacher, protocol: Protocol, steps: Sequence[int], with_real: bool
     ) -> Entry:
-        """Stored measurements, completed."""
+        """Stored teacher scores, completed."""
         networks: ProtocolNetworks | None = self._networks if protocol == self.protocol else None
         measured: list[str] = []
 
@@ -203,7 +202,7 @@ class Report(pl.Callback):
     def _teacher_line(
         self, trainer: pl.Trainer, module: OneStepDistillation, curve: DistillationMetrics, entry: Entry
     ) -> dict[str, float]:
-        """The many-step teacher under the protocol of the curve, without which the two could not be compared."""
+        """The many-step teacher under the protocol of the curve, so that the two are comparable."""
         steps = self.teacher_steps[:1]
         if curve.protocol != self.protocol:
             teacher = self._teacher(module, curve.protocol)
@@ -211,22 +210,22 @@ class Report(pl.Callback):
         line: dict[str, float] = entry["teacher"][str(steps[0])]
         return line
 
-    def _draw(self, maker: ImageMaker) -> Tensor:
-        captions = [self.prompts[index] for index in self.picture_ids.tolist()]
-        return maker(captions, self.picture_ids).cpu()
+    def _samples(self, maker: ImageMaker) -> Tensor:
+        captions = [self.prompts[index] for index in self.sample_ids.tolist()]
+        return maker(captions, self.sample_ids).cpu()
 
-    def _picture_rows(
+    def _sample_rows(
         self, trainer: pl.Trainer, module: OneStepDistillation, teacher: Teacher
     ) -> dict[str, Tensor]:
         """Same prompts and noise in each row."""
         many, few = self.teacher_steps[0], self.teacher_steps[-1]
-        assert self._before_pictures is not None
+        assert self._before_samples is not None
         return {
-            "real": self._draw(RealImages(self.protocol.split)),
-            f"teacher\n{many} steps": self._draw(teacher.images(many)),
-            f"teacher\n{few} step{'s' * (few > 1)}": self._draw(teacher.images(few)),
-            "student\nbefore": self._before_pictures,
-            "student\n1 step": self._draw(averaged_student(trainer, module, self.protocol.seed)),
+            "real": self._samples(RealImages(self.protocol.split)),
+            f"teacher\n{many} steps": self._samples(teacher.images(many)),
+            f"teacher\n{few} step{'s' * (few > 1)}": self._samples(teacher.images(few)),
+            "student\nbefore": self._before_samples,
+            "student\n1 step": self._samples(averaged_student(trainer, module, self.protocol.seed)),
         }
 
     def _compose(
@@ -237,7 +236,7 @@ class Report(pl.Callback):
         entry: Entry,
         curve: DistillationMetrics | None,
     ) -> dict[str, Any]:
-        """The contract's keys first; then what explains them."""
+        """The documented keys first, then further details."""
         throughput = callback_of(trainer, Throughput)
         latest = {} if throughput is None else throughput.latest
         many = entry["teacher"][str(self.teacher_steps[0])]

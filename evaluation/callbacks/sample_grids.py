@@ -1,4 +1,4 @@
-"""What a distillation shows of itself while it runs: scores and samples of the averaged student (speed: progress.py)."""
+"""Toy scores and sample grids of the averaged student while a distillation trains."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from evaluation.callbacks.progress import ProgressBar, Throughput
 from evaluation.callbacks.score_curve import ScoreCurve
-from evaluation.callbacks.student_updates import StudentUpdateCallback, averaged_student, only_while_measuring
+from evaluation.callbacks.student_updates import StudentUpdateCallback, averaged_student, vae_on_device
 from evaluation.images.prompt_files import read_prompts
 from evaluation.protocols.protocols import get_protocol
 from evaluation.reports.grids import sheet
@@ -26,9 +26,9 @@ class DistillationMetrics(ScoreCurve):
     """FID, CLIP score and caption accuracy of the averaged student under a protocol of the toy world.
 
     Args:
-        every_n_student_updates: how often.
-        protocol: a name of evaluation/protocols.py; one on prompts that may choose settings.
-        samples: how many images, None for the protocol's; it changes FID.
+        every_n_student_updates: measuring interval.
+        protocol: a toy protocol; settings may be chosen by `toy-val`, not by `toy`.
+        samples: number of images, None for the protocol's; FID depends on it.
         batch_size: images per call on each device.
         at_start: also before the first update.
         clip: open_clip folder, None for the protocol's.
@@ -54,11 +54,10 @@ class DistillationMetrics(ScoreCurve):
         self._networks: ProtocolNetworks | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Load the judges, so that a missing one is told before anything is trained."""
+        """Loads the metric networks, so that a missing one is reported before training starts."""
         self._networks = self._networks or ProtocolNetworks.load(self.protocol)
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
-        """See ScoreCurve."""
         assert self._networks is not None
         ranks = trainer.global_rank, trainer.world_size
         maker = averaged_student(trainer, module, self.protocol.seed)
@@ -66,29 +65,27 @@ class DistillationMetrics(ScoreCurve):
         return score_images(maker, prompts, self._networks, module.device, self.batch_size, *ranks).as_dict()
 
     def protocol_id(self) -> dict[str, Any]:
-        """See ScoreCurve."""
         return {"protocol": self.protocol.name, "hash": self.protocol.fingerprint()}
 
     def networks(self) -> list[Any]:
-        """See ScoreCurve."""
         return [] if self._networks is None else [self._networks.clip, self._networks.classifier]
 
 
 class SampleGrids(StudentUpdateCallback):
-    """Pictures of the averaged student for fixed prompts and seeds, as PNG files and in TensorBoard or Weights & Biases.
+    """Images of the averaged student for fixed prompts and noise, as PNG files and in TensorBoard or Weights & Biases.
 
     Args:
-        every_n_student_updates: how often.
-        prompts: what to draw, or the path of a file of captions, of which the first `images` are taken; None takes the
-            toy protocol's.
-        images: how many.
-        protocol: a name of evaluation/protocols.py of the toy world, for prompts and seed.
+        every_n_student_updates: interval.
+        prompts: captions, or the path of a file of captions, of which the first `images` are taken; None takes the
+            protocol's.
+        images: number of images.
+        protocol: a toy protocol, for prompts and seed.
         folder: for the PNG files; None means `samples` in the trainer's default_root_dir.
         at_start: also before the first update.
     """
 
     decodes_images = True
-    """For the memory plan: the VAE is on the device."""
+    """Read by the memory plan: the VAE is on the device."""
 
     def __init__(
         self,
@@ -107,8 +104,8 @@ class SampleGrids(StudentUpdateCallback):
         self.seed, self.folder = chosen.seed, folder
 
     def at_student_update(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
-        """Draw on every rank, because a sharded network needs them all; write on the first."""
-        with only_while_measuring(module):
+        """Generates on every rank, because a sharded network needs them all; writes on the first."""
+        with vae_on_device(module):
             maker = averaged_student(trainer, module, self.seed)
             images_uint8 = maker(self.prompts, torch.arange(len(self.prompts))).cpu()
         if not trainer.is_global_zero:
@@ -121,5 +118,5 @@ class SampleGrids(StudentUpdateCallback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image("samples", np.asarray(page), step, dataformats="HWC")
-            elif hasattr(logger, "log_image"):  # WandbLogger, which is only there with the extra `wandb`
+            elif hasattr(logger, "log_image"):  # WandbLogger, which needs the extra `wandb`
                 logger.log_image("samples", [page], step=step)

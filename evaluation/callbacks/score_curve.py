@@ -12,19 +12,24 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from evaluation.callbacks.independence import require_independent
-from evaluation.callbacks.loops import log_now, paused_seconds
-from evaluation.callbacks.student_updates import StudentUpdateCallback, give_back, only_while_measuring
+from evaluation.callbacks.student_updates import (
+    StudentUpdateCallback,
+    log_now,
+    paused_seconds,
+    release_gpu,
+    vae_on_device,
+)
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 SCORES = "scores.jsonl"
-"""In the run's folder: one line a measurement."""
+"""In the run's folder: one line per measurement."""
 
 
 class ScoreCurve(StudentUpdateCallback):
-    """Scores of the averaged student every n student updates: logged, monitored, and kept with the time they belong to.
+    """Scores of the averaged student every n student updates.
 
-    They go to the loggers and, as `val/...`, to what checkpoints may monitor; `scores.jsonl` in the run's folder has them
-    with the protocol's name and hash. The networks that judge belong to the callback and are in no checkpoint; `history` is.
+    They are logged as `val/...`, available for checkpoints to monitor, and appended to `scores.jsonl` in the run's folder with
+    the protocol's name and hash. `history` is saved in checkpoints, the metric networks are not.
 
     Args:
         every_n_student_updates: how often.
@@ -32,39 +37,38 @@ class ScoreCurve(StudentUpdateCallback):
     """
 
     decodes_images = True
-    """For the memory plan: the VAE is on the device."""
+    """Read by the memory plan: the VAE is on the device."""
 
     def __init__(self, every_n_student_updates: int, at_start: bool = True) -> None:
         super().__init__(every_n_student_updates, at_start)
         self.history: list[dict[str, float]] = []
-        """One entry a measurement: `student_updates`, `seconds` of wall clock since the start of training,
-        `training_seconds` without the measuring, and the scores."""
+        """One entry per measurement: `student_updates`, `seconds` of wall clock since the start of training,
+        `training_seconds` without measuring, and the scores."""
         self._trainer: pl.Trainer | None = None
         self._start_seconds = self._earlier_seconds = self._earlier_training_seconds = 0.0
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
-        """Measure; called on all ranks, which all return the same."""
+        """Measures; called on all ranks, which all return the same."""
         raise NotImplementedError
 
     def protocol_id(self) -> dict[str, Any]:
-        """`protocol` and `hash`, for what is written down."""
+        """`protocol` and `hash`, stored beside the scores."""
         raise NotImplementedError
 
     def networks(self) -> list[Any]:
-        """What was moved to the device for measuring; each has `to`."""
+        """Networks that were moved to the device for measuring; each has `to`."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a run that learns through what will judge it.
+        """Refuses a run that trains through a network that measures it.
 
         Raises:
-            UserError: see `require_independent`.
+            UserError: as `require_independent`.
         """
         assert isinstance(pl_module, OneStepDistillation)
         require_independent(self.networks(), pl_module.frozen_image_networks())
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
         self._start_seconds, self._trainer = time.perf_counter(), trainer
         for logger in trainer.loggers:
             if trainer.is_global_zero and isinstance(logger, TensorBoardLogger):
@@ -72,17 +76,16 @@ class ScoreCurve(StudentUpdateCallback):
         super().on_train_start(trainer, pl_module)
 
     def at_student_update(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
-        """Measure and log."""
-        clock = self._clock()  # read before measuring: the scores belong to this moment
-        with only_while_measuring(module):
+        clock = self._clock()  # before measuring: the time the scores belong to
+        with vae_on_device(module):
             try:
                 scores = self.scores_of(trainer, module)
             finally:
-                give_back(self.networks(), module.device)
+                release_gpu(self.networks(), module.device)
         self.history.append({"student_updates": module.student_updates, **clock, **scores})
         named = {f"val/{name}": value for name, value in scores.items()}
         log_now(trainer, named)
-        # What ModelCheckpoint may monitor and the progress bar shows.
+        # Monitored by ModelCheckpoint, shown by the progress bar.
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
@@ -91,11 +94,10 @@ class ScoreCurve(StudentUpdateCallback):
                 file.write(json.dumps({**self.history[-1], **self.protocol_id()}) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve goes on after a resume; the time between the two runs is not in it."""
+        """The curve continues after a resume, without the time between the two runs."""
         return {**super().state_dict(), "history": self.history, "clock": self._clock()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
         super().load_state_dict(state_dict)
         self.history = list(state_dict["history"])
         self._earlier_seconds = state_dict["clock"]["seconds"]

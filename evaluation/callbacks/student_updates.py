@@ -1,23 +1,70 @@
-"""What callbacks that look at the averaged student share: when to look, how to draw, and leaving the GPU as it was."""
+"""Shared by the callbacks that measure: the averaged student's images, when to measure, time and GPU memory spent on it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from evaluation.callbacks.loops import paused, student_updates_of
 from evaluation.images.generate import SampledImages
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
+C = TypeVar("C", bound=pl.Callback)
+_PAUSED_SECONDS: WeakKeyDictionary[pl.Trainer, float] = WeakKeyDictionary()
+
+
+@contextmanager
+def paused(trainer: pl.Trainer) -> Iterator[None]:
+    """Counts the enclosed time as measuring, which throughput and curves exclude."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _PAUSED_SECONDS[trainer] = paused_seconds(trainer) + time.perf_counter() - start
+
+
+def paused_seconds(trainer: pl.Trainer) -> float:
+    """Time that this trainer has spent on measuring."""
+    return _PAUSED_SECONDS.get(trainer, 0.0)
+
+
+def log_now(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+    """Logs values immediately: `log_dict` drops what falls between two multiples of `log_every_n_steps`.
+
+    The step is the one that Lightning gives to the module's own logs, so that all curves share an axis.
+    """
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def callback_of(trainer: pl.Trainer, kind: type[C]) -> C | None:
+    """The trainer's first callback of a class, or None."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)
+
+
+def student_updates_of(module: pl.LightningModule) -> int:
+    """Student updates so far.
+
+    Raises:
+        TypeError: unless the module is a OneStepDistillation.
+    """
+    if not isinstance(module, OneStepDistillation):
+        raise TypeError(
+            f"this callback needs a OneStepDistillation, got a {type(module).__name__}; remove it from trainer.callbacks"
+        )
+    return module.student_updates
+
 
 def averaged_student(trainer: pl.Trainer, module: pl.LightningModule, seed: int = 0) -> SampledImages:
-    """A maker of the EMA student's images, on the module's device, in the trainer's precision."""
+    """Generates images with the EMA student, on the module's device, in the trainer's precision."""
     assert isinstance(module, OneStepDistillation) and module.ema is not None
     ema, precision = module.ema, trainer.precision_plugin
 
@@ -30,13 +77,13 @@ def averaged_student(trainer: pl.Trainer, module: pl.LightningModule, seed: int 
 
 
 @contextmanager
-def only_while_measuring(module: OneStepDistillation) -> Iterator[None]:
-    """Takes the VAE off the GPU afterwards, unless training had it there: for SD and SDXL it is 335 MB."""
+def vae_on_device(module: OneStepDistillation) -> Iterator[None]:
+    """Moves the VAE (335 MB for SD and SDXL) off the GPU afterwards, unless training keeps it there."""
     device = module.device
     if device.type == "cpu":
         yield
         return
-    before = module.family.__dict__.get("_vae")  # loaded when it is first asked for
+    before = module.family.__dict__.get("_vae")  # a cached property
     was_there = before is not None and next(before.module.parameters()).device == device
     if before is not None:
         before.to(device)
@@ -45,11 +92,11 @@ def only_while_measuring(module: OneStepDistillation) -> Iterator[None]:
     finally:
         vae = module.family.__dict__.get("_vae")
         if vae is not None and not was_there:
-            give_back([vae], device)
+            release_gpu([vae], device)
 
 
-def give_back(networks: Sequence[Any], device: torch.device) -> None:
-    """Moves networks to the CPU and returns their memory to the driver; nothing to do on a CPU."""
+def release_gpu(networks: Sequence[Any], device: torch.device) -> None:
+    """Moves networks from a GPU to the CPU and returns their memory to the driver."""
     if device.type == "cpu":
         return
     for network in networks:
@@ -59,12 +106,12 @@ def give_back(networks: Sequence[Any], device: torch.device) -> None:
 
 
 class StudentUpdateCallback(pl.Callback):
-    """Calls `at_student_update` when the student-update counter passes a multiple of a number, and where training ends.
+    """Calls `at_student_update` every n student updates, and at the end of training.
 
-    Lightning's global step counts every optimizer's steps, and most batches only train the critic.
+    Lightning's global step would count every optimizer's steps, and most batches do not update the student.
 
     Args:
-        every_n_student_updates: the number.
+        every_n_student_updates: n.
         at_start: also before the first update.
     """
 
@@ -75,12 +122,11 @@ class StudentUpdateCallback(pl.Callback):
         self._last_seen: int | None = None
 
     def at_student_update(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
-        """What to do; called on all ranks."""
+        """Called on all ranks."""
         raise NotImplementedError
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """At update 0; a resumed run has been there."""
-        if self._last_seen is not None:
+        if self._last_seen is not None:  # resumed
             return
         self._last_seen = student_updates_of(pl_module)
         if self.at_start:
@@ -89,23 +135,19 @@ class StudentUpdateCallback(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At each multiple."""
         updates, seen = student_updates_of(pl_module), self._last_seen or 0
         if updates // self.every_n_student_updates > seen // self.every_n_student_updates:
             self._call(trainer, pl_module)
         self._last_seen = max(updates, seen)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """At the end, unless the last update was a multiple."""
         if student_updates_of(pl_module) % self.every_n_student_updates:
             self._call(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
         return {"last_seen": self._last_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From the checkpoint."""
         self._last_seen = state_dict["last_seen"]
 
     def _call(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Sheets of images with labels, as PNG, and curves."""
+"""Labelled sheets of images, and progress curves, as PNG."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sheet(rows: Mapping[str, Tensor], captions: Sequence[str], image_px: int = 1
     Args:
         rows: label to images (n,3,H,W) uint8, the same n in each row.
         captions: n, written above the columns.
-        image_px: side of an image on the sheet; enlarged without smoothing, so that pixels can be judged.
+        image_px: side of an image on the sheet; enlarged without smoothing, so that single pixels remain visible.
 
     Returns:
         An RGB image on white.
@@ -60,10 +60,10 @@ def progress_curves(
     Args:
         history: measurements with `seconds`, `fid` and `caption_accuracy`.
         teacher: the same two scores of the many-step teacher under the same protocol; None draws no lines.
-        teacher_label: its name in the legend.
+        teacher_label: the teacher's label in the legend.
         path: the PNG to write.
     """
-    # Drawn on a figure of its own canvas rather than through pyplot, which keeps global state and asks for a display.
+    # Its own canvas rather than pyplot, which keeps global state and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def toy_networks(world: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """Arguments that name those networks; the protocols are small and use them."""
+    """Arguments that name those networks; the toy protocols are small and use them."""
     for name, protocol in small_protocols(world).items():
         monkeypatch.setitem(PROTOCOLS, name, protocol)
     return {"clip": str(world / "clip"), "classifier": str(world / "classifier")}

@@ -79,7 +79,7 @@ def test_metrics_follow_student_updates_and_survive_a_resume(
     assert [float(value) for value in logged] == pytest.approx([point["fid"] for point in metrics.history])
 
 
-def test_no_weight_of_a_judge_is_in_a_checkpoint(
+def test_no_weight_of_a_metric_network_is_in_a_checkpoint(
     world: Path, toy_networks: dict[str, str], tmp_path: Path
 ) -> None:
     trainer, _ = fit(world, tmp_path / "plain", [], updates=1)
@@ -180,7 +180,7 @@ def test_report_has_the_contracts_keys(world: Path, toy_networks: dict[str, str]
     assert again["student"]["fid"] == report["student"]["fid"]
 
 
-def test_a_missing_judge_is_told_before_training(
+def test_a_missing_network_is_reported_before_training(
     world: Path, toy_networks: dict[str, str], tmp_path: Path
 ) -> None:
     with pytest.raises(FileNotFoundError, match=r"open_clip_config\.json is missing"):

@@ -53,7 +53,7 @@ def small(name: str = "small", **changes: Any) -> ImageProtocol:
 
 @pytest.fixture
 def protocols(world: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Protocols `small` and `small-lossless`; returns the options that name the networks."""
+    """Protocols `small` and `small-lossless`; returns the options that name the metric networks."""
     monkeypatch.setitem(IMAGE_PROTOCOLS, "small", small())
     monkeypatch.setitem(IMAGE_PROTOCOLS, "lossless", small("lossless", lossless=True))
     monkeypatch.setattr("evaluation.evaluate.PROTOCOL_NAMES", (*PROTOCOLS, *IMAGE_PROTOCOLS))

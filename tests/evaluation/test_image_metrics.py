@@ -1,4 +1,4 @@
-"""Numbers of published protocols while a student is trained, the best checkpoint by them, grids for other loggers."""
+"""Metrics of published protocols while a student trains, the best checkpoint by them, grids for other loggers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_ranks_measure_what_one_process_does(world: Path, small: None, tmp_path:
             assert seen[name] == pytest.approx(estimate, rel=1e-4), (rank, name)
 
 
-def test_what_is_missing_is_told_before_training(world: Path, small: None, tmp_path: Path) -> None:
+def test_what_is_missing_is_reported_before_training(world: Path, small: None, tmp_path: Path) -> None:
     metrics = callback(world, tmp_path)
     metrics.reference = str(tmp_path / "nowhere.npz")
     with pytest.raises(UserError, match=r"needs the reference file .*nowhere\.npz"):
@@ -156,22 +156,22 @@ def test_the_best_checkpoint_is_kept_and_a_resumed_run_knows_it(world: Path, tmp
         trained(world, tmp_path, [0.5, 3.0], BestCheckpoint())
 
 
-class PictureLogger(CSVLogger):
+class ImageLogger(CSVLogger):
     """Takes images as the W&B logger does."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.pictures: list[tuple[str, Image.Image, int]] = []
+        self.images: list[tuple[str, Image.Image, int]] = []
 
     def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
-        self.pictures.append((key, images[0], step))
+        self.images.append((key, images[0], step))
 
 
 def test_grids_reach_loggers_of_images(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue square\na green circle\n")
     grids = SampleGrids(2, prompts=str(tmp_path / "prompts.txt"), images=2)
     assert grids.prompts == ["a red circle", "a blue square"]
-    logger = PictureLogger(tmp_path)
+    logger = ImageLogger(tmp_path)
     trainer = Trainer(
         accelerator="cpu", max_epochs=-1, default_root_dir=tmp_path, logger=logger, callbacks=[grids],
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
@@ -179,8 +179,8 @@ def test_grids_reach_loggers_of_images(world: Path, toy_networks: dict[str, str]
     update_schedule = UpdateSchedule(max_student_updates=2, fake_score_updates_per_student_update=1)
     module = distillation(world / "sd-epsilon", update_schedule=update_schedule)
     trainer.fit(module, datamodule=ShardDataModule(str(world / "shards"), 4))
-    assert [(key, step) for key, _, step in logger.pictures] == [("samples", 0), ("samples", 1)]
-    assert logger.pictures[0][1].tobytes() != logger.pictures[1][1].tobytes()
+    assert [(key, step) for key, _, step in logger.images] == [("samples", 0), ("samples", 1)]
+    assert logger.images[0][1].tobytes() != logger.images[1][1].tobytes()
 
 
 @pytest.mark.gpu

@@ -45,7 +45,7 @@ def measured(world: Path, out: Path, **settings: Any) -> dict[str, Any]:
     PROTOCOLS.update(small_protocols(world))
     metrics = DistillationMetrics(1, batch_size=2)
     report = Report(
-        str(out), teacher_steps=[2, 1], teacher_results=str(out / "none.json"), pictures=2, batch_size=2
+        str(out), teacher_steps=[2, 1], teacher_results=str(out / "none.json"), columns=2, batch_size=2
     )
     callbacks: list[Callback] = [metrics, SampleGrids(1, images=2, folder=str(out / "samples")), report]
     update_schedule = UpdateSchedule(max_student_updates=UPDATES, fake_score_updates_per_student_update=1)
