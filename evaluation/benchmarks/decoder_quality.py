@@ -5,17 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.toy.world import image_at
@@ -28,7 +26,6 @@ from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.export import fitting_tiny_vae
-from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.networks.image_features import (
     Dinov2Features,
@@ -51,8 +48,19 @@ def decoder(options: DecoderOptions) -> str:
     """Decodes the images' latents with both decoders and compares them."""
     device = torch.device(options.device)
     family = detect_family(options.base)
-    tiny = fitting_tiny_vae(options.decoder, family).eval().to(device)
-    decoders = Decoders(family.load_vae().eval().to(device), tiny, family)
+    kl, tiny = (
+        family.load_vae().eval().to(device),
+        fitting_tiny_vae(options.decoder, family).eval().to(device),
+    )
+
+    def decode_kl(latents: Tensor) -> Tensor:
+        images: Tensor = kl.decode(family.unscale_latents(latents)).sample
+        return images
+
+    def decode_tiny(latents: Tensor) -> Tensor:
+        images: Tensor = tiny.decode(latents).sample
+        return images
+
     network = feature_network(options.features).load().eval().to(device)
     images = (
         toy_images(options.images)
@@ -67,23 +75,26 @@ def decoder(options: DecoderOptions) -> str:
         count = -(-options.images // options.batch_size)
         for real in track(batches, "decoding", count, console=Console(stderr=True)):
             real = real.to(device)
-            latents = decoders.latents(from_uint8(real))
-            kl, tiny_images = to_uint8(decoders.decode_kl(latents)), to_uint8(decoders.decode_tiny(latents))
-            compared = (kl, real), (tiny_images, real), (tiny_images, kl)
+            latents = family.scale_latents(kl.encode(from_uint8(real)).latent_dist.mode())
+            by_kl, by_tiny = to_uint8(decode_kl(latents)), to_uint8(decode_tiny(latents))
+            compared = (by_kl, real), (by_tiny, real), (by_tiny, by_kl)
             for pair, (one, other) in zip(PAIRS, compared, strict=True):
                 psnr[pair].append(psnr_db(one, other).cpu())
                 distance = feature_distance(network, from_uint8(one), from_uint8(other))
                 distances[pair].append(distance.cpu())
             if not rows:
                 first, columns = latents, options.columns
-                error = (tiny_images.int() - kl.int()).abs().mul(DIFFERENCE_GAIN).clamp(max=255).byte()
+                error = (by_tiny.int() - by_kl.int()).abs().mul(DIFFERENCE_GAIN).clamp(max=255).byte()
                 rows = {
-                    "real": real[:columns],
-                    "KL decoder": kl[:columns],
-                    "tiny decoder": tiny_images[:columns],
+                    "real": real,
+                    "KL decoder": by_kl,
+                    "tiny decoder": by_tiny,
+                    f"difference\nx {DIFFERENCE_GAIN}": error,
                 }
-                rows[f"difference\nx {DIFFERENCE_GAIN}"] = error[:columns]
-        ratios = {str(size): time_ratio(decoders, first[:size]) for size in sorted({1, len(first)})}
+                rows = {label: shown[:columns] for label, shown in rows.items()}
+        ratios = {
+            str(size): time_ratio(decode_kl, decode_tiny, first[:size]) for size in sorted({1, len(first)})
+        }
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         page = sheet(rows, [""] * len(rows["real"]))
@@ -100,7 +111,11 @@ def decoder(options: DecoderOptions) -> str:
         "psnr_loss_db": means["kl_real"] - means["tiny_real"],
         "feature_distance": {pair: torch.cat(values).mean().item() for pair, values in distances.items()},
         "features": options.features,
-        "parameters": decoders.parameters(),
+        "parameters": {
+            "kl": _parameters(kl.decoder)
+            + (_parameters(kl.post_quant_conv) if kl.post_quant_conv is not None else 0),
+            "tiny": _parameters(tiny.decoder),
+        },
         "time_kl_over_tiny": ratios,
         **where(device),
     }
@@ -181,49 +196,18 @@ def feature_distance(network: FeatureNetwork, images: Tensor, reference: Tensor)
     return torch.stack(distances).mean(dim=0)
 
 
-@dataclass
-class Decoders:
-    """The base's autoencoder and the tiny one, in float32 on one device."""
-
-    kl: AutoencoderKL
-    """Encodes the images; its decoder is the reference."""
-    tiny: AutoencoderTiny
-    """Decodes scaled latents."""
-    family: Family
-    """The base; scales the latents."""
-
-    def latents(self, images: Tensor) -> Tensor:
-        """Scaled latents of images in [-1, 1]: the mean of the posterior."""
-        return self.family.scale_latents(self.kl.encode(images).latent_dist.mode())
-
-    def decode_kl(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> images, by the base's decoder."""
-        images: Tensor = self.kl.decode(self.family.unscale_latents(latents)).sample
-        return images
-
-    def decode_tiny(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> images, by the tiny decoder."""
-        images: Tensor = self.tiny.decode(latents).sample
-        return images
-
-    def parameters(self) -> dict[str, int]:
-        """Parameters of each decoder."""
-        kl = [self.kl.decoder, *([self.kl.post_quant_conv] if self.kl.post_quant_conv is not None else [])]
-        return {
-            "kl": sum(parameter.numel() for module in kl for parameter in module.parameters()),
-            "tiny": sum(parameter.numel() for parameter in self.tiny.decoder.parameters()),
-        }
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
-def time_ratio(decoders: Decoders, latents: Tensor, repeats: int = 15) -> float:
-    """Time of the base's decoder over the tiny decoder's: median over alternating pairs, after one untimed pair.
+def time_ratio(
+    slow: Callable[[Tensor], Tensor], fast: Callable[[Tensor], Tensor], latents: Tensor, repeats: int = 15
+) -> float:
+    """Time of one decoder over another's: median over alternating pairs, after one untimed pair.
 
     They alternate so that other load of the machine affects both alike.
     """
-    ratios = []
-    for _ in range(repeats + 1):
-        kl, tiny = (_seconds(decode, latents) for decode in (decoders.decode_kl, decoders.decode_tiny))
-        ratios.append(kl / tiny)
+    ratios = [_seconds(slow, latents) / _seconds(fast, latents) for _ in range(repeats + 1)]
     return statistics.median(ratios[1:])
 
 

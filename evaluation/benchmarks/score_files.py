@@ -83,7 +83,7 @@ def summarise(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         ):
             if here != there:
                 raise ValueError(
-                    f"{name} has {field} {here} and {first_name} has {there}: these runs are not comparable; measure them alike."
+                    f"{name} has {field} {here} and {first_name} has {there}: the runs are not comparable."
                 )
     found = [report["seed"] for report in reports.values()]
     if len(set(found)) < len(found):

@@ -7,15 +7,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import webdataset
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
@@ -25,7 +26,7 @@ from data.shards.dataset import Content, ShardDataset
 from data.shards.loader import Pass, ShardLoader
 from data.shards.order.sample_order import SampleOrder
 from data.shards.scan import scan_shard
-from data.shards.writer import Member, ShardWriter, encode_latents
+from data.shards.writer import ShardWriter, encode_latents
 
 if TYPE_CHECKING:
     from evaluation.benchmarks.throughput import DataOptions
@@ -39,10 +40,26 @@ _DISTINCT = 48
 def run(options: DataOptions) -> dict[str, Any]:
     """All numbers of one run."""
     torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    photographs = [_photograph(rng) for _ in range(min(_DISTINCT, options.jpegs))]
+    rng = np.random.default_rng(0)
+    shape = (4, 128, 128)  # SDXL at 1024 px
+    arrays = (rng.standard_normal(shape, dtype=np.float32) for _ in range(min(_DISTINCT, options.latents)))
     with tempfile.TemporaryDirectory() as folder:
-        jpegs = jpeg_tars(Path(folder, "jpeg"), options.jpegs)
-        latents = latent_tars(Path(folder, "latent"), options.latents)
+        jpegs = write_tars(Path(folder, "jpeg"), options.jpegs, "jpg", photographs)
+        latents = write_tars(
+            Path(folder, "latent"),
+            options.latents,
+            "latent.safetensors",
+            [encode_latents(each) for each in arrays],
+        )
         traces = dict[str, dict[str, list[float]]]()
+
+        def memories() -> dict[str, float]:
+            traces["512 px images"] = memory(jpegs, "images", options)
+            traces["SDXL latents"] = memory(latents, "latents", options)
+            return {name: memory_growth(trace["megabytes"]) for name, trace in traces.items()}
+
         parts: dict[str, Callable[[], Any]] = {
             "shuffle": shuffle_quality,
             "index": lambda: index_speed(jpegs),
@@ -54,14 +71,14 @@ def run(options: DataOptions) -> dict[str, Any]:
                 first_batch(Path(folder), shards, options.index_samples // shards, options.workers)
                 for shards in (100, 1000)
             ],
-            "memory": lambda: memories(jpegs, latents, options, traces),
+            "memory": memories,
         }
         result = {}
         for name, measure in parts.items():
             result[name] = measure()
             print(name, result[name], file=sys.stderr, flush=True)
     if options.plot is not None:
-        plot_memory(traces, options.plot)
+        _plot_memory(traces, options.plot)
     load = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
     return result | load | {"memory_traces": traces}
 
@@ -159,25 +176,62 @@ def overhead(folder: Path, options: DataOptions) -> dict[str, float]:
     }
 
 
-def memories(
-    jpegs: Path, latents: Path, options: DataOptions, traces: dict[str, dict[str, list[float]]]
-) -> dict[str, float]:
-    """Peak memory of the second half of the time over that of the first; fills `traces`."""
-    traces["512 px images"] = memory(jpegs, "images", options)
-    traces["SDXL latents"] = memory(latents, "latents", options)
-    return {name: memory_growth(trace["megabytes"]) for name, trace in traces.items()}
-
-
 def memory(folder: Path, content: Content, options: DataOptions) -> dict[str, list[float]]:
-    """Memory of this process and its workers over several epochs."""
+    """Memory of this process and its workers over several epochs, sampled after every tenth batch.
+
+    Raises:
+        ValueError: for fewer than four samples.
+    """
     dataset = _dataset(folder, [content], resolution=_SIDE_PX if content == "images" else None)
     loader = ShardLoader(dataset, _IMAGE_BATCH, num_workers=options.workers)
-    batches = (batch for _ in range(10**6) for batch in loader)
-    try:
-        return memory_trace(batches, options.memory_seconds, every=10)
-    finally:
-        batches.close()
-        loader.close()
+    start, times, megabytes, count = time.perf_counter(), list[float](), list[float](), 0
+    while time.perf_counter() - start < options.memory_seconds:
+        for _ in loader:
+            count += 1
+            if count % 10 == 0:
+                times.append(round(time.perf_counter() - start, 2))
+                megabytes.append(round(_resident_mb(), 1))
+            if time.perf_counter() - start > options.memory_seconds:
+                break
+    loader.close()
+    if len(megabytes) < 4:
+        raise ValueError("memory was sampled fewer than four times; raise --memory_seconds")
+    return {"seconds": times, "megabytes": megabytes, "batches": [float(count)]}
+
+
+def memory_growth(megabytes: Sequence[float]) -> float:
+    """Peak of the second half over peak of the first, without the first fifth."""
+    warm = megabytes[len(megabytes) // 5 :]
+    half = len(warm) // 2
+    return max(warm[half:]) / max(warm[:half])
+
+
+def _resident_mb() -> float:
+    """Megabytes of this process and its children; shared pages are counted once (PSS of Linux)."""
+
+    def processes(pid: int) -> Iterator[int]:
+        yield pid
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                yield from processes(int(child))
+
+    total = 0
+    for pid in processes(os.getpid()):
+        with suppress(OSError):  # a process that has ended
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+    return total / 1024
+
+
+def _plot_memory(traces: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, line in traces.items():
+        axes.plot(line["seconds"], line["megabytes"], label=name)
+    axes.set(xlabel="seconds", ylabel="MB, all processes of the loader", ylim=(0, None))
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
 
 
 def first_batch(root: Path, shards: int, samples: int, workers: int) -> dict[str, float]:
@@ -248,86 +302,13 @@ def _urls(folder: Path) -> list[str]:
     return [str(path) for path in sorted(folder.glob("*.tar"))]
 
 
-def resident_mb() -> float:
-    """Megabytes of this process and its children; pages that several share are counted once (PSS of Linux)."""
-    return sum(_proportional_kb(pid) for pid in _family(os.getpid())) / 1024
-
-
-def memory_trace(batches: Iterable[Any], seconds: float, every: int) -> dict[str, list[float]]:
-    """Reads batches for a while and samples the memory after every `every` of them."""
-    start = time.perf_counter()
-    times, megabytes, count = list[float](), list[float](), 0
-    for count, _ in enumerate(batches, 1):
-        if count % every == 0:
-            times.append(round(time.perf_counter() - start, 2))
-            megabytes.append(round(resident_mb(), 1))
-        if time.perf_counter() - start > seconds:
-            break
-    return {"seconds": times, "megabytes": megabytes, "batches": [float(count)]}
-
-
-def memory_growth(megabytes: list[float]) -> float:
-    """Peak of the second half over peak of the first, once the loader has warmed up."""
-    if len(megabytes) < 4:
-        raise ValueError("memory was sampled fewer than four times; raise --memory_seconds")
-    warm = megabytes[len(megabytes) // 5 :]
-    half = len(warm) // 2
-    return max(warm[half:]) / max(warm[:half])
-
-
-def plot_memory(traces: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Memory against time, one line per trace."""
-    figure, axes = plt.subplots(figsize=(6, 3.2))
-    for name, line in traces.items():
-        axes.plot(line["seconds"], line["megabytes"], label=name)
-    axes.set(xlabel="seconds", ylabel="MB, all processes of the loader")
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _proportional_kb(pid: int) -> int:
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0  # the process has ended
-    return next((int(line.split()[1]) for line in text.splitlines() if line.startswith("Pss:")), 0)
-
-
-def _family(pid: int) -> list[int]:
-    children: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        children += [int(child) for child in (task / "children").read_text().split()]
-    return [pid, *(member for child in children for member in _family(child))]
-
-
-def jpeg_tars(folder: Path, samples: int) -> Path:
-    """Photograph-like JPEGs of 768 px with caption and json, 250 a shard."""
-    rng = np.random.default_rng(0)
-    contents = [_photograph(rng) for _ in range(min(_DISTINCT, samples))]
+def write_tars(folder: Path, samples: int, name: str, contents: Sequence[Any]) -> Path:
+    """Shards of 250 samples as img2dataset and `data.prepare latents` write them; samples repeat the contents."""
     with ShardWriter(folder, samples_per_shard=250) as writer:
         for number in range(samples):
-            content = contents[number % len(contents)]
-            writer.write(
-                {"jpg": content, "txt": f"a caption of some words, {number}", "json": _sizes(number)}
-            )
-    return folder
-
-
-def latent_tars(folder: Path, samples: int) -> Path:
-    """Latents of SDXL at 1024 px, float16 (131 kB), with caption and json, 250 a shard."""
-    rng = np.random.default_rng(0)
-    contents = [
-        encode_latents(rng.standard_normal((4, 128, 128), dtype=np.float32))
-        for _ in range(min(_DISTINCT, samples))
-    ]
-    with ShardWriter(folder, samples_per_shard=250) as writer:
-        for number in range(samples):
-            members: dict[str, Member] = {"latent.safetensors": contents[number % len(contents)]}
-            writer.write(members | {"txt": f"a caption of some words, {number}", "json": _sizes(number)})
+            content = {name: contents[number % len(contents)], "txt": f"a caption of some words, {number}"}
+            sizes = {"original_height": _JPEG_SIDE_PX + number % 7, "original_width": _JPEG_SIDE_PX}
+            writer.write(content | {"json": sizes | {"crop_top": 0, "crop_left": 0}})
     return folder
 
 
@@ -340,15 +321,6 @@ def many_shards(folder: Path, shards: int, samples: int) -> Path:
     for number in range(1, shards):
         os.link(writer.paths[0], folder / f"other-{number:05d}.tar")
     return folder
-
-
-def _sizes(number: int) -> dict[str, int]:
-    return {
-        "original_height": _JPEG_SIDE_PX + number % 7,
-        "original_width": _JPEG_SIDE_PX,
-        "crop_top": 0,
-        "crop_left": 0,
-    }
 
 
 def _photograph(rng: np.random.Generator) -> bytes:

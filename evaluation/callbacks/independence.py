@@ -41,8 +41,8 @@ def require_independent(measuring: Iterable[Any], training: Mapping[str, nn.Modu
                 if its_shape == shape and torch.allclose(values, its_values, rtol=ROUNDING, atol=1e-6):
                     used = getattr(network, "name", type(network).__name__)
                     raise UserError(
-                        f"the student trains through {name}, which is the network '{used}' of its metrics, and a metric that was "
-                        f"optimised measures nothing; change {name} or the metrics' protocol."
+                        f"the student trains through {name}, which is the network '{used}' of its metrics, and a metric that "
+                        f"was optimised measures nothing; change {name} or the metrics' protocol."
                     )
 
 

@@ -126,7 +126,7 @@ class Report(pl.Callback):
         if not trainer.is_global_zero:
             return
         folder = self._folder(trainer)
-        # Not earlier: a rank that looks up after another has stored would measure less than the others, which would wait for it.
+        # Not earlier: a rank that looks up what another has stored measures less than the others, which wait for it.
         for name, measured in self._to_store.items():
             store(folder / OWN_RESULTS, name, measured)
         report = self._compose(trainer, pl_module, student, entry, curve)

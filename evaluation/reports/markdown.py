@@ -223,8 +223,8 @@ def _decoder_markdown(content: Mapping[str, Any]) -> str:
         f"{ratio:.2f} at batch size {size}" for size, ratio in content["time_kl_over_tiny"].items()
     )
     return (
-        f"{score_table(rows)}\nThe tiny decoder has {_percent(tiny / kl)} % of the base decoder's parameters; decoding time of the "
-        f"base's over the tiny one's: {ratios}.\n"
+        f"{score_table(rows)}\nThe tiny decoder has {_percent(tiny / kl)} % of the base decoder's parameters; decoding time of "
+        f"the base's over the tiny one's: {ratios}.\n"
     )
 
 
