@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,12 @@ from sdxs_lightning.command_line import parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "data" / "README.md").read_text()
-OPTIONS = {"images": ImageOptions, "latents": LatentOptions, "pairs": PairOptions, "verify": VerifyOptions}
+OPTIONS: dict[str, Any] = {
+    "images": ImageOptions,
+    "latents": LatentOptions,
+    "pairs": PairOptions,
+    "verify": VerifyOptions,
+}
 
 
 def command_lines(text: str) -> list[str]:
