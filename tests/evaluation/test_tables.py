@@ -17,9 +17,11 @@ from evaluation.benchmarks import recipe_runs, toy_scores
 from evaluation.benchmarks.recipe_runs import MODEL, PRUNED, RECIPES, command, cpu_seconds, run_folder, train
 from evaluation.benchmarks.score_files import COMPARED, mean_differences, seed_differences, summarise
 from evaluation.benchmarks.size_conditioning import sampled_images, sharpness
-from evaluation.benchmarks.tables import main
+from evaluation.benchmarks.tables import TeacherOptions, UNetsOptions, main
 from evaluation.benchmarks.toy_scores import over_seeds
 from evaluation.protocols.protocols import PROTOCOLS, get_protocol, hash_weights
+from evaluation.runner.teacher_scores import GUIDANCE_SCALE, STEPS
+from evaluation.runner.teacher_scores import RESULTS as TEACHER_RESULTS
 from sdxs_lightning.cli import TrainingCLI
 from sdxs_lightning.core.errors import RunStopped
 from sdxs_lightning.families.sdxl import StableDiffusionXL
@@ -193,6 +195,15 @@ def test_the_teacher_is_scored_once(
         with pytest.warns(UserWarning, match="another base or protocol 'toy'"):
             other = run("--steps", "2", *change)
         assert other["toy"]["teacher"]["2"]["fid"] != 77.0
+
+
+def test_the_default_teacher_is_that_of_run_reports() -> None:
+    options = TeacherOptions()
+    assert (options.steps, options.guidance_scale) == (STEPS, GUIDANCE_SCALE)
+    assert (ROOT / options.out, UNetsOptions(out=options.out).guidance_scale) == (
+        TEACHER_RESULTS,
+        GUIDANCE_SCALE,
+    )
 
 
 def test_sharpness_falls_with_the_original_size() -> None:
