@@ -59,6 +59,8 @@ def phrases() -> list[str]:
         for tool in ("torch-fidelity", "clean-fid", "pytorch-fid")
     )
     kills, firsts = result("resume_kills"), [f"{each['seconds']:.1f} s" for each in data["first_batch"]]
+    trials = result("coverage")["coverage_of_95_percent_intervals"].values()
+    covered = [100 * each["coverage"] for metrics_at in trials for each in metrics_at.values()]
     assert f"{cost['segmented'] / cost['dmd2']:.1f}" == "0.8"  # four fifths
     assert finish["fid"]["mean"] < 0 < paired["fid"]["mean"]
     real = result("quickstart_seed0")["real_vs_real"]["fid"]
@@ -89,6 +91,7 @@ def phrases() -> list[str]:
             **metrics["frechet"]["times_ours_in_seconds"]
         ),
         f"their sums in {metrics['sync']['seconds']:.1f} s",
+        f"over all trials: {min(covered):.1f} to {max(covered):.1f} %",
         f"up to {parity:.1e} at {result('metrics_parity')['images_per_side']} images",
         f"{result(plan)['needed'] / 2**30:.0f} GiB, and {result(f'{plan}_lora_fake_score')['needed'] / 2**30:.0f} GiB",
     ]
