@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,12 +13,13 @@ from evaluation.benchmarks import tables, throughput
 from evaluation.evaluate import EvaluateOptions
 from sdxs_lightning.command_line import parse_options
 from tests.helpers.refusals import refusal
-from tests.helpers.tiny_run import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "python -m evaluation.evaluate"
 
 LIGHT = """
 import sys
+from pathlib import Path
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from evaluation import compare, evaluate, reference

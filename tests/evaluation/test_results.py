@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,8 @@ from evaluation.benchmarks import tables, throughput
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
 from sdxs_lightning.command_line import parse_options
-from tests.helpers.tiny_run import ROOT
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "evaluation" / "results"
 PAGES = {name: (ROOT / "evaluation" / name).read_text() for name in ("README.md", "results/README.md")}
 PAGE = PAGES["results/README.md"]
