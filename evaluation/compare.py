@@ -6,9 +6,11 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from evaluation.protocols.names import CAPTION_METRICS
 from evaluation.reports.markdown import LOWER_IS_BETTER, interval, markdown_table, number, title
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import Option, run_command
@@ -100,22 +102,25 @@ def setting_differences(first: Any, second: Any, name: str = "") -> list[str]:
 def require_equal_hashes(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> None:
     """Checks that each metric has one hash.
 
+    Stored images do not say which prompts they were made of. A metric that reads no captions compares them with those of a
+    model, whose prompts are known, if nothing else differs.
+
     Raises:
         UserError: naming what differs, and the metrics that do compare.
     """
-    label, first = next(iter(results.items()))
     refused: dict[str, str] = {}
     for metric in metrics:
-        for other_label, other in results.items():
+        for (label, first), (other_label, other) in combinations(results.items(), 2):
             mine, theirs = first["metrics"][metric], other["metrics"][metric]
-            if mine["hash"] != theirs["hash"] and metric not in refused:
-                reason = (
-                    ", ".join(setting_differences(mine["settings"], theirs["settings"]))
-                    or "their protocol hashes differ"
-                )
-                refused[metric] = (
-                    f"{title(metric)} of {label} and {other_label} are not comparable ({reason})"
-                )
+            if mine["hash"] == theirs["hash"] or metric in refused:
+                continue
+            settings = [dict(one["settings"]) for one in (mine, theirs)]
+            if metric not in CAPTION_METRICS and None in [one.get("captions", "") for one in settings]:
+                settings = [{**one, "captions": None} for one in settings]
+                if settings[0] == settings[1]:
+                    continue
+            reason = ", ".join(setting_differences(*settings)) or "their protocol hashes differ"
+            refused[metric] = f"{title(metric)} of {label} and {other_label} are not comparable ({reason})"
     if refused:
         rest = [metric for metric in metrics if metric not in refused]
         advice = f"; --metrics {' '.join(rest)} compares" if rest else ""

@@ -67,6 +67,18 @@ def test_different_hashes_are_refused_with_what_differs(
     main([str(a), str(b), "--metrics", "clip_score"])
 
 
+def test_stored_images_compare_with_a_model_by_metrics_without_captions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = result(tmp_path / "stored.json", 20.0, captions=None)
+    student, other = (result(tmp_path / f"{name}.json", 21.0, captions=name) for name in ("student", "other"))
+    main([str(stored), str(student)])
+    said = "FID of student and other are not comparable (captions: student != other)"
+    assert said in refusal(main, [stored, student, other], capsys)
+    fewer = result(tmp_path / "fewer.json", 20.0, captions=None, samples=50)
+    assert "(samples: 50 != 100)" in refusal(main, [fewer, student], capsys)
+
+
 def test_files_that_are_not_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = result(tmp_path / "a.json", 1.0)
     (tmp_path / "b.json").write_text("{}")
