@@ -87,7 +87,9 @@ def coverage(build: Callable[[], SampledMetric], count: int, trials: int) -> dic
     return results
 
 
-def measure(counts: Sequence[int], scale: float, wanted: Sequence[str] | None = None) -> dict[str, Any]:
+def coverage_table(
+    counts: Sequence[int], scale: float, wanted: Sequence[str] | None = None
+) -> dict[str, Any]:
     """The table: by number of images, then by metric."""
     table: dict[str, Any] = {}
     for count in counts:
@@ -125,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    table = measure(options.counts, options.scale, options.metrics)
+    table = coverage_table(options.counts, options.scale, options.metrics)
     if (
         options.out is not None and options.out.is_file()
     ):  # numbers of images may be measured one after the other

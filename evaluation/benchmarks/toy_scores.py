@@ -24,7 +24,7 @@ from evaluation.reports.grids import sheet
 from evaluation.reports.markdown import score_file_markdown, spread
 from evaluation.runner.machine import milliseconds_per_image, where
 from evaluation.runner.scores import ProtocolNetworks, score_images
-from evaluation.runner.teacher_scores import Teacher, add_timings, complete, look_up, store
+from evaluation.runner.teacher_scores import Teacher, add_timings, look_up, measure_missing, store
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.families.sd import StableDiffusion
@@ -188,7 +188,7 @@ def teacher(options: TeacherOptions) -> str:
         protocol = get_protocol(name, samples=options.samples)
         base = Teacher(family, device, options.guidance_scale, options.spacing, protocol.seed)
         known = look_up([options.out], protocol, base)
-        entry = complete(known, protocol, base, options.steps, Scorer(protocol, options))
+        entry = measure_missing(known, protocol, base, options.steps, Scorer(protocol, options))
         entries[name] = add_timings(entry, base, protocol.captions()[0])
         store(options.out, name, entries[name])
     return score_file_markdown(entries)

@@ -31,8 +31,8 @@ from evaluation.runner.teacher_scores import (
     Entry,
     Teacher,
     add_timings,
-    complete,
     look_up,
+    measure_missing,
     store,
 )
 from sdxs_lightning.core.timesteps import Spacing
@@ -194,7 +194,7 @@ class Report(pl.Callback):
             return self._measure(trainer, protocol, networks, maker, prompts, teacher.device)
 
         known = look_up([self.teacher_results, self._folder(trainer) / OWN_RESULTS], protocol, teacher)
-        entry = complete(known, protocol, teacher, steps, measure_images, with_real)
+        entry = measure_missing(known, protocol, teacher, steps, measure_images, with_real)
         if measured:
             self._to_store[protocol.name] = entry
         return {**entry, "teacher": {str(count): entry["teacher"][str(count)] for count in steps}}

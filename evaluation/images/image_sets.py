@@ -29,7 +29,7 @@ OTHER_SUFFIXES = (
 """Of image formats that are not read; a set with such files is refused rather than measured without them."""
 
 
-class ImageSet(Protocol):
+class NumberedImages(Protocol):
     """Images by number. Image i is the same wherever the set lies; a set can be pickled to another process."""
 
     @property
@@ -177,7 +177,7 @@ class ZipImages:
         return None
 
     def digest(self) -> str:
-        """See ImageSet; equal to that of the folder that was zipped."""
+        """See NumberedImages; equal to that of the folder that was zipped."""
         return _digest(self.names, self._sums)
 
     def stamp(self) -> str:
@@ -189,7 +189,7 @@ class ZipImages:
         return self.__dict__ | {"_archive": None}
 
 
-def open_images(text: str) -> ImageSet:
+def open_images(text: str) -> NumberedImages:
     """The set that `--images` or `--reference` names.
 
     Raises:
@@ -243,7 +243,7 @@ def _is_image(file: Path) -> bool:
     )
 
 
-def _filled(images: FolderImages | ZipImages, text: str) -> ImageSet:
+def _filled(images: FolderImages | ZipImages, text: str) -> NumberedImages:
     if not images.names:
         raise UserError(f"'{text}' holds no image; images end in {', '.join(SUFFIXES)}.")
     return images

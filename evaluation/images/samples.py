@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from evaluation.images.image_sets import ImageSet
+from evaluation.images.image_sets import NumberedImages
 from evaluation.images.prompt_files import captions_digest
 from evaluation.networks.image_steps import apply_steps, still_to_do
 from evaluation.protocols.protocols import hash_model
@@ -188,7 +188,7 @@ class ModelSamples:
 class StoredSamples:
     """The first images of a folder, a zip file or shards."""
 
-    source: ImageSet
+    source: NumberedImages
     """All of them."""
     first: int | None = None
     """How many of them; None takes all."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evaluation.images.image_sets import ImageSet, open_images
+from evaluation.images.image_sets import NumberedImages, open_images
 from evaluation.images.prompt_files import captions_digest
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
 from evaluation.images.saved_images import SavedImages
@@ -113,7 +113,7 @@ def run_evaluation(
     evaluated: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     if "diversity" in request.metrics:
-        evaluated |= measure_diversity(request, networks, resources, work, failed)
+        evaluated |= evaluate_diversity(request, networks, resources, work, failed)
     if not measurements:
         return EvaluationResult(evaluated, {}, {}, failed)
     origin = request.samples.origin()
@@ -148,7 +148,7 @@ def run_evaluation(
     return EvaluationResult(found | evaluated, kept, reference_images, failed, statistics, notes)
 
 
-def measure_diversity(
+def evaluate_diversity(
     request: EvaluationRequest,
     networks: NetworkCache,
     resources: Resources,
@@ -232,7 +232,7 @@ def _open_reference(
     request: EvaluationRequest,
     comparing: Sequence[Measurement],
     identities: Mapping[Measurement, Mapping[str, str]],
-) -> Mapping[str, Reference] | ImageSet | None:
+) -> Mapping[str, Reference] | NumberedImages | None:
     """The real side: by metric where its features are known, or images that have to be measured."""
     if request.known or not comparing:
         return dict(request.known)
@@ -244,7 +244,7 @@ def _open_reference(
 
 
 def _measure_reference(
-    images: ImageSet,
+    images: NumberedImages,
     comparing: Sequence[Measurement],
     identities: Mapping[Measurement, Mapping[str, str]],
     request: EvaluationRequest,
@@ -374,7 +374,7 @@ def _refuse_what_does_not_fit(
     request: EvaluationRequest,
     networks: NetworkCache,
     comparing: Sequence[Measurement],
-    reference: Mapping[str, Reference] | ImageSet | None,
+    reference: Mapping[str, Reference] | NumberedImages | None,
 ) -> None:
     """Numbers of images, and dimensions of references, before the first image is measured."""
     for one in comparing:

@@ -89,7 +89,7 @@ def look_up(files: Sequence[Path], protocol: Protocol, teacher: Teacher) -> Entr
     return entry
 
 
-def complete(
+def measure_missing(
     entry: Entry,
     protocol: Protocol,
     teacher: Teacher,
