@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
 
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizer
 
 from data.toy.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
 
 CAPTION_TOKENS = 16
+_WORD_END = "</w>"
 
 
 def words() -> list[str]:
@@ -22,19 +21,33 @@ def words() -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Learns the merges from the words; the end token has the highest id, as open_clip's pooling expects."""
-    learner = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = Whitespace()
-    trainer = BpeTrainer(vocab_size=4096, end_of_word_suffix="</w>", min_frequency=1, show_progress=False)
-    learner.train_from_iterator([" ".join(words())], trainer)
-    learned = learner.get_vocab()
-    merges = _merges_of(learner)
-    vocabulary = sorted(learned, key=learned.__getitem__)
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
-    ids = {token: index for index, token in enumerate(vocabulary)}
+    """Learns the merges from the words; the end token has the highest id, as open_clip's pooling expects.
+
+    Deterministic, which the trainer of the tokenizers package is not: its order of equally frequent pairs varies from call to
+    call, and with it the ids and what a seed trains.
+    """
+    spelled = [[*word[:-1], word[-1] + _WORD_END] for word in words()]
+    symbols = sorted({symbol for word in spelled for symbol in word})
+    merges = _merges(spelled)
+    vocabulary = dict.fromkeys([*symbols, *("".join(merge) for merge in merges)])
+    ids = {token: index for index, token in enumerate([*vocabulary, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CAPTION_TOKENS)
 
 
-def _merges_of(learner: Tokenizer) -> list[tuple[str, str]]:
-    merges = json.loads(learner.to_str())["model"]["merges"]
-    return [(left, right) for left, right in merges]
+def _merges(spelled: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
+    """Byte-pair encoding until every word is one symbol: the most frequent pair first, of equal ones the first alphabetically.
+
+    Source: Sennrich et al., arXiv:1508.07909, algorithm 1.
+    """
+    merges = []
+    current = [list(word) for word in spelled]
+    while True:
+        counts = Counter(pair for word in current for pair in pairwise(word))
+        if not counts:
+            return merges
+        merge = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(merge)
+        for word in current:
+            for i in range(len(word) - 2, -1, -1):
+                if tuple(word[i : i + 2]) == merge:
+                    word[i : i + 2] = ["".join(merge)]

@@ -120,6 +120,14 @@ def test_the_tokenizer_has_one_token_per_word_and_ends_with_the_highest_id() -> 
     assert tokenizer.decode(ids[1:9]).split() == "a small red circle on a gray background".split()
 
 
+def test_the_tokenizer_is_the_same_in_every_call() -> None:
+    first, second = build_tokenizer(), build_tokenizer()
+    assert first.get_vocab() == second.get_vocab() and sorted(first.get_vocab().values()) == list(
+        range(len(first))
+    )
+    assert [first.convert_ids_to_tokens(i) for i in (0, len(first) - 1)] == ["a", "<|endoftext|>"]
+
+
 def _centre(mask: np.ndarray) -> np.ndarray:
     rows, columns = np.nonzero(mask)
     return np.array([columns.mean(), rows.mean()])
