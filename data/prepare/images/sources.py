@@ -308,7 +308,7 @@ def _text(content: bytes) -> str:
     try:
         return decode_text(content, "")
     except BadSampleError as error:
-        raise SampleFaultError(str(error).removeprefix(": ")) from error
+        raise SampleFaultError(str(error).removeprefix(": ").rstrip(".")) from error
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
@@ -320,7 +320,7 @@ def _json_object(content: bytes) -> dict[str, Any]:
     try:
         return decode_json(content, "")
     except BadSampleError as error:
-        raise SampleFaultError(str(error).removeprefix(": ")) from error
+        raise SampleFaultError(str(error).removeprefix(": ").rstrip(".")) from error
 
 
 def _digest(lines: Iterable[str]) -> str:
