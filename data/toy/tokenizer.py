@@ -39,7 +39,7 @@ def _merges(spelled: Sequence[Sequence[str]]) -> list[tuple[str, str]]:
 
     Source: Sennrich et al., arXiv:1508.07909, algorithm 1.
     """
-    merges = []
+    merges: list[tuple[str, str]] = []
     current = [list(word) for word in spelled]
     while True:
         counts = Counter(pair for word in current for pair in pairwise(word))

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple
@@ -94,8 +94,8 @@ def commands(shards: Path) -> dict[str, TimedCommand]:
     }
 
 
-def measure(timed: Mapping[str, TimedCommand], repeats: int) -> dict[str, dict[str, Any]]:
-    """Medians of each command and their ratios to the baseline.
+def measure(timed: Mapping[str, TimedCommand], repeats: int) -> Iterator[dict[str, dict[str, Any]]]:
+    """After each repeat: medians of each command and their ratios to the baseline.
 
     Raises:
         UserError: for a command that ends with another exit code than expected.
@@ -104,21 +104,21 @@ def measure(timed: Mapping[str, TimedCommand], repeats: int) -> dict[str, dict[s
     for _ in range(repeats):
         for name, command in timed.items():
             seconds[name].append(_run(name, command))
-    medians = {
-        name: [statistics.median(column) for column in zip(*rows, strict=True)]
-        for name, rows in seconds.items()
-    }
-    elapsed, cpu = medians[BASELINE]
-    return {
-        name: {
-            "seconds": round(median[0], 3),
-            "cpu_seconds": round(median[1], 3),
-            "ratio": round(median[0] / elapsed, 3),
-            "cpu_ratio": round(median[1] / cpu, 3),
-            "goal": timed[name].goal,
+        medians = {
+            name: [statistics.median(one) for one in zip(*rows, strict=True)]
+            for name, rows in seconds.items()
         }
-        for name, median in medians.items()
-    }
+        elapsed, cpu = medians[BASELINE]
+        yield {
+            name: {
+                "seconds": round(median[0], 3),
+                "cpu_seconds": round(median[1], 3),
+                "ratio": round(median[0] / elapsed, 3),
+                "cpu_ratio": round(median[1] / cpu, 3),
+                "goal": timed[name].goal,
+            }
+            for name, median in medians.items()
+        }
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -134,19 +134,20 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def run(options: StartUpOptions) -> str:
-    """Measures, and writes the file.
+    """Measures, and writes the file after every repeat.
 
     Raises:
         UserError: for a command that ends with another exit code than expected.
     """
+    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         _write_shard(Path(folder))
-        rows = measure(commands(Path(folder)), options.repeats)
-    load = {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
-    result = {"commands": rows, "repeats": options.repeats, "python": platform.python_version(), **load}
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        for repeat, rows in enumerate(measure(commands(Path(folder)), options.repeats), 1):
+            load = {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
+            result = {"commands": rows, "repeats": repeat, "python": platform.python_version(), **load}
+            if options.out is not None:
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                options.out.write_text(json.dumps(result, indent=2) + "\n")
     return table(rows)
 
 

@@ -12,7 +12,7 @@ from sdxs_lightning.core.errors import UserError
 
 def test_ratios_are_to_the_baseline() -> None:
     sleep = "import time; time.sleep({})"
-    rows = measure(
+    (rows,) = measure(
         {
             BASELINE: TimedCommand(("-c", sleep.format(0.2))),
             "slow": TimedCommand(("-c", sleep.format(1.0)), 0, 1.5),
