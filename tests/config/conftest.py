@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
-from tests.helpers.planned import ADAMW, hardware, without_weights
+from tests.helpers.planned import PLANNED, hardware, without_weights
 from tests.helpers.tiny_distillation import distillation, save_base
 
 
@@ -29,8 +28,7 @@ def configs(folder: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def planner(configs: dict[str, Path]) -> Planner:
     """Of a distillation on one GPU with gradient accumulation."""
-    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "real_score_dtype": "bfloat16"}
-    return Planner(distillation(configs["sdxl"], optimizer=ADAMW, **settings), hardware(), 16)
+    return Planner(distillation(configs["sdxl"], **PLANNED), hardware(), 16)
 
 
 @pytest.fixture(scope="session")

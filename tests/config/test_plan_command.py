@@ -16,10 +16,10 @@ from sdxs_lightning.cli import main
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.memory_plan.command import show_plan
 from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
-from sdxs_lightning.memory_plan.report import sentences
+from sdxs_lightning.memory_plan.report import as_json, print_plan, sentences
 from tests.config.test_configs import stack
 from tests.helpers.plan_bases import save_configs
-from tests.helpers.planned import ADAMW, ONE_CPU, hardware
+from tests.helpers.planned import ADAMW, ONE_CPU, PLANNED, hardware
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_decoding import decoding
 from tests.helpers.tiny_distillation import distillation
@@ -86,20 +86,26 @@ def test_a_smaller_batch_may_be_what_fits(planner: Planner, planned: MemoryPlan)
 
 
 def test_a_plan_that_does_not_fit_suggests_changes(
-    configs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    configs: dict[str, Path], planned: MemoryPlan, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan = plan_of(tiny_arguments(tmp_path, configs["sd"], "--plan_gpu_gb=0.5"), tmp_path)
-    assert not plan["fits"] and plan["largest_batch"] == 0
-    whats = [change["what"] for change in plan["changes"]]
-    assert whats[0] == "gradient_checkpointing: true of student and fake_score"
-    assert whats[1].endswith("and --config configs/hardware/fsdp2.yaml on 8 GPUs")
-    shown = capsys.readouterr().out
-    assert "not even a batch of 1 fits" in shown and "of 0.50 GiB (--plan_gpu_gb)" in shown
+    # Not the planner of the fixture: changes leave gradient checkpointing on.
+    planner = Planner(distillation(configs["sdxl"], **PLANNED), hardware(), 16)
+    small = replace(planned, hardware=hardware(0.5))
+    assert not small.fits and small.largest_batch == 0
+    changes = planner.changes(small)
+    assert changes[0].what == "gradient_checkpointing: true of student and fake_score"
+    assert changes[1].what.endswith("and --config configs/hardware/fsdp2.yaml on 8 GPUs")
+    assert [change["what"] for change in as_json(small, changes)["changes"]] == [one.what for one in changes]
+    print_plan(small, changes)
+    printed = capsys.readouterr().out
+    assert "not even a batch of 1 fits" in printed and "of 0.50 GiB (--plan_gpu_gb)" in printed
+    assert "Change: gradient_checkpointing: true of student and fake_score: " in printed
 
 
 @pytest.mark.parametrize("stage", ["miniaturise", "decoder", "teacher"])
 def test_every_stage_has_a_plan(stage: str, tmp_path: Path) -> None:
-    plan = plan_of(["--config", str(ROOT / f"configs/toy/{stage}.yaml")], tmp_path)
+    plan = plan_of(["--config", str(ROOT / f"configs/toy/{stage}.yaml"), "--plan_gpu_gb=0.001"], tmp_path)
+    assert not plan["fits"] and plan["changes"]
     trained = [name for name, network in plan["networks"].items() if network["trainable"]]
     expected = {
         "miniaturise": ["student"],

@@ -15,6 +15,12 @@ from sdxs_lightning.training.lr_schedules import TrapezoidLR
 from tests.helpers.tiny_distillation import family_of
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-3, fused=True)
+PLANNED: dict[str, Any] = {
+    "optimizer": ADAMW,
+    "accumulate_grad_batches": 2,
+    "real_score_dtype": "bfloat16",
+}
+"""Settings of the distillation of the fixtures `planner` and `planned`."""
 ONE_GPU = {"accelerator": "gpu", "devices": 1, "precision": "bf16-mixed"}
 ONE_CPU = {"accelerator": "cpu", "devices": 1, "precision": "32-true"}
 
