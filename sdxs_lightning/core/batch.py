@@ -128,9 +128,9 @@ class TrainingBatch:
     captions: list[str]
     """B captions; "" is the empty prompt."""
     positions: Tensor
-    """(B,), int64: how many samples the run consumed before each, over all ranks; addresses its noise."""
+    """(B,), int64: how many samples the run consumed before each, over all ranks; determines its noise."""
     sample_ids: list[str]
-    """B names of samples, as the shards have them."""
+    """B names of samples, as in the shards."""
     latents: Tensor | None = None
     """(B, C, h, w), float, unscaled: what the VAE's encoder outputs."""
     images: Tensor | None = None

@@ -36,10 +36,10 @@ class Frozen(Generic[M]):
 
     @property
     def device(self) -> torch.device:
-        """Where the first parameter lives."""
+        """Device of the first parameter."""
         return next(self.module.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the first parameter."""
+        """Dtype of the first parameter."""
         return next(self.module.parameters()).dtype

@@ -48,7 +48,7 @@ class PretrainedBase(ABC):
 
     layout: ClassVar[Layout]
     kl_scaling_factor: ClassVar[float]
-    """Of a KL VAE whose config has none."""
+    """Default of a KL VAE whose config has no scaling_factor."""
     encoder_classes: ClassVar[dict[str, type[CLIPTextModel] | type[CLIPTextModelWithProjection]]]
     """Folder of each text encoder -> its class."""
 

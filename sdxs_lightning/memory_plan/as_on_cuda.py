@@ -17,14 +17,14 @@ LOWER = frozenset(
     "conv1d conv2d conv3d conv_transpose2d prelu addmm matmul __matmul__ __rmatmul__ einsum mm mv linear baddbmm bmm "
     "scaled_dot_product_attention".split()
 )
-"""What runs in the lower precision. Source: torch/docs/source/amp.md, "CUDA ops that can autocast to float16"."""
+"""Functions that run in the lower precision. Source: torch/docs/source/amp.md, "CUDA ops that can autocast to float16"."""
 
 FLOAT32 = frozenset(
     "pow __pow__ __rpow__ exp log rsqrt softplus layer_norm group_norm l1_loss mse_loss smooth_l1_loss huber_loss "
     "binary_cross_entropy_with_logits cosine_similarity cdist dist norm prod sum cumsum softmax log_softmax "
     "interpolate upsample_nearest2d upsample_bilinear2d".split()
 )
-"""What runs in float32. Same source; up-sampling is in torch/aten/src/ATen/autocast_mode.h."""
+"""Functions that run in float32. Same source; up-sampling is in torch/aten/src/ATen/autocast_mode.h."""
 
 
 class AsOnCuda(TorchFunctionMode):

@@ -38,7 +38,7 @@ class Hardware:
     """The machine of a run."""
 
     processes: int
-    """On all machines together, one per device."""
+    """On all machines, one per device."""
     strategy: str
     """"one device", "ddp" or "fsdp2"."""
     precision: str
@@ -53,22 +53,22 @@ class Hardware:
 
     @property
     def shards(self) -> int:
-        """Parts that each network is cut into."""
+        """Number of shards of each network."""
         return self.processes if self.strategy == "fsdp2" else 1
 
     @property
     def autocast(self) -> torch.dtype | None:
-        """The lower precision of mixed precision."""
+        """The lower dtype of mixed precision; None without autocast."""
         return _AUTOCAST.get(self.precision)
 
     @property
     def weights(self) -> torch.dtype | None:
-        """The type of every weight; None leaves each as it is loaded."""
+        """The dtype of all weights; None keeps each as it is loaded."""
         return _WEIGHTS.get(self.precision)
 
     @property
     def gathered(self) -> torch.dtype | None:
-        """The type in which FSDP2 gathers, see `training.sharding.mixed_precision`."""
+        """The dtype in which FSDP2 gathers, see `training.sharding.mixed_precision`."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else None
 
     @property

@@ -26,11 +26,11 @@ class NetworkBytes:
     parameters: int
     trainable: int
     weights: int
-    """Of parameters and buffers."""
+    """Bytes of parameters and buffers."""
     gradients: int
     optimizer: int
     dtype: str
-    """Of the stored weights."""
+    """dtype of the stored weights."""
 
     @property
     def total(self) -> int:
@@ -39,7 +39,7 @@ class NetworkBytes:
 
 
 def network_bytes(network: PlannedNetwork, shards: int) -> NetworkBytes:
-    """The bytes of a network; gradients have the type of their weights, as in torch."""
+    """The bytes of a network; gradients have the dtype of their weights, as in torch."""
     shards = shards if network.sharded else 1
     parameters = list(network.module.parameters())
     trainable = [p for p in parameters if p.requires_grad] if network.role == "trained" else []
@@ -116,9 +116,9 @@ class _Group(NamedTuple):
 
     weights: int
     gradients: int
-    """In the type in which the weights are gathered, of those that learn."""
+    """Of the trainable ones, in the dtype in which they are gathered."""
     reduced: int
-    """The same in float32."""
+    """Of the trainable ones, in float32."""
 
 
 def _neighbours(blocks: Sequence[_Group]) -> Iterator[tuple[_Group, _Group]]:

@@ -23,7 +23,7 @@ from sdxs_lightning.memory_plan.weightless import META
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
 PROBES = 2, 3
-"""Batch sizes that are run. Not 1: a batch dimension of 1 lets some operations copy less."""
+"""Batch sizes that are run. Not 1: with a batch dimension of 1 some operations copy less."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class StepProfile:
     constants: tuple[np.ndarray, ...] = field(repr=False)
     """Per phase (n, 2), int64: live bytes and gradients at each moment, for batch size 0."""
     slopes: tuple[np.ndarray, ...] = field(repr=False)
-    """The same, per sample."""
+    """The growth of `constants` per sample."""
     kept: tuple[tuple[int, int], ...]
     """Per phase: what the forward pass keeps for the backward pass, constant and per sample."""
 
@@ -102,7 +102,7 @@ class StepProfile:
         return max(self.phase_peaks(batch_size), key=lambda peak: peak.total)
 
     def kept_bytes(self, batch_size: int) -> dict[str, int]:
-        """Per phase with a backward pass, what its forward pass keeps."""
+        """Bytes that the forward pass of each phase keeps for its backward pass."""
         pairs = zip(self.phases, self.kept, strict=True)
         return {name: constant + batch_size * slope for name, (constant, slope) in pairs if constant or slope}
 

@@ -99,7 +99,7 @@ class WeightlessFamily:
 
     @cached_property
     def text_encoders(self) -> dict[str, nn.Module]:
-        """By the name of their folder."""
+        """Folder name -> text encoder."""
         folders = [self._family.folder / name for name in ("text_encoder", "text_encoder_2")]
         present = [folder for folder in folders if (folder / "config.json").is_file()]
         return {folder.name: _text_encoder(read_json(folder / "config.json")) for folder in present}

@@ -1,4 +1,4 @@
-"""Which blocks of student and teacher mean the same: the default taps of feature distillation."""
+"""Corresponding blocks of student and teacher: the default taps of feature distillation."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from sdxs_lightning.surgery.topology import Topology
 
 
 def feature_pairs(teacher_config: Mapping[str, Any], topology: Topology) -> dict[str, str]:
-    """One tap a kept stage, down, middle and up; outputs of a pair have the same shape.
+    """One tap for each kept stage, down, middle and up; the outputs of a pair have the same shape.
 
     Where inner stages were removed, the teacher's block at the student's innermost stage ends with a downsampler that the
-    student's has not. The tap is then the last layer before it, as in BK-SDM the `proj_out` of the last Transformer.
+    student's does not have. The tap is then the last layer before it, as in BK-SDM the `proj_out` of the last Transformer.
 
     Args:
         teacher_config: arguments of the teacher's `UNet2DConditionModel`.

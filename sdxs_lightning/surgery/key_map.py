@@ -47,7 +47,7 @@ class TensorSource:
     keys: tuple[str, ...] = ()
     """Teacher tensors: none, the tensor is new; one, it is copied; several, it is their mean."""
     last_columns: int | None = None
-    """Only the last so many input channels are copied, and the others are new; None copies all."""
+    """How many of the last input channels are copied; the others are new. None copies all."""
 
 
 def key_map(
@@ -111,7 +111,7 @@ def block_of(key: str, blocks: Mapping[str, Any] | tuple[str, ...]) -> str | Non
 
 
 def superseded(teacher_config: Mapping[str, Any], topology: Topology) -> tuple[str, ...]:
-    """Parts of kept Transformer blocks whose place another part takes, as prefixes of the teacher's names."""
+    """Parts of kept Transformer blocks that are replaced by other parts, as prefixes of the teacher's names."""
     teacher = anatomy_of(teacher_config)
     selection = select(teacher, topology)
     return tuple(

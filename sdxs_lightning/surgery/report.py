@@ -18,7 +18,7 @@ class TransferReport:
     """What became of each tensor: name -> number of parameters."""
 
     name: str
-    """Of the topology."""
+    """Name of the topology."""
     copied: dict[str, int]
     """Tensors of the student equal to one of the teacher's."""
     averaged: dict[str, int]
@@ -30,7 +30,7 @@ class TransferReport:
     used: dict[str, int]
     """Tensors of the teacher that went into the student."""
     dropped: dict[str, int]
-    """Tensors of the teacher that did not."""
+    """Tensors of the teacher that did not go into the student."""
 
     @property
     def student_parameters(self) -> int:
@@ -132,7 +132,7 @@ def _check_shape(
 
 
 def input_axis(shape: torch.Size) -> int:
-    """Where the input channels are: the second axis of a convolution's weight, the only one of a norm's."""
+    """The axis of the input channels: the second of a convolution's weight, the only one of a norm's."""
     return min(1, len(shape) - 1)
 
 

@@ -17,7 +17,7 @@ class Layer:
     source: int
     """The teacher's layer in the same stage."""
     blocks: tuple[tuple[int, ...], ...]
-    """For each of its Transformer blocks the teacher's; several are averaged."""
+    """The teacher's blocks of each of its Transformer blocks; several are averaged."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StageSelection:
     down: tuple[Layer, ...]
     up: tuple[Layer, ...]
     heads: int | None
-    """None: as the teacher's."""
+    """Attention heads; None keeps the teacher's."""
     only_cross_attention: bool
 
 

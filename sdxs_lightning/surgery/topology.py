@@ -34,7 +34,7 @@ class Stage:
     down_depths: int | tuple[int, ...] | None = None
     """Transformer blocks of the kept down layers: one number for all, or one each; 0 removes the Transformers."""
     up_depths: int | tuple[int, ...] | None = None
-    """The same on the way up."""
+    """As `down_depths`, on the way up."""
     attention_heads: int | None = None
     """Number of heads (diffusers names it attention_head_dim). Q, K, V are copied in the teacher's order of rows."""
     only_cross_attention: bool | None = None
@@ -77,7 +77,7 @@ class Topology:
     name: str = "custom"
     """For messages and reports."""
     note: str = ""
-    """Where it is from."""
+    """Source, for the list of presets."""
 
     def __post_init__(self) -> None:
         """Refuses a student without stages.
@@ -146,7 +146,7 @@ def _build(kind: type[_Class], content: Any, where: str) -> _Class:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from YAML is of a type as the topology's fields have them."""
+    """Whether a value read from YAML has the type of a field."""
     if _is_union(hint):
         return any(_fits(value, one) for one in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
