@@ -98,8 +98,8 @@ class SampleCheck:
             if len(keys) * 2 > self._samples:
                 names = ", ".join(repr(key) for key in keys[:_EXAMPLES])
                 yield (
-                    f"{len(keys)} of {self._samples} samples have {what} (the first: {names}), so no training can read them; if "
-                    "one should, name what it reads with --contents (nothing after it: captions alone)"
+                    f"{len(keys)} of {self._samples} samples have {what} (the first: {names}), so no training can read "
+                    "them; if one should, name what it reads with --contents (captions for captions alone)"
                 )
 
 

@@ -46,8 +46,8 @@ class ShardSettings:
     batch_size: int
     """Samples of a micro-batch on each device."""
     contents: list[Content] | None = None
-    """What a batch holds in addition to captions: latents, images, control_images, noise_seeds, sizes (original size and crop of
-    latents, for SDXL); by default latents, and [] for captions alone."""
+    """What a batch holds in addition to captions: latents, images, control_images, noise_seeds, sizes (original size and crop
+    of latents, for SDXL); by default latents, and [] for captions alone."""
     num_workers: int = 0
     """Reading processes per device; the batches do not depend on it."""
     seed: int = 0
@@ -102,7 +102,8 @@ class ShardSettings:
             )
         if bool(self.shards) == bool(self.sources):
             raise ValueError(
-                f"data.shards is {self.shards} and data.sources {self.sources}, but a run reads either one data set or a mixture."
+                f"data.shards is {self.shards} and data.sources {self.sources}, but a run reads either one data set or a "
+                "mixture."
             )
         if self.buckets is not None and self.resolution is not None:
             raise ValueError(

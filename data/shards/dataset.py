@@ -209,8 +209,8 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
                 shape = (shape[0], *self.reading.latent_sizes[sample].tolist())
             if decoded[content].shape != shape:
                 raise BadSampleError(
-                    f"{self._where(*self._place(sample))}: its {content} are {decoded[content].shape}, but those of the set are "
-                    f"{shape} (as of {example}); set data.resolution or data.buckets, or write shards of one size."
+                    f"{self._where(*self._place(sample))}: its {content} are {decoded[content].shape}, but those of the set "
+                    f"are {shape} (as of {example}); set data.resolution or data.buckets, or write shards of one size."
                 )
 
     def _probe_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -22,8 +22,8 @@ class Faults:
     budget: int = 100
     """Bad samples (and broken shards) that are replaced; one more stops the run."""
     quarantine: str = "quarantine.jsonl"
-    """File with one JSON object per line: shard, key, reason. A relative path is in the run's folder (trainer.default_root_dir),
-    which all nodes share. A run that does not resume sets the file of an earlier run aside."""
+    """File with one JSON object per line: shard, key, reason. A relative path is in the run's folder
+    (trainer.default_root_dir), which all nodes share. A run that does not resume sets the file of an earlier run aside."""
 
     def __post_init__(self) -> None:
         if self.budget < 0:

@@ -30,8 +30,8 @@ _INT_FIELDS = {
     "crop_top": (0, _MAX_SIDE),
     "crop_left": (0, _MAX_SIDE),
 }
-"""Integers in the json member that are read, and their ranges: the seed of a pair's noise (core/pair_noise.py); the image before resizing,
-as img2dataset names it, and where the crop began, in pixels."""
+"""Integers in the json member that are read, and their ranges: the seed of a pair's noise (core/pair_noise.py); the image
+before resizing, as img2dataset names it, and where the crop began, in pixels."""
 _SIZE_FIELDS = ("original_height", "original_width", "crop_top", "crop_left")
 _LOGVAR_RANGE = (-30.0, 20.0)
 """To which diffusers' DiagonalGaussianDistribution clamps it; beyond, the drawn latents overflow."""
@@ -152,8 +152,8 @@ class SampleDecoder:
         low, high = _LOGVAR_RANGE
         if logvar.shape != mean.shape or float(logvar.min()) < low or float(logvar.max()) > high:
             raise BadSampleError(
-                f"{where}: the tensor '{LOGVAR_TENSOR}' is {logvar.shape} from {logvar.min():g} to {logvar.max():g}, but that of "
-                f"latents {mean.shape} has their shape and is from {low:g} to {high:g}."
+                f"{where}: the tensor '{LOGVAR_TENSOR}' is {logvar.shape} from {logvar.min():g} to {logvar.max():g}, but that "
+                f"of latents {mean.shape} has their shape and is from {low:g} to {high:g}."
             )
         import torch  # here, because commands that only check samples start in a third of the time without it
 
@@ -249,7 +249,8 @@ def _check_aligned(fitted: Mapping[str, FittedImage], where: str) -> None:
             f"{name} {one.original_size[1]} x {one.original_size[0]}" for name, one in fitted.items()
         )
         raise BadSampleError(
-            f"{where}: the image and its condition image have other proportions ({sizes}), so they would be cropped at other places."
+            f"{where}: the image and its condition image have other proportions ({sizes}), so they would be cropped at "
+            "other places."
         )
 
 

@@ -179,15 +179,15 @@ def _twice(location: str, key: str, extension: str) -> str:
 
 def _linked(location: str, key: str, extension: str, what: str) -> str:
     return (
-        f"{location}: the member {extension!r} of {key!r} is a {what}, which has no content of its own; write the shard again with "
-        "plain files (tar --hard-dereference --dereference, without --sparse)."
+        f"{location}: the member {extension!r} of {key!r} is a {what}, which has no content of its own; write the shard again "
+        "with plain files (tar --hard-dereference --dereference, without --sparse)."
     )
 
 
 def _dotted(location: str, key: str, prefix: str) -> str:
     return (
-        f"{location}: {key!r} holds members named '{prefix}.*', which look like samples of their own: a key ends at the first dot "
-        "of a file's name, so all of them are one sample; write the shard again with keys without dots."
+        f"{location}: {key!r} holds members named '{prefix}.*', which look like samples of their own: a key ends at the "
+        "first dot of a file's name, so all of them are one sample; write the shard again with keys without dots."
     )
 
 

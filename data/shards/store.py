@@ -156,7 +156,7 @@ class ShardStore:
         return Stamp(int(info.get("size") or -1), mark)
 
     def members(self, location: str, stamp: Stamp | None = None) -> Iterator[TarMember]:
-        """The headers of a shard in that state, by default the present one. Without a cache, ranges of a remote one are read."""
+        """The headers of a shard in that state (default: the present one). Without a cache, ranges of a remote one are read."""
         if not is_remote(location):
             return tar_members(Path(location))
         stamp = self.stamp(location) if stamp is None else stamp
@@ -244,7 +244,8 @@ def _replaced(location: str, indexed: Stamp | None, now: Stamp) -> BrokenShardEr
         f"{indexed.size:,} bytes then, {now.size:,} now" if indexed.size != now.size else "other time or tag"
     )
     return BrokenShardError(
-        f"{location} was replaced since it was indexed ({sizes}), so its samples lie elsewhere; start again, which indexes it anew."
+        f"{location} was replaced since it was indexed ({sizes}), so its samples lie elsewhere; start again, which "
+        "indexes it anew."
     )
 
 

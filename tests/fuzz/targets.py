@@ -23,6 +23,7 @@ from data.shards.sample_decoder import Reading, SampleDecoder
 from data.shards.sidecar import load_sidecar, save_sidecar
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError, tar_members
+from sdxs_lightning.core.errors import UserError
 from tests.fuzz.mutations import Mutation, json_value, move_block, safetensors_header, tar_field
 
 
@@ -202,9 +203,42 @@ def _sidecar(content: bytes, folder: Path) -> None:
         sample_rows(index, [Part("captions", ("txt", "json"))])
 
 
+def _prompts(ending: str) -> Callable[[bytes, Path], None]:
+    def run(content: bytes, folder: Path) -> None:
+        from evaluation.images.prompt_files import read_prompts  # imports torch
+
+        path = folder / f"prompts.{ending}"
+        path.write_bytes(content)
+        read_prompts(path).of_images(["1.png", "2.png"], str(path))
+
+    return run
+
+
+def _statistics(content: bytes, folder: Path) -> None:
+    from evaluation.metrics.statistics import FeatureStatistics
+
+    path = folder / "reference.npz"
+    path.write_bytes(content)
+    FeatureStatistics.load(path)
+
+
+def _npz() -> tuple[bytes, ...]:
+    plain, packed = io.BytesIO(), io.BytesIO()
+    arrays = {"mu": np.zeros(3), "sigma": np.eye(3), "n": np.int64(5)}
+    np.savez(plain, **arrays, protocol=np.array('{"a": 1}'))  # type: ignore[arg-type]
+    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+    return plain.getvalue(), packed.getvalue()
+
+
+_COCO = {
+    "images": [{"id": 1, "file_name": "1.jpg"}, {"id": 2, "file_name": "2.jpg"}],
+    "annotations": [{"id": 1, "image_id": 1, "caption": "a"}, {"id": 2, "image_id": 2, "caption": "b"}],
+}
+
+
 def targets() -> dict[str, Target]:
     """By name."""
-    bad = (BadSampleError,)
+    bad, refused = (BadSampleError,), (UserError,)
     return {
         "tar headers": Target(_tars(), _headers, (BrokenShardError,), (tar_field, move_block)),
         "shards": Target(_tars(), _shard, (), (tar_field, move_block, json_value)),
@@ -212,5 +246,17 @@ def targets() -> dict[str, Target]:
         "images": Target(_images(), _member("jpg"), bad),
         "text": Target((b"a red square", "\ufeffä".encode()), _member("txt"), bad),
         "json": Target((_JSON, b'{"a": [1, {"b": null}]}'), _member("json"), bad, (json_value,)),
+        "prompts json": Target(
+            (json.dumps(_COCO).encode(), b'["a", "b"]', b'{"1": {"prompt": "a"}}'),
+            _prompts("json"),
+            refused,
+            (json_value,),
+        ),
+        "prompts jsonl": Target(
+            (b'{"prompt": "a", "tag": "x"}\n{"prompt": "b"}\n',), _prompts("jsonl"), refused, (json_value,)
+        ),
+        "prompts csv": Target((b'caption,file_name\n"a, b",1.png\nc,2.png\n',), _prompts("csv"), refused),
+        "prompts tsv": Target((b"Prompt\tCategory\na\tx\nb\ty\n",), _prompts("tsv"), refused),
+        "statistics": Target(_npz(), _statistics, (ValueError, UserError)),
         "safetensors": Target(_latents(), _member("latent.safetensors"), bad, (safetensors_header,)),
     }

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from data.prepare.common.progress import ProgressBar
 from data.prepare.common.settings_file import write_text
 from data.prepare.verify.options import VerifyOptions
 from data.prepare.verify.shard_check import ShardReport, check_shard
-from data.shards.checks import odd_latents
+from data.shards.checks import Shape, odd_latents
 from data.shards.locations import file_name, find_locations, is_remote
 from sdxs_lightning.core.errors import UserError
 
@@ -61,9 +61,10 @@ def run(options: VerifyOptions) -> str:
     reports.sort(key=lambda report: locations.index(report.location))
     if not options.buckets:
         by_location = {report.location: report for report in reports}
-        for location, key, reason in odd_latents((one.location, one.latent_shapes) for one in reports):
-            by_location[location].add(key, reason)
-            sys.stdout.write(f"{by_location[location].faults[-1]}\n")
+        for shapes in _latents_of_one_size(reports):
+            for location, key, reason in odd_latents(shapes):
+                by_location[location].add(key, reason)
+                sys.stdout.write(f"{by_location[location].faults[-1]}\n")
     faults = [fault for report in reports for fault in report.faults]
     if options.out is not None:
         write_text(options.out, "".join(f"{json.dumps(asdict(fault))}\n" for fault in faults))
@@ -80,6 +81,23 @@ def run(options: VerifyOptions) -> str:
         f"no fault in {samples} samples in {len(locations)} shards, read in {seconds:.1f} s; "
         f"{compared} shards compared with their SHA-256"
     )
+
+
+def _latents_of_one_size(
+    reports: Sequence[ShardReport],
+) -> list[list[tuple[str, Mapping[Shape, Sequence[str]]]]]:
+    """Location and latents of the shards of each folder, except for sets that `data.prepare latents` made for buckets."""
+    folders: defaultdict[str, list[tuple[str, Mapping[Shape, Sequence[str]]]]] = defaultdict(list)
+    for report in reports:
+        folders[report.location.rpartition("/")[0]].append((report.location, report.latent_shapes))
+    return [shapes for folder, shapes in folders.items() if not _made_for_buckets(Path(folder))]
+
+
+def _made_for_buckets(folder: Path) -> bool:
+    try:
+        return len(json.loads((folder / "latents.json").read_text())["sizes"]) > 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _record(reports: Sequence[ShardReport]) -> None:

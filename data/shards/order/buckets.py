@@ -34,7 +34,8 @@ class Buckets:
     def __post_init__(self) -> None:
         if self.step_px < 1 or self.side_px < self.step_px or self.side_px % self.step_px:
             raise ValueError(
-                f"data.buckets.side_px is {self.side_px} and step_px {self.step_px}, but the side must be a multiple of the step."
+                f"data.buckets.side_px is {self.side_px} and step_px {self.step_px}, but the side must be a multiple of "
+                "the step."
             )
         if self.max_aspect < 1:
             raise ValueError(f"data.buckets.max_aspect is {self.max_aspect}, but it must be 1 or more.")
