@@ -66,7 +66,9 @@ class SampleCheck:
                     continue
                 if name == JSON_MEMBER:
                     has_caption |= isinstance(decoded.get("caption"), str)
-                    yield from (f"{name}: {reason}" for reason in invalid_fields(decoded))
+                    for reason in invalid_fields(decoded):
+                        found = True
+                        yield f"{name}: {reason}"
                 has_caption |= name in CAPTION_MEMBERS
                 if name in CAPTION_MEMBERS and not decoded and self._empty_captions == "refuse":
                     found = True

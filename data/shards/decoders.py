@@ -196,7 +196,12 @@ def _check_json(value: Any) -> None:
         inner: list[Any] = []
         for one in level:
             if isinstance(one, str):
-                one.encode()  # UnicodeEncodeError is a ValueError
+                try:
+                    one.encode()
+                except UnicodeEncodeError:
+                    raise ValueError(
+                        "a string holds half of a surrogate pair, which is no character"
+                    ) from None
             elif isinstance(one, dict):
                 inner += one
                 inner += one.values()

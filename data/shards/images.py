@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from data.shards.order.sample_order import Draw, draw
 
@@ -132,6 +132,8 @@ def open_image(content: Bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MAX_PIXELS, below, is our own limit; damaged EXIF is ignored
             opened = Image.open(io.BytesIO(content), formats=_formats())
+    except UnidentifiedImageError as error:
+        raise UndecodableImageError(f"it is no file of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files: struct.error, EOFError, KeyError, ...
         raise UndecodableImageError(_reason(error)) from error
     if opened.width * opened.height > MAX_PIXELS:

@@ -285,3 +285,54 @@ def test_no_shards_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as end:
         main(["verify", str(tmp_path / "nowhere")])
     assert end.value.code == 2 and "prepare verify: There is no shard or folder" in capsys.readouterr().err
+
+
+def test_latents_of_one_folder_have_one_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A training without buckets refuses the odd one, at the step where the shuffle brings it."""
+    folder = tmp_path / "set"
+    with ShardWriter(folder, samples_per_shard=3) as writer:
+        for i, caption in enumerate(CAPTIONS):
+            values = np.zeros((4, 8, 9 if i == 4 else 8), np.float16)
+            writer.write({"latent.safetensors": safetensors.numpy.save({"latents": values}), "txt": caption})
+    (line,) = faults(capsys, folder)
+    assert line.startswith(
+        f"{folder}/00001.tar, key '000000004': its latents are (4, 8, 9), but those of 5 of 6 samples"
+    )
+    check(folder, "--buckets")
+    (folder / "latents.json").write_text(json.dumps({"sizes": [[64, 64], [64, 72]]}))
+    check(folder)
+    (folder / "latents.json").write_text(json.dumps({"sizes": [[64, 64]]}))
+    assert len(faults(capsys, folder)) == 1
+    main(["verify", str(prepared(tmp_path / "other")), str(prepared(tmp_path / "third"))])  # a folder each
+
+
+def test_a_set_that_no_training_can_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "set.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("k.1.jpg", jpeg(1)), ("k.2.jpg", jpeg(2)), ("k.json", b'{"caption": "a"}')):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (line,) = faults(capsys, path)
+    assert "1 of 1 samples have neither an image" in line and "a key ends at the first dot" in line
+    (line,) = faults(capsys, path, "--contents", "images")
+    assert line.startswith(f"{path}, key 'k': as data.contents reads it: there is no member for images")
+    check(path, "--contents", "captions")
+
+
+def test_contents_are_decoded_as_a_training_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def change(i: int, sample: dict[str, Member]) -> None:
+        size = -5 if i == 3 else 16
+        sample["json"] = {
+            "original_width": size,
+            "original_height": 16,
+            "crop_top": 0,
+            "crop_left": None if i == 1 else 0,
+        }
+
+    folder = foreign(tmp_path / "set", change)
+    lines = sorted(faults(capsys, folder, "--contents", "images", "sizes"))
+    assert [line.partition(": ")[2] for line in lines] == [
+        "as data.contents reads it: the json member has no int named 'crop_left'.",
+        "json: 'original_width' is -5, but it is an integer from 1 to 1048576",
+    ]
