@@ -48,16 +48,12 @@ class ShardCache:
         path = self.path_of(url, stamp)
         try:
             size = path.stat().st_size
-            expected = stamp.size if stamp.size >= 0 else int(_size_file(path).read_text())
+            expected = stamp.size if stamp.size >= 0 else _noted_size(path)
             if size == expected:
                 os.utime(path)
                 return path
         except FileNotFoundError:
-            if not path.exists():
-                return None
-            size, expected = path.stat().st_size, -1
-        except ValueError:  # a size file that was cut too
-            expected = -1
+            return None
         _log.warning(
             "The cached copy %s of '%s' has %d bytes instead of %s, so it was damaged on this disk; it is fetched again.",
             path,
@@ -157,6 +153,14 @@ class ShardCache:
 def _size_file(path: Path) -> Path:
     """Holds the size of a shard whose size nobody states beforehand."""
     return path.with_suffix(".size")
+
+
+def _noted_size(path: Path) -> int:
+    """The size of a shard when it was fetched; -1 if the note is missing or damaged."""
+    try:
+        return int(_size_file(path).read_text())
+    except (FileNotFoundError, ValueError):
+        return -1
 
 
 def _digest(text: str) -> str:

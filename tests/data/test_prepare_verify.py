@@ -336,3 +336,10 @@ def test_contents_are_decoded_as_a_training_does(tmp_path: Path, capsys: pytest.
         "as data.contents reads it: the json member has no int named 'crop_left'.",
         "json: 'original_width' is -5, but it is an integer from 1 to 1048576",
     ]
+
+
+def test_a_shard_that_is_recorded_and_gone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = prepared(tmp_path / "set")
+    (folder / "00001.tar").unlink()
+    (line,) = faults(capsys, folder)
+    assert line == f"{folder}/00001.tar: it is missing, and SHA256SUMS or its _stats.json lists it"

@@ -399,6 +399,24 @@ def test_a_cut_copy_is_fetched_again(tmp_path: Path, kind: str, caplog: pytest.L
         file.close()
 
 
+def test_a_copy_that_arrives_while_it_is_looked_for_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another process renames it between two looks at the disk."""
+    cache, stat, url = ShardCache(tmp_path, 1), Path.stat, "pipe:cat s.tar"
+
+    def arrives(self: Path, **options: Any) -> os.stat_result:
+        try:
+            return stat(self, **options)
+        except FileNotFoundError:
+            if self.suffix == ".tar":
+                self.write_bytes(WHOLE)
+            raise
+
+    monkeypatch.setattr(Path, "stat", arrives)
+    assert cache.find(url) is None and cache.path_of(url).read_bytes() == WHOLE and not caplog.records
+
+
 def test_a_broken_remote_shard_is_blamed_with_its_copy(tmp_path: Path) -> None:
     path, folder = tmp_path / "s.tar", tmp_path / "cache"
     path.write_bytes(WHOLE[:30_000])

@@ -26,6 +26,7 @@ from data.shards.decoders import (
     decode_text,
 )
 from data.shards.index import expand_braces, find_shards
+from data.shards.sample_decoder import invalid_fields
 from sdxs_lightning.core.errors import UserError
 
 _IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -252,6 +253,8 @@ def from_members(sample: RawSample) -> SourceSample:
     """
     members = sample.members
     fields = _json_object(members[JSON_MEMBER]) if JSON_MEMBER in members else {}
+    for reason in invalid_fields(fields):
+        raise SampleFaultError(f"{JSON_MEMBER}: {reason}")
     image = _first(members, IMAGE_MEMBERS)
     if image is None:
         raise SampleFaultError(f"there is no image ({', '.join(IMAGE_MEMBERS)})")

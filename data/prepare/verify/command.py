@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from data.prepare.common.checksums import recorded_sums, write_sums
+from data.prepare.common.checksums import SUMS_FILE, recorded_sums, write_sums
 from data.prepare.common.processes import OnProgress, available_cores, run_all
 from data.prepare.common.progress import ProgressBar
 from data.prepare.common.settings_file import write_text
@@ -59,6 +59,9 @@ def run(options: VerifyOptions) -> str:
     run_all(job, range(len(locations)), on_progress)
     seconds = time.monotonic() - started
     reports.sort(key=lambda report: locations.index(report.location))
+    for report in _missing_shards(reports):
+        reports.append(report)
+        sys.stdout.writelines(f"{fault}\n" for fault in report.faults)
     if not options.buckets:
         by_location = {report.location: report for report in reports}
         for shapes in _latents_of_one_size(reports):
@@ -81,6 +84,18 @@ def run(options: VerifyOptions) -> str:
         f"no fault in {samples} samples in {len(locations)} shards, read in {seconds:.1f} s; "
         f"{compared} shards compared with their SHA-256"
     )
+
+
+def _missing_shards(reports: Sequence[ShardReport]) -> list[ShardReport]:
+    """A fault for each shard that a folder records and does not hold."""
+    found = []
+    for folder in sorted({Path(one.location).parent for one in reports if not is_remote(one.location)}):
+        for name in recorded_sums(folder):
+            if name.endswith(".tar") and not (folder / name).exists():
+                report = ShardReport(str(folder / name))
+                report.add("", f"it is missing, and {SUMS_FILE} or its _stats.json lists it")
+                found.append(report)
+    return found
 
 
 def _latents_of_one_size(
