@@ -1,144 +1,41 @@
-"""Coverage of the metrics' 95 % intervals over known Gaussians: `python -m evaluation.benchmarks.coverage --out FILE.json`.
-
-Fake images are features of N(mean, covariance) that differ from the real ones', drawn again in every trial; the real ones stay.
-An interval covers if it holds the metric's mean over all trials, which is what other images of the same generator would give
-at the same number of images. 93 to 97 % of 95 % intervals should.
-"""
+"""Coverage of the metrics' 95 % intervals: `python -m evaluation.benchmarks.coverage --out FILE.json`."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
 
-import torch
-from torch import Tensor
-
-from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
-from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
-from evaluation.metrics.precision_recall import PrecisionRecall
-from evaluation.metrics.sampled import PerImageMetric, SampledMetric
-
-DIMENSIONS = 16
-REAL_IMAGES = 1000
-COUNTS = (100, 1000, 5000)
-TRIALS = {100: 1000, 1000: 400, 5000: 400}
-"""A coverage of 95 % has a standard error of 0.7 percentage points over 1,000 trials, of 1.1 over 400, of 2.8 over 60."""
-CHEAP = ("fid", "mean of images")
-"""The others have fewer trials at many images: their work grows with the square of them."""
+from sdxs_lightning.command_line import Option, run_command
 
 
-class FirstColumn(PerImageMetric):
-    """A per-image number such as CLIP score."""
+@dataclass(frozen=True, kw_only=True)
+class CoverageOptions:
+    """Simulates how often the metrics' 95 % intervals hold the mean that they should."""
 
-    names = ("mean",)
+    EXAMPLES: ClassVar[str] = (
+        "python -m evaluation.benchmarks.coverage --out evaluation/results/coverage.json"
+    )
 
-
-def identity(features: Tensor) -> Tensor:
-    """The feature network of a world whose images are their features."""
-    return features
-
-
-def fake_features(count: int, seed: int) -> Tensor:
-    """(count, d) of mean 0.2 and deviation 1.1."""
-    generator = torch.Generator().manual_seed(seed)
-    return 0.2 + 1.1 * torch.randn(count, DIMENSIONS, generator=generator)
-
-
-def metrics(count: int) -> dict[str, Callable[[], SampledMetric]]:
-    """Builders of the metrics at this number of images."""
-    real = torch.randn(REAL_IMAGES, DIMENSIONS, generator=torch.Generator().manual_seed(10**6))
-    statistics = FeatureStatistics.from_features(real)
-    size = min(1000, count)
-    return {
-        "fid": lambda: FrechetDistance(identity, DIMENSIONS, statistics),
-        "kid": lambda: KernelDistance(identity, real, subsets=20 if count > size else 1, subset_size=size),
-        "kid, subsets of half": lambda: KernelDistance(identity, real, subsets=20, subset_size=size // 2),
-        "cmmd": lambda: MaximumMeanDiscrepancy(identity, real, sigma=3.0),
-        "precision and recall": lambda: PrecisionRecall(identity, real),
-        "mean of images": FirstColumn,
-    }
-
-
-def coverage(build: Callable[[], SampledMetric], count: int, trials: int) -> dict[str, dict[str, float]]:
-    """By number: share of the trials whose interval holds the mean over the trials, that mean, and the mean half width."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for trial in range(trials):
-        rows = fake_features(count, trial)
-        metric = build()
-        metric.add(rows[:, :1].double() if isinstance(metric, FirstColumn) else rows, range(count))
-        for name, one in metric.estimates().items():
-            assert one.low is not None and one.high is not None
-            found.setdefault(name, []).append((one.value, one.low, one.high))
-    results = {}
-    for name, rows_of in found.items():
-        value, low, high = torch.tensor(rows_of, dtype=torch.float64).T
-        inside = (low <= value.mean()) & (value.mean() <= high)
-        results[name] = {
-            "coverage": round(float(inside.double().mean()), 4),
-            "mean": float(value.mean()),
-            "half_width": float((high - low).mean() / 2),
-            "trials": trials,
-        }
-    return results
-
-
-def coverage_table(
-    counts: Sequence[int], scale: float, wanted: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """The table: by number of images, then by metric."""
-    table: dict[str, Any] = {}
-    for count in counts:
-        for name, build in metrics(count).items():
-            if wanted and name not in wanted:
-                continue
-            trials = (
-                TRIALS.get(count, 300) if name in CHEAP else min(TRIALS.get(count, 300), 60 * 5000 // count)
-            )
-            trials = max(2, round(trials * scale))
-            started = time.perf_counter()
-            for number, row in coverage(build, count, trials).items():
-                label = number if name in (number, "precision and recall", "mean of images") else name
-                table.setdefault(str(count), {})[label] = row
-                sys.stderr.write(f"N = {count}, {label}: {row['coverage']:.1%} of {trials}\n")
-            sys.stderr.write(f"  {time.perf_counter() - started:.0f} s\n")
-    return table
+    counts: Annotated[tuple[int, ...], Option(at_least=2)] = (100, 1000, 5000)
+    """Numbers of images."""
+    metrics: tuple[str, ...] = ()
+    """Metrics; by default all."""
+    scale: float = 1.0
+    """Factor of the numbers of trials."""
+    out: Annotated[Path | None, Option(metavar="FILE.json")] = None
+    """Result to write, or to extend by other numbers of images."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m evaluation.benchmarks.coverage",
-        description="How often the metrics' 95 % intervals hold what they should, in a simulation.",
-        epilog="example: python -m evaluation.benchmarks.coverage --out evaluation/results/coverage.json",
-        allow_abbrev=False,
+    run_command(
+        "python -m evaluation.benchmarks.coverage",
+        CoverageOptions,
+        "evaluation.benchmarks.interval_coverage.run",
+        arguments,
     )
-    parser.add_argument(
-        "--counts", nargs="+", type=int, default=list(COUNTS), metavar="N", help="numbers of images"
-    )
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="default: all")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="of the numbers of trials (default: %(default)s)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE.json")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    table = coverage_table(options.counts, options.scale, options.metrics)
-    if (
-        options.out is not None and options.out.is_file()
-    ):  # numbers of images may be measured one after the other
-        known = json.loads(options.out.read_text())["coverage_of_95_percent_intervals"]
-        table = dict(sorted({**known, **table}.items(), key=lambda entry: int(entry[0])))
-    result = {"dimensions": DIMENSIONS, "real_images": REAL_IMAGES, "coverage_of_95_percent_intervals": table}
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-    else:
-        sys.stdout.write(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

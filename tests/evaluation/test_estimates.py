@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evaluation.benchmarks.coverage import coverage, metrics
+from evaluation.benchmarks.interval_coverage import coverage, metrics
 from evaluation.metrics.estimates import (
     GROUPS,
     T_95,
