@@ -119,7 +119,9 @@ def require_equal_hashes(results: Mapping[str, Mapping[str, Any]], metrics: Sequ
                 settings = [{**one, "captions": None} for one in settings]
                 if settings[0] == settings[1]:
                     continue
-            reason = ", ".join(setting_differences(settings[0], settings[1])) or "their protocol hashes differ"
+            reason = (
+                ", ".join(setting_differences(settings[0], settings[1])) or "their protocol hashes differ"
+            )
             refused[metric] = f"{title(metric)} of {label} and {other_label} are not comparable ({reason})"
     if refused:
         rest = [metric for metric in metrics if metric not in refused]

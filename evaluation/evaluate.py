@@ -73,7 +73,8 @@ class EvaluateOptions(ComputeOptions):
     protocol: Annotated[str, Option(choices=PROTOCOL_NAMES)] = "toy"
     """Protocol."""
     captions: Annotated[str | None, Option(metavar="FILE")] = None
-    """Prompts: COCO's json, txt, json, jsonl, csv, tsv, parquet; PartiPrompts, MJHQ-30K, GenEval, DrawBench and HPSv2 as published."""
+    """Prompts: COCO's json, txt, json, jsonl, csv, tsv, parquet; PartiPrompts, MJHQ-30K, GenEval, DrawBench, HPSv2 as
+    published."""
     reference: Annotated[str | None, Option(metavar="SET|NPZ")] = None
     """Real images, or the .npz of `python -m evaluation.reference`."""
     metrics: Annotated[tuple[str, ...], Option(choices=METRIC_NAMES)] = ()
