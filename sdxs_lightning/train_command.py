@@ -76,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code
+    if any(argument.startswith(("--print_config", "--plan")) for argument in given):
+        _import_torchmetrics_alone()
     # torch and Lightning take seconds; here, so that --help and refused files do not wait for them.
     from sdxs_lightning import cli
 
@@ -97,3 +99,26 @@ def _refuse_early(given: Sequence[str]) -> None:
     moved = renamed_in(read_arguments(given))
     if moved:
         raise UserError("; ".join(moved) + ".")
+
+
+def _import_torchmetrics_alone() -> None:
+    """Imports torchmetrics as if what its optional metrics need were not installed.
+
+    Lightning imports all of torchmetrics, and torchmetrics imports torchvision, scipy and transformers where it finds them, which
+    takes longer than torch itself. Only for commands that train nothing: a callback of the user may need such a metric.
+    """
+    from lightning_utilities.core.imports import RequirementCache
+
+    check = RequirementCache._check_available
+
+    def check_all_but_optional(self: RequirementCache) -> None:
+        if (self.requirement or "").startswith(("torchvision", "scipy", "transformers", "matplotlib")):
+            self.available, self.message = False, f"{self.requirement} is left out by train.py --print_config"
+        else:
+            check(self)
+
+    RequirementCache._check_available = check_all_but_optional
+    try:
+        import torchmetrics  # noqa: F401
+    finally:
+        RequirementCache._check_available = check

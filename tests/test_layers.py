@@ -28,6 +28,7 @@ TOP = {
     "command_line",
     "config_errors",
     "config_files",
+    "config_reference",
     "prune",
     "renamed",
     "train_command",
