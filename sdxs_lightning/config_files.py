@@ -2,12 +2,13 @@
 
 All `--config` files are merged here, before jsonargparse sees them, into one configuration:
 
-- A file may start from others: `include: ../sd15/distill.yaml`, or a list, relative to the file. They are merged in order, then
-  the file itself is laid over them.
+- A file may start from others: `include: ../sd15/distill.yaml`, or a list, relative to the file. They are merged in order,
+  then the file itself.
 - Mappings merge field by field, everything else is replaced. `key+: [...]` appends to a list.
 - `null` switches a part off.
-- A mapping that names another `class_path` drops the `init_args` below it, unless the new class is a subclass of the old one: then
-  they stay and merge. Fields without a `class_path` (`regression: {weight: 1.0}`) merge with the `init_args` of one that has it.
+- A mapping that names another `class_path` drops the `init_args` below it, unless the new class is a subclass of the old one:
+  then they stay and merge. Fields without a `class_path` (`regression: {weight: 1.0}`) merge with the `init_args` of one that
+  has it.
 - `${...}` is resolved after merging (by OmegaConf), so a reference follows what a later file or flag says.
 
 Flags are applied after all files, `--key null` included.

@@ -45,9 +45,9 @@ SECTIONS = {
 HEADER = """\
 # Configuration reference
 
-Written by `python -m sdxs_lightning.config_reference` from signatures and docstrings: all classes of this project that a shipped
-configuration names, and the settings in them. An option without a default is required. Options of Lightning's `Trainer`:
-[its documentation](https://lightning.ai/docs/pytorch/stable/common/trainer.html); of optimizers and schedulers of torch: theirs.
+Written by `python -m sdxs_lightning.config_reference` from signatures and docstrings: all classes of this project that a
+shipped configuration names, and the settings in them. An option without a default is required. Not listed: options of
+[Lightning's Trainer](https://lightning.ai/docs/pytorch/stable/common/trainer.html) and of torch's optimizers and schedulers.
 Merging, `include`, `null` and `${...}` are explained in [README.md](README.md).
 """
 

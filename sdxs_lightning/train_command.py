@@ -13,8 +13,8 @@ from sdxs_lightning.renamed import renamed_in
 
 OPTIONS = {
     "--config": "FILE or -c FILE: a configuration, or an overlay for those before it; any number of times",
-    "--ckpt_path": "PATH|last|auto: resume from a checkpoint; `last` is the newest complete one of the run's folder, `auto` the same "
-    "if there is one, else a new run",
+    "--ckpt_path": "PATH|last|auto: resume from a checkpoint; `last` is the newest complete one of the run's folder, `auto` "
+    "the same if there is one, else a new run",
     "--print_config": "print the resolved configuration, with the defaults of all options, instead of training",
     "--plan": "print what the run needs of a device's memory, and whether it fits, instead of training",
     "--plan_gpu_gb": "GIB: memory of a device, for --plan; by default that of the GPU at hand, or 80",
@@ -104,8 +104,8 @@ def _refuse_early(given: Sequence[str]) -> None:
 def _import_torchmetrics_alone() -> None:
     """Imports torchmetrics as if what its optional metrics need were not installed.
 
-    Lightning imports all of torchmetrics, and torchmetrics imports torchvision, scipy and transformers where it finds them, which
-    takes longer than torch itself. Only for commands that train nothing: a callback of the user may need such a metric.
+    Lightning imports all of torchmetrics, which imports torchvision, scipy and transformers where it finds them: that takes
+    longer than torch itself. Only for commands that train nothing: a callback of the user may need such a metric.
     """
     from lightning_utilities.core.imports import RequirementCache
 

@@ -139,7 +139,7 @@ def test_null_flags_are_merged_and_the_last_flag_wins(write: Any) -> None:
     assert line.arguments[1:] == ["--data.x=1", "--ckpt_path", "null"]
 
 
-def test_old_names_are_told_with_their_new_ones(write: Any) -> None:
+def test_old_names_are_reported_with_their_new_ones(write: Any) -> None:
     old = "sdxs_lightning.modules.miniaturisation.Miniaturisation"
     write("a.yaml", f"model:\n  class_path: {old}\n  init_args:\n    curriculum: {{warmup_updates: 3}}\n")
     line = read_arguments(["--config", "a.yaml", "--trainer.logger.class_path=evaluation.report.Report"])

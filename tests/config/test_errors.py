@@ -35,10 +35,10 @@ def run(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Call
             change(config)
         file = write_config(tmp_path / "tiny.yaml", config)
         code = main(["--config", str(file), *arguments])
-        told = capfd.readouterr().err
-        assert "Traceback" not in told
-        lines = [line for line in told.splitlines() if line.startswith(("error: ", "stopped: "))]
-        assert len(lines) <= 1, told
+        errors = capfd.readouterr().err
+        assert "Traceback" not in errors
+        lines = [line for line in errors.splitlines() if line.startswith(("error: ", "stopped: "))]
+        assert len(lines) <= 1, errors
         return code, lines[0] if lines else ""
 
     return call
@@ -177,7 +177,7 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", list(WRONG_SETTINGS))
-def test_a_wrong_setting_is_told_in_a_sentence(run: Callable[..., tuple[int, str]], name: str) -> None:
+def test_a_wrong_setting_is_reported_in_one_sentence(run: Callable[..., tuple[int, str]], name: str) -> None:
     change, arguments, expected = WRONG_SETTINGS[name]
     code, said = run(change, *arguments)
     print(said)
@@ -241,7 +241,7 @@ def test_last_without_a_checkpoint(run: Callable[..., tuple[int, str]]) -> None:
     assert "found none; use --ckpt_path auto to begin a new run" in said
 
 
-def test_a_second_run_in_the_same_folder_needs_a_word(
+def test_a_second_run_in_the_same_folder_is_refused(
     run: Callable[..., tuple[int, str]], tmp_path: Path
 ) -> None:
     assert run(None, max_student_updates=2) == (0, "")

@@ -1,7 +1,7 @@
 """What every documented combination of files says, compared with `resolved.json`.
 
-`python -m tests.config.test_resolved` writes that file anew; its diff shows what a change of the configurations changes. The first
-version was compared with what `--print_config` printed before the files were built on each other: no difference.
+`python -m tests.config.test_resolved` writes that file anew; its diff shows what a change of the configurations changes. The
+first version was compared with what `--print_config` printed before the files were built on each other: no difference.
 """
 
 from __future__ import annotations
