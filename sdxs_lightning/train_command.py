@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from sdxs_lightning.config_files import CONFIG_FLAGS, read_arguments
 from sdxs_lightning.core.errors import UserError
@@ -71,17 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--help" in given or "-h" in given:
         sys.stdout.write(help_text())
         return 0
-    try:
-        _refuse_early(given)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return error.exit_code
-    if any(argument.startswith(("--print_config", "--plan")) for argument in given):
-        _import_torchmetrics_alone()
-    # torch and Lightning take seconds; here, so that --help and refused files do not wait for them.
-    from sdxs_lightning import cli
+    trains = not any(argument.startswith(("--print_config", "--plan")) for argument in given)
+    with nullcontext() if trains else _small_torchmetrics():
+        try:
+            _refuse_early(given)
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            return error.exit_code
+        # torch and Lightning take seconds; here, so that --help and refused files do not wait for them.
+        from sdxs_lightning import cli
 
-    return cli.main(given)
+        return cli.main(given)
 
 
 def _refuse_early(given: Sequence[str]) -> None:
@@ -101,8 +102,9 @@ def _refuse_early(given: Sequence[str]) -> None:
         raise UserError("; ".join(moved) + ".")
 
 
-def _import_torchmetrics_alone() -> None:
-    """Imports torchmetrics as if what its optional metrics need were not installed.
+@contextmanager
+def _small_torchmetrics() -> Iterator[None]:
+    """Inside, torchmetrics is imported as if what its optional metrics need were not installed.
 
     Lightning imports all of torchmetrics, which imports torchvision, scipy and transformers where it finds them: that takes
     longer than torch itself. Only for commands that train nothing: a callback of the user may need such a metric.
@@ -119,6 +121,6 @@ def _import_torchmetrics_alone() -> None:
 
     RequirementCache._check_available = check_all_but_optional
     try:
-        import torchmetrics  # noqa: F401
+        yield
     finally:
         RequirementCache._check_available = check
