@@ -70,7 +70,12 @@ def difference(stack: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("stack", stacks())
 def test_a_combination_says_what_it_said(stack: str) -> None:
-    assert difference(stack) == json.loads(SNAPSHOT.read_text())[stack]
+    said = difference(stack)
+    expected = json.loads(SNAPSHOT.read_text())
+    if (
+        stack in expected or " " not in stack
+    ):  # a combination that a manual mentions newly has only to resolve
+        assert said == expected[stack]
 
 
 def test_combinations_of_manuals_are_found() -> None:
