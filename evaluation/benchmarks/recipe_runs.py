@@ -18,6 +18,8 @@ WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
 SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
 """Output of `python -m data.prepare pairs`; shared by all seeds."""
+PAIR_OPTIONS = f"""--model data/toy/base --captions toy:train --count 8192 --steps 8 --guidance_scale 1.5
+    --batch_size 64 --out {PAIRS}"""
 COST = "cost.json"
 
 
@@ -69,9 +71,9 @@ def make_pairs() -> None:
     Raises:
         RunStopped: if that fails.
     """
-    line = f"""-m data.prepare pairs --model data/toy/base --captions toy:train --count 8192 --steps 8
-        --guidance 1.5 --batch-size 64 --out {PAIRS}"""
-    if subprocess.run([sys.executable, *line.split()], cwd=REPOSITORY, check=False).returncode:
+    if subprocess.run(
+        [sys.executable, "-m", "data.prepare", "pairs", *PAIR_OPTIONS.split()], cwd=REPOSITORY, check=False
+    ).returncode:
         raise RunStopped("the pairs could not be made; the message is above.")
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn.functional import avg_pool2d, interpolate
 
+from data.prepare.pairs.options import PairOptions
 from data.toy.rendered import render_batch
 from evaluation.benchmarks import recipe_runs, toy_scores
 from evaluation.benchmarks.recipe_runs import MODEL, PRUNED, RECIPES, command, cpu_seconds, run_folder, train
@@ -23,6 +24,7 @@ from evaluation.protocols.protocols import PROTOCOLS, get_protocol, hash_weights
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE, STEPS
 from evaluation.runner.teacher_scores import RESULTS as TEACHER_RESULTS
 from sdxs_lightning.cli import TrainingCLI
+from sdxs_lightning.command_line import parse_options
 from sdxs_lightning.core.errors import RunStopped
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.denoiser import Denoiser
@@ -46,6 +48,12 @@ def test_a_recipes_command_parses(
     assert end.value.code in (0, None)
     printed = capsys.readouterr().out
     assert "seed_everything: 3" in printed and str(run_folder(tmp_path, row, 3)) in printed
+
+
+def test_the_command_that_makes_the_pairs_parses(capsys: pytest.CaptureFixture[str]) -> None:
+    options = parse_options(PairOptions, recipe_runs.PAIR_OPTIONS.split())
+    assert (options.guidance_scale, options.count, options.batch_size) == (1.5, 8192, 64)
+    assert capsys.readouterr().err == ""  # no former name
 
 
 def test_a_recipe_starts_from_the_student_of_the_same_seed(tmp_path: Path) -> None:
