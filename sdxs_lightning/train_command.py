@@ -119,8 +119,8 @@ def _small_torchmetrics() -> Iterator[None]:
         else:
             check(self)
 
-    RequirementCache._check_available = check_all_but_optional
+    RequirementCache._check_available = check_all_but_optional  # type: ignore[method-assign]
     try:
         yield
     finally:
-        RequirementCache._check_available = check
+        RequirementCache._check_available = check  # type: ignore[method-assign]
