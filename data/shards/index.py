@@ -52,6 +52,9 @@ def index_shard(
         index = load_sidecar(sidecar, location, stamp)
         if index is None:
             index = _checked(replace(scan_members(location, store.members(location, stamp)), stamp=stamp))
+            former = load_sidecar(sidecar, location, stamp, version=2)  # whose checksums are still good
+            if former is not None and former.fingerprint == index.fingerprint:
+                index = replace(index, checksums=former.checksums)
             earlier = load_sidecar(sidecar, location, None) if index.faults else None
             if tolerant and earlier is not None and len(earlier) > len(index):
                 return replace(earlier, faults=earlier.faults + index.faults, stamp=None)

@@ -44,7 +44,9 @@ def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -
     return Path(index_folder) / f"{file_name(str(location)).removesuffix('.tar')}-{name}{SIDECAR_SUFFIX}"
 
 
-def load_sidecar(sidecar: Path, location: str, stamp: Stamp | None) -> ShardIndex | None:
+def load_sidecar(
+    sidecar: Path, location: str, stamp: Stamp | None, version: int = SIDECAR_VERSION
+) -> ShardIndex | None:
     """The stored index, or None if there is none of this version and stamp (None: of any stamp), or none that makes sense."""
     try:
         # Read at once: numpy's many small reads make threads wait for each other at the interpreter's lock.
@@ -53,8 +55,8 @@ def load_sidecar(sidecar: Path, location: str, stamp: Stamp | None) -> ShardInde
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
                 return None  # not ours, and it might unpack to any size
         with np.load(content, allow_pickle=False) as stored:
-            version, *known = stored["stamp"].tolist()
-            if version != SIDECAR_VERSION or (stamp is not None and tuple(known) != stamp):
+            found, *known = stored["stamp"].tolist()
+            if found != version or (stamp is not None and tuple(known) != stamp):
                 return None
             names = set(stored.files)
             faults = zip(stored["fault_keys"].tolist(), stored["fault_reasons"].tolist(), strict=True)

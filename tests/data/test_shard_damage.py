@@ -6,6 +6,7 @@ import os
 import struct
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from data.shards.checks import SampleCheck, odd_latents
 from data.shards.decoders import BadSampleError, decode, decode_latents
-from data.shards.index import ShardSet, index_shard, sidecar_path
+from data.shards.index import ShardSet, index_shard, save_index, sidecar_path
 from data.shards.layout import Part, missing_member
 from data.shards.shard_cache import ShardCache
 from data.shards.sidecar import load_sidecar
@@ -322,6 +323,24 @@ def test_a_sidecar_that_lies_is_made_again(tmp_path: Path) -> None:
         assert found.fingerprint == expected.fingerprint, name
         assert np.array_equal(found.offsets, expected.offsets), name
         assert [found.key(row) for row in range(len(found))] == [f"{row:04d}" for row in range(40)], name
+
+
+def test_checksums_outlive_the_former_version_of_the_index(tmp_path: Path) -> None:
+    """They are what tells of bytes that change later: `verify` need not run again."""
+    path = tmp_path / "s.tar"
+    path.write_bytes(WHOLE)
+    index, sidecar = index_shard(path), sidecar_path(path)
+    checksums = np.arange(index.offsets.size, dtype=np.uint32).reshape(index.offsets.shape)
+    save_index(replace(index, checksums=checksums), None)
+    with np.load(sidecar) as stored:
+        arrays = dict(stored)
+    arrays["stamp"][0] = 2
+    np.savez(sidecar.with_suffix(".npz"), **arrays)
+    found = index_shard(path)
+    assert found.checksums is not None and np.array_equal(found.checksums, checksums)
+    arrays["fingerprint"] = np.array("another")
+    np.savez(sidecar.with_suffix(".npz"), **arrays)
+    assert index_shard(path).checksums is None
 
 
 def replaced(path: Path, content: bytes) -> None:
