@@ -256,7 +256,9 @@ LYING: dict[str, bytes] = {
     "UTF-16": raw('{"latents": 1}'.encode("utf-16")),
     "another name": latents().replace(b"latents", b"latentz"),
     "integers": latents(dtype="I64"),
-    "dtype of another type": latents(**{"dtype": ["F16"]}),
+    "dtype of another type": raw(
+        b'{"latents": {"dtype": ["F16"], "shape": [4, 2, 2], "data_offsets": [0, 32]}}'
+    ),
     "two axes": latents((4, 4)),
     "a negative side": latents(shape=[4, -2, -2]),
     "a side to be guessed": latents(shape=[4, 2, -1]),
