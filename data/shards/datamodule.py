@@ -145,6 +145,9 @@ class ShardSettings:
 class ShardDataModule(pl.LightningDataModule):
     """Training data from WebDataset tars."""
 
+    settings: ShardSettings
+    """All options."""
+
     def __init__(self, shards: str | list[str], batch_size: int, **settings: Any) -> None:
         """Store the settings; files are opened in `prepare_data` and `setup`.
 
