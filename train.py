@@ -6,8 +6,8 @@
     python train.py --config configs/sd15/distill.yaml --print_config        # what would run
 
 `model.class_path` and `data.class_path` in the YAML choose what is trained on what; the callbacks save, measure, report and
-export. Exit codes: 0 finished, 2 refused configuration or input, 3 diverged, 4 checkpoint not written, 130 Ctrl-C,
-138 SIGUSR1, 143 SIGTERM (the last three after a checkpoint; see sdxs_lightning/core/errors.py).
+export. Exit codes: 0 finished, 2 refused configuration or input, 3 diverged, 4 checkpoint not written, 5 a rank was lost,
+130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (the last three after a checkpoint; see sdxs_lightning/core/errors.py).
 """
 
 import sys

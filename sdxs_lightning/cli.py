@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+import torch
 from jsonargparse import set_parsing_settings
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -20,11 +21,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
+from sdxs_lightning.callbacks.elastic import join_elastic_group
 from sdxs_lightning.callbacks.interruption import Interruption
 from sdxs_lightning.callbacks.ranks import Ranks
+from sdxs_lightning.callbacks.resume import Resume
+from sdxs_lightning.callbacks.run_folder import RunLock
 from sdxs_lightning.config_errors import sentence
 from sdxs_lightning.config_files import MergedArguments, read_arguments
-from sdxs_lightning.core.errors import Interrupted, RunStopped, UserError
+from sdxs_lightning.core.errors import Interrupted, RankLost, RunStopped, UserError
 
 os.environ.setdefault(
     "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
@@ -59,7 +63,10 @@ class TrainingParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration as <run>/config.yaml."""
+    """Locks the run's folder, and saves the resolved configuration there as config.yaml."""
+
+    lock: RunLock | None = None
+    """Held by rank 0."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes it once per run.
@@ -78,6 +85,10 @@ class SaveConfig(SaveConfigCallback):
     def _write(self, folder: Path) -> str | None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self.lock = RunLock(folder)
+            problem = self.lock.acquire()
+            if problem:
+                return problem
             path = folder / self.config_filename
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
         except OSError as error:
@@ -181,14 +192,39 @@ class TrainingCLI(LightningCLI):
         Raises:
             RunStopped: for every end that a sentence explains.
         """
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-            if isinstance(callback, Interruption):
-                callback.install(self.trainer)
-        self._check_process_count()
-        path = self.checkpoint_path()
-        # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
-        self.trainer.ckpt_path = path
-        self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+        interruptions = [one for one in callbacks if isinstance(one, Interruption)]
+        for interruption in interruptions:
+            interruption.install(self.trainer)
+        try:
+            self._check_process_count()
+            _record_collectives(Path(self.trainer.default_root_dir))
+            join_elastic_group(self.trainer)
+            path = self.checkpoint_path()
+            resume = Resume(self.trainer, self.config.as_dict(), self.config.ckpt_path in ("last", "auto"))
+            for callback in callbacks:
+                if isinstance(callback, Checkpointing):
+                    callback.resume = resume
+            # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
+            self.trainer.ckpt_path = path
+            self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
+            self._report_nothing_done(path)
+        finally:
+            for interruption in interruptions:
+                interruption.restore()
+            for callback in callbacks:
+                if isinstance(callback, SaveConfig) and callback.lock is not None:
+                    callback.lock.release()
+
+    def _report_nothing_done(self, path: str | None) -> None:
+        manifest = folders.read_manifest(Path(path).parent) if path is not None else None
+        batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        if manifest is not None and batches <= manifest.batches and self.trainer.is_global_zero:
+            sys.stderr.write(
+                f"nothing was left to do: {Path(str(path)).parent} is where this run ends (student update "
+                f"{manifest.student_updates}); raise update_schedule.max_student_updates, trainer.max_steps or what else ends "
+                "the run to train on.\n"
+            )
 
     def checkpoint_path(self) -> str | None:
         """The checkpoint that `--ckpt_path` means, checked; None for a new run.
@@ -232,8 +268,8 @@ class TrainingCLI(LightningCLI):
             found = f"only {len(broken)} incomplete one(s)" if broken else "none"
             way = f"remove '{folder}'" if damaged else "use --ckpt_path auto"
             raise UserError(
-                f"--ckpt_path {self.config.ckpt_path} looks for the newest complete checkpoint in '{folder}' and found {found}; "
-                f"{way} to begin a new run, or give the run's folder as --trainer.default_root_dir."
+                f"--ckpt_path {self.config.ckpt_path} looks for the newest complete checkpoint in '{folder}' and found {found};"
+                f" {way} to begin a new run, or give the run's folder as --trainer.default_root_dir."
             )
         return newest
 
@@ -242,8 +278,8 @@ class TrainingCLI(LightningCLI):
         left: str | None = self.trainer._checkpoint_connector._hpc_resume_path
         if left is not None:
             raise UserError(
-                f"'{left}' was written by Lightning's own SLURM handler, and Lightning would resume from it unasked; give it as "
-                "--ckpt_path, or remove it."
+                f"'{left}' was written by Lightning's own SLURM handler, and Lightning would resume from it unasked; give it "
+                "as --ckpt_path, or remove it."
             )
 
     def _check_process_count(self) -> None:
@@ -291,6 +327,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _interrupted_early(130, "Ctrl-C")
         raise
     except Exception as error:
+        lost = _lost_rank(trainer, error)
+        if lost is not None:
+            _report(lost, agreed=False)
+            return lost.exit_code
         if not _is_our_message(error):
             raise
         _report(error, agreed=False)
@@ -309,6 +349,16 @@ def _quiet() -> None:
         ".*does not have many workers.*",  # latents are read faster than a worker can hand them over
     ):
         warnings.filterwarnings("ignore", message)
+
+
+def _record_collectives(folder: Path) -> None:
+    """Lets NCCL keep its last collectives, and write them to the run's folder when one exceeds its time-out."""
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the latter until torch 2.9
+        os.environ.setdefault(name, "2000")
+    for name in ("TORCH_FR_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        os.environ.setdefault(name, "1")
+    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
+        os.environ.setdefault(name, str(folder.resolve() / "nccl_trace_rank_"))
 
 
 def _build(arguments: Sequence[str] | None) -> TrainingCLI:
@@ -363,6 +413,17 @@ def _report(error: BaseException, agreed: bool) -> None:
         traceback.print_exception(error)
     word = "stopped" if isinstance(error, Interrupted) else "error"
     sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {error}\n")
+
+
+def _lost_rank(trainer: pl.Trainer | None, error: Exception) -> RankLost | None:
+    """The rank whose end made a collective fail here, if that is what happened."""
+    callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
+    monitor = next((one.monitor for one in callbacks if isinstance(one, Interruption)), None)
+    collective = any(
+        f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.filename
+        for frame in traceback.extract_tb(error.__traceback__)
+    ) or isinstance(error, torch.distributed.DistError)
+    return monitor.explain(error) if monitor is not None and collective else None
 
 
 def _interrupted_early(code: int, name: str) -> int:

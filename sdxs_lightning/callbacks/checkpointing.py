@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there, counted in student updates."""
+"""Atomic checkpoints every n student updates."""
 
 import os
 import shutil
@@ -17,16 +17,18 @@ from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.counts import Counts, counts_of
 from sdxs_lightning.callbacks.nan_guard import check_before_saving
 from sdxs_lightning.callbacks.ranks import Ranks
+from sdxs_lightning.callbacks.resume import KEY, Resume, settings_of
+from sdxs_lightning.callbacks.run_folder import unshared
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Writes straight into the file. Lightning's own builds a second copy in memory and passes through /tmp."""
+    """Writes directly into the file. Lightning's own builds a second copy in memory and passes through /tmp."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Saves with torch; `Checkpointing` cares for atomicity."""
+        """Saves with torch; `Checkpointing` makes it atomic."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             torch.save(checkpoint, file)
@@ -39,11 +41,11 @@ class Checkpointing(Checkpoint):
     derive from its `Checkpoint` after all others, so that their states belong to the same batch.
 
     Args:
-        every_n_student_updates: distance of two checkpoints.
+        every_n_student_updates: interval between checkpoints.
         keep: how many complete checkpoints stay; older ones are removed after a newer one is safe.
-        folder: where they go; None is `checkpoints` in the run's folder (`trainer.default_root_dir`).
-        start_over: what happens to checkpoints of an earlier run when this one does not resume: False refuses to start,
-            True removes them.
+        folder: their place; None is `checkpoints` in the run's folder (`trainer.default_root_dir`).
+        start_over: if this run does not resume and there are checkpoints of an earlier run: False refuses to start, True
+            removes them.
 
     Raises:
         ValueError: unless every_n_student_updates and keep are at least 1.
@@ -66,9 +68,12 @@ class Checkpointing(Checkpoint):
         self.ranks = Ranks()
         self._saved_updates = 0
         self._saved_name: str | None = None
+        self._starts = 1
+        self.resume: Resume | None = None
+        """Describes the run in its checkpoints; of the command line, which knows the configuration, or made here."""
 
     def run_folder(self, trainer: pl.Trainer) -> Path:
-        """Where this run's checkpoints are."""
+        """Returns the folder of this run's checkpoints."""
         return Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
 
     def saved_at(self, trainer: pl.Trainer, student_updates: int) -> Path | None:
@@ -78,28 +83,38 @@ class Checkpointing(Checkpoint):
         return self.run_folder(trainer) / self._saved_name
 
     def last_good(self, trainer: pl.Trainer) -> str:
-        """The newest complete checkpoint, in words for a message."""
+        """Names the newest complete checkpoint, for a message."""
         newest = folders.newest_complete_checkpoint(self.run_folder(trainer))
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Finds out before the training, not an hour into it, whether checkpoints can be written.
+        """Checks before the training, not an hour into it, that checkpoints can be written.
 
         Raises:
             UserError: on all ranks, if not.
         """
         trainer.strategy.checkpoint_io = StreamingCheckpointIO()
-        self._refuse_together(self._unwritable(self.run_folder(trainer)) if self.ranks.first else None)
+        if self.resume is None and self in trainer.checkpoint_callbacks:
+            self.resume = Resume(trainer, {}, older_ones=False)
+        folder = self.run_folder(trainer)
+        self._refuse_together(self._unwritable(folder) if self.ranks.first else None)
+        self._refuse_together(unshared(folder, self.ranks))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps two runs apart; what was resumed from needs no saving again.
+        """Keeps two runs apart.
 
         Raises:
             UserError: on all ranks, if an earlier run's checkpoints are in the way.
         """
         if trainer.ckpt_path is None:
             self._refuse_together(self._in_the_way(self.run_folder(trainer)) if self.ranks.first else None)
-        self._saved_updates = counts_of(trainer).updates
+        self._saved_updates = counts_of(
+            trainer
+        ).updates  # a checkpoint that was resumed from is not saved again
+        if self.resume is not None and self.resume.settings is None:
+            self.resume.settings = settings_of(trainer)
+        if self.ranks.first:
+            self._starts = folders.next_start(self.run_folder(trainer))
 
     def _refuse_together(self, problem: str | None) -> None:
         problem = self.ranks.first_message(problem)
@@ -122,8 +137,8 @@ class Checkpointing(Checkpoint):
         earlier = folders.complete_checkpoints(folder)
         if earlier and not self.start_over:
             return (
-                f"'{folder}' holds checkpoints of an earlier run (newest: {earlier[-1].name}); go on with it by --ckpt_path "
-                "last, choose another --trainer.default_root_dir, or set start_over: true of Checkpointing to remove them."
+                f"'{folder}' holds checkpoints of an earlier run (newest: {earlier[-1].name}); resume it with --ckpt_path "
+                "auto or last, choose another --trainer.default_root_dir, or remove them by start_over: true of Checkpointing."
             )
         if earlier:
             folders.keep_newest(folder, 0)
@@ -132,13 +147,20 @@ class Checkpointing(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves where a multiple of n student updates was passed."""
+        """Saves every n student updates."""
         counts, n = counts_of(trainer), self.every_n_student_updates
         if counts.between_iterations and counts.updates // n > self._saved_updates // n:
             self.save(trainer)
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Adds what a resumed run is compared with."""
+        if self.resume is not None:
+            checkpoint[KEY] = self.resume.entry()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Saves what the run came to."""
+        """Saves the final state."""
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> Path:
@@ -158,8 +180,12 @@ class Checkpointing(Checkpoint):
             return folder
         check_before_saving(trainer)
         problem = self._write(trainer, folder)
+        reports = self.ranks.gathered((problem, {} if problem else self._own_checksums(folder)))
+        problem = next((reason for reason, _ in reports if reason), None)
         if self.ranks.first and problem is None:
-            problem = self._seal(folder, counts)
+            problem = self._seal(
+                folder, counts, {name: one for _, sums in reports for name, one in sums.items()}
+            )
         problem = self.ranks.first_message(problem)
         if problem:
             self._give_up(trainer, folder, counts.updates, problem)
@@ -183,9 +209,19 @@ class Checkpointing(Checkpoint):
             return problem
         return None
 
-    def _seal(self, folder: Path, counts: Counts) -> str | None:
+    def _own_checksums(self, folder: Path) -> dict[str, str]:
+        """Of the shards that this rank wrote: it has them in its page cache, and rank 0 need not read them all."""
+        partial = folders.partial_of(folder)
+        own = [
+            name
+            for name in folders.files_of(partial)
+            if Path(name).name.startswith(f"__{self.ranks.number}_")
+        ]
+        return folders.checksums(partial, own)
+
+    def _seal(self, folder: Path, counts: Counts, sums: dict[str, str]) -> str | None:
         try:
-            size = folders.seal(folder, counts.updates, counts.iterations, counts.batches)
+            size = folders.seal(folder, counts.updates, counts.iterations, counts.batches, self._starts, sums)
             folders.keep_newest(folder.parent, self.keep)
         except OSError as error:
             return folders.write_failure(error)
@@ -201,6 +237,6 @@ class Checkpointing(Checkpoint):
             free = f", {shutil.disk_usage(folder.parent).free / 1e6:.0f} MB are free"
         raise CheckpointNotWritten(
             f"the checkpoint of student update {student_updates} could not be written to '{folder.parent}' ({problem}{free}); "
-            f"{self.last_good(trainer)}. Make room or set another --trainer.default_root_dir, and go on with --ckpt_path "
-            "last (or the path)."
+            f"{self.last_good(trainer)}. Make room or set another --trainer.default_root_dir, and resume with "
+            "--ckpt_path auto (or the path)."
         )

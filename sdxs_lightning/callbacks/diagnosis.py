@@ -95,9 +95,9 @@ class Diagnosis:
             yield Symptom(
                 "the fake score lags behind the student",
                 f"on the student's samples its squared error is {lag:.2f} times the real score's (threshold "
-                f"{limits.fake_score_lag:g}; at most 1 if it kept up). Raise update_schedule.fake_score_updates_per_student_update, "
-                "lower the student's learning rate, or change that of fake_score: raise it, or lower it if fake_score/loss "
-                "jumps about.",
+                f"{limits.fake_score_lag:g}; at most 1 if it kept up). Raise "
+                "update_schedule.fake_score_updates_per_student_update, lower the student's learning rate, or change that of "
+                "fake_score: raise it, or lower it if fake_score/loss jumps about.",
             )
         if _over(accuracy, limits.discriminator_accuracy):
             yield Symptom(

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and Ctrl-C: a checkpoint at the next step boundary, then an exit code that says so."""
+"""Ends a run in order: a checkpoint after SIGTERM, SIGUSR1 or Ctrl-C, and no endless wait for a rank that is gone."""
 
 import signal
 import sys
@@ -10,9 +10,10 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.counts import counts_of
+from sdxs_lightning.callbacks.rank_monitor import DONE, FAILED, RankMonitor
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.core.child_process import SIGNALS
-from sdxs_lightning.core.errors import Interrupted
+from sdxs_lightning.core.errors import Interrupted, RunStopped
 
 
 class Interruption(Checkpoint):
@@ -26,16 +27,23 @@ class Interruption(Checkpoint):
     Args:
         agree_every_n_batches: with several processes, how often they ask each other over the host network whether one of them
             was signalled. All ranks ask at the same batches, so all stop at the same one.
+        rank_timeout_seconds: after so many seconds without a heartbeat of a rank the others name it and end with exit code 5.
+            Heartbeats come from a thread of their own, so a long measurement or save does not count as silence.
 
     Raises:
-        ValueError: unless agree_every_n_batches is at least 1.
+        ValueError: unless agree_every_n_batches is at least 1 and rank_timeout_seconds is positive.
     """
 
-    def __init__(self, agree_every_n_batches: int = 10) -> None:
+    def __init__(self, agree_every_n_batches: int = 10, rank_timeout_seconds: float = 120.0) -> None:
         if agree_every_n_batches < 1:
             raise ValueError(
                 f"Interruption.agree_every_n_batches must be 1 or more, got {agree_every_n_batches}."
             )
+        if rank_timeout_seconds <= 0:
+            raise ValueError(
+                f"Interruption.rank_timeout_seconds must be positive, got {rank_timeout_seconds}."
+            )
+        self.monitor = RankMonitor(rank_timeout_seconds)
         self.agree_every_n_batches = agree_every_n_batches
         self.ranks = Ranks()
         self._signal = 0
@@ -75,6 +83,7 @@ class Interruption(Checkpoint):
             Interrupted: on all ranks.
         """
         self.install(trainer)
+        self.monitor.start(self.ranks)
         self._stop_before_training()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -97,8 +106,8 @@ class Interruption(Checkpoint):
         number = self.ranks.highest(self._signal)
         if number:
             raise Interrupted(
-                f"stopped by {signal.Signals(number).name} before the first update of this start, so there was nothing to save; "
-                "run the same command again",
+                f"stopped by {signal.Signals(number).name} before the first update of this start, so there was nothing to "
+                "save; run the same command again",
                 number,
             )
 
@@ -138,3 +147,8 @@ class Interruption(Checkpoint):
     ) -> None:
         """The same when the training fails."""
         self.restore()
+        self.monitor.stop(DONE if isinstance(exception, RunStopped) else FAILED)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """This rank is done; the others may still write."""
+        self.monitor.stop()

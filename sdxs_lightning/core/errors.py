@@ -7,6 +7,7 @@
 | 2 | the configuration or an input was refused; nothing was trained |
 | 3 | the training diverged (NaN or infinity); starting it again unchanged would not help |
 | 4 | a checkpoint could not be written; the previous one is intact |
+| 5 | a rank died or stopped; the other ranks ended, and `--ckpt_path auto` resumes |
 | 128 + signal (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM) | interrupted after a checkpoint; `--ckpt_path auto` resumes |
 
 The last row is the convention of shells, so that a job script can requeue on 138 and 143.
@@ -40,6 +41,12 @@ class CheckpointNotWritten(RunStopped):
     """The disk is full, a quota is used up, or the folder cannot be written."""
 
     exit_code = 4
+
+
+class RankLost(RunStopped):
+    """A rank died, was killed, or no longer answers."""
+
+    exit_code = 5
 
 
 class Interrupted(RunStopped):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ class Frozen(Generic[M]):
 
     def __init__(self, module: M) -> None:
         self.module: M = module.eval().requires_grad_(False)
+        self.fingerprint = fingerprint(module)
+        """Of its weights as they were loaded, before they are cast or sharded."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the module."""
@@ -43,3 +46,21 @@ class Frozen(Generic[M]):
     def dtype(self) -> torch.dtype:
         """Dtype of the first parameter."""
         return next(self.module.parameters()).dtype
+
+
+def fingerprint(module: nn.Module) -> str | None:
+    """Identifies weights as "dtype:digest", to which every bit counts; None for a module without data, as in a memory plan.
+
+    Adapters are left out: they learn on weights that are frozen.
+    """
+    weights = {name: one for name, one in module.named_parameters() if "lora_" not in name}
+    if not weights or any(one.is_meta for one in weights.values()):
+        return None
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        # An exclusive or of the bits: one pass without a copy. Equal values cancel in it, so the first ones are added.
+        bits = torch.hash_tensor(weight.detach()).view(torch.int64).item()
+        digest.update(f"{name} {tuple(weight.shape)} {bits}".encode())
+        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    return f"{dtype}:{digest.hexdigest()[:16]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -70,3 +71,24 @@ class FullDisk(Callback):
     def _limit(size: int) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard if size == resource.RLIM_INFINITY else size, hard))
+
+
+class KillOnce(Callback):
+    """Kills the process of one rank at a batch, the first time only.
+
+    Args:
+        batch: counted from 1.
+        rank: of which process.
+        mark: file that says that it has happened.
+    """
+
+    def __init__(self, batch: int, rank: int, mark: str) -> None:
+        self.batch, self.rank, self.mark, self.seen = batch, rank, Path(mark), 0
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.seen += 1
+        if self.seen == self.batch and trainer.global_rank == self.rank and not self.mark.exists():
+            self.mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)

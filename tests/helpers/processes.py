@@ -25,6 +25,13 @@ PRELOAD = [
     "tests.helpers.metric_ranks",
     "tests.helpers.distributed_worker",
     "tests.helpers.faults",
+    # What a run of two sharded ranks imports later, each rank by itself.
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "lightning.pytorch.strategies.model_parallel",
+    "sdxs_lightning.callbacks.interruption",
+    "sdxs_lightning.stages.distillation.step",
+    "torch._dynamo",
+    "torch.distributed.checkpoint",
 ]
 
 

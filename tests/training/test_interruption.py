@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from diffusers import StableDiffusionPipeline
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.cli import main
 from tests.helpers.processes import Ended, train_in_ranks
-from tests.helpers.tiny_run import ROOT, tiny_config, write_config
+from tests.helpers.tiny_run import tiny_config, write_config
 
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
 
@@ -58,25 +55,6 @@ def train(folder: Path, config: dict[str, Any], *arguments: str) -> int:
 def train_in_two(folder: Path, config: dict[str, Any], *arguments: str) -> list[Ended]:
     file = write_config(folder / "tiny.yaml", config)
     return train_in_ranks(["--config", str(file), *arguments], folder)
-
-
-def train_by_command(folder: Path, config: dict[str, Any], seconds: float = 170) -> tuple[int, str]:
-    """The command as a user starts it, which starts its other ranks itself; exit code and what it said."""
-    file, said = write_config(folder / "tiny.yaml", config), folder / "said.txt"
-    with said.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "train.py", "--config", str(file)],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-        try:
-            return process.wait(seconds), said.read_text()
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # ranks that were left behind
 
 
 def newest(folder: Path) -> Path:
@@ -188,17 +166,17 @@ def test_auto_begins_and_goes_on(
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole, parted = tmp_path / "whole", tmp_path / "parted"
-    for folder in (whole, parted):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    for folder in (straight, resumed):
         folder.mkdir()
-    config["trainer"]["default_root_dir"] = str(whole / "run")
-    assert train(whole, config) == 0
-    config["trainer"]["default_root_dir"] = str(parted / "run")
-    assert train(parted, with_callback(config, "RaiseSignal", name="SIGTERM", batch=3)) == 143
-    assert train(parted, config, "--ckpt_path", "last") == 0
-    assert newest(whole).name == newest(parted).name == "update_00000006-batch_00000012"
-    one, other = state(whole), state(parted)
-    for key in one.keys() - {"loops", "callbacks"}:
+    config["trainer"]["default_root_dir"] = str(straight / "run")
+    assert train(straight, config) == 0
+    config["trainer"]["default_root_dir"] = str(resumed / "run")
+    assert train(resumed, with_callback(config, "RaiseSignal", name="SIGTERM", batch=3)) == 143
+    assert train(resumed, config, "--ckpt_path", "last") == 0
+    assert newest(straight).name == newest(resumed).name == "update_00000006-batch_00000012"
+    one, other = state(straight), state(resumed)
+    for key in one.keys() - {"loops", "callbacks", "run"}:
         assert_equal(one[key], other[key])
     progress = one["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert_equal(progress["total"], other["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"])
@@ -260,12 +238,10 @@ def test_two_processes_stop_at_the_same_batch_if_one_is_signalled(
 ) -> None:
     config["trainer"] |= {"devices": 2, "strategy": "ddp"}
     config["trainer"]["callbacks"][-1]["init_args"] = {"agree_every_n_batches": 5}
-    code, said = train_by_command(
-        tmp_path, with_callback(config, "RaiseSignal", name="SIGTERM", batch=2, rank=1), 390
-    )
-    assert code == 143, said
-    assert said.count("stopped: ") == 1
-    assert "Traceback" not in said
+    ended = train_in_two(tmp_path, with_callback(config, "RaiseSignal", name="SIGTERM", batch=2, rank=1))
+    assert [rank.code for rank in ended] == [143, 0], ended
+    assert sum(rank.said.count("stopped: ") for rank in ended) == 1
+    assert not any("Traceback" in rank.said for rank in ended)
     # They ask each other at batch 5; the iteration ends with batch 6.
     assert newest(tmp_path).name == "update_00000003-batch_00000006"
     # One process goes on with the same global batch.
@@ -283,6 +259,16 @@ def test_a_full_disk_on_one_of_two_processes_ends_both(config: dict[str, Any], t
     assert [rank.code for rank in ended] == [4, 0], ended
     assert "the checkpoint of student update 4 could not be written" in ended[0].said
     assert newest(tmp_path).name == "update_00000002-batch_00000004"
+
+
+@pytest.mark.timeout(1200)
+def test_a_killed_rank_is_named_by_the_other(config: dict[str, Any], tmp_path: Path) -> None:
+    config["trainer"] |= {"devices": 2, "strategy": "ddp"}
+    config["trainer"]["callbacks"][-1]["init_args"] = {"rank_timeout_seconds": 6}
+    ended = train_in_two(tmp_path, with_callback(config, "RaiseSignal", name="SIGKILL", batch=4, rank=1))
+    assert [rank.code for rank in ended] == [5, -signal.SIGKILL], ended
+    assert "error: rank 1 (host " in ended[0].said
+    assert "Traceback" not in ended[0].said
 
 
 @pytest.mark.timeout(1200)

@@ -79,8 +79,8 @@ def same(one: Any, two: Any, where: str = "") -> None:
         assert one == two, where
 
 
-# Not 3, inside the second iteration (a checkpoint belongs between iterations). 2: within the warm-up, whose pairs
-# have to be made again; 12: after all kinds of iterations, and in the second epoch (an epoch is 12 batches of 8).
+# 2: in the warm-up, whose pairs have to be made again; 14: after all kinds of iterations, and in the second epoch (an epoch is
+# 12 batches of 8). Not 3, since checkpoints are taken between iterations.
 @pytest.mark.parametrize("cut", [2, 14])
 def test_resumed_run_equals_the_uninterrupted_one(base: Base, shards: Path, tmp_path: Path, cut: int) -> None:
     folder = base("sd-v_prediction")

@@ -1,0 +1,171 @@
+"""Detects and names a rank that has stopped or died, for which the collectives of the others would wait half an hour."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from sdxs_lightning.callbacks.ranks import Ranks
+from sdxs_lightning.core.errors import RankLost
+
+DONE, FAILED = "done", "failed"
+
+
+class RankMonitor:
+    """A thread in each rank writes heartbeats into the process group's store, and watches those of the others.
+
+    A rank is lost if its heartbeats stop. They continue during a long measurement or save, which are no reason to end a run.
+    Then every other rank ends with exit code 5, and the lowest one reports the lost rank, its host, and the collective that it
+    was waiting in itself.
+
+    Args:
+        seconds: after which a silent rank counts as lost.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.beat_seconds = min(5.0, seconds / 6)
+        self._main = threading.main_thread().ident
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._store: Store | None = None
+        self._rank, self._count = 0, 1
+        self._seen: dict[int, tuple[str, float]] = {}
+
+    def start(self, ranks: Ranks) -> None:
+        """Starts watching; a collective. Does nothing with a single process."""
+        if ranks.count == 1 or self._thread is not None:
+            return
+        self._rank, self._count = ranks.number, ranks.count
+        # A connection of its own: the training's is locked while it waits for a key.
+        store: Any = dist.distributed_c10d._get_default_store()
+        own = store.clone() if hasattr(store, "clone") else store
+        own.set_timeout(timedelta(seconds=max(30.0, self.seconds)))
+        self._store = PrefixStore("sdxs/alive", own)
+        self._beat(0)
+        ranks.wait()  # all have written once
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def stop(self, word: str = DONE) -> None:
+        """Stops watching; a rank that is done, or has failed, is not lost."""
+        if self._thread is None:
+            return
+        self._ended.set()
+        self._thread.join(self.beat_seconds)
+        self._thread = None
+        try:
+            self._write(word)
+        except Exception:
+            return  # rank 0, which keeps the store, has ended
+
+    def explain(self, error: BaseException) -> RankLost | None:
+        """Names the ranks that no longer answer, where a collective of this rank failed; None if all do."""
+        if self._store is None:
+            return None
+        first = self._read()
+        time.sleep(2.5 * self.beat_seconds)
+        second = self._read()
+        if first is None or second is None:
+            return RankLost(
+                f"rank 0, which keeps the store of the process group, no longer answers rank {self._rank} (host "
+                f"{socket.gethostname()}): it died or was killed. The collective here ended with: {_first_line(error)}"
+            )
+        lost = [rank for rank in second if second[rank] == first.get(rank) and not _is_over(second[rank])]
+        lost += [rank for rank in second if second[rank].startswith(FAILED)]
+        if not lost:
+            return None
+        return RankLost(
+            f"{self._named(lost, second)} died, was killed or failed; the collective of rank {self._rank} ended with: "
+            f"{_first_line(error)}"
+        )
+
+    def _watch(self) -> None:
+        beat, unreachable_since = 0, None
+        while not self._ended.wait(self.beat_seconds):
+            beat += 1
+            try:
+                self._beat(beat)
+                values = self._read()
+            except Exception:
+                values = None
+            now = time.monotonic()
+            if values is None:
+                unreachable_since = unreachable_since or now
+                if now - unreachable_since > self.seconds and not self._ended.is_set():
+                    self._leave("rank 0, which keeps the store of the process group", "has")
+                continue
+            unreachable_since = None
+            for rank, value in values.items():
+                if self._seen.get(rank, ("", 0.0))[0] != value:
+                    self._seen[rank] = (value, now)
+            lost = [
+                rank
+                for rank, (value, since) in self._seen.items()
+                if not value.startswith(DONE) and rank != self._rank and now - since > self.seconds
+            ]
+            alive = [rank for rank in range(self._count) if rank not in lost]
+            if lost and not self._ended.is_set():
+                self._leave(
+                    self._named(lost, values), "have" if len(lost) > 1 else "has", self._rank == alive[0]
+                )
+
+    def _leave(self, who: str, has: str, speaks: bool = True) -> None:
+        if speaks:
+            sys.stderr.write(
+                f"error: {who} {has} not answered for {self.seconds:.0f} s: stopped, dead, or cut off. Rank {self._rank} (host "
+                f"{socket.gethostname()}) waits in {self._waiting_in()}. All ranks end; resume with --ckpt_path auto.\n"
+            )
+            sys.stderr.flush()
+        os._exit(RankLost.exit_code)
+
+    def _waiting_in(self) -> str:
+        """The innermost call of torch.distributed in the main thread, and the line of ours that led there."""
+        frame = sys._current_frames().get(self._main or 0)
+        stack = traceback.extract_stack(frame) if frame is not None else []
+        calls = [one for one in stack if f"{os.sep}torch{os.sep}distributed{os.sep}" in one.filename]
+        ours = [one for one in stack if any(f"{os.sep}{name}{os.sep}" in one.filename for name in _OURS)]
+        where = f"{ours[-1].filename}:{ours[-1].lineno}" if ours else "its own code"
+        return f"{calls[-1].name} ({where})" if calls else where
+
+    def _beat(self, number: int) -> None:
+        self._write(f"{number}")
+
+    def _write(self, word: str) -> None:
+        assert self._store is not None
+        self._store.set(str(self._rank), f"{word};{socket.gethostname()};{os.getpid()}")
+
+    def _read(self) -> dict[int, str] | None:
+        assert self._store is not None
+        try:
+            values = self._store.multi_get([str(rank) for rank in range(self._count)])
+        except Exception:
+            return None
+        return {rank: value.decode() for rank, value in enumerate(values)}
+
+    def _named(self, ranks: list[int], values: dict[int, str]) -> str:
+        parts = []
+        for rank in ranks:
+            _, host, pid = values[rank].split(";")
+            parts.append(f"rank {rank} (host {host}, process {pid})")
+        return ", ".join(parts)
+
+
+_OURS = ("sdxs_lightning", "data", "evaluation")
+
+
+def _is_over(value: str) -> bool:
+    return value.startswith((DONE, FAILED))
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]

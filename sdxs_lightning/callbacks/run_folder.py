@@ -1,0 +1,187 @@
+"""A run's folder belongs to one run at a time, and every rank sees the same one."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from sdxs_lightning.callbacks.ranks import Ranks
+
+LOCK = "run.lock"
+BEAT_SECONDS = 10.0
+"""How often the owner of a lock touches it."""
+WATCH_SECONDS = 35.0
+"""How long the lock of another host is watched before it counts as stale."""
+
+
+class RunLock:
+    """A file in the run's folder that names the process that writes there; taken by rank 0.
+
+    Stale locks are recognised: on the same host by the process, of an earlier start of the same SLURM job by its restart
+    count, and of another host by its owner no longer touching the file, whatever the two clocks say.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._token: str | None = None
+        self._released = threading.Event()
+
+    def acquire(self) -> str | None:
+        """Takes the lock; waits up to WATCH_SECONDS for a sign of life of its owner on another host.
+
+        Returns:
+            Why it cannot be had, or None.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        while True:
+            try:
+                descriptor = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+            except FileExistsError:
+                owner = _read(self.path)
+                if self._is_alive(owner):
+                    return (
+                        f"'{self.path.parent}' is in use by another run (process {owner.get('pid', '?')} on host "
+                        f"{owner.get('host', '?')}{_job_of(owner)}); two runs in one folder overwrite each other. "
+                        f"Give another --trainer.default_root_dir, or remove '{self.path}' if that run is over."
+                    )
+                sys.stderr.write(
+                    f"the lock of process {owner.get('pid', '?')} on host {owner.get('host', '?')} is stale and was removed.\n"
+                )
+                self.path.unlink(missing_ok=True)
+                continue
+            self._token = uuid.uuid4().hex
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(_this_process() | {"token": self._token}, file)
+            threading.Thread(target=self._beat, daemon=True).start()
+            atexit.register(self.release)
+            return None
+
+    def release(self) -> None:
+        """Removes the lock if it is still this one."""
+        self._released.set()
+        if self._token is not None and _read(self.path).get("token") == self._token:
+            self.path.unlink(missing_ok=True)
+        self._token = None
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_SECONDS):
+            try:
+                os.utime(self.path)
+            except OSError:
+                continue
+
+    def _is_alive(self, owner: dict[str, Any]) -> bool:
+        own = _this_process()
+        if (
+            own["job"] is not None
+            and own["job"] == owner.get("job")
+            and own["restart"] != owner.get("restart")
+        ):
+            return False  # an earlier start of this very job
+        if (own["host"], own["boot"]) == (owner.get("host"), owner.get("boot")):
+            pid = owner.get("pid")
+            return pid != own["pid"] and _started_at(pid) == owner.get("started_at") is not None
+        before, end = _modified(self.path), time.monotonic() + WATCH_SECONDS
+        while time.monotonic() < end:
+            time.sleep(min(1.0, WATCH_SECONDS / 10))
+            if _modified(self.path) != before:
+                return self.path.exists()
+        return False
+
+
+def unshared(folder: Path, ranks: Ranks, seconds: float = 10.0) -> str | None:
+    """Finds out whether all ranks see the same folder, by a file that rank 0 writes. A collective.
+
+    Checkpoints whose shards lie on the disks of different nodes look complete and cannot be loaded.
+
+    Args:
+        folder: exists and can be written on rank 0.
+        ranks: all of them.
+        seconds: how long a network file system may take to show the file.
+
+    Returns:
+        A sentence naming the first rank that does not see it, or None.
+    """
+    if ranks.count == 1:
+        return None
+    host = socket.gethostname()
+    token, first_host = ranks.of_first((folder / f".seen-by-all-ranks-{uuid.uuid4().hex}", host))
+    if ranks.first:
+        token.touch()
+    ranks.wait()
+    end = time.monotonic() + seconds
+    while not (seen := token.exists()) and time.monotonic() < end:
+        if folder.is_dir():
+            os.listdir(folder)  # network file systems remember that a file was not there
+        time.sleep(0.2)
+    problem = ranks.first_message(
+        None
+        if seen
+        else f"'{folder}' is another disk on rank {ranks.number} (host {host}) than on rank 0 (host {first_host}), so "
+        "checkpoints would be incomplete; give a folder that all nodes share as --trainer.default_root_dir."
+    )
+    if ranks.first:
+        token.unlink(missing_ok=True)
+    return problem
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "pid": os.getpid(),
+        "started_at": _started_at(os.getpid()),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "restart": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
+
+
+def _started_at(pid: Any) -> str | None:
+    """When a process of this host began: a number that another process with the same id does not share; None if it is gone."""
+    try:
+        os.kill(int(pid), 0)
+    except PermissionError:
+        pass
+    except (OSError, ValueError, TypeError):
+        return None
+    stat = _text(f"/proc/{pid}/stat")
+    return stat.rpartition(")")[2].split()[19] if stat else "unknown"
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return ""
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _modified(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _job_of(owner: dict[str, Any]) -> str:
+    return f", SLURM job {owner['job']}" if owner.get("job") else ""

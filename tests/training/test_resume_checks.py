@@ -1,0 +1,395 @@
+"""What a resumed run must share with its checkpoint, what may change and is then applied and said, and what a disk may do."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
+
+from sdxs_lightning.callbacks import checkpoint_folder as folders
+from sdxs_lightning.callbacks import run_folder
+from sdxs_lightning.callbacks.resume import apply_settings, settings_of
+from sdxs_lightning.callbacks.run_folder import LOCK, RunLock
+from sdxs_lightning.cli import main
+from tests.helpers.tiny_run import tiny_config, write_config
+
+ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
+SCHEDULE = {
+    "class_path": "sdxs_lightning.training.lr_schedules.TwoPhaseLR",
+    "init_args": {"total_updates": 10, "final_factor": 0.5},
+}
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run of two student updates, with a checkpoint at each."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = tiny_config(folder, max_student_updates=2)
+    config["trainer"]["callbacks"][1]["init_args"]["every_n_student_updates"] = 1
+    for role in ("student", "fake_score"):
+        settings = {"optimizer": copy.deepcopy(ADAM), "lr_scheduler": copy.deepcopy(SCHEDULE)}
+        config["model"]["init_args"][role]["init_args"] |= settings
+    assert main(["--config", str(write_config(folder / "tiny.yaml", config))]) == 0
+    return folder, config
+
+
+@pytest.fixture
+def resume(
+    trained: tuple[Path, dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    """Resumes a copy of the run, to three updates, after a change; returns exit code and what it said."""
+    folder, config = trained
+    shutil.copytree(folder / "run", tmp_path / "run")
+    shutil.copytree(folder / "sd-epsilon", tmp_path / "base")
+
+    def call(change: Change | None = None, *arguments: str, updates: int = 3) -> tuple[int, str]:
+        changed = copy.deepcopy(config)
+        changed["trainer"]["default_root_dir"] = str(tmp_path / "run")
+        model = changed["model"]["init_args"]
+        model["family"]["init_args"]["base"] = str(tmp_path / "base")
+        model["update_schedule"]["max_student_updates"] = updates
+        if change is not None:
+            change(changed)
+        file = write_config(tmp_path / "tiny.yaml", changed)
+        code = main(["--config", str(file), "--ckpt_path", *(arguments or ("last",))])
+        said = capfd.readouterr().err
+        assert "Traceback" not in said
+        return code, said
+
+    return call
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return [path.name for path in folders.complete_checkpoints(folder / "run" / "checkpoints")]
+
+
+def saved(folder: Path) -> dict[str, Any]:
+    newest = folders.newest_complete_checkpoint(folder / "run" / "checkpoints")
+    assert newest is not None
+    loaded: dict[str, Any] = torch.load(newest / folders.STATE, weights_only=True)
+    return loaded
+
+
+# -------------------------------------------------------------------------------------------------------------- identity
+
+
+def test_an_unchanged_run_resumes_and_mentions_only_what_changed(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    code, said = resume()
+    assert code == 0
+    assert checkpoints(tmp_path) == ["update_00000002-batch_00000002", "update_00000003-batch_00000003"]
+    lines = said.split("changed since the checkpoint was written:\n")[1].splitlines()
+    listed = {line.split(":")[0].strip() for line in lines if " -> " in line}
+    assert listed == {
+        "model.init_args.family.init_args.base",
+        "model.init_args.update_schedule.max_student_updates",
+        "trainer.default_root_dir",
+    }
+    assert "applied to" not in said
+
+
+def other_weights(name: str) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        file = next((base / name).glob("*.safetensors"))
+        tensors = load_file(file)
+        last = sorted(tensors)[-1]
+        tensors[last].view(-1)[-1] += 0.125  # a single value
+        save_file(tensors, file, {"format": "pt"})
+
+    return change
+
+
+def other_scheduler(**settings: Any) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        file = base / "scheduler" / "scheduler_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (other_weights("unet"), "real_score weights float32:"),
+        (other_weights("text_encoder"), "family.text_encoders.0 weights float32:"),
+        (
+            other_scheduler(prediction_type="v_prediction"),
+            "prediction_type epsilon, and this run has v_prediction",
+        ),
+        (other_scheduler(beta_end=0.013), "noise schedule "),
+    ],
+    ids=["U-Net", "text encoder", "prediction type", "schedule"],
+)
+def test_another_base_is_refused(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path, change: Callable[[Path], None], message: str
+) -> None:
+    change(tmp_path / "base")
+    code, said = resume()
+    assert code == 2
+    assert f"the checkpoint was written with {message}" in said
+    assert "Set back the " in said
+
+
+@pytest.mark.parametrize("place", ["family", "student"])
+def test_another_conditioning_timestep_is_refused(resume: Callable[..., tuple[int, str]], place: str) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["model"]["init_args"][place]["init_args"]["conditioning_timestep"] = 399
+
+    code, said = resume(change)
+    assert code == 2
+    assert "written with timesteps [999], and this run has [399]" in said
+
+
+def test_guidance_may_change_and_is_listed(resume: Callable[..., tuple[int, str]]) -> None:
+    def change(config: dict[str, Any]) -> None:
+        config["model"]["init_args"]["distribution_matching"] = {"guidance_scale": 2.5}
+
+    code, said = resume(change)
+    assert code == 0
+    assert "model.init_args.distribution_matching.guidance_scale: " in said
+    assert " -> 2.5" in said
+
+
+def test_other_networks_are_refused_in_a_sentence(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    def sgd(config: dict[str, Any]) -> None:
+        config["model"]["init_args"]["student"]["init_args"]["optimizer"] = {
+            "class_path": "torch.optim.SGD",
+            "init_args": {"lr": 0.1},
+        }
+
+    code, said = resume(sgd)
+    assert code == 2
+    assert (
+        "optimizers are student AdamW, fake_score AdamW, and this run's are student SGD, fake_score AdamW"
+        in said
+    )
+
+    def narrow(config: dict[str, Any]) -> None:
+        unet = tmp_path / "narrow"
+        settings = json.loads((tmp_path / "base" / "unet" / "config.json").read_text())
+        from diffusers import UNet2DConditionModel
+
+        widths = [width // 2 for width in settings["block_out_channels"]]
+        settings |= {"block_out_channels": widths, "norm_num_groups": settings["norm_num_groups"] // 2 or 1}
+        UNet2DConditionModel.from_config(settings).save_pretrained(unet)
+        config["model"]["init_args"]["student"]["init_args"]["weights"] = str(unet)
+
+    code, said = resume(narrow)
+    assert code == 2
+    assert "has another architecture: " in said
+
+
+def test_a_checkpoint_without_average_is_refused_and_one_without_identity_resumes(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    newest = folders.newest_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    original = torch.load(newest / folders.STATE, weights_only=True)
+    old = {name: value for name, value in original.items() if name != "run"}
+    torch.save(old, tmp_path / "old.ckpt")
+    assert resume(None, str(tmp_path / "old.ckpt"))[0] == 0
+    old["state_dict"] = {name: one for name, one in old["state_dict"].items() if not name.startswith("ema.")}
+    torch.save(old, tmp_path / "no_ema.ckpt")
+    code, said = resume(None, str(tmp_path / "no_ema.ckpt"), updates=9)
+    assert code == 2
+    assert "the checkpoint holds no ema (but fake_score, student)" in said
+
+
+# -------------------------------------------------------------------------------------------------------------- settings
+
+
+def test_new_learning_rates_and_schedules_are_applied_and_said(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    def change(config: dict[str, Any]) -> None:
+        arguments = config["model"]["init_args"]
+        arguments["student"]["init_args"]["optimizer"]["init_args"] = {"lr": 5e-4, "weight_decay": 0.3}
+        arguments["fake_score"]["init_args"]["lr_scheduler"]["init_args"]["total_updates"] = 4
+
+    code, said = resume(change)
+    assert code == 0
+    assert "student: lr 0.001 -> 0.0005" in said
+    assert "student: weight_decay 0.01 -> 0.3" in said
+    assert "fake_score: lr by the schedule, now " in said
+    student, fake_score = (state["param_groups"][0] for state in saved(tmp_path)["optimizer_states"])
+    # After three updates, half a cosine from lr to lr / 2 over 10 updates (student), over 4 (fake score).
+    assert student["lr"] == pytest.approx(5e-4 * 0.896947, rel=1e-5)
+    assert student["weight_decay"] == 0.3
+    assert fake_score["lr"] == pytest.approx(1e-3 * 0.573223, rel=1e-5)
+
+
+class _Trainer:
+    """Of a Trainer what `settings_of` reads."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
+        self.optimizers = [optimizer]
+        self.lr_scheduler_configs = (
+            [] if scheduler is None else [type("Config", (), {"scheduler": scheduler})]
+        )
+
+
+@pytest.mark.parametrize("kind", ["none", "lambda", "cosine", "step"])
+@pytest.mark.parametrize("old_version", [False, True])
+def test_a_restored_schedule_goes_on_as_if_begun_with_the_new_rate(kind: str, old_version: bool) -> None:
+    def build(lr: float) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=lr)
+        schedulers: dict[str, Callable[[], Any]] = {
+            "none": lambda: None,
+            "lambda": lambda: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
+            "cosine": lambda: CosineAnnealingLR(optimizer, T_max=10),
+            "step": lambda: StepLR(optimizer, step_size=2, gamma=0.1),
+        }
+        return optimizer, schedulers[kind]()
+
+    def steps(optimizer: torch.optim.Optimizer, scheduler: Any, count: int) -> float:
+        for _ in range(count):
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        return float(optimizer.param_groups[0]["lr"])
+
+    old, old_schedule = build(1e-3)
+    (before,) = settings_of(_Trainer(old, old_schedule))  # type: ignore[arg-type]
+    steps(old, old_schedule, 3)
+    new, new_schedule = build(2e-4)
+    (now,) = settings_of(_Trainer(new, new_schedule))  # type: ignore[arg-type]
+    new.load_state_dict(old.state_dict())
+    if new_schedule is not None:
+        new_schedule.load_state_dict(old_schedule.state_dict())
+    if old_version:
+        before = {"groups": [{k: v for k, v in old.param_groups[0].items() if k != "params"}]}
+    assert apply_settings(new, new_schedule, before, now)
+    wanted = build(2e-4)
+    assert steps(*wanted, 3) == pytest.approx(float(new.param_groups[0]["lr"]), rel=1e-9)
+    assert steps(*wanted, 3) == pytest.approx(steps(new, new_schedule, 3), rel=1e-9)
+
+
+# -------------------------------------------------------------------------------------------------------------- the disk
+
+
+@pytest.mark.parametrize("damage", ["bit", "zeros", "zeros without checksums"])
+def test_a_changed_checkpoint_is_passed_over_for_an_older_one(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path, damage: str
+) -> None:
+    newest = folders.newest_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    content = bytearray((newest / folders.STATE).read_bytes())
+    if damage == "bit":
+        content[len(content) // 2] ^= 4
+    else:
+        content = bytearray(len(content))
+    (newest / folders.STATE).write_bytes(content)
+    if "without" in damage:
+        manifest = json.loads((newest / folders.MANIFEST).read_text())
+        (newest / folders.MANIFEST).write_text(
+            json.dumps({k: v for k, v in manifest.items() if k != "checksums"})
+        )
+    code, said = resume(None, str(newest))
+    assert code == 2
+    assert (
+        f"the checkpoint {newest} has changed since it was written (state.ckpt cannot be read, or does not match its checksum)"
+        in said
+    )
+    code, said = resume(None, "auto")
+    assert code == 0
+    assert "resuming from the older checkpoint" in said
+    assert "update_00000001-batch_00000001 instead" in said
+    assert checkpoints(tmp_path)[-1] == "update_00000003-batch_00000003"
+
+
+def test_a_clock_that_is_ahead_deletes_nothing(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    first = folder / "update_00000001-batch_00000001"
+    manifest = json.loads((first / folders.MANIFEST).read_text())
+    manifest["saved_at"] += 3600
+    (first / folders.MANIFEST).write_text(json.dumps(manifest))
+
+    def keep_one(config: dict[str, Any]) -> None:
+        config["trainer"]["callbacks"][1]["init_args"]["keep"] = 1
+
+    assert folders.newest_complete_checkpoint(folder) == folder / "update_00000002-batch_00000002"
+    assert resume(keep_one)[0] == 0
+    assert checkpoints(tmp_path) == ["update_00000003-batch_00000003"]
+
+
+def test_a_run_that_went_back_keeps_what_it_writes_now(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """By counters alone the abandoned update 9 would be newer than the update 2 that follows update 1 anew."""
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "update_00000002-batch_00000002").rename(folder / "update_00000009-batch_00000009")
+    abandoned = folder / "update_00000009-batch_00000009"
+    manifest = json.loads((abandoned / folders.MANIFEST).read_text())
+    manifest |= {"student_updates": 9, "iterations": 9, "batches": 9}
+    (abandoned / folders.MANIFEST).write_text(json.dumps(manifest))
+    assert resume(None, str(folder / "update_00000001-batch_00000001"), updates=2)[0] == 0
+    assert checkpoints(tmp_path) == ["update_00000009-batch_00000009", "update_00000002-batch_00000002"]
+
+
+def test_a_finished_run_says_so(resume: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    code, said = resume(updates=2)
+    assert code == 0
+    assert "nothing was left to do" in said
+    assert "(student update 2)" in said
+
+
+# -------------------------------------------------------------------------------------------------------------- the lock
+
+
+def test_two_runs_in_one_folder_are_refused(resume: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
+    """The lock of a living process of this host: the one that started this test."""
+    lock = tmp_path / "run" / LOCK
+    assert not lock.exists()  # given back by the run that made the checkpoints
+    owner = run_folder._this_process() | {
+        "pid": os.getppid(),
+        "started_at": run_folder._started_at(os.getppid()),
+    }
+    lock.write_text(json.dumps(owner))
+    code, said = resume()
+    assert code == 2
+    assert f"is in use by another run (process {os.getppid()} on host {owner['host']}" in said
+    assert lock.exists()
+    lock.write_text(json.dumps(owner | {"started_at": "1"}))  # the number was given to another process since
+    code, said = resume()
+    assert code == 0
+    assert "is stale and was removed" in said
+    assert not lock.exists()
+
+
+def test_a_lock_of_another_host_is_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_folder, "WATCH_SECONDS", 0.6)
+    alive = RunLock(tmp_path)
+    assert alive.acquire() is None
+    own = run_folder._this_process()
+    monkeypatch.setattr(run_folder, "_this_process", lambda: own | {"host": "elsewhere"})
+    problem = RunLock(tmp_path).acquire()
+    assert problem is not None and f"process {os.getpid()} on host {own['host']}" in problem
+    alive._released.set()  # killed: the file stays, and nobody touches it
+    os.utime(tmp_path / LOCK, (2e9, 2e9))  # a clock that is ahead by years
+    second = RunLock(tmp_path)
+    assert second.acquire() is None
+    alive.release()
+    assert (tmp_path / LOCK).exists()  # it is not the first one's any more
+    # An earlier start of the same SLURM job, on another node, is over.
+    monkeypatch.setattr(
+        run_folder, "_this_process", lambda: own | {"host": "third", "job": "7", "restart": "1"}
+    )
+    (tmp_path / LOCK).write_text(json.dumps(own | {"job": "7", "restart": "0"}))
+    assert RunLock(tmp_path).acquire() is None
+    second.release()
