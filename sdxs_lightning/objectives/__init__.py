@@ -1,7 +1,8 @@
-"""Training objectives, one file an idea: a pure function of tensors, and a small class with its settings.
+"""Training objectives, one file an idea: a pure function of tensors, its settings, and the student's term where it has one.
 
-The classes are what a YAML file names; each has its weight and returns weighted losses. An objective that is
-not wanted is `null` there, not weight 0. All arithmetic is float32, whatever the networks ran in.
+The settings are what a YAML file names; each has its weight and gives weighted losses. An objective that is not wanted is
+`null` there, not weight 0. All arithmetic is float32, whatever the networks ran in. An objective of your own derives from
+`StudentTerm`, in any file, and is named under `objectives` of the stage.
 """
 
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial, discriminator_loss, generator_loss
@@ -16,16 +17,20 @@ from sdxs_lightning.objectives.feature_matching import FeatureMatching, feature_
 from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
 from sdxs_lightning.objectives.regression import Regression, regression_loss
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
+from sdxs_lightning.objectives.term import DistillationContext, LatentSample, StudentTerm
 
 __all__ = [
     "Denoising",
     "DiffusionAdversarial",
+    "DistillationContext",
     "DistributionMatching",
     "FDivergence",
     "FeatureMatching",
+    "LatentSample",
     "PixelAdversarial",
     "Regression",
     "SegmentedScoreDistillation",
+    "StudentTerm",
     "denoising_loss",
     "discriminator_loss",
     "distribution_matching_gradient",

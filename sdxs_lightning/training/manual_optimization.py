@@ -93,7 +93,7 @@ class ManualOptimization(LightningModule):
         Lightning keeps what was logged until it is logged again, and would write it into every later row, also where an
         iteration did not compute it. A row holds what was computed since the row before it, and nothing older.
         """
-        results, every = self.trainer._results, self.trainer.log_every_n_steps
+        results, every = self.trainer._results, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if results is None or every == 0 or self.trainer.fit_loop.epoch_loop._batches_that_stepped % every:
             return
         for key in [key for key, result in results.items() if not result.meta.on_epoch]:

@@ -139,8 +139,11 @@ def test_another_checkpoint_and_another_scheduler_sample(base: Base, tmp_path: P
     other = save_tiny_sd(tmp_path / "other", "v_prediction", seed=1)
     home = base("sd-v_prediction")
     pairs = TargetPairs(
-        PairSettings(  # type: ignore[arg-type]
-            **SETTINGS, source=source, weights=str(other), scheduler="HeunDiscreteScheduler"
+        PairSettings(
+            **SETTINGS,
+            source=source,  # type: ignore[arg-type]
+            weights=str(other),
+            scheduler="HeunDiscreteScheduler",
         ),
         SEED,
     )
