@@ -29,6 +29,9 @@ OPTIONS = {
 
 GROUPS = "--model", "--data", "--trainer"
 
+OPTIONAL = "torchvision", "torch_fidelity", "scipy", "transformers", "matplotlib"
+"""What torchmetrics imports where it finds it."""
+
 EXAMPLES = """\
 usage: python train.py --config FILE [--config OVERLAY ...] [--ckpt_path PATH|last|auto] [--GROUP.OPTION VALUE ...]
 
@@ -109,18 +112,20 @@ def _small_torchmetrics() -> Iterator[None]:
     Lightning imports all of torchmetrics, which imports torchvision, scipy and transformers where it finds them: that takes
     longer than torch itself. Only for commands that train nothing: a callback of the user may need such a metric.
     """
-    from lightning_utilities.core.imports import RequirementCache
+    from lightning_utilities.core import imports
 
-    check = RequirementCache._check_available
+    check, available = imports.RequirementCache._check_available, imports.package_available
 
-    def check_all_but_optional(self: RequirementCache) -> None:
-        if (self.requirement or "").startswith(("torchvision", "scipy", "transformers", "matplotlib")):
+    def check_all_but_optional(self: imports.RequirementCache) -> None:
+        if (self.requirement or "").startswith(OPTIONAL):
             self.available, self.message = False, f"{self.requirement} is left out by train.py --print_config"
         else:
             check(self)
 
-    RequirementCache._check_available = check_all_but_optional  # type: ignore[method-assign]
+    imports.RequirementCache._check_available = check_all_but_optional  # type: ignore[method-assign]
+    imports.package_available = lambda name: not name.startswith(OPTIONAL) and available(name)  # type: ignore[assignment]
     try:
         yield
     finally:
-        RequirementCache._check_available = check  # type: ignore[method-assign]
+        imports.RequirementCache._check_available = check  # type: ignore[method-assign]
+        imports.package_available = available

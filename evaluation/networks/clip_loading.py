@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +53,8 @@ def load_folder(folder: str | Path) -> LoadedClip:
     """
     folder = Path(folder)
     if (folder / "open_clip_config.json").is_file():
+        import open_clip  # takes seconds: with timm
+
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         settings = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
@@ -77,6 +78,8 @@ def load_open_clip(model: str, tag: str, weights: str | Path | None = None) -> L
     Raises:
         FileNotFoundError: if the weights are neither here nor to be had.
     """
+    import open_clip  # takes seconds: with timm
+
     if weights is not None and not Path(weights).is_file():
         raise FileNotFoundError(
             f"no CLIP weights at {weights}; give a file, or none to take {model}/{tag} from the hub"
