@@ -87,11 +87,19 @@ def _reachable(paths: list[str]) -> Iterator[type]:
         yield found
         try:
             hints = typing.get_type_hints(found if dataclasses.is_dataclass(found) else found.__init__)
+            if (settings := _settings(found)) is not found:
+                hints |= typing.get_type_hints(settings)
         except (NameError, TypeError):
             continue
         waiting += [
             each for hint in hints.values() for each in _parts(hint) if dataclasses.is_dataclass(each)
         ]
+
+
+def _settings(described: type) -> type:
+    """The dataclass of a class's `**settings`, which the class declares as an attribute; else the class."""
+    found = inspect.get_annotations(described).get("settings")
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else described
 
 
 def _parts(hint: Any) -> Iterator[type]:
@@ -107,7 +115,8 @@ def _split(path: str) -> tuple[str, str, str]:
 
 def _described(described: type) -> str:
     documented = docstring_parser.parse_from_object(described)
-    help_of = {each.arg_name: each.description or "" for each in documented.params}
+    settings = docstring_parser.parse_from_object(_settings(described))
+    help_of = {each.arg_name: each.description or "" for each in (*settings.params, *documented.params)}
     is_settings = dataclasses.is_dataclass(described)
     title = described.__name__ if is_settings else f"{described.__module__}.{described.__qualname__}"
     summary = " ".join((documented.short_description or "").split())
