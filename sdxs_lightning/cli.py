@@ -353,12 +353,9 @@ def _quiet() -> None:
 
 def _record_collectives(folder: Path) -> None:
     """Lets NCCL keep its last collectives, and write them to the run's folder when one exceeds its time-out."""
-    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):  # the latter until torch 2.9
-        os.environ.setdefault(name, "2000")
-    for name in ("TORCH_FR_DUMP_ON_TIMEOUT", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
-        os.environ.setdefault(name, "1")
-    for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):
-        os.environ.setdefault(name, str(folder.resolve() / "nccl_trace_rank_"))
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    os.environ.setdefault("TORCH_FR_DUMP_ON_TIMEOUT", "1")
+    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.resolve() / "nccl_trace_rank_"))
 
 
 def _build(arguments: Sequence[str] | None) -> TrainingCLI:
