@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 
 from sdxs_lightning.config_files import CONFIG_FLAGS, read_arguments
 from sdxs_lightning.core.errors import UserError
@@ -28,9 +27,6 @@ OPTIONS = {
 """Options of the command line itself and the groups of the others."""
 
 GROUPS = "--model", "--data", "--trainer"
-
-OPTIONAL = "torchvision", "torch_fidelity", "scipy", "transformers", "matplotlib"
-"""What torchmetrics imports where it finds it."""
 
 EXAMPLES = """\
 usage: python train.py --config FILE [--config OVERLAY ...] [--ckpt_path PATH|last|auto] [--GROUP.OPTION VALUE ...]
@@ -75,17 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--help" in given or "-h" in given:
         sys.stdout.write(help_text())
         return 0
-    trains = not any(argument.startswith(("--print_config", "--plan")) for argument in given)
-    with nullcontext() if trains else _small_torchmetrics():
-        try:
-            _refuse_early(given)
-        except UserError as error:
-            sys.stderr.write(f"error: {error}\n")
-            return error.exit_code
-        # torch and Lightning take seconds; here, so that --help and refused files do not wait for them.
-        from sdxs_lightning import cli
+    try:
+        _refuse_early(given)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
+    # torch and Lightning take seconds; here, so that --help and refused files do not wait for them.
+    from sdxs_lightning import cli
 
-        return cli.main(given)
+    return cli.main(given)
 
 
 def _refuse_early(given: Sequence[str]) -> None:
@@ -103,29 +97,3 @@ def _refuse_early(given: Sequence[str]) -> None:
     moved = renamed_in(read_arguments(given))
     if moved:
         raise UserError("; ".join(moved) + ".")
-
-
-@contextmanager
-def _small_torchmetrics() -> Iterator[None]:
-    """Inside, torchmetrics is imported as if what its optional metrics need were not installed.
-
-    Lightning imports all of torchmetrics, which imports torchvision, scipy and transformers where it finds them: that takes
-    longer than torch itself. Only for commands that train nothing: a callback of the user may need such a metric.
-    """
-    from lightning_utilities.core import imports
-
-    check, available = imports.RequirementCache._check_available, imports.package_available
-
-    def check_all_but_optional(self: imports.RequirementCache) -> None:
-        if (self.requirement or "").startswith(OPTIONAL):
-            self.available, self.message = False, f"{self.requirement} is left out by train.py --print_config"
-        else:
-            check(self)
-
-    imports.RequirementCache._check_available = check_all_but_optional  # type: ignore[method-assign]
-    imports.package_available = lambda name: not name.startswith(OPTIONAL) and available(name)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        imports.RequirementCache._check_available = check  # type: ignore[method-assign]
-        imports.package_available = available
