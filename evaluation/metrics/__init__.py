@@ -1,1 +1,1 @@
-"""Metrics, as torchmetrics modules and the arithmetic under them."""
+"""Torchmetrics modules and the functions they are built on."""

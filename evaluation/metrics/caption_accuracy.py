@@ -1,4 +1,4 @@
-"""Caption accuracy: whether the image shows what the caption states, attribute by attribute, according to a classifier."""
+"""Caption accuracy: whether a classifier finds each attribute that the caption states in the image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from evaluation.networks.network_features import full_precision
 
 
 class Classifier(Protocol):
-    """Reads attributes off images; data/toy/training/classifier.py has the one of the toy world."""
+    """Predicts attributes of images; data/toy/training/classifier.py has the toy world's."""
 
     def right(self, images_uint8: Tensor, captions: Sequence[str]) -> Tensor:
-        """(B, n) bool: whether each attribute is as the caption states it; True where it states nothing."""
+        """(B, n) bool: whether each attribute matches the caption; True where the caption states nothing."""
 
 
 def stated_attributes(captions: Sequence[str]) -> Tensor:
@@ -29,10 +29,10 @@ def stated_attributes(captions: Sequence[str]) -> Tensor:
 
 
 class CaptionAccuracy(SampledMetric):
-    """Share of stated attributes that are right, and share of images with all of them right.
+    """Share of stated attributes that are correct, and share of images with all of them correct.
 
     Args:
-        classifier: reads the attributes; its weights are in no checkpoint unless the caller registers it elsewhere.
+        classifier: predicts the attributes; its weights are not part of the metric's state dict.
         stated: which attributes the captions state.
     """
 
@@ -49,11 +49,10 @@ class CaptionAccuracy(SampledMetric):
 
     @property
     def title(self) -> str:
-        """For messages."""
         return "caption accuracy"
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """Of each image: whether all is right, how many stated attributes are right, how many are stated: (B, 3).
+        """(B, 3) per image: whether all attributes are correct, number of correct stated attributes, number of stated ones.
 
         Raises:
             ValueError: without captions.
@@ -82,7 +81,7 @@ class CaptionAccuracy(SampledMetric):
         }
 
     def estimate(self) -> dict[str, Estimate]:
-        """See SampledMetric. The share of attributes is a ratio of sums; its interval is the delta method's."""
+        """The share of attributes is a ratio of sums; its interval comes from the delta method."""
         rows = self.rows_of("fake")[0]
         if len(rows) == 0:
             raise ValueError("caption accuracy needs at least 1 image, got 0")
@@ -92,6 +91,6 @@ class CaptionAccuracy(SampledMetric):
             mean_estimate(share + (right - share * stated) / stated.mean()), value=float(share)
         )
         images = share_estimate(rows[:, 0])
-        if float(share) in (0.0, 1.0):  # then the delta method sees no spread
+        if float(share) in (0.0, 1.0):  # the delta method gives zero variance here
             attributes = replace(attributes, low=images.low, high=images.high)
         return {"caption_accuracy": images, "attribute_accuracy": attributes}

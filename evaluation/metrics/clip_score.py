@@ -1,4 +1,4 @@
-"""CLIP score and preference scores: cosines of images and captions in the features of a CLIP model."""
+"""CLIP score and preference scores: cosine similarity of images and captions in CLIP features."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class ClipScore(PerImageMetric):
     """Mean of 100 * cos(image, caption), not clamped at zero.
 
     Args:
-        clip: the model; its weights are in no checkpoint.
-        scale: what the cosine is multiplied by.
-        name: of the number.
+        clip: the model; its weights are not part of the state dict.
+        scale: factor of the cosine.
+        name: name of the score.
 
     Source: Hessel et al., arXiv:2104.08718, without its factor 2.5; the scale of the SDXS, BK-SDM and DMD2 tables.
     """
@@ -29,7 +29,6 @@ class ClipScore(PerImageMetric):
 
     @property
     def title(self) -> str:
-        """For messages."""
         return "CLIP score" if self.names[0] == "clip_score" else self.names[0]
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
@@ -44,13 +43,13 @@ class ClipScore(PerImageMetric):
 
 
 class PreferenceScore(ClipScore):
-    """A CLIP that was trained on people's choices between images of one prompt: PickScore, HPSv2.
+    """Score of a CLIP trained on human preferences between images of one prompt: PickScore, HPSv2.
 
     Args:
         clip: the preference model.
-        scale: what the cosine is multiplied by; None: the checkpoint's own exp(logit_scale), as PickScore's authors do
-            (about 100). HPSv2's authors use 1.
-        name: of the number.
+        scale: factor of the cosine; None uses the checkpoint's exp(logit_scale) (about 100), as PickScore's authors do.
+            HPSv2's authors use 1.
+        name: name of the score.
 
     Source: Kirstain et al., arXiv:2305.01569; Wu et al., arXiv:2306.09341.
     """

@@ -1,4 +1,4 @@
-"""Gathering rows from several ranks, and finding rows that more than one rank has."""
+"""Gathering rows across ranks, and finding rows that several ranks have."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 NO_ID = -1
-"""Sample id of an image that was given without one: never a duplicate."""
+"""Sample id of images added without one; never a duplicate."""
 
 
 def collective_device(device: torch.device, group: Any | None = None) -> torch.device:
-    """Device of tensors that are sent: the CPU for gloo, the metric's GPU for NCCL."""
+    """Device of tensors in collectives: the CPU for gloo, the metric's GPU for NCCL."""
     return torch.device("cpu") if dist.get_backend(group) == "gloo" else device
 
 
 def all_gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) -> list[Tensor]:
-    """Rows (n_rank, k) of every rank, on every rank, in the order of the ranks; n may differ, and be 0."""
+    """All-gather of rows (n_rank, k), in rank order; n_rank may differ between ranks and be 0."""
     padded, sizes = _padded(rows.to(collective_device(device, group)), group)
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded, group=group)
@@ -26,7 +26,7 @@ def all_gather_rows(rows: Tensor, device: torch.device, group: Any | None = None
 
 
 def gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) -> Tensor:
-    """Rows (n_rank, k) of all ranks, concatenated on the first rank; the others get none."""
+    """Rows (n_rank, k) of all ranks, concatenated on the first rank; other ranks get no rows."""
     padded, sizes = _padded(rows.to(collective_device(device, group)), group)
     first = dist.get_rank(group) == 0
     parts = [torch.empty_like(padded) for _ in sizes] if first else None
@@ -50,7 +50,7 @@ def first_positions(sample_ids: Tensor) -> Tensor:
 
 
 def own_share(sample_ids: Tensor, device: torch.device, group: Any | None = None) -> Tensor:
-    """(n,) bool: which of this rank's rows count, so that each id counts once over all ranks (on the lowest)."""
+    """(n,) bool: rows of this rank that count, so that each id counts once over all ranks (on the lowest)."""
     parts = all_gather_rows(sample_ids.unsqueeze(1), device, group)
     kept = first_positions(torch.cat(parts).squeeze(1))
     start = sum(len(part) for part in parts[: dist.get_rank(group)])
@@ -58,7 +58,7 @@ def own_share(sample_ids: Tensor, device: torch.device, group: Any | None = None
 
 
 def _padded(rows: Tensor, group: Any | None) -> tuple[Tensor, list[int]]:
-    """The rows filled up to the longest rank's number, and every rank's number; an empty rank learns the width."""
+    """Rows padded to the longest rank's count, and the counts of all ranks; an empty rank receives the width."""
     shape = torch.tensor(rows.shape, device=rows.device)
     shapes = [torch.zeros_like(shape) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shapes, shape, group=group)

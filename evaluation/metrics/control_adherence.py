@@ -1,4 +1,4 @@
-"""Control adherence: whether an image shows the edges, or the depth, of its control image."""
+"""Control adherence: agreement of an image's edges or depth with its control image."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from evaluation.metrics.sampled import PerImageMetric
 
 
 class ControlAdherence(PerImageMetric):
-    """Makes the condition of each generated image and compares it with the control image that it was generated from.
+    """Extracts the condition of each generated image and compares it with the control image.
 
     Args:
-        condition: what made the control images, such as `data.conditions.Canny` or `Depth`, with equal settings.
-        name: of the number.
+        condition: extracts control images, such as `data.conditions.Canny` or `Depth`; same settings as for the control
+            images.
+        name: name of the metric.
     """
 
     def __init__(self, condition: ImageCondition, name: str) -> None:
@@ -31,7 +32,7 @@ class ControlAdherence(PerImageMetric):
         controls_uint8: Tensor,
         sample_ids: Tensor | Sequence[int] | None = None,
     ) -> None:
-        """Add generated images with the control images that they are to follow, both (B,3,H,W) uint8.
+        """Add generated images and their control images, both (B,3,H,W) uint8.
 
         Raises:
             ValueError: unless there is one control image of the same size per image.
@@ -40,7 +41,7 @@ class ControlAdherence(PerImageMetric):
             self.add(self.measure_with(images_uint8, controls_uint8), sample_ids)
 
     def measure_with(self, images_uint8: Tensor, controls_uint8: Tensor) -> Tensor:
-        """What `update_with` keeps: (B, 1)."""
+        """Rows (B, 1) that `update_with` stores."""
         if images_uint8.shape != controls_uint8.shape:
             raise ValueError(
                 f"{self.title} of images {tuple(images_uint8.shape)} with control images {tuple(controls_uint8.shape)}; one "
@@ -51,21 +52,21 @@ class ControlAdherence(PerImageMetric):
         return self.between(torch.from_numpy(made).permute(0, 3, 1, 2), controls_uint8.cpu()).unsqueeze(1)
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """Refused: captions do not describe the control image."""
+        """Raises: captions do not describe the control image."""
         raise ValueError(f"{self.title} needs control images; use update_with(images_uint8, controls_uint8)")
 
     def between(self, made: Tensor, wanted: Tensor) -> Tensor:
-        """Conditions (B,3,H,W) uint8, of the images and of the control images, to a number each: (B,), float64."""
+        """Metric per image, (B,) float64, from conditions of the images and control images, both (B,3,H,W) uint8."""
         raise NotImplementedError
 
 
 class EdgeAdherence(ControlAdherence):
-    """F1 of edge pixels: 1 where the image has all edges of the control image, and no others.
+    """F1 of edge pixels: 1 where the image has exactly the edges of the control image.
 
     Args:
         condition: an edge detector; white (128 and up) on black.
-        tolerance_px: how far from an edge a pixel still counts as on it; 0 as in ControlNet++.
-        name: of the number.
+        tolerance_px: distance from an edge within which a pixel counts as on it; 0 as in ControlNet++.
+        name: name of the metric.
 
     Source: ControlNet++, arXiv:2404.07987, section 4.1 (Canny).
     """
@@ -77,7 +78,7 @@ class EdgeAdherence(ControlAdherence):
         self.tolerance_px = tolerance_px
 
     def between(self, made: Tensor, wanted: Tensor) -> Tensor:
-        """See ControlAdherence; 1 where neither has an edge."""
+        """F1 per image; 1 where neither has an edge."""
         sides = [(side.amax(1, keepdim=True) >= 128).double() for side in (made, wanted)]
         reach = 2 * self.tolerance_px + 1
         near = [max_pool2d(side, reach, stride=1, padding=self.tolerance_px) for side in sides]
@@ -93,7 +94,7 @@ class DepthAdherence(ControlAdherence):
 
     Args:
         condition: a depth network.
-        name: of the number.
+        name: name of the metric.
 
     Source: ControlNet++, arXiv:2404.07987, section 4.1 (depth RMSE).
     """

@@ -1,4 +1,4 @@
-"""Diversity: how far apart the images of one prompt are, which neither FID nor CLIP score shows."""
+"""Diversity: distance between images of the same prompt, which neither FID nor CLIP score measures."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from evaluation.networks.frozen_clip import FrozenClip
 
 
 class PromptDiversity(FeatureSetMetric):
-    """Mean over prompts of the mean distance between two images of a prompt, in features of length 1.
+    """Mean over prompts of the mean pairwise distance between images of a prompt, in L2-normalised features.
 
-    The same number as `diversity`; image j of prompt i has the id i * samples_per_prompt + j.
+    Equals `diversity`; image j of prompt i has the id i * samples_per_prompt + j.
 
     Args:
         features: a feature network; CLIP's image features are usual.
         samples_per_prompt: at least 2.
-        name: of the number.
+        name: name of the metric.
 
     Raises:
-        ValueError: for fewer than two samples of a prompt; on computing, unless every prompt has as many.
+        ValueError: for fewer than two samples per prompt; in `compute`, unless all prompts have as many.
     """
 
     higher_is_better = True
@@ -61,17 +61,17 @@ def diversity(
     samples_per_prompt: int = 8,
     advance: Callable[[int], Any] = lambda images: None,
 ) -> float:
-    """Mean over prompts of the mean distance between two images of a prompt, in CLIP's image features of length 1.
+    """Mean over prompts of the mean pairwise distance between images of a prompt, in L2-normalised CLIP image features.
 
-    0 where noise does not matter; sqrt(2) for features at right angles. It grows with errors too, so it is read beside the
-    other scores, and against the many-step base's.
+    0 if the noise has no effect; sqrt(2) for orthogonal features. It also grows with errors, so read it beside the other
+    scores and the diversity of the many-step base.
 
     Args:
         maker: makes the images; image j of prompt i has the number i * samples_per_prompt + j.
         captions: the prompts.
-        clip: whose features.
+        clip: the feature network.
         samples_per_prompt: at least 2.
-        advance: called with the number of images that were made.
+        advance: called with the number of images made.
 
     Raises:
         ValueError: for fewer than two samples, or no prompt.

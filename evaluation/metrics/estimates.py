@@ -1,4 +1,4 @@
-"""A number with what is needed to quote it: the number of images, and a 95 % interval."""
+"""Estimate of a metric: value, number of images and 95 % interval."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Z_95 = 1.96
 
 @dataclass(frozen=True)
 class Estimate:
-    """One number over a set of images.
+    """Value of a metric over a set of images.
 
-    The interval is for other images of the same generator: it covers, in 95 of 100 draws, the mean that the same metric has at
-    the same number of images against the same reference. `evaluation.benchmarks.coverage` measures that.
+    The interval refers to other images of the same generator: in 95 of 100 draws it covers the mean of the metric at the same
+    number of images against the same reference. `evaluation.benchmarks.coverage` measures that.
     """
 
     value: float
-    """What the tools that the protocol follows would print."""
+    """Value as printed by the tools that the protocol follows."""
     samples: int
     """Number of images without duplicates."""
     low: float | None = None
@@ -36,14 +36,14 @@ class Estimate:
     high: float | None = None
     """Upper end."""
     infinity: float | None = None
-    """For distances with a bias of about c / samples: the value without that bias."""
+    """Value extrapolated to infinitely many samples, for distances with a bias of about c / samples."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; unknown fields are left out."""
+        """JSON-serialisable dict without unknown fields."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def not_below(self, least: float) -> Estimate:
-        """Everything cut off at a bound that the metric cannot cross, be it by rounding."""
+        """Value and interval clamped to the lower bound of the metric."""
         low, high, infinity = (
             None if each is None else max(each, least) for each in (self.low, self.high, self.infinity)
         )
@@ -51,7 +51,7 @@ class Estimate:
 
 
 def student_t(freedom: int) -> float:
-    """Student's t for a two-sided 95 % interval; to four digits from 8 degrees of freedom on.
+    """Student's t for a two-sided 95 % interval; accurate to four digits from 8 degrees of freedom.
 
     Source: Abramowitz and Stegun, 26.7.5.
     """
@@ -75,7 +75,7 @@ def mean_estimate(values: Tensor) -> Estimate:
 
 
 def share_estimate(hits: Tensor) -> Estimate:
-    """Share of ones in (n,) zeros and ones, with Wilson's 95 % interval, which has a width also at 0 and 1.
+    """Share of ones in (n,) zeros and ones, with Wilson's 95 % interval, which has positive width at 0 and 1.
 
     Source: Wilson, JASA 22 (1927).
     """
@@ -93,18 +93,18 @@ def jackknife(
     biased: bool = True,
     sizes: Sequence[int] | None = None,
 ) -> Estimate:
-    """Interval and bias of a statistic from its values with one group of images left out at a time.
+    """Interval and bias of a statistic from its leave-one-group-out values.
 
     With h = samples / size of group k, pseudo-value k is h * value - (h - 1) * left_out[k]. For equal groups their mean is the
-    value without its bias of order 1/n (for FID an extrapolation in 1/N from 0.9 N and N in which every image is used equally
-    often), and their spread gives the interval. Groups of unequal size are weighted as in the delete-m_j jackknife.
+    value without its bias of order 1/n (for FID an extrapolation in 1/N from 0.9 N and N that uses every image equally often),
+    and their spread gives the interval. Groups of unequal size are weighted as in the delete-m_j jackknife.
 
     Args:
-        value: over all images.
-        left_out: without group k, for each k; GROUPS of them.
-        samples: images in all.
-        biased: whether the statistic is too large by about c / n, so that `infinity` is worth stating.
-        sizes: images of each group, none of them 0; None if they are equal.
+        value: statistic over all images.
+        left_out: statistic without group k, for each of the GROUPS groups.
+        samples: total number of images.
+        biased: whether the statistic is too large by about c / n; sets `infinity`.
+        sizes: images per group, all positive; None if equal.
 
     Source: Quenouille (1956), Tukey (1958); unequal groups: Busing et al., Statistics and Computing 9 (1999); FID's bias in
     1/N: Chong and Forsyth, arXiv:1911.07023.
@@ -126,25 +126,25 @@ SPLITS = 16
 def half_splits_error(halves: Tensor) -> float:
     """Half width of the 95 % interval of a statistic over n images, from its values on both halves of random splits.
 
-    The halves are independent, so that half of the squared difference estimates the variance at n / 2 without bias, and half
-    of that the variance at n. For statistics of nearest neighbours, of which the jackknife finds twice the variance.
+    The halves are independent, so half of the squared difference is an unbiased estimate of the variance at n / 2, and half
+    of that estimates the variance at n. Used for nearest-neighbour statistics, whose variance the jackknife doubles.
 
     Args:
         halves: (splits, 2).
     """
     variance = (halves[:, 0] - halves[:, 1]).square().mean() / 4
-    # The splits share their images, so that fewer of them than there are count as independent.
+    # The splits share images, so the effective number of independent splits is smaller.
     return student_t(round(0.6 * len(halves))) * math.sqrt(float(variance))
 
 
 def balanced_groups(sample_ids: Tensor, all_ids: Tensor | None = None) -> Tensor:
-    """The jackknife group of each image, from the ids alone: (n,) int64 in [0, GROUPS), of sizes that differ by at most 1.
+    """Jackknife group of each image, from the ids alone: (n,) int64 in [0, GROUPS); group sizes differ by at most 1.
 
-    Ids are scrambled first: neighbours are alike in some sets (five captions of one photograph).
+    Ids are scrambled first, because neighbours are similar in some sets (five captions of one photograph).
 
     Args:
-        sample_ids: (n,), int64, those whose groups are wanted.
-        all_ids: of all ranks; None if `sample_ids` are all. Without duplicates.
+        sample_ids: (n,), int64.
+        all_ids: ids of all ranks, without duplicates; None if `sample_ids` holds all of them.
     """
     keys = _scrambled(sample_ids)
     everyone = keys if all_ids is None else _scrambled(all_ids)

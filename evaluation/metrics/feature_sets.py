@@ -1,4 +1,4 @@
-"""Base of distances that need the features of both sets, not only their sums."""
+"""Base class of metrics that need the features of both sets rather than their moments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from evaluation.metrics.sampled import SampledMetric
 
 
 class FeatureSetMetric(SampledMetric):
-    """Features of both sides are gathered on the first rank, which computes and broadcasts the numbers.
+    """Gathers the features of both sides on the first rank, which computes and broadcasts the results.
 
     Args:
         features: a feature network, or any callable from (B,3,H,W) uint8 images to (B, d) float32 features.
         reference: features (n, d) of the real images; None to give the real images with `update(..., real=True)`.
-        names: of the numbers.
+        names: names of the results.
     """
 
     row_dtype = torch.float32
@@ -36,19 +36,17 @@ class FeatureSetMetric(SampledMetric):
 
     @property
     def source(self) -> object:
-        """The feature network."""
         return self.features
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """The features."""
         return self.features(images_uint8)
 
     def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
-        """The numbers, in the order of `names`, of features (n, d) and (m, d), on the CPU or the metric's device."""
+        """Results in the order of `names` from features (n, d) and (m, d), on the CPU or the metric's device."""
         raise NotImplementedError
 
     def compute(self) -> Tensor | dict[str, Tensor]:
-        """The number as a float64 scalar, a dict of them where there are several; collective.
+        """A float64 scalar, or a dict of them for several results; collective.
 
         Raises:
             ValueError: for too few images, on every rank.
@@ -74,7 +72,7 @@ class FeatureSetMetric(SampledMetric):
         return self.between(fake, real.to(self.device))
 
     def _broadcast(self) -> dict[str, Estimate]:
-        """Computed on the first rank and sent to all."""
+        """Compute on the first rank and broadcast."""
         blank = float("nan")
         table = torch.full((len(self.names), 5), blank, dtype=torch.float64)
         if dist.get_rank(self.process_group) == 0:
@@ -87,7 +85,7 @@ class FeatureSetMetric(SampledMetric):
         return {name: _estimate(row) for name, row in zip(self.names, table.tolist(), strict=True)}
 
     def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
-        """The first rank gets every row."""
+        """Gather all rows on the first rank."""
         rows, ids = (each[kept] for each in self.rows_of(side))
         count = torch.tensor([[len(rows)]])
         self._counts[side] = int(torch.cat(all_gather_rows(count, self.device, group)).sum())

@@ -22,7 +22,7 @@ from evaluation.metrics.statistics import FeatureStatistics as FeatureStatistics
 from evaluation.metrics.statistics import Sums
 
 LINEAR_FROM = 3
-"""Images a dimension from which FID's bias is about c / N; with fewer, the extrapolation to infinity misleads."""
+"""Images per dimension from which FID's bias is about c / N; with fewer, the extrapolation to infinity is unreliable."""
 
 
 def frechet_distance(
@@ -33,14 +33,14 @@ def frechet_distance(
     root_1: Tensor | None = None,
     root_2: Tensor | None = None,
 ) -> float:
-    """The squared Frechet distance that is called FID when the features are an Inception network's.
+    """Squared Frechet distance; FID for Inception features.
 
     Args:
         mean_1: (d,), any float, used in float64.
         covariance_1: (d, d), symmetric, positive semi-definite.
         mean_2: (d,).
         covariance_2: (d, d).
-        root_1: (d, n) with root_1 @ root_1.T = covariance_1, if it is at hand.
+        root_1: (d, n) with root_1 @ root_1.T = covariance_1, if available.
         root_2: the same for covariance_2.
 
     Returns:
@@ -66,19 +66,19 @@ def frechet_distance(
 
 
 class FrechetDistance(SampledMetric):
-    """FID of the images that it is updated with, against fixed statistics or against images given with `real=True`.
+    """FID against fixed statistics, or against images given with `real=True`.
 
-    The count, the sum and the sum of outer products are float64 (float32 sums lose the fourth digit); ranks add them up by
-    all-reduce. Gathering them instead, as torchmetrics does, took 32 s and 803 MB per rank on 8 gloo processes, against
-    0.55 s. Features of images that come with a sample id are kept as well, in float32 on the CPU of their rank: duplicates
-    can be left out then, `estimates` can state an interval, and with fewer images than dimensions the distance is exact.
+    The count, the sum and the sum of outer products are float64 (float32 sums lose the fourth digit) and all-reduced over
+    ranks. Gathering them instead, as torchmetrics does, took 32 s and 803 MB per rank on 8 gloo processes, against 0.55 s.
+    Features of images with a sample id are also kept, in float32 on the CPU of their rank: this allows to drop duplicates and
+    to compute the interval of `estimates`, and makes the distance exact with fewer images than dimensions.
 
     Args:
         features: a feature network, or any callable from (B,3,H,W) uint8 images to (B, d) float32 features.
-        dimensions: d; needed if `features` does not say.
-        reference: the real side; None to give the real images with `update(..., real=True)`.
-        reset_real_features: whether `reset` forgets the real images too.
-        name: of the number.
+        dimensions: d; required if `features` has no `dimensions`.
+        reference: statistics of the real images; None to give the real images with `update(..., real=True)`.
+        reset_real_features: whether `reset` clears the real images too.
+        name: name of the metric.
     """
 
     higher_is_better = False
@@ -117,21 +117,19 @@ class FrechetDistance(SampledMetric):
 
     @property
     def source(self) -> object:
-        """The feature network."""
         return self.features
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """The features."""
         return self.features(images_uint8)
 
     def _keep(self, side: str, rows: Tensor, ids: Tensor | None) -> None:
-        """All features enter the sums; those without ids can be no duplicates, and need not be kept."""
+        """Add all features to the sums; keep those with ids, which may be duplicates."""
         self._sums(side).add(rows)
         if ids is not None:
             super()._keep(side, rows, ids)
 
     def statistics(self, real: bool = False) -> FeatureStatistics:
-        """Mean and covariance of one side, over this rank's images (over all ranks' inside `compute`).
+        """Mean and covariance of one side over this rank's images (over all ranks inside `compute`).
 
         Raises:
             ValueError: for fewer than two images.
@@ -153,10 +151,10 @@ class FrechetDistance(SampledMetric):
         return torch.tensor(_between(fake, real), dtype=torch.float64, device=fake.mean.device)
 
     def estimate(self) -> dict[str, Estimate]:
-        """See SampledMetric; the interval is for other images of the generator, with the real side as it is.
+        """The interval refers to other images of the generator against the same real side.
 
-        There is none for images without ids, and for fewer than two in each group that is left out once. The value at
-        infinity takes a bias of c / N for granted, which holds from about 3 images a dimension on; below, there is none.
+        There is none for images without ids, or for fewer than two images per jackknife group. The value at infinity assumes
+        a bias of c / N, which holds from about 3 images per dimension; it is left out below that.
         """
         fake, real = self.statistics(), self.statistics(real=True)
         value = _between(fake, real)
@@ -167,7 +165,7 @@ class FrechetDistance(SampledMetric):
         return {self.names[0]: jackknife(value, left_out, fake.count, linear, sizes).not_below(0.0)}
 
     def _left_out(self, real: FeatureStatistics) -> tuple[list[float], list[int]]:
-        """The distance without each group of fake images, and the groups' sizes; the ranks share the groups."""
+        """Distances without each group of fake images, and the group sizes; the groups are split over ranks."""
         rows, ids = self.rows_of("fake")
         everyone = self._all_ids("fake")
         totals, groups = self._sums("fake"), balanced_groups(ids, everyone)
@@ -177,7 +175,7 @@ class FrechetDistance(SampledMetric):
         distances = torch.zeros(GROUPS, dtype=torch.float64)
         for group in range(GROUPS):
             own = group % ranks == rank
-            if int(totals.samples) <= self.dimensions:  # then every rank has every row
+            if int(totals.samples) <= self.dimensions:  # every rank has all rows then
                 if own:
                     left = FeatureStatistics.from_features(rows[groups != group].to(self.device))
                     distances[group] = _between(left, real)
@@ -195,7 +193,7 @@ class FrechetDistance(SampledMetric):
         return distances.tolist(), sizes
 
     def reset(self) -> None:
-        """Forget the images; with `reset_real_features=False` the real ones stay."""
+        """Clear the images; with `reset_real_features=False` the real ones are kept."""
         if self.reference is not None or self.reset_real_features:
             return super().reset()
         names = [f"real_{part}" for part in ("count", "sum", "outer", "rows", "ids")]
@@ -216,7 +214,7 @@ class FrechetDistance(SampledMetric):
         return self._ids_on_ranks[side] if self._is_synced else self.rows_of(side)[1]
 
     def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
-        """Add the sums up over the ranks, in place: `unsync` restores the states from torchmetrics' copy."""
+        """All-reduce the sums in place: `unsync` restores the states from torchmetrics' copy."""
         rows, ids = self.rows_of(side)
         sums = self._sums(side)
         if not bool(kept.all()):
@@ -246,13 +244,13 @@ def trace_of_root(
 
     With S_i = B_i B_i^T it is the sum of the singular values of B_1^T B_2. Where both covariances have full rank, these are
     the roots of the eigenvalues of the symmetric L^T S_2 L, L from Cholesky: more than twice as fast as the eigenvalues
-    of S_1 S_2, and within 1e-14 of the singular values also where the spectrum spans 11 decades. Where a rank is missing,
-    the root would turn rounding errors of 1e-16 into 1e-8 each; there the singular values are taken.
+    of S_1 S_2, and within 1e-14 of the singular values even where the spectrum spans 11 decades. For rank-deficient
+    covariances the root would amplify rounding errors of 1e-16 to 1e-8 each, so the singular values are used.
 
     Args:
         covariance_1: (d, d), symmetric, positive semi-definite, float64.
         covariance_2: (d, d).
-        root_1: B_1 (d, n) if it is at hand: the centred features divided by sqrt(n - 1), for n <= d.
+        root_1: B_1 (d, n) if available: the centred features divided by sqrt(n - 1), for n <= d.
         root_2: the same for covariance_2.
 
     Returns:
@@ -275,14 +273,14 @@ def trace_of_root(
 
 
 def lower_half(triangle: Tensor, covariance: Tensor, parts: int = 8) -> Tensor:
-    """The lower half of L^T S L, which is all that eigvalsh reads.
+    """Lower half of L^T S L, the part that eigvalsh reads.
 
-    In bands, so that the zeros of L and the upper halves, which nobody reads, are not multiplied: a third of the work.
+    Computed in bands that skip the zeros of L and the unused upper half: a third of the work.
 
     Args:
         triangle: L (d, d), lower triangular.
         covariance: S (d, d), symmetric.
-        parts: how many bands.
+        parts: number of bands.
     """
     size = len(triangle)
     height = -(-size // parts)
@@ -296,10 +294,10 @@ def lower_half(triangle: Tensor, covariance: Tensor, parts: int = 8) -> Tensor:
 
 
 def _triangle(covariance: Tensor) -> tuple[Tensor, bool]:
-    """A root of the covariance, and whether it is Cholesky's of a matrix of full rank."""
+    """A root of the covariance, and whether it is the Cholesky factor of a full-rank matrix."""
     triangle, failed = torch.linalg.cholesky_ex(covariance)
     pivots = triangle.diagonal().square()
-    # A missing rank leaves pivots of rounding noise, or negative ones, at which Cholesky fails.
+    # Rank deficiency leaves pivots of rounding noise, or negative ones, for which Cholesky fails.
     noise = len(pivots) * torch.finfo(pivots.dtype).eps * covariance.diagonal().amax()
     if not bool(failed) and bool(pivots.amin() > noise):
         return triangle, True
@@ -307,7 +305,7 @@ def _triangle(covariance: Tensor) -> tuple[Tensor, bool]:
 
 
 def eigen_root(covariance: Tensor) -> Tensor:
-    """B (d, rank) with B B^T = covariance; eigenvalues that are rounding noise are dropped, as in matrix_rank."""
+    """B (d, rank) with B B^T = covariance; eigenvalues at rounding noise are dropped, as in matrix_rank."""
     values, vectors = torch.linalg.eigh(covariance)
     noise = len(values) * torch.finfo(values.dtype).eps * values[-1].clamp_min(0)
     kept = values > noise

@@ -1,4 +1,4 @@
-"""Distances by kernels: KID (polynomial, unbiased) and CMMD (Gaussian, biased), both a squared maximum mean discrepancy."""
+"""Kernel distances: KID (polynomial, unbiased) and CMMD (Gaussian, biased), both a squared maximum mean discrepancy."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from evaluation.metrics.feature_sets import FeatureSetMetric
 class KernelDistance(FeatureSetMetric):
     """KID: mean over random subsets of the unbiased squared MMD with the kernel (x . y / d + 1)^3.
 
-    Unbiased: at equal counts or not, the expectation is the same, and equal distributions give about 0, also below it. The
-    subsets are drawn with numpy's RandomState as torch-fidelity does, so that equal features in equal order give its number.
+    Unbiased: the expectation does not depend on the number of images, and equal distributions give values around 0, also
+    negative ones. The subsets are drawn with numpy's RandomState as in torch-fidelity; equal features give its value.
 
     Args:
         features: as in FeatureSetMetric.
         reference: as in FeatureSetMetric.
-        subsets: how many.
+        subsets: number of subsets.
         subset_size: images of each side in a subset.
-        seed: of the draws.
-        name: of the number.
+        seed: seed of the subsets.
+        name: name of the metric.
 
     Source: Binkowski et al., arXiv:1801.01401.
     """
@@ -45,10 +45,10 @@ class KernelDistance(FeatureSetMetric):
         self.least = subset_size
 
     def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
-        """See FeatureSetMetric.
+        """The mean over the subsets, with an interval from the infinitesimal jackknife.
 
-        The interval comes from the influence of each fake image on the mean over the subsets (the infinitesimal jackknife), so
-        that it holds whether the subsets overlap or are all images.
+        The interval uses the influence of each fake image on the mean, so it holds for overlapping subsets as well as for a
+        subset of all images.
         """
         draws = np.random.RandomState(self.seed)
         count, size = len(fake), self.subset_size
@@ -71,12 +71,12 @@ class KernelDistance(FeatureSetMetric):
 
 
 def polynomial(x: Tensor, y: Tensor) -> Tensor:
-    """KID's kernel of rows (n, d) and (m, d): (n, m)."""
+    """KID's kernel matrix (n, m) of rows (n, d) and (m, d)."""
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def unbiased_mmd(kernel_xx: Tensor, kernel_xy: Tensor, kernel_yy: Tensor) -> Tensor:
-    """Squared MMD without the diagonals of the kernels within a set.
+    """Squared MMD without the diagonals of the within-set kernels.
 
     Source: Gretton et al., JMLR 13 (2012), eq. 3.
     """
@@ -88,14 +88,14 @@ def unbiased_mmd(kernel_xx: Tensor, kernel_xy: Tensor, kernel_yy: Tensor) -> Ten
 
 
 class MaximumMeanDiscrepancy(FeatureSetMetric):
-    """CMMD: squared MMD with a Gaussian kernel, diagonals included, times 1000; on CLIP features of length 1.
+    """CMMD: squared MMD with a Gaussian kernel, diagonals included, times 1000; on L2-normalised CLIP features.
 
     Args:
         features: as in FeatureSetMetric; the paper's are ClipImageFeatures of ViT-L/14 at 336 pixels.
         reference: as in FeatureSetMetric.
         sigma: of the kernel exp(-|x - y|^2 / (2 sigma^2)).
-        scale: what the result is multiplied by, to be readable.
-        name: of the number.
+        scale: factor of the result, for readability.
+        name: name of the metric.
 
     Source: Jayasumana et al., arXiv:2401.09603, and Gretton et al., JMLR 13 (2012), eq. 5.
     """
@@ -114,11 +114,11 @@ class MaximumMeanDiscrepancy(FeatureSetMetric):
         self.sigma, self.scale = sigma, scale
 
     def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
-        """See FeatureSetMetric; the interval leaves out each tenth of the fake images once."""
+        """The distance, with a jackknife interval over ten groups of fake images."""
         fake, real = fake.double(), real.double()
         groups = torch.arange(len(fake), device=fake.device) % GROUPS
         member = torch.nn.functional.one_hot(groups, GROUPS).double()
-        # Sums of the kernel between groups: leaving one out needs no second pass.
+        # Kernel sums between groups: leaving one group out needs no second pass.
         xx = member.T @ self._summed(fake, fake, member)
         xy = member.T @ self._summed(fake, real, real.new_ones(len(real), 1))
         yy = self._summed(real, real, real.new_ones(len(real), 1)).sum() / len(real) ** 2
@@ -137,7 +137,7 @@ class MaximumMeanDiscrepancy(FeatureSetMetric):
         return [found.not_below(0.0)]
 
     def _summed(self, x: Tensor, y: Tensor, weights: Tensor, chunk: int = 2048) -> Tensor:
-        """kernel(x, y) @ weights: (n, d), (m, d), (m, k) to (n, k), without the complete kernel in memory."""
+        """kernel(x, y) @ weights: (n, d), (m, d), (m, k) to (n, k), in chunks to save memory."""
         squares = y.square().sum(1)
         parts = []
         for rows in x.split(chunk):

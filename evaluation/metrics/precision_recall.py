@@ -1,4 +1,4 @@
-"""Improved precision and recall of a generator: the shares of fake images among the real ones, and of real ones covered."""
+"""Improved precision and recall: shares of fake images near real ones, and of real images near fake ones."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from evaluation.metrics.feature_sets import FeatureSetMetric
 
 
 class PrecisionRecall(FeatureSetMetric):
-    """Improved precision and recall, on balls that reach to each image's k-th neighbour of its own set.
+    """Improved precision and recall, on balls that reach to each image's k-th nearest neighbour in its own set.
 
     Precision: share of fake images inside the ball of a real one. Recall: share of real images inside the ball of a fake
-    one. Both fall with the number of images of the other set, so they are compared at equal counts.
+    one. Both depend on the number of images, so compare them at equal counts only.
 
     Args:
         features: as in FeatureSetMetric.
@@ -37,11 +37,10 @@ class PrecisionRecall(FeatureSetMetric):
 
     @property
     def title(self) -> str:
-        """For messages."""
         return "precision and recall"
 
     def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
-        """See FeatureSetMetric; both intervals are for other fake images, with the real ones as they are."""
+        """Precision and recall; both intervals refer to other fake images against the same real ones."""
         precision = share_estimate(inside(fake, real, radii(real, self.neighbours)))
         share = inside(real, fake, radii(fake, self.neighbours)).mean()
         recall = Estimate(float(share), len(fake))
@@ -52,7 +51,7 @@ class PrecisionRecall(FeatureSetMetric):
 
 
 def radii(features: Tensor, neighbours: int, chunk: int = 4096) -> Tensor:
-    """Distance of each row (n, d) to its k-th neighbour among the others: (n,)."""
+    """Distance of each row (n, d) to its k-th nearest neighbour among the others: (n,)."""
     # The nearest is the row itself.
     return torch.cat(
         [torch.cdist(rows, features).kthvalue(neighbours + 1).values for rows in features.split(chunk)]
@@ -60,7 +59,7 @@ def radii(features: Tensor, neighbours: int, chunk: int = 4096) -> Tensor:
 
 
 def inside(features: Tensor, centres: Tensor, reach: Tensor, chunk: int = 4096) -> Tensor:
-    """1 for each row (n, d) that is within reach (m,) of a centre (m, d), 0 for others: (n,), float32."""
+    """1 for each row (n, d) within reach (m,) of a centre (m, d), 0 for others: (n,), float32."""
     found = [(torch.cdist(rows, centres) <= reach).any(dim=1) for rows in features.split(chunk)]
     return torch.cat(found).float()
 
@@ -76,7 +75,7 @@ def _recalls_of_halves(fake: Tensor, real: Tensor, neighbours: int, chunk: int =
         kept[2 * split + 1, second] = True
     kept = kept.to(fake.device)
     reach = torch.cat([_radii_among(rows, fake, kept, neighbours) for rows in fake.split(chunk)], dim=1)
-    reach[~kept] = -1  # the ball of an image of the other half holds nothing
+    reach[~kept] = -1  # empty balls for images of the other half
     hits = torch.zeros(len(reach), dtype=torch.float64, device=fake.device)
     for rows in real.split(chunk):
         distances = torch.cdist(rows, fake)
@@ -85,10 +84,10 @@ def _recalls_of_halves(fake: Tensor, real: Tensor, neighbours: int, chunk: int =
 
 
 def _radii_among(rows: Tensor, features: Tensor, kept: Tensor, neighbours: int, nearest: int = 64) -> Tensor:
-    """Distance of rows (n, d) of the features to their k-th neighbour within each subset (s, m) of them: (s, n).
+    """Distance of rows (n, d) of the features to their k-th nearest neighbour within each subset (s, m) of them: (s, n).
 
-    Only the results of rows that are in the subset themselves are of use: the nearest is then the row itself. The nearest
-    images are sorted out once; where too few of them are in a subset, the k-th neighbour is looked for among all.
+    Only valid for rows in the subset, whose nearest neighbour is the row itself. The nearest rows are found once; where too
+    few of them are in a subset, the k-th neighbour is searched among all rows.
     """
     distances = torch.cdist(rows, features)
     near, index = distances.topk(min(nearest, len(features)), largest=False)

@@ -1,4 +1,4 @@
-"""Metrics that keep one row per image, so that duplicates can be dropped and intervals be stated."""
+"""Metrics that keep one row per image, which allows dropping duplicates and computing intervals."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from evaluation.metrics.estimates import Estimate, mean_estimate
 
 
 class SampledMetric(Metric):
-    """Base of metrics whose state is a row per image, with the image's sample id.
+    """Base class of metrics whose state is one row per image with its sample id.
 
-    Rows stay on the CPU. An id that comes twice, on one rank or on two, counts once, so that the padding of a distributed
-    sampler does no harm; images without ids all count. Rows are put into the order of their ids before anything is computed:
-    the result depends neither on the batch size nor on the number of ranks. `compute` and `estimates` are collective: all
-    ranks call them, also those without an image.
+    Rows stay on the CPU. A repeated id, on one rank or several, counts once, so the padding of a distributed sampler has no
+    effect; images without ids all count. Rows are sorted by id before computing, so the result depends neither on the batch
+    size nor on the number of ranks. `compute` and `estimates` are collective: all ranks call them, including empty ones.
 
-    A subclass defines in `measure` what is kept of an image. Metrics of the same network share the work: measure once, then
-    `add` the rows to each.
+    Subclasses implement `measure`, which returns the rows. Metrics of the same network share the work: call `measure` once,
+    then `add` the rows to each.
 
     Args:
         sides: "fake", and "real" for metrics that compare two sets.
@@ -32,9 +31,9 @@ class SampledMetric(Metric):
     higher_is_better: bool | None = None
     is_differentiable = False
     row_dtype = torch.float64
-    """Of the rows; a rank without images needs it too."""
+    """Dtype of the rows; a rank without images needs it too."""
     names: tuple[str, ...] = ()
-    """Names of the numbers."""
+    """Names of the results."""
 
     def __init__(self, sides: tuple[str, ...] = ("fake",)) -> None:
         super().__init__()
@@ -45,11 +44,11 @@ class SampledMetric(Metric):
 
     @property
     def source(self) -> object:
-        """The network that `measure` calls: metrics with the same source accept each other's rows."""
+        """The network that `measure` calls; metrics with the same source can share rows."""
         return self
 
     def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
-        """(B,3,H,W) uint8 images, with their captions where the metric reads them, to rows (B, k)."""
+        """Rows (B, k) from (B,3,H,W) uint8 images, and from captions if the metric reads them."""
         raise NotImplementedError
 
     def update(
@@ -63,12 +62,12 @@ class SampledMetric(Metric):
 
         Args:
             images_uint8: (B,3,H,W), uint8; B may be 0.
-            captions: B of them, for metrics that read them.
-            sample_ids: (B,) int64, not negative; None if no image can come twice.
-            real: which side they belong to.
+            captions: B captions, for metrics that read them.
+            sample_ids: (B,) int64, not negative; None if images cannot repeat.
+            real: whether the images belong to the real side.
 
         Raises:
-            ValueError: for captions or ids of another number, or for a side that the metric does not have.
+            ValueError: for a wrong number of captions or ids, or for a side that the metric does not have.
         """
         if captions is not None and len(captions) != len(images_uint8):
             raise ValueError(f"{self.title} of {len(images_uint8)} images with {len(captions)} captions")
@@ -76,7 +75,7 @@ class SampledMetric(Metric):
             self.add(self.measure(images_uint8, captions), sample_ids, real)
 
     def add(self, rows: Tensor, sample_ids: Tensor | Sequence[int] | None = None, real: bool = False) -> None:
-        """Add rows (B, k) that `measure` made, here or in an earlier run; the rest as in `update`."""
+        """Add rows (B, k) returned by `measure`, possibly in an earlier run; other arguments as in `update`."""
         side = "real" if real else "fake"
         if side not in self.sides:
             raise ValueError(
@@ -93,18 +92,18 @@ class SampledMetric(Metric):
             raise ValueError(
                 f"{self.title}: the network's output is not finite; check its weights and the images"
             )
-        self._computed = None  # what torchmetrics remembers between updates
+        self._computed = None  # torchmetrics' cached result
         self._update_count += 1
         rows = rows.detach().to(self.row_dtype)
         if sample_ids is None:
             return self._keep(side, rows, None)
         new = first_positions(ids)
-        for known in getattr(self, f"{side}_ids"):  # one tensor, or none
+        for known in getattr(self, f"{side}_ids"):  # at most one tensor
             new &= ~torch.isin(ids, known.cpu())
         return self._keep(side, rows[new.to(rows.device)], ids[new].long())
 
     def _keep(self, side: str, rows: Tensor, ids: Tensor | None) -> None:
-        """Keep rows (B, k) with their ids (B,); None where the images have none."""
+        """Store rows (B, k) with their ids (B,); None for images without ids."""
         getattr(self, f"{side}_rows").append(rows.cpu())
         ids = torch.full((len(rows),), NO_ID) if ids is None else ids
         before = getattr(self, f"{side}_ids")
@@ -112,11 +111,11 @@ class SampledMetric(Metric):
 
     @property
     def title(self) -> str:
-        """The metric's name in messages."""
+        """Name of the metric in messages."""
         return self.names[0] if self.names else type(self).__name__
 
     def rows_of(self, side: str) -> tuple[Tensor, Tensor]:
-        """Rows (n, k) and ids (n,) of one side, in the order of the ids."""
+        """Rows (n, k) and ids (n,) of one side, sorted by id."""
         parts = getattr(self, f"{side}_rows")
         if not parts:
             return torch.zeros(0, 0, dtype=self.row_dtype), torch.zeros(0, dtype=torch.int64)
@@ -126,24 +125,24 @@ class SampledMetric(Metric):
         return rows[order], ids[order]
 
     def estimates(self) -> dict[str, Estimate]:
-        """Each number by its name, with count and interval; collective."""
+        """Estimates by name; collective."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             return self.estimate()
 
     def estimate(self) -> dict[str, Estimate]:
-        """The result of `estimates`, after the ranks have exchanged their rows."""
+        """Implementation of `estimates`, called after the ranks have exchanged their rows."""
         raise NotImplementedError
 
     def _sync_dist(
         self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None
     ) -> None:
-        """Keep each row on one rank only, then let the subclass gather what it needs."""
+        """Keep each row on one rank only, then call `_exchange`."""
         group = process_group or self.process_group
         for side in self.sides:
             self._exchange(side, own_share(self.rows_of(side)[1], self.device, group), group)
 
     def _exchange(self, side: str, kept: Tensor, group: Any | None) -> None:
-        """Gather the rows (of `rows_of`) that count on every rank, which suits rows of a few numbers."""
+        """All-gather the kept rows of `rows_of`; suitable for small rows."""
         rows, ids = (each[kept] for each in self.rows_of(side))
         both = [torch.cat(all_gather_rows(each, self.device, group)) for each in (rows, ids.unsqueeze(1))]
         setattr(self, f"{side}_rows", [both[0]])
@@ -151,11 +150,11 @@ class SampledMetric(Metric):
 
 
 class PerImageMetric(SampledMetric):
-    """Mean over images of the rows (B, 1), float64, that `measure` gives; with a normal 95 % interval."""
+    """Mean of the rows (B, 1), float64, that `measure` returns, with a normal 95 % interval."""
 
     @property
     def count(self) -> int:
-        """Number of images on this rank, without duplicates."""
+        """Number of images on this rank without duplicates."""
         return len(self.rows_of("fake")[0])
 
     def compute(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mean and covariance of features: fitted, accumulated in float64, summed over ranks, written to and read from npz files."""
+"""Mean and covariance of features: float64 accumulation, reduction over ranks, npz files."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class FeatureStatistics:
     covariance: Tensor
     """(d, d), float64."""
     count: int
-    """How many images; FID is biased by it, so numbers are compared at equal counts only. 0: the file does not say."""
+    """Number of images; FID's bias depends on it, so compare at equal counts only. 0 if unknown."""
     origin: Mapping[str, Any] = field(default_factory=dict)
-    """What was measured, and with which network: compared before the statistics are used."""
+    """Images and network that were measured; compared before the statistics are used."""
     root: Tensor | None = None
-    """(d, n) with root @ root.T = covariance, where n <= d and the features were at hand: makes the distance exact."""
+    """(d, n) with root @ root.T = covariance, for n <= d if the features are available; makes the distance exact."""
 
     @classmethod
     def from_features(cls, features: Tensor, origin: Mapping[str, Any] | None = None) -> FeatureStatistics:
@@ -64,11 +64,11 @@ class FeatureStatistics:
 
     @classmethod
     def load(cls, path: str | Path, origin: Mapping[str, Any] | None = None) -> FeatureStatistics:
-        """Read what `save` wrote, or an npz of clean-fid or pytorch-fid (`mu`, `sigma` and no more).
+        """Read a file written by `save`, or an npz of clean-fid or pytorch-fid (only `mu` and `sigma`).
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it holds no statistics, or if `origin` is given and the file was measured under another one.
+            ValueError: if it holds no statistics, or if its origin differs from the given one.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -124,7 +124,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
 
 
 def _check_covariance(covariance: np.ndarray[Any, Any], path: Path) -> None:
-    """A matrix that is not a covariance gives distances that are not distances: with -I, FID came out as 0.
+    """Check the covariance: invalid matrices give meaningless distances (with -I, FID was 0).
 
     Raises:
         ValueError: unless it is symmetric and positive semi-definite, up to the rounding of float32 sums.
@@ -147,10 +147,10 @@ def _check_covariance(covariance: np.ndarray[Any, Any], path: Path) -> None:
 
 
 class Sums(NamedTuple):
-    """What mean and covariance are computed from; sums of two sets add up."""
+    """Sums for mean and covariance; the sums of two sets add up."""
 
     samples: Tensor
-    """How many, int64."""
+    """Number of samples, int64."""
     total: Tensor
     """(d,), float64."""
     outer: Tensor
@@ -158,7 +158,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, features: Tensor, dimensions: int, device: torch.device) -> Sums:
-        """Of features (n, d), on a device; n may be 0."""
+        """Sums of features (n, d) on a device; n may be 0."""
         total = torch.zeros(dimensions, dtype=torch.float64, device=device)
         outer = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
         sums = cls(torch.tensor(0, device=device), total, outer)
@@ -166,7 +166,7 @@ class Sums(NamedTuple):
         return sums
 
     def add(self, features: Tensor, chunk: int = 4096) -> None:
-        """Add features (n, d) in place, in pieces that do not need much memory."""
+        """Add features (n, d) in place, in chunks to save memory."""
         for part in features.split(chunk) if len(features) > 0 else ():
             part = part.to(self.outer.device).double()
             self.samples.add_(len(part))
@@ -174,36 +174,35 @@ class Sums(NamedTuple):
             self.outer.addmm_(part.T, part)
 
     def subtract(self, other: Sums) -> None:
-        """Take images out again, in place."""
+        """Subtract the sums of a subset, in place."""
         for own, others in zip(self, other, strict=True):
             own.sub_(others)
 
     def all_reduce(self, group: Any | None) -> None:
-        """Add up over the ranks, in place."""
+        """Sum over ranks, in place."""
         dist.all_reduce(self.samples, group=group)
         dist.all_reduce(self.total, group=group)
         all_reduce_symmetric(self.outer, group)
 
     def reduce(self, rank: int, group: Any | None) -> None:
-        """Add up over the ranks, on one of them; the others' are of no use afterwards."""
+        """Sum over ranks on one rank; the sums of other ranks are invalid afterwards."""
         for each in self:
             dist.reduce(each, dst=global_rank(rank, group), group=group)
 
     def without(self, other: Sums) -> Sums:
-        """Of the images that are not among the others."""
+        """Sums without those of a subset."""
         return Sums(self.samples - other.samples, self.total - other.total, self.outer - other.outer)
 
     def statistics(self) -> FeatureStatistics:
-        """Mean and covariance."""
         count = int(self.samples)
         mean = self.total / count
         return FeatureStatistics(mean, (self.outer - count * torch.outer(mean, mean)) / (count - 1), count)
 
 
 def all_reduce_symmetric(matrix: Tensor, group: Any | None = None, parts: int = 8) -> None:
-    """Sum of a symmetric (d, d) matrix over the ranks, in place; a band of rows at a time, right of the diagonal.
+    """All-reduce a symmetric (d, d) matrix in place, one band of rows of the upper triangle at a time.
 
-    Nearly half of the bytes need not be sent, and gloo's copies are those of a band.
+    Sends nearly half of the bytes, and limits gloo's copies to one band.
     """
     height = -(-len(matrix) // parts)
     for start in range(0, len(matrix), height):
