@@ -1,1 +1,1 @@
-"""Frozen networks that metrics read, and the resizing in front of them."""
+"""Frozen feature networks of the metrics, and their preprocessing."""

@@ -1,4 +1,4 @@
-"""CLIP models from where they lie: open_clip's or transformers' folders, open_clip's named models, plain checkpoints."""
+"""Loading CLIP models: folders of open_clip or transformers, open_clip's named models, checkpoint files."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass(frozen=True)
 class LoadedClip:
-    """A CLIP model and what has to be known to use it, whichever library it is from."""
+    """A CLIP model with its tokenizer and preprocessing, independent of its library."""
 
     name: str
-    """Short."""
+    """Short name."""
     model: nn.Module
-    """In float32; has `logit_scale`."""
+    """Float32 model with `logit_scale`."""
     encode_image: Callable[[Tensor], Tensor]
     """(B,3,size,size) normalised pixels to (B, d), not normalised."""
     encode_text: Callable[[Tensor], Tensor]
@@ -32,21 +32,21 @@ class LoadedClip:
     tokenizer: Callable[[Sequence[str]], Tensor]
     """Captions to (B, context length) int64 ids."""
     eos_token_id: int
-    """The text vector is read at this token."""
+    """Token at which the text embedding is read."""
     size: int
-    """Of the pixels."""
+    """Image size in pixels."""
     mean: tuple[float, ...]
-    """What is subtracted of pixels in [0, 1]."""
+    """Mean of the normalisation, for pixels in [0, 1]."""
     std: tuple[float, ...]
-    """What they are divided by then."""
+    """Standard deviation of the normalisation."""
     image_settings: str
-    """Hash of the image tower's configuration, which the weights do not determine (heads, activation)."""
+    """Hash of the image tower's configuration (heads, activation), which the weights do not determine."""
     text_settings: str
     """Hash of the text tower's configuration and the tokenizer."""
 
 
 def load_folder(folder: str | Path) -> LoadedClip:
-    """A CLIP in a local folder, of open_clip's layout or transformers'.
+    """Load a CLIP from a local folder in open_clip's or transformers' layout.
 
     Raises:
         FileNotFoundError: if it is neither.
@@ -68,15 +68,15 @@ def load_folder(folder: str | Path) -> LoadedClip:
 
 
 def load_open_clip(model: str, tag: str, weights: str | Path | None = None) -> LoadedClip:
-    """One of open_clip's models by name, with the weights of a tag, or of a file.
+    """Load an open_clip model by name, with the weights of a tag or a file.
 
     Args:
         model: such as "ViT-g-14".
         tag: such as "laion2b_s34b_b88k"; its weights come from the Hugging Face cache, or from the hub.
-        weights: a file instead: .safetensors, or a checkpoint that torch.load reads with weights_only.
+        weights: file to use instead: .safetensors, or a checkpoint that torch.load reads with weights_only.
 
     Raises:
-        FileNotFoundError: if the weights are neither here nor to be had.
+        FileNotFoundError: if the weights are not available.
     """
     import open_clip  # takes seconds: with timm
 
@@ -84,7 +84,7 @@ def load_open_clip(model: str, tag: str, weights: str | Path | None = None) -> L
         raise FileNotFoundError(
             f"no CLIP weights at {weights}; give a file, or none to take {model}/{tag} from the hub"
         )
-    # OpenAI's own weights were trained with an approximate GELU, which the architecture's name does not say.
+    # OpenAI's weights were trained with QuickGELU, which the architecture name does not imply.
     quick_gelu = tag == "openai"
     try:
         network = open_clip.create_model(
@@ -101,7 +101,7 @@ def load_open_clip(model: str, tag: str, weights: str | Path | None = None) -> L
 
 def _of_open_clip(name: str, model: Any, tokenizer: Any, settings: Mapping[str, Any]) -> LoadedClip:
     preprocessing = model.visual.preprocess_cfg
-    # open_clip's own tokenizer names it differently from the transformers one that it wraps.
+    # open_clip's tokenizer and the transformers tokenizer that it may wrap name this token differently.
     eos = tokenizer.eot_token_id if hasattr(tokenizer, "eot_token_id") else tokenizer.tokenizer.eos_token_id
     size = preprocessing["size"]
     return LoadedClip(
@@ -120,11 +120,11 @@ def _of_open_clip(name: str, model: Any, tokenizer: Any, settings: Mapping[str, 
 
 
 def load_transformers(model: str | Path, processor: str | Path | None = None) -> LoadedClip:
-    """A CLIPModel of transformers, from a folder or by hub id.
+    """Load a CLIPModel of transformers from a folder or by hub id.
 
     Args:
         model: folder or id.
-        processor: where tokenizer and preprocessing are, if not with the model.
+        processor: folder or id of tokenizer and preprocessing, if not the model's.
 
     Raises:
         FileNotFoundError: if it cannot be loaded.
@@ -166,7 +166,7 @@ def load_transformers(model: str | Path, processor: str | Path | None = None) ->
 
 
 def architecture_hash(config: Any) -> str:
-    """16 hex digits over a configuration of transformers, without what says where or how it was stored."""
+    """16-digit hex hash of a transformers configuration, without fields about its storage."""
     incidental = ("name_or_path", "transformers_version", "dtype", "architectures", "attn_implementation")
     return hash_settings(
         {
@@ -178,7 +178,7 @@ def architecture_hash(config: Any) -> str:
 
 
 def _tokenizer_settings(tokenizer: Any) -> str:
-    """Vocabulary and rules; taken before the first call, which would add its padding."""
+    """Vocabulary and rules; read before the first call, which would add padding settings."""
     inner = getattr(tokenizer, "tokenizer", tokenizer)
     if hasattr(inner, "backend_tokenizer"):
         return str(inner.backend_tokenizer.to_str())
@@ -191,6 +191,6 @@ def _image_settings(folder: Path) -> dict[str, Any]:
 
 
 def _tensor(output: Any) -> Tensor:
-    """Transformers 5 returns an object where transformers 4 returned its tensor."""
+    """The tensor in the output object of transformers 5; transformers 4 returns the tensor itself."""
     found: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return found

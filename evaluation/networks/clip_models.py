@@ -1,4 +1,4 @@
-"""The CLIP models of published numbers, by name, each with the captions and the image path of its authors."""
+"""Presets of the CLIP models behind published scores, with the caption and image preprocessing of their authors."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from evaluation.networks.frozen_clip import PLAIN, ClipRule, FrozenClip
 
 @dataclass(frozen=True)
 class ClipPreset:
-    """A CLIP model with the preprocessing of captions and images."""
+    """A CLIP model with its preprocessing of captions and images."""
 
     model: str
-    """Of open_clip, or a hub id where `tag` is empty."""
+    """Name in open_clip, or a hub id if `tag` is empty."""
     tag: str = ""
-    """Open_clip's name of the weights."""
+    """Tag of the weights in open_clip."""
     rule: ClipRule = PLAIN
-    """What happens to captions and images."""
+    """Preprocessing of captions and images."""
     processor: str | None = None
-    """Hub id of tokenizer and preprocessing, where they are not with the model."""
+    """Hub id of tokenizer and preprocessing, if not the model's."""
 
 
 DMD2_RULE = ClipRule(prefix="A photo depicts ", square_px=256)
@@ -37,19 +37,19 @@ CLIP_PRESETS = {
     "pickscore": ClipPreset("yuvalkirstain/PickScore_v1", processor="laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "hpsv2": ClipPreset("ViT-H-14", "laion2b_s32b_b79k"),
 }
-"""`hpsv2` needs the file of its weights (HPS_v2_compressed.pt or HPS_v2.1_compressed.pt): the tag is what it started from.
-`bk-sdm` reads the 256 px JPEG that its protocol makes; source: Nota-NetsPresso/BK-SDM, src/eval_clip_score.py."""
+"""`hpsv2` needs its weight file (HPS_v2_compressed.pt or HPS_v2.1_compressed.pt); the tag names the weights it was trained
+from. `bk-sdm` reads the 256 px JPEG of its protocol; source: Nota-NetsPresso/BK-SDM, src/eval_clip_score.py."""
 
 
 def load_clip(name: str | Path, weights: str | Path | None = None) -> FrozenClip:
-    """A CLIP by the name of a preset, or in a local folder of open_clip's or transformers' layout.
+    """Load a preset by name, or a local folder in open_clip's or transformers' layout.
 
     Args:
-        name: of CLIP_PRESETS, or a folder, which is used without a prefix or crop.
-        weights: for a preset: a checkpoint file, or a folder of transformers' layout, instead of the hub's weights.
+        name: key of CLIP_PRESETS, or a folder, which gets no prefix or crop.
+        weights: for a preset, a checkpoint file or a folder in transformers' layout instead of the hub's weights.
 
     Raises:
-        ValueError: for a name that is neither, or for HPSv2 without its weights.
+        ValueError: for an unknown name, or for HPSv2 without its weights.
         FileNotFoundError: if the weights are missing.
     """
     if Path(name).is_dir():

@@ -17,27 +17,27 @@ from evaluation.networks.resize import centre_square, resize_shortest_and_crop, 
 
 @dataclass(frozen=True)
 class ClipRule:
-    """Preprocessing of captions and images before a CLIP model's own."""
+    """Preprocessing of captions and images, applied before the CLIP model's own."""
 
     prefix: str = ""
-    """Put before every caption, token by token: after the start token, and what then sticks out is cut off."""
+    """Prepended to every caption as tokens after the start token; the row is then truncated."""
     square_px: int | None = None
-    """Images are first cropped to a square and brought to this size by Lanczos, as 8-bit images."""
+    """Size to which images are cropped and resized (Lanczos, 8 bit) first."""
 
 
 PLAIN = ClipRule()
-"""Captions and images as they are; what open_clip's examples do."""
+"""No extra preprocessing, as in open_clip's examples."""
 
 
 class FrozenClip:
     """A CLIP model that is never trained.
 
-    Not an nn.Module: whatever holds it, its weights are in no checkpoint, no optimizer and no DDP bucket, and no `train()`
-    of a parent reaches it. It follows the images to their device.
+    Not an nn.Module, so its weights enter no checkpoint, optimizer or DDP bucket, and a parent's `train()` does not affect it.
+    It moves to the device of the images.
 
     Args:
         source: a folder in open_clip's layout (`open_clip_config.json`, weights in safetensors, tokenizer files) or in that
-            of transformers, or what `clip_loading` loaded. `clip_models.load_clip` knows the models of published numbers.
+            of transformers, or a LoadedClip. `clip_models.load_clip` has presets of published models.
         rule: preprocessing of captions and images.
 
     Raises:
@@ -58,7 +58,7 @@ class FrozenClip:
         self.dimensions = int(self.features_of(torch.zeros(1, 3, self.size, self.size)).shape[1])
 
     def to(self, device: torch.device) -> FrozenClip:
-        """Move the weights, if they are not there already."""
+        """Move the weights to a device, if needed."""
         if device != self.device:
             self.model.to(device)
             self._mean, self._std = self._mean.to(device), self._std.to(device)
@@ -66,9 +66,9 @@ class FrozenClip:
         return self
 
     def preprocess(self, images_uint8: Tensor) -> Tensor:
-        """What open_clip's evaluation transform does to Pillow images: shortest side to size, centre crop, normalise.
+        """Open_clip's evaluation transform for Pillow images: resize the shortest side, centre crop, normalise.
 
-        Bit for bit, on any device; images of the right size are only normalised.
+        Bit-exact on any device; images of the right size are only normalised.
 
         Args:
             images_uint8: (B,3,H,W), uint8.
@@ -77,7 +77,7 @@ class FrozenClip:
             (B,3,size,size), float32.
 
         Raises:
-            TypeError: for images that are not uint8: floats in [0,1] would be divided by 255 once more.
+            TypeError: for images that are not uint8: floats in [0, 1] would be divided by 255 again.
         """
         check_uint8(images_uint8)
         if self.rule.square_px is not None:
@@ -86,7 +86,7 @@ class FrozenClip:
         return self.normalise(resize_shortest_and_crop(images_uint8, self.size).float())
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Float images in [0, 255] to what the model takes."""
+        """Normalise float images in [0, 255] for the model."""
         return (images / 255 - self._mean) / self._std
 
     def features_of(self, pixels: Tensor) -> Tensor:
@@ -96,7 +96,7 @@ class FrozenClip:
         return features.float()
 
     def image_features(self, images_uint8: Tensor) -> Tensor:
-        """(B,3,H,W) uint8 to (B, dimensions) float32, before normalisation to the unit sphere: FID's features."""
+        """(B,3,H,W) uint8 to (B, dimensions) float32, before L2 normalisation; the features of FID."""
         self.to(images_uint8.device)
         return self.features_of(self.preprocess(images_uint8))
 
@@ -114,11 +114,11 @@ class FrozenClip:
         }
 
     def text_identity(self) -> dict[str, str]:
-        """What the text features depend on besides: hash of the tokenizer and of the text tower's configuration."""
+        """Additional identity of the text features: hash of the tokenizer and of the text tower's configuration."""
         return {"text_sha256": self._text_settings}
 
     def text_features(self, captions: Sequence[str]) -> Tensor:
-        """B captions to (B, dimensions) float32, before normalisation."""
+        """B captions to (B, dimensions) float32, before L2 normalisation."""
         with full_precision(self.device):
             features = self._encode_text(self.tokenize(captions).to(self.device))
         return features.float()
@@ -129,10 +129,10 @@ class FrozenClip:
         return F.cosine_similarity(image_features, self.text_features(captions), dim=-1)
 
     def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """(B, context length) int64 ids; a caption that is too long keeps its end-of-text token.
+        """(B, context length) int64 ids; a truncated caption keeps its end-of-text token.
 
-        The text vector is read at that token. A tokenizer that cuts it off makes every long caption read at its first
-        token, so that all of them get the same vector (torchmetrics 1.9 does).
+        The text embedding is read at that token. If it is cut off (as in torchmetrics 1.9), the embedding is read at the
+        first token and is the same for all long captions.
         """
         token_ids = self.tokenizer(list(captions))
         unfinished = (token_ids != self.eos_token_id).all(dim=-1)
@@ -140,7 +140,7 @@ class FrozenClip:
         return self._with_prefix(token_ids) if self.rule.prefix else token_ids
 
     def _with_prefix(self, token_ids: Tensor) -> Tensor:
-        """The prefix's tokens after the start token; where the row is full, its last token becomes the end.
+        """Insert the prefix's tokens after the start token; in a full row, the last token becomes the end token.
 
         Source: DMD2's evaluator, token for token (padding is 0, and a 0 in the last column stays).
         """

@@ -1,14 +1,14 @@
-"""Image processing before a metric network, written as words that stand in a protocol and in its hash.
+"""Image processing before a metric network, written as strings that enter a protocol and its hash.
 
 A step is one of
 
     crop                  the centred square of the shorter side, as torchvision's center_crop rounds it
-    crop PX               the centred PX x PX; an image that is smaller on one side stays as it is, as in DMD2's patch FID
-    resize PX FILTER      to PX x PX with Pillow's filter of that name, on bytes; an image that is not square is squashed
+    crop PX               the centred PX x PX; an image with a smaller side is unchanged, as in DMD2's patch FID
+    resize PX FILTER      to PX x PX with Pillow's filter of that name, on bytes, ignoring the aspect ratio
     jpeg QUALITY          written as JPEG by Pillow and read again
 
-They work on bytes with Pillow, because that is what the protocols' own scripts did: a resize in float or on another library
-moves FID by more than its third digit.
+They use Pillow on 8-bit images, as the protocols' original scripts do: a float resize or another library moves FID by more
+than its third digit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Step = Callable[[Image.Image], Image.Image]
 
 
 def centre(image: Image.Image, side_px: int) -> Image.Image:
-    """The centred side_px x side_px; an image that is smaller on one side as it is."""
+    """Crop the centred side_px x side_px; an image with a smaller side is returned unchanged."""
     if min(image.size) < side_px:
         return image
     left, top = (round((length - side_px) / 2) for length in image.size)
@@ -30,14 +30,14 @@ def centre(image: Image.Image, side_px: int) -> Image.Image:
 
 
 def resized(image: Image.Image, side_px: int, filter_name: str) -> Image.Image:
-    """To side_px x side_px; an image of that size stays as it is."""
+    """Resize to side_px x side_px."""
     if image.size == (side_px, side_px):
         return image
     return image.resize((side_px, side_px), Image.Resampling[filter_name.upper()])
 
 
 def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """Through a JPEG file in memory, with Pillow's other defaults (4:2:0)."""
+    """Encode as JPEG and decode, with Pillow's other defaults (4:2:0)."""
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=quality)
     with Image.open(file) as opened:
@@ -45,10 +45,10 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
 
 
 def parse_step(text: str) -> Step:
-    """The function that a step's words name.
+    """The function of a step.
 
     Raises:
-        ValueError: for other words.
+        ValueError: for an unknown step.
     """
     match text.split():
         case ["crop"]:
@@ -66,22 +66,21 @@ def parse_step(text: str) -> Step:
 
 
 def apply_steps(image: Image.Image, steps: Sequence[str]) -> Image.Image:
-    """All steps in their order; without any the image itself."""
+    """Apply the steps in order."""
     for step in steps:
         image = parse_step(step)(image)
     return image
 
 
 def still_to_do(steps: Sequence[str], from_jpeg: bool, size: tuple[int, int]) -> Sequence[str]:
-    """What is left for an image that was read from a file.
+    """Remaining steps for an image that was read from a file.
 
-    A protocol that stores its images as JPEG finds its own files again: the first JPEG step has been taken, and an image of
-    the last size has been through all of them.
+    For a protocol with a JPEG step, a JPEG file has passed the first one, and a JPEG of the final size has passed all steps.
 
     Args:
-        steps: of the protocol.
+        steps: steps of the protocol.
         from_jpeg: whether the file is a JPEG.
-        size: width and height of the image in it.
+        size: width and height of the image.
     """
     if not from_jpeg or not steps or not steps[0].startswith("jpeg"):
         return steps

@@ -1,4 +1,4 @@
-"""Features of FID's Inception network, with the resizes of the tools that numbers are published by."""
+"""Features of FID's Inception network, with the resizing of the common FID tools."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from evaluation.networks.network_features import check_uint8, full_precision, ha
 from evaluation.networks.resize import resize_bilinear_tf1, resize_float
 
 InceptionResize = Literal["clean", "torch-fidelity", "torchmetrics", "pytorch-fid"]
-"""Whose way to 299 x 299 pixels; the same images differ by 30 % in FID between them."""
+"""Tool whose resize to 299 x 299 pixels is used; FID of the same images differs by up to 30 % between them."""
 
 WEIGHT_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-"""Of torch-fidelity and of pytorch-fid: the same weights."""
+"""File names of torch-fidelity and pytorch-fid; the weights are equal."""
 
 WEIGHTS_URL = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/" + WEIGHT_FILES[0]
 
@@ -25,15 +25,15 @@ PX = 299
 
 
 class InceptionFeatures:
-    """What FID, KID, precision and recall are usually measured in; see `evaluation.networks.network_features.Features`.
+    """Inception features of FID, KID, precision and recall; implements `evaluation.networks.network_features.Features`.
 
     Args:
         weights: file in torch-fidelity's or pytorch-fid's layout; None searches torch's hub cache for either.
-        resize: whose resize and normalisation.
+        resize: tool whose resize and normalisation are used.
 
     Raises:
-        FileNotFoundError: without weights; the message says where to put them. Nothing is downloaded.
-        ValueError: for another resize, or weights of another network.
+        FileNotFoundError: if the weights are missing; nothing is downloaded.
+        ValueError: for an unknown resize, or weights of another network.
     """
 
     dimensions = 2048
@@ -46,7 +46,7 @@ class InceptionFeatures:
         self.resize: InceptionResize = resize
         self.name = f"inception-{resize}"
         self.weights = find_weights(weights)
-        with torch.device("meta"):  # no time spent on random weights
+        with torch.device("meta"):  # skips random initialisation
             self.network = Inception()
         state: dict[str, Any] = torch.load(self.weights, map_location="cpu", weights_only=True)
         try:
@@ -59,7 +59,7 @@ class InceptionFeatures:
         self.device = torch.device("cpu")
 
     def __call__(self, images_uint8: Tensor) -> Tensor:
-        """See Features.
+        """Compute features.
 
         Raises:
             TypeError: for images that are not uint8.
@@ -70,14 +70,14 @@ class InceptionFeatures:
         return features
 
     def to(self, device: torch.device) -> InceptionFeatures:
-        """Move the weights, if they are not there already."""
+        """Move the weights to a device, if needed."""
         if device != self.device:
             self.network.to(device)
             self.device = device
         return self
 
     def pixels(self, images_uint8: Tensor) -> Tensor:
-        """(B,3,H,W) uint8 to (B,3,299,299) float32, resized and normalised as the chosen tool does."""
+        """(B,3,H,W) uint8 to (B,3,299,299) float32, resized and normalised as in the chosen tool."""
         check_uint8(images_uint8)
         if self.resize == "clean":
             return (resize_float(images_uint8, (PX, PX), "bicubic").clamp(0, 255) - 128) / 128
@@ -103,7 +103,7 @@ class InceptionFeatures:
 
 
 def find_weights(weights: str | Path | None = None) -> Path:
-    """The file that was named, or one of WEIGHT_FILES in torch's hub cache.
+    """The given file, or one of WEIGHT_FILES in torch's hub cache.
 
     Raises:
         FileNotFoundError: if there is none.

@@ -1,8 +1,8 @@
-"""The Inception network of FID (TensorFlow's graph of 2015-12-05), as data: blocks are written down as paths of layers.
+"""The Inception network of FID (TensorFlow's graph of 2015-12-05), with blocks defined as paths of layers.
 
-It differs from torchvision's Inception v3 in three ways: average pooling leaves the padding out, the last block pools by
-maximum, and there are 1008 classes. Parameters carry the names of torch-fidelity's and pytorch-fid's files, which share one
-layout, so that either file loads.
+It differs from torchvision's Inception v3 in three ways: average pooling excludes the padding, the last block uses max
+pooling, and there are 1008 classes. Parameter names match the weight files of torch-fidelity and pytorch-fid, which share one
+layout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Conv = tuple[int, int, tuple[int, int], int, tuple[int, int]]
 """Channels in, channels out, kernel, stride, padding."""
 
 Path_ = tuple[str | tuple[str, ...], ...]
-"""Layers one after the other; a tuple inside forks, and its ends are joined."""
+"""A sequence of layers; a nested tuple is a fork whose outputs are concatenated."""
 
 
 class ConvNormRelu(nn.Module):
@@ -28,12 +28,11 @@ class ConvNormRelu(nn.Module):
         self.bn = nn.BatchNorm2d(channels_out, eps=0.001)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) to (B, out, h', w')."""
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
 class Block(nn.Module):
-    """Paths beside each other, joined along the channels."""
+    """Parallel paths, concatenated along the channels."""
 
     def __init__(self, convolutions: dict[str, Conv], paths: tuple[Path_, ...]) -> None:
         super().__init__()
@@ -42,7 +41,6 @@ class Block(nn.Module):
         self.paths = paths
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in, h, w) to (B, out, h', w')."""
         return torch.cat([self._along(path, x) for path in self.paths], dim=1)
 
     def _along(self, path: Path_, x: Tensor) -> Tensor:
@@ -66,13 +64,13 @@ class Block(nn.Module):
 
 
 def _conv(channels_in: int, channels_out: int, height: int, width: int, stride: int = 1) -> Conv:
-    """Padding keeps the size at stride 1; at stride 2 there is none."""
+    """Convolution with "same" padding at stride 1 and no padding at stride 2."""
     padding = (height // 2, width // 2) if stride == 1 else (0, 0)
     return channels_in, channels_out, (height, width), stride, padding
 
 
 def block_a(channels: int, pooled: int) -> Block:
-    """35 x 35: 1x1, 5x5, twice 3x3, pooled."""
+    """35 x 35: 1x1, 5x5, double 3x3, pooling."""
     return Block(
         {
             "branch1x1": _conv(channels, 64, 1, 1),
@@ -150,7 +148,7 @@ def block_d() -> Block:
 
 
 def block_e(channels: int, pooling: str) -> Block:
-    """8 x 8: 3x3 as 1x3 beside 3x1; the last one pools by maximum, as the TensorFlow graph does."""
+    """8 x 8: 3x3 as parallel 1x3 and 3x1; the last block uses max pooling, as the TensorFlow graph does."""
     return Block(
         {
             "branch1x1": _conv(channels, 320, 1, 1),
@@ -173,7 +171,7 @@ def block_e(channels: int, pooling: str) -> Block:
 
 
 class Inception(nn.Module):
-    """(B,3,299,299) pixels, normalised, to the 2048 averages before the classifier."""
+    """Maps normalised (B,3,299,299) pixels to the 2048 pooled features before the classifier."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +189,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 2048). The classifier is there for its weights in the files only."""
+        """(B, 2048). The classifier exists only because the weight files contain it."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))
         x = F.max_pool2d(x, 3, stride=2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)

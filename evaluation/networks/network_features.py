@@ -1,4 +1,4 @@
-"""Frozen feature networks in float32: their common interface, and what they share."""
+"""Interface and helpers of frozen float32 feature networks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No gradients, no autocast, no TF32: what a number that is compared between machines is measured in.
+    """Disable gradients, autocast and TF32, so that results are comparable between machines.
 
-    Under the bf16 autocast that Lightning wraps around steps, an Inception FID came out 3 % too high.
+    Under Lightning's bf16 autocast, an Inception FID was 3 % too high.
     """
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         if device.type != "cuda":
@@ -34,51 +34,49 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 class Features(Protocol):
-    """A network that turns images into the vectors that distances between sets of images are measured in.
+    """A network that computes image features for distances between sets of images.
 
-    Always in eval mode, without gradients, in float32 also under autocast, and not an nn.Module: no checkpoint, optimizer or
-    DDP bucket sees its weights. It follows the images to their device.
+    Always in eval mode, without gradients, in float32 even under autocast. Not an nn.Module, so its weights enter no
+    checkpoint, optimizer or DDP bucket. It moves to the device of the images.
     """
 
     name: str
-    """Short; stands in results."""
+    """Short name, for results."""
     dimensions: int
-    """d."""
+    """Feature dimension d."""
 
     def __call__(self, images_uint8: Tensor) -> Tensor:
         """(B,3,H,W) uint8 images to (B, d) float32 features."""
 
     def identity(self) -> dict[str, str]:
-        """What the features depend on: hash of the weights, resize, normalisation. Enters the protocol's hash."""
+        """Hash of the weights, resize, normalisation: everything the features depend on. Enters the protocol's hash."""
 
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Features of the middle of each image at its full resolution: what patch FID is measured in.
+    """Features of a centre crop at full resolution, for patch FID.
 
     Source: SDXL-Lightning, arXiv:2402.13929; DMD2's evaluator crops both sets to the 299 pixels of Inception.
     """
 
     features: Features
-    """Of the crop."""
+    """Feature network of the crop."""
     px: int = 299
-    """Side of the crop."""
+    """Side length of the crop."""
 
     @property
     def name(self) -> str:
-        """Of the network, and the crop."""
         return f"{self.features.name}-centre{self.px}"
 
     @property
     def dimensions(self) -> int:
-        """As of the network."""
         return self.features.dimensions
 
     def __call__(self, images_uint8: Tensor) -> Tensor:
-        """See Features.
+        """Compute features of the crop.
 
         Raises:
-            ValueError: for images smaller than the crop (other tools measure those uncropped, without a word).
+            ValueError: for images smaller than the crop (other tools silently measure those uncropped).
         """
         height, width = images_uint8.shape[-2:]
         if min(height, width) < self.px:
@@ -94,7 +92,7 @@ class CentreCrop:
 
 
 def check_uint8(images_uint8: Tensor) -> None:
-    """Refuse float images.
+    """Check that images are uint8.
 
     Raises:
         TypeError: for another dtype.
@@ -104,7 +102,7 @@ def check_uint8(images_uint8: Tensor) -> None:
 
 
 def hash_state(module: nn.Module) -> str:
-    """16 hex digits over the names and values of all parameters and buffers, wherever they were loaded from."""
+    """16-digit hex hash of the names and values of all parameters and buffers."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -113,5 +111,5 @@ def hash_state(module: nn.Module) -> str:
 
 
 def hash_settings(settings: Any) -> str:
-    """16 hex digits over settings that JSON can hold; other values count as their text."""
+    """16-digit hex hash of JSON-serialisable settings; other values are hashed as strings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,9 +1,9 @@
-"""Resizing exactly as the tools do that published numbers come from, on any device.
+"""Bit-exact reimplementations of the resizing in common evaluation tools, on any device.
 
 Pillow resamples along one axis after the other: each output pixel is a weighted sum of the inputs within the support of the
 filter, which widens with the scale, and the weights are normalised to sum 1 (also at the border). For 8-bit images the
-weights are integers of 22 fractional bits and each axis is rounded to a byte. All of this fits into float64 exactly, so that
-a product with a matrix gives Pillow's bytes on a GPU.
+weights are integers with 22 fractional bits and each axis is rounded to a byte. Float64 represents all of this exactly, so a
+matrix product gives Pillow's bytes on a GPU.
 """
 
 from __future__ import annotations
@@ -69,15 +69,15 @@ def resampling_weights(size: int, target: int, kind: Filter) -> Tensor:
 
 
 def resize_uint8(images_uint8: Tensor, size: tuple[int, int], kind: Filter) -> Tensor:
-    """Bit for bit `Image.resize` of Pillow for 8-bit RGB images: by Pillow itself on the CPU, by its arithmetic elsewhere.
+    """Pillow's `Image.resize` for 8-bit RGB images, bit-exact: Pillow itself on the CPU, its arithmetic on other devices.
 
     Args:
         images_uint8: (B,3,H,W), uint8.
         size: height, width.
-        kind: of filter.
+        kind: name of the filter.
 
     Returns:
-        (B,3,*size), uint8, same device; the images themselves if they have that size.
+        (B,3,*size), uint8, same device; the input itself if it has that size.
     """
     if images_uint8.shape[-2:] == size:
         return images_uint8
@@ -90,9 +90,9 @@ def resize_uint8(images_uint8: Tensor, size: tuple[int, int], kind: Filter) -> T
 
 
 def resize_by_pillows_arithmetic(images_uint8: Tensor, size: tuple[int, int], kind: Filter) -> Tensor:
-    """As `resize_uint8`, by integers in float64."""
+    """`resize_uint8` in integer arithmetic in float64."""
     images = images_uint8
-    for axis in (-1, -2):  # Pillow's order: along rows first
+    for axis in (-1, -2):  # Pillow's order: rows first
         if images.shape[axis] == size[axis]:
             continue
         weights = resampling_weights(images.shape[axis], size[axis], kind) * (1 << _BITS)
@@ -104,7 +104,7 @@ def resize_by_pillows_arithmetic(images_uint8: Tensor, size: tuple[int, int], ki
 
 
 def resize_float(images_uint8: Tensor, size: tuple[int, int], kind: Filter) -> Tensor:
-    """Pillow's resize of float images (mode F), channel by channel, not rounded and not clamped: clean-fid's.
+    """Pillow's resize of float images (mode F) per channel, neither rounded nor clamped, as in clean-fid.
 
     Returns:
         (B,3,*size), float32, same device.
@@ -122,7 +122,7 @@ def _along(images: Tensor, weights: Tensor, axis: int) -> Tensor:
 
 
 def resize_bilinear_tf1(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear as TensorFlow 1 did it: corners aligned top left, no antialias; what FID was defined with.
+    """Bilinear resize of TensorFlow 1, used in the definition of FID: top-left aligned, no antialiasing.
 
     Args:
         images: (B,C,H,W), float32.
@@ -146,14 +146,14 @@ def resize_bilinear_tf1(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def centre_square(images: Tensor) -> Tensor:
-    """The largest square in the middle of (...,H,W), with torchvision's rounding of the offset."""
+    """The largest centred square of (...,H,W), with torchvision's rounding of the offset."""
     side = min(images.shape[-2:])
     top, left = (round((length - side) / 2) for length in images.shape[-2:])
     return images[..., top : top + side, left : left + side]
 
 
 def resize_shortest_and_crop(images_uint8: Tensor, px: int, kind: Filter = "bicubic") -> Tensor:
-    """Shortest side to px, then the middle: torchvision's Resize(px) and CenterCrop(px) on 8-bit Pillow images."""
+    """Torchvision's Resize(px) and CenterCrop(px) for 8-bit Pillow images."""
     height, width = images_uint8.shape[-2:]
     longest = int(px * max(height, width) / min(height, width))
     resized = resize_uint8(images_uint8, (px, longest) if height <= width else (longest, px), kind)

@@ -1,4 +1,4 @@
-"""Features of vision transformers: DINOv2 for FD-DINOv2, CLIP's images for CMMD."""
+"""Features of vision transformers: DINOv2 for FD-DINOv2, CLIP image features for CMMD."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class DinoV2Features:
-    """The class token of a DINOv2 after its last norm: the features of FD-DINOv2. See `network_features.Features`.
+    """Class token of DINOv2 after the final norm, for FD-DINOv2; implements `network_features.Features`.
 
     Args:
         model: folder or hub id of a Dinov2Model of transformers ("facebook/dinov2-large" is the paper's).
-        px: side that images are brought to, whatever their aspect.
+        px: side length to which images are resized, ignoring the aspect ratio.
 
     Raises:
         FileNotFoundError: if the model cannot be loaded.
@@ -56,7 +56,7 @@ class DinoV2Features:
         return features
 
     def to(self, device: torch.device) -> DinoV2Features:
-        """Move the weights, if they are not there already."""
+        """Move the weights to a device, if needed."""
         if device != self.device:
             self.network.to(device)
             self.device = device
@@ -73,10 +73,10 @@ class DinoV2Features:
 
 
 class ClipImageFeatures:
-    """CLIP's image features of length 1, of images squashed to its size: what CMMD is measured in.
+    """L2-normalised CLIP image features of images resized without keeping the aspect ratio, for CMMD.
 
     Args:
-        clip: the paper's is ViT-L/14 at 336 pixels (`load_clip("vit-l-14-336")`).
+        clip: the model; the paper uses ViT-L/14 at 336 pixels (`load_clip("vit-l-14-336")`).
 
     Source: Jayasumana et al., arXiv:2401.09603: bicubic with antialias in float, neither clamped nor rounded.
     """
