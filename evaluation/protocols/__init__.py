@@ -1,1 +1,1 @@
-"""Named protocols: what is measured, on which images, against which reference."""
+"""Named protocols: metrics, images and references."""

@@ -1,4 +1,4 @@
-"""What a protocol of published images fixes, and the hash that its numbers carry."""
+"""Protocols for images of any source, and the hashes of their metrics."""
 
 from __future__ import annotations
 
@@ -15,50 +15,50 @@ Steps = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Measurement:
-    """One metric: its network, and the image processing in front."""
+    """A metric with its network and image processing."""
 
     metric: str
     """`fid`, `clip_score`, ...: one of evaluation/protocols/names.py."""
     network: str
-    """The network, KIND:NAME as in evaluation/protocols/metric_table.py."""
+    """Network as KIND:NAME, see evaluation/protocols/metric_table.py."""
     steps: Steps = ()
-    """Image steps of a generated image, as in evaluation/networks/image_steps.py."""
+    """Steps for generated images, see evaluation/networks/image_steps.py."""
     reference_steps: Steps = ()
-    """The same for a reference image."""
+    """Steps for reference images."""
 
 
 @dataclass(frozen=True)
 class ImageProtocol:
-    """A named way to obtain numbers from images of any kind; the toy world has its own in evaluation/protocols/protocols.py.
+    """A named measurement of images of any source; the toy world has its own protocols in evaluation/protocols/protocols.py.
 
-    Always so: noise of sample i is seeded by (seed, i), images are clamped and rounded to bytes, features are float32
+    Common to all: noise of sample i is seeded by (seed, i), images are clamped and rounded to bytes, features are float32
     without autocast, sums float64, covariance over n - 1.
     """
 
     name: str
-    """Stands in every result."""
+    """Name of the protocol."""
     measurements: tuple[Measurement, ...]
-    """What it measures by default; `--metrics` names others."""
+    """Default metrics; `--metrics` overrides them."""
     samples: int | None = None
-    """How many images; None takes all that are given. FID falls with it, so it is part of the hash."""
+    """Number of images; None takes all. FID decreases with it, so it is part of the hash."""
     image_px: int | None = None
-    """Side of the images that a model makes; None is the model's own."""
+    """Side length of generated images; None is the model's default."""
     lossless: bool = False
-    """Refuses generated images that come from JPEG files."""
+    """Whether generated images must not be JPEG files."""
     inception: str = "inception:clean"
-    """The Inception network of metrics that the protocol does not name."""
+    """Inception network of metrics that the protocol does not list."""
     seed: int = 0
-    """Of the noise of a model. Not in the hash: others draw from other generators, and their images compare too."""
+    """Seed of a model's noise. Not part of the hash, so that images from other random generators are comparable."""
     version: int = 2
-    """Goes up with every change that moves a number."""
+    """Incremented by every change that affects results."""
     source: str = field(default="", compare=False)
-    """Where it is from, and where we depart from it."""
+    """Source of the protocol and deviations from it."""
 
     def measurement(self, metric: str) -> Measurement:
-        """How a metric is taken under this protocol: its own way, or the default network on the image steps of its FID.
+        """The measurement of a metric: as listed, or with the default network and the image steps of FID.
 
         Raises:
-            UserError: for a metric that does not exist.
+            UserError: for an unknown metric.
         """
         own = {one.metric: one for one in self.measurements}
         if metric in own:
@@ -73,7 +73,7 @@ class ImageProtocol:
             raise UserError(f"no metric named '{metric}'; there are {', '.join(sorted(networks))}.")
         if metric == "patch_fid":
             return Measurement(metric, self.inception, ("crop 299",), ("crop 299",))
-        if metric == "diversity":  # in the features of the toy world's FID, where that is it
+        if metric == "diversity":  # uses the features of FID in toy protocols
             network = own["fid"].network if "fid" in own else networks[metric]
             return Measurement(metric, network if network.startswith("clip_image") else networks[metric])
         steps = own.get("fid", Measurement("fid", self.inception))
@@ -89,11 +89,11 @@ DEFAULT_NETWORKS = {
     "pickscore": "pickscore:pickscore",
     "hpsv2": "hpsv2:hpsv2",
 }
-"""For metrics that a protocol does not name."""
+"""Networks of metrics that a protocol does not list."""
 
 
 def metric_hash(settings: Mapping[str, Any]) -> str:
-    """12 hex digits over everything that a number depends on besides the images."""
+    """12-digit hex hash of everything that a metric depends on besides the images."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -106,16 +106,16 @@ def hashed_settings(
     captions: str | None,
     reference: str | None,
 ) -> dict[str, Any]:
-    """What enters a number's hash; kept beside it, so that two results can say in what they differ.
+    """Settings that enter the hash of a metric; stored beside it, so that differences between results can be reported.
 
     Args:
-        protocol: the named one.
-        measurement: of this number.
-        identity: of the network: name, hash of its weights, preprocessing.
-        samples: how many images there were.
-        formats: `lossless`, or the endings of their files.
-        captions: digest of the captions, where the metric reads them.
-        reference: digest of the reference set, where there is one.
+        protocol: the protocol.
+        measurement: the metric.
+        identity: identity of the network: name, hash of its weights, preprocessing.
+        samples: number of images.
+        formats: `lossless`, or the file extensions.
+        captions: digest of the captions, if the metric reads them.
+        reference: digest of the reference set, if any.
     """
     return {
         "protocol": protocol.name,

@@ -1,4 +1,4 @@
-"""From the words of a protocol to metrics and their networks."""
+"""Builds metrics and loads their networks from the names in a protocol."""
 
 from __future__ import annotations
 
@@ -32,21 +32,22 @@ FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
     "precision_recall": PrecisionRecall,
     "cmmd": MaximumMeanDiscrepancy,
 }
-"""Metrics that compare with the features of a reference set; statistics are not enough."""
+"""Metrics that need the features of the reference set rather than their statistics."""
 IMAGES_PER_PROMPT = 8
-"""Of diversity."""
+"""Images per prompt for diversity."""
 
 
 @dataclass
 class NetworkCache:
-    """The metric networks, each loaded once.
+    """Loads each metric network once.
 
-    A protocol's words name them: KIND:NAME, where KIND is `inception`, `dinov2`, `clip_image` (features as they are),
-    `clip_unit` (of length 1, squashed), `clip_text`, `pickscore`, `hpsv2` or `attributes`.
+    Networks are named KIND:NAME, where KIND is `inception`, `dinov2`, `clip_image` (unnormalised features), `clip_unit`
+    (L2-normalised features of images resized without keeping the aspect ratio), `clip_text`, `pickscore`, `hpsv2` or
+    `attributes`.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
-    """By KIND, where its weights are: a file or a folder instead of the usual place."""
+    """File or folder of the weights by KIND, in place of the default location."""
     _loaded: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -55,14 +56,14 @@ class NetworkCache:
             raise UserError(f"--weights names {', '.join(unknown)}, but takes {', '.join(_LOADERS)}.")
 
     def network(self, name: str) -> Any:
-        """The network of a protocol's words.
+        """The network of a name.
 
         Raises:
-            UserError: if its weights are missing; the message says where to put them.
+            UserError: if its weights are missing.
         """
         kind, _, which = name.partition(":")
         path = self.weights.get(kind)
-        key = f"{_LOADERS[kind].__name__}:{which}:{path}"  # CLIP for FID and for CLIP score is one network
+        key = f"{_LOADERS[kind].__name__}:{which}:{path}"  # FID and CLIP score share a CLIP network
         if key not in self._loaded:
             try:
                 self._loaded[key] = _LOADERS[kind](which, path)
@@ -71,11 +72,11 @@ class NetworkCache:
         return self._loaded[key]
 
     def metric(self, measurement: Measurement, reference: Reference | None = None) -> SampledMetric:
-        """A metric without images.
+        """Build a metric.
 
         Args:
-            measurement: which one.
-            reference: the real side; without one, a metric that compares only measures.
+            measurement: the metric.
+            reference: the real side; without it, a reference metric can only `measure`.
         """
         name, network = measurement.metric, self.network(measurement.network)
         if name in FRECHET_METRICS:
@@ -99,17 +100,17 @@ class NetworkCache:
         reference: Reference | None = None,
         where: str = "the reference",
     ) -> None:
-        """Check numbers of images and the reference's dimensions before the first image is measured.
+        """Check the number of images and the reference's dimensions before measuring.
 
         Args:
             measurement: a metric with a reference.
             samples: number of generated images.
-            real: number of the reference's; 0 where its file does not say.
-            reference: the real side, where it is known.
-            where: its name in messages.
+            real: number of reference images; 0 if unknown.
+            reference: the real side, if loaded.
+            where: name of the reference in messages.
 
         Raises:
-            UserError: for too few images, or features of other dimensions.
+            UserError: for too few images, or features of different dimensions.
         """
         if reference is not None:
             dimensions = getattr(self.network(measurement.network), "dimensions", None)
@@ -123,7 +124,7 @@ class NetworkCache:
             )
 
     def identity(self, measurement: Measurement) -> dict[str, str]:
-        """Of the network of a measurement, for hashes."""
+        """Identity of a measurement's network, for hashes."""
         network = self.network(measurement.network)
         if isinstance(network, AttributeClassifier):
             folder = _place(measurement.network.partition(":")[2], self.weights.get("attributes"))
@@ -132,14 +133,14 @@ class NetworkCache:
         return identity | network.text_identity() if measurement.metric in CAPTION_METRICS else identity
 
     def all(self) -> list[Any]:
-        """Those that are loaded; each has `to`."""
+        """Loaded networks; each has `to`."""
         return [getattr(network, "clip", network) for network in self._loaded.values()]
 
 
 def shared_networks(weights: tuple[tuple[str, str], ...]) -> NetworkCache:
-    """The networks of this process, so that checking them and measuring with them loads them once.
+    """The networks of this process, so that checks and measurements load them once.
 
-    Files that were replaced meanwhile are loaded again.
+    Files that changed since are loaded again.
     """
     return _shared(weights, tuple(_stamp(Path(path)) for _, path in weights))
 
@@ -150,7 +151,7 @@ def _shared(weights: tuple[tuple[str, str], ...], stamps: tuple[object, ...]) ->
 
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, times and sizes of a file or of the files of a folder."""
+    """Names, modification times and sizes of a file or of the files in a folder."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     return tuple(
         (str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()
@@ -162,7 +163,7 @@ def _inception(name: str, path: str | None) -> InceptionFeatures:
 
 
 def _clip(name: str, path: str | None) -> FrozenClip:
-    """A preset, a folder of the repository, or the folder or file that a user names in a preset's place."""
+    """Load a preset, a folder of the repository, or the folder or file given in place of a preset."""
     return load_clip(REPOSITORY / name) if (REPOSITORY / name).is_dir() else load_clip(name, path)
 
 
@@ -179,7 +180,7 @@ def _attributes(name: str, path: str | None) -> AttributeClassifier:
 
 
 def _place(name: str, path: str | None) -> Path:
-    """Paths of a protocol start at the repository, those of a user where the command runs."""
+    """Resolve a path: a protocol's relative to the repository, a user's relative to the working directory."""
     return Path(path) if path is not None else REPOSITORY / name
 
 

@@ -1,4 +1,4 @@
-"""Names that the commands' options accept; imports no torch, so that `--help` and refused options cost no start-up time."""
+"""Names accepted by the command options; does not import torch, so that `--help` and option errors are fast."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ PROTOCOL_NAMES = (
 )
 
 FRECHET_METRICS = ("fid", "patch_fid", "fd_dinov2")
-"""Compare with the mean and covariance of the reference's features."""
+"""Metrics that need the mean and covariance of the reference features."""
 
 FEATURE_SET_METRICS = ("kid", "precision_recall", "cmmd")
-"""Compare with the reference's features; their statistics are not enough."""
+"""Metrics that need the reference features rather than their statistics."""
 
 REFERENCE_METRICS = (*FRECHET_METRICS, *FEATURE_SET_METRICS)
-"""Need a reference."""
+"""Metrics that need a reference."""
 
 CAPTION_METRICS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
-"""Need captions."""
+"""Metrics that need captions."""
 
 METRIC_NAMES = (*REFERENCE_METRICS, *CAPTION_METRICS, "diversity")
 
@@ -39,14 +39,14 @@ NETWORK_KINDS = (
     "hpsv2",
     "attributes",
 )
-"""What `--weights KIND=PATH` accepts."""
+"""Kinds accepted by `--weights KIND=PATH`."""
 
 
 def parse_weights(text: str) -> tuple[str, str]:
-    """`KIND=PATH` of `--weights` as a pair.
+    """Parse `KIND=PATH` of `--weights`.
 
     Raises:
-        ValueError: for another form or kind.
+        ValueError: for an invalid form or an unknown kind.
     """
     kind, _, path = text.partition("=")
     if not path:

@@ -1,4 +1,4 @@
-"""Named ways of measuring. A number says under which one it was obtained; numbers of different ones are not compared."""
+"""Named evaluation protocols. Each result states its protocol; results of different protocols are not comparable."""
 
 from __future__ import annotations
 
@@ -17,41 +17,40 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is generated, against what it is compared, and by whom it is evaluated.
+    """A protocol of the toy world: prompts, reference images and metric networks.
 
-    Always so: noise of sample i is seeded by (seed, i), images are clamped and rounded to uint8 in memory, features are
+    Common to all: noise of sample i is seeded by (seed, i), images are clamped and rounded to uint8 in memory, features are
     float32 without autocast, sums float64, covariance over n - 1.
     """
 
     name: str
-    """Stands in every result."""
+    """Name of the protocol."""
     split: Split
-    """The toy world's split that gives the prompts (its first `samples`) and the reference images."""
+    """Split of the toy world with the prompts (the first `samples`) and the reference images."""
     samples: int
-    """How many images are generated. FID falls with it, so it belongs to the protocol."""
+    """Number of generated images; part of the protocol because FID decreases with it."""
     reference_samples: int
-    """How many real images of the split the reference statistics are made of."""
+    """Number of real images in the reference statistics."""
     reference: str
-    """npz of their statistics."""
+    """npz of the reference statistics."""
     fresh_split: Split
-    """Its first `samples` real images are not among the reference's: real against real, and the autoencoder's floor."""
+    """Split disjoint from the reference; its first `samples` images give the scores of real and of reconstructed images."""
     clip: str = "data/toy/clip"
-    """open_clip folder: FID on its image features before normalisation, and CLIP score."""
+    """open_clip folder for FID (image features before normalisation) and CLIP score."""
     classifier: str = "data/toy/classifier"
-    """Folder of the attribute classifier: caption accuracy."""
+    """Folder of the attribute classifier for caption accuracy."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
     def path(self, relative: str) -> Path:
-        """A path of this protocol; relative ones start at the repository, from wherever a command runs."""
+        """Resolve a path of this protocol relative to the repository."""
         return REPOSITORY / relative
 
     def captions(self) -> list[str]:
-        """The prompts."""
         return captions(self.split, self.samples)
 
     def reference_origin(self) -> dict[str, Any]:
-        """What the reference statistics depend on; stored in their npz and compared on reading."""
+        """Settings that the reference statistics depend on; stored in their npz and compared on reading."""
         return {
             "world": "toy",
             "split": self.split,
@@ -62,7 +61,7 @@ class Protocol:
         }
 
     def fingerprint(self) -> str:
-        """12 hex digits that change with anything that changes the numbers: settings, prompts, the networks' weights."""
+        """12-digit hex hash of everything that affects the results: settings, prompts, network weights."""
         settings = {
             key: value
             for key, value in asdict(self).items()
@@ -76,7 +75,7 @@ class Protocol:
         return _digest(json.dumps(settings, sort_keys=True).encode())[:12]
 
     def describe(self) -> dict[str, Any]:
-        """For a result file: the settings and the fingerprint."""
+        """Settings and fingerprint, for result files."""
         return {**asdict(self), "fingerprint": self.fingerprint()}
 
 
@@ -84,7 +83,7 @@ PROTOCOLS = {
     "toy": Protocol("toy", "test", 1000, 6000, "data/toy/reference.npz", "val"),
     "toy-val": Protocol("toy-val", "val", 500, 6000, "data/toy/reference_val.npz", "train"),
 }
-"""`toy`: the held-out figures of reports. `toy-val`: the curves of a training, and what settings may be chosen by."""
+"""`toy`: held-out results in reports. `toy-val`: training curves and tuning of settings."""
 
 _CLEAN = "inception:clean"
 _DMD2_SD, _DMD2_SDXL = ("crop", "resize 256 lanczos"), ("crop", "resize 512 lanczos")
@@ -152,13 +151,13 @@ IMAGE_PROTOCOLS = {
         ),
     )
 }
-"""Protocols of published numbers and of other tools."""
+"""Protocols of papers and of other tools."""
 
 NAMES = (*PROTOCOLS, *IMAGE_PROTOCOLS)
 
 
 def find_protocol(name: str) -> Protocol | ImageProtocol:
-    """A protocol of either kind.
+    """Find a protocol of either kind by name.
 
     Raises:
         ValueError: for an unknown name.
@@ -167,7 +166,7 @@ def find_protocol(name: str) -> Protocol | ImageProtocol:
 
 
 def get_protocol(name: str, **changes: Any) -> Protocol:
-    """A protocol of the toy world by name; `changes` (those that are not None) make another one, with another fingerprint.
+    """A toy protocol by name; `changes` that are not None replace its fields and change its fingerprint.
 
     Raises:
         ValueError: for an unknown name.
@@ -180,7 +179,7 @@ def get_protocol(name: str, **changes: Any) -> Protocol:
 
 
 def hash_weights(folder: str | Path) -> str:
-    """16 hex digits over the safetensors files of a folder, and over where they lie in it.
+    """16-digit hex hash of the safetensors files of a folder and their relative paths.
 
     Raises:
         FileNotFoundError: if it holds none.
@@ -199,14 +198,14 @@ NOT_READ = {
     ".md", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".log", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx",
     ".partial", ".lock",
 }  # fmt: skip
-"""Endings of files that loading a model with safetensors does not read."""
+"""File extensions that loading a model with safetensors does not read."""
 
 
 def hash_model(folder: str | Path) -> str:
-    """16 hex digits over everything in a model folder that its images depend on: weights and configurations.
+    """16-digit hex hash of the files in a model folder that affect its images: weights and configurations.
 
-    Of a pipeline these are the components that model_index.json names, without the safety checker, which is off here. Model
-    cards, sample images and weights in formats that are not loaded do not count.
+    For a pipeline these are the components in model_index.json without the safety checker, which is disabled here. Model
+    cards, sample images and weights in formats that are not loaded are ignored.
 
     Raises:
         FileNotFoundError: if there are no weights.
@@ -224,14 +223,14 @@ def hash_model(folder: str | Path) -> str:
 
 
 def _is_read(path: Path) -> bool:
-    """Whether loading a model reads a file of its folder."""
+    """Whether loading a model reads this file."""
     hidden = any(part.startswith(".") for part in path.parts)
     return not hidden and path.suffix.lower() not in NOT_READ and path.parts[0] not in NOT_MEASURED
 
 
 @lru_cache(maxsize=8)
 def _hash_files(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
-    """Of files with their times and sizes; a model is read once per process."""
+    """Hash of files, given with their times and sizes so that each model is read once per process."""
     digest, index = hashlib.sha256(), folder / "model_index.json"
     named = json.loads(index.read_text()) if index.is_file() else None
     for file, _, size in files:
@@ -249,7 +248,7 @@ def _hash_files(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _settings_in(content: bytes) -> bytes:
-    """A JSON file without what says where it was stored, and without its white space."""
+    """Content of a JSON file without fields about its storage and without white space."""
     try:
         found = json.loads(content)
     except ValueError:
@@ -261,7 +260,7 @@ def _settings_in(content: bytes) -> bytes:
 
 
 NOT_MEASURED = ("safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder")
-"""Components of a pipeline that a measurement does without."""
+"""Pipeline components that are not used in measurements."""
 
 
 def _digest(content: bytes) -> str:

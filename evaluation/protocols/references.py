@@ -1,4 +1,4 @@
-"""The real side of a comparison: statistics or features on disk, with what they were measured with."""
+"""Reference statistics and features on disk, with the settings under which they were measured."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from sdxs_lightning.core.errors import UserError
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images, as one metric needs them."""
+    """Statistics or features of the real images for one metric."""
 
     digest: str
-    """Of the images; enters the hash."""
+    """Digest of the images; enters the hash."""
     statistics: FeatureStatistics | None = None
-    """For Frechet distances."""
+    """Statistics for Frechet distances."""
     rows: Tensor | None = None
-    """(n, d) features, for the others."""
+    """(n, d) features for other metrics."""
 
     @property
     def count(self) -> int:
-        """Number of images; 0 where a file does not say."""
+        """Number of images; 0 if unknown."""
         return (
             len(self.rows)
             if self.rows is not None
@@ -43,10 +43,10 @@ class Reference:
         )
 
     def require_dimensions(self, wanted: int | None, metric: str, where: str) -> None:
-        """Check that the features are of the network's dimensions.
+        """Check the dimension of the features.
 
         Raises:
-            UserError: if not.
+            UserError: if it differs from the network's.
         """
         have = self.rows.shape[1] if self.rows is not None else None
         if self.statistics is not None:
@@ -58,7 +58,7 @@ class Reference:
             )
 
     def as_statistics(self) -> FeatureStatistics:
-        """Those that are there, or of the features."""
+        """The stored statistics, or those of the features."""
         if self.statistics is not None:
             return self.statistics
         assert self.rows is not None
@@ -66,29 +66,29 @@ class Reference:
 
 
 def file_of(path: Path, metric: str) -> Path:
-    """Where the file for a metric lies: FID's under the given name, others beside it with the metric in their name."""
+    """File of a metric: the given path for FID, otherwise a file beside it with the metric in its name."""
     return path if metric == "fid" else path.with_name(f"{path.stem}.{metric}.npz")
 
 
 def origin_of(measurement: Measurement, identity: Mapping[str, str]) -> dict[str, Any]:
-    """What reference files depend on besides the images."""
+    """Settings that a reference file depends on besides the images."""
     return {"network": dict(identity), "steps": list(measurement.reference_steps)}
 
 
 def write_reference(
     path: Path, measurement: Measurement, identity: Mapping[str, str], rows: Tensor, digest: str
 ) -> Path:
-    """Writes what a metric needs of the real images.
+    """Write the reference file of a metric.
 
     Args:
-        path: of FID's file; other metrics' files lie beside it.
+        path: file for FID; files of other metrics are written beside it.
         measurement: the metric.
-        identity: of its network.
+        identity: identity of its network.
         rows: (n, d), features.
-        digest: of the images.
+        digest: digest of the images.
 
     Returns:
-        The file: an npz with `mu`, `sigma`, which clean-fid and pytorch-fid read; with `features` where they are needed.
+        Path of the npz, with `mu` and `sigma` as read by clean-fid and pytorch-fid, or `features` for metrics that need them.
     """
     file = file_of(path, measurement.metric)
     origin = origin_of(measurement, identity) | {"reference": digest, "samples": len(rows)}
@@ -101,10 +101,10 @@ def write_reference(
 
 
 def read_reference(path: Path, measurement: Measurement, identity: Mapping[str, str]) -> Reference:
-    """Reads what `write_reference` wrote, or statistics of clean-fid and pytorch-fid.
+    """Read a file of `write_reference`, clean-fid or pytorch-fid.
 
     Raises:
-        UserError: if the file is not there, is no statistics, or was measured with another network or other steps.
+        UserError: if the file is missing, has no statistics, or was measured with another network or other steps.
     """
     metric, file = measurement.metric, file_of(path, measurement.metric)
     if not file.is_file():
@@ -123,7 +123,7 @@ def read_reference(path: Path, measurement: Measurement, identity: Mapping[str, 
     if not stored:
         return Reference(_digest_of(file), statistics, rows)
     wanted = origin_of(measurement, identity)
-    stored.setdefault("network", stored.get("judge"))  # the name in files that were written before
+    stored.setdefault("network", stored.get("judge"))  # key in older files
     found = {key: stored.get(key) for key in wanted}
     if found != wanted:
         raise UserError(
@@ -146,13 +146,13 @@ def _features(file: Path, metric: str) -> tuple[Tensor, dict[str, Any]]:
             or not np.isfinite(features).all()
         ):
             raise ValueError(f"`features` {features.shape} {features.dtype} are not (n, d) finite numbers")
-    except Exception as error:  # damaged archives raise a dozen kinds
+    except Exception as error:  # damaged archives raise many exception types
         raise UserError(f"{file} holds no features for {metric} ({error}).") from error
     return torch.from_numpy(features).float(), stored
 
 
 def _digest_of(file: Path) -> str:
-    """Of another tool's statistics, which do not say what they were measured of."""
+    """Digest of the statistics of another tool, which have no digest of their images."""
     with np.load(file, allow_pickle=False) as archive:
         content = archive["mu"].tobytes() + archive["sigma"].tobytes()
     return f"npz-{hashlib.sha256(content).hexdigest()[:12]}"
