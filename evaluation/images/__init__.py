@@ -1,1 +1,1 @@
-"""Where images come from: folders, zip files, shards, models; and the prompts they were made of."""
+"""Sources of images (folders, zip files, shards, models) and of their prompts."""

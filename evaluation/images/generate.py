@@ -1,4 +1,4 @@
-"""Makers of the measured images; each image is a function of its caption and its number alone."""
+"""Image makers; each image is a function of its caption and its number alone."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ class ImageMaker(Protocol):
     """Makes images: a student, a sampler, an exported pipeline, the renderer."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
-        """B captions and their numbers (B,) int64 to (B,3,H,W) uint8."""
+        """(B,3,H,W) uint8 images for B captions and their sample ids (B,) int64."""
 
 
 @dataclass(frozen=True)
 class SampledImages:
     """Images of a latent sampler: seeded noise -> latents -> the family's decoder -> uint8.
 
-    Sample i gets the noise of (seed, i), so it does not depend on the batch that it is in, on the number of ranks, or on
-    how many samples there are; a student and its teacher start from the same noise.
+    The noise of sample i is seeded by (seed, i), so it does not depend on the batch, the number of ranks or the number of
+    samples; a student and its teacher start from the same noise.
     """
 
     sampler: Callable[[Tensor, Conditioning], Tensor]
-    """(noise, conditioning) to latents: a student, an EMA student or a TargetSampler."""
+    """Maps (noise, conditioning) to latents: a student, an EMA student or a TargetSampler."""
     family: Family
     """Encodes the prompts, decodes the latents."""
     device: torch.device
     """Device of the images."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
         with torch.no_grad():
@@ -53,10 +53,10 @@ class SampledImages:
 
 @dataclass(frozen=True)
 class RealImages:
-    """The toy world's real images; their captions are those of the same split."""
+    """Real images of the toy world, with the captions of the same split."""
 
     split: Split
-    """Of the toy world."""
+    """Split of the toy world."""
     device: torch.device = torch.device("cpu")
     """Device of the images."""
 
@@ -67,12 +67,12 @@ class RealImages:
 
 @dataclass(frozen=True)
 class Reconstructions:
-    """Real images through the autoencoder: no sampler that decodes with it does better."""
+    """Real images encoded and decoded by the autoencoder, which bounds the quality of samplers that use its decoder."""
 
     real: RealImages
-    """What is reconstructed."""
+    """Images to reconstruct."""
     vae: AutoencoderKL
-    """On the same device."""
+    """Autoencoder, on the same device."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
         images = from_uint8(self.real(captions, sample_ids))
@@ -85,11 +85,11 @@ def rank_batches(
 ) -> Iterator[tuple[Tensor, int]]:
     """This rank's share of samples 0 .. count - 1, in batches.
 
-    Every rank gets the same number of batches, none of them empty, because a forward of a sharded network is collective;
-    a batch that would be empty or short repeats the last sample.
+    All ranks get the same number of non-empty batches, because the forward of a sharded network is collective; short batches
+    are padded with the last sample.
 
     Yields:
-        sample ids (B,) int64, and how many of them count.
+        sample ids (B,) int64, and the number of them that are not padding.
     """
     own = torch.arange(count)[rank::world_size]
     longest = -(-count // world_size)

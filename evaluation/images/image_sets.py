@@ -1,4 +1,4 @@
-"""Images to measure or to compare with: a folder, a zip file or shards, numbered in an order that is the same everywhere."""
+"""Sets of images to measure or compare with: a folder, a zip file or shards, in a reproducible order."""
 
 from __future__ import annotations
 
@@ -26,40 +26,40 @@ OTHER_SUFFIXES = (
     ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".hdr", ".ico", ".dds",
     ".raw", ".dng", ".apng", ".eps",
 )  # fmt: skip
-"""Of image formats that are not read; a set with such files is refused rather than measured without them."""
+"""File extensions of unsupported image formats; sets with such files are refused rather than measured without them."""
 
 
 class NumberedImages(Protocol):
-    """Images by number. Image i is the same wherever the set lies; a set can be pickled to another process."""
+    """Images by number, independent of the location of the set; picklable."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Relative paths of the images, in their order."""
+        """Relative paths of the images, in order."""
 
     @property
     def formats(self) -> str:
-        """File endings, joined by "+": "png", "jpg+png". JPEG alone moves FID by a tenth."""
+        """File extensions joined by "+": "png", "jpg+png". JPEG alone moves FID by a tenth."""
 
     def read(self, number: int) -> Image.Image:
-        """The image, RGB, completely decoded.
+        """The decoded RGB image.
 
         Raises:
-            UserError: where it cannot be decoded.
+            UserError: if it cannot be decoded.
         """
 
     def captions(self) -> list[str] | None:
-        """The caption of each image, where the set holds them."""
+        """The caption of each image, or None if the set has no captions."""
 
     def digest(self) -> str:
-        """16 hex digits over the names and contents of the files, not over where they lie. Stands in results."""
+        """16-digit hex hash of file names and contents, independent of the location; stored in results."""
 
     def stamp(self) -> str:
-        """16 hex digits that change when a file is rewritten, even with the same size. Not for results."""
+        """16-digit hex hash that changes when a file is rewritten, even with the same size; not stored in results."""
 
 
 def natural_order(name: str) -> tuple[list[int | str], str]:
-    """Sort key that puts `2.png` before `10.png`: numbers in a path compare as numbers."""
-    parts = re.split(r"([0-9]+)", name)  # text and numbers alternate, so that keys compare
+    """Sort key that compares numbers in a path numerically: `2.png` before `10.png`."""
+    parts = re.split(r"([0-9]+)", name)  # text and numbers alternate, so that keys are comparable
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
@@ -67,10 +67,10 @@ class FolderImages:
     """The images under a folder, in natural order of their paths.
 
     Args:
-        folder: holds at least one image.
+        folder: contains at least one image.
 
     Raises:
-        UserError: for a linked folder inside it, images of a format that is not read, or a folder that cannot be listed.
+        UserError: for a symbolic link to a folder, an unsupported image format, or a folder that cannot be listed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -107,10 +107,10 @@ class FolderImages:
         return decoded_image(content, str(path))
 
     def captions(self) -> list[str] | None:
-        """From a .txt file beside each image, where all have one.
+        """Captions from the .txt file beside each image, or None unless all images have one.
 
         Raises:
-            UserError: for a file without words or not in UTF-8, or where two images share one.
+            UserError: for an empty or non-UTF-8 file, or one shared by two images.
         """
         files = [(self.folder / name).with_suffix(".txt") for name in self.names]
         if not all(file.is_file() for file in files):
@@ -125,7 +125,7 @@ class FolderImages:
     def digest(self) -> str:
         stamp = self.stamp()
         if self._digest[0] != stamp:
-            with ThreadPoolExecutor(4) as threads:  # zlib lets go of the interpreter
+            with ThreadPoolExecutor(4) as threads:  # zlib releases the GIL
                 sums = list(threads.map(_checksum, [self.folder / name for name in self.names]))
             self._digest = stamp, _digest(self.names, sums)
         return self._digest[1]
@@ -139,10 +139,10 @@ class ZipImages:
     """The images of a zip file, in natural order of their paths.
 
     Args:
-        path: of the file.
+        path: the zip file.
 
     Raises:
-        UserError: for a file that is not a zip file, or images of a format that is not read.
+        UserError: for a file that is not a zip file, or an unsupported image format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -163,7 +163,7 @@ class ZipImages:
         try:
             self._archive = self._archive or zipfile.ZipFile(self.path)
             size = self._archive.getinfo(self.names[number]).file_size
-            if size > MAX_IMAGE_BYTES:  # zip packs zeros a thousandfold
+            if size > MAX_IMAGE_BYTES:  # zip compresses zeros a thousandfold
                 raise ValueError(f"it unpacks to {size:,} bytes, more than {MAX_IMAGE_BYTES:,}")
             content = self._archive.read(self.names[number])
         except (
@@ -173,11 +173,11 @@ class ZipImages:
         return decoded_image(content, where)
 
     def captions(self) -> list[str] | None:
-        """None: captions of a zip file come from --captions."""
+        """None: captions of zip files are given by --captions."""
         return None
 
     def digest(self) -> str:
-        """See NumberedImages; equal to that of the folder that was zipped."""
+        """Equals the digest of the zipped folder."""
         return _digest(self.names, self._sums)
 
     def stamp(self) -> str:
@@ -185,15 +185,15 @@ class ZipImages:
         return _digest([self.path.name], [f"{state.st_mtime_ns} {state.st_size}"])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open file, which another process cannot use."""
+        """State without the open file, which cannot be pickled."""
         return self.__dict__ | {"_archive": None}
 
 
 def open_images(text: str) -> NumberedImages:
-    """The set that `--images` or `--reference` names.
+    """Open the set given by `--images` or `--reference`.
 
     Raises:
-        UserError: where there are no images.
+        UserError: if there are no images.
     """
     if is_remote(text):
         return ShardImages(text)
@@ -214,10 +214,10 @@ def open_images(text: str) -> NumberedImages:
 
 
 def image_names(paths: Iterable[str], where: str) -> list[str]:
-    """The images among the paths, in natural order, without hidden files (macOS keeps copies under `._name`).
+    """The images among the paths, in natural order, without hidden files (such as macOS's `._name`).
 
     Raises:
-        UserError: for images of a format that is not read.
+        UserError: for an unsupported image format.
     """
     visible = [
         path for path in paths if not PurePosixPath(path).name.startswith(".") and "__MACOSX/" not in path
@@ -234,7 +234,7 @@ def image_names(paths: Iterable[str], where: str) -> list[str]:
 
 
 def _is_image(file: Path) -> bool:
-    """Whether a file begins as JPEG, PNG, GIF, WebP, TIFF or AVIF files do."""
+    """Whether a file has the signature of JPEG, PNG, GIF, WebP, TIFF or AVIF."""
     with file.open("rb") as content:
         begin = content.read(12)
     return begin.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")) or begin[8:12] in (
@@ -266,13 +266,13 @@ def _formats(names: Iterable[str]) -> str:
 
 
 def _checksum(file: Path) -> str:
-    """Size and CRC-32, which a zip file has of its members too."""
+    """Size and CRC-32, as zip files store them for their members."""
     content = file.read_bytes()
     return f"{len(content)} {zlib.crc32(content):08x}"
 
 
 def _digest(names: Sequence[str], states: Iterable[str]) -> str:
-    """Without the folders that all names have in common, so that `val2014.zip` equals the folder `val2014`."""
+    """Digest of names without their common parent folders, so that `val2014.zip` equals the folder `val2014`."""
     common = len(os.path.commonpath([os.path.dirname(name) for name in names])) if names else 0
     lines = [f"{name[common:].lstrip('/')} {state}" for name, state in zip(names, states, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Prompts from the files that users have: COCO's annotations, the usual prompt sets, lists of lines, tables.
+"""Reading prompts: COCO annotations, common prompt sets, text files, tables.
 
-Read as they are published: PartiPrompts.tsv, MJHQ-30K's meta_data.json, GenEval's evaluation_metadata.jsonl, DrawBench.csv and
-HPSv2's json files (one a style, or all in one).
+Supported as published: PartiPrompts.tsv, MJHQ-30K's meta_data.json, GenEval's evaluation_metadata.jsonl, DrawBench.csv and
+HPSv2's json files (one per style, or a single one).
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.seeding import Stream, uniform
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "prompts")
-"""Compared without case."""
+"""Column names, case-insensitive."""
 NAME_COLUMNS = ("file_name", "filename", "image", "key", "__key__", "image_id", "image_path")
 CATEGORY_COLUMNS = ("category", "tag", "style")
 DRAW_SEED = 2014
-"""Of the subset of COCO's images; a smaller subset is the beginning of a larger one."""
+"""Seed of the subset of COCO images; a smaller subset is a prefix of a larger one."""
 
 
 @dataclass(frozen=True)
 class PromptList:
-    """Captions in their order, with what the file says about each."""
+    """Captions in order, with the metadata of each."""
 
     captions: tuple[str, ...]
     names: tuple[str, ...] | None = None
-    """File name or key of the image, for each caption."""
+    """File name or key of each caption's image."""
     origin: str = "list"
-    """`list`: in published order. `coco`: one an image, the one with the smallest annotation id, by image id."""
+    """`list`: in file order. `coco`: one caption per image, that with the smallest annotation id, sorted by image id."""
     categories: tuple[str, ...] | None = None
-    """Of each caption, where the file has them: PartiPrompts' Category, GenEval's tag, HPSv2's style."""
+    """Category of each caption, if any: PartiPrompts' Category, GenEval's tag, HPSv2's style."""
     records: tuple[Mapping[str, Any], ...] | None = None
-    """The rows of a table or of a JSON Lines file, for the files that GenEval reads beside images."""
+    """Rows of a table or JSON Lines file, for the metadata files that GenEval reads beside images."""
 
     def selection(self, count: int | None, source: str) -> PromptList:
-        """What a protocol of `count` samples uses: the first of a list; of COCO's images a seeded subset.
+        """Select `count` prompts: the first of a list, or a seeded subset of COCO.
 
         Args:
-            count: how many; None takes all.
-            source: the file, for the message.
+            count: number of prompts; None takes all.
+            source: the file, for messages.
 
         Raises:
-            UserError: where there are fewer.
+            UserError: if there are fewer.
         """
         if count is None or count == len(self.captions):
             return self
@@ -67,18 +67,18 @@ class PromptList:
         return self._at(chosen)
 
     def of_images(self, image_names: Sequence[str], source: str) -> list[str]:
-        """The caption of each image, as `for_images`."""
+        """The caption of each image; arguments as in `for_images`."""
         return list(self.for_images(image_names, source).captions)
 
     def for_images(self, image_names: Sequence[str], source: str) -> PromptList:
-        """The entry of each image: by name where the file has names, by position otherwise.
+        """The entry of each image, matched by name if the file has names, by position otherwise.
 
-        A name matches by its relative path without the ending (a PNG finds the caption of COCO's JPEG), then by its file name
-        alone where that is unambiguous, then, for COCO, by the image id. Images that are numbered from 0 or 1 on stand for
-        COCO's selection of as many prompts.
+        A name matches by its relative path without extension (a PNG matches the caption of COCO's JPEG), then by its file name
+        if unambiguous, then, for COCO, by the image id. Images numbered from 0 or 1 correspond to COCO's selection of as many
+        prompts.
 
         Raises:
-            UserError: for an image without a caption or with several, or another number of captions than images.
+            UserError: for an image with no or several captions, or different numbers of captions and images.
         """
         if self.names is not None:
             if self.origin == "coco" and _are_counted(image_names) and not self._shares_names(image_names):
@@ -98,11 +98,11 @@ class PromptList:
         return self
 
     def digest(self) -> str:
-        """16 hex digits over the captions in their order."""
+        """16-digit hex hash of the captions in order."""
         return captions_digest(self.captions)
 
     def _by_name(self, image_names: Sequence[str], source: str) -> list[int] | None:
-        """The caption's position for each image; None if no name matches."""
+        """Index of each image's caption; None if no name matches."""
         assert self.names is not None
         key = _file_name if self._shares_names(image_names) else _image_id
         by_path, by_file = _places(self.names, without_ending), _places(self.names, key)
@@ -132,7 +132,7 @@ class PromptList:
         return found
 
     def _shares_names(self, image_names: Sequence[str]) -> bool:
-        """Whether file names are compared rather than COCO's image ids."""
+        """Whether to compare file names rather than COCO image ids."""
         assert self.names is not None
         held = {_file_name(name) for name in self.names}
         return self.origin != "coco" or any(_file_name(name) in held for name in image_names)
@@ -148,15 +148,15 @@ class PromptList:
 
 
 def captions_digest(captions: Sequence[str]) -> str:
-    """16 hex digits over captions in their order: which caption belongs to which image decides CLIP score."""
+    """16-digit hex hash of captions in order, since CLIP score depends on the pairing with images."""
     return hashlib.sha256(json.dumps(list(captions)).encode()).hexdigest()[:16]
 
 
 def read_prompts(path: str | Path) -> PromptList:
-    """Reads a file of captions by its ending (.json, .txt, .jsonl, .csv, .tsv, .parquet), or a folder of .txt files.
+    """Read captions from a file (.json, .txt, .jsonl, .csv, .tsv, .parquet) or a folder of .txt files.
 
     Raises:
-        UserError: for a file that is missing, cannot be read as what its ending says, or has an empty caption.
+        UserError: if the file is missing, cannot be parsed, or has an empty caption.
     """
     path = Path(path)
     reader = _folder if path.is_dir() else _READERS.get(path.suffix.lower())
@@ -169,7 +169,7 @@ def read_prompts(path: str | Path) -> PromptList:
         found = reader(path)
     except FileNotFoundError:
         raise UserError(f"--captions '{path}': there is no such file.") from None
-    except Exception as error:  # parsers raise a dozen kinds: csv.Error, RecursionError, pyarrow's, ...
+    except Exception as error:  # parsers raise many types: csv.Error, RecursionError, pyarrow's, ...
         raise UserError(
             f"--captions '{path}' cannot be read as {path.suffix[1:] or 'a folder'} ({error})."
         ) from error
@@ -181,7 +181,7 @@ def read_prompts(path: str | Path) -> PromptList:
 
 
 def _coco(annotations: Mapping[str, Any]) -> PromptList:
-    """One caption an image: by image id, the one with the smallest annotation id."""
+    """One caption per image, that with the smallest annotation id, sorted by image id."""
     files = {int(image["id"]): str(image["file_name"]) for image in annotations["images"]}
     first: dict[int, tuple[int, str]] = {}
     for one in annotations["annotations"]:
@@ -200,7 +200,7 @@ def _json(path: Path) -> PromptList:
         return _coco(content)
     if isinstance(content, dict) and content:
         values = list(content.values())
-        if all(isinstance(value, dict) for value in values):  # MJHQ-30K: by the image's key
+        if all(isinstance(value, dict) for value in values):  # MJHQ-30K: by image key
             return _table([{"key": key, **value} for key, value in content.items()])
         if all(isinstance(value, list) for value in values):  # HPSv2: lists by style
             rows = [(style, prompt) for style, prompts in content.items() for prompt in prompts]
@@ -222,14 +222,14 @@ def _json_lines(path: Path) -> PromptList:
 
 
 def _text(path: Path) -> PromptList:
-    # Not splitlines: a caption may hold U+2028 and the like, and captions and images would no longer correspond.
-    # An empty line between others is no caption either, and is refused: those after it would belong to other images.
+    # Not splitlines, which also splits at U+2028 and similar characters inside a caption and would shift later captions.
+    # Empty lines between captions are refused rather than skipped for the same reason.
     lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     return PromptList(tuple(line.strip() for line in lines if lines != [""]))
 
 
 def _folder(path: Path) -> PromptList:
-    """One prompt a .txt file, as DPG-Bench publishes them."""
+    """One prompt per .txt file, as in DPG-Bench."""
     files = sorted(path.glob("*.txt"), key=lambda file: natural_order(file.name))
     texts = tuple(file.read_text(encoding="utf-8-sig").strip() for file in files)
     return PromptList(texts, tuple(file.stem for file in files))
@@ -242,7 +242,7 @@ def _csv(path: Path) -> PromptList:
 
 
 def _tsv(path: Path) -> PromptList:
-    """PartiPrompts has unquoted fields that begin with a quotation mark, which would swallow the following lines."""
+    """Read a .tsv without quoting: PartiPrompts has unquoted fields that begin with a quotation mark."""
     content = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n")
     lines = [line.split("\t") for line in content.split("\n") if line]
     if any(len(line) != len(lines[0]) for line in lines):
@@ -260,10 +260,10 @@ def _unquoted(cell: str) -> str:
 
 
 def _rows(lines: Sequence[Sequence[str]]) -> list[dict[str, str]]:
-    """Rows by the names of the first line.
+    """Rows as dicts with the header's column names.
 
     Raises:
-        ValueError: for a row of another number of cells, whose captions would be those of another column.
+        ValueError: for a row whose number of cells differs from the header's.
     """
     if not lines:
         return []
@@ -289,7 +289,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> PromptList:
     name, category = _column(rows[0], NAME_COLUMNS), _column(rows[0], CATEGORY_COLUMNS)
     names = None if name is None else tuple(str(row[name]) for row in rows)
     if name is not None and any(not isinstance(row[name], str | int) for row in rows):
-        names = None  # HPSv2's image_path is a list of the compared images
+        names = None  # HPSv2's image_path lists the compared images
     return PromptList(
         tuple(str(row[caption] or "").strip() for row in rows),
         names,
@@ -299,13 +299,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> PromptList:
 
 
 def _column(row: Mapping[str, Any], wanted: Sequence[str]) -> str | None:
-    """The first wanted column that the table has, without regard to case."""
+    """The first wanted column in the table, case-insensitive."""
     there = {str(name).strip().lower(): name for name in reversed(list(row))}
     return next((there[name] for name in wanted if name in there), None)
 
 
 def _places(names: Sequence[str], key: Callable[[str], str | None]) -> dict[str, list[int]]:
-    """Positions by key, for names that have one."""
+    """Positions by key, for names with a key."""
     places: dict[str, list[int]] = {}
     for position, name in enumerate(names):
         if (found := key(name)) is not None:
@@ -314,7 +314,7 @@ def _places(names: Sequence[str], key: Callable[[str], str | None]) -> dict[str,
 
 
 def without_ending(name: str) -> str:
-    """The path without the ending of an image."""
+    """The path without image extension."""
     path = PurePosixPath(name)
     return (path.with_suffix("") if path.suffix.lower() in SUFFIXES else path).as_posix()
 
@@ -324,13 +324,13 @@ def _file_name(name: str) -> str:
 
 
 def _image_id(name: str) -> str | None:
-    """The number at the end of a COCO file name, without zeros in front."""
+    """The number at the end of a COCO file name, without leading zeros."""
     digits = _file_name(name).rpartition("_")[2]
     return str(int(digits)) if digits.isascii() and digits.isdigit() else None
 
 
 def _are_counted(names: Sequence[str]) -> bool:
-    """Whether the images are called 0, 1, 2, ... or 1, 2, 3, ..., with or without zeros in front."""
+    """Whether the images are named 0, 1, 2, ... or 1, 2, 3, ..., with or without leading zeros."""
     stems = [_file_name(name) for name in names]
     if not all(stem.isascii() and stem.isdigit() for stem in stems):
         return False

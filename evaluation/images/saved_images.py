@@ -1,12 +1,12 @@
-"""Images that a model made, kept as files in a layout that other benchmarks read.
+"""Generated images saved in the layout of other benchmarks.
 
 | layout | files | read by |
 |---|---|---|
-| `flat` | `000000.png`, or the name that the prompt file gives; its caption beside it in a .txt file | `--images`, DPG-Bench |
+| `flat` | `000000.png`, or the name in the prompt file; the caption in a .txt file beside it | `--images`, DPG-Bench |
 | `geneval` | `00000/metadata.jsonl`, `00000/samples/00000.png` | GenEval's evaluation/evaluate_images.py |
 | `t2i_compbench` | `samples/PROMPT_000000.png` | T2I-CompBench |
 
-DPG-Bench reads one file per prompt, called as the prompt's file: give its folder of .txt prompts as --captions.
+DPG-Bench reads one image per prompt, named after the prompt's file: give its folder of .txt prompts as --captions.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ MANIFEST = "images.json"
 
 @dataclass(frozen=True)
 class SavedImages:
-    """A folder that takes image i under a name that depends on i and its prompt alone, so that a stopped run resumes."""
+    """A folder of images whose names depend on number and prompt alone, so that an interrupted run can resume."""
 
     folder: str
     prompts: tuple[str, ...]
     names: tuple[str, ...] | None = None
-    """From the prompt file; `flat` uses them."""
+    """Names from the prompt file, for `flat`."""
     records: tuple[Mapping[str, Any], ...] | None = None
-    """Rows of the prompt file; GenEval's metadata."""
+    """Rows of the prompt file, for GenEval's metadata."""
     layout: Layout = "flat"
 
     def path(self, number: int) -> Path:
-        """Where an image lies."""
+        """Path of an image."""
         folder = Path(self.folder)
         if self.layout == "geneval":
             return folder / f"{number:05d}" / "samples" / "00000.png"
@@ -49,10 +49,10 @@ class SavedImages:
         return folder / f"{f'{number:06d}' if self.names is None else self.names[number]}.png"
 
     def begin(self, origin: Mapping[str, Any]) -> None:
-        """Creates the folder, or checks that it holds images of the same origin.
+        """Create the folder, or check that its images have the same origin.
 
         Raises:
-            UserError: for a folder with other content, or names that two images share.
+            UserError: for a folder with other content, or duplicate names.
         """
         folder, described = Path(self.folder), json.loads(json.dumps({**origin, "layout": self.layout}))
         paths = [self.path(number) for number in range(len(self.prompts))]
@@ -80,11 +80,11 @@ class SavedImages:
         manifest.write_text(json.dumps(described, indent=2) + "\n")
 
     def has(self, numbers: Sequence[int]) -> bool:
-        """Whether all of these images are there."""
+        """Whether all of these images exist."""
         return all(self.path(number).is_file() for number in numbers)
 
     def write(self, number: int, image: Image.Image) -> None:
-        """Stores an image; it appears under its name when it is complete, after its caption."""
+        """Write an image atomically, after its caption."""
         path = self.path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         if self.layout == "geneval":
@@ -103,7 +103,7 @@ class SavedImages:
         os.replace(file.name, path)
 
     def read(self, numbers: Sequence[int]) -> list[Image.Image]:
-        """Images that were stored."""
+        """Read saved images."""
         images = []
         for number in numbers:
             with Image.open(self.path(number), formats=("PNG",)) as opened:
@@ -116,5 +116,5 @@ def _write(path: Path, text: str) -> None:
 
 
 def _file_name(prompt: str) -> str:
-    """A prompt as part of a file name; T2I-CompBench takes what stands before the last underscore as the prompt."""
+    """A prompt as part of a file name; T2I-CompBench reads the prompt from the part before the last underscore."""
     return prompt.replace("/", " ").replace("\0", " ").encode()[:200].decode(errors="ignore")

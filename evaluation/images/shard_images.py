@@ -26,7 +26,7 @@ from data.shards.store import ShardFile, ShardStore
 from sdxs_lightning.core.errors import UserError
 
 INDEX_FOLDER = Path.home() / ".cache" / "sdxs-lightning" / "shard-index"
-"""Indexes of remote shards."""
+"""Folder of the indexes of remote shards."""
 
 
 class ShardImages:
@@ -36,7 +36,7 @@ class ShardImages:
         shards: a folder, a glob, a brace pattern, or a URL of one.
 
     Raises:
-        UserError: for shards that are missing or broken, or a sample without an image.
+        UserError: for missing or broken shards, or a sample without an image.
     """
 
     def __init__(self, shards: str) -> None:
@@ -71,7 +71,7 @@ class ShardImages:
         return decoded_image(content, where)
 
     def captions(self) -> list[str] | None:
-        """From the samples' text or json member; None if one has neither."""
+        """Captions from the text or json members; None if a sample has neither."""
         texts = []
         for number in range(len(self.names)):
             extension, content, where = self._member(number, (*CAPTION_MEMBERS, JSON_MEMBER))
@@ -96,7 +96,7 @@ class ShardImages:
         return hashlib.sha256(repr(list(zip(places, stamps, strict=True))).encode()).hexdigest()[:16]
 
     def _member(self, number: int, wanted: Sequence[str]) -> tuple[str, bytes | None, str]:
-        """Extension and content of the first of the wanted members that a sample has, and where it is."""
+        """Extension and content of the first wanted member of a sample, and its location."""
         shard_number = bisect.bisect_right(self._ends, number)
         shard = self._shards.shards[shard_number]
         row = number - (self._ends[shard_number] - len(shard))
@@ -104,7 +104,7 @@ class ShardImages:
         for extension in wanted:
             column = shard.column(extension)
             if column is not None and shard.offsets[row, column] >= 0:
-                if shard_number not in self._open:  # one at a time: they are read in their order
+                if shard_number not in self._open:  # one open shard at a time: reads are sequential
                     self._close()
                     self._open[shard_number] = self._store.open(shard.location)
                 place = int(shard.offsets[row, column]), int(shard.sizes[row, column])
@@ -117,27 +117,27 @@ class ShardImages:
         self._open.clear()
 
     def __del__(self) -> None:
-        """Let go of the shard that is open."""
+        """Close the open shard."""
         if hasattr(self, "_open"):
             self._close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the open shard, which another process cannot use."""
+        """State without the open shard, which cannot be pickled."""
         return self.__dict__ | {"_open": {}}
 
 
 def decoded_image(content: bytes, where: str) -> Image.Image:
-    """The image as RGB, completely decoded, as `Image.open(...).convert("RGB")` of clean-fid, torch-fidelity and pytorch-fid.
+    """Decode an image like `Image.open(...).convert("RGB")` in clean-fid, torch-fidelity and pytorch-fid.
 
-    That is: an alpha channel is dropped, not composed over a background, and the EXIF orientation is left alone. Only 16-bit
-    grey differs: its upper 8 bits are taken, where Pillow's conversion clips nearly all of it to white.
+    That is, an alpha channel is dropped rather than composited, and the EXIF orientation is ignored. Only 16-bit grey
+    differs: its upper 8 bits are taken, where Pillow's conversion clips most values to white.
 
     Args:
-        content: of a file.
-        where: names the file in messages.
+        content: content of the file.
+        where: name of the file in messages.
 
     Raises:
-        UserError: where it cannot be decoded, or holds several images.
+        UserError: if it cannot be decoded, or contains several images.
     """
     try:
         opened = open_image(content)
@@ -149,10 +149,10 @@ def decoded_image(content: bytes, where: str) -> Image.Image:
         if opened.mode.startswith("I") or opened.mode == "F":
             return decode_pil(content, upright=False)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of palettes with transparency, and of damaged EXIF
+            warnings.simplefilter("ignore")  # about palettes with transparency and damaged EXIF
             opened.load()
             return opened.convert("RGB")
     except UserError:
         raise
-    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files
+    except Exception as error:  # Pillow's decoders raise many types for damaged files
         raise UserError(f"{where}: the image cannot be decoded ({error}).") from error
