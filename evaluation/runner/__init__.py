@@ -1,1 +1,1 @@
-"""Runs the metrics over the images, resumably and on every GPU."""
+"""Runs metrics over images, resumable and on all GPUs."""

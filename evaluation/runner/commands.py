@@ -1,4 +1,4 @@
-"""What `evaluation.evaluate` and `evaluation.reference` do with their options."""
+"""Implementation of the commands `evaluation.evaluate` and `evaluation.reference`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @as_user_errors()
 def evaluate(options: EvaluateOptions) -> str:
-    """Measures, writes FILE.json, FILE.md and FILE.html, and returns the result as Markdown."""
+    """Measure, write FILE.json, FILE.md and FILE.html, and return the result as Markdown."""
     started = time.perf_counter()
     device = choose_device(options.device)
     request = build_request(options)
@@ -78,7 +78,7 @@ def evaluate(options: EvaluateOptions) -> str:
 def _result_content(
     options: EvaluateOptions, request: EvaluationRequest, evaluated: EvaluationResult, device: torch.device
 ) -> dict[str, Any]:
-    """What was measured, the numbers, and how they were obtained."""
+    """Content of FILE.json: images, metrics and settings."""
     result: dict[str, Any] = {}
     if isinstance(request.samples, ModelSamples):
         result |= {"model": options.model, **request.samples.origin()}
@@ -100,7 +100,7 @@ def _result_content(
 
 @as_user_errors()
 def reference(options: ReferenceOptions) -> str:
-    """Measures the real images of each protocol; returns what was written."""
+    """Measure the real images of each protocol; returns the summary of the written files."""
     written = []
     for name in options.protocol:
         protocol = find_protocol(name)
@@ -115,7 +115,7 @@ def reference(options: ReferenceOptions) -> str:
 
 
 def _image_reference(protocol: ImageProtocol, options: ReferenceOptions) -> str:
-    """The reference files of a protocol of published images."""
+    """Write the reference files of an image protocol."""
     assert options.images is not None and options.out is not None
     own = [one.metric for one in protocol.measurements if one.metric in REFERENCE_METRICS]
     measurements = [protocol.measurement(name) for name in options.metrics or own]

@@ -1,4 +1,4 @@
-"""A set of images under a protocol: every metric in one pass, each number with what is needed to quote it."""
+"""Evaluates a set of images under a protocol: all metrics in one pass, with intervals and hashes."""
 
 from __future__ import annotations
 
@@ -26,84 +26,84 @@ from evaluation.runner.row_store import MeasuredBatch, RowStore
 from sdxs_lightning.core.errors import UserError
 
 DIVERSITY_PROMPTS = 50
-"""The first ones of a protocol."""
+"""Number of prompts for diversity, the first ones of the protocol."""
 
 ROWS_VERSION = 2
-"""Of the rows on disk: goes up with every change of decoding, image steps or networks that moves a row."""
+"""Version of the rows on disk; incremented by every change of decoding, image steps or networks that affects them."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Device, processes and batch size; no number depends on them beyond rounding."""
+    """Device, processes and batch size; results do not depend on them beyond rounding."""
 
     device: str = "cpu"
     """"cpu" or "cuda"."""
     processes: int | None = None
-    """None is one per GPU or core, where there is enough to do."""
+    """Number of processes; None is one per GPU or core, limited by the number of batches."""
     batch_size: int = 100
-    """Images at once."""
+    """Images per batch."""
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to measure."""
+    """Images, protocol and metrics of an evaluation."""
 
     protocol: ImageProtocol
     samples: Samples
     metrics: tuple[str, ...]
     captions: tuple[str, ...] | None = None
-    """One per image, where they are known."""
+    """One caption per image, if known."""
     reference: str | None = None
-    """Images, or an npz file."""
+    """Reference images, or an npz file."""
     known: Mapping[str, Reference] = field(default_factory=dict)
-    """References by metric that are already loaded; the toy world's."""
+    """Loaded references by metric, for toy protocols."""
     weights: tuple[tuple[str, str], ...] = ()
-    """Files or folders of networks, by kind, instead of the default ones."""
+    """Files or folders of network weights by kind, in place of the default location."""
     fingerprint: tuple[str, Mapping[str, Any]] | None = None
-    """One hash and settings for all metrics; the toy world's protocols have that."""
+    """Common hash and settings of all metrics, for toy protocols."""
     categories: tuple[str, ...] | None = None
-    """Of each image, where the prompt set has categories."""
+    """Category of each image, if the prompt set has categories."""
     saved: SavedImages | None = None
-    """Folder that keeps the images of a model."""
+    """Folder for the generated images."""
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What came out."""
+    """Metrics, sample images and notes of an evaluation."""
 
     metrics: dict[str, dict[str, Any]]
-    """By name: `value`, `samples`, `low`, `high`, `infinity`, `categories`, `hash`, `settings`; unknown fields are left out."""
+    """By name: `value`, `samples`, `low`, `high`, `infinity`, `categories`, `hash`, `settings`, without unknown fields."""
     images: Mapping[int, Image.Image]
-    """The first images, by number."""
+    """The first images by number."""
     reference_images: Mapping[int, Image.Image]
-    """Of the reference, where it was given as images."""
+    """The first reference images by number, if the reference was given as images."""
     failed: Mapping[str, str] = field(default_factory=dict)
-    """Metrics that could not be measured, with the reason."""
+    """Failed metrics with the reason."""
     image_statistics: Mapping[str, Any] = field(default_factory=dict)
-    """`sizes`: number of images by size; `constant_images`: number of images of one colour."""
+    """`sizes`: number of images per size; `constant_images`: number of single-colour images."""
     notes: tuple[str, ...] = ()
-    """Sentences that belong beside the numbers."""
+    """Remarks to show beside the metrics."""
 
 
 def run_evaluation(
     request: EvaluationRequest, resources: Resources, work: Path, keep_images: int = 0
 ) -> EvaluationResult:
-    """Measures; what an earlier call left in the same folder is not measured again.
+    """Run an evaluation, resuming from the results of an earlier call in the same folder.
 
-    Whatever can be refused is refused before the first image. A metric that fails afterwards leaves the others alone.
+    The request is validated before the first image. A metric that fails later does not affect the others.
 
     Args:
-        request: what to measure.
+        request: images, protocol and metrics.
         resources: device, processes and batch size.
-        work: folder for the rows of every network, batch by batch.
+        work: folder for intermediate results.
         keep_images: number of images to return for a report.
 
     Raises:
-        UserError: for any error that the user can fix.
+        UserError: for invalid requests and missing files.
     """
     measurements = [request.protocol.measurement(name) for name in request.metrics if name != "diversity"]
     _refuse_what_is_missing(request)
-    networks = shared_networks(request.weights)  # missing weights are an error before anything long
+    networks = shared_networks(request.weights)  # raises for missing weights before measuring
     identities = {one: networks.identity(one) for one in measurements}
     comparing = [one for one in measurements if one.metric in REFERENCE_METRICS]
     reference = _open_reference(request, comparing, identities)
@@ -137,7 +137,7 @@ def run_evaluation(
             numbers = _estimates(
                 networks, one, parts[metric_pass], references.get(one.metric), request.categories
             )
-        except Exception as error:  # as in PassJob: one metric fails, the others are kept
+        except Exception as error:  # as in PassJob: other metrics continue
             failed[one.metric] = str(error) or type(error).__name__
             continue
         settings, digest = _settings(request, one, identities[one], references.get(one.metric))
@@ -155,10 +155,10 @@ def evaluate_diversity(
     work: Path,
     failed: dict[str, str],
 ) -> dict[str, dict[str, Any]]:
-    """Diversity per prompt: of the first prompts the model makes several images each, beside those of the protocol.
+    """Measure diversity on several additional images for each of the first prompts.
 
     Raises:
-        UserError: for images that are not made by a model: one image per prompt has no diversity.
+        UserError: for stored images, which have one image per prompt.
     """
     if not isinstance(request.samples, ModelSamples):
         raise UserError(
@@ -194,7 +194,7 @@ def build_pass(
     keep_images: int = 0,
     real: bool = False,
 ) -> PassJob:
-    """The job that measures all networks over a set. Its stores are named by everything that the rows depend on."""
+    """Create the job that runs all networks over a set; its stores are named by a hash of their settings."""
     metric_passes: dict[tuple[str, ...], MetricPass] = {}
     for one in measurements:
         steps = one.reference_steps if real else one.steps
@@ -233,7 +233,7 @@ def _open_reference(
     comparing: Sequence[Measurement],
     identities: Mapping[Measurement, Mapping[str, str]],
 ) -> Mapping[str, Reference] | NumberedImages | None:
-    """The real side: by metric where its features are known, or images that have to be measured."""
+    """The real side: loaded references by metric, or images to measure."""
     if request.known or not comparing:
         return dict(request.known)
     assert request.reference is not None
@@ -253,7 +253,7 @@ def _measure_reference(
     keep_images: int,
     failed: dict[str, str],
 ) -> tuple[dict[str, Reference], Mapping[int, Image.Image]]:
-    """The real side of each metric that has one, and its first images."""
+    """Measure the reference of each metric; returns them with the first images."""
     samples = StoredSamples(images)
     job = build_pass(
         samples, comparing, identities, samples.origin(), request, resources, work, keep_images, real=True
@@ -277,7 +277,7 @@ def _estimates(
     reference: Reference | None,
     categories: Sequence[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The numbers of one metric, and of each category where the metric is a mean over images."""
+    """Estimates of one metric, also per category for metrics that are means over images."""
     metric = networks.metric(one, reference)
     metric.add(part.rows, torch.arange(len(part.rows)))
     found = {name: estimate.as_dict() for name, estimate in metric.estimates().items()}
@@ -301,7 +301,7 @@ def _settings(
 ) -> tuple[Mapping[str, Any], str]:
     if request.fingerprint is not None:
         return request.fingerprint[1], request.fingerprint[0]
-    # Of stored images only a metric that reads captions depends on them; what a model makes always does.
+    # For stored images only metrics that read captions depend on them; generated images always do.
     captions = request.captions
     if one.metric not in CAPTION_METRICS and isinstance(request.samples, StoredSamples):
         captions = None
@@ -320,7 +320,7 @@ def _settings(
 def _of_the_images(
     request: EvaluationRequest, part: MeasuredBatch | None
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Sizes and constant images, and what has to be said about them and about the model."""
+    """Statistics of image sizes and constant images, and notes about them and the model."""
     if part is None:
         return {}, ()
     sizes = Counter(f"{width} x {height}" for width, height in part.sizes.tolist())
@@ -376,7 +376,7 @@ def _refuse_what_does_not_fit(
     comparing: Sequence[Measurement],
     reference: Mapping[str, Reference] | NumberedImages | None,
 ) -> None:
-    """Numbers of images, and dimensions of references, before the first image is measured."""
+    """Check numbers of images and dimensions of references before measuring."""
     for one in comparing:
         known = reference.get(one.metric) if isinstance(reference, Mapping) else None
         if known is not None:

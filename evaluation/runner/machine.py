@@ -1,4 +1,4 @@
-"""The machine of a measurement: versions, device, and the time that one image takes."""
+"""Describes the machine of a measurement: versions, device, time per image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evaluation.images.generate import ImageMaker
 
 
 def versions() -> dict[str, str]:
-    """Versions of the libraries that decide the numbers."""
+    """Versions of the libraries that affect results."""
     names = (
         "torch",
         "lightning",
@@ -36,7 +36,7 @@ def device_name(device: torch.device) -> str:
 
 
 def milliseconds_per_image(maker: ImageMaker, caption: str, repeats: int = 5) -> float:
-    """Median time from one caption to one image in host memory, after one call to warm up: latency at batch size 1."""
+    """Latency at batch size 1: median time from caption to image in host memory, after one untimed call."""
     sample_id = torch.zeros(1, dtype=torch.int64)
     seconds = []
     for _ in range(repeats + 1):
@@ -47,5 +47,5 @@ def milliseconds_per_image(maker: ImageMaker, caption: str, repeats: int = 5) ->
 
 
 def where(device: torch.device) -> dict[str, Any]:
-    """Device and versions, for a result file."""
+    """Device and versions, for result files."""
     return {"device": device_name(device), "versions": versions()}

@@ -1,4 +1,4 @@
-"""One pass over a set of images, in which every requested network measures each of them; shared among processes."""
+"""A pass of all requested networks over a set of images, distributed over processes."""
 
 from __future__ import annotations
 
@@ -28,48 +28,48 @@ from sdxs_lightning.core.errors import RunStopped, UserError
 
 STEP_THREADS = 4
 BATCHES_PER_PROCESS = 4
-"""With fewer, loading the networks once more takes longer than the work that it saves."""
+"""With fewer, loading the networks in another process takes longer than it saves."""
 
 
 @dataclass(frozen=True)
 class MetricPass:
-    """One network measuring a set of images."""
+    """One network over a set of images."""
 
     measurement: Measurement
-    """Names the network."""
+    """Measurement that names the network."""
     steps: tuple[str, ...]
-    """Image steps before the network."""
+    """Image steps applied before the network."""
     store: RowStore
-    """Takes the network's output."""
+    """Store of the network's output."""
 
 
 @dataclass(frozen=True)
 class PassJob:
-    """A job for processes; its tasks are batches."""
+    """Job whose tasks are batches of images."""
 
     samples: Samples
     """The images."""
     metric_passes: tuple[MetricPass, ...]
-    """One per network and image steps; all stores have the same batches."""
+    """One per network and image steps; all stores use the same batches."""
     captions: tuple[str, ...] | None
-    """One per image."""
+    """One caption per image."""
     weights: tuple[tuple[str, str], ...]
-    """Where networks are, by kind."""
+    """Locations of networks by kind."""
     device: str
     """"cpu" or "cuda"."""
     processes: int
-    """Upper limit."""
+    """Maximum number of processes."""
     kept_images: Path | None = None
-    """Folder for the first images as PNG files, for reports."""
+    """Folder for PNG files of the first images, for reports."""
     keep_images: int = 0
-    """Number of them."""
+    """Number of images to keep."""
     real: bool = False
-    """Whether the images are the reference's."""
+    """Whether the images are reference images."""
     saved: SavedImages | None = None
-    """Folder for all images; those that it holds are read rather than made again."""
+    """Folder for all generated images; existing ones are read instead of generated again."""
 
     def missing(self) -> list[int]:
-        """Batches that are not complete."""
+        """Incomplete batches."""
         store = self.metric_passes[0].store
         undone = {batch for metric_pass in self.metric_passes for batch in metric_pass.store.missing()}
         undone |= {
@@ -82,16 +82,15 @@ class PassJob:
         return sorted(undone)
 
     def kept_image(self, number: int) -> Path:
-        """File of an image for reports."""
+        """Path of an image kept for reports."""
         assert self.kept_images is not None
         return self.kept_images / f"{number:06d}.png"
 
     def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
-        """See data.prepare.common.processes.Job."""
         device = device_of(self.device, process)
         with same_bits(self.device):
             try:
-                # With every image saved there is no need of the model.
+                # Loads the model only if some image is not saved.
                 make: Callable[[], Reader] = cache(lambda: self.samples.open(device))
                 networks = shared_networks(self.weights)
                 metrics = [networks.metric(metric_pass.measurement) for metric_pass in self.metric_passes]
@@ -109,7 +108,7 @@ class PassJob:
     def _read(
         self, make: Callable[[], Reader], tasks: Sequence[int]
     ) -> Iterator[tuple[int, list[Image.Image]]]:
-        """The batches with their images; files of the next one are decoded while the networks measure this one."""
+        """Yield batches with their images; files of the next batch are decoded while the networks run."""
         numbers = self.metric_passes[0].store.numbers
         if not self.samples.are_files:
             for task in tasks:
@@ -155,7 +154,7 @@ class PassJob:
             try:
                 if not self.real and metric_pass.measurement.metric == "patch_fid":
                     refuse_smaller_than_patch(images, metric_pass.steps)
-                # Pillow releases the interpreter while it resizes.
+                # Pillow releases the GIL while it resizes.
                 with ThreadPoolExecutor(STEP_THREADS) as threads:
                     ready = list(
                         threads.map(partial(self.samples.prepare, steps=metric_pass.steps), images, numbers)
@@ -163,7 +162,7 @@ class PassJob:
                 store.save(batch, MeasuredBatch(rows_of(metric, ready, captions, device), sizes, constant))
             except (torch.OutOfMemoryError, RunStopped, OSError):
                 raise
-            except Exception as error:  # one metric fails, the others go on
+            except Exception as error:  # other metrics continue
                 store.fail(
                     f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
                 )
@@ -172,7 +171,7 @@ class PassJob:
 def rows_of(
     metric: SampledMetric, images: Sequence[Image.Image], captions: Sequence[str] | None, device: torch.device
 ) -> Tensor:
-    """What a metric keeps of images that may differ in size: (B, k), in their order."""
+    """Rows (B, k) of a metric for images that may differ in size, in order."""
     groups: dict[tuple[int, int], list[int]] = {}
     for position, image in enumerate(images):
         groups.setdefault(image.size, []).append(position)
@@ -186,10 +185,10 @@ def rows_of(
 
 
 def refuse_smaller_than_patch(images: Sequence[Image.Image], steps: Sequence[str]) -> None:
-    """Patch FID of images smaller than the patch is another number: the crop leaves them as they are, as DMD2's does.
+    """Refuse images smaller than the patch of patch FID, which the crop step leaves unchanged (as in DMD2).
 
     Raises:
-        ValueError: for such an image. A reference such as COCO's may hold some.
+        ValueError: for such an image. References such as COCO may contain some and are not checked.
     """
     patch = next((int(step.split()[1]) for step in steps if step.startswith("crop ")), 0)
     small = next((image.size for image in images if min(image.size) < patch), None)
@@ -201,17 +200,17 @@ def refuse_smaller_than_patch(images: Sequence[Image.Image], steps: Sequence[str
 
 
 def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
-    """Measures what is missing, and reads all of it.
+    """Measure the missing batches and load all rows.
 
     Args:
         job: the pass.
         what: label of the progress bar.
 
     Returns:
-        The rows by network, without networks that failed: their stores say why.
+        Rows by network, without failed networks, whose stores have the reason.
 
     Raises:
-        RunStopped: if a process cannot go on.
+        RunStopped: if a process fails.
     """
     for metric_pass in job.metric_passes:
         metric_pass.store.retry()
@@ -228,7 +227,7 @@ def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
 
 
 def processes_for(wanted: int | None, device: str, batches: int) -> int:
-    """What `--processes` means: None is one a GPU or core, but no more than are worth loading the networks for."""
+    """Number of processes for `--processes`: None is one per GPU or core, limited by BATCHES_PER_PROCESS."""
     if wanted is not None:
         if wanted < 1:
             raise UserError(f"--processes is {wanted}, but at least 1 is needed.")
@@ -237,7 +236,7 @@ def processes_for(wanted: int | None, device: str, batches: int) -> int:
 
 
 def load_kept_images(job: PassJob) -> Mapping[int, Image.Image]:
-    """The images that a finished pass has kept, by number."""
+    """Load the images kept by a finished pass, by number."""
     found = {}
     for number in range(min(job.keep_images, job.metric_passes[0].store.count)):
         with Image.open(job.kept_image(number)) as opened:

@@ -1,4 +1,4 @@
-"""Output of networks, batch by batch on disk, so that a measurement that was stopped resumes."""
+"""Network outputs on disk, one file per batch, so that an interrupted evaluation can resume."""
 
 from __future__ import annotations
 
@@ -19,40 +19,40 @@ from torch import Tensor
 
 
 class MeasuredBatch(NamedTuple):
-    """One batch."""
+    """Rows and image statistics of a batch."""
 
     rows: Tensor
-    """(B, k), the network's output."""
+    """(B, k), network output."""
     sizes: NDArray[np.int64]
-    """(B, 2), width and height of each image as it was read."""
+    """(B, 2), width and height of each image before any step."""
     constant: NDArray[np.bool_]
-    """(B,), whether all pixels of an image are equal: black images of a safety checker, or of an overflow."""
+    """(B,), whether all pixels of an image are equal (black images from a safety checker or an overflow)."""
 
 
 @dataclass(frozen=True)
 class RowStore:
-    """The rows of one network over one set of images: a folder with a file per batch.
+    """Rows of one network over one set of images: a folder with a file per batch.
 
-    A file appears under its name when it is complete. The folder's name is a hash of everything that the rows depend on,
-    so that rows of something else are never taken for them.
+    Files are written atomically. The folder name contains a hash of everything that the rows depend on, so that rows of other
+    settings are never reused.
     """
 
     folder: Path
     count: int
-    """Images."""
+    """Number of images."""
     batch_size: int
-    """A batch is the images k * batch_size up to (k + 1) * batch_size, in every process."""
+    """Batch k has the images k * batch_size to (k + 1) * batch_size - 1, in every process."""
 
     @classmethod
     def at(cls, root: Path, what: str, settings: Mapping[str, Any], count: int, batch_size: int) -> RowStore:
-        """The store of these settings.
+        """The store for these settings.
 
         Args:
-            root: holds the stores of many.
-            what: begins the folder's name.
-            settings: everything that the rows depend on, for JSON.
-            count: images.
-            batch_size: images a file.
+            root: parent folder of all stores.
+            what: prefix of the folder name.
+            settings: everything that the rows depend on, JSON-serialisable.
+            count: number of images.
+            batch_size: images per file.
         """
         described = {**settings, "count": count, "batch_size": batch_size}
         digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:12]
@@ -63,16 +63,14 @@ class RowStore:
 
     @property
     def batches(self) -> int:
-        """Number of batches."""
         return -(-self.count // self.batch_size)
 
     def numbers(self, batch: int) -> list[int]:
-        """The images of a batch."""
+        """Image numbers of a batch."""
         start = batch * self.batch_size
         return list(range(start, min(start + self.batch_size, self.count)))
 
     def path(self, batch: int) -> Path:
-        """File of a batch."""
         return self.folder / f"batch_{batch:06d}.npz"
 
     def missing(self) -> list[int]:
@@ -81,7 +79,7 @@ class RowStore:
         return [batch for batch in range(self.batches) if self.path(batch).name not in there]
 
     def save(self, batch: int, part: MeasuredBatch) -> None:
-        """Writes a batch atomically."""
+        """Write a batch atomically."""
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
             np.savez(file, rows=part.rows.cpu().numpy(), sizes=part.sizes, constant=part.constant)
         os.replace(file.name, self.path(batch))
@@ -90,7 +88,7 @@ class RowStore:
         """Read a batch.
 
         Raises:
-            ValueError: if the file is not what `save` wrote.
+            ValueError: if the file was not written by `save`.
         """
         path = self.path(batch)
         try:
@@ -103,7 +101,7 @@ class RowStore:
         return part
 
     def all(self) -> MeasuredBatch:
-        """All rows, in the order of the images."""
+        """All rows, in image order."""
         parts = [self.load(batch) for batch in range(self.batches)]
         return MeasuredBatch(
             torch.cat([part.rows for part in parts]),
@@ -112,15 +110,15 @@ class RowStore:
         )
 
     def fail(self, reason: str) -> None:
-        """Note that the network cannot measure these images."""
+        """Record that the network failed on these images."""
         self._failed.write_text(reason)
 
     def failure(self) -> str | None:
-        """Why the network cannot measure these images, if so."""
+        """Reason of a recorded failure, or None."""
         return self._failed.read_text() if self._failed.is_file() else None
 
     def retry(self) -> None:
-        """Forget a failure of an earlier run."""
+        """Clear the failure of an earlier run."""
         self._failed.unlink(missing_ok=True)
 
     @property

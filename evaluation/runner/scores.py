@@ -1,4 +1,4 @@
-"""The metrics of a toy protocol over the images of a maker."""
+"""Metrics of a toy protocol over the images of an image maker."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ class Scores:
     """Scores of a set of images."""
 
     fid: float
-    """Frechet distance to the protocol's reference, on its CLIP's image features; lower is better."""
+    """Frechet distance to the protocol's reference in CLIP image features; lower is better."""
     clip_score: float
     """100 * cos."""
     caption_accuracy: float
-    """Share of images with all stated attributes right, in [0, 1]."""
+    """Share of images with all stated attributes correct, in [0, 1]."""
     attribute_accuracy: float
-    """Share of stated attributes that are right, in [0, 1]."""
+    """Share of stated attributes that are correct, in [0, 1]."""
 
     def as_dict(self) -> dict[str, float]:
-        """For JSON and loggers."""
+        """Dict for JSON and loggers."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class ProtocolNetworks:
-    """The frozen networks and reference statistics of a protocol, loaded once for many measurements."""
+    """Frozen networks and reference statistics of a protocol, shared by many measurements."""
 
     clip: FrozenClip
     classifier: Classifier
@@ -46,7 +46,7 @@ class ProtocolNetworks:
 
     @classmethod
     def load(cls, protocol: Protocol) -> ProtocolNetworks:
-        """Read them from the protocol's paths.
+        """Load from the protocol's paths.
 
         Raises:
             FileNotFoundError: if one is missing.
@@ -59,7 +59,7 @@ class ProtocolNetworks:
 
 
 class ToyMetrics:
-    """The metrics of a protocol, updated together. Not an nn.Module: nothing of it is in a checkpoint."""
+    """The metrics of a protocol, updated together. Not an nn.Module, so checkpoints do not include it."""
 
     def __init__(self, networks: ProtocolNetworks, device: torch.device) -> None:
         clip = networks.clip
@@ -74,7 +74,7 @@ class ToyMetrics:
         self.caption_accuracy.update(images_uint8, captions)
 
     def compute(self) -> Scores:
-        """The scores over all ranks; collective."""
+        """Scores over all ranks; collective."""
         accuracy = self.caption_accuracy.compute()
         return Scores(
             fid=float(self.fid.compute()),
@@ -94,16 +94,16 @@ def score_images(
     world_size: int = 1,
     advance: Callable[[int], Any] = lambda images: None,
 ) -> Scores:
-    """Make one image per caption and score them; collective when there are several ranks.
+    """Generate one image per caption and score them; collective for several ranks.
 
     Args:
-        maker: makes the images.
-        captions: sample i is made from the i-th.
-        networks: the networks.
-        device: of the metrics' sums.
-        batch_size: images per call and rank; the scores do not depend on it beyond rounding.
-        rank: of this process.
-        world_size: how many processes share the samples.
+        maker: generates the images.
+        captions: caption of each sample.
+        networks: networks of the protocol.
+        device: device of the metric states.
+        batch_size: images per call and rank; scores do not depend on it beyond rounding.
+        rank: rank of this process.
+        world_size: number of processes that share the samples.
         advance: called with the number of images after each batch.
     """
     board = ToyMetrics(networks, device)

@@ -1,4 +1,4 @@
-"""The many-step teacher under a protocol: the comparison of every student, measured once and looked up afterwards."""
+"""Scores of the many-step teacher under a protocol, measured once and looked up afterwards."""
 
 from __future__ import annotations
 
@@ -31,35 +31,37 @@ Entry = dict[str, Any]
 
 @dataclass(frozen=True)
 class Teacher:
-    """A base, sampled in few or many steps.
+    """A base model, sampled in few or many steps.
 
-    The cost of n steps is called nfe n, though guidance makes each step two network calls: the batch is doubled.
+    The cost of n steps is reported as nfe n, although guidance doubles the batch of each step.
     """
 
     family: Family
-    """The base."""
+    """The base model."""
     device: torch.device
-    """Device of the sampling; the family has been moved to it."""
+    """Device of the sampling, to which the family has been moved."""
     guidance_scale: float = GUIDANCE_SCALE
     """1 means none."""
     spacing: Spacing = "trailing"
-    """Of the timesteps; "leading" starts below the noisiest ones, which makes few steps worse."""
+    """Spacing of the timesteps; "leading" starts below the noisiest ones, which degrades few-step sampling."""
     seed: int = 0
-    """Of the noise; the protocol's."""
+    """Seed of the noise, as in the protocol."""
 
     def images(
         self, steps: int, guidance_scale: float | None = None, denoiser: Denoiser | None = None
     ) -> SampledImages:
-        """A maker of images in so many steps, of the base's network or of another in its place."""
+        """Image maker with the given number of steps, for the base's network or another denoiser."""
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         sampler = TargetSampler(denoiser or self._denoiser, steps, guidance_scale, self.spacing)
         return SampledImages(sampler, self.family, self.device, self.seed)
 
     def key(self) -> dict[str, Any]:
-        """Everything that its scores depend on besides the protocol."""
+        """Everything that the scores depend on besides the protocol."""
         return {
             "base_sha256": hash_weights(self.family.folder),
-            "base_files_sha256": hash_model(self.family.folder),  # scheduler and other configurations too
+            "base_files_sha256": hash_model(
+                self.family.folder
+            ),  # includes scheduler and other configurations
             "guidance_scale": self.guidance_scale,
             "spacing": self.spacing,
         }
@@ -71,7 +73,7 @@ class Teacher:
 
 
 def look_up(files: Sequence[Path], protocol: Protocol, teacher: Teacher) -> Entry:
-    """The measurements that are stored for exactly this protocol and teacher; without any, an entry with none."""
+    """Stored measurements for this protocol and teacher; an empty entry if there are none."""
     fingerprint, key = protocol.fingerprint(), teacher.key()
     entry: Entry = {"protocol": protocol.describe(), "base": teacher.family.base, **key, "teacher": {}}
     for file in files:
@@ -97,15 +99,15 @@ def measure_missing(
     measure_images: Callable[[str, ImageMaker, Sequence[str]], dict[str, float]],
     with_real: bool = True,
 ) -> Entry:
-    """Measure what the entry lacks.
+    """Complete an entry with the missing measurements.
 
     Args:
-        entry: from `look_up`.
-        protocol: as there.
-        teacher: as there.
-        steps: of the teacher.
-        measure_images: (what, maker, captions) to scores; it owns progress, ranks and batch size.
-        with_real: measure real images and their reconstructions too.
+        entry: entry from `look_up`.
+        protocol: as in `look_up`.
+        teacher: as in `look_up`.
+        steps: numbers of teacher steps.
+        measure_images: maps (label, maker, captions) to scores; handles progress, ranks and batch size.
+        with_real: whether to measure real images and their reconstructions too.
     """
     prompts, fresh = protocol.captions(), captions(protocol.fresh_split, protocol.samples)
     real = RealImages(protocol.fresh_split, teacher.device)
@@ -123,7 +125,7 @@ def measure_missing(
 
 
 def add_timings(entry: Entry, teacher: Teacher, caption: str) -> Entry:
-    """`ms_per_image` of each row on this machine, and that of one call without guidance, which is a student's cost."""
+    """Add `ms_per_image` of each row on this machine, and of one call without guidance (the cost of a student)."""
     rows = {
         steps: {**row, "ms_per_image": milliseconds_per_image(teacher.images(int(steps)), caption)}
         for steps, row in entry["teacher"].items()
@@ -135,7 +137,7 @@ def add_timings(entry: Entry, teacher: Teacher, caption: str) -> Entry:
 
 
 def store(file: Path, name: str, entry: Entry) -> None:
-    """Put an entry into a JSON file beside those of other protocols."""
+    """Store an entry in a JSON file, keeping those of other protocols."""
     stored = json.loads(file.read_text()) if file.is_file() else {}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(stored | {name: entry}, indent=2) + "\n")
