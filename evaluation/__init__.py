@@ -1,1 +1,1 @@
-"""Measuring text-to-image models: FID, CLIP score, caption accuracy, under named protocols."""
+"""Evaluation of text-to-image models: FID, CLIP score, caption accuracy, under named protocols."""

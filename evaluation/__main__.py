@@ -16,7 +16,7 @@ Tables and benchmarks: python -m evaluation.benchmarks.tables, python -m evaluat
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_subcommand("python -m evaluation", DESCRIPTION, COMMANDS, arguments)
 
 

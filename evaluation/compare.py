@@ -17,7 +17,7 @@ from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import UserError
 
 OLD_METRICS = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity")
-"""Metrics of results without intervals, which have one fingerprint for all metrics."""
+"""Metrics in old results without intervals, which have one fingerprint for all metrics."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +37,10 @@ class CompareOptions:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """Reads a result of `python -m evaluation.evaluate`.
+    """Read a result of `python -m evaluation.evaluate`.
 
     Raises:
-        UserError: for another file.
+        UserError: if the file is not a result.
     """
     try:
         result = json.loads(path.read_text())
@@ -100,13 +100,13 @@ def setting_differences(first: Any, second: Any, name: str = "") -> list[str]:
 
 
 def require_equal_hashes(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> None:
-    """Checks that each metric has one hash.
+    """Check that each metric has the same hash in all results.
 
-    Stored images do not say which prompts they were made of. A metric that reads no captions compares them with those of a
-    model, whose prompts are known, if nothing else differs.
+    The prompts of stored images are unknown. Metrics that read no captions may compare them with images of a model, if no
+    other setting differs.
 
     Raises:
-        UserError: naming what differs, and the metrics that do compare.
+        UserError: with the differences, and the metrics that are comparable.
     """
     refused: dict[str, str] = {}
     for metric in metrics:
@@ -130,7 +130,7 @@ def require_equal_hashes(results: Mapping[str, Mapping[str, Any]], metrics: Sequ
 
 
 def labels_of(paths: Sequence[Path]) -> list[str]:
-    """Distinct short names: file names, or paths where file names are equal."""
+    """Distinct short names: file names, or paths for equal file names."""
     names = [path.stem for path in paths]
     if len(set(names)) == len(names):
         return names
@@ -164,7 +164,7 @@ def comparison(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str])
 
 @as_user_errors()
 def compare(options: CompareOptions) -> str:
-    """Reads the results and returns their table."""
+    """Read the results and return their table."""
     labels = labels_of(options.results)
     results = {label: read_result(path) for label, path in zip(labels, options.results, strict=True)}
     metrics = chosen_metrics(results, options.metrics)
@@ -177,7 +177,7 @@ def compare(options: CompareOptions) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_command("python -m evaluation.compare", CompareOptions, compare, arguments)
 
 

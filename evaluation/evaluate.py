@@ -15,10 +15,10 @@ Count = Annotated[int, Option(at_least=1)]
 
 
 def guidance_scale(text: str) -> float:
-    """A guidance scale of the command line; 1 means none, and 0, as other libraries write it, is read as 1.
+    """Parse a guidance scale; 1 means none, and 0, the convention of some libraries, is read as 1.
 
     Raises:
-        ValueError: for another number below 1, or text.
+        ValueError: for other numbers below 1, or text.
     """
     try:
         value = float(text)
@@ -111,7 +111,7 @@ class EvaluateOptions(ComputeOptions):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_command(
         "python -m evaluation.evaluate", EvaluateOptions, "evaluation.runner.commands.evaluate", arguments
     )

@@ -42,7 +42,7 @@ class ReferenceOptions(ComputeOptions):
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_command(
         "python -m evaluation.reference", ReferenceOptions, "evaluation.runner.commands.reference", arguments
     )

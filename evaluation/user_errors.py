@@ -1,4 +1,4 @@
-"""Errors of files and values that a command was given, as the one sentence that it ends with."""
+"""Conversion of file and value errors to one-line command errors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdxs_lightning.core.errors import UserError
 
 @contextmanager
 def as_user_errors() -> Iterator[None]:
-    """Turns OSError and ValueError into UserError; for a `with` block, or as a decorator of a command's function.
+    """Convert OSError and ValueError to UserError; a context manager and decorator.
 
     Raises:
         UserError: with the text of the error.
