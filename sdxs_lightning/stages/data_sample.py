@@ -1,4 +1,4 @@
-"""Data as a training step sees it: scaled latents with their prompts, some of them left out."""
+"""Scaled latents and encoded prompts of a training batch, with caption dropout."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from sdxs_lightning.objectives.term import LatentSample
 def data_sample(
     batch: TrainingBatch, family: Family, seed: int, caption_dropout: float = 0.0
 ) -> LatentSample:
-    """The batch's latents, and its captions encoded with the sizes and crops of its images.
+    """Returns the batch's scaled latents with its captions encoded; SDXL also gets image sizes and crops.
 
     Args:
-        batch: with latents.
-        family: scales and encodes.
-        seed: of the run; with the positions it decides which captions are left out.
-        caption_dropout: share of captions left out.
+        batch: must have latents.
+        family: scales the latents and encodes the captions.
+        seed: seed of the run; with the positions it determines which captions are dropped.
+        caption_dropout: probability of replacing a caption by the unconditional prompt.
 
     Raises:
-        ValueError: for a batch without latents of this base.
+        ValueError: if the batch has no latents, or not with this base's number of channels.
     """
     channels = family.latent_shape()[0]
     if batch.latents is None or batch.latents.shape[1] != channels:
@@ -43,11 +43,11 @@ def data_sample(
 
 
 def without_prompts(conditioning: Conditioning, dropped: Tensor) -> Conditioning:
-    """Replaces prompts by their unconditional twin, as guidance will need it: "" in SD, zeros in SDXL.
+    """Replaces prompts by the unconditional ones that guidance uses: "" in SD, zeros in SDXL.
 
     Args:
-        conditioning: of B prompts, with its twin.
-        dropped: (B,), bool, which ones.
+        conditioning: of B prompts, with the unconditional embeddings.
+        dropped: (B,), bool, True where the prompt is replaced.
     """
     uncond = conditioning.unconditional()
     pooled = conditioning.pooled_prompt_embeds

@@ -1,7 +1,7 @@
-"""Stage `decoder`: a tiny image decoder that imitates the base's own, on latents of the base.
+"""Stage `decoder`: distils the base's VAE decoder into a tiny one.
 
-For *iteration* and *micro-batch* see `training/manual_optimization.py`. The student here is the decoder; it is updated on
-every iteration.
+*Iteration* and *micro-batch* are defined in `training/manual_optimization.py`. The student is the decoder, which is updated
+on every iteration.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ class DecoderDistillation(ManualOptimization):
 
     Args:
         family: the base.
-        decoder: the network that will be exported.
-        max_student_updates: the run ends after so many updates of the decoder.
+        decoder: the network to train and export.
+        max_student_updates: number of decoder updates, after which the run ends.
         reconstruction: the loss against the target images.
-        sampler: makes the latents, as in SDXS; None takes the batch's, which are VAE means of images.
-        target: what the decoder's images are compared with: those of the VAE for the same latents, as in SDXS, or the
-            batch's images, whose latents are the batch's or are encoded in the step. On the toy world at equal budget
+        sampler: samples the latents, as in SDXS; None uses the batch's, which are VAE means of images.
+        target: the reconstruction target: the VAE's images of the same latents ("vae", as in SDXS), or the batch's images
+            ("images"), whose latents come with the batch or are encoded in the step. On the toy world at equal budget
             the latter gives a higher PSNR of real images, since the VAE's own errors are not learned.
-        features: frozen network whose features the discriminator reads; goes with the two below. None means no GAN.
-        discriminator: heads on the features.
-        adversarial: the GAN's schedule and strength.
-        ema_decay: of the averaged decoder that is evaluated and exported, per update.
-        accumulate_grad_batches: micro-batches of an iteration; their gradients are averaged.
-        gradient_clip_norm: of each network by itself; None does not clip.
-        seed: of every random number of the step, together with a sample's position in the run.
-        real_score_dtype: of the frozen networks in the step but the VAE: the sampler's U-Net, text encoders, features.
+        features: frozen feature network of the discriminator; set together with the next two. None means no GAN.
+        discriminator: heads on these features.
+        adversarial: schedule and weight of the GAN.
+        ema_decay: decay per update of the averaged decoder, which is evaluated and exported.
+        accumulate_grad_batches: micro-batches per iteration; their gradients are averaged.
+        gradient_clip_norm: maximum gradient norm, per network; None does not clip.
+        seed: with a sample's position in the run it determines every random number of the step.
+        real_score_dtype: dtype of the frozen networks except the VAE: the sampler's U-Net, text encoders, feature network.
 
     Raises:
-        ValueError: for parts that do not go together.
+        ValueError: if the arguments are inconsistent.
 
-    Source: SDXS, arXiv:2403.16627, section 3.1 and eq. 5. The settings' classes name what the paper leaves open and we chose.
+    Source: SDXS, arXiv:2403.16627, section 3.1 and eq. 5. The settings classes name the choices that the paper leaves open.
     """
 
     export_name = "decoder"
@@ -90,7 +90,7 @@ class DecoderDistillation(ManualOptimization):
         self.family = family
         self.decoder = decoder
         self.discriminator = discriminator
-        self.average: DecoderAverage | None = None  # made in configure_model, as everything with weights
+        self.average: DecoderAverage | None = None  # built in configure_model, like all weights
         self.max_student_updates = max_student_updates
         self.reconstruction = reconstruction
         self.adversarial = adversarial
@@ -103,7 +103,7 @@ class DecoderDistillation(ManualOptimization):
     # ------------------------------------------------------------------------------------------------ the training step
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
-        """One micro-batch: the decoder learns to reproduce the target images, the discriminator to tell them from its own."""
+        """One micro-batch: reconstruction and GAN losses of the decoder, then the discriminator's loss."""
         latents = self.pairs.latents(batch)
         target = self.pairs.targets(batch, latents)
         with self.without_reducer():
@@ -128,12 +128,12 @@ class DecoderDistillation(ManualOptimization):
     def _adversarial_backward(
         self, images: Tensor, reconstruction: Tensor, positions: Tensor
     ) -> list[Tensor]:
-        """The decoder's gradients of both losses, weighed against each other; returns the features of its images."""
+        """Backward of both decoder losses, adaptively weighted; returns the detached features of the decoder's images."""
         assert self.discriminator is not None and self.adversarial is not None
         with no_param_grad(self.discriminator):
             features = self._features_of(images, positions)
             adversarial = hinge_generator_loss(self.discriminator(features))
-            # Each loss is followed back to the images once; the decoder, which both share, is passed once with their sum.
+            # Each loss is differentiated down to the images; their sum then goes through the shared decoder once.
             (by_reconstruction,) = torch.autograd.grad(reconstruction, images, retain_graph=True)
             (by_adversarial,) = torch.autograd.grad(adversarial, images)
         weight = self.adversarial.weight(
@@ -144,7 +144,7 @@ class DecoderDistillation(ManualOptimization):
         return [feature_map.detach() for feature_map in features]
 
     def _at_last_layer(self, images: Tensor, gradient: Tensor) -> Tensor:
-        """What a gradient at the images is at the decoder's last weight; the same on every rank."""
+        """Backpropagates a gradient at the images to the decoder's last weight, averaged over ranks."""
         (at_weight,) = torch.autograd.grad(
             images, self.decoder.last_weight, grad_outputs=gradient, retain_graph=True
         )
@@ -154,7 +154,7 @@ class DecoderDistillation(ManualOptimization):
         return at_weight
 
     def _discriminator_backward(self, real_features: list[Tensor], fake_features: list[Tensor]) -> None:
-        """The heads learn to tell features of the VAE's images from those of the decoder's, as these were before its update."""
+        """Backward of the discriminator's loss; the fake images are those from before the decoder's update."""
         assert self.discriminator is not None and self.adversarial is not None
         r1_weight = self.adversarial.r1_weight
         loss, scalars = projected_discriminator_loss(
@@ -167,18 +167,18 @@ class DecoderDistillation(ManualOptimization):
 
     @property
     def student_updates(self) -> int:
-        """Updates of the decoder: one an iteration."""
+        """Number of decoder updates: one per iteration."""
         return self.iterations
 
     @property
     def gan_is_on(self) -> bool:
-        """Whether this iteration has the GAN."""
+        """Whether the GAN is active in this iteration."""
         if self.adversarial is None:
             return False
         return self.iterations >= self.adversarial.starts_at(self.max_student_updates)
 
     def _features_of(self, images: Tensor, positions: Tensor) -> list[Tensor]:
-        """Feature maps of the images, or of a random square of each; with graph where images have one."""
+        """Feature maps of the images, or of a random crop of each; differentiable."""
         assert self._features is not None and self.adversarial is not None
         if self.adversarial.crop_px is not None:
             places = uniform(self.seed, Stream.AUGMENTATION, positions, (2,))
@@ -189,7 +189,7 @@ class DecoderDistillation(ManualOptimization):
     # -------------------------------------------------------------------------------------------------- building, moving
 
     def configure_model(self) -> None:
-        """Loads every network, once. None is sharded: they are too small for that to pay."""
+        """Builds all networks. Idempotent. None is sharded: they are too small to benefit."""
         if self.average is not None:
             return
         self.pairs.load(self.family, self.frozen_dtype)
@@ -204,25 +204,24 @@ class DecoderDistillation(ManualOptimization):
 
     @property
     def networks(self) -> dict[str, Network]:
-        """The networks that learn, by role."""
         networks: dict[str, Network] = {"decoder": self.decoder}
         return networks if self.discriminator is None else networks | {"discriminator": self.discriminator}
 
     def on_fit_start(self) -> None:
-        """Moves what Lightning does not see."""
+        """Moves the frozen networks, which Lightning does not know about."""
         self.family.to(self.device, self.frozen_dtype)
         for frozen in (self.pairs.network, self._features):
             if frozen is not None:
                 frozen.to(self.device)
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
-        """Writes an AutoencoderTiny folder; the decoder is complete on every rank. See `callbacks.export.Exportable`."""
+        """Writes an AutoencoderTiny folder. The decoder is unsharded, so rank 0 writes alone."""
         assert self.average is not None
         if self.global_rank != 0:
             return
         source = self.average.decoder if average else self.decoder.decoder
         weights = {
-            # channels_last is for training; files hold plain layouts.
+            # channels_last is for training only.
             name: tensor.detach().to("cpu", memory_format=torch.contiguous_format)
             for name, tensor in source.state_dict().items()
         }
@@ -232,14 +231,13 @@ class DecoderDistillation(ManualOptimization):
             autoencoder.save_pretrained(written, safe_serialization=True)
 
     def on_train_start(self) -> None:
-        """A finished run that is resumed ends at once."""
+        """Stops at once if a finished run is resumed."""
         if self.student_updates >= self.max_student_updates:
             self.trainer.should_stop = True
 
     # ------------------------------------------------------------------------------------------------------ memory plan
 
     def plan_networks(self) -> list[PlannedNetwork]:
-        """See `Plannable`."""
         networks = [
             PlannedNetwork(role, network, "trained", network.optimizer, sharded=False)
             for role, network in self.networks.items()
@@ -253,7 +251,7 @@ class DecoderDistillation(ManualOptimization):
         return networks
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
-        """See `Plannable`: an iteration with the GAN, if there is one."""
+        """One iteration, with the GAN if there is one."""
         latents = self.pairs.latents(batch)
         target = self.pairs.targets(batch, latents)
         images = self.decoder(latents)

@@ -1,4 +1,4 @@
-"""Training pairs of a decoder: latents, and the images they should decode to."""
+"""Training pairs of a decoder: latents and target images."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ Target = Literal["vae", "images"]
 
 @dataclass(frozen=True)
 class SampledLatents:
-    """Latents that a frozen diffusion model makes from the batch's captions: no images are needed."""
+    """Settings for sampling latents from the batch's captions with a frozen diffusion model; needs no images."""
 
     steps: int = 4
-    """Steps of the ODE sampler."""
+    """Number of steps of the ODE sampler."""
     guidance_scale: float = 5.0
-    """Guidance; 1 means none, as few-step checkpoints want it."""
+    """Guidance scale; 1 means none, as few-step checkpoints expect."""
     spacing: Spacing = "trailing"
-    """Timesteps of the sampler."""
+    """Timestep spacing of the sampler."""
     weights: str | None = None
-    """U-Net or pipeline folder of another checkpoint of the base's kind, for example a few-step one; null is the base's."""
+    """U-Net or pipeline folder of another checkpoint of the base's architecture, such as a few-step one; null uses the base."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -39,15 +39,15 @@ class SampledLatents:
 
 
 class DecoderPairs:
-    """Latents of a batch and their images; the networks that make them are frozen.
+    """Provides latents of a batch and their target images; all networks are frozen.
 
     Args:
-        sampler: makes the latents; None takes the batch's, or encodes its images where they are the target.
-        target: who made the images: the VAE, or the data.
-        seed: of the sampler's noise.
+        sampler: samples the latents; None uses the batch's, or encodes its images if these are the target.
+        target: whether the target images are the VAE's or the batch's.
+        seed: seed of the sampler's noise.
 
     Raises:
-        ValueError: for sampled latents whose images the data would have to hold.
+        ValueError: if target is "images" with a sampler, since sampled latents have no images.
     """
 
     def __init__(self, sampler: SampledLatents | None, target: Target, seed: int) -> None:
@@ -63,7 +63,7 @@ class DecoderPairs:
         self._sampler: TargetSampler | None = None
 
     def load(self, family: Family, dtype: torch.dtype) -> None:
-        """Takes the base, and loads the sampler's U-Net if there is a sampler; the stage moves both."""
+        """Loads the sampler's U-Net, if any; the stage moves the base and it to the device."""
         self._family = family
         if self._sampling is None:
             return
@@ -75,12 +75,12 @@ class DecoderPairs:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent, a side."""
+        """Upscaling factor of the VAE per side."""
         return self._family.resolution // self._family.latent_shape()[1]
 
     @torch.no_grad()
     def latents(self, batch: TrainingBatch) -> Tensor:
-        """Scaled latents (B, C, h, w), float32: sampled, or the batch's."""
+        """Scaled latents (B, C, h, w), float32: sampled, from the batch, or encoded from its images."""
         channels = self._family.latent_shape()[0]
         if self._sampler is not None:
             noise = normal(self._seed, Stream.TEACHER_NOISE, batch.positions, self._family.latent_shape())
@@ -99,7 +99,7 @@ class DecoderPairs:
         return self._family.scale_latents(batch.latents)
 
     def targets(self, batch: TrainingBatch, latents: Tensor) -> Tensor:
-        """What the decoder's images are compared with: (B, 3, H, W), float32, in [-1, 1]."""
+        """Target images: (B, 3, H, W), float32, in [-1, 1]."""
         if self.target == "vae":
             return self.decode_by_vae(latents)
         side = latents.shape[-1] * self.vae_factor
@@ -113,11 +113,10 @@ class DecoderPairs:
 
     @torch.no_grad()
     def decode_by_vae(self, latents: Tensor) -> Tensor:
-        """The VAE's images (B, 3, H, W), float32, as they are seen: in [-1, 1].
+        """Decodes with the VAE: (B, 3, H, W), float32, clamped to [-1, 1].
 
-        Outside autocast: bfloat16 would put an error of its own into the target. Clamped: the VAE overshoots, and nobody sees
-        by how much, and imitating that would take capacity. The decoder's images are not clamped, since a value beyond the
-        range would then have no gradient that leads it back.
+        Autocast is off: bfloat16 would add rounding errors to the target. Clamped, because imitating the VAE's invisible
+        overshoot would cost capacity. The decoder's images are not clamped: values out of range would get no gradient.
         """
         with without_autocast(latents.device):
             return self._family.decode(latents).clamp(-1, 1)

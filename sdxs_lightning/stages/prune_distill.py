@@ -1,4 +1,4 @@
-"""Stage `miniaturise`: a pruned U-Net learns to answer as the base does, by its output and by its features."""
+"""Stage `miniaturise`: distils the base into a pruned U-Net by output and feature distillation."""
 
 from __future__ import annotations
 
@@ -41,32 +41,31 @@ from sdxs_lightning.training.sharding import mixed_precision, shard_unet
 
 
 class PrunedUNetDistillation(AveragedTraining):
-    """Prunes the base's U-Net and trains the rest against the complete one, at the same noisy latents and prompts.
+    """Prunes the base's U-Net and distils the original into it, on the same noisy latents and prompts.
 
-    One pass of the frozen base a step, without guidance and without graph; no VAE.
+    Each step runs the frozen base once, without guidance and under no_grad, and no VAE.
 
     Args:
-        family: the base, which is pruned and which is the teacher.
-        topology: what the student keeps: the name of a preset or a description; None keeps the network of `weights` as
-            it is.
+        family: the base: both the network to prune and the teacher.
+        topology: what the student keeps: a preset's name or a description; None keeps the network of `weights` unpruned.
         optimizer: called with the student's parameters.
-        lr_scheduler: stepped once per step of the optimizer; None keeps the rate.
-        output_distillation: distance between the outputs (epsilon or v, what the base predicts); None leaves it out.
-        feature_distillation: distances between the features of the stages that were kept; None leaves them out.
-        task: the student's own denoising loss on the data, as in BK-SDM; None as in SDXS.
-        timesteps: where the networks are compared.
+        lr_scheduler: stepped once per optimizer step; None keeps the rate constant.
+        output_distillation: distance between the outputs (epsilon or v, as the base predicts); None disables it.
+        feature_distillation: distances between the features of the kept stages; None disables it.
+        task: the student's denoising loss on the data, as in BK-SDM; None disables it, as in SDXS.
+        timesteps: timesteps at which the networks are compared.
         weights: U-Net or pipeline folder to prune instead of the base, such as an earlier result of this stage
             (progressive removal); the teacher stays the base, so feature_distillation.taps has to name the pairs.
-        weight_transfer: False prunes the shape only and starts from fresh weights: the control of experiments.
-        ema_decay: of the averaged student that is exported, per step of the optimizer.
-        caption_dropout: share of captions left out; 0 because knowledge distillation has no guidance.
-        gradient_checkpointing: recompute the student's blocks in the backward pass: less memory, a third more work.
-        compile_blocks: torch.compile of the blocks of both networks; pays on a GPU for runs of more than minutes.
-        seed: of noise, timesteps, dropout and fresh weights; the first three are drawn by sample position.
-        real_score_dtype: of the frozen networks in the step, teacher and text encoders; bfloat16 on GPUs.
+        weight_transfer: False keeps the pruned architecture but reinitialises its weights, as a control experiment.
+        ema_decay: decay per optimizer step of the averaged student, which is exported.
+        caption_dropout: probability of dropping a caption; 0 because knowledge distillation uses no guidance.
+        gradient_checkpointing: recompute the student's blocks in the backward pass: less memory, about a third more compute.
+        compile_blocks: torch.compile the blocks of both networks; worthwhile on a GPU for runs longer than minutes.
+        seed: seed of noise, timesteps, dropout and fresh weights; the first three are drawn per sample position.
+        real_score_dtype: dtype of the frozen networks, teacher and text encoders; bfloat16 on GPUs.
 
     Raises:
-        ValueError: for parts that do not go together.
+        ValueError: if the arguments are inconsistent.
 
     Source: BK-SDM, arXiv:2305.15798, section 3.2, and SDXS, arXiv:2403.16627, section 3.1, which drops the task loss.
         The losses are in v for a v-prediction base.
@@ -104,7 +103,7 @@ class PrunedUNetDistillation(AveragedTraining):
         self.ema_decay, self.caption_dropout, self.seed = ema_decay, caption_dropout, seed
         self.gradient_checkpointing, self.compile_blocks = gradient_checkpointing, compile_blocks
         self.real_score_dtype: torch.dtype = getattr(torch, real_score_dtype)
-        self.ema: DenoiserEma | None = None  # made in configure_model, as everything with weights
+        self.ema: DenoiserEma | None = None  # built in configure_model, like all weights
         self.teacher: Frozen[Denoiser] | None = None
         self.taps: dict[str, str] = {}
         """Block of the student -> block of the teacher."""
@@ -113,7 +112,6 @@ class PrunedUNetDistillation(AveragedTraining):
     # ------------------------------------------------------------------------------------------------ the training step
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Both networks denoise the same latents; the student learns to match the teacher's output and features."""
         terms, by_tap = self._terms(batch)
         loss = torch.stack(list(terms.values())).sum()
         self.log_dict({f"student/{name}": value.detach() for name, value in (terms | {"loss": loss}).items()})
@@ -121,7 +119,7 @@ class PrunedUNetDistillation(AveragedTraining):
         return loss
 
     def _terms(self, batch: TrainingBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The weighted terms of the loss, and the feature term's summands by tap."""
+        """Returns the weighted loss terms, and the feature losses by tap."""
         sample = data_sample(batch, self.family, self.seed, self.caption_dropout)
         schedule = self.family.schedule
         noisy = sample.renoise(schedule, self.timesteps, Stream.TEACHER_TIMESTEP, Stream.TEACHER_NOISE)
@@ -145,7 +143,7 @@ class PrunedUNetDistillation(AveragedTraining):
     def _teacher_output(
         self, noisy: NoisyLatents, sample: LatentSample
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The teacher's output, and its features by the student's blocks; nothing without a teacher."""
+        """Returns the teacher's output, and its features keyed by the student's blocks; (None, {}) without a teacher."""
         if self.teacher is None:
             return None, {}
         wanted, seen = self._predict(self.teacher.module, list(self.taps.values()), noisy, sample)
@@ -155,7 +153,7 @@ class PrunedUNetDistillation(AveragedTraining):
     def _predict(
         denoiser: Denoiser, blocks: list[str], noisy: NoisyLatents, sample: LatentSample
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The network's own output, and its features by block."""
+        """Returns the network's raw output (epsilon or v), and its features by block."""
         with FeatureTap(denoiser.unet, *blocks) as tap:
             prediction = denoiser(noisy.latents, noisy.timesteps, sample.conditioning)
         return prediction.output, {block: tap[block] for block in blocks}
@@ -163,7 +161,7 @@ class PrunedUNetDistillation(AveragedTraining):
     # -------------------------------------------------------------------------------------------------- building, saving
 
     def configure_model(self) -> None:
-        """Loads and prunes, once; shards each network by itself where the strategy gives a device mesh."""
+        """Loads and prunes the U-Net, and shards each network if the strategy has a device mesh. Idempotent."""
         if self.ema is not None:
             return
         base = self.family.load_unet()
@@ -189,7 +187,7 @@ class PrunedUNetDistillation(AveragedTraining):
         return student
 
     def _pair_blocks(self, base: UNet2DConditionModel, source: UNet2DConditionModel) -> dict[str, str]:
-        """The taps: as given, else of the stages that the topology keeps of the base."""
+        """The configured taps, or those of the stages that the topology keeps."""
         objective = self.feature_distillation
         if objective is None:
             return {}
@@ -203,7 +201,7 @@ class PrunedUNetDistillation(AveragedTraining):
         return objective.pairs(feature_pairs(base.config, self.topology))
 
     def _check_taps(self) -> None:
-        """Finds a misspelt tap before the training."""
+        """Raises ValueError for an unknown tap before training starts."""
         if self.teacher is not None and self.taps:
             FeatureTap(self.student.unet, *self.taps)
             FeatureTap(self.teacher.module.unet, *self.taps.values())
@@ -218,7 +216,7 @@ class PrunedUNetDistillation(AveragedTraining):
             shard_unet(denoiser.unet, mesh, policy)
 
     def _order_channels(self) -> None:
-        # What the convolutions of GPUs want; FSDP2 takes contiguous weights only.
+        # Faster convolutions on GPUs. Not with FSDP2, which accepts contiguous weights only.
         for denoiser in self._denoisers:
             denoiser.to(memory_format=torch.channels_last)
 
@@ -229,7 +227,6 @@ class PrunedUNetDistillation(AveragedTraining):
         return [self.student, self.ema.denoiser, *frozen]
 
     def plan_networks(self) -> list[PlannedNetwork]:
-        """See `Plannable`."""
         assert self.ema is not None
         networks = [
             PlannedNetwork("student", self.student, "trained", self.optimizer),
@@ -240,7 +237,6 @@ class PrunedUNetDistillation(AveragedTraining):
         return networks
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
-        """See `Plannable`: every step is the same."""
         terms, _ = self._terms(batch)
         torch.stack(list(terms.values())).sum().backward()
         del terms
@@ -248,7 +244,6 @@ class PrunedUNetDistillation(AveragedTraining):
 
     @property
     def learner(self) -> Denoiser:
-        """The student."""
         return self.student
 
     def average(self) -> None:
@@ -257,7 +252,7 @@ class PrunedUNetDistillation(AveragedTraining):
         self.ema.follow(self.student)
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
-        """Writes the student's U-Net folder, for `UNet2DConditionModel.from_pretrained`; see `callbacks.export.Exportable`."""
+        """Writes a U-Net folder for `UNet2DConditionModel.from_pretrained`."""
         assert self.ema is not None
         source = self.ema.denoiser.unet if average else self.student.unet
         unet = gathered_unet(source, first_rank=self.global_rank == 0)
@@ -265,14 +260,14 @@ class PrunedUNetDistillation(AveragedTraining):
             write_unet(unet, folder, dtype)
 
     def on_fit_start(self) -> None:
-        """Moves what Lightning does not see."""
+        """Moves the frozen networks, which Lightning does not know about."""
         self.family.to(self.device, self.real_score_dtype)
         if self.teacher is not None:
             self.teacher.to(self.device)
 
     def _check_parts(self) -> None:
         if self.output_distillation is None and self.task is None:
-            # Features alone do not reach the last layers, which DDP would moreover take for a mistake.
+            # Feature losses do not train the last layers, and DDP raises for parameters without gradients.
             raise ValueError(
                 "the student's output has no objective: set output_distillation, or task, or both."
             )
@@ -285,5 +280,5 @@ class PrunedUNetDistillation(AveragedTraining):
 
 
 def _shape_of(unet: UNet2DConditionModel) -> dict[str, object]:
-    """What of a config decides the network."""
+    """The config entries that determine the architecture."""
     return {name: value for name, value in unet.config.items() if not name.startswith("_")}

@@ -1,4 +1,4 @@
-"""Stage `teacher`: ordinary denoising of a U-Net, from its config; this is how the toy base came to be."""
+"""Stage `teacher`: trains a U-Net from scratch by denoising; the toy base was made this way."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
 
 
 class DenoisingTraining(AveragedTraining):
-    """Trains a new U-Net of the base's config with the base's own text encoder, latents and schedule.
+    """Trains a randomly initialised U-Net of the base's config with the base's text encoder, latents and schedule.
 
-    The loss is the mean square error of the network's own output (epsilon or v). For v it weighs errors of the clean
+    The loss is the mean square error of the network's raw output (epsilon or v). For v it weighs errors of the clean
     latents by SNR + 1, so that the high noise levels, where layout and binding are decided, count as much as the low ones.
 
     Args:
         family: the base; its `unet/config.json` is read, its U-Net weights are not.
-        optimizer: from parameters to optimizer.
-        lr_scheduler: from optimizer to a per-step schedule.
-        output: folder that the EMA U-Net is saved to at the end, fp16 safetensors.
-        caption_dropout: share of captions left out ("" in SD, zeros in SDXL), which classifier-free guidance needs.
-        ema_decay: of the averaged weights, per step.
-        seed: of noise, timesteps and dropout, which are drawn by sample position.
+        optimizer: called with the U-Net's parameters.
+        lr_scheduler: called with the optimizer; stepped once per optimizer step.
+        output: folder for the averaged U-Net, written at the end in fp16.
+        caption_dropout: probability of dropping a caption ("" in SD, zeros in SDXL), for classifier-free guidance.
+        ema_decay: decay of the averaged weights, per step.
+        seed: seed of noise, timesteps and dropout, which are drawn per sample position.
     """
 
     def __init__(
@@ -62,19 +62,17 @@ class DenoisingTraining(AveragedTraining):
 
     @property
     def learner(self) -> Denoiser:
-        """The network that learns."""
         return self.denoiser
 
     def average(self) -> None:
-        """Averages the weights."""
         self.ema.update_parameters(self.denoiser)
 
     def on_fit_start(self) -> None:
-        """Bring the frozen text encoder to the device."""
+        """Moves the frozen text encoder to the device."""
         self.family.to(self.device)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        """Denoise at a uniform timestep."""
+        """Denoising loss at uniformly drawn timesteps."""
         sample = data_sample(batch, self.family, self.seed, self.caption_dropout)
         schedule, kind = self.family.schedule, self.family.prediction_type
         noisy = sample.renoise(schedule, TimestepRange(0, 999), Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
@@ -85,19 +83,17 @@ class DenoisingTraining(AveragedTraining):
         return loss
 
     def on_fit_end(self) -> None:
-        """Save the averaged U-Net."""
+        """Saves the averaged U-Net."""
         if self.trainer.is_global_zero:
             averaged = cast(Denoiser, self.ema.module)
             averaged.unet.half().save_pretrained(Path(self.output))
 
     def plan_networks(self) -> list[PlannedNetwork]:
-        """See `Plannable`."""
         return [
             PlannedNetwork("denoiser", self.denoiser, "trained", self.optimizer, sharded=False),
             PlannedNetwork("ema", self.ema, "averaged", sharded=False),
         ]
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
-        """See `Plannable`."""
         self.training_step(batch, 0).backward()
         yield PlannedPhase("training step", ("denoiser",))

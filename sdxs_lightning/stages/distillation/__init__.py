@@ -1,1 +1,1 @@
-"""One-step distillation: `step.py` has the training step."""
+"""One-step distillation; the training step is in `step.py`."""

@@ -1,7 +1,7 @@
 """Augmentation of a discriminator's images: crop, colour, translation, cutout. All differentiable.
 
-The random numbers are arguments in [0, 1), which the caller draws by the samples' positions. So a real and a fake image of one
-position are changed alike, and a resumed run equals the uninterrupted one. No call waits for the device.
+The caller passes the random numbers, in [0, 1), drawn per sample position: real and fake images of one position get the same
+augmentation, and a resumed run equals an uninterrupted one. No function synchronises with the device.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from torch.nn import functional as F
 from sdxs_lightning.objectives.pixel_adversarial import Augmentation
 
 NUMBERS = 7
-"""Numbers per image that `augment` takes: brightness, saturation, contrast, shift down and right, row and column covered."""
+"""Random numbers per image: brightness, saturation, contrast, shift down, shift right, row and column of the cutout."""
 
 
 def augment(images: Tensor, numbers: Tensor, settings: Augmentation) -> Tensor:
-    """Recolours, shifts, then covers, each where its setting is not None.
+    """Applies colour, translation and cutout in this order; a setting of None skips its step.
 
     Args:
         images: (B, 3, H, W), float, in [-1, 1].
         numbers: (B, 7), float in [0, 1).
-        settings: ranges.
+        settings: ranges of the augmentations.
 
     Returns:
-        (B, 3, H, W), float32, with graph to the images; colours may leave [-1, 1].
+        (B, 3, H, W), float32, differentiable; values may leave [-1, 1].
 
     Source: DiffAugment, arXiv:2006.10738, section 3.2.
     """
@@ -40,7 +40,7 @@ def augment(images: Tensor, numbers: Tensor, settings: Augmentation) -> Tensor:
 
 
 def recolour(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
-    """Brightness, then saturation about each pixel's grey, then contrast about each image's mean.
+    """Changes brightness, then saturation about each pixel's grey, then contrast about each image's mean.
 
     Args:
         images: (B, 3, H, W), float.
@@ -59,12 +59,12 @@ def recolour(images: Tensor, numbers: Tensor, strength: float) -> Tensor:
 
 
 def shift(images: Tensor, numbers: Tensor, share: float) -> Tensor:
-    """Moves each image by whole pixels, at most round(share * side) along each axis; grey (0) comes in.
+    """Translates each image by at most round(share * side) pixels along each axis, padding with grey (0).
 
     Args:
         images: (B, C, H, W), float.
-        numbers: (B, 2), float in [0, 1): 0 moves down, right by the most, towards 1 up, left.
-        share: of the side.
+        numbers: (B, 2), float in [0, 1): 0 is the largest shift down or right, 1 the largest up or left.
+        share: largest shift as a share of the side.
     """
     height, width = images.shape[-2:]
     most_down, most_right = round(share * height), round(share * width)
@@ -73,12 +73,12 @@ def shift(images: Tensor, numbers: Tensor, share: float) -> Tensor:
 
 
 def cover(images: Tensor, numbers: Tensor, share: float) -> Tensor:
-    """Sets a rectangle of each image to grey (0), its centre anywhere in the image; parts outside are lost.
+    """Cutout: sets a rectangle of each image to grey (0), clipped at the borders.
 
     Args:
         images: (B, C, H, W), float.
         numbers: (B, 2), float in [0, 1): row and column of the centre, as shares of the sides.
-        share: of the sides that the rectangle takes, rounded to pixels.
+        share: sides of the rectangle as a share of the image's, rounded to pixels.
     """
     covered = []
     for side, centre in zip(images.shape[-2:], numbers.unbind(dim=1), strict=True):
@@ -91,18 +91,18 @@ def cover(images: Tensor, numbers: Tensor, share: float) -> Tensor:
 
 
 def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
-    """A square of each image, at its own place; differentiable.
+    """Crops a square from each image at its own place; differentiable.
 
     Args:
         images: (B, C, H, W), float.
-        places: (B, 2), float in [0, 1): top and left, as shares of the range that is possible.
-        side_px: of the squares.
+        places: (B, 2), float in [0, 1): top and left, as shares of their possible range.
+        side_px: side of the squares.
 
     Returns:
         (B, C, side_px, side_px).
 
     Raises:
-        ValueError: for images smaller than the squares.
+        ValueError: if the images are smaller than the squares.
     """
     height, width = images.shape[-2:]
     if min(height, width) < side_px:
@@ -113,7 +113,7 @@ def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
 
 
 def cut_windows(images: Tensor, places: Tensor, height_px: int, width_px: int) -> Tensor:
-    """`cut_squares` with two sides, (B, C, height_px, width_px), of images that are at least as large."""
+    """Like `cut_squares`, for rectangles (B, C, height_px, width_px) no larger than the images."""
     height, width = images.shape[-2:]
     room = torch.tensor([height - height_px + 1, width - width_px + 1], device=places.device)
     top, left = (places * room).long().unbind(dim=1)

@@ -1,6 +1,6 @@
-"""The GAN of a distillation: a term of the student's loss, and a loss of the discriminator.
+"""The GAN of a distillation: a term of the student's loss, and the discriminator's loss.
 
-`DiffusionGan` compares re-noised latents by a U-Net's features; `PixelGan` (`pixel_gan.py`) compares images.
+`DiffusionGan` compares re-noised latents through a U-Net's features; `PixelGan` (`pixel_gan.py`) compares images.
 """
 
 from __future__ import annotations
@@ -28,53 +28,53 @@ from sdxs_lightning.objectives.term import (
 
 
 class RealBatch(NamedTuple):
-    """The data that the discriminator sees as real."""
+    """The discriminator's real data."""
 
     batch: TrainingBatch
     conditioning: Conditioning
-    """Of the batch's own captions."""
+    """Encoded captions of the batch."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
 
 
 class Gan(StudentTerm):
-    """A discriminator with the features it reads, and both sides' losses.
+    """A discriminator, its frozen feature networks, and the losses of both sides.
 
-    The discriminator itself belongs to the stage, which registers, optimises and saves it; what is frozen belongs to the GAN.
+    The stage registers, optimises and saves the discriminator; the GAN owns the frozen networks.
     """
 
     reads_denoising_pass: bool = False
-    """Whether `discriminator_loss` takes the features of the pass in which the fake score learns to denoise the sample."""
+    """Whether `discriminator_loss` uses features from the fake score's own denoising pass over the sample."""
 
     def discriminator_loss(
         self, fake: LatentSample, real: RealBatch, context: DistillationContext, fake_features: Tensor | None
     ) -> tuple[Tensor, Scalars]:
-        """The discriminator's loss and scalars for the log, `loss` and `accuracy` among them.
+        """Returns the discriminator's loss, and scalars for the log, including `loss` and `accuracy`.
 
         Args:
-            fake: the student's sample, without graph.
-            real: the batch.
-            context: the networks.
-            fake_features: (B, C', h', w'), with graph, of the denoising pass over `fake`; None unless `reads_denoising_pass`.
+            fake: the student's sample, detached.
+            real: the training batch.
+            context: the networks of the stage.
+            fake_features: (B, C', h', w'), with graph, from the denoising pass over `fake`; None unless `reads_denoising_pass`.
 
         Returns:
-            (), float32, and scalars.
+            The loss, (), float32, and the scalars.
 
         Raises:
-            ValueError: for a batch without the latents or images that the discriminator compares.
+            ValueError: if the batch lacks the latents or images that the discriminator compares.
         """
         raise NotImplementedError
 
 
 class DiffusionGan(Gan):
-    """A head on a U-Net's bottleneck tells re-noised data from re-noised samples.
+    """A discriminator head on a U-Net's bottleneck, between re-noised data and re-noised samples.
 
-    On the fake score's features, as in DMD2, its loss also trains that network's encoder. On the real score's, the features
-    stay what the base made them, and two passes of its encoder come on top.
+    With the fake score's features, as in DMD2, its loss also trains that network's encoder. With the real score's, the
+    features stay fixed, at the cost of two more passes of its encoder.
 
     Args:
         discriminator: the head.
-        objective: losses, noise levels, and whose features.
+        objective: losses, noise levels, and the network that provides the features.
     """
 
     def __init__(self, discriminator: Discriminator, objective: DiffusionAdversarial) -> None:
@@ -83,7 +83,6 @@ class DiffusionGan(Gan):
         self.needs_fake_score = self.reads_denoising_pass = not self.needs_real_score
 
     def build(self, family: Family, context: DistillationContext) -> None:
-        """Makes the head for the features' shape."""
         self._family = family
         if self.needs_real_score:
             assert context.real_score is not None
@@ -94,7 +93,7 @@ class DiffusionGan(Gan):
         self.discriminator.build(shape)
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """Makes the re-noised sample look real; the graph goes through the features' network."""
+        """The student's adversarial loss on the re-noised sample, differentiated through the feature network."""
         features = self._renoised_features(sample, context, Stream.GAN_TIMESTEP, Stream.GAN_NOISE)
         loss = self.objective.student_loss(self.discriminator(features))
         return loss, {"adversarial": loss}
@@ -102,9 +101,8 @@ class DiffusionGan(Gan):
     def discriminator_loss(
         self, fake: LatentSample, real: RealBatch, context: DistillationContext, fake_features: Tensor | None
     ) -> tuple[Tensor, Scalars]:
-        """See `Gan`. Both halves go through the head as one batch."""
         data = self._data(real)
-        with torch.set_grad_enabled(not self.needs_real_score):  # the real score does not learn: no graph
+        with torch.set_grad_enabled(not self.needs_real_score):  # the real score is frozen
             if self.needs_real_score:
                 fake_features = self._renoised_features(
                     fake, context, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE
@@ -123,18 +121,17 @@ class DiffusionGan(Gan):
         timestep_stream: Stream,
         noise_stream: Stream,
     ) -> Tensor:
-        """(B, C', h', w'), float32, with graph where the sample has one or the features' network learns."""
+        """Bottleneck features of the re-noised sample: (B, C', h', w'), float32."""
         noisy: NoisyLatents = sample.renoise(
             context.schedule, self.objective.timesteps, timestep_stream, noise_stream
         )
         network = context.real_score if self.needs_real_score else context.fake_score
         assert network is not None
         features = network.features(noisy.latents, noisy.timesteps, sample.conditioning)
-        # The real score may be bfloat16 throughout; the head is not.
+        # The real score may be bfloat16; the head is float32.
         return features.float() if self.needs_real_score else features
 
     def _data(self, real: RealBatch) -> LatentSample:
-        """The batch's own latents."""
         batch, shape = real.batch, self._family.latent_shape()
         if batch.latents is None or tuple(batch.latents.shape[1:]) != shape:
             found = "none" if batch.latents is None else f"shape {tuple(batch.latents.shape[1:])}"
@@ -151,7 +148,7 @@ class DiffusionGan(Gan):
 
 
 def check_discriminator_timesteps(adversarial: DiffusionAdversarial | None, denoising: Denoising) -> None:
-    """Raises ValueError where the discriminator would read a denoising pass over other timesteps than its own."""
+    """Raises ValueError if the discriminator reads the denoising pass and their timesteps differ."""
     if adversarial is None or adversarial.features != "fake_score":
         return
     if adversarial.timesteps != denoising.timesteps:
@@ -164,7 +161,7 @@ def check_discriminator_timesteps(adversarial: DiffusionAdversarial | None, deno
 def check_f_divergence(
     distribution_matching: DistributionMatching | None, adversarial: DiffusionAdversarial | None
 ) -> None:
-    """Raises ValueError unless the discriminator can give the density ratio that f_divergence needs."""
+    """Raises ValueError unless the discriminator provides the density ratio that f_divergence needs."""
     if distribution_matching is None or distribution_matching.f_divergence is None:
         return
     if adversarial is None or adversarial.features != "fake_score":

@@ -1,4 +1,4 @@
-"""The networks of a one-step distillation: loading, sharding, moving, saving and sampling them; everything but learning."""
+"""The networks of a one-step distillation: loading, sharding, device placement, checkpoints, export and sampling."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class DistillationNetworks(ManualOptimization):
 
     Args:
         family: the base.
-        student: learns by the terms.
-        fake_score: None in a run that ends with the warm-up.
+        student: trained on the terms.
+        fake_score: None if the run ends with the warm-up.
         discriminator: None without a GAN.
-        gan: goes with the discriminator.
-        pairs: where pairs come from.
-        update_schedule: iterations and phases.
-        terms: of the student.
-        ema_decay: of the averaged student, per student update.
-        accumulate_grad_batches: micro-batches of an iteration.
-        gradient_clip_norm: of each network by itself; None does not clip.
-        seed: of the run.
-        real_score_dtype: of the frozen networks in the step.
+        gan: set together with the discriminator.
+        pairs: source of the target sampler's pairs.
+        update_schedule: which networks are updated on which iteration.
+        terms: the student's loss terms.
+        ema_decay: decay of the averaged student, per student update.
+        accumulate_grad_batches: micro-batches per iteration.
+        gradient_clip_norm: maximum gradient norm, per network; None does not clip.
+        seed: seed of the run.
+        real_score_dtype: dtype of the frozen networks.
     """
 
     export_name = "pipeline"
@@ -73,7 +73,7 @@ class DistillationNetworks(ManualOptimization):
         self.student = student
         self.fake_score = fake_score
         self.discriminator = discriminator
-        self.ema: StudentEma | None = None  # made in configure_model, as everything with weights
+        self.ema: StudentEma | None = None  # built in configure_model, like all weights
         self.real_score: Frozen[Denoiser] | None = None
         self.gan = gan
         self.pairs = TargetPairs(pairs, seed) if pairs is not None else None
@@ -89,37 +89,36 @@ class DistillationNetworks(ManualOptimization):
 
     @property
     def progress(self) -> float:
-        """Share of the student updates after the warm-up that are done."""
+        """Completed share of the student updates after the warm-up."""
         return self.update_schedule.progress(self.student_updates)
 
     @property
     def context(self) -> DistillationContext:
-        """What the student's terms may use."""
+        """The networks and progress that the student's terms may use."""
         real_score = self.real_score.module if self.real_score is not None else None
         head = self.discriminator if isinstance(self.discriminator, Discriminator) else None
         return DistillationContext(self.family.schedule, self.fake_score, real_score, head, self.progress)
 
     @property
     def networks(self) -> dict[str, Network]:
-        """The networks that learn, by role."""
         roles = {"student": self.student, "fake_score": self.fake_score, "discriminator": self.discriminator}
         return {role: network for role, network in roles.items() if network is not None}
 
     @property
     def _all_terms(self) -> list[StudentTerm]:
-        """Every term once."""
+        """All terms, without duplicates."""
         terms = [*self.terms.warmup.values(), *self.terms.distillation.values()]
         return list({id(term): term for term in terms}.values())
 
     def frozen_image_networks(self) -> dict[str, nn.Module]:
-        """The terms' own frozen networks by name: image networks, and the decoders before them."""
+        """Frozen networks of the terms by name: feature networks and their image decoders."""
         parts = [term.frozen_networks() for term in self._all_terms]
         return {name: network for part in parts for name, network in part.items()}
 
     # -------------------------------------------------------------------------------------------------- building, moving
 
     def configure_model(self) -> None:
-        """Loads every network, once; shards each by itself where the strategy gives a device mesh."""
+        """Builds all networks, and shards each if the strategy has a device mesh. Idempotent."""
         if self.ema is not None:
             return
         self.student.build(self.family)
@@ -136,7 +135,7 @@ class DistillationNetworks(ManualOptimization):
             self._shard()
 
     def _load_real_score(self) -> Denoiser:
-        """The base, which a fake score with adapters has in memory already."""
+        """The base; shared with the fake score if that trains adapters on it."""
         shared = self.fake_score.shared_base(self.real_score_dtype) if self.fake_score is not None else None
         if shared is not None:
             return shared
@@ -156,7 +155,7 @@ class DistillationNetworks(ManualOptimization):
             shard_head(self.discriminator.head, mesh, policy)
 
     def on_fit_start(self) -> None:
-        """Moves what Lightning does not see."""
+        """Moves the frozen networks, which Lightning does not know about."""
         self.family.to(self.device, self.real_score_dtype)
         if self.real_score is not None:
             self.real_score.to(self.device)
@@ -165,7 +164,10 @@ class DistillationNetworks(ManualOptimization):
                 part.to(self.device, self.real_score_dtype)
 
     def on_train_start(self) -> None:
-        """Makes the pairs unless no coming update needs them; a resumed run knows its counters by now, with FSDP2 too."""
+        """Samples the pairs if a later update needs them.
+
+        Not in `on_fit_start`: with FSDP2 a checkpoint's counters are restored after it.
+        """
         if self.student_updates >= self.update_schedule.max_student_updates:
             self.trainer.should_stop = True
             return
@@ -176,7 +178,7 @@ class DistillationNetworks(ManualOptimization):
 
     @property
     def pairs_are_needed(self) -> bool:
-        """Whether a student update on pairs is still to come."""
+        """Whether a later student update needs pairs."""
         coming = list(self.terms.distillation.values()) if self.update_schedule.distils else []
         if self.update_schedule.updates_at(self.iterations).warmup:
             coming += self.terms.warmup.values()
@@ -185,16 +187,16 @@ class DistillationNetworks(ManualOptimization):
     # ------------------------------------------------------------------------------------------------- saving, sampling
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counter of student updates, and a fingerprint of the weights under adapters."""
+        """Adds the student update counter, and fingerprints of the weights under adapters."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["student_updates"] = self.student_updates
         checkpoint["frozen_weights"] = self._frozen_weights()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the counter.
+        """Restores the student update counter.
 
         Raises:
-            ValueError: if adapters would be put on other weights than those that they were trained on.
+            ValueError: if adapters were trained on other frozen weights than those loaded.
         """
         super().on_load_checkpoint(checkpoint)
         self.student_updates = checkpoint["student_updates"]
@@ -208,7 +210,7 @@ class DistillationNetworks(ManualOptimization):
                 )
 
     def _frozen_weights(self) -> dict[str, str]:
-        """Fingerprint by role of the weights under adapters, which are not in the checkpoint."""
+        """Fingerprints by role of the frozen weights under adapters, which checkpoints do not hold."""
         roles = {"student": self.student, "fake_score": self.fake_score}
         return {
             role: network.frozen_fingerprint
@@ -218,12 +220,12 @@ class DistillationNetworks(ManualOptimization):
 
     @torch.no_grad()
     def generate(self, captions: list[str], noise: Tensor, use_ema: bool = True) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] in one step, of the averaged student or of the current one.
+        """Generates images (B, 3, H, W) in [-1, 1].
 
         Args:
             captions: B prompts.
             noise: (B, C, h, w), N(0, 1).
-            use_ema: the averaged student.
+            use_ema: whether to use the averaged student.
         """
         assert self.ema is not None
         generator = self.ema if use_ema else self.student
@@ -233,7 +235,7 @@ class DistillationNetworks(ManualOptimization):
         return self.family.decode(latents)
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
-        """Writes a diffusers pipeline; see `callbacks.export.Exportable`, and `export_pipeline` for vae."""
+        """Writes a diffusers pipeline folder; `export_pipeline` documents `vae`."""
         assert self.ema is not None
         source = self.ema if average else self.student
         with source.applied() if isinstance(source, StudentEma) else nullcontext():
@@ -242,9 +244,8 @@ class DistillationNetworks(ManualOptimization):
             export_pipeline(unet, self.family, folder, dtype=dtype, vae=vae, timesteps=source.timesteps)
 
     def plan_networks(self) -> list[PlannedNetwork]:
-        """See `Plannable`."""
         networks = [
-            # As in _shard: the heads of the projected GAN are complete on every rank.
+            # As in _shard: the heads of the projected GAN are not sharded.
             PlannedNetwork(
                 role,
                 network,

@@ -1,4 +1,4 @@
-"""The projected GAN on the student's images: decode, augment, extract frozen features, tell real from fake."""
+"""The projected GAN on the student's images: decode, augment, extract frozen features, discriminate."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from sdxs_lightning.stages.distillation.gan import Gan, RealBatch
 
 
 class PixelGan(Gan):
-    """Heads on frozen image features tell data from the student's images.
+    """Discriminator heads on frozen features of images.
 
     Args:
         discriminator: the heads.
-        objective: losses, and what the discriminator compares.
-        features: the frozen network; not one that a metric uses, or that metric means nothing.
+        objective: losses, and the images that the discriminator compares.
+        features: the frozen feature network. Not one that a metric uses, which would invalidate the metric.
 
     Source: SDXS, arXiv:2403.16627, section 3.3; ADD, arXiv:2311.17042, section 3.2; DiffAugment, arXiv:2006.10738.
     """
@@ -36,22 +36,20 @@ class PixelGan(Gan):
         self._last_features: tuple[Tensor, list[Tensor]] | None = None
 
     def build(self, family: Family, context: DistillationContext) -> None:
-        """Loads decoder and feature network, and makes the heads."""
         self._family = family
         self._image_features.build(family)
         side = self.objective.crop_px or family.resolution
         self.discriminator.build(self._image_features.network.shapes(side))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves decoder and feature network."""
         self._image_features.to(device, dtype)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """Feature network, and decoder where it is not the base's."""
+        """The feature network, and the decoder unless it is the base's VAE."""
         return self._image_features.frozen_networks("image_features", "pixel_decoder")
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """Makes the sample's image look real; the graph goes through features, augmentation and decoder."""
+        """The student's adversarial loss, differentiated through features, augmentation and decoder."""
         features = self._features(self._image_features.decode(sample.latents), sample.positions, sample.seed)
         self._last_features = sample.latents.detach(), [feature_map.detach() for feature_map in features]
         loss = self.objective.student_loss(self.discriminator(features))
@@ -60,7 +58,6 @@ class PixelGan(Gan):
     def discriminator_loss(
         self, fake: LatentSample, real: RealBatch, context: DistillationContext, fake_features: Tensor | None
     ) -> tuple[Tensor, Scalars]:
-        """See `Gan`. Only the heads learn, so images and features are made without graph."""
         with torch.no_grad():
             real_features = self._features(self._real_images(real), real.batch.positions, real.seed)
             own_features = self._features_of_sample(fake)
@@ -68,14 +65,14 @@ class PixelGan(Gan):
         return projected_discriminator_loss(self.discriminator, real_features, own_features, r1_weight)
 
     def _features_of_sample(self, fake: LatentSample) -> list[Tensor]:
-        """Those of the student's term if it has just used the same memory, since decoding is the expensive part."""
+        """Reuses the features of the student's term if they are of the same latents, since decoding is expensive."""
         last, self._last_features = self._last_features, None
         if last is not None and last[0].data_ptr() == fake.latents.data_ptr():
             return last[1]
         return self._features(self._image_features.decode(fake.latents), fake.positions, fake.seed)
 
     def _features(self, images: Tensor, positions: Tensor, seed: int) -> list[Tensor]:
-        """Feature maps of the images, cropped and augmented by their positions; with graph where images have one."""
+        """Feature maps of the cropped and augmented images; differentiable."""
         numbers = uniform(seed, Stream.AUGMENTATION, positions, (2 + NUMBERS,))
         if self.objective.crop_px is not None:
             images = cut_squares(images, numbers[:, :2], self.objective.crop_px)
@@ -84,7 +81,7 @@ class PixelGan(Gan):
         return self._image_features.extract(images)
 
     def _real_images(self, real: RealBatch) -> Tensor:
-        """(B, 3, H, W), float32: the batch's own images, or its latents decoded as the student's are."""
+        """(B, 3, H, W), float32: the batch's images, or its latents decoded like the student's."""
         side, latents, images = self._family.resolution, real.batch.latents, real.batch.images
         if self.objective.real == "images":
             if images is None or images.shape[-2:] != (side, side):

@@ -1,4 +1,4 @@
-"""Set-up of a one-step distillation: which terms its student has, and what they need."""
+"""Set-up of a one-step distillation: builds the student's loss terms and checks their requirements."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 
 
 class Terms(NamedTuple):
-    """The student's terms by name: in the warm-up, and after it."""
+    """The student's loss terms by name, during and after the warm-up."""
 
     warmup: dict[str, StudentTerm]
     distillation: dict[str, StudentTerm]
 
     def of_run(self, update_schedule: UpdateSchedule) -> list[dict[str, StudentTerm]]:
-        """Those of each phase that the schedule has."""
+        """The terms of each phase that the schedule has."""
         phases = [
             (update_schedule.warmup_updates > 0, self.warmup),
             (update_schedule.distils, self.distillation),
@@ -52,7 +52,7 @@ def terms_of(
     gan: Gan | None,
     objectives: Mapping[str, StudentTerm | None] | None,
 ) -> Terms:
-    """The terms that a configuration names, each in the phases that it declares.
+    """Builds the terms of a configuration, each in the phases that it declares.
 
     Raises:
         ValueError: for parts that do not go together.

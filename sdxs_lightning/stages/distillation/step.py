@@ -1,7 +1,7 @@
-"""One-step distillation: a student against a frozen real score, a fake score and a discriminator, and against pairs.
+"""One-step distillation by distribution matching, a GAN, and (noise, latents) pairs.
 
-A *student update* is a step of the student's optimizer; progress, schedules and the run's end are counted in these. For
-*iteration* and *micro-batch* see `training/manual_optimization.py`, for the terms that the student descends `setup.py`.
+A *student update* is a step of the student's optimizer; progress, schedules and the run's end are counted in these.
+*Iteration* and *micro-batch* are defined in `training/manual_optimization.py`; `setup.py` builds the student's loss terms.
 """
 
 from __future__ import annotations
@@ -50,32 +50,32 @@ class OneStepDistillation(DistillationNetworks):
 
     Args:
         family: the base.
-        student: the network that will be exported.
-        fake_score: learns, on every iteration after the warm-up, to denoise what the student makes; None in a run that is
+        student: the network to train and export.
+        fake_score: trained on every iteration after the warm-up to denoise the student's samples; None if the run is
             warm-up only.
-        update_schedule: which networks learn on which iteration, and when the run ends.
-        distribution_matching: the score-difference loss of the student after the warm-up; None leaves it out.
-        segmented: restricts it to low noise and adds feature matching; None is plain score distillation.
-        pairs: the target sampler's (noise, latents) pairs, for the terms that need them; None without such.
-        regression: mean square against the pairs' latents, in the warm-up or as its `phase` says; None leaves it out.
-        feature_matching: against the pairs' features, in the warm-up or as its `phase` says, and in the segmented mode; None
-            leaves it out.
-        features: what feature matching compares; goes with it.
-        objectives: further terms by name: subclasses of `StudentTerm`, from any importable file; null removes one that an
-            earlier configuration file named.
-        denoising: the fake score's own loss.
-        discriminator: tells data from samples; None means no GAN.
-        adversarial: the GAN on latents: goes with a Discriminator.
-        pixel_adversarial: the GAN on images, of the stage `finish`: goes with a ProjectedDiscriminator and image_features.
-        image_features: the frozen network whose features a discriminator of images reads.
-        ema_decay: of the averaged student that is evaluated and exported, per student update.
-        accumulate_grad_batches: micro-batches of an iteration; their gradients are averaged.
-        gradient_clip_norm: of each network by itself; None does not clip.
-        seed: of every random number of the step, together with a sample's position in the run.
-        real_score_dtype: of the frozen networks in the step, real score and text encoders; bfloat16 on GPUs.
+        update_schedule: which networks are updated on which iteration, and when the run ends.
+        distribution_matching: the student's score-difference loss after the warm-up; None disables it.
+        segmented: restricts distribution matching to low noise and adds feature matching; None disables this.
+        pairs: the target sampler's (noise, latents) pairs; None if no term needs them.
+        regression: mean square error to the pairs' latents, in the warm-up or as its `phase` says; None disables it.
+        feature_matching: distance to the pairs' features, in the warm-up or as its `phase` says, and in the segmented mode;
+            None disables it.
+        features: the features that feature matching compares; set together with it.
+        objectives: further loss terms by name, subclasses of `StudentTerm` from any importable module; null removes one that
+            an earlier configuration file set.
+        denoising: the fake score's loss.
+        discriminator: the GAN's discriminator; None means no GAN.
+        adversarial: the GAN on latents; set together with a Discriminator.
+        pixel_adversarial: the GAN on images (stage `finish`); set together with a ProjectedDiscriminator and image_features.
+        image_features: the frozen feature network of a discriminator on images.
+        ema_decay: decay per student update of the averaged student, which is evaluated and exported.
+        accumulate_grad_batches: micro-batches per iteration; their gradients are averaged.
+        gradient_clip_norm: maximum gradient norm, per network; None does not clip.
+        seed: with a sample's position in the run it determines every random number of the step.
+        real_score_dtype: dtype of the frozen networks, real score and text encoders; bfloat16 on GPUs.
 
     Raises:
-        ValueError: for parts that do not go together.
+        ValueError: if the arguments are inconsistent.
 
     Source: DMD2, arXiv:2405.14867, algorithm 1 and its released code; SDXS, arXiv:2403.16627, section 3.2, for the warm-up
         and the segmented mode. Departures: fake score and discriminator have one optimizer each; the discriminator's fake
@@ -130,7 +130,7 @@ class OneStepDistillation(DistillationNetworks):
         self.denoising = denoising
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
-        """One micro-batch: the student makes a sample and descends its terms; fake score and discriminator learn from it."""
+        """One micro-batch: sample, update the student, then update fake score and discriminator."""
         updates = self.update_schedule.updates_at(self.iterations)
         terms = self._terms_at(updates)
         with self.without_reducer():
@@ -146,20 +146,20 @@ class OneStepDistillation(DistillationNetworks):
             self.trainer.should_stop = True
 
     def _terms_at(self, updates: Updates) -> Mapping[str, StudentTerm]:
-        """What the student descends on an iteration; empty on one that does not update it."""
+        """The student's loss terms in this iteration; empty if it is not updated."""
         if not updates.student:
             return {}
         return self.terms.warmup if updates.warmup else self.terms.distillation
 
     def _sample(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> LatentSample:
-        """The student's sample, for a pair's noise and prompts where a term needs them, else for the batch's prompts.
+        """Generates with the student: from pairs' noise and prompts if a term needs them, else from the batch's prompts.
 
         Args:
-            batch: of the loader.
-            terms: that the sample is made for; with none, it has no graph.
+            batch: the training batch.
+            terms: the student's loss terms; without any, the sample has no graph.
 
         Raises:
-            ValueError: for a batch without the images that a term needs.
+            ValueError: if a term needs images and the batch has none.
         """
         target = None
         if any(term.needs_pairs for term in terms.values()):
@@ -188,7 +188,7 @@ class OneStepDistillation(DistillationNetworks):
         )
 
     def _student_update(self, sample: LatentSample, terms: Mapping[str, StudentTerm]) -> None:
-        """The student descends the sum of its terms."""
+        """Updates the student, and its average, on the sum of its loss terms."""
         self._student_backward(sample, terms)
         if self.iteration_is_ending:
             self.apply_update("student")
@@ -197,18 +197,18 @@ class OneStepDistillation(DistillationNetworks):
             self.ema.update(self.student)
 
     def _student_backward(self, sample: LatentSample, terms: Mapping[str, StudentTerm]) -> None:
-        """The student's gradients; fake score and discriminator pass gradients on and collect none."""
+        """Accumulates the student's gradients; fake score and discriminator accumulate none."""
         with no_param_grad(self.fake_score, self.discriminator):
             gradients, scalars = term_gradients(terms, sample, self.context)
         self.note("student/", **scalars, **comparison(gradients))
-        # Each term has been followed back to the latents by itself, which costs no more than following their sum, since terms
-        # share nothing before the latents; so each gradient can be logged and balanced. The student, which they do share, is
-        # passed once: the gradient of <latents, total>, total being constant, is the chain rule's product with `total`.
+        # Each term was differentiated down to the latents separately, so that its gradient can be logged and balanced; this
+        # costs no more than differentiating the sum, since terms share only the student. One backward pass of
+        # <latents, total>, with total constant, now applies the chain rule through the student.
         total = torch.stack(list(gradients.values())).sum(dim=0)
         self.accumulate((sample.latents * total).sum())
 
     def _fake_score_and_discriminator_update(self, fake: LatentSample, batch: TrainingBatch) -> None:
-        """The fake score learns to denoise the sample; it and the discriminator learn to tell it from data."""
+        """Updates the fake score on its denoising loss, and the discriminator on its own."""
         self._fake_score_and_discriminator_backward(fake, batch)
         if self.iteration_is_ending:
             self.apply_update("fake_score")
@@ -216,7 +216,7 @@ class OneStepDistillation(DistillationNetworks):
                 self.apply_update("discriminator")
 
     def _fake_score_and_discriminator_backward(self, fake: LatentSample, batch: TrainingBatch) -> None:
-        """The gradients of fake score and discriminator."""
+        """Accumulates the gradients of fake score and discriminator."""
         assert self.fake_score is not None  # checked in setup.py
         schedule, prediction_type = self.family.schedule, self.family.prediction_type
         noisy = fake.renoise(schedule, self.denoising.timesteps, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
@@ -238,12 +238,12 @@ class OneStepDistillation(DistillationNetworks):
         self.accumulate(loss)
 
     def _real_batch(self, batch: TrainingBatch, fake: LatentSample) -> RealBatch:
-        """The batch with its own prompts, which are the sample's unless that came with a pair."""
+        """The batch with its encoded prompts, which equal the sample's unless that was made from a pair."""
         own = fake.conditioning if fake.target is None else self.family.encode_prompts(batch.captions)
         return RealBatch(batch, own, self.seed)
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
-        """See `Plannable`: an iteration that updates every network, after the warm-up if there is one."""
+        """An iteration that updates every network, after the warm-up if the run goes on."""
         if self.pairs is not None:
             real_score = self.real_score.module if self.real_score is not None else None
             if self.pairs.plan(real_score):

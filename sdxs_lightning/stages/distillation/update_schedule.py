@@ -1,4 +1,4 @@
-"""Which networks learn on which iteration."""
+"""Which networks are updated on which iteration."""
 
 from __future__ import annotations
 
@@ -7,32 +7,32 @@ from typing import NamedTuple
 
 
 class Updates(NamedTuple):
-    """What one iteration updates."""
+    """The networks that one iteration updates."""
 
     student: bool
-    """The student, before the others."""
+    """Whether the student is updated; it comes first."""
     fake_score: bool
-    """The fake score, and the discriminator with it."""
+    """Whether fake score and discriminator are updated."""
     warmup: bool
-    """Whether the student descends the terms of the warm-up."""
+    """Whether the student uses the warm-up's loss terms."""
 
 
 @dataclass(frozen=True)
 class UpdateSchedule:
-    """The warm-up, then fake score and discriminator alone, then these on every iteration and the student on every r-th.
+    """Warm-up; then fake score and discriminator only; then these on every iteration, and the student on every r-th.
 
     An iteration is `accumulate_grad_batches` micro-batches.
     """
 
     max_student_updates: int
-    """The run ends after so many student updates, those of the warm-up included."""
+    """Number of student updates, including the warm-up's, after which the run ends."""
     fake_score_updates_per_student_update: int = 5
     """The ratio r: 10 for SD-1.5 and 5 for SDXL in DMD2."""
     warmup_updates: int = 0
-    """Student updates on the terms of the warm-up, mostly against the target sampler's pairs; the other networks wait."""
+    """Student updates on the warm-up's terms, usually on the target sampler's pairs; no other network is updated."""
     fake_score_only_iterations: int = 0
-    """Iterations after the warm-up without a student update: a fake score that does not yet know the student's samples, and a
-    fresh discriminator, point the student the wrong way."""
+    """Iterations after the warm-up without a student update: an untrained discriminator, and a fake score that has not seen the
+    student's samples, would mislead the student."""
 
     def __post_init__(self) -> None:
         for name in ("warmup_updates", "fake_score_only_iterations"):
@@ -55,12 +55,12 @@ class UpdateSchedule:
         return self.max_student_updates > self.warmup_updates
 
     def progress(self, student_updates: int) -> float:
-        """Share of the student updates after the warm-up that are done: 0 at the first of them, 1 at the last."""
+        """Completed share of the student updates after the warm-up: 0 at the first of them, 1 at the last."""
         first, last = self.warmup_updates, self.max_student_updates - 1
         return min(max((student_updates - first) / max(last - first, 1), 0.0), 1.0)
 
     def updates_at(self, index: int) -> Updates:
-        """What the iteration of that index, counted from 0, updates."""
+        """The networks that the iteration of this index, counted from 0, updates."""
         index -= self.warmup_updates
         if index < 0:
             return Updates(student=True, fake_score=False, warmup=True)
