@@ -1,1 +1,1 @@
-"""The networks of every stage, trainable and frozen: student, fake score, discriminators, denoiser, taps, EMA, LoRA."""
+"""Networks of all stages, trainable and frozen: student, fake score, discriminators, denoiser, feature taps, EMA, LoRA."""

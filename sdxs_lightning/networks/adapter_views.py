@@ -1,7 +1,7 @@
-"""Other networks inside a U-Net with adapters: the base that it was, and the average of what it became.
+"""Views of a U-Net with adapters: the base without them, and the base with averaged adapters.
 
-Both use the one U-Net in memory, and leave it after each call as they found it. They own none of its weights, so nothing
-that is done with them (freeze, move, save, count) reaches them.
+Both run the one U-Net in memory and restore it after each call. They do not own its weights, so freezing, moving, saving or
+counting a view's parameters does not touch them.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from sdxs_lightning.networks.lora import lora_parameters
 
 
 class _View(Denoiser):
-    """A denoiser over somebody else's U-Net."""
+    """A denoiser on a U-Net that it does not own."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__(denoiser.unet, denoiser.schedule, denoiser.prediction_type)
-        # A plain attribute is reached by the same name, and by none of parameters(), state_dict(), to() and eval().
+        # A plain attribute has the same name but is invisible to parameters(), state_dict(), to() and eval().
         self.__dict__["unet"] = self._modules.pop("unet")
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the U-Net computes this denoiser's function."""
+        """Context in which the U-Net computes this view's function."""
         yield
 
     def _call(
@@ -40,12 +40,12 @@ class _View(Denoiser):
 
 
 class BaseView(_View):
-    """The base, on the weights of a network that learns by adapters: its adapters do not count.
+    """The base inside a network with adapters: runs it with the adapters disabled.
 
-    Gradients with respect to inputs flow, as through any frozen network.
+    Passes gradients on to its inputs, like any frozen network.
 
     Args:
-        denoiser: with adapters.
+        denoiser: a denoiser with adapters.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -54,7 +54,7 @@ class BaseView(_View):
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the adapters are off."""
+        """Context in which the adapters are disabled."""
         adapters = list(lora_parameters(self.unet).values())
         learning = [parameter.requires_grad for parameter in adapters]
         for layer in self._layers:
@@ -64,16 +64,16 @@ class BaseView(_View):
         finally:
             for layer in self._layers:
                 layer.enable_adapters(True)
-            # peft lets adapters learn when it switches them on, frozen ones included.
+            # enable_adapters(True) of peft sets requires_grad on all adapters, frozen ones included.
             for parameter, value in zip(adapters, learning, strict=True):
                 parameter.requires_grad_(value)
 
 
 class AveragedView(_View):
-    """The base with averaged adapters, which are all that this module owns.
+    """The base with averaged adapters; the averages are this module's only parameters.
 
     Args:
-        denoiser: with adapters; the average begins at them.
+        denoiser: a denoiser with adapters, which initialise the average.
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
@@ -82,14 +82,14 @@ class AveragedView(_View):
         self.restart()
 
     def restart(self) -> None:
-        """Begins again at the adapters as they are now, and sharded as they are now."""
+        """Resets the average to the current adapters, with their current sharding."""
         for name, parameter in lora_parameters(self.unet).items():
-            # A parameter's own name must have no dot.
+            # Parameter names must not contain dots.
             self.averaged[name.replace(".", "/")] = nn.Parameter(parameter.detach().clone(), False)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the adapters hold their averages."""
+        """Context in which the adapters hold their averages."""
         adapters = list(lora_parameters(self.unet).values())
         kept = [parameter.detach().clone() for parameter in adapters]
         _write(adapters, list(self.averaged.values()))
@@ -103,13 +103,13 @@ class AveragedView(_View):
 def _write(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
     for parameter, value in zip(parameters, values, strict=True):
         parameter.copy_(value)
-    # Autocast keeps lower-precision copies of weights that learn, and would not notice other values in the same place.
+    # Autocast caches lower-precision copies of trainable weights and does not notice in-place changes.
     torch.clear_autocast_cache()
 
 
 @contextmanager
 def _evaluated(unet: UNet2DConditionModel) -> Iterator[None]:
-    """Inside, the U-Net is in eval mode and recomputes nothing: a later recomputation would find it changed back."""
+    """Context with eval mode and without gradient checkpointing, whose recomputation would run after the view is undone."""
     training, recomputing = unet.training, unet.is_gradient_checkpointing
     unet.eval()
     if recomputing:

@@ -1,11 +1,10 @@
-"""Students of one step and of a few: how they sample, and how training makes the inputs of their later steps.
+"""Sampling of one-step and few-step students, and the training inputs of the later steps ("backward simulation").
 
-A student of several steps denoises, adds fresh noise to what it found, and denoises again at the next timestep. In training
-an image of the data with noise on it is not what its later steps will see, so they are trained on what its earlier steps
-make ("backward simulation").
+A few-step student denoises, adds fresh noise to the result, and denoises again at the next timestep. Noised data would not be
+what its later steps receive at inference, so training feeds them the output of its earlier steps.
 
-The fresh noise is a function of the first, like everything about a sample: the same noise and prompt give the same latents in
-training, in evaluation, on any device and in any batch.
+The fresh noise is a function of the initial noise: the same noise and prompt give the same latents in training, in
+evaluation, on any device and in any batch.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.network import no_param_grad
 
 FreshNoise = Callable[[Tensor, int], Tensor]
-"""From the first noise (B, C, h, w) and the number of a step, counted from 0, to the noise that is added before it."""
+"""Maps the initial noise (B, C, h, w) and a step's index, counted from 0, to the noise added before that step."""
 
 
 def one_step(denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timestep: int) -> Tensor:
-    """Noise straight to clean latents: the network's x_0 estimate at one constant timestep.
+    """Maps noise to clean latents in one step: the network's x_0 estimate at a constant timestep.
 
     Args:
         denoiser: the student's network.
@@ -58,14 +57,14 @@ def sample_in_steps(
     timesteps: Sequence[int],
     fresh: FreshNoise = fresh_noise,
 ) -> Tensor:
-    """Noise to clean latents through all steps; with one timestep this is `one_step`.
+    """Maps noise to clean latents through all steps; with one timestep this is `one_step`.
 
     Args:
         denoiser: the student's network.
         noise: (B, C, h, w), N(0, 1).
         conditioning: of B prompts.
-        timesteps: one a step, falling.
-        fresh: where the noise of the later steps is from.
+        timesteps: one per step, decreasing.
+        fresh: makes the noise of the later steps.
 
     Returns:
         (B, C, h, w), float32, scaled latents.
@@ -82,20 +81,20 @@ def sample_in_steps(
 def simulated_sample(
     denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timesteps: Sequence[int]
 ) -> Tensor:
-    """The sample that training uses: the student's prediction at one of its steps, drawn for each sample.
+    """The student's prediction at one of its steps, drawn per sample; used in training.
 
-    The steps before it run without graph, exactly as in `sample_in_steps`. All samples run through all but the last of them,
-    whichever was drawn: to skip some the host would have to wait for the device, and ranks that share a sharded network
-    have to call it equally often. With n steps that costs n - 1 passes without graph; with one timestep this is `one_step`.
+    The steps before it run under no_grad, exactly as in `sample_in_steps`. All n - 1 of them run for every sample, whichever
+    step was drawn: skipping some would synchronise with the device, and ranks that share a sharded network have to call it
+    equally often. With one timestep this is `one_step`.
 
     Args:
         denoiser: the student's network.
         noise: (B, C, h, w), N(0, 1); it also determines which step is drawn.
         conditioning: of B prompts.
-        timesteps: one a step, falling.
+        timesteps: one per step, decreasing.
 
     Returns:
-        (B, C, h, w), float32, scaled latents, with graph of the drawn step only.
+        (B, C, h, w), float32, scaled latents, with the graph of the drawn step only.
 
     Source: DMD2, arXiv:2405.14867, section 4.5. A departure: there one step is drawn per batch.
     """
@@ -103,7 +102,7 @@ def simulated_sample(
         return one_step(denoiser, noise, conditioning, timesteps[0])
     drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, len(timesteps))
     chosen, chosen_timesteps = noise.float(), torch.full_like(drawn, timesteps[0])
-    # Without parameter gradients: autocast may cache casts of the weights without graph, for the pass that needs one.
+    # no_param_grad: under no_grad, autocast would cache graph-less casts of the weights and reuse them in the pass below.
     with torch.no_grad(), no_param_grad(denoiser):
         noisy = noise
         for step, timestep in enumerate(timesteps[1:], start=1):
@@ -117,10 +116,10 @@ def simulated_sample(
 
 
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:
-    """Refuses timesteps that the exported pipeline could not visit.
+    """Checks that the exported pipeline can visit the timesteps.
 
     Raises:
-        ValueError: for a timestep outside the schedule, or several that `original_inference_steps` does not know.
+        ValueError: for a timestep outside the schedule, or several that no `original_inference_steps` reproduces.
     """
     if not timesteps or not all(0 <= timestep < num_train_timesteps for timestep in timesteps):
         raise ValueError(
@@ -132,23 +131,23 @@ def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:
 
 
 def original_inference_steps(timesteps: Sequence[int]) -> int:
-    """The setting of diffusers' LCMScheduler with which its standard schedule of so many steps is `timesteps`.
+    """Finds the `original_inference_steps` with which diffusers' LCMScheduler visits exactly `timesteps`.
 
-    That scheduler knows `original_inference_steps` evenly spaced timesteps up to the last one of its training, and a sampler
-    visits some of them.
+    That scheduler has `original_inference_steps` evenly spaced timesteps up to the last training timestep, of which a
+    sampler visits some.
 
     Args:
-        timesteps: one a step, falling; the first is the last one of the training.
+        timesteps: one per step, decreasing; the first is the last training timestep.
 
     Raises:
-        ValueError: where there is no such setting.
+        ValueError: if no setting does.
 
     Source: LCM, arXiv:2310.04378, as in LCMScheduler.set_timesteps of diffusers.
     """
     total, steps = timesteps[0] + 1, len(timesteps)
     for original in range(steps, total + 1):
         if total % original:
-            continue  # it would not begin at the first timestep
+            continue  # would not start at the first timestep
         known = np.arange(original, 0, -1) * (total // original) - 1
         visited = known[np.floor(np.linspace(0, original, num=steps, endpoint=False)).astype(np.int64)]
         if visited.tolist() == list(timesteps):

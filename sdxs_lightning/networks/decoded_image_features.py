@@ -1,4 +1,4 @@
-"""From latents to images with a graph, and to feature maps of these images: for losses on pixels."""
+"""Differentiable decoding of latents, and feature maps of the images, for losses in pixel space."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from sdxs_lightning.networks.tiny_decoder import load_tiny, tiny_factor
 
 
 class PixelDecoder:
-    """A frozen decoder, always in float32: bfloat16 has steps of half a grey level near white, which image networks notice.
+    """A frozen decoder, always float32: bfloat16 has steps of half a grey level near white, which affect image networks.
 
     Args:
-        weights: folder of an AutoencoderTiny, or of a pipeline that has one; None is the base's own VAE.
-        option: the setting that names the folder, for messages.
+        weights: folder of an AutoencoderTiny, or of a pipeline with one; None uses the base's VAE.
+        option: name of the setting, for error messages.
     """
 
     def __init__(self, weights: str | None, option: str) -> None:
@@ -27,11 +27,11 @@ class PixelDecoder:
         self._tiny: Frozen[AutoencoderTiny] | None = None
 
     def build(self, family: Family) -> None:
-        """Loads what is not the family's own; a second call does nothing.
+        """Loads the AutoencoderTiny, if any. Idempotent.
 
         Raises:
-            FileNotFoundError: without an AutoencoderTiny in the folder.
-            ValueError: for one that does not fit the base's latents.
+            FileNotFoundError: if the folder has no AutoencoderTiny.
+            ValueError: if it does not fit the base's latents.
         """
         self._family = family
         if self._weights is None or self._tiny is not None:
@@ -47,29 +47,29 @@ class PixelDecoder:
                 f"the tiny decoder in '{self._weights}' maps {found[0]} latent channels to images {found[1]} times as large, "
                 f"and the base has {wanted[0]} channels and factor {wanted[1]}; change {self._option}."
             )
-        del tiny.encoder  # is never called
+        del tiny.encoder  # never called
         self._tiny = Frozen(tiny)
 
     def to(self, device: torch.device) -> None:
-        """Moves what was loaded; the family moves its own."""
+        """Moves the AutoencoderTiny, if any; the family moves the VAE."""
         if self._tiny is not None:
             self._tiny.to(device)
 
     @property
     def module(self) -> nn.Module | None:
-        """What was loaded, for the memory plan."""
+        """The AutoencoderTiny, for the memory plan; None if the VAE decodes."""
         return self._tiny.module if self._tiny is not None else None
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1] and not clamped, float32.
+        """Decodes scaled latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1], float32.
 
-        A value beyond the range has a gradient that leads it back; clamped it would have none.
+        Not clamped, so that values out of range still get gradients.
         """
         with without_autocast(latents.device):
             if self._tiny is None:
                 return self._family.decode_with_graph(latents)
             config = self._tiny.module.config
-            # As the pipelines do: its own scaling factor is 1, so scaled latents go in as they are.
+            # As the pipelines do; with our scaling factor of 1 this leaves scaled latents unchanged.
             unscaled = unscale(latents, config.scaling_factor, config.get("shift_factor"))
             images: Tensor = self._tiny.module.decode(unscaled).sample
         return images.float()
@@ -79,9 +79,9 @@ class DecodedImageFeatures:
     """Decoder and feature network of a loss on pixels, both frozen.
 
     Args:
-        network: where the feature network comes from; not one that a metric uses, or that metric means nothing.
-        decoder: folder of an AutoencoderTiny; None is the base's own VAE.
-        option: the setting that names that folder, for messages.
+        network: source of the feature network. Not one that a metric uses, which would invalidate the metric.
+        decoder: folder of an AutoencoderTiny; None uses the base's VAE.
+        option: name of that setting, for error messages.
     """
 
     def __init__(self, network: ImageFeatures, decoder: str | None, option: str) -> None:
@@ -90,31 +90,31 @@ class DecodedImageFeatures:
         self.decode = PixelDecoder(decoder, option)
 
     def build(self, family: Family) -> None:
-        """Loads both; a second call does nothing."""
+        """Loads decoder and feature network. Idempotent."""
         self.decode.build(family)
         if self._network is None:
             self._network = Frozen(self._source.load())
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves both; the decoder stays float32."""
+        """Moves both networks; the decoder stays float32."""
         assert self._network is not None
         self._network.to(device, dtype)
         self.decode.to(device)
 
     @property
     def network(self) -> FeatureNetwork:
-        """The feature network; after `build`."""
+        """The feature network; available after `build`."""
         assert self._network is not None
         return self._network.module
 
     def frozen_networks(self, network: str, decoder: str) -> dict[str, nn.Module]:
-        """What was loaded, under these names, for the memory plan; the VAE is the family's."""
+        """The loaded networks under these names, for the memory plan; excludes the family's VAE."""
         networks: dict[str, nn.Module] = {network: self.network}
         tiny = self.decode.module
         return networks if tiny is None else networks | {decoder: tiny}
 
     def extract(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images (B, 3, H, W); with graph where they have one."""
+        """Feature maps of images (B, 3, H, W); differentiable."""
         assert self._network is not None
         features: list[Tensor] = self._network(images)
         return features

@@ -1,4 +1,4 @@
-"""The one place that calls a U-Net."""
+"""Wraps a U-Net; all U-Net calls go through here."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Prediction(NamedTuple):
     """A U-Net's output for noisy latents in three equivalent forms, all float32 (B, C, h, w)."""
 
     output: Tensor
-    """As it leaves the network: epsilon, v or sample."""
+    """Raw output of the network: epsilon, v or sample."""
     pred_x0: Tensor
-    """The clean latents."""
+    """Estimate of the clean latents."""
     noise_pred: Tensor
-    """The noise."""
+    """Estimate of the noise."""
 
 
 class Denoiser(nn.Module):
-    """A stock U-Net with the schedule and the prediction type that it was trained with.
+    """A stock U-Net with its noise schedule and prediction type.
 
     Args:
         unet: any `UNet2DConditionModel`, in any dtype; inputs are cast to it, outputs to float32.
-        schedule: where alpha_t and sigma_t are from.
+        schedule: noise schedule that the U-Net was trained with.
         prediction_type: "epsilon", "v_prediction" or "sample".
     """
 
@@ -71,7 +71,7 @@ class Denoiser(nn.Module):
     def guided_output(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:
-        """`Prediction.output` of `guided` alone; timesteps may be fractional, as some schedulers need."""
+        """Only the `output` of `guided`; timesteps may be fractional, as some schedulers require."""
         if guidance_scale == 1.0:
             return self._call(self.unet, noisy_latents, timesteps, conditioning).float()
         twice = torch.cat([noisy_latents, noisy_latents]), torch.cat([timesteps, timesteps])
@@ -81,13 +81,13 @@ class Denoiser(nn.Module):
     def with_features(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[Prediction, Tensor]:
-        """The plain forward together with the bottleneck's features, (B, C', h', w'), from the same pass."""
+        """Denoises without guidance and also returns the bottleneck features (B, C', h', w') of the same pass."""
         with FeatureTap(self.unet) as tap:
             prediction = self(noisy_latents, timesteps, conditioning)
         return prediction, tap.features
 
     def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Bottleneck features alone: the encoder's share of the work and nothing more."""
+        """Bottleneck features (B, C', h', w') only; runs the encoder and mid block, not the decoder."""
         return self._call(encoder_of(self.unet), noisy_latents, timesteps, conditioning)
 
     def encoder_features(
@@ -96,7 +96,7 @@ class Denoiser(nn.Module):
         """Outputs (B, C', h', w') of named blocks of the encoder, at the encoder's cost.
 
         Raises:
-            ValueError: for a name that the encoder does not have.
+            ValueError: if the encoder has no block of that name.
         """
         encoder = encoder_of(self.unet)
         with FeatureTap(encoder, *blocks) as tap:

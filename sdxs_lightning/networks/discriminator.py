@@ -1,4 +1,4 @@
-"""The discriminator: a small head on the fake score's bottleneck."""
+"""The discriminator on latents: a small head on a U-Net's bottleneck."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from sdxs_lightning.networks.network import Network
 
 
 class Discriminator(Network):
-    """Convolutions that halve the features down to 4x4, one over what is left, and a linear read-out.
+    """Strided convolutions down to 4x4, one convolution over the rest, and a linear output layer.
 
-    For SD (1280 x 8 x 8) and SDXL (1280 x 32 x 32) these are DMD2's two heads; other sizes follow the same rule.
+    For SD (1280 x 8 x 8) and SDXL (1280 x 32 x 32) these are DMD2's heads; other sizes follow the same rule.
 
     Args:
         optimizer: called with the trainable parameters.
-        lr_scheduler: stepped once per update of the discriminator; None keeps the rate.
-        seed: of the initial weights, which are thus the same on every rank.
+        lr_scheduler: stepped once per update of the discriminator; None keeps the rate constant.
+        seed: seed of the initial weights, which are thus equal on every rank.
 
     Source: DMD2, arXiv:2405.14867, section 4.3 and appendix; METHOD of the released code for the layer sizes.
     """
@@ -33,16 +33,16 @@ class Discriminator(Network):
         self._seed = seed
 
     def build(self, feature_shape: tuple[int, int, int]) -> None:
-        """Makes the head for features (C, h, w); a second call does nothing."""
+        """Makes the head for features (C, h, w). Idempotent."""
         if hasattr(self, "head"):
             return
-        # Its own random state: a head that depended on what was drawn before would differ between ranks.
+        # A random state of its own, so that the head does not depend on earlier draws, which differ between ranks.
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(self._seed)
             self.head = _head(*feature_shape)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, C, h, w) -> logits (B,), float32; positive means real."""
+        """Maps features (B, C, h, w) to logits (B,), float32; positive means real."""
         logits: Tensor = self.head(features)
         return logits.flatten().float()
 
@@ -58,5 +58,5 @@ def _head(channels: int, height: int, width: int) -> nn.Sequential:
 
 
 def _norm(channels: int) -> tuple[nn.Module, nn.Module]:
-    # 32 groups wherever they divide the channels, as in DMD2; a tiny network has fewer channels.
+    # 32 groups where they divide the channels, as in DMD2; tiny test networks have fewer channels.
     return nn.GroupNorm(math.gcd(32, channels), channels), nn.SiLU()

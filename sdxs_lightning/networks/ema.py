@@ -1,4 +1,4 @@
-"""Moving averages of weights."""
+"""Exponential moving averages of weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,17 @@ from sdxs_lightning.networks.student_generator import StudentGenerator
 
 
 class DenoiserEma(nn.Module):
-    """Holds an averaged network, starting as a copy of the one that learns.
+    """Exponential moving average of a denoiser, initialised as a copy of it.
 
-    ema <- decay * ema + (1 - decay) * weights, once per step of its optimizer. A registered submodule, so that a
-    checkpoint holds it and FSDP2 can shard it. Of a network with adapters only these are averaged; its frozen weights stay
-    in memory once.
+    ema <- decay * ema + (1 - decay) * weights, once per optimizer step. A registered submodule, so that checkpoints include
+    it and FSDP2 can shard it. In a network with adapters only these are averaged; the frozen weights are shared.
 
     Args:
-        denoiser: the network that learns.
-        decay: in [0, 1); 0 follows it.
+        denoiser: the trained network.
+        decay: in [0, 1); 0 copies the weights.
 
     Raises:
-        ValueError: for another decay.
+        ValueError: if decay is out of range.
     """
 
     def __init__(self, denoiser: Denoiser, decay: float) -> None:
@@ -43,7 +42,7 @@ class DenoiserEma(nn.Module):
 
     @torch.no_grad()
     def follow(self, denoiser: Denoiser) -> None:
-        """Moves the average towards the network; shard by shard where both are sharded."""
+        """Updates the average; works on local shards if both networks are sharded."""
         averaged: list[Tensor] = list(self.parameters())
         current: list[Tensor] = list(
             (lora_parameters(denoiser) or dict(denoiser.named_parameters())).values()
@@ -51,13 +50,13 @@ class DenoiserEma(nn.Module):
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
 
     def after_sharding(self) -> None:
-        """Averaged adapters begin at the shards of the adapters, once these are sharded; a full copy is sharded itself."""
+        """Resets averaged adapters to the now sharded adapters; a full copy was sharded with the other networks."""
         if isinstance(self.denoiser, AveragedView):
             self.denoiser.restart()
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, `denoiser.unet` has the averaged weights, for whoever reads them off the U-Net."""
+        """Context in which `denoiser.unet` holds the averaged weights."""
         if isinstance(self.denoiser, AveragedView):
             with self.denoiser.applied():
                 yield
@@ -65,21 +64,21 @@ class DenoiserEma(nn.Module):
             yield
 
     def train(self, mode: bool = True) -> DenoiserEma:
-        """Stays in eval mode whatever the composition is set to."""
+        """Stays in eval mode when the stage calls `train()`."""
         return super().train(False)
 
 
 class StudentEma(DenoiserEma):
-    """The averaged student; it generates as the student does.
+    """Exponential moving average of the student; generates like the student.
 
     Updated once per *student* update: counting every iteration would raise the decay to its r-th power.
 
     Args:
         student: a built student.
-        decay: in [0, 1); 0 follows the student.
+        decay: in [0, 1); 0 copies the weights.
 
     Raises:
-        ValueError: for another decay.
+        ValueError: if decay is out of range.
     """
 
     def __init__(self, student: StudentGenerator, decay: float) -> None:
@@ -87,9 +86,9 @@ class StudentEma(DenoiserEma):
         self.conditioning_timestep, self.timesteps = student.conditioning_timestep, student.timesteps
 
     def update(self, student: StudentGenerator) -> None:
-        """Moves the average towards the student."""
+        """Updates the average."""
         self.follow(student.denoiser)
 
     def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise (B, C, h, w) -> clean latents pred_x0 (B, C, h, w), float32."""
+        """Maps noise (B, C, h, w) to clean latents pred_x0 (B, C, h, w), float32."""
         return sample_in_steps(self.denoiser, noise, conditioning, self.timesteps)

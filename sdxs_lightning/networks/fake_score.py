@@ -1,4 +1,4 @@
-"""The fake score, or online DM: a diffusion model of what the student makes at present."""
+"""The fake score (online DM): a diffusion model of the student's current samples."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_de
 
 
 class FakeScore(Network):
-    """A trainable copy of the base, or adapters on it; a discriminator may read its bottleneck.
+    """A trainable copy of the base, or adapters on the base; a discriminator may read its bottleneck.
 
     Args:
         optimizer: called with the trainable parameters.
-        lr_scheduler: stepped once per update of the fake score; None keeps the rate.
+        lr_scheduler: stepped once per update of the fake score; None keeps the rate constant.
         weights: U-Net or pipeline folder to start from; None starts from the base.
-        lora: learns by adapters on the base itself, so that one copy of its weights serves the fake and the real score: less
-            memory, and a smaller optimizer; None trains every weight of a copy.
-        gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more work.
-        compile_blocks: torch.compile of each block; pays on a GPU for runs of more than minutes.
+        lora: trains adapters on the base, so that fake and real score share one copy of its weights: less memory, and a
+            smaller optimizer state; None trains all weights of a copy.
+        gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
+        compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
 
     Raises:
-        ValueError: for both weights and lora.
+        ValueError: if both weights and lora are set.
     """
 
     denoiser: Denoiser
     frozen_fingerprint: str | None
-    """Of the weights under its adapters; None where every weight learns."""
+    """Fingerprint of the weights under the adapters; None without adapters."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class FakeScore(Network):
         self._switches = gradient_checkpointing, compile_blocks
 
     def build(self, family: Family) -> None:
-        """Loads the network; a second call does nothing."""
+        """Loads the network. Idempotent."""
         if hasattr(self, "denoiser"):
             return
         self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
@@ -66,10 +66,10 @@ class FakeScore(Network):
             save_adapters_only(self)
 
     def shared_base(self, dtype: torch.dtype) -> Denoiser | None:
-        """The base inside this network, to serve as real score; None for a fake score that has weights of its own.
+        """The base inside this network, for use as the real score; None without adapters.
 
         Args:
-            dtype: of the base's weights from now on; the adapters stay float32.
+            dtype: dtype to cast the base's weights to, in place; the adapters stay float32.
         """
         if self.lora is None:
             return None
@@ -77,28 +77,28 @@ class FakeScore(Network):
         return BaseView(self.denoiser)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise prediction (B, C, h, w), float32."""
+        """Returns the noise prediction (B, C, h, w), float32."""
         return self.predict(noisy_latents, timesteps, conditioning).noise_pred
 
     def predict(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Prediction:
-        """Output, pred_x0 and noise_pred."""
+        """Returns output, pred_x0 and noise_pred."""
         return cast(Prediction, self.denoiser(noisy_latents, timesteps, conditioning))
 
     def predict_with_features(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[Prediction, Tensor]:
-        """`predict`, and the bottleneck's features (B, C', h', w') of the same pass."""
+        """Like `predict`, with the bottleneck features (B, C', h', w') of the same pass."""
         prediction, features = self.denoiser.with_features(noisy_latents, timesteps, conditioning)
         return prediction, self._for_heads(features)
 
     def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Bottleneck features alone, at the encoder's cost."""
+        """Bottleneck features (B, C', h', w') only, at the encoder's cost."""
         return self._for_heads(self.denoiser.features(noisy_latents, timesteps, conditioning))
 
     def _for_heads(self, features: Tensor) -> Tensor:
-        # A shared base may be bfloat16 throughout; the discriminator's head is float32.
+        # A shared base may be bfloat16; the discriminator's head is float32.
         return features if self.lora is None else features.float()
 
     def feature_shape(self, latent_shape: tuple[int, int, int]) -> tuple[int, int, int]:
-        """Shape (C', h', w') of the features for latents of that shape."""
+        """Shape (C', h', w') of the bottleneck features for latents of the given shape."""
         return bottleneck_shape(self.denoiser.unet, latent_shape)

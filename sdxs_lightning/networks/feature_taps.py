@@ -1,4 +1,4 @@
-"""Intermediate features of a stock `UNet2DConditionModel`, without re-typing its forward."""
+"""Intermediate features of a stock `UNet2DConditionModel`, by forward hooks."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ def bottleneck_shape(unet: UNet2DConditionModel, latent_shape: tuple[int, int, i
 
 
 def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
-    """A view of the U-Net that ends after the bottleneck: its `.sample` is the bottleneck's output.
+    """A view of the U-Net that ends after the bottleneck; its `.sample` is the bottleneck's output.
 
-    The view shares every parameter, buffer and hook with the original and has no up blocks. It replaces an early exit
-    by exception, which would leave FSDP2's and the compiler's hooks half done; here unused blocks are just never
-    called. Making the view costs microseconds, so there is no need to keep one.
+    The view shares all parameters, buffers and hooks with the original and has no up blocks. Leaving the forward by an
+    exception instead would interrupt the hooks of FSDP2 and the compiler. Creating a view costs microseconds.
     """
-    # Not copy.copy: FSDP2's subclass makes every new object by calling the constructor, a randomly initialised U-Net each time.
+    # Not copy.copy: FSDP2's subclass creates new objects through the constructor, which would initialise a full U-Net.
     view: UNet2DConditionModel = object.__new__(type(unet))
     view.__dict__.update(unet.__dict__)
     modules: dict[str, nn.Module | None] = dict(unet._modules)
@@ -42,18 +41,18 @@ def encoder_of(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 
 class FeatureTap:
-    """Collects the outputs of named blocks while it is entered.
+    """Context manager that collects the outputs of named blocks.
 
     with FeatureTap(unet) as tap:
         unet(...)
     tap["mid_block"]
 
     Args:
-        unet: a stock diffusers U-Net, sharded or compiled inside its blocks as you like.
+        unet: a stock diffusers U-Net; may be sharded, or compiled inside its blocks.
         blocks: module names such as "mid_block" or "down_blocks.1"; none means the bottleneck.
 
     Raises:
-        ValueError: for a name that the U-Net does not have.
+        ValueError: if the U-Net has no block of that name.
     """
 
     def __init__(self, unet: UNet2DConditionModel, *blocks: str) -> None:
@@ -83,7 +82,7 @@ class FeatureTap:
         self._handles = []
 
     def __getitem__(self, block: str) -> Tensor:
-        """The last output of `block`, (B, C, h, w), with its graph if there was one."""
+        """The last output of `block`, (B, C, h, w), not detached."""
         return self._features[block]
 
     @property

@@ -1,8 +1,7 @@
-"""Frozen image networks whose intermediate features a projected discriminator sees, and a feature distance measures.
+"""Frozen image networks that provide features for projected discriminators and feature matching.
 
-A config names a *source*: cheap to construct, it reads files only when `load` is called. What it loads maps images in
-[-1, 1] to feature maps and passes gradients on to the images. Which network it is decides what the decoder is pulled towards:
-a network that a metric uses should not also train the model.
+A config names a *source*, which is cheap to construct and reads files only in `load`. The loaded network maps images in
+[-1, 1] to feature maps and passes gradients on to the images. A network that a metric uses should not also train the model.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ FeatureShape = tuple[int, int, int]
 
 @runtime_checkable
 class ImageFeatures(Protocol):
-    """Where a feature network comes from: what `features.class_path` names."""
+    """Source of a feature network, as named by `features.class_path`."""
 
     def load(self) -> FeatureNetwork:
-        """The network, float32, on the CPU (or on the device of a `torch.device` context)."""
+        """Loads the network, float32, on the CPU (or on the device of a `torch.device` context)."""
 
 
 class FeatureNetwork(nn.Module):
-    """Images in [-1, 1] -> a list of feature maps.
+    """Maps images in [-1, 1] to a list of feature maps.
 
     Args:
-        backbone: normalised images (B, 3, H, W) -> feature maps.
-        mean: (3,), of the normalisation of images in [0, 1].
-        std: (3,), of the same.
-        size_px: side that images are resized to; None takes them as they come.
+        backbone: maps normalised images (B, 3, H, W) to feature maps.
+        mean: (3,), mean of the normalisation of images in [0, 1].
+        std: (3,), its standard deviation.
+        size_px: side that images are resized to; None does not resize.
     """
 
     mean: Tensor
@@ -50,16 +49,16 @@ class FeatureNetwork(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps of images.
+        """Extracts feature maps.
 
         Args:
             images: (B, 3, H, W), float, in [-1, 1].
 
         Returns:
-            one (B, C, h, w) per tapped layer, in the dtype of the network.
+            One (B, C, h, w) per tapped layer, in the network's dtype.
         """
         if self.size_px is not None and images.shape[-2:] != (self.size_px, self.size_px):
-            # Antialiased: aliases would let a discriminator punish detail where there is none.
+            # Antialiased, so that a discriminator does not penalise aliasing artefacts.
             images = F.interpolate(
                 images.float(), (self.size_px, self.size_px), mode="bilinear", antialias=True
             )
@@ -69,7 +68,7 @@ class FeatureNetwork(nn.Module):
 
     @torch.no_grad()
     def shapes(self, image_px: int) -> list[FeatureShape]:
-        """Shape of each feature map for square images of that side."""
+        """Shape of each feature map for square images of side `image_px`."""
         probe = torch.zeros(1, 3, image_px, image_px, device=self.mean.device)
         return [cast(FeatureShape, tuple(features.shape[1:])) for features in self(probe)]
 
@@ -78,15 +77,15 @@ class TimmFeatures:
     """A timm model with weights from a local file: DINO and DINOv2 ViTs, or any network with `forward_intermediates`.
 
     Args:
-        name: timm's, for example "vit_small_patch14_dinov2.lvd142m".
-        checkpoint: .safetensors file of that model, as the hub holds it ("model.safetensors").
+        name: timm's model name, for example "vit_small_patch14_dinov2.lvd142m".
+        checkpoint: the hub's "model.safetensors" of that model.
         layers: blocks whose outputs are the features, counted from 0.
         size_px: side that images are resized to; for DINOv2 a multiple of 14.
-        arguments: more arguments of the model's constructor; ViTs take {"img_size": 224}.
+        arguments: further arguments of the model's constructor; ViTs take {"img_size": 224}.
 
     Raises:
-        FileNotFoundError: in `load`, where there is no such file.
-        ValueError: for a file that is no .safetensors, or in `load` for a name that timm does not know.
+        FileNotFoundError: in `load`, if the file does not exist.
+        ValueError: if the file is not .safetensors, or in `load` if timm has no such model.
     """
 
     def __init__(
@@ -105,8 +104,7 @@ class TimmFeatures:
         self.arguments = arguments or {}
 
     def load(self) -> FeatureNetwork:
-        """See `ImageFeatures`."""
-        import timm  # takes a second to import, and only this source needs it
+        import timm  # slow to import, and only needed here
 
         if not timm.is_model(self.name):
             raise ValueError(
@@ -116,7 +114,7 @@ class TimmFeatures:
             raise FileNotFoundError(
                 f"there is no file '{self.checkpoint}'; give the weights of '{self.name}' as features.init_args.checkpoint."
             )
-        # Through timm's own loader, which knows how each model's files differ from its state dict.
+        # timm's own loader converts each model's files to its state dict.
         model: Any = timm.create_model(
             self.name, pretrained=True, pretrained_cfg_overlay={"file": self.checkpoint}, **self.arguments
         )
@@ -125,21 +123,20 @@ class TimmFeatures:
 
 
 class OpenClipFeatures:
-    """The image tower of an open_clip model in a local folder.
+    """The image tower of an open_clip model from a local folder.
 
     Args:
-        folder: open_clip's local layout: `open_clip_config.json` and weights in safetensors.
+        folder: in open_clip's local layout: `open_clip_config.json` and safetensors weights.
         layers: transformer blocks whose outputs are the features, counted from 0.
 
     Raises:
-        FileNotFoundError: in `load`, if the folder is not such a one.
+        FileNotFoundError: in `load`, if the folder has another layout.
     """
 
     def __init__(self, folder: str, layers: list[int]) -> None:
         self.folder, self.layers = folder, layers
 
     def load(self) -> FeatureNetwork:
-        """See `ImageFeatures`."""
         import open_clip  # as timm above
 
         if not (Path(self.folder) / "open_clip_config.json").is_file():
@@ -164,14 +161,13 @@ class Dinov2Features:
         size_px: side that images are resized to, a multiple of the patch size (14).
 
     Raises:
-        FileNotFoundError: in `load`, if the folder is not such a one.
+        FileNotFoundError: in `load`, if the folder has another layout.
     """
 
     def __init__(self, folder: str, layers: list[int], size_px: int = 224) -> None:
         self.folder, self.layers, self.size_px = folder, layers, size_px
 
     def load(self) -> FeatureNetwork:
-        """See `ImageFeatures`."""
         from transformers import Dinov2Model  # as timm above
 
         if not (Path(self.folder) / "config.json").is_file():
@@ -186,7 +182,7 @@ class Dinov2Features:
 
 
 class _Intermediates(nn.Module):
-    """Outputs of some blocks of a network of timm's or open_clip's kind, as maps."""
+    """Outputs of selected blocks of a timm or open_clip network, as feature maps."""
 
     def __init__(self, network: nn.Module, layers: Sequence[int]) -> None:
         super().__init__()
@@ -201,7 +197,7 @@ class _Intermediates(nn.Module):
 
 
 class _Dinov2Layers(nn.Module):
-    """Patch tokens of some layers of a transformers DINOv2, as maps."""
+    """Patch tokens of selected layers of a transformers DINOv2, as feature maps."""
 
     def __init__(self, network: Any, layers: Sequence[int]) -> None:
         super().__init__()
@@ -211,6 +207,6 @@ class _Dinov2Layers(nn.Module):
     def forward(self, images: Tensor) -> list[Tensor]:
         states = self.network(images, output_hidden_states=True).hidden_states
         height, width = (side // self.patch_px for side in images.shape[-2:])
-        # states[0] are the embeddings; the first token is the class token.
+        # states[0] is the embedding layer's output; the first token is the class token.
         maps = [states[layer + 1][:, 1:].transpose(1, 2) for layer in self.layers]
         return [tokens.unflatten(2, (height, width)) for tokens in maps]

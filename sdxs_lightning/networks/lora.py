@@ -1,7 +1,7 @@
-"""Low-rank adapters: a U-Net learns through a few new weights while its own stay fixed.
+"""Low-rank adapters on a U-Net with frozen weights.
 
 A layer W becomes W + alpha / rank * B A, with A (rank, in) and B (out, rank); for a convolution A has the kernel and B is
-1x1. The layers are peft's, added through diffusers' adapter interface, so that the U-Net stays a stock one.
+1x1. The layers are peft's, added through diffusers' adapter interface, so the U-Net's class stays the stock one.
 
 Source: LoRA, arXiv:2106.09685, section 4.1.
 """
@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 ADAPTER = "default"
-"""peft's name of the only adapter that a network has here."""
+"""peft's name of the adapter; a network has only one."""
 
 TARGETS = (
     "to_q",
@@ -35,25 +35,25 @@ TARGETS = (
     "upsamplers.0.conv",
     "time_emb_proj",
 )
-"""The layers of LCM-LoRA: with rank 64 the released anime adapter of SDXS has exactly these, 27.07 M weights."""
+"""The layers of LCM-LoRA. The released anime adapter of SDXS has exactly these, with rank 64 and 27.07 M weights."""
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Which layers get adapters, and how large.
+    """Settings of the adapters.
 
     Raises:
         ValueError: for a rank below 1, an alpha that is not above 0, or no targets.
     """
 
     rank: int = 64
-    """Columns of B; 4 to 8 is "extremely low" (SDXS's GAN fine-tune), 64 is what a fake score needs to follow a student."""
+    """Rank of the adapters; 4 to 8 is "extremely low" (SDXS's GAN fine-tune), a fake score needs 64 to follow a student."""
     alpha: float | None = None
-    """The adapter counts alpha / rank times; None is the rank itself, so that it counts once."""
+    """The adapter is scaled by alpha / rank; None is the rank, a scale of 1."""
     targets: tuple[str, ...] = TARGETS
-    """Ends of the names of linear layers and convolutions."""
+    """Name suffixes of the linear layers and convolutions that get adapters."""
     seed: int = 0
-    """Of the matrices A. The matrices B start at zero, so the network starts unchanged."""
+    """Seed of the matrices A. The matrices B start at zero, so the network starts unchanged."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -67,25 +67,25 @@ class LoRA:
 
 
 def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
-    """Freezes a U-Net and gives it adapters that learn; its output stays the same to the last bit.
+    """Freezes a U-Net and adds trainable adapters; its output stays bit-identical.
 
     Args:
-        unet: changed in place; its type and config stay.
+        unet: modified in place; keeps its class and config.
         lora: the settings.
 
     Raises:
-        ValueError: for a target that is the name of no linear layer or convolution of this U-Net.
+        ValueError: if a target matches no linear layer or convolution of this U-Net.
     """
     for target in lora.targets:
         _check_target(unet, target)
     unet.requires_grad_(False)
     config = LoraConfig(
         r=lora.rank,
-        # peft declares an int and divides; a float passes through.
+        # peft declares an int but only divides, so a float works.
         lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
         target_modules=list(lora.targets),
     )
-    # Its own random state: adapters that depended on what was drawn before would differ between ranks.
+    # A random state of its own, so that adapters do not depend on earlier draws, which differ between ranks.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(lora.seed)
         unet.add_adapter(config, ADAPTER)
@@ -93,7 +93,7 @@ def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' weights by name; empty for a network without adapters."""
+    """The adapters' weights by name; empty without adapters."""
     return {name: parameter for name, parameter in module.named_parameters() if _is_adapter(name)}
 
 
@@ -105,14 +105,14 @@ def cast_base(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
 
 
 def merged_weights(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The weights of the same network without adapters: W + alpha / rank * B A under the plain names.
+    """Merges the adapters: W + alpha / rank * B A under the names of the network without adapters.
 
     Args:
-        unet: whose adapters they are; one without adapters gets its weights back.
-        weights: of `unet.state_dict()`, unsharded; not changed.
+        unet: the network; without adapters, `weights` is returned.
+        weights: `unet.state_dict()`, unsharded; not modified.
 
     Returns:
-        Name -> tensor, in the type of W; the product is added in float64, so that merging rounds once.
+        Tensors by name, in the dtype of W; the sum is computed in float64, so that merging rounds once.
     """
     config = getattr(unet, "peft_config", {}).get(ADAPTER)
     if config is None:

@@ -1,4 +1,4 @@
-"""What the trained networks share: an optimizer of their own, loading and preparing a U-Net, gradients on and off, float32."""
+"""Base class of trained networks, and helpers: loading a U-Net, disabling gradients or autocast, frozen weights."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from sdxs_lightning.networks.lora import LoRA, add_lora
 
 
 class Network(LightningModule):
-    """A trainable network with the optimizer that its part of the config names.
+    """A trainable network with its own optimizer and lr scheduler.
 
-    The composition calls `configure_optimizers` and steps what it returns; Lightning calls no hook of a child.
+    The stage calls `configure_optimizers` and steps the optimizer; Lightning calls no hooks of nested modules.
 
     Args:
-        optimizer: made over the parameters that require gradients.
-        lr_scheduler: stepped once per update of this network; None keeps the rate.
+        optimizer: called with the parameters that require gradients.
+        lr_scheduler: stepped once per update of this network; None keeps the rate constant.
     """
 
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None = None) -> None:
@@ -37,14 +37,14 @@ class Network(LightningModule):
 
     @property
     def optimizer(self) -> OptimizerCallable:
-        """From parameters to the optimizer that the config names."""
+        """Factory that maps parameters to the configured optimizer."""
         return self._optimizer
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, with its scheduler where there is one.
+        """Returns the optimizer, and its lr scheduler if any.
 
         Raises:
-            RuntimeError: before the network is built.
+            RuntimeError: if the network is not built yet.
         """
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trainable:
@@ -56,12 +56,12 @@ class Network(LightningModule):
 
 
 def save_adapters_only(network: nn.Module) -> None:
-    """Removes the frozen weights of a network from its `state_dict()`, and so from a run's checkpoints.
+    """Excludes a network's frozen weights from its `state_dict()`, and so from checkpoints.
 
-    When a checkpoint is loaded they stay as they are; everything else is as strict as ever.
+    Loading a checkpoint leaves them unchanged and is strict about everything else.
 
     Args:
-        network: built, with adapters; gets two hooks.
+        network: built, with adapters; two hooks are registered on it.
     """
     frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
 
@@ -79,7 +79,7 @@ def save_adapters_only(network: nn.Module) -> None:
 
 @contextmanager
 def no_param_grad(*networks: nn.Module | None) -> Iterator[None]:
-    """Context in which the networks pass gradients to their inputs and accumulate none.
+    """Context in which the networks pass gradients on to their inputs but accumulate none.
 
     Cheaper than discarding gradients, and needed for correctness under autocast: a weight that requires gradients
     and is used under no_grad leaves its graph-less cast in autocast's cache, where a later pass with graph finds it.
@@ -100,11 +100,11 @@ def prepare_unet(
     compile_blocks: bool,
     taps: Collection[str] = (),
 ) -> UNet2DConditionModel:
-    """Puts a U-Net into training mode with the chosen switches.
+    """Puts a U-Net into training mode, with optional gradient checkpointing and compilation.
 
-    Compiled are its residual and transformer blocks, each by itself: they repeat, so few graphs cover the network, and
-    they carry no hooks (FSDP2's and most feature taps sit on the stages around them). A block with one of `taps` in it
-    stays as it is: a compiled graph does not notice hooks that come and go.
+    Compiles each residual and transformer block separately: they repeat, so few graphs cover the network, and they carry no
+    hooks (those of FSDP2 and most feature taps are on the stages around them). Blocks that contain one of `taps` are not
+    compiled, since a compiled graph ignores hooks that are added later.
     """
     unet.train()
     if gradient_checkpointing:
@@ -124,14 +124,14 @@ def load_denoiser(
     gradient_checkpointing: bool,
     compile_blocks: bool,
 ) -> Denoiser:
-    """A denoiser in training mode.
+    """Loads a denoiser in training mode.
 
     Args:
         family: the base.
-        weights: U-Net or pipeline folder; None is the base's own U-Net.
-        lora: freezes the weights and adds adapters; None leaves every weight trainable.
+        weights: U-Net or pipeline folder; None loads the base's U-Net.
+        lora: freezes the weights and adds adapters; None trains all weights.
         gradient_checkpointing: recompute blocks in the backward pass.
-        compile_blocks: torch.compile of each block.
+        compile_blocks: torch.compile each block.
     """
     unet = family.load_unet(weights)
     if lora is not None:
@@ -141,10 +141,10 @@ def load_denoiser(
 
 
 def frozen_fingerprint(network: nn.Module) -> str | None:
-    """Fingerprint of the frozen weights, which are in no checkpoint; None without frozen weights, or on meta.
+    """Fingerprint of the frozen weights, which checkpoints do not hold; None without any, or on the meta device.
 
-    Reads the first values of each tensor: two checkpoints of one architecture differ there, and hashing 2.6 billion weights
-    would be slow. To be called before weights are cast or sharded.
+    Hashes only the first values of each tensor: two checkpoints of one architecture differ there, and hashing 2.6 billion
+    weights would be slow. Call it before casting or sharding.
     """
     frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
     if not frozen or any(parameter.is_meta for parameter in frozen.values()):
@@ -157,12 +157,8 @@ def frozen_fingerprint(network: nn.Module) -> str | None:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which autocast is off, for what bfloat16 would spoil; its inputs are float32.
-
-    Args:
-        device: of the tensors.
-    """
-    # torch has no autocast of the meta device; the memory plan puts its own in the place of torch.autocast.
+    """Context that disables autocast on a device, for computations that need float32."""
+    # torch has no autocast for the meta device; the memory plan replaces torch.autocast.
     return torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False)
 
 

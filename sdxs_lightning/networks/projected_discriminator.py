@@ -15,18 +15,18 @@ from sdxs_lightning.networks.network import Network, without_autocast
 
 
 class ProjectedDiscriminator(Network):
-    """One head per tapped layer; the features come from a frozen network that is not part of it.
+    """One head per tapped layer of a frozen feature network, which is not part of this module.
 
     The heads always run in float32: they are small, and spectral normalisation iterates on their weights.
 
     Args:
         optimizer: called with the trainable parameters.
-        lr_scheduler: stepped once per update of the discriminator; None keeps the rate.
-        seed: of the initial weights, which are thus the same on every rank.
+        lr_scheduler: stepped once per update of the discriminator; None keeps the rate constant.
+        seed: seed of the initial weights, which are thus equal on every rank.
 
     Source: StyleGAN-T, arXiv:2301.09515, section 4.2, and ADD, arXiv:2311.17042, section 3.2: frozen ViT, equal heads of a
         pointwise and a wider spectrally normalised convolution. Departures: 3x3 on the map instead of 9 along the token
-        sequence, group instead of virtual batch normalisation (so that samples do not see each other), no conditioning.
+        sequence, group instead of virtual batch normalisation (so that samples are independent), no conditioning.
     """
 
     heads: nn.ModuleList
@@ -38,22 +38,22 @@ class ProjectedDiscriminator(Network):
         self._seed = seed
 
     def build(self, feature_shapes: Sequence[FeatureShape]) -> None:
-        """Makes a head for each feature map (C, h, w); a second call does nothing."""
+        """Makes a head for each feature map (C, h, w). Idempotent."""
         if hasattr(self, "heads"):
             return
-        # Its own random state: heads that depended on what was drawn before would differ between ranks.
+        # A random state of its own, so that heads do not depend on earlier draws, which differ between ranks.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             self.heads = nn.ModuleList(_Head(channels) for channels, _, _ in feature_shapes)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Per head, features (B, C, h, w) -> logits (B, h * w), float32; positive means real."""
+        """Maps features (B, C, h, w) of each head to logits (B, h * w), float32; positive means real."""
         with without_autocast(features[0].device):
             return [head(part.float()) for head, part in zip(self.heads, features, strict=True)]
 
 
 class _Head(nn.Module):
-    """Pointwise, then 3x3 around it, then a logit for every place."""
+    """A 1x1 and a residual 3x3 convolution, then one logit per position."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

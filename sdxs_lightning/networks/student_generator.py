@@ -1,4 +1,4 @@
-"""The student: one step, or a few."""
+"""The one-step or few-step student."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_de
 
 
 class StudentGenerator(Network):
-    """Maps noise and a prompt to clean latents in one step, or a few; its network may be smaller than the base's.
+    """Maps noise and a prompt to clean latents in one or a few steps; its U-Net may be smaller than the base's.
 
     Args:
         optimizer: called with the trainable parameters.
-        lr_scheduler: stepped once per student update; None keeps the rate.
-        weights: U-Net folder, or pipeline folder, to start from (a pruned student, a warmed-up one); None starts from
-            the base.
-        conditioning_timestep: of a one-step student; None takes the family's.
-        timesteps: of a student of several steps, from noise to clean, such as [999, 749, 499, 249] of DMD2; None is one step.
-        lora: learns by adapters on frozen weights, which an export merges; None trains every weight.
-        gradient_checkpointing: recompute blocks in the backward pass: less memory, a third more work.
-        compile_blocks: torch.compile of each block; pays on a GPU for runs of more than minutes.
+        lr_scheduler: stepped once per student update; None keeps the rate constant.
+        weights: U-Net or pipeline folder to start from (such as a pruned or warmed-up student); None starts from the base.
+        conditioning_timestep: timestep of a one-step student; None takes the family's.
+        timesteps: timesteps of a few-step student, from noise to clean, such as DMD2's [999, 749, 499, 249]; None is one step.
+        lora: trains adapters on frozen weights, merged on export; None trains all weights.
+        gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
+        compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
 
     Raises:
-        ValueError: for both conditioning_timestep and timesteps.
+        ValueError: if both conditioning_timestep and timesteps are set.
     """
 
     denoiser: Denoiser
     frozen_fingerprint: str | None
-    """Of the weights under its adapters; None where every weight learns."""
+    """Fingerprint of the weights under the adapters; None without adapters."""
     conditioning_timestep: int
-    """Of its first step."""
+    """Timestep of the first step."""
     timesteps: Sequence[int]
-    """Of all its steps, from noise to clean."""
+    """Timesteps of all steps, from noise to clean."""
 
     def __init__(
         self,
@@ -65,10 +64,10 @@ class StudentGenerator(Network):
         self._switches = gradient_checkpointing, compile_blocks
 
     def build(self, family: Family) -> None:
-        """Loads the network; a second call does nothing.
+        """Loads the network. Idempotent.
 
         Raises:
-            ValueError: for timesteps outside the family's schedule, or that an exported pipeline could not visit.
+            ValueError: if timesteps are outside the family's schedule, or an exported pipeline could not visit them.
         """
         if hasattr(self, "denoiser"):
             return
@@ -90,9 +89,9 @@ class StudentGenerator(Network):
             save_adapters_only(self)
 
     def forward(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise (B, C, h, w) -> clean latents pred_x0 (B, C, h, w), float32: through all steps, for images."""
+        """Maps noise (B, C, h, w) to clean latents pred_x0 (B, C, h, w), float32, through all steps."""
         return sample_in_steps(self.denoiser, noise, conditioning, self.timesteps)
 
     def simulate(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """The same, but of one step each, for training: see `simulated_sample`. One step is `forward`."""
+        """The training counterpart of `forward`: each sample's prediction at a randomly drawn step (`simulated_sample`)."""
         return simulated_sample(self.denoiser, noise, conditioning, self.timesteps)

@@ -1,4 +1,4 @@
-"""The tiny image decoder: that of diffusers' AutoencoderTiny, which TAESD introduced."""
+"""The tiny image decoder: the decoder of diffusers' AutoencoderTiny, as in TAESD."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sdxs_lightning.networks.network import Network, without_autocast
 
 @dataclass(frozen=True)
 class DecoderTopology:
-    """Residual blocks and up-sampling only; the defaults are TAESD's decoder, 1,222,531 parameters. Names are diffusers'."""
+    """Architecture of the decoder, with diffusers' names; the defaults are TAESD's, 1,222,531 parameters."""
 
     block_out_channels: tuple[int, ...] = (64, 64, 64, 64)
-    """Width of each resolution, from the latents' to the image's; diffusers' decoder needs them equal."""
+    """Channels at each resolution, from the latents' to the image's; diffusers' decoder needs them equal."""
     num_decoder_blocks: tuple[int, ...] = (3, 3, 3, 1)
     """Residual blocks of three 3x3 convolutions at each resolution."""
     upsample_fn: Literal["nearest", "bilinear", "bicubic"] = "nearest"
-    """How the image grows between two resolutions."""
+    """Interpolation between two resolutions."""
     upsampling_scaling_factor: int = 2
-    """By how much, a side."""
+    """Upsampling factor per side."""
     act_fn: Literal["relu", "gelu", "swish", "mish"] = "relu"
-    """Between the convolutions of a block."""
+    """Activation between the convolutions of a block."""
 
     def __post_init__(self) -> None:
         if len(self.block_out_channels) != len(self.num_decoder_blocks) or not self.block_out_channels:
@@ -46,13 +46,13 @@ class DecoderTopology:
 
     @property
     def factor(self) -> int:
-        """Pixels per latent, a side."""
+        """Upscaling factor per side from latents to image."""
         return int(self.upsampling_scaling_factor ** (len(self.block_out_channels) - 1))
 
     def config(self, latent_channels: int) -> dict[str, Any]:
-        """Arguments of AutoencoderTiny: this decoder, and the smallest encoder beside it.
+        """Arguments of AutoencoderTiny for this decoder, with a minimal encoder.
 
-        Scaled latents go in: scaling_factor 1, shift_factor 0.
+        The decoder takes scaled latents, so scaling_factor is 1 and shift_factor 0.
         """
         resolutions = len(self.block_out_channels)
         return {
@@ -70,22 +70,22 @@ class DecoderTopology:
 
 
 class TinyDecoder(Network):
-    """Scaled latents -> images; a plain CNN without attention and without normalisation.
+    """Maps scaled latents to images; a plain CNN without attention and normalisation.
 
-    It always trains in float32: images in bfloat16 have steps of half a byte near white, which a discriminator sees, and
-    beside the sampler and the VAE the cost does not show.
+    Always trains in float32: bfloat16 images have steps of half a byte near white, which a discriminator detects, and the cost
+    is negligible beside the sampler's and the VAE's.
 
     Args:
         optimizer: called with the trainable parameters.
-        lr_scheduler: stepped once per update of the decoder; None keeps the rate.
+        lr_scheduler: stepped once per update of the decoder; None keeps the rate constant.
         topology: None is TAESD's, or that of base_weights.
-        base_weights: folder of an AutoencoderTiny (or of a pipeline that has one) to start from, TAESD for example; its
-            encoder goes into the export. None starts from random weights.
-        compile_decoder: torch.compile; pays on a GPU for runs of more than minutes.
-        seed: of random weights, which are thus the same on every rank.
+        base_weights: folder of an AutoencoderTiny (or of a pipeline with one) to start from, such as TAESD; its encoder is
+            exported too. None starts from random weights.
+        compile_decoder: torch.compile the decoder; worthwhile on a GPU for runs longer than minutes.
+        seed: seed of random weights, which are thus equal on every rank.
 
     Raises:
-        ValueError: for both a topology and base_weights.
+        ValueError: if both topology and base_weights are set.
     """
 
     decoder: nn.Module
@@ -111,15 +111,15 @@ class TinyDecoder(Network):
         self._seed = seed
 
     def build(self, latent_channels: int, vae_factor: int) -> None:
-        """Makes the network; a second call does nothing.
+        """Builds the network. Idempotent.
 
         Args:
-            latent_channels: of the base.
-            vae_factor: pixels per latent of the base's VAE, a side.
+            latent_channels: latent channels of the base.
+            vae_factor: upscaling factor of the base's VAE per side.
 
         Raises:
-            FileNotFoundError: without an AutoencoderTiny in base_weights.
-            ValueError: for a topology that does not fit the base's latents.
+            FileNotFoundError: if base_weights has no AutoencoderTiny.
+            ValueError: if the topology does not fit the base's latents.
         """
         if hasattr(self, "decoder"):
             return
@@ -138,26 +138,26 @@ class TinyDecoder(Network):
             self.decoder.compile()
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), about [-1, 1] and not clamped, float32."""
+        """Decodes scaled latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1], not clamped, float32."""
         with without_autocast(latents.device):
             images: Tensor = self.decoder(latents.float())
         return images
 
     @property
     def last_weight(self) -> nn.Parameter:
-        """Weight of the last convolution, where gradients of two losses are compared."""
+        """Weight of the last convolution, where the gradients of the losses are compared."""
         layers: Any = self.decoder.layers
         weight: nn.Parameter = layers[-1].weight
         return weight
 
     def autoencoder(self, weights: Mapping[str, Tensor]) -> AutoencoderTiny:
-        """What is exported: an AutoencoderTiny with the given decoder weights.
+        """Builds the AutoencoderTiny to export, with the given decoder weights.
 
-        Its encoder is that of base_weights. Without base_weights there is none that has learnt anything, and the placeholder
-        is filled with NaN, so that an image-to-image pipeline shows at once what is missing.
+        Its encoder is that of base_weights. Without base_weights the untrained encoder is filled with NaN, so that an
+        image-to-image pipeline fails visibly.
 
         Args:
-            weights: of the decoder, unsharded, names as in `self.decoder`.
+            weights: unsharded decoder weights, named as in `self.decoder`.
         """
         autoencoder = self._autoencoder(self._latent_channels)
         if self._base_weights is None:
@@ -168,7 +168,7 @@ class TinyDecoder(Network):
 
     def _autoencoder(self, latent_channels: int) -> AutoencoderTiny:
         if self._base_weights is None:
-            # Its own random state: weights that depended on what was drawn before would differ between ranks.
+            # A random state of its own, so that weights do not depend on earlier draws, which differ between ranks.
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self._seed)
                 autoencoder = AutoencoderTiny(**self._topology.config(latent_channels))
@@ -179,13 +179,13 @@ class TinyDecoder(Network):
 
 @torch.no_grad()
 def _initialise(decoder: nn.Module) -> None:
-    """Weights that keep the variance through the network, with blocks that begin near the identity, around mid-grey.
+    """Variance-preserving initialisation, with residual blocks near the identity and a mid-grey output.
 
-    There is no normalisation to repair torch's own, smaller weights: on the toy world these gain 1 dB in the first 400 updates.
+    Without normalisation torch's default weights are too small: on the toy world this gains 1 dB in the first 400 updates.
     """
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
-            # The convolutions after up-sampling have neither bias nor activation.
+            # The convolutions after upsampling have neither bias nor activation.
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear" if module.bias is None else "relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -193,18 +193,18 @@ def _initialise(decoder: nn.Module) -> None:
     layers: Any = decoder.layers
     for convolution in (*blocks, layers[-1]):
         convolution.weight.mul_(0.1)
-    layers[-1].bias.fill_(0.5)  # inside, images are in [0, 1]
+    layers[-1].bias.fill_(0.5)  # the decoder's own output range is [0, 1]
 
 
 def load_tiny(folder: str, option: str) -> AutoencoderTiny:
-    """An AutoencoderTiny, float32, from its folder or from the `vae` of a pipeline's.
+    """Loads an AutoencoderTiny, float32, from its folder or from the `vae` folder of a pipeline.
 
     Args:
-        folder: where it is.
-        option: the setting that named it, for the message.
+        folder: the folder.
+        option: name of the setting, for the error message.
 
     Raises:
-        FileNotFoundError: where there is none.
+        FileNotFoundError: if the folder has no AutoencoderTiny.
     """
     path = Path(folder)
     if not (path / "config.json").is_file():
@@ -215,7 +215,7 @@ def load_tiny(folder: str, option: str) -> AutoencoderTiny:
         raise FileNotFoundError(
             f"'{folder}' holds {what} and no AutoencoderTiny; give the folder of one as {option}."
         )
-    with torch.device("cpu"):  # under the memory plan's meta device loading is a warning for each tensor
+    with torch.device("cpu"):  # on the memory plan's meta device loading warns for each tensor
         autoencoder: AutoencoderTiny = AutoencoderTiny.from_pretrained(
             path, torch_dtype=torch.float32, low_cpu_mem_usage=False
         )
@@ -223,21 +223,21 @@ def load_tiny(folder: str, option: str) -> AutoencoderTiny:
 
 
 def tiny_factor(config: Any) -> int:
-    """Pixels per latent, a side, of an AutoencoderTiny with that config."""
+    """Upscaling factor per side of an AutoencoderTiny with this config."""
     return int(config.upsampling_scaling_factor ** (len(config.decoder_block_out_channels) - 1))
 
 
 class DecoderAverage(nn.Module):
-    """A moving average of the decoder's weights, which is what is exported; it starts as a copy.
+    """Exponential moving average of the decoder, initialised as a copy of it; exported.
 
-    average <- decay * average + (1 - decay) * decoder, once per update. A registered submodule, so that a checkpoint holds it.
+    average <- decay * average + (1 - decay) * decoder, once per update. A registered submodule, so checkpoints include it.
 
     Args:
         decoder: a built decoder.
-        decay: in [0, 1); 0 follows the decoder.
+        decay: in [0, 1); 0 copies the weights.
 
     Raises:
-        ValueError: for another decay.
+        ValueError: if decay is out of range.
     """
 
     def __init__(self, decoder: TinyDecoder, decay: float) -> None:
@@ -249,7 +249,7 @@ class DecoderAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, decoder: TinyDecoder) -> None:
-        """Moves the average towards the decoder."""
+        """Updates the average."""
         averaged: list[Tensor] = list(self.parameters())
         current: list[Tensor] = list(decoder.decoder.parameters())
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
