@@ -1,1 +1,1 @@
-"""What every stage trains with: manual optimization, gradient averaging, sharding, optimizers and schedules."""
+"""Training infrastructure of the stages: manual optimisation, gradient averaging, sharding, optimizers and schedules."""

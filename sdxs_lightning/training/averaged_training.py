@@ -1,4 +1,4 @@
-"""One network, one optimizer, an average of the weights, Lightning's own optimisation: what such stages share."""
+"""Base of the stages that train one network, with averaged weights, by Lightning's automatic optimisation."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sdxs_lightning.training.gradients import clip_gradients
 
 
 class AveragedTraining(LightningModule):
-    """Base of the stages that train a single network; accumulation, clipping and the end of the run are the Trainer's.
+    """Base of the stages that train a single network; the Trainer handles accumulation, clipping and the end of the run.
 
     Args:
-        optimizer: from parameters to optimizer.
-        lr_scheduler: from optimizer to a schedule that is stepped once per step of the optimizer; None keeps the rate.
+        optimizer: called with the network's parameters.
+        lr_scheduler: called with the optimizer, stepped once per optimizer step; None keeps the rate constant.
     """
 
     log_prefix = "train/"
@@ -29,15 +29,13 @@ class AveragedTraining(LightningModule):
 
     @property
     def learner(self) -> nn.Module:
-        """The network that learns."""
         raise NotImplementedError
 
     def average(self) -> None:
-        """Moves the average towards the learner."""
+        """Updates the averaged weights."""
         raise NotImplementedError
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer of the learner, with its schedule where there is one."""
         optimizer = self.optimizer(self.learner.parameters())
         if self.lr_scheduler is None:
             return {"optimizer": optimizer}
@@ -52,10 +50,10 @@ class AveragedTraining(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the norm, which is logged, clipped or not.
+        """Clips by norm, and logs the norm before clipping.
 
         Raises:
-            ValueError: for clipping by value.
+            ValueError: if gradient_clip_algorithm is "value".
         """
         if gradient_clip_algorithm == "value":
             raise ValueError(
@@ -66,6 +64,6 @@ class AveragedTraining(LightningModule):
         self.log(f"{self.log_prefix}lr", optimizer.param_groups[0]["lr"])
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Steps, then averages: callbacks that save after the batch find both done."""
+        """Steps, then averages, so that callbacks which save after the batch save the updated average."""
         super().optimizer_step(*args, **kwargs)
         self.average()

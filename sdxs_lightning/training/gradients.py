@@ -1,4 +1,4 @@
-"""Gradients of one network: their average over ranks, their norm, and clipping; for plain and for sharded parameters."""
+"""Averaging over ranks, norm and clipping of one network's gradients; for plain and sharded parameters."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.tensor import DTensor
 
 CHUNK_ELEMENTS = 32 * 1024 * 1024
-"""At most 128 MiB of float32 are copied together for one message."""
+"""Bucket size of an all-reduce: 128 MiB of float32."""
 
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replaces the gradients by their mean over all ranks; for DDP, since FSDP2 averages while it scatters.
+    """Averages the gradients over all ranks, in place; for DDP, since FSDP2 averages in its reduce-scatter.
 
-    DDP's own reducer sends the gradients of every network after every backward, whichever was trained; this sends those of
-    one network once an update. What it gives up is the overlap with the backward pass.
+    DDP's reducer would send the gradients of all networks after every backward pass; this sends one network's gradients once
+    per update, but does not overlap with the backward pass.
     """
     chunk: list[Tensor] = []
     for gradient in [parameter.grad for parameter in parameters if parameter.grad is not None]:
@@ -39,14 +39,13 @@ def _average(gradients: list[Tensor]) -> None:
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-    """Scales the gradients so that their common 2-norm is at most max_norm, and returns the norm before.
+    """Clips the gradients to a total 2-norm of max_norm, and returns the norm before clipping.
 
-    The norm of sharded gradients is a partial sum on each rank; clipping reduces it once more than plain clipping does,
-    and never waits for the device.
+    The norm of sharded gradients is a partial sum on each rank and is all-reduced here. Does not synchronise with the device.
 
     Args:
-        parameters: of one network; those without a gradient are passed over.
-        max_norm: None only measures.
+        parameters: of one network; those without a gradient are ignored.
+        max_norm: None does not clip.
 
     Returns:
         (), float32, the same on every rank.

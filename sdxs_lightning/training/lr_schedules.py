@@ -1,4 +1,4 @@
-"""Learning rates that follow the student's two phases."""
+"""Learning rate schedules."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class TwoPhaseLR(LambdaLR):
-    """One rate for the stage's warm-up, another for distillation, each with its own decay; counted in updates.
+    """Separate rates for the warm-up stage and for distillation, each with its own decay; counted in updates.
 
-    Warm-up: lr * first_phase_factor, falling by a half cosine to lr. Distillation: from lr by a half cosine to
-    lr * final_factor at total_updates, after a linear ramp over ramp_updates.
+    Warm-up: half cosine from lr * first_phase_factor to lr. Distillation: half cosine from lr to lr * final_factor at
+    total_updates, after a linear ramp over ramp_updates.
 
     Args:
-        optimizer: its lr is the rate of distillation.
+        optimizer: its lr is the initial rate of distillation.
         total_updates: updates of the run.
-        first_phase_updates: updates of the first phase.
-        first_phase_factor: the warm-up's rate over distillation's.
+        first_phase_updates: updates of the warm-up stage.
+        first_phase_factor: initial rate of the warm-up relative to lr.
         ramp_updates: updates over which distillation's rate rises from 0 to lr.
-        final_factor: the last rate over lr; 1 keeps it.
+        final_factor: final rate relative to lr; 1 keeps it constant.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ def _half_cosine(share: float) -> float:
 
 
 class TrapezoidLR(LambdaLR):
-    """A linear rise, a plateau, a linear fall to zero: the plateau can be prolonged without starting again.
+    """Linear rise, plateau, linear decay to zero; the plateau can be extended without restarting.
 
     Args:
-        optimizer: its lr is the plateau's.
-        total_updates: updates of the run, at whose end the decay ends.
+        optimizer: its lr is the plateau's rate.
+        total_updates: updates of the run; the decay ends there.
         rise_updates: updates of the rise.
-        fall_updates: updates of the fall.
+        fall_updates: updates of the decay.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""Manual optimisation of several networks: what such stages share, so that a training step shows its method only.
+"""Base of the stages that train several networks by Lightning's manual optimisation.
 
-A *micro-batch* is one batch of the loader. An *iteration* is `accumulate_grad_batches` of them; on its last one the optimizers
-step. Lightning refuses its own accumulation and clipping under manual optimisation, and its `global_step` counts the steps
-of all optimizers together, so a stage counts by itself.
+A *micro-batch* is one batch of the loader. An *iteration* is `accumulate_grad_batches` of them; the optimizers step on the
+last one. With manual optimisation Lightning does not accumulate or clip, and its `global_step` counts the steps of all
+optimizers together, so the stage keeps its own counters.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ManualOptimization(LightningModule):
     """Base of the stages that train several networks, each with its own optimizer.
 
     Args:
-        accumulate_grad_batches: micro-batches of an iteration; their gradients are averaged.
-        gradient_clip_norm: of each network by itself; None does not clip.
+        accumulate_grad_batches: micro-batches per iteration; their gradients are averaged.
+        gradient_clip_norm: maximum gradient norm, per network; None does not clip.
 
     Raises:
         ValueError: unless accumulate_grad_batches is at least 1.
@@ -44,26 +44,26 @@ class ManualOptimization(LightningModule):
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_norm = gradient_clip_norm
         self.iterations = 0
-        """Iterations completed; in the checkpoint."""
+        """Completed iterations; saved in checkpoints."""
         self.micro_batches = 0
-        """Micro-batches of the iteration under way."""
+        """Micro-batches done in the current iteration."""
         self._scalars: dict[str, list[Tensor | float]] = defaultdict(list)
         self._scheduled: list[str] = []
 
     @property
     def networks(self) -> dict[str, Network]:
-        """The networks that learn, by role."""
+        """The trained networks by role."""
         raise NotImplementedError
 
     @property
     def iteration_is_ending(self) -> bool:
-        """Whether this micro-batch is the last of its iteration."""
+        """Whether this is the last micro-batch of its iteration."""
         return self.micro_batches + 1 == self.accumulate_grad_batches
 
     def without_reducer(self) -> AbstractContextManager[None]:
-        """Around all backward passes: disables DDP's reducer, since `apply_update` averages over ranks.
+        """Context for all backward passes that disables DDP's reducer, since `apply_update` averages over ranks.
 
-        FSDP2 scatters gradients on every micro-batch; deferring that would keep unsharded gradients in memory.
+        FSDP2 still reduce-scatters on every micro-batch; deferring that would keep unsharded gradients in memory.
         """
         model = self.trainer.model
         if isinstance(model, DistributedDataParallel):
@@ -71,14 +71,14 @@ class ManualOptimization(LightningModule):
         return nullcontext()
 
     def accumulate(self, loss: Tensor) -> None:
-        """Backward of this micro-batch's share of the iteration's mean loss."""
+        """Backward pass, with the loss divided by the number of micro-batches per iteration."""
         self.manual_backward(loss / self.accumulate_grad_batches)
 
     def apply_update(self, role: str) -> None:
-        """Averages gradients over ranks, clips, steps, zeroes them, steps the scheduler: the one place where weights change."""
+        """Averages gradients over ranks, clips, steps, zeroes them, steps the scheduler. Weights change nowhere else."""
         optimizer, network = self._optimizer_of(role), self.networks[role]
         if isinstance(self.trainer.model, DistributedDataParallel) or self.device_mesh is not None:
-            # FSDP2 has averaged what it shards while scattering it; what it does not shard is averaged here.
+            # FSDP2 has already averaged the gradients of sharded parameters.
             average_gradients(p for p in network.parameters() if not isinstance(p, DTensor))
         norm = clip_gradients(network.parameters(), self.gradient_clip_norm)
         self.note(f"{role}/", gradient_norm=norm, lr=optimizer.param_groups[0]["lr"])
@@ -88,10 +88,10 @@ class ManualOptimization(LightningModule):
             self._scheduler_of(role).step()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Forgets the scalars that a row of the log has shown.
+        """Clears the scalars that have been written to the log.
 
-        Lightning keeps what was logged until it is logged again, and would write it into every later row, also where an
-        iteration did not compute it. A row holds what was computed since the row before it, and nothing older.
+        Lightning keeps logged values and would repeat them in every later row until they are logged again; a row should
+        hold only values computed since the previous row.
         """
         results, every = self.trainer._results, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if results is None or every == 0 or self.trainer.fit_loop.epoch_loop._batches_that_stepped % every:
@@ -100,12 +100,12 @@ class ManualOptimization(LightningModule):
             del results[key]
 
     def note(self, prefix: str = "", **scalars: Tensor | float) -> None:
-        """Collects scalars for the iteration's row in the log; tensors stay on the device."""
+        """Collects scalars to log at the end of the iteration; tensors stay on the device."""
         for name, value in scalars.items():
             self._scalars[prefix + name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def end_micro_batch(self, **counters: int) -> None:
-        """Counts, and logs each complete iteration: means over its micro-batches, and the stage's own counters."""
+        """Advances the counters; logs each completed iteration, with means over micro-batches and the given counters."""
         self.micro_batches += 1
         if self.micro_batches < self.accumulate_grad_batches:
             return
@@ -117,7 +117,7 @@ class ManualOptimization(LightningModule):
         self.log_dict(line)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Each network's own, in the order of `networks`."""
+        """The networks' optimizers and schedulers, in the order of `networks`."""
         configured = {
             role: cast(dict[str, Any], network.configure_optimizers())
             for role, network in self.networks.items()
@@ -127,7 +127,7 @@ class ManualOptimization(LightningModule):
         return [config["optimizer"] for config in configured.values()], schedulers
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the counters. Random state is not needed, since noise has addresses."""
+        """Adds the iteration counter. No random state is needed, since noise is a function of seed and position."""
         if self.micro_batches:
             rank_zero_warn(
                 f"This checkpoint was taken {self.micro_batches} micro-batch(es) into an iteration; it lacks their gradients."
@@ -135,8 +135,7 @@ class ManualOptimization(LightningModule):
         checkpoint["iterations"] = self.iterations
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores the counters."""
-        # "turns" until version 0.1.
+        # Named "turns" until version 0.1.
         self.iterations = checkpoint["iterations"] if "iterations" in checkpoint else checkpoint["turns"]
 
     def _optimizer_of(self, role: str) -> LightningOptimizer:

@@ -1,6 +1,6 @@
-"""An optimizer for small convolutional networks: orthogonalised momentum for matrices, AdamW for everything else.
+"""Muon for small convolutional networks: orthogonalised momentum for matrices, AdamW for everything else.
 
-torch.optim.Muon refuses convolutions, and needs a second optimizer for everything that is not a matrix.
+torch.optim.Muon rejects convolutions and needs a second optimizer for all other parameters.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration: steep at 0, so that five steps take singular values of 0.01 and more near 1."""
+"""Coefficients of the quintic iteration, steep at 0: five steps bring singular values of 0.01 and more close to 1."""
 NEWTON_SCHULZ_STEPS = 5
 SMALLEST_SIDE = 8
-"""A matrix with fewer rows or columns is left to AdamW: the last convolution, which has three outputs, is one."""
+"""Matrices with fewer rows or columns use AdamW, such as the last convolution with its three outputs."""
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """The nearest matrices with orthonormal rows (or columns), roughly: singular values end up within about 0.7 and 1.2.
+    """Approximates the nearest semi-orthogonal matrices: singular values end up between about 0.7 and 1.2.
 
     Args:
         matrices: (n, rows, columns), float.
@@ -42,22 +42,22 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Muon for weights, taken as matrices of one row per output, and AdamW for biases and narrow weights; one learning rate.
+    """Muon for weights, as matrices with one row per output, and AdamW for biases and narrow weights; one learning rate.
 
-    Orthogonalised updates have the size of AdamW's, 0.2 in root mean square, so AdamW's rates carry over.
+    Orthogonalised updates are scaled to the size of AdamW's, a root mean square of 0.2, so AdamW's learning rates carry over.
 
     Args:
-        params: parameters, or groups of them.
-        lr: learning rate of both kinds.
-        momentum: of the matrices, Nesterov's.
-        betas: of AdamW.
-        eps: of AdamW.
-        weight_decay: decoupled, of both kinds.
+        params: parameters or parameter groups.
+        lr: learning rate of both.
+        momentum: Nesterov momentum of Muon.
+        betas: AdamW's.
+        eps: AdamW's.
+        weight_decay: decoupled weight decay of both.
 
     Raises:
         ValueError: for a negative learning rate.
 
-    Source: as `orthogonalised`; the common learning rate: Liu et al., arXiv:2502.16982, section 2.2.
+    Source: as for `orthogonalised`; for the shared learning rate, Liu et al., arXiv:2502.16982, section 2.2.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update; as in torch's own optimizers a closure computes the loss again."""
+        """Performs one update; `closure` re-evaluates the loss, as in torch's optimizers."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -96,7 +96,7 @@ class Muon(Optimizer):
         for parameter in parameters:
             alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
         for (rows, columns), members in alike.items():
-            # Equal shapes go through the iteration together: the matrices are small and many.
+            # Batched by shape, since the matrices are small and many.
             update = orthogonalised(torch.stack([self._direction(p, group["momentum"]) for p in members]))
             size = 0.2 * max(rows, columns) ** 0.5
             for parameter, matrix in zip(members, update, strict=True):
@@ -104,7 +104,7 @@ class Muon(Optimizer):
                 parameter.add_(matrix.view(parameter.shape), alpha=-group["lr"] * size)
 
     def _direction(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov momentum, as a matrix."""
+        """Nesterov momentum as a matrix."""
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:

@@ -1,7 +1,7 @@
 """How a stage describes itself to the memory plan: its networks, and one worst-case training step.
 
-The plan (`sdxs_lightning/memory_plan/`) gives a stage a family without weights, calls `configure_model`, moves everything to
-the meta device and runs the step that the stage names. So a stage repeats nothing of itself: it calls its own methods.
+The plan (`sdxs_lightning/memory_plan/`) gives the stage a family without weights, calls `configure_model`, moves everything to
+the meta device and runs the stage's `plan_step`, which calls the methods of the real training step.
 """
 
 from __future__ import annotations
@@ -20,37 +20,37 @@ Role = Literal["trained", "averaged", "frozen"]
 
 @dataclass(frozen=True, eq=False)
 class PlannedNetwork:
-    """A network that is on the device while the stage trains."""
+    """A network that is on the device during training."""
 
     name: str
-    """As the stage calls it."""
+    """Name in the plan."""
     module: nn.Module
     role: Role
-    """"trained" has gradients and optimizer state, "averaged" follows a trained one, "frozen" has weights alone."""
+    """"trained" has gradients and optimizer state, "averaged" is an average of a trained one, "frozen" has weights only."""
     optimizer: OptimizerCallable | None = None
-    """Of a trained network; its state is measured on a small one."""
+    """Optimizer of a trained network; its state is measured on a small network."""
     sharded: bool = True
-    """Whether the stage shards it where the strategy has a device mesh."""
+    """Whether the stage shards it if the strategy has a device mesh."""
 
 
 class PlannedPhase(NamedTuple):
-    """What has just been run, forward and backward."""
+    """A completed forward and backward pass."""
 
     name: str
     updates: tuple[str, ...]
-    """Networks whose optimizers step now, after which their gradients are gone."""
+    """Networks whose optimizers step now, after which their gradients are freed."""
 
 
 @runtime_checkable
 class Plannable(Protocol):
-    """A stage that the memory plan knows how to read."""
+    """A stage that supports the memory plan."""
 
     def plan_networks(self) -> list[PlannedNetwork]:
-        """Every network on the device but the family's own (text encoders, VAE); called after `configure_model`."""
+        """All networks on the device except the family's (text encoders, VAE); called after `configure_model`."""
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
         """Runs the most expensive training step, and yields after each backward pass.
 
-        Tensors are on the meta device: shapes and types are real, values do not exist. No optimizer is stepped. With
-        manual optimisation `manual_backward` works as in training.
+        Tensors are on the meta device, with real shapes and dtypes but no values. No optimizer is stepped. `manual_backward`
+        works as in training.
         """

@@ -1,4 +1,4 @@
-"""FSDP2, network by network: the strategy, and what the stages call in `configure_model`."""
+"""FSDP2 per network: the strategy, and the sharding functions that stages call in `configure_model`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 
 class ShardedNetworks(ModelParallelStrategy):
-    """Lightning's FSDP2 strategy with all processes on the data axis, whatever their number.
+    """Lightning's FSDP2 strategy with all processes on the data-parallel axis.
 
-    Lightning's own "auto" puts the nodes on the data axis and the GPUs of a node on the tensor axis, which these networks
-    do not use.
+    Lightning's "auto" puts nodes on the data-parallel axis and the GPUs of a node on the tensor-parallel axis, which these
+    networks do not use.
 
     Args:
-        save_distributed_checkpoint: every process writes its shard into a folder; False gathers one file on rank 0.
+        save_distributed_checkpoint: every rank writes its shard into a folder; False gathers one file on rank 0.
         process_group_backend: None takes nccl on GPUs and gloo on CPUs.
     """
 
@@ -36,10 +36,10 @@ class ShardedNetworks(ModelParallelStrategy):
 
 
 def mixed_precision(precision: str) -> MixedPrecisionPolicy:
-    """How FSDP2 gathers float32 masters for a Trainer's `precision`.
+    """FSDP2's mixed precision policy for a Trainer's `precision`, with float32 master weights.
 
-    With "bf16-mixed" the gathered copies are bfloat16, half the bytes of casting after gathering; gradients are
-    reduced in float32.
+    With "bf16-mixed" weights are gathered as bfloat16, half the traffic of casting afterwards; gradients are reduced in
+    float32.
     """
     if precision == "bf16-mixed":
         # Inputs are left to autocast: FSDP2 would round SDXL's add_time_ids, and bfloat16 cannot tell 1023 px from 1024 px.
@@ -50,7 +50,7 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The groups of a U-Net that are gathered one at a time; none for another module."""
+    """The blocks of a U-Net that FSDP2 gathers one at a time; none for another module."""
     if not isinstance(module, UNet2DConditionModel):
         return []
     stages = [*module.down_blocks, module.mid_block, *module.up_blocks]
@@ -58,9 +58,9 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
 
 
 def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shards a U-Net in place, one group a stage, the rest in the U-Net's own group; a second call does nothing.
+    """Shards a U-Net in place: one group per stage, and one for the rest. Idempotent.
 
-    Two roles may be the same U-Net, with its adapters and without.
+    Two roles may share one U-Net, with and without its adapters.
     """
     if isinstance(unet, FSDPModule):
         return
@@ -72,5 +72,5 @@ def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecis
 
 
 def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shards a discriminator's head in place, as one group."""
+    """Shards a discriminator's head in place as one group."""
     fully_shard(head, mesh=mesh, mp_policy=policy)
