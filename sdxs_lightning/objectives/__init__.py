@@ -1,8 +1,8 @@
-"""Training objectives, one file an idea: a pure function of tensors, its settings, and the student's term where it has one.
+"""Training objectives: each is a pure function of tensors, its settings, and the student's term if it has one.
 
-The settings are what a YAML file names; each has its weight and gives weighted losses. An objective that is not wanted is
-`null` there, not weight 0. All arithmetic is float32, whatever the networks ran in. An objective of your own derives from
-`StudentTerm`, in any file, and is named under `objectives` of the stage.
+YAML files name the settings; each has its weight and returns weighted losses. `null` disables an objective, not weight 0. All
+arithmetic is float32, whatever the networks' dtype. A custom objective derives from `StudentTerm`, in any module, and is named
+under `objectives` of the stage.
 """
 
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial, discriminator_loss, generator_loss

@@ -1,6 +1,6 @@
-"""The diffusion GAN of DMD2: a head on the fake score's features tells re-noised real latents from fake ones.
+"""The diffusion GAN of DMD2: a head on the fake score's features classifies re-noised real and fake latents.
 
-It corrects what distribution matching alone cannot: the teacher's own errors.
+Unlike distribution matching alone, it can correct the teacher's errors.
 """
 
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from sdxs_lightning.objectives.term import ObjectiveSettings
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """The student's non-saturating loss: mean softplus(-fake_logits).
+    """The student's non-saturating GAN loss: mean softplus(-fake_logits).
 
     Args:
-        fake_logits: (B,), float, the discriminator on the student's samples; large means real.
+        fake_logits: (B,), float, logits of the student's samples; positive means real.
 
     Returns:
         (), float32.
@@ -32,11 +32,11 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """The discriminator's loss: mean softplus(fake_logits) + mean softplus(-real_logits).
 
     Args:
-        real_logits: (B,), float, on real latents; large means real.
-        fake_logits: (B',), float, on detached samples of the student; B' may differ from B.
+        real_logits: (B,), float, logits of real latents; positive means real.
+        fake_logits: (B',), float, logits of detached samples of the student; B' may differ from B.
 
     Returns:
-        (), float32; 2 log 2 where the discriminator knows nothing.
+        (), float32; 2 log 2 at chance.
 
     Source: GAN, arXiv:1406.2661, eq. 1; DMD2, arXiv:2405.14867, section 4.3.
     """
@@ -45,17 +45,17 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DiffusionAdversarial(ObjectiveSettings):
-    """Settings of the two losses of the diffusion GAN."""
+    """Settings of the diffusion GAN."""
 
     student_weight: float = 1e-3
-    """Factor of the student's loss: DMD2 has 1e-3 for SD-1.5, 5e-3 for SDXL."""
+    """Weight of the student's loss; DMD2: 1e-3 for SD-1.5, 5e-3 for SDXL."""
     discriminator_weight: float = 1e-2
-    """Factor of the discriminator's loss, which also trains the fake score's encoder where that gives the features."""
+    """Weight of the discriminator's loss, which also trains the fake score's encoder if that provides the features."""
     timesteps: TimestepRange = TimestepRange(0, 999)
-    """Noise levels at which real and fake are compared."""
+    """Timesteps at which real and fake latents are compared."""
     features: Literal["fake_score", "real_score"] = "fake_score"
-    """Whose bottleneck the discriminator reads: the fake score's, which its loss then also trains, as in DMD2, or the frozen
-    base's."""
+    """Network whose bottleneck the discriminator reads: the fake score, then also trained by its loss as in DMD2, or the frozen
+    base."""
 
     def __post_init__(self) -> None:
         check_weight(

@@ -1,4 +1,4 @@
-"""What every objective refuses."""
+"""Argument checks shared by the objectives."""
 
 import math
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def check_weight(objective: str, **weights: float) -> None:
-    """Raises ValueError unless every weight is a positive, finite number."""
+    """Raises ValueError unless all weights are positive and finite."""
     for name, weight in weights.items():
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(
@@ -16,7 +16,7 @@ def check_weight(objective: str, **weights: float) -> None:
 
 
 def check_same_shape(**tensors: Tensor) -> None:
-    """Raises ValueError unless all shapes are equal: broadcasting would give a loss, and the wrong one."""
+    """Raises ValueError unless all shapes are equal, since broadcasting would silently give a wrong loss."""
     if len({tensor.shape for tensor in tensors.values()}) > 1:
         got = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
         raise ValueError(f"shapes must agree, got {got}.")

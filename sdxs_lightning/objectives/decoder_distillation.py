@@ -1,7 +1,6 @@
-"""The tiny decoder's losses: L1 on averaged images, a distance of single pixels, and the weight of the projected GAN.
+"""The tiny decoder's losses: L1 on averaged images, a full-resolution distance, and the weight of the projected GAN.
 
-They compare the tiny decoder's images with those of the base's own decoder for the same latents, or with the images that the
-latents were encoded from.
+The target is the base decoder's image of the same latents, or the image that the latents were encoded from.
 """
 
 from dataclasses import dataclass
@@ -14,15 +13,15 @@ from sdxs_lightning.objectives.checks import check_same_shape, check_weight
 
 
 def averaged_l1(images: Tensor, target: Tensor, factor: int) -> Tensor:
-    """Mean |images - target| after both were averaged over squares of factor x factor pixels.
+    """Mean |images - target| after averaging both over squares of factor x factor pixels.
 
-    Detail inside a square is left to the GAN: L1 on single pixels would blur what the latents do not determine. Averaging is
-    down-sampling without aliases, and with the VAE's own factor there is one square per latent.
+    Detail within a square is left to the GAN: L1 at full resolution would blur what the latents do not determine. Averaging
+    downsamples without aliasing; with the VAE's factor each latent has one square.
 
     Args:
         images: (B, 3, H, W), float, H and W multiples of factor.
         target: same shape; gets no gradient.
-        factor: side of a square; 1 compares pixels.
+        factor: side of a square; 1 compares single pixels.
 
     Returns:
         (), float32.
@@ -39,13 +38,13 @@ def averaged_l1(images: Tensor, target: Tensor, factor: int) -> Tensor:
             f"averaging needs images whose sides are multiples of the factor, got {height}x{width} and factor {factor}; "
             "change reconstruction.factor."
         )
-    # Averaging is linear: once, over the difference.
+    # Averaging is linear, so the difference is averaged once.
     difference = images.float() - target.detach().float()
     return avg_pool2d(difference, factor).abs().mean()
 
 
 def pixel_mse(images: Tensor, target: Tensor) -> Tensor:
-    """Mean of (images - target)^2 over single pixels: what PSNR measures.
+    """Mean of (images - target)^2, which PSNR measures.
 
     Args:
         images: (B, 3, H, W), float.
@@ -64,16 +63,16 @@ def pixel_mse(images: Tensor, target: Tensor) -> Tensor:
 def adaptive_weight(
     reconstruction_gradient: Tensor, adversarial_gradient: Tensor, fraction: float, maximum: float
 ) -> Tensor:
-    """The factor that makes the GAN's gradient `fraction` of the reconstruction's in 2-norm.
+    """Weight with which the GAN's gradient has `fraction` times the 2-norm of the reconstruction's.
 
     Args:
-        reconstruction_gradient: any shape: at the decoder's last layer.
-        adversarial_gradient: same shape, same place.
-        fraction: of the reconstruction's norm that the GAN's gets.
-        maximum: the factor is never larger, however small the GAN's gradient is.
+        reconstruction_gradient: any shape, at the decoder's last layer.
+        adversarial_gradient: same shape and layer.
+        fraction: ratio of the weighted GAN gradient's norm to the reconstruction's.
+        maximum: upper bound of the weight.
 
     Returns:
-        (), float32, without graph.
+        (), float32, detached.
 
     Source: VQGAN, arXiv:2012.09841, eq. 7, there with fraction 0.8 and maximum 1e4.
     """
@@ -85,16 +84,16 @@ def adaptive_weight(
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Settings of the loss against the target images."""
+    """Settings of the reconstruction loss."""
 
     weight: float = 1.0
-    """Factor of the averaged L1."""
+    """Weight of the averaged L1."""
     factor: int | None = None
-    """Side of the squares that are averaged before the comparison; null is the VAE's own factor, 8 for SD and SDXL."""
+    """Side of the averaged squares; null takes the VAE's factor, 8 for SD and SDXL."""
     full_resolution_weight: float | None = None
-    """Factor of the distance of single pixels; null leaves it out, as SDXS does. Raises PSNR, blurs what latents leave open."""
+    """Weight of the full-resolution distance; null disables it, as in SDXS. Raises PSNR, but blurs detail."""
     full_resolution_distance: Literal["l1", "mse"] = "l1"
-    """Of single pixels: mean |d|, or mean d^2, which is what PSNR measures."""
+    """Full-resolution distance: mean |d|, or mean d^2, which PSNR measures."""
 
     def __post_init__(self) -> None:
         check_weight("Reconstruction", weight=self.weight)
@@ -104,7 +103,7 @@ class Reconstruction:
             raise ValueError(f"reconstruction.factor must be 1 or more, or null, got {self.factor}.")
 
     def loss(self, images: Tensor, target: Tensor, vae_factor: int) -> Tensor:
-        """Weighted `averaged_l1`, with the full-resolution term where there is one: (), float32."""
+        """Weighted `averaged_l1`, plus the full-resolution distance if enabled: (), float32."""
         loss = self.weight * averaged_l1(images, target, self.factor or vae_factor)
         if self.full_resolution_weight is not None:
             squared = self.full_resolution_distance == "mse"
@@ -115,18 +114,18 @@ class Reconstruction:
 
 @dataclass(frozen=True)
 class ProjectedAdversarial:
-    """Settings of the projected GAN: when it starts, and how strong it is."""
+    """Settings of the projected GAN of the decoder."""
 
     fraction: float = 0.5
-    """Norm of the GAN's gradient at the decoder's last layer over that of the reconstruction."""
+    """Norm of the weighted GAN gradient relative to the reconstruction's, at the decoder's last layer."""
     max_weight: float = 1e4
-    """Bound of the factor that this takes; VQGAN's."""
+    """Upper bound of the resulting weight; VQGAN's."""
     l1_only_share: float = 0.1
-    """Share of the run's updates, from its start, in which the decoder learns from the reconstruction alone."""
+    """Share of the run's updates before the GAN starts, trained on the reconstruction alone."""
     r1_weight: float | None = 1e-5
-    """Factor of the R1 penalty on the heads' inputs; ADD's 1e-5. Null leaves it out."""
+    """Weight of the R1 penalty on the heads' inputs; ADD's 1e-5. Null disables it."""
     crop_px: int | None = None
-    """Side of the random square, at full resolution, that the feature network gets; null gives it the complete image."""
+    """Side of the random full-resolution crop given to the feature network; null gives the complete image."""
 
     def __post_init__(self) -> None:
         check_weight("ProjectedAdversarial", fraction=self.fraction, max_weight=self.max_weight)
@@ -138,7 +137,7 @@ class ProjectedAdversarial:
             raise ValueError(f"adversarial.crop_px must be 1 or more, or null, got {self.crop_px}.")
 
     def starts_at(self, max_updates: int) -> int:
-        """The decoder update, counted from 0, that is the first with the GAN."""
+        """First decoder update, counted from 0, with the GAN."""
         return round(self.l1_only_share * max_updates)
 
     def weight(self, reconstruction_gradient: Tensor, adversarial_gradient: Tensor) -> Tensor:

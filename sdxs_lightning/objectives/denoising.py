@@ -1,4 +1,4 @@
-"""The ordinary diffusion loss: it teaches the fake score the student's distribution."""
+"""The standard diffusion loss, which fits the fake score to the student's distribution."""
 
 from dataclasses import dataclass
 
@@ -13,8 +13,8 @@ def denoising_loss(output: Tensor, target: Tensor) -> Tensor:
     """Mean square of output - target.
 
     Args:
-        output: (B, 4, h, w), float, what the network returned at x_t.
-        target: same shape, `noise_schedule.target_of` its prediction type; gets no gradient.
+        output: (B, 4, h, w), float, the network's raw output at x_t.
+        target: same shape, from `noise_schedule.target_of`; gets no gradient.
 
     Returns:
         (), float32.
@@ -33,9 +33,9 @@ class Denoising(ObjectiveSettings):
     """Settings of the fake score's denoising loss."""
 
     weight: float = 1.0
-    """Factor of the loss; matters only beside the discriminator's, which shares the fake score's encoder."""
+    """Weight of the loss; matters only relative to the discriminator's, which shares the fake score's encoder."""
     timesteps: TimestepRange = TimestepRange(0, 999)
-    """Where it is trained: everywhere, as in DMD2."""
+    """Timesteps to train on; all, as in DMD2."""
 
     def __post_init__(self) -> None:
         check_weight("Denoising", weight=self.weight)

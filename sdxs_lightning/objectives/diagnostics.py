@@ -1,4 +1,4 @@
-"""Statistics for the log of a distillation, from tensors that the step has anyway: they cost no network pass."""
+"""Statistics for the log of a distillation, computed from existing tensors without further network passes."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from torch import Tensor
 from sdxs_lightning.objectives.checks import check_same_shape
 
 REACH = 4.0
-"""Standard deviations of the data beyond which latents count as saturated: 6e-5 of a normal distribution are there, and 1e-3
-of the toy base's latents, whose tails are heavier."""
+"""Standard deviations of the data beyond which latents count as saturated: 6e-5 of a normal distribution, and 1e-3 of the toy
+base's latents, whose tails are heavier."""
 
 
 @torch.no_grad()
 def latent_stats(latents: Tensor, data: Tensor | None) -> dict[str, Tensor]:
     """Mean, standard deviation and saturation of the student's latents.
 
-    Saturation is the share of elements farther from 0 than `REACH` standard deviations of the data. Guidance that is too
-    strong drives latents there, which decode to burnt colours.
+    Saturation is the share of elements farther from 0 than `REACH` standard deviations of the data. Too strong guidance
+    increases it, and such latents decode to burnt colours.
 
     Args:
         latents: (B, C, h, w), float, scaled.
-        data: scaled latents of the batch's data, any (B', C, h', w'); None takes a standard deviation of 1, which is
-            what the scaling factor of a base is made for.
+        data: scaled latents of the batch, any (B', C, h', w'); None assumes a standard deviation of 1, which a base's
+            scaling factor is chosen for.
 
     Returns:
         `mean`, `std`, `saturation`, each (), float32, on the device of latents.
@@ -38,14 +38,13 @@ def latent_stats(latents: Tensor, data: Tensor | None) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def score_stats(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> dict[str, Tensor]:
-    """How far the two scores are apart on the student's re-noised samples, and whether the fake score keeps up.
+    """Distance of the two scores on the student's re-noised samples, and whether the fake score keeps up.
 
     - `score_gap`: mean |fake_x0 - real_x0|;
-    - `relative_score_gap`: that over mean |pred_x0 - real_x0|, the scale by which distribution matching normalises;
-    - `fake_score_lag`: mean (pred_x0 - fake_x0)^2 over mean (pred_x0 - real_x0)^2. A fake score that knows the student's
-      samples is the best denoiser of them, by the mean square at every timestep; so whatever the real score and its
-      guidance, the ratio is at most 1 for one that keeps up, and tends to 1 from below where the student's distribution
-      becomes the data's.
+    - `relative_score_gap`: `score_gap` / mean |pred_x0 - real_x0|, the normaliser of distribution matching;
+    - `fake_score_lag`: mean (pred_x0 - fake_x0)^2 / mean (pred_x0 - real_x0)^2. An optimal fake score is the best denoiser
+      of the student's samples in mean square at every timestep. So for a fake score that keeps up the ratio is at most 1,
+      whatever the real score and its guidance, and approaches 1 as the student's distribution approaches the data's.
 
     Args:
         pred_x0: (B, C, h, w), float, the student's clean latents.
@@ -53,7 +52,7 @@ def score_stats(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> dict[str, 
         fake_x0: same shape, the fake score's estimate from the same re-noised version.
 
     Returns:
-        each (), float32; 0 / 0 is 0 for the gap and 1 for the lag: two scores that are equally right.
+        Each (), float32; 0 / 0 is 0 for the gap and 1 for the lag.
 
     Raises:
         ValueError: unless the shapes agree.

@@ -1,8 +1,8 @@
-"""Distribution matching: move the student's samples along the difference of two scores.
+"""Distribution matching: moves the student's samples along the difference of two scores.
 
-At a re-noised sample the frozen base (real score) estimates the clean latents under the distribution of the data, the fake
-score under that of the student's samples. The difference of the two estimates is the gradient of the KL divergence between
-the two distributions, up to a factor that depends on the timestep.
+At a re-noised sample the frozen base (real score) estimates the clean latents under the data's distribution, the fake score
+under the student's. The difference of the two estimates is, up to a factor that depends on the timestep, the gradient of the
+KL divergence between the two distributions.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,9 @@ from sdxs_lightning.objectives.term import DistillationContext, LatentSample, Sc
 
 
 def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
-    """The gradient g = (fake_x0 - real_x0) / mean_{c,h,w} |pred_x0 - real_x0|, per sample, no graph.
+    """The gradient g = (fake_x0 - real_x0) / mean_{c,h,w} |pred_x0 - real_x0|, per sample, detached.
 
-    The denominator makes samples of all timesteps count alike.
+    The denominator equalises the scale over timesteps.
 
     Args:
         pred_x0: (B, 4, h, w), float, the student's clean latents.
@@ -41,15 +41,15 @@ def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Te
         real_x0 = real_x0.float()
         distance = (pred_x0.float() - real_x0).abs().mean(dim=(1, 2, 3), keepdim=True)
         gradient = (fake_x0.float() - real_x0) / distance
-        # A sample that the teacher leaves untouched has distance 0. A departure: DMD2's plain nan_to_num
-        # makes x / 0 into 3e38, which no clipping survives; such a sample needs no push, so it gets none.
+        # Distance 0 means that the teacher does not change the sample, which then gets no gradient. A departure: DMD2's
+        # nan_to_num turns x / 0 into 3e38, which overflows the gradient norm in clipping.
         return torch.nan_to_num(gradient, nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def distribution_matching_loss(pred_x0: Tensor, gradient: Tensor) -> Tensor:
     """0.5 mean((pred_x0 - sg(pred_x0 - g))^2), whose gradient is g / number of elements.
 
-    Its value, 0.5 mean(g^2), is no measure of success, since g is normalised.
+    Its value, 0.5 mean(g^2), does not measure progress, since g is normalised.
 
     Args:
         pred_x0: (B, 4, h, w), float, the student's clean latents, with their graph.
@@ -61,7 +61,7 @@ def distribution_matching_loss(pred_x0: Tensor, gradient: Tensor) -> Tensor:
     Raises:
         ValueError: unless the shapes agree.
 
-    Source: the stop-gradient form in which DMD and DMD2 hand the gradient of eq. 7 to autograd.
+    Source: the stop-gradient form in which DMD and DMD2 pass the gradient of eq. 7 to autograd.
     """
     check_same_shape(pred_x0=pred_x0, gradient=gradient)
     pred_x0 = pred_x0.float()
@@ -71,16 +71,16 @@ def distribution_matching_loss(pred_x0: Tensor, gradient: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DistributionMatching(StudentTerm):
-    """Moves the sample along real minus fake score, both evaluated at the same re-noised sample, without graph."""
+    """Moves the sample along real minus fake score, both evaluated under no_grad at the same re-noised sample."""
 
     weight: float = 1.0
-    """Factor of the loss."""
+    """Weight of the loss."""
     guidance_scale: float = 1.75
-    """Guidance of the real score. DMD2: 1.75 for SD-1.5, chosen for FID (more looks better); 8 for SDXL."""
+    """Guidance scale of the real score. DMD2: 1.75 for SD-1.5, chosen for FID (more looks better); 8 for SDXL."""
     timesteps: TimestepRange = TimestepRange(20, 980)
-    """Where the scores are compared: as in DMD2, without the two ends."""
+    """Timesteps at which the scores are compared; as in DMD2, without the two ends."""
     f_divergence: FDivergence | None = None
-    """Another divergence than the reverse KL, through the ratio of a diffusion GAN's discriminator; null is DMD2."""
+    """Another divergence than the reverse KL, with the density ratio of a diffusion GAN's discriminator; null is DMD2."""
 
     needs_real_score = True
     needs_fake_score = True
@@ -90,11 +90,9 @@ class DistributionMatching(StudentTerm):
 
     @property
     def needs_discriminator(self) -> bool:  # type: ignore[override]
-        """For the density ratio of `f_divergence`."""
         return self.f_divergence is not None
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """See `StudentTerm`; the scalars are the loss and `score_stats`."""
         assert context.real_score is not None and context.fake_score is not None
         with torch.no_grad():
             noisy = sample.renoise(
@@ -105,7 +103,7 @@ class DistributionMatching(StudentTerm):
                 fake_x0 = context.fake_score.predict(
                     noisy.latents, noisy.timesteps, sample.conditioning
                 ).pred_x0
-            else:  # the density ratio at the same noisy samples, from the features of the same pass
+            else:  # the density ratio comes from the same noisy samples and the same pass
                 assert context.discriminator is not None
                 (_, fake_x0, _), features = context.fake_score.predict_with_features(
                     noisy.latents, noisy.timesteps, sample.conditioning

@@ -1,4 +1,4 @@
-"""Other divergences than the reverse KL: the distribution matching gradient of each sample times h(r).
+"""Divergences other than the reverse KL: weights each sample's distribution matching gradient by h(r).
 
 Let p be the density of noised data, q that of noised samples of the student, r = p / q, and
 
@@ -18,8 +18,8 @@ factor h(r) = r^2 f''(r):
     forward_kl          r log r                               r
     jeffreys            (r - 1) log r                         r + 1
 
-An h that grows with r lets samples count where data is dense, and fewer modes get lost; it also has more variance. The ratio
-comes for free where there is a diffusion GAN: the optimal logit of the discriminator's loss is log p - log q.
+An h that grows with r weights samples by the data's density, which drops fewer modes but has more variance. A diffusion GAN
+provides the ratio: the optimal logit of the discriminator's loss is log p - log q.
 
 Source: f-distill, arXiv:2502.15681, theorem 1 and table 1.
 """
@@ -48,7 +48,7 @@ def divergence_weight(ratio: Tensor, divergence: Divergence) -> Tensor:
 
     Args:
         ratio: any shape, float, positive: density of noised data over that of noised samples.
-        divergence: which.
+        divergence: name of the divergence.
 
     Returns:
         Same shape and dtype.
@@ -68,18 +68,18 @@ def divergence_weight(ratio: Tensor, divergence: Divergence) -> Tensor:
 
 @dataclass(frozen=True)
 class FDivergence:
-    """Settings of the divergence that distribution matching descends; needs a diffusion GAN for its density ratio."""
+    """Settings of the divergence of distribution matching; needs a diffusion GAN for the density ratio."""
 
     divergence: Divergence = "jensen_shannon"
-    """Jensen-Shannon came out best in f-distill; reverse_kl is plain distribution matching."""
+    """Jensen-Shannon is best in f-distill; reverse_kl is plain distribution matching."""
     min_ratio: float = 0.1
-    """Ratios below count as this; f-distill's."""
+    """Lower bound that ratios are clipped to; f-distill's."""
     max_ratio: float = 20.0
-    """Ratios above count as this: a discriminator that wins would give one sample the weight of all. f-distill's."""
+    """Upper bound that ratios are clipped to, so that no single sample dominates; f-distill's."""
 
     def __post_init__(self) -> None:
         if self.divergence not in _WEIGHTS:
-            divergence_weight(torch.ones(()), self.divergence)  # raises its sentence
+            divergence_weight(torch.ones(()), self.divergence)  # raises
         if not (0 < self.min_ratio < self.max_ratio and math.isfinite(self.max_ratio)):
             raise ValueError(
                 f"f_divergence needs 0 < min_ratio < max_ratio, got {self.min_ratio} and {self.max_ratio}; change "
@@ -87,20 +87,20 @@ class FDivergence:
             )
 
     def weights(self, fake_logits: Tensor) -> Tensor:
-        """h(r) of each sample over its mean in the micro-batch, no graph.
+        """h(r) of each sample over its mean in the micro-batch, detached.
 
-        The weights are relative: they do not change the step's length. A departure: f-distill normalises
-        in two stages, here only h is; a good discriminator's r has mean 1 over the student's samples by itself. The mean is
-        this rank's and this micro-batch's.
+        The weights are relative and do not change the step size. A departure: f-distill normalises in two stages, here only
+        h is normalised, since a good discriminator's r already has mean 1 over the student's samples. The mean is over this
+        rank's micro-batch.
 
         Args:
-            fake_logits: (B,), float, the discriminator's at the scores' noisy samples; positive is real.
+            fake_logits: (B,), float, the discriminator's logits at the scores' noisy samples; positive means real.
 
         Returns:
-            (B, 1, 1, 1), float32, of mean 1.
+            (B, 1, 1, 1), float32, with mean 1.
 
         Raises:
-            ValueError: for a single sample, which would always have weight 1, or logits of another shape.
+            ValueError: for a single sample, whose weight would always be 1, or logits of another shape.
         """
         if fake_logits.ndim != 1 or len(fake_logits) < 2:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Feature matching: the student's sample against the target sampler's from the same noise, by statistics of features.
+"""Feature matching: compares feature statistics of the student's and the target sampler's latents from the same noise.
 
 Notation: x and y are feature maps of the same layer, (B, C, h, w); their mean, variance and covariance are taken over the
-whole map, one number per sample and channel, as DISTS does and as the authors of SDXS say they do (their issue 14).
+entire map, one number per sample and channel, as in DISTS and, according to its authors (issue 14), in SDXS.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ from sdxs_lightning.objectives.term import (
 )
 
 STABILITY = 1e-6
-"""C1 and C2 of the similarity."""
+"""The constants C1 and C2 of SSIM."""
 
 
 def global_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity without a window: how alike two feature maps are in mean, contrast and structure.
+    """Structural similarity of two feature maps, without a sliding window.
 
     (2 mean_x mean_y + C1) (2 cov_xy + C2) / ((mean_x^2 + mean_y^2 + C1) (var_x + var_y + C2)), in [-1, 1].
 
@@ -41,12 +41,12 @@ def global_ssim(x: Tensor, y: Tensor) -> Tensor:
     Raises:
         ValueError: unless the shapes agree.
 
-    Source: SDXS, arXiv:2403.16627, eq. 10; SSIM's formula with the whole map as window, as in DISTS, arXiv:2004.07728, eq. 6.
+    Source: SDXS, arXiv:2403.16627, eq. 10; SSIM's formula with the entire map as window, as in DISTS, arXiv:2004.07728, eq. 6.
     """
     check_same_shape(x=x, y=y)
     x, y = x.float(), y.float()
     mean_x, mean_y = x.mean(dim=(2, 3)), y.mean(dim=(2, 3))
-    # Of the differences from the mean: E[x^2] - E[x]^2 loses all digits where a channel hardly varies.
+    # Centred first: E[x^2] - E[x]^2 cancels catastrophically for nearly constant channels.
     dx, dy = x - mean_x[..., None, None], y - mean_y[..., None, None]
     var_x, var_y, cov = dx.square().mean(dim=(2, 3)), dy.square().mean(dim=(2, 3)), (dx * dy).mean(dim=(2, 3))
     luminance = (2 * mean_x * mean_y + STABILITY) / (mean_x.square() + mean_y.square() + STABILITY)
@@ -60,9 +60,9 @@ def feature_matching_loss(
     """sum_l w_l mean_{b,c}(1 - SSIM(x_l, y_l)), with weights that sum to 1.
 
     Args:
-        features: of the student's sample by layer, (B, C_l, h_l, w_l), with their graph.
-        targets: of the target sampler's, the same layers; get no gradient.
-        weights: one per layer in the order of `features`, any scale; None counts all alike.
+        features: the student's feature maps by layer, (B, C_l, h_l, w_l), with their graph.
+        targets: the target sampler's, of the same layers; get no gradient.
+        weights: one per layer in the order of `features`, any scale; None weights all equally.
 
     Returns:
         (), float32, in [0, 2].
@@ -86,14 +86,14 @@ def feature_matching_loss(
 
 @dataclass(frozen=True)
 class FeatureMatching(ObjectiveSettings):
-    """Settings of feature matching; `features` of the stage are what it compares."""
+    """Settings of feature matching; the stage's `features` defines the features."""
 
     weight: float = 1.0
-    """Factor of the loss."""
+    """Weight of the loss."""
     layer_weights: tuple[float, ...] | None = None
-    """One per layer of the features; null counts all alike."""
+    """One weight per layer of the features; null weights all equally."""
     phase: Phase = "warmup"
-    """When it acts with this weight. The segmented mode adds it after the warm-up, with a norm of its own."""
+    """Phase in which it acts with this weight. The segmented mode adds it after the warm-up, with a balanced norm."""
 
     def __post_init__(self) -> None:
         check_weight("FeatureMatching", weight=self.weight)
@@ -108,11 +108,11 @@ class FeatureMatching(ObjectiveSettings):
 
 
 class FeatureMatchingTerm(StudentTerm):
-    """Statistics of features against those of the target sampler's latents for the same noise and prompts.
+    """Feature matching with the target sampler's latents for the same noise and prompts.
 
     Args:
         objective: the loss.
-        features: what is compared.
+        features: the features to compare.
     """
 
     needs_pairs = True
@@ -123,19 +123,15 @@ class FeatureMatchingTerm(StudentTerm):
         self.needs_real_score = features.needs_real_score
 
     def build(self, family: Family, context: DistillationContext) -> None:
-        """Loads what the features need."""
         self.features.build(family)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves what the features need."""
         self.features.to(device, dtype)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """The features' own."""
         return self.features.frozen_networks()
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """See `StudentTerm`."""
         assert sample.target is not None
         with torch.no_grad():
             targets = self.features(sample.target, sample.conditioning, context)

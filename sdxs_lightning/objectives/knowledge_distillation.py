@@ -1,4 +1,4 @@
-"""Knowledge distillation of a smaller network: the teacher's output, its features, and the data itself."""
+"""Knowledge distillation of a smaller network: output distillation, feature distillation, and the task loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def output_distillation_loss(output: Tensor, teacher_output: Tensor) -> Tensor:
     """Mean square of output - teacher_output.
 
     Args:
-        output: (B, 4, h, w), float, what the student returned at x_t: epsilon or v.
+        output: (B, 4, h, w), float, the student's raw output at x_t: epsilon or v.
         teacher_output: same shape, the teacher's at the same x_t; gets no gradient.
 
     Returns:
@@ -24,7 +24,7 @@ def output_distillation_loss(output: Tensor, teacher_output: Tensor) -> Tensor:
     Raises:
         ValueError: unless the shapes agree.
 
-    Source: L_OKD of BK-SDM, arXiv:2305.15798, section 3.2, and of SDXS, arXiv:2403.16627, section 3.1; both write a norm, the
+    Source: L_OKD of BK-SDM, arXiv:2305.15798, section 3.2, and of SDXS, arXiv:2403.16627, section 3.1; both write a norm; the
         mean is BK-SDM's implementation.
     """
     check_same_shape(output=output, teacher_output=teacher_output)
@@ -34,14 +34,14 @@ def output_distillation_loss(output: Tensor, teacher_output: Tensor) -> Tensor:
 def feature_distillation_losses(
     features: Mapping[str, Tensor], teacher_features: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Mean square of the difference at each tap, over batch, channels and places.
+    """Mean square of the difference at each tap.
 
     Args:
-        features: the student's, by name of the tap; of any shape, float.
-        teacher_features: the teacher's at the same taps, of the same shapes; get no gradient.
+        features: the student's, by tap, any shape, float.
+        teacher_features: the teacher's at the same taps, same shapes; get no gradient.
 
     Returns:
-        (), float32, for each tap.
+        A loss (), float32, by tap.
 
     Raises:
         ValueError: unless names and shapes agree.
@@ -66,10 +66,10 @@ def feature_distillation_losses(
 
 @dataclass(frozen=True)
 class OutputDistillation:
-    """Settings of the distance between the two networks' outputs."""
+    """Settings of output distillation."""
 
     weight: float = 1.0
-    """Factor of the loss. BK-SDM: 1."""
+    """Weight of the loss. BK-SDM: 1."""
 
     def __post_init__(self) -> None:
         check_weight("OutputDistillation", weight=self.weight)
@@ -81,14 +81,14 @@ class OutputDistillation:
 
 @dataclass(frozen=True)
 class FeatureDistillation:
-    """Settings of the distances between the two networks' features."""
+    """Settings of feature distillation."""
 
     weight: float = 1.0
-    """Factor of the sum over taps. BK-SDM: 1."""
+    """Weight of the sum over taps. BK-SDM: 1."""
     taps: dict[str, str] | None = None
-    """Block of the student -> block of the teacher, by module name; null pairs the stages that the topology kept."""
+    """Maps blocks of the student to blocks of the teacher, by module name; null pairs the stages that the topology keeps."""
     tap_weights: dict[str, float | None] | None = None
-    """Factor of a tap, by block of the student, where it is not 1; null there leaves the tap out."""
+    """Weights of taps by block of the student, 1 if missing; a null weight removes the tap."""
 
     def __post_init__(self) -> None:
         check_weight("FeatureDistillation", weight=self.weight)
@@ -97,13 +97,13 @@ class FeatureDistillation:
                 check_weight("FeatureDistillation", **{f"tap_weights.{tap}": weight})
 
     def pairs(self, default: Mapping[str, str]) -> dict[str, str]:
-        """The taps in use: block of the student -> block of the teacher.
+        """Returns the active taps: blocks of the student to blocks of the teacher.
 
         Args:
-            default: the pairs where none are given.
+            default: used if `taps` is None.
 
         Raises:
-            ValueError: for a weight without tap, or if no tap is left.
+            ValueError: for a weight without a tap, or if no tap is left.
         """
         pairs, weights = dict(default if self.taps is None else self.taps), self.tap_weights or {}
         unknown = sorted(set(weights) - set(pairs))
@@ -127,10 +127,10 @@ class FeatureDistillation:
 
 @dataclass(frozen=True)
 class TaskLoss:
-    """Settings of the student's own denoising loss on data, which BK-SDM has and SDXS leaves out."""
+    """Settings of the student's denoising loss on data, used by BK-SDM but not by SDXS."""
 
     weight: float = 1.0
-    """Factor of the loss. BK-SDM: 1."""
+    """Weight of the loss. BK-SDM: 1."""
 
     def __post_init__(self) -> None:
         check_weight("TaskLoss", weight=self.weight)

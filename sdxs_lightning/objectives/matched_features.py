@@ -1,4 +1,4 @@
-"""What feature matching compares: features of the base's own encoder, or of an image network."""
+"""Features for feature matching: of the base's U-Net encoder, or of an image network."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from sdxs_lightning.objectives.term import DistillationContext
 
 @runtime_checkable
 class MatchedFeatures(Protocol):
-    """Maps clean latents to named feature maps; what `features.class_path` of a stage names."""
+    """Maps clean latents to named feature maps; `features.class_path` of a stage names an implementation."""
 
     needs_real_score: bool
-    """Whether it calls `context.real_score`."""
+    """Whether `__call__` uses `context.real_score`."""
 
     def build(self, family: Family) -> None:
-        """Loads its own frozen networks; a second call does nothing."""
+        """Loads its own frozen networks. Idempotent."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves what was loaded."""
+        """Moves the loaded networks."""
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """What was loaded, by name, for the memory plan."""
+        """The loaded networks by name, for the memory plan."""
 
     def __call__(
         self, latents: Tensor, conditioning: Conditioning, context: DistillationContext
     ) -> dict[str, Tensor]:
-        """(B, C_l, h_l, w_l) by layer, with graph where latents (B, C, h, w), scaled, have one."""
+        """Maps scaled latents (B, C, h, w) to feature maps (B, C_l, h_l, w_l) by layer; differentiable."""
 
 
 class EncoderFeatures:
-    """Blocks of the base's own U-Net encoder: no other network, no decoding, at a third of a U-Net pass.
+    """Blocks of the base's U-Net encoder: no further network, no decoding, a third of the cost of a U-Net pass.
 
     Args:
-        blocks: module names, for example "down_blocks.0"; None takes every down block and the mid block.
-        timestep: input of the U-Net; 0 is right for clean latents.
+        blocks: module names, for example "down_blocks.0"; None uses all down blocks and the mid block.
+        timestep: timestep input of the U-Net; 0 for clean latents.
 
-    Source: SDXS, arXiv:2403.16627, section 3.2, names the U-Net's encoder as one of its feature networks, and neither its
-        layers nor its timestep: both are ours.
+    Source: SDXS, arXiv:2403.16627, section 3.2, names the U-Net's encoder as a feature network; layers and timestep are not
+        published and are ours.
     """
 
     needs_real_score = True
@@ -62,13 +62,11 @@ class EncoderFeatures:
         """Nothing: the network is the real score."""
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """None of its own."""
         return {}
 
     def __call__(
         self, latents: Tensor, conditioning: Conditioning, context: DistillationContext
     ) -> dict[str, Tensor]:
-        """See `MatchedFeatures`."""
         assert context.real_score is not None
         unet = context.real_score.unet
         blocks = self.blocks
@@ -80,13 +78,13 @@ class EncoderFeatures:
 
 
 class PixelFeatures:
-    """An image network's features of the decoded latents.
+    """Features of an image network on the decoded latents.
 
     Args:
-        network: where the network comes from; not one that a metric uses, or that metric means nothing.
-        decoder: folder of an AutoencoderTiny that decodes; None is the base's own VAE, slow and large with a graph.
+        network: source of the feature network. Not one that a metric uses, which would invalidate the metric.
+        decoder: folder of an AutoencoderTiny; None uses the base's VAE, which is slow and needs much memory with a graph.
 
-    Source: SDXS, arXiv:2403.16627, section 3.2, with VGG and DINOv2 in this place, and the tiny decoder.
+    Source: SDXS, arXiv:2403.16627, section 3.2, with VGG and DINOv2, and the tiny decoder.
     """
 
     needs_real_score = False
@@ -95,20 +93,17 @@ class PixelFeatures:
         self._image_features = DecodedImageFeatures(network, decoder, "features.init_args.decoder")
 
     def build(self, family: Family) -> None:
-        """Loads decoder and feature network."""
         self._image_features.build(family)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves decoder and feature network."""
         self._image_features.to(device, dtype)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """Feature network, and decoder where it is not the base's."""
+        """The feature network, and the decoder unless it is the base's VAE."""
         return self._image_features.frozen_networks("matched_features", "feature_decoder")
 
     def __call__(
         self, latents: Tensor, conditioning: Conditioning, context: DistillationContext
     ) -> dict[str, Tensor]:
-        """See `MatchedFeatures`."""
         maps = self._image_features.extract(self._image_features.decode(latents))
         return {f"layer_{i}": features for i, features in enumerate(maps)}

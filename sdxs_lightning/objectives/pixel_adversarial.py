@@ -1,4 +1,4 @@
-"""The projected GAN on the student's images: texture, which score distillation alone leaves out."""
+"""The projected GAN on the student's images, for the texture that score distillation alone lacks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,18 @@ from sdxs_lightning.objectives.term import ObjectiveSettings
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random augmentation of the discriminator's images, real and fake alike, so that it cannot memorise the real ones.
+    """Settings of the augmentation of real and fake images, which keeps the discriminator from memorising the real ones.
 
     Source: DiffAugment, arXiv:2006.10738, whose ranges are the defaults.
     """
 
     colour: float | None = 1.0
-    """Factor of the ranges of brightness (+-0.5 in [-1, 1]), saturation (1 +- 1) and contrast (1 +- 0.5), in (0, 1]; null
-    leaves colours."""
+    """Scale, in (0, 1], of the ranges of brightness (+-0.5 in [-1, 1]), saturation (1 +- 1) and contrast (1 +- 0.5); null
+    disables it."""
     translation: float | None = 0.125
-    """Largest shift as a share of the side, in (0, 1), rounded to pixels; grey comes in. Null leaves images in place."""
+    """Largest shift as a share of the side, in (0, 1), rounded to pixels, padded with grey. Null disables it."""
     cutout: float | None = 0.5
-    """Side of the grey square as a share of the image's, in (0, 1), its centre anywhere. Null covers nothing."""
+    """Side of the grey square as a share of the image's, in (0, 1), with its centre anywhere. Null disables it."""
 
     def __post_init__(self) -> None:
         if self.colour is not None and not 0 < self.colour <= 1:
@@ -37,26 +37,26 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class PixelAdversarial(ObjectiveSettings):
-    """Settings of the GAN on images: its weight, and what the discriminator compares.
+    """Settings of the GAN on images.
 
-    Source: SDXS, arXiv:2403.16627, names a short GAN fine-tune with the projected GAN; ADD, arXiv:2311.17042, section 3.2, has
-        its losses. Neither gives a weight beside score distillation: that is ours.
+    Source: SDXS, arXiv:2403.16627, names a short fine-tune with the projected GAN; the losses are ADD's, arXiv:2311.17042,
+        section 3.2. Neither gives a weight relative to score distillation: that is ours.
     """
 
     student_weight: float = 0.1
-    """Factor of the student's loss. On the toy world, with heads of 15 to 60 updates, the gradient at the latents is 6.5 to 9.4
-    times that of distribution matching at weight 1 each; so 0.1 makes them about equal."""
+    """Weight of the student's loss. On the toy world, with heads trained for 15 to 60 updates, the gradient at the latents is
+    6.5 to 9.4 times that of distribution matching at weight 1 each, so 0.1 makes them about equal."""
     r1_weight: float | None = 1e-5
-    """Factor of the R1 penalty on the heads' inputs; ADD's 1e-5. Null leaves it out."""
+    """Weight of the R1 penalty on the heads' inputs; ADD's 1e-5. Null disables it."""
     crop_px: int | None = None
-    """Side of the random square, at full resolution, that the feature network gets; null gives it the complete image."""
+    """Side of the random full-resolution crop given to the feature network; null gives the complete image."""
     augmentation: Augmentation | None = Augmentation()
-    """Null leaves images as they are."""
+    """Augmentation of real and fake images; null disables it."""
     real: Literal["latents", "images"] = "latents"
-    """What is real: the data's latents, decoded as the student's are, or its images. Latents leave the decoder's own traces
-    on both sides, so the student is not trained towards what its decoder cannot draw; images pull it towards that too."""
+    """Real images: the data's latents, decoded like the student's, or its images. With latents both sides have the decoder's
+    artefacts, so the student is not trained towards detail that its decoder cannot produce; with images it is."""
     decoder: str | None = None
-    """Folder of an AutoencoderTiny that decodes latents; null is the base's own VAE, slow and large with a graph."""
+    """Folder of an AutoencoderTiny; null uses the base's VAE, which is slow and needs much memory with a graph."""
 
     def __post_init__(self) -> None:
         check_weight("PixelAdversarial", student_weight=self.student_weight)

@@ -1,4 +1,4 @@
-"""The hinge GAN over several heads, each on a feature map of a frozen network, and R1 on the heads' inputs."""
+"""Hinge GAN losses over several heads on frozen feature maps, and R1 on the heads' inputs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminat
 
 
 def hinge_generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
-    """The generator's side: minus the mean logit, averaged over the heads.
+    """The generator's hinge loss: minus the mean logit, averaged over the heads.
 
     Args:
-        fake_logits: per head (B, n), float, n places of a feature map, of the generator's images; large means real.
+        fake_logits: per head (B, n), float, at the n positions of the feature map of generated images; positive means real.
 
     Returns:
         (), float32.
@@ -26,14 +26,14 @@ def hinge_generator_loss(fake_logits: Sequence[Tensor]) -> Tensor:
 
 
 def hinge_discriminator_loss(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
-    """The discriminator's side: mean relu(1 - real) + mean relu(1 + fake), averaged over the heads.
+    """The discriminator's hinge loss: mean relu(1 - real) + mean relu(1 + fake), averaged over the heads.
 
     Args:
-        real_logits: per head (B, n), float: real images; large means real.
-        fake_logits: per head (B', n), float: images of the generator.
+        real_logits: per head (B, n), float, of real images; positive means real.
+        fake_logits: per head (B', n), float, of generated images.
 
     Returns:
-        (), float32; 2 where the discriminator knows nothing.
+        (), float32; 2 for logits of 0.
 
     Source: ADD, arXiv:2311.17042, eq. 4, averaged instead of summed over heads.
     """
@@ -49,15 +49,15 @@ def r1_penalty(real_logits: Sequence[Tensor], real_features: Sequence[Tensor]) -
 
     Args:
         real_logits: per head (B, n), float, with graph to real_features.
-        real_features: per head (B, C, h, w), float; they require gradients.
+        real_features: per head (B, C, h, w), float, requiring gradients.
 
     Returns:
-        (), float32, with a graph for a second derivative.
+        (), float32, with the graph for the second derivative.
 
     Source: R1, arXiv:1801.04406, eq. 9, on the heads' inputs instead of pixels as in ADD, arXiv:2311.17042, section 3.2.
     """
     total = torch.stack([logits.float().sum() for logits in real_logits]).sum()
-    # Each head sees its own features only, so one gradient of the sum is that of every head.
+    # Each head depends on its own features only, so the gradient of the sum contains that of every head.
     gradients = torch.autograd.grad(total, list(real_features), create_graph=True)
     return torch.stack([g.float().square().flatten(1).sum(dim=1).mean() for g in gradients]).mean()
 
@@ -68,16 +68,16 @@ def projected_discriminator_loss(
     fake_features: Sequence[Tensor],
     r1_weight: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The heads' hinge loss, with R1 on their inputs from real images; both halves go through the heads as one batch.
+    """The heads' hinge loss plus R1 on their real inputs; real and fake go through the heads as one batch.
 
     Args:
-        discriminator: built.
+        discriminator: a built discriminator.
         real_features: per head (B, C, h, w), float; detached here.
-        fake_features: the same of as many images of the generator.
-        r1_weight: factor of R1; None leaves it out.
+        fake_features: the same for as many generated images.
+        r1_weight: weight of R1; None disables it.
 
     Returns:
-        The loss, (), float32, and scalars: `loss` without R1, `accuracy` over all logits, and `r1` where there is one.
+        The loss, (), float32, and scalars: `loss` without R1, `accuracy` over all logits, and `r1` if enabled.
     """
     real = [part.detach().float().requires_grad_(r1_weight is not None) for part in real_features]
     both = [torch.cat([r, f.detach().float()]) for r, f in zip(real, fake_features, strict=True)]

@@ -1,4 +1,4 @@
-"""Regression of the student's latents on a target sampler's, from the same noise."""
+"""Regression of the student's latents to the target sampler's from the same noise."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ def regression_loss(pred_x0: Tensor, target: Tensor, huber_delta: float | None =
     Args:
         pred_x0: (B, 4, h, w), float, the student's latents.
         target: same shape, the target sampler's latents from the same noise; gets no gradient.
-        huber_delta: None for the mean square; else errors beyond delta count linearly: delta (2 |e| - delta).
+        huber_delta: None for the mean square; else errors beyond delta are linear: delta (2 |e| - delta).
 
     Returns:
         (), float32.
@@ -23,13 +23,13 @@ def regression_loss(pred_x0: Tensor, target: Tensor, huber_delta: float | None =
     Raises:
         ValueError: unless the shapes agree.
 
-    Source: DMD's regression term, arXiv:2311.18828, eq. 9, in latents instead of LPIPS: no VAE in the step.
+    Source: DMD's regression term, arXiv:2311.18828, eq. 9, in latents instead of LPIPS, which needs no VAE in the step.
     """
     check_same_shape(pred_x0=pred_x0, target=target)
     pred_x0, target = pred_x0.float(), target.detach().float()
     if huber_delta is None:
         return (pred_x0 - target).square().mean()
-    # Twice torch's Huber, which is e^2 / 2 near 0: so that weights and learning rates carry over.
+    # Twice torch's Huber, which is e^2 / 2 near 0, so that weights and learning rates carry over.
     return 2.0 * huber_loss(pred_x0, target, delta=huber_delta)
 
 
@@ -38,12 +38,12 @@ class Regression(StudentTerm):
     """Regression on (noise, latents) pairs: the warm-up before DMD2, or the regularizer of plain DMD."""
 
     weight: float = 1.0
-    """Factor of the loss."""
+    """Weight of the loss."""
     huber_delta: float | None = None
     """Error, in scaled latents, beyond which the loss is linear; null is the plain mean square."""
     phase: Phase = "warmup"
-    """When it acts. "distillation" is plain DMD, arXiv:2311.18828: beside the score difference, on samples from the pairs'
-    noise and prompts."""
+    """Phase in which it acts. "distillation" is plain DMD, arXiv:2311.18828: next to the score difference, on samples from the
+    pairs' noise and prompts."""
 
     needs_pairs = True
 
@@ -53,7 +53,6 @@ class Regression(StudentTerm):
             raise ValueError(f"huber_delta of Regression must be positive or null, got {self.huber_delta}.")
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """See `StudentTerm`."""
         assert sample.target is not None
         loss = self.loss(sample.latents, sample.target)
         return loss, {"regression": loss}

@@ -1,8 +1,8 @@
-"""Segmented score distillation: scores are compared at low noise only, and feature matching stands in for the rest.
+"""Segmented score distillation: compares scores at low noise only, and uses feature matching for the rest.
 
-At high noise two scores agree while the student is still blurred, and where they differ they average over images; the pair
-that the target sampler made from the same noise says more there. As the student's distribution comes to overlap the base's,
-the segment shrinks to the low noise levels that make texture, and feature matching lets go.
+At high noise the two scores agree while the student is still blurred, and where they differ they average over images; the
+target sampler's pair from the same noise is more informative there. As the student's distribution comes to overlap the base's,
+the segment shrinks to the low noise levels that determine texture, and the weight of feature matching decreases.
 """
 
 import math
@@ -25,12 +25,12 @@ from sdxs_lightning.objectives.term import (
 
 
 def cosine_ramp(start: float, end: float, progress: float) -> float:
-    """From start to end on half a cosine wave: end + (start - end) (1 + cos(pi progress)) / 2.
+    """Half-cosine interpolation from start to end: end + (start - end) (1 + cos(pi progress)) / 2.
 
     Args:
         start: value at progress 0.
         end: value at progress 1.
-        progress: in [0, 1]; beyond it the nearer end counts.
+        progress: in [0, 1]; clamped.
     """
     share = (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0))) / 2
     return end + (start - end) * share
@@ -41,21 +41,21 @@ class SegmentedScoreDistillation(ObjectiveSettings):
     """Settings of the mode: two ramps over the student updates after the warm-up.
 
     The gradient is E_{t in [0, alpha T]} [score difference] + lambda * [feature matching]; alpha 1 and lambda 0 at both ends
-    is plain score distillation. lambda counts in units of the score difference: at 1 both gradients have the same norm at
-    the student's latents.
+    is plain score distillation. lambda is relative to the score difference: at 1 both gradients have the same norm at the
+    student's latents.
 
-    Source: SDXS, arXiv:2403.16627, eq. 11, where alpha and lambda fall during the training; their values and the shape of
-        the fall are not published, nor is the unit of lambda: all are ours.
+    Source: SDXS, arXiv:2403.16627, eq. 11, where alpha and lambda decrease during training. Their values, the shape of the
+        ramps and the unit of lambda are not published and are ours.
     """
 
     alpha_start: float = 0.95
-    """Share of the timesteps, from the clean end, on which scores are compared, at the first update after the warm-up."""
+    """Share of the timesteps, from the clean end, at which scores are compared, at the first update after the warm-up."""
     alpha_end: float = 0.5
-    """The same at the last update."""
+    """Its value at the last update."""
     lambda_start: float = 1.0
-    """Norm of the gradient of feature matching over that of the score difference, at first."""
+    """Norm of feature matching's gradient relative to the score difference's, at the first update after the warm-up."""
     lambda_end: float = 0.05
-    """The same at the last update."""
+    """Its value at the last update."""
 
     def __post_init__(self) -> None:
         for name in ("alpha_start", "alpha_end"):
@@ -67,22 +67,22 @@ class SegmentedScoreDistillation(ObjectiveSettings):
 
     @property
     def matches_features(self) -> bool:
-        """Whether feature matching is part of it."""
+        """Whether feature matching is used at all."""
         return self.lambda_start > 0 or self.lambda_end > 0
 
     def alpha(self, progress: float) -> float:
-        """The segment's end as a share of all timesteps; progress as in `cosine_ramp`."""
+        """The segment's end at `progress`, as a share of all timesteps."""
         return cosine_ramp(self.alpha_start, self.alpha_end, progress)
 
     def feature_matching_ratio(self, progress: float) -> float:
-        """lambda; progress as in `cosine_ramp`."""
+        """The value of lambda at `progress`."""
         return cosine_ramp(self.lambda_start, self.lambda_end, progress)
 
     def segment(self, timesteps: TimestepRange, progress: float, num_train_timesteps: int) -> TimestepRange:
         """The part of `timesteps` that lies in [0, alpha T].
 
         Args:
-            timesteps: of plain score distillation.
+            timesteps: range of plain score distillation.
             progress: as in `cosine_ramp`.
             num_train_timesteps: T.
         """
@@ -91,11 +91,11 @@ class SegmentedScoreDistillation(ObjectiveSettings):
 
 
 class SegmentedDistributionMatching(StudentTerm):
-    """Distribution matching on the segment of timesteps that belongs to the run's progress.
+    """Distribution matching on the segment of timesteps at the run's current progress.
 
     Args:
-        objective: restricted in its timesteps, otherwise unchanged.
-        segmented: the ramp.
+        objective: the loss, whose timesteps are restricted.
+        segmented: the ramp of alpha.
     """
 
     def __init__(self, objective: DistributionMatching, segmented: SegmentedScoreDistillation) -> None:
@@ -104,18 +104,17 @@ class SegmentedDistributionMatching(StudentTerm):
         self.needs_discriminator = objective.needs_discriminator
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """See `StudentTerm`."""
         total = context.schedule.num_train_timesteps
         timesteps = self.segmented.segment(self.objective.timesteps, context.progress, total)
         return replace(self.objective, timesteps=timesteps)(sample, context)
 
 
 class BalancedFeatureMatching(FeatureMatchingTerm):
-    """Feature matching after the warm-up, whose gradient is lambda times as long as that of distribution matching.
+    """Feature matching after the warm-up, with lambda times the gradient norm of distribution matching.
 
     Args:
         objective: the loss.
-        features: what is compared.
+        features: the features to compare.
         segmented: the ramp of lambda.
     """
 
@@ -127,5 +126,4 @@ class BalancedFeatureMatching(FeatureMatchingTerm):
         self.segmented = segmented
 
     def balance(self, progress: float) -> Balance:
-        """See `StudentTerm`."""
         return Balance("distribution_matching", self.segmented.feature_matching_ratio(progress))

@@ -1,6 +1,6 @@
-"""The interface between the training step and the student's objectives, and the gradients of several of them.
+"""Interface between the training step and the terms of the student's loss, and the gradients of several terms.
 
-A *term* is one summand of the student's loss. It declares what it needs; the stage provides it, or refuses the configuration.
+A *term* is one summand of the student's loss. It declares what it needs; the stage provides it or rejects the configuration.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from sdxs_lightning.networks.fake_score import FakeScore
 
 Phase = Literal["warmup", "distillation", "always"]
-"""When a term acts: during the first `update_schedule.warmup_updates` student updates, after them, or in both."""
+"""When a term acts: during the first `update_schedule.warmup_updates` student updates, after them, or always."""
 Scalars = Mapping[str, Tensor]
 Gradients = dict[str, Tensor]
-"""(B, C, h, w), float32, by name of the term."""
+"""Gradients at the student's latents, (B, C, h, w), float32, by term."""
 
 
 class NoisyLatents(NamedTuple):
@@ -45,24 +45,24 @@ class NoisyLatents(NamedTuple):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LatentSample:
-    """Clean latents with their prompts, and the addresses of their noise."""
+    """Clean latents with their prompts, and the keys of their random numbers."""
 
     latents: Tensor
     """(B, C, h, w), float32, scaled: pred_x0 of the student, or data."""
     conditioning: Conditioning
-    """Of the same B samples."""
+    """Conditioning of the same B samples."""
     positions: Tensor
-    """(B,), int64: with the seed they determine every random number of the step."""
+    """(B,), int64, positions in the run; with the seed they determine every random number of the step."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     target: Tensor | None = None
-    """(B, C, h, w), float32: what the target sampler made from the same noise and prompts; for terms with `needs_pairs`."""
+    """(B, C, h, w), float32: the target sampler's latents for the same noise and prompts; for terms with `needs_pairs`."""
     images: Tensor | None = None
-    """(B, 3, H, W), float32, in [-1, 1]: the batch's images, for terms with `needs_images`. Where the sample comes from a pair
-    they show other prompts than its own."""
+    """(B, 3, H, W), float32, in [-1, 1]: the batch's images, for terms with `needs_images`. If the sample comes from a pair,
+    they belong to other prompts."""
 
     def detach(self) -> LatentSample:
-        """The same sample without the student's graph."""
+        """Returns the sample detached from the student's graph."""
         return replace(self, latents=self.latents.detach())
 
     def renoise(
@@ -75,58 +75,58 @@ class LatentSample:
 
 
 class DistillationContext(NamedTuple):
-    """What a term may use besides the sample: the networks of the stage, the noise schedule, the progress of the run."""
+    """What a term may use besides the sample: the stage's networks, the noise schedule, the run's progress."""
 
     schedule: NoiseSchedule
     fake_score: FakeScore | None
-    """None in a run that ends with the warm-up."""
+    """None if the run ends with the warm-up."""
     real_score: Denoiser | None
-    """Frozen; None where nothing needs it."""
+    """The frozen base; None if no term needs it."""
     discriminator: Discriminator | None
-    """Of latents; None without one, or where the GAN compares images."""
+    """The discriminator on latents; None without one, or if the GAN compares images."""
     progress: float = 0.0
-    """Share of the student updates after the warm-up that are done, for what changes over a run."""
+    """Completed share of the student updates after the warm-up, for ramps."""
 
 
 class Balance(NamedTuple):
-    """The norm that a term's gradient is scaled to, relative to another term's."""
+    """Scaling of a term's gradient to a norm relative to another term's."""
 
     reference: str
     """Name of the other term."""
     ratio: float
-    """Norm of this term's gradient over the reference's, both at the student's latents."""
+    """Norm of this term's gradient relative to the reference's, both at the student's latents."""
 
 
 class ObjectiveSettings:
-    """Base class of the settings of an objective, a frozen dataclass, where these are not a term by themselves.
+    """Base class of objective settings, which are frozen dataclasses, for settings that are not themselves a term.
 
-    Not itself a dataclass: jsonargparse accepts a subclass by `class_path` only where not every class of the MRO is one. And
-    no `from __future__ import annotations` where a subclass is defined that others may extend: jsonargparse (4.53) evaluates
-    the annotations of all bases in the module of the class that the configuration names.
+    Not a dataclass: jsonargparse accepts subclasses by `class_path` only if some class of the MRO is not one. Modules with
+    extensible subclasses must not use `from __future__ import annotations`: jsonargparse (4.53) evaluates the annotations of
+    all bases in the module of the configured class.
     """
 
 
 class StudentTerm:
     """Base class of the terms of the student's loss.
 
-    A frozen dataclass that derives from it has its fields as options in YAML. Not itself a dataclass, as `ObjectiveSettings`.
+    The fields of a derived frozen dataclass are options in YAML. Not a dataclass itself, for the reason in `ObjectiveSettings`.
     """
 
     phase: str = "distillation"
-    """A `Phase`; by name of a builtin type, see `ObjectiveSettings`."""
+    """A `Phase`; annotated as a builtin type for the reason in `ObjectiveSettings`."""
     needs_pairs: bool = False
-    """Reads `sample.target`; the sample is then made from a pair's noise and prompts."""
+    """Whether the term reads `sample.target`; the sample is then made from a pair's noise and prompts."""
     needs_real_score: bool = False
-    """Calls `context.real_score`."""
+    """Whether the term calls `context.real_score`."""
     needs_fake_score: bool = False
-    """Calls `context.fake_score`, which passes gradients on and collects none."""
+    """Whether the term calls `context.fake_score`, which passes gradients on but accumulates none."""
     needs_images: bool = False
-    """Reads `sample.images`."""
+    """Whether the term reads `sample.images`."""
     needs_discriminator: bool = False
-    """Calls `context.discriminator`, the one on latents."""
+    """Whether the term calls `context.discriminator`."""
 
     def build(self, family: Family, context: DistillationContext) -> None:
-        """Loads the term's own frozen networks; called in `configure_model`, a second call does nothing."""
+        """Loads the term's own frozen networks; called in `configure_model`. Idempotent."""
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Moves the term's own frozen networks; `dtype` is the real score's."""
@@ -136,7 +136,7 @@ class StudentTerm:
         return {}
 
     def balance(self, progress: float) -> Balance | None:
-        """How the gradient is scaled; None leaves it as it is.
+        """How the gradient is scaled; None does not scale it.
 
         Args:
             progress: as in `DistillationContext`.
@@ -144,19 +144,19 @@ class StudentTerm:
         return None
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
-        """The weighted loss, (), and scalars for the log, whose names get the prefix `student/`."""
+        """Returns the weighted loss, (), and scalars for the log, which get the prefix `student/`."""
         raise NotImplementedError
 
 
 def term_gradients(
     terms: Mapping[str, StudentTerm], sample: LatentSample, context: DistillationContext
 ) -> tuple[Gradients, dict[str, Tensor]]:
-    """The gradient of each weighted term at the sample's latents, balanced, and the terms' scalars.
+    """Computes the balanced gradient of each weighted term at the sample's latents, and the terms' scalars.
 
     Args:
-        terms: by name.
+        terms: the terms by name.
         sample: its latents require gradients; the student's graph behind them is not traversed.
-        context: its networks collect no gradients if their parameters require none.
+        context: its networks should not require gradients, so that they accumulate none.
     """
     gradients: Gradients = {}
     scalars: dict[str, Tensor] = {}
@@ -174,13 +174,15 @@ def term_gradients(
 def balanced(gradients: Gradients, name: str, balance: Balance) -> Gradients:
     """Scales one gradient so that its norm is `ratio` times the reference's, over the batches of all ranks.
 
+    Does not synchronise with the device.
+
     Args:
-        gradients: of the terms.
-        name: which one is scaled.
+        gradients: gradients by term.
+        name: the term whose gradient is scaled.
         balance: reference and ratio.
 
     Returns:
-        A new dict; nothing waits for the device.
+        A new dict.
     """
     squares = torch.stack([gradients[key].float().square().sum() for key in (balance.reference, name)])
     if dist.is_initialized():  # else the scale would depend on how the batch is split over ranks
@@ -190,7 +192,7 @@ def balanced(gradients: Gradients, name: str, balance: Balance) -> Gradients:
 
 
 def comparison(gradients: Gradients) -> dict[str, Tensor]:
-    """Norms, and cosines of every two: `gradient_norm_A`, `cosine_A_B`; of this rank's samples."""
+    """Norms and pairwise cosines of this rank's gradients: `gradient_norm_A`, `cosine_A_B`."""
     flat = {name: gradient.float().flatten() for name, gradient in gradients.items()}
     norms = {name: gradient.norm() for name, gradient in flat.items()}
     compared = {f"gradient_norm_{name}": norm for name, norm in norms.items()}
