@@ -1,1 +1,1 @@
-"""(noise, latents) pairs of a target sampler: sampled in memory, or read from shards."""
+"""(noise, latents) pairs of a target sampler: sampled into memory, read from shards, or sampled on the fly."""

@@ -1,4 +1,4 @@
-"""The target sampler with any deterministic scheduler of diffusers, by its class name."""
+"""Target sampler with a deterministic scheduler of diffusers."""
 
 from __future__ import annotations
 
@@ -25,16 +25,12 @@ ODE_SCHEDULERS = (
     "DEISMultistepScheduler",
     "UniPCMultistepScheduler",
 )
-"""Schedulers that map noise to latents without drawing noise of their own, as pairs need. Ancestral, SDE and LCM schedulers
-draw noise between the steps."""
+"""Schedulers that map noise to latents deterministically, as pairs need. Ancestral, SDE and LCM schedulers draw noise between
+steps."""
 
 
 def check_scheduler(name: str) -> None:
-    """Refuses everything but the ODE schedulers.
-
-    Raises:
-        ValueError: naming those that are.
-    """
+    """Raises ValueError unless `name` is one of ODE_SCHEDULERS."""
     if name not in ODE_SCHEDULERS:
         raise ValueError(
             f"scheduler '{name}' is not known as one that draws no noise of its own; accepted are "
@@ -45,17 +41,17 @@ def check_scheduler(name: str) -> None:
 def scheduler_config(
     name: str, schedule: NoiseSchedule, prediction_type: PredictionType, spacing: Spacing, steps_offset: int
 ) -> dict[str, Any]:
-    """Constructor arguments of a scheduler for a base, those that the class has.
+    """Returns the constructor arguments of a scheduler for a base, limited to those that the class accepts.
 
     Args:
         name: one of ODE_SCHEDULERS.
-        schedule: of the base.
-        prediction_type: of the base.
+        schedule: the base's noise schedule.
+        prediction_type: the base's prediction type.
         spacing: `timestep_spacing`.
-        steps_offset: of "leading" timesteps.
+        steps_offset: offset of "leading" timesteps.
 
     Raises:
-        ValueError: for a scheduler that is not known, or that cannot sample this base.
+        ValueError: for an unknown scheduler, or one that cannot sample this base.
     """
     check_scheduler(name)
     accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
@@ -75,9 +71,9 @@ def scheduler_config(
         "prediction_type": prediction_type,
         "timestep_spacing": spacing,
         "steps_offset": steps_offset,
-        # A second rescaling of rescaled betas changes nothing, and tells the class to expect the last of them.
+        # Rescaling is idempotent, and makes the class accept a terminal alpha of 0.
         "rescale_betas_zero_snr": terminal <= 0,
-        # The values in Stable Diffusion's configs, where the classes have other defaults.
+        # Stable Diffusion's values, which differ from the classes' defaults.
         "clip_sample": False,
         "set_alpha_to_one": False,
         "skip_prk_steps": True,
@@ -86,18 +82,18 @@ def scheduler_config(
 
 
 class SchedulerSampler:
-    """From noise to latents along the probability-flow ODE, as a diffusers pipeline does it.
+    """Samples latents from noise along the probability-flow ODE, like a diffusers pipeline.
 
     Args:
-        denoiser: usually the frozen real score; may be another, few-step checkpoint.
-        steps: as given to `set_timesteps`; schedulers of higher order call the network more often.
+        denoiser: usually the frozen real score, or a few-step checkpoint.
+        steps: argument of `set_timesteps`; higher-order schedulers call the network more often.
         guidance_scale: 1 means none.
         scheduler: one of ODE_SCHEDULERS.
-        spacing: "trailing" begins at the last timestep.
+        spacing: "trailing" starts at the last timestep.
         steps_offset: added to "leading" timesteps; 1 in SD's configs.
 
     Raises:
-        ValueError: for a scheduler that is not known, or that cannot sample this base.
+        ValueError: for an unknown scheduler, or one that cannot sample this base.
 
     Source: the denoising loop of diffusers' StableDiffusionPipeline.
     """
@@ -120,9 +116,9 @@ class SchedulerSampler:
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise (B, C, h, w) -> scaled latents (B, C, h, w), float32."""
+        """Maps noise (B, C, h, w) to scaled latents (B, C, h, w), float32."""
         assert self._class is not None
-        # A new one each time: some keep the outputs of the previous sample.
+        # A new instance per call, since some keep the outputs of the previous sample.
         scheduler = self._class(**self._config)
         scheduler.set_timesteps(self.steps, device=noise.device)
         latents = noise.float() * scheduler.init_noise_sigma

@@ -1,4 +1,4 @@
-"""Pairs that are sampled once, when the fit starts, and kept on the device."""
+"""Pairs that are sampled once at the start of the fit and kept on the device."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class PickedPairs(NamedTuple):
     noise: Tensor
     """(B, C, h, w), float32, N(0, 1): the student's input."""
     conditioning: Conditioning
-    """Of the pairs' prompts, unconditional twin included."""
+    """Conditioning of the pairs' prompts, with unconditional embeddings."""
     target: Tensor
     """(B, C, h, w), float32, scaled latents: the target sampler's output for the same noise and prompts."""
 
 
 class StoredPairs:
-    """Pairs in memory: prompts and target latents; the noise is made anew from each pair's index.
+    """Prompt embeddings and target latents of all pairs; the noise is regenerated from a pair's index.
 
-    Prompt embeddings stay on the device, so that picking a batch does not synchronise with the host: 2048 pairs are 0.5 GB
-    for SD in float32.
+    Embeddings stay on the device, so that picking a batch does not synchronise with the host: 2048 pairs take 0.5 GB for SD
+    in float32.
 
     Args:
-        conditioning: of n prompts, without its unconditional twin.
-        twin: one row, which serves all prompts.
+        conditioning: of n prompts, without unconditional embeddings.
+        twin: the unconditional conditioning, one row for all prompts.
         targets: (n, C, h, w), scaled latents.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, conditioning: Conditioning, twin: Conditioning, targets: Tensor, seed: int) -> None:
@@ -52,9 +52,9 @@ class StoredPairs:
         return len(self.targets)
 
     def pick(self, positions: Tensor) -> PickedPairs:
-        """The pairs of these positions of the run."""
-        # Drawn with replacement: a function of the position alone, so there is no shuffle state to save. The stream is that of
-        # the student's noise at these positions, which is not drawn here since the pair has its own.
+        """Returns a pair for each position in the run."""
+        # Drawn with replacement, as a function of the position alone, so there is no shuffle state to save. The stream of the
+        # student's noise is free here, since the noise comes from the pair.
         chosen = integers(self._seed, Stream.STUDENT_NOISE, positions, 0, len(self))
         noise = normal(self._seed, Stream.PAIRS, chosen, tuple(self.targets.shape[1:]))
         return PickedPairs(noise, self._conditioning_of(chosen), self.targets[chosen])
@@ -79,21 +79,21 @@ def sample_pairs(
     sampler: TargetSampler | SchedulerSampler,
     seed: int,
 ) -> StoredPairs:
-    """Samples the target of every caption; ranks share the work and each gets all pairs.
+    """Samples the pairs; the work is divided among ranks, and every rank gets all pairs.
 
     Args:
-        count: of pairs.
-        batch_size: pairs that are sampled at once, on each rank.
-        captions: prompts; repeated when there are fewer than pairs.
-        family: encodes them.
-        sampler: makes the targets.
-        seed: of the run; with a pair's index it determines the pair's noise.
+        count: number of pairs.
+        batch_size: pairs per sampling batch on each rank.
+        captions: prompts; repeated if fewer than `count`.
+        family: encodes the prompts.
+        sampler: samples the targets.
+        seed: seed of the run; with a pair's index it determines the pair's noise.
 
     Returns:
         The same pairs on every rank, and after a resume.
 
     Raises:
-        ValueError: without captions.
+        ValueError: if there are no captions.
     """
     if not captions:
         raise ValueError("pairs in memory need captions and the training data has none.")
@@ -118,13 +118,13 @@ def sample_pairs(
 def planned_pairs(
     count: int, batch_size: int, family: Family, sampler: TargetSampler | SchedulerSampler
 ) -> StoredPairs:
-    """Stands in for `sample_pairs` in the memory plan: what that keeps, and its peak.
+    """Replaces `sample_pairs` in the memory plan, with the same peak and the same stored tensors.
 
     Args:
-        count: of pairs.
-        batch_size: pairs that are sampled at once.
-        family: one without weights.
-        sampler: of one step, on the meta device.
+        count: number of pairs.
+        batch_size: pairs per sampling batch.
+        family: a family without weights.
+        sampler: a one-step sampler on the meta device.
     """
     device = family.schedule.alpha.device
     at_once = min(count, batch_size)
@@ -135,14 +135,14 @@ def planned_pairs(
 
 
 def _encode(family: Family, prompts: list[str], batch_size: int) -> tuple[Conditioning, Conditioning]:
-    """Conditioning of all prompts without its unconditional twin, and one row of the twin: it is the same for all."""
+    """Returns the conditioning of all prompts without unconditional embeddings, and one row of the latter for all."""
     parts = [family.encode_prompts(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size)]
     kept = {
         entry.name: torch.cat([getattr(part, entry.name) for part in parts])
         for entry in fields(Conditioning)
         if isinstance(getattr(parts[0], entry.name), Tensor) and not entry.name.startswith("negative_")
     }
-    # Cloned: a view of one row would keep the batch alive.
+    # Cloned, since a view of one row would keep the batch alive.
     twin = parts[0][:1].unconditional()
     row = {
         entry.name: value.clone()
@@ -153,7 +153,7 @@ def _encode(family: Family, prompts: list[str], batch_size: int) -> tuple[Condit
 
 
 def _gather(share: Tensor, world_size: int) -> Tensor:
-    """The ranks' shares one after another, on every rank."""
+    """All-gathers the ranks' shares along dim 0."""
     if world_size == 1:
         return share
     everything = share.new_empty((world_size * len(share), *share.shape[1:]))

@@ -1,6 +1,6 @@
-"""Pairs (noise, latents) of a target sampler, from three sources: memory, the batch, or sampled in the step.
+"""Pairs (noise, latents) of a target sampler: from memory, from the batch, or sampled in the step.
 
-Terms with `needs_pairs` read them (`Regression`, `FeatureMatching`), in the iterations in which these act.
+They are used by terms with `needs_pairs` (`Regression`, `FeatureMatching`).
 """
 
 from __future__ import annotations
@@ -28,35 +28,34 @@ Source = Literal["memory", "batch", "on_the_fly"]
 
 @runtime_checkable
 class CaptionSource(Protocol):
-    """A DataModule that gives prompts of the training split, always the same ones."""
+    """A DataModule that provides a fixed list of prompts of the training split."""
 
     def train_captions(self, count: int) -> list[str]:
-        """The first `count` captions in stored order, or all if there are fewer."""
+        """Returns the first `count` captions in stored order, or all if there are fewer."""
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Where the pairs come from, and how their targets are sampled."""
+    """Source of the pairs, and settings of the target sampler."""
 
     source: Source = "memory"
-    """"memory": `count` pairs are sampled when the fit starts, on prompts of the training data. "batch": the loader's
-    stored pairs, made by `python -m data.prepare pairs`; a GAN in the same run then takes their targets for data.
-    "on_the_fly": the target sampler runs in every step, on the batch's prompts and on the noise that the student gets there
-    anyway."""
+    """"memory": `count` pairs are sampled at the start of the fit, for prompts of the training data. "batch": stored pairs from
+    the loader, made by `python -m data.prepare pairs`; a GAN in the same run then treats their targets as real data.
+    "on_the_fly": the target sampler runs in every step, for the batch's prompts and the student's noise."""
     count: int = 2048
-    """Number of pairs in memory; each costs `sampler_steps` guided calls."""
+    """Number of pairs in memory; each costs `sampler_steps` guided network calls."""
     sampler_steps: int = 15
-    """Steps of the target sampler."""
+    """Number of steps of the target sampler."""
     guidance_scale: float = 3.0
-    """Guidance of the target sampler; 1 means none."""
+    """Guidance scale of the target sampler; 1 means none."""
     spacing: Spacing = "trailing"
-    """Timesteps of the target sampler; "trailing" begins where the student's noise is."""
+    """Timestep spacing of the target sampler; "trailing" starts at the noise level of the student's input."""
     scheduler: str | None = None
-    """Class name of a deterministic scheduler of diffusers; null is DDIM."""
+    """Class name of a deterministic diffusers scheduler; null is DDIM."""
     weights: str | None = None
-    """U-Net or pipeline folder or hub id of another target sampler, such as a few-step finetune; null is the base."""
+    """U-Net or pipeline folder, or hub id, of another target sampler, such as a few-step fine-tune; null uses the base."""
     sampler_batch_size: int = 64
-    """Pairs in memory that are sampled at once, on each device."""
+    """Batch size per device for sampling pairs into memory."""
 
     def __post_init__(self) -> None:
         if self.source not in ("memory", "batch", "on_the_fly"):
@@ -76,36 +75,36 @@ class PairSettings:
 
     @property
     def samples(self) -> bool:
-        """Whether a network is needed."""
+        """Whether the source runs a target sampler."""
         return self.source != "batch"
 
     @property
     def samples_real_score(self) -> bool:
-        """Whether that network is the base, which the stage holds as its real score."""
+        """Whether the target sampler runs the base, which the stage holds as its real score."""
         return self.samples and self.weights is None
 
 
 class TargetPairs:
-    """The pairs of a run, whatever their source; registers no module with Lightning.
+    """Provides the pairs of a run, from any source; registers no module with Lightning.
 
-    In this order: `build` (configure_model), `to` (on_fit_start), `start` (on_train_start), `pick` (training_step).
+    Call order: `build` (configure_model), `to` (on_fit_start), `start` (on_train_start), `pick` (training_step).
 
     Args:
         settings: source and sampler.
-        seed: of the run.
+        seed: seed of the run.
     """
 
     def __init__(self, settings: PairSettings, seed: int) -> None:
         self.settings = settings
         self.own: Frozen[Denoiser] | None = None
-        """The target sampler's network, where it is not the real score; sharded and planned like it."""
+        """The target sampler's network if it is not the real score; sharded and planned like it."""
         self._seed = seed
         self._family: Family | None = None
         self._sampler: TargetSampler | SchedulerSampler | None = None
         self._stored: StoredPairs | None = None
 
     def build(self, family: Family) -> None:
-        """Loads the network of `weights`, if there is one."""
+        """Loads the network of `weights`, if set."""
         self._family = family
         if self.settings.weights is not None:
             unet = family.load_unet(self.settings.weights)
@@ -113,24 +112,23 @@ class TargetPairs:
             self.own = Frozen(own)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Moves and casts the network of `weights`, if there is one."""
         if self.own is not None:
             self.own.to(device, dtype)
 
     def frozen_networks(self) -> dict[str, nn.Module]:
-        """By name, for the memory plan: the network of `weights`, if there is one."""
+        """The network of `weights`, if set, by name, for the memory plan."""
         return {} if self.own is None else {"target_sampler": self.own.module}
 
     def start(self, real_score: Denoiser | None, datamodule: object) -> None:
-        """Makes the sampler, and the pairs in memory; every rank has to call it, once per fit, also of a resumed run.
+        """Builds the sampler, and samples the pairs in memory. Every rank must call it once per fit, also when resuming.
 
         Args:
-            real_score: the frozen base, with gradients off where it is shared; unused where `weights` are set.
-            datamodule: of the Trainer; its captions are the prompts of pairs in memory.
+            real_score: the frozen base; unused if `weights` is set.
+            datamodule: the Trainer's DataModule, whose captions are the prompts of pairs in memory.
 
         Raises:
-            TypeError: for pairs in memory, with a DataModule that cannot name captions.
-            ValueError: for pairs in memory, without captions; for a scheduler that cannot sample this base.
+            TypeError: for pairs in memory, if the DataModule is no `CaptionSource`.
+            ValueError: for pairs in memory, if there are no captions; if the scheduler cannot sample this base.
         """
         assert self._family is not None
         settings = self.settings
@@ -147,10 +145,10 @@ class TargetPairs:
             )
 
     def plan(self, real_score: Denoiser | None) -> bool:
-        """Stands in for `start` in a memory plan: one step of the sampler, and memory for what `start` would keep.
+        """Replaces `start` in the memory plan: runs one sampler step, and allocates what `start` would store.
 
         Returns:
-            Whether there was anything to do before the first step.
+            Whether pairs are sampled before the first training step.
         """
         assert self._family is not None
         self._sampler = self._make_sampler(real_score, 1, scheduler=False)
@@ -164,22 +162,22 @@ class TargetPairs:
 
     @property
     def in_memory(self) -> bool:
-        """Whether it holds pairs."""
+        """Whether pairs are held in memory."""
         return self._stored is not None
 
     def forget(self) -> None:
-        """Frees the memory, after the last update that needs pairs."""
+        """Frees pairs and sampler; called after the last update that needs them."""
         self._stored, self._sampler = None, None
 
     def pick(self, batch: TrainingBatch) -> PickedPairs:
-        """The pairs of this micro-batch, without graph.
+        """Returns one pair per sample of the micro-batch, detached.
 
         Args:
-            batch: of pairs in memory only its positions count; of "on_the_fly" also its captions; of "batch" its captions,
-                latents and pair_noise_seeds, and original sizes and crops where it has them.
+            batch: "memory" reads its positions, "on_the_fly" its positions and captions, "batch" its captions, latents,
+                pair_noise_seeds, and original sizes and crops if present.
 
         Raises:
-            ValueError: for "batch", where the batch holds no pairs of this base.
+            ValueError: for "batch", if the batch holds no pairs of this base.
         """
         match self.settings.source:
             case "memory":

@@ -1,4 +1,4 @@
-"""A few-step ODE sampler with guidance: makes the pairs' targets and the teacher's images."""
+"""Few-step ODE sampler with guidance, for the pairs' targets and the teacher's images."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
 
 
 class TargetSampler:
-    """Deterministic DDIM from noise to latents.
+    """Deterministic DDIM sampler.
 
     x_s = alpha_s pred_x0 + sigma_s noise_pred for each step t -> s; after the last step alpha_s is that of timestep 0,
     as in Stable Diffusion's scheduler configs (`set_alpha_to_one: false`).
 
     Args:
-        denoiser: usually the frozen real score; may be another, few-step checkpoint.
-        steps: network calls.
+        denoiser: usually the frozen real score, or a few-step checkpoint.
+        steps: number of network calls.
         guidance_scale: 1 means none.
-        spacing: "leading" is in SD's configs; "trailing" begins at the last timestep and is better below
-            about ten steps.
+        spacing: "leading" is in SD's configs; "trailing" starts at the last timestep and is better below about ten steps.
         steps_offset: added to "leading" timesteps; 1 in SD's configs.
 
     Source: arXiv:2010.02502, eq. 12 with eta 0; equals the loop over diffusers' DDIMScheduler.
@@ -40,12 +39,12 @@ class TargetSampler:
         self.guidance_scale = guidance_scale
         total = denoiser.schedule.num_train_timesteps
         self.timesteps = few_step_timesteps(steps, total, spacing, steps_offset)
-        # diffusers counts back one spacing, rather than going to the next visited timestep.
+        # As in diffusers: one spacing back, rather than the next visited timestep.
         self._previous = [timestep - total // steps for timestep in self.timesteps]
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Noise (B, C, h, w) -> scaled latents (B, C, h, w), float32."""
+        """Maps noise (B, C, h, w) to scaled latents (B, C, h, w), float32."""
         latents = noise.float()
         schedule = self.denoiser.schedule
         for timestep, previous in zip(self.timesteps, self._previous, strict=True):
@@ -69,17 +68,17 @@ def make_sampler(
     spacing: Spacing = "trailing",
     scheduler: str | None = None,
 ) -> TargetSampler | SchedulerSampler:
-    """The target sampler of a scheduler.
+    """Builds the target sampler for a scheduler.
 
     Args:
         denoiser: the network.
-        steps: of the scheduler.
+        steps: number of scheduler steps.
         guidance_scale: 1 means none.
-        spacing: of the timesteps.
-        scheduler: class name in diffusers, one of ODE_SCHEDULERS; None is the DDIM of this file.
+        spacing: timestep spacing.
+        scheduler: class name in diffusers, one of ODE_SCHEDULERS; None uses `TargetSampler`.
 
     Raises:
-        ValueError: for a scheduler that is not known, or that cannot sample this base.
+        ValueError: for an unknown scheduler, or one that cannot sample this base.
     """
     if scheduler is None:
         return TargetSampler(denoiser, steps, guidance_scale, spacing)
