@@ -52,7 +52,7 @@ class Interruption(Checkpoint):
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self, trainer: pl.Trainer) -> None:
-        """Takes over the signals. Called before anything slow, such as indexing; a second call does nothing."""
+        """Takes over the signals. Called before anything slow, such as indexing. Idempotent."""
         if self._before:
             return
         for number in SIGNALS:
