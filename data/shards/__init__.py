@@ -1,1 +1,1 @@
-"""WebDataset tars: reproducibly written, indexed once, read in an order computed from the position."""
+"""WebDataset tars: reproducible writing, indexing, and reading in an order that is a function of the position."""

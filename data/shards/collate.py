@@ -1,4 +1,4 @@
-"""From samples to a batch."""
+"""Collates samples to a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from sdxs_lightning.core.batch import TrainingBatch
 
 
 def collate(samples: Sequence[dict[str, Any]], positions: Sequence[int]) -> TrainingBatch:
-    """Stack samples, as `ShardDataset` reads them, into a batch.
+    """Stack samples of `ShardDataset` into a batch.
 
     Raises:
         BadSampleError: naming two samples, if sizes differ.
@@ -38,7 +38,7 @@ def _stack(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
     if content not in samples[0]:
         return None
     _require_one_shape(samples, content)
-    # Converted in place: stacking first and converting afterwards takes five times as long for latents of SDXL.
+    # Converted in place: stacking before converting takes five times as long for SDXL latents.
     stacked = torch.empty((len(samples), *samples[0][content].shape))
     for row, sample in zip(stacked, samples, strict=True):
         row.copy_(torch.from_numpy(sample[content]))

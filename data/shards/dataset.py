@@ -1,4 +1,4 @@
-"""Reads samples by position: one read spans the members of a sample, then each is decoded."""
+"""Reads samples by position: one read covers all members of a sample, then each is decoded."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ from sdxs_lightning.core.errors import UserError
 
 __all__ = ["Content", "EmptyCaptions", "Reading", "ShardDataset"]
 _OPEN_SHARDS = 128
-_REPLACEMENTS = 100  # tried for one position before the shards count as unreadable
-_MAX_SAMPLE_BYTES = 1 << 29  # a size in a header may be anything
-_PROBES = 7  # samples that decide which shape is that of the set
+_REPLACEMENTS = 100  # attempts for one position before the shards count as unreadable
+_MAX_SAMPLE_BYTES = 1 << 29  # sizes in headers are untrusted
+_PROBES = 7  # samples that determine the shape of the set
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class _OpenShard:
 
 
 class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
-    """Batches by position, map-style: `dataset.batch([p0, p1, ...])` is a `TrainingBatch`.
+    """Map-style dataset of batches by position: `dataset.batch([p0, p1, ...])` is a `TrainingBatch`.
 
-    As a torch Dataset its index is a sequence of positions too, so that a DataLoader without automatic
-    batching sends positions to its workers and gets batches back.
+    Indexed by a sequence of positions, so that a DataLoader without automatic batching sends positions to its workers and
+    gets batches back.
     """
 
     def __init__(
@@ -68,18 +68,18 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         store: ShardStore | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
-        """Check, from the index alone, that every sample has the members that will be read.
+        """Check, from the index alone, that every sample has the required members.
 
         Args:
             shards: the index.
-            order: which sample stands at which position.
-            contents: what a batch holds in addition to captions; () reads captions alone.
+            order: maps positions to samples.
+            contents: contents of a batch in addition to captions; () reads captions alone.
             resolution: as in `Reading`.
             empty_captions: as in `Reading`.
             condition: as in `Reading`.
-            reading: all settings of decoding, in place of the three before it.
-            store: how remote shards are reached.
-            quarantine: records bad samples, which others replace; None raises at the first one.
+            reading: all decoding settings, in place of the three before it.
+            store: access to remote shards.
+            quarantine: records bad samples, which are then replaced; None raises at the first one.
 
         Raises:
             BadSampleError: naming shard and key, if a sample has no member for a content or for the caption.
@@ -105,7 +105,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         self._arena = Arena()
         self._shapes: dict[str, tuple[tuple[int, ...], str]] | None = None
         if {"images", "control_images"} & set(contents):
-            fast_jpeg_decoder()  # loaded here, once, rather than in each reading process
+            fast_jpeg_decoder()  # loaded once here rather than in each worker
         self._check_index()
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         return len(self.order)
 
     def __getitem__(self, positions: Sequence[int]) -> TrainingBatch | UnreadableBatch:
-        """As `batch`; errors about the data are returned, for the training process to raise."""
+        """Like `batch`, but returns data errors for the main process to raise."""
         try:
             return self.batch(positions)
         except (UserError, BadSampleError, BrokenShardError, OSError, MemoryError) as error:
@@ -123,25 +123,25 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         """The samples at these positions.
 
         Raises:
-            BadSampleError: if a member cannot be decoded, a caption is empty and may not be, or sizes differ.
-            BrokenShardError: if a shard has become shorter than its index says.
-            OSError: if a shard cannot be reached.
-            TooManyFaultsError: with a quarantine, in place of the others, beyond its budget.
+            BadSampleError: if a member cannot be decoded, a caption is empty and not allowed to be, or sizes differ.
+            BrokenShardError: if a shard is shorter than in its index.
+            OSError: if a shard cannot be read.
+            TooManyFaultsError: with a quarantine, instead of the others, beyond its budget.
         """
         samples = self.order.samples_at(positions)
         self._arena.clear()
         read = [self._read(*pair) for pair in zip(samples.tolist(), positions, strict=True)]
-        return collate(read, positions)  # which copies: nothing of the arena leaves
+        return collate(read, positions)  # copies, so no memory of the arena escapes
 
     def captions(self, count: int) -> list[str]:
-        """The captions of the first `count` samples in stored order, or of all if there are fewer."""
+        """Captions of the first `count` samples in stored order, or of all if there are fewer."""
         self._arena.clear()
         return [self._read(sample, sample)["captions"] for sample in range(min(count, len(self)))]
 
     def raw(self, positions: Sequence[int]) -> list[list[memoryview]]:
-        """The undecoded members of the samples at these positions: for each the caption's, then those of `contents`.
+        """The undecoded members of the samples at these positions: the caption's, then those of `contents`.
 
-        They are valid until further samples are read.
+        Valid until further samples are read.
         """
         self._arena.clear()
         return [self._span(sample)[2] for sample in self.order.samples_at(positions).tolist()]
@@ -158,7 +158,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files, which another process cannot use."""
+        """State without open files, which cannot be pickled."""
         return self.__dict__ | {"_open": OrderedDict()}
 
     def _check_index(self) -> None:
@@ -196,9 +196,9 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         )
 
     def _check_shapes(self, decoded: dict[str, Any], sample: int) -> None:
-        """Require the shape that the set has: one sample of another would spoil its batch, which no replacement mends.
+        """Check that the sample has the shape of the set, so that a replacement can be drawn before batching.
 
-        Without a quarantine the first batch that mixes shapes stops the run anyway, and names two samples.
+        Without a quarantine the first batch of mixed shapes stops the run and names two samples.
         """
         if self._quarantine is None:
             return
@@ -214,7 +214,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
                 )
 
     def _probe_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
-        """For each content of one size the commonest shape among a few samples of the set, and the id of one of them."""
+        """For each fixed-size content, the most common shape among a few samples of the set, and the id of one of them."""
         fitted = self.reading.resolution is not None or self.reading.sizes is not None
         found: dict[str, tuple[tuple[int, ...], str]] = {}
         for content in {"latents", "images", "control_images"} & set(self.contents):
@@ -225,7 +225,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
                 try:
                     one = self._decoded(sample, sample)
                 except (BadSampleError, BrokenShardError, OSError):
-                    continue  # counted when its position comes
+                    continue  # counted when its position is read
                 decoded.append((one[content].shape, one["id"]))
             if decoded:
                 shape = Counter(shape for shape, _ in decoded).most_common(1)[0][0]
@@ -233,7 +233,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         return found
 
     def _typical_samples(self, content: str) -> list[int]:
-        """A few samples from everywhere in the set; for latents, those whose members have the commonest size."""
+        """A few samples spread over the set; for latents, those whose members have the most common size."""
         sizes = np.zeros(sum(self.shards.sizes), dtype=np.int64)
         if content == "latents":
             for first, index in zip(self._first_samples, self.shards.shards, strict=True):
@@ -247,12 +247,12 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         return [int(usual[round(place)]) for place in places.tolist()]
 
     def _place(self, sample: int) -> tuple[int, int]:
-        # An empty shard begins where the next one does; "right" passes over it.
+        # An empty shard begins where the next one does; "right" skips it.
         number = bisect_right(self._first_samples, sample) - 1
         return number, sample - self._first_samples[number]
 
     def _span(self, sample: int) -> tuple[int, int, list[memoryview], list[int]]:
-        """Shard, row, the bytes of each part, and its column in the index."""
+        """Shard, row, and for each part its bytes and its column in the index."""
         number, row = self._place(sample)
         shard = self._shard(number)
         start, length, *members = shard.rows[row].tolist()

@@ -1,8 +1,8 @@
-"""Bad samples: replaced one by one, recorded in a file, and counted; too many stop the run.
+"""Bad samples: replaced, recorded in a file and counted; too many stop the run.
 
-All reading processes of all ranks append to the same file and count its entries, so the budget is that of the
-complete run, also over restarts. Whether a sample is bad is decided each time by reading it, never by the
-file: what a position holds depends on the shards alone.
+All workers of all ranks append to the same file and count its entries, so the budget applies to the complete run, also across
+restarts. Whether a sample is bad is always decided by reading it, never by the file: the sample at a position depends on the
+shards alone.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from sdxs_lightning.core.errors import UserError
 
 @dataclass(frozen=True)
 class Faults:
-    """Tolerate bad samples, within a budget."""
+    """Tolerance for bad samples."""
 
     budget: int = 100
     """Bad samples (and broken shards) that are replaced; one more stops the run."""
@@ -33,11 +33,11 @@ class Faults:
 
 
 class TooManyFaultsError(UserError):
-    """More bad samples than the budget allows."""
+    """Raised for more bad samples than the budget allows."""
 
 
 class UnreadableBatch:
-    """Sent by a worker in place of a batch, for the main process to raise without the worker's traceback around it."""
+    """Returned by a worker in place of a batch; the main process raises it without the worker's traceback."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -48,8 +48,8 @@ class Quarantine:
 
     Args:
         faults: budget and path.
-        folder: of the run, for a relative path.
-        shards: of the run; entries about other shards are not counted. None counts all.
+        folder: folder of the run, for a relative path.
+        shards: shards of the run; entries about other shards are not counted. None counts all.
     """
 
     def __init__(self, faults: Faults, folder: str | Path = ".", shards: Iterable[str] | None = None) -> None:
@@ -59,16 +59,16 @@ class Quarantine:
         self._read_bytes = 0
 
     def set_aside(self) -> None:
-        """Rename the file of an earlier run, whose faults are not this run's; under the first free name."""
+        """Rename the file of an earlier run to the first free name."""
         for number in range(1, 1 << 16):
             target = self.path.with_name(f"{self.path.stem}.{number}{self.path.suffix}")
             if not target.exists():
-                with contextlib.suppress(FileNotFoundError):  # there is none, or another node was first
+                with contextlib.suppress(FileNotFoundError):  # no such file, or another node was first
                     os.rename(self.path, target)
                 return
 
     def record(self, shard: str, key: str, reason: str) -> None:
-        """Record a fault, unless it is recorded.
+        """Record a fault, unless it is already recorded.
 
         Raises:
             TooManyFaultsError: if there are more now than the budget allows.
@@ -78,7 +78,7 @@ class Quarantine:
             return
         line = json.dumps({"shard": shard, "key": key, "reason": reason}, ensure_ascii=False) + "\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending: lines of several processes do not mix.
+        # A single write with O_APPEND, so that lines of several processes do not interleave.
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode("utf-8", "backslashreplace"))
@@ -106,4 +106,4 @@ class Quarantine:
                 if self._shards is None or entry["shard"] in self._shards:
                     self._known.add((entry["shard"], entry["key"]))
             except (ValueError, KeyError, TypeError):
-                continue  # cut off by a crash
+                continue  # truncated by a crash

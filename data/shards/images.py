@@ -1,8 +1,8 @@
-"""Images as arrays: decoded by the fastest available decoder, resized, cropped, mirrored.
+"""Decoding, resizing, cropping and mirroring of images as arrays.
 
-JPEG goes through OpenCV (libjpeg-turbo, straight into an array) where that is as strict as PIL about files
-that were cut, and everything else through PIL; both give the same pixels. Resizing is bicubic with
-antialiasing; torch's kernel takes a fifth of the time of PIL's and differs from it by at most 1 of 255.
+JPEG is decoded by OpenCV (libjpeg-turbo, directly into an array) if its version rejects truncated files as PIL does,
+everything else by PIL; both give the same pixels. Resizing is bicubic with antialiasing; torch's kernel takes a fifth of the
+time of PIL's and differs from it by at most 1 of 255.
 """
 
 import io
@@ -19,56 +19,53 @@ from PIL import Image, UnidentifiedImageError
 from data.shards.order.sample_order import Draw, draw
 
 MAX_PIXELS = 100_000_000
-"""A file of a few kB can claim more than memory holds. 10,000 x 10,000 is beyond any training image."""
+"""Limit against files of a few kB that would decode to more than the memory; larger than any training image."""
 
 MAX_IMAGE_BYTES = 1 << 28
-"""Of an image file: an uncompressed image of MAX_PIXELS has about as many."""
+"""Maximum size of an image file, about that of an uncompressed image of MAX_PIXELS."""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-"""Pillow's names of the formats that are opened; its other decoders (EPS runs Ghostscript) are never reached."""
+"""Pillow's names of accepted formats; its other decoders (EPS runs Ghostscript) are never called."""
 
 _ORIENTATION = 0x0112
-_STRIP_PIXELS = (
-    1 << 22
-)  # transparency is composed strip by strip, which needs three images of memory otherwise
+_STRIP_PIXELS = 1 << 22  # transparency is composited in strips, which avoids three full-size copies
 
 Bytes = bytes | memoryview
 Pixels = NDArray[np.uint8]
 
 
 class UndecodableImageError(ValueError):
-    """Bytes that are no image, only a part of one, or too large a one."""
+    """Bytes that are not an image, or a truncated or too large one."""
 
 
 class ImageCondition(Protocol):
-    """Makes a condition image, such as edges or depth, from an image. A pure function: the same bytes each time.
+    """Computes a condition image, such as edges or depth, from an image. A pure, deterministic function.
 
-    In YAML it is named by class_path (data/conditions.py has the ones that are shipped). It is called in the reading processes,
-    so it must be picklable.
+    Given by class_path in YAML (see data/conditions.py). It is called in worker processes, so it must be picklable.
     """
 
     def __call__(self, image: Pixels) -> Pixels:
-        """From an image (H, W, 3), uint8 RGB, to its condition image, (H, W, 3), uint8."""
+        """Condition image (H, W, 3), uint8, of an image (H, W, 3), uint8 RGB."""
         ...
 
 
 @lru_cache(maxsize=1)
 def _formats() -> list[str]:
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]  # Pillow may be built without AVIF
+    return [name for name in FORMATS if name in Image.OPEN]  # Pillow can be built without AVIF
 
 
 @lru_cache(maxsize=1)
 def fast_jpeg_decoder() -> Callable[[Bytes], Pixels | None] | None:
-    """OpenCV's decoder, from bytes to (H, W, 3) or None if they cannot be decoded.
+    """OpenCV's JPEG decoder, from bytes to (H, W, 3), or to None if they cannot be decoded.
 
-    None where there is no OpenCV, or one that would give a grey lower half for a file that was cut, as versions
-    before 4.11 may. Imported on the first call; call it before reading processes are forked.
+    Returns None without OpenCV, or for versions (before 4.11) that may fill the rest of truncated files with grey. Imported on
+    the first call; call it before workers are forked.
     """
     try:
         import cv2
 
-        # As PIL's decoder; the orientation is applied afterwards, the same way for all formats.
+        # As PIL does; the orientation is applied afterwards, in the same way for all formats.
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     except (ImportError, AttributeError):
         return None
@@ -86,10 +83,10 @@ def fast_jpeg_decoder() -> Callable[[Bytes], Pixels | None] | None:
 
 
 def decode_pixels(content: Bytes) -> Pixels:
-    """An image as (H, W, 3), uint8 RGB, upright, decoded to its last row.
+    """Decode an image completely to (H, W, 3), uint8 RGB.
 
-    Transparency is laid over white. The EXIF orientation of cameras is applied. Of 16 bits a channel the upper 8 are taken,
-    for grey as for colour.
+    Transparency is composited over white and the EXIF orientation is applied. For 16-bit channels, grey or colour, the upper 8
+    bits are taken.
 
     Raises:
         UndecodableImageError: if it cannot be decoded, or has more than MAX_PIXELS.
@@ -109,20 +106,20 @@ def decode_pixels(content: Bytes) -> Pixels:
 
 
 def decode_pil(content: Bytes, upright: bool = True) -> Image.Image:
-    """As `decode_pixels`, always by PIL.
+    """Like `decode_pixels`, always with PIL.
 
     Args:
-        content: of the file.
-        upright: whether the EXIF orientation is applied; tools that compute FID leave it.
+        content: content of the file.
+        upright: whether to apply the EXIF orientation; FID tools ignore it.
     """
     return _loaded(open_image(content), upright)
 
 
 def open_image(content: Bytes) -> Image.Image:
-    """Read the header of an image; nothing is decoded yet.
+    """Read the header of an image without decoding it.
 
     Raises:
-        UndecodableImageError: for a format that is not in FORMATS, or an image or file that is too large.
+        UndecodableImageError: for a format not in FORMATS, or a too large image or file.
     """
     if len(content) > MAX_IMAGE_BYTES:
         raise UndecodableImageError(
@@ -130,11 +127,13 @@ def open_image(content: Bytes) -> Image.Image:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # MAX_PIXELS, below, is our own limit; damaged EXIF is ignored
+            warnings.simplefilter("ignore")  # MAX_PIXELS below is our own limit; damaged EXIF is ignored
             opened = Image.open(io.BytesIO(content), formats=_formats())
     except UnidentifiedImageError as error:
         raise UndecodableImageError(f"it is no file of {', '.join(FORMATS)}") from error
-    except Exception as error:  # Pillow's decoders raise a dozen kinds for damaged files: struct.error, EOFError, KeyError, ...
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise many types for damaged files: struct.error, EOFError, KeyError, ...
         raise UndecodableImageError(_reason(error)) from error
     if opened.width * opened.height > MAX_PIXELS:
         raise UndecodableImageError(
@@ -152,18 +151,18 @@ def open_image(content: Bytes) -> Image.Image:
 
 
 def orientation(opened: Image.Image) -> int:
-    """The EXIF orientation of an image, 1 (upright) to 8; 1 where there is none or the EXIF data is damaged."""
+    """EXIF orientation of an image, 1 (upright) to 8; 1 if missing or damaged."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = opened.getexif().get(_ORIENTATION, 1)
-    except Exception:  # what an image viewer ignores too
+    except Exception:  # ignored, as image viewers do
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def _upright(pixels: Pixels, exif: int) -> Pixels:
-    """Undo the rotation and mirroring that an EXIF orientation states.
+    """Undo the rotation and mirroring of an EXIF orientation.
 
     Source: Exif 2.32, table 6: the visual top and left of the stored row 0 and column 0.
     """
@@ -177,12 +176,12 @@ def _upright(pixels: Pixels, exif: int) -> Pixels:
 
 
 def _loaded(opened: Image.Image, upright: bool) -> Image.Image:
-    """The image in RGB."""
+    """Load the image and convert it to RGB."""
     exif = orientation(opened) if upright else 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            opened.load()  # a JPEG that was cut short fails here rather than giving a grey lower half
+            opened.load()  # raises for a truncated JPEG instead of filling it with grey
         converted = _rgb(opened)
     except Exception as error:  # as in open_image
         raise UndecodableImageError(_reason(error)) from error
@@ -209,7 +208,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _rgb_of_deep_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey by its upper 8 bits, as Pillow and libpng treat 16-bit colour; Pillow's own conversion clips to white."""
+    """Upper 8 bits of 16-bit grey, as Pillow and libpng treat 16-bit colour; Pillow's own conversion clips to white."""
     values = np.asarray(image).astype(np.uint16)
     grey = (values >> 8).astype(np.uint8)
     if isinstance(transparent := image.info.get("transparency"), int):
@@ -226,10 +225,10 @@ def _reason(error: Exception) -> str:
 
 
 def image_size(content: Bytes) -> tuple[int, int]:
-    """Height and width of an image, upright, from its header.
+    """Height and width of an image after the EXIF orientation, from its header.
 
     Raises:
-        UndecodableImageError: as `decode_pixels`.
+        UndecodableImageError: as in `decode_pixels`.
     """
     opened = open_image(content)
     size = opened.height, opened.width
@@ -238,21 +237,21 @@ def image_size(content: Bytes) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Fitting:
-    """How an image is brought to the size of its batch."""
+    """Crop and mirroring of images."""
 
     seed: int = 0
     random_crop: bool = False
-    """The crop is drawn for each visit; otherwise it is the centre."""
+    """Random crop at each visit instead of the centre crop."""
     flip: bool = False
-    """Half of the visits see the image mirrored."""
+    """Mirror images in half of the visits."""
 
 
 @dataclass(frozen=True)
 class FittedImage:
-    """An image of its batch's size, and where it came from."""
+    """An image of its batch's size, with the size and crop it was made from."""
 
     pixels: Pixels
-    """(H, W, 3); may be a view of an array with the channels first, as batches have them."""
+    """(H, W, 3); may be a view of a channels-first array, the layout of batches."""
     original_size: tuple[int, int]
     """Height and width before resizing."""
     resized: tuple[int, int]
@@ -262,21 +261,21 @@ class FittedImage:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """Resized over stored height and width."""
+        """Ratios of resized to stored height and width."""
         return self.resized[0] / self.original_size[0], self.resized[1] / self.original_size[1]
 
 
 def fit(pixels: Pixels, size: tuple[int, int] | None, fitting: Fitting, position: int) -> FittedImage:
-    """Resize an image so that it covers a size, mirror it, and crop it to that size.
+    """Resize an image to cover a size, mirror it, and crop it to that size.
 
     Args:
         pixels: (H, W, 3).
-        size: height and width; None leaves the image's own.
+        size: height and width; None keeps the image's.
         fitting: crop and mirroring.
-        position: of the sample, which addresses the draws.
+        position: position of the sample, which seeds the random draws.
 
     Raises:
-        UndecodableImageError: for an image so elongated that the resized one would have more than MAX_PIXELS.
+        UndecodableImageError: for an image so elongated that it would have more than MAX_PIXELS after resizing.
     """
     original = (pixels.shape[0], pixels.shape[1])
     height, width = size or original
@@ -297,7 +296,7 @@ def fit(pixels: Pixels, size: tuple[int, int] | None, fitting: Fitting, position
         left = draw(fitting.seed, position, Draw.CROP_LEFT, spare[1] + 1)
     cut = pixels[top : top + height, left : left + width]
     if mirrored:
-        cut = cut.copy(order="K")  # torch takes no negative strides
+        cut = cut.copy(order="K")  # torch does not support negative strides
     return FittedImage(cut, original, resized, (top, left))
 
 
@@ -309,10 +308,10 @@ def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
 def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
-    import torch  # here, because commands that only decode start in a third of the time without it
+    import torch  # local: commands that only decode start three times as fast without it
     from torch.nn.functional import interpolate
 
-    batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # a view, channels last: the fast layout
+    batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # a channels-last view, the fast layout
     resized = interpolate(batch, (height, width), mode="bicubic", antialias=True)
     array: Pixels = resized[0].permute(1, 2, 0).numpy()
     return array

@@ -1,9 +1,8 @@
-"""The loader that Lightning iterates over: global batches by number, starting where the run's counters say.
+"""The training loader: global batches by number, starting at the Trainer's batch counter.
 
-Lightning saves no position of a plain loader, and that of a stateful one on rank 0 only, including what was
-prefetched. The number of batches that the run completed is in every checkpoint, the same on all ranks and
-unaffected by prefetching. So that number is read, at the first batch of each pass: not earlier, because
-Lightning creates the iterator before it has restored its counters.
+Lightning saves no position of a plain loader, and that of a stateful one on rank 0 only and including prefetched batches.
+The number of completed batches is in every checkpoint, the same on all ranks and unaffected by prefetching. It is read at
+the first batch of each pass, because Lightning creates the iterator before it restores its counters.
 """
 
 from collections.abc import Callable, Iterator
@@ -47,7 +46,7 @@ class RankPositions(Sampler[list[int]]):
 
 
 class ShardLoader:
-    """Yields `TrainingBatch`es. Not a DataLoader itself, or Lightning would replace its sampler under DDP."""
+    """Yields `TrainingBatch`es. Not a DataLoader, because Lightning would replace its sampler under DDP."""
 
     def __init__(
         self,
@@ -63,13 +62,12 @@ class ShardLoader:
 
         Args:
             dataset: reads the samples.
-            batch_size: samples of a batch on this rank.
-            rank: of the data-parallel ranks.
+            batch_size: samples per batch on this rank.
+            rank: data-parallel rank.
             world_size: number of data-parallel ranks.
-            num_workers: processes that read and decode; 0 does it in this one. The batches are the same.
-            pin_memory: page-locked memory, for copies to a GPU that overlap with computation.
-            next_pass: maps the number of batches in an epoch to the next pass; by default epoch after
-                epoch.
+            num_workers: worker processes; 0 reads in this process. The batches do not depend on it.
+            pin_memory: whether to use page-locked memory, for asynchronous copies to a GPU.
+            next_pass: maps the number of batches in an epoch to the next pass; by default a complete epoch each.
 
         Raises:
             ValueError: if one global batch has more samples than there are.
@@ -103,22 +101,22 @@ class ShardLoader:
             yield batch
 
     def close(self) -> None:
-        """End the workers; another pass starts new ones."""
+        """Stop the workers; the next pass starts new ones."""
         self._loader = None
         self.dataset.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the position is in the Trainer's counters. Its presence tells Lightning that we can resume."""
+        """Empty, since the position is in the Trainer's counters; its presence tells Lightning that the loader can resume."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The position is in the Trainer's counters."""
+        """Does nothing: the position is in the Trainer's counters."""
 
     def _open(self) -> DataLoader[TrainingBatch | UnreadableBatch]:
         kill_children_at_exit()
         return DataLoader(
             self.dataset,
-            batch_size=None,  # a list of positions is one item: the workers build complete batches
+            batch_size=None,  # a list of positions is one item: workers build complete batches
             sampler=self._positions,
             persistent_workers=self._options["num_workers"] > 0,
             worker_init_fn=leave_signals_to_parent,

@@ -1,4 +1,4 @@
-"""From the members of one sample to what a batch holds of it."""
+"""Decodes the members of a sample to the contents of a batch."""
 
 from __future__ import annotations
 
@@ -30,43 +30,42 @@ _INT_FIELDS = {
     "crop_top": (0, _MAX_SIDE),
     "crop_left": (0, _MAX_SIDE),
 }
-"""Integers in the json member that are read, and their ranges: the seed of a pair's noise (core/pair_noise.py); the image
-before resizing, as img2dataset names it, and where the crop began, in pixels."""
+"""Integer fields of the json member and their ranges: the seed of a pair's noise (core/pair_noise.py); the image size before
+resizing, as named by img2dataset, and the crop offset, in pixels."""
 _SIZE_FIELDS = ("original_height", "original_width", "crop_top", "crop_left")
 _LOGVAR_RANGE = (-30.0, 20.0)
-"""To which diffusers' DiagonalGaussianDistribution clamps it; beyond, the drawn latents overflow."""
+"""Range to which diffusers' DiagonalGaussianDistribution clamps logvar; beyond it, sampled latents overflow."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Settings of decoding."""
+    """Decoding settings."""
 
     resolution: int | None = None
-    """Images are resized so that the shorter side has this many pixels, then cropped to a square; None takes them as
-    they are, all of one size."""
+    """Images are resized to this shorter side and cropped to a square; None requires images of one size."""
     sizes: NDArray[np.int64] | None = None
-    """(samples, 2): with buckets, the height and width that each image is brought to."""
+    """(samples, 2): with buckets, the height and width to which each image is resized and cropped."""
     latent_sizes: NDArray[np.int64] | None = None
-    """(samples, 2): with buckets of stored latents, the height and width that each has."""
+    """(samples, 2): with buckets of stored latents, the height and width of each."""
     empty_captions: EmptyCaptions = "refuse"
-    """For a sample without words: "keep" trains on it, "refuse" takes it as a fault."""
+    """Samples with an empty caption: "keep" trains on them, "refuse" treats them as faults."""
     caption_fields: tuple[str, ...] = ()
-    """Fields of the json member, strings or lists of strings, one of which is drawn at each visit; by default the text
-    member, else the field `caption`."""
+    """Fields of the json member, strings or lists of strings, one of which is drawn at each visit; by default the text member,
+    or else the field `caption`."""
     condition: ImageCondition | None = None
-    """Makes control_images from the resized and cropped image; None reads them as members."""
+    """Computes control_images from the resized and cropped image; None reads them from members."""
     fitting: Fitting = Fitting()
-    """Crops and mirroring; its seed also draws captions and latents."""
+    """Crops and mirroring; its seed is also used for captions and latents."""
     draw_latents: bool = False
-    """Draw latents from the VAE's posterior at each visit, which needs its logvar stored; otherwise take its mean."""
+    """Sample latents from the VAE's posterior at each visit, which needs the stored logvar; otherwise use its mean."""
 
 
 class SampleDecoder:
     """Decodes the caption and the contents of samples.
 
     Args:
-        contents: what a batch holds in addition to captions.
-        reading: settings.
+        contents: contents of a batch in addition to captions.
+        reading: decoding settings.
     """
 
     def __init__(self, contents: Sequence[str], reading: Reading) -> None:
@@ -76,7 +75,7 @@ class SampleDecoder:
         if reading.caption_fields:
             parts[0] = Part("captions", (JSON_MEMBER,))
         self.parts = parts
-        """What must be read of each sample."""
+        """Parts to read of each sample."""
 
     def decode(
         self, extensions: Sequence[str], members: Sequence[memoryview], sample: int, position: int, where: str
@@ -84,32 +83,32 @@ class SampleDecoder:
         """Decode one sample, by content.
 
         Args:
-            extensions: of the member that holds each part.
+            extensions: extension of the member of each part.
             members: their bytes.
-            sample: its number, which selects the size of its bucket.
-            position: addresses the draws.
+            sample: sample number, which selects the size of its bucket.
+            position: position, which seeds the random draws.
             where: shard and key, for messages.
 
         Raises:
-            BadSampleError: if a member does not hold what it should, whatever decoding it raised.
-            UserError: if `data.condition` does not do what it should.
+            BadSampleError: if a member is invalid, whatever the decoder raised.
+            UserError: if `data.condition` fails or returns an invalid image.
         """
         try:
             return self._decode(extensions, members, sample, position, where)
         except (BadSampleError, UserError):
             raise
         except Exception as error:
-            # One sample must not end a run with a traceback, days in; the cause is named and chained.
+            # A single sample must not end a long run with a traceback; the cause is named and chained.
             raise BadSampleError(
                 f"{where}: the sample cannot be decoded ({type(error).__name__}: {error})."
             ) from error
 
     def missing(self, members: Sequence[str]) -> list[str]:
-        """The contents for which a sample has no member."""
+        """Contents for which a sample has no member."""
         return [part.content for part in self.parts if not set(part.members) & set(members)]
 
     def decode_members(self, members: Mapping[str, bytes], sample: int, where: str) -> dict[str, Any]:
-        """As `decode`, from all members of a sample by extension.
+        """Like `decode`, from all members of a sample by extension.
 
         Raises:
             BadSampleError: also if a part is missing.
@@ -124,7 +123,7 @@ class SampleDecoder:
     ) -> dict[str, Any]:
         decoded: dict[str, Any] = {}
         sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
-        fitted: dict[str, FittedImage] = {}  # an image and the condition made from it share a member
+        fitted: dict[str, FittedImage] = {}  # an image and the condition computed from it share a member
         for part, extension, member in zip(self.parts, extensions, members, strict=True):
             if part.content == "captions":
                 decoded["captions"] = self._caption(decode(extension, member, where), where, position)
@@ -155,7 +154,7 @@ class SampleDecoder:
                 f"{where}: the tensor '{LOGVAR_TENSOR}' is {logvar.shape} from {logvar.min():g} to {logvar.max():g}, but that "
                 f"of latents {mean.shape} has their shape and is from {low:g} to {high:g}."
             )
-        import torch  # here, because commands that only check samples start in a third of the time without it
+        import torch  # local: commands that only check samples start three times as fast without it
 
         from sdxs_lightning.core.seeding import Stream, normal
 
@@ -206,7 +205,7 @@ class SampleDecoder:
 
 
 def _captions_of(value: dict[str, Any], fields: Sequence[str], where: str) -> list[str]:
-    """The captions that the fields hold, without empty ones."""
+    """Non-empty captions of the fields."""
     found: list[str] = []
     for name in fields:
         held = value.get(name, [])
@@ -218,7 +217,7 @@ def _captions_of(value: dict[str, Any], fields: Sequence[str], where: str) -> li
 
 
 def invalid_fields(fields: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the fields of a json member that a training may read."""
+    """Error messages for the json fields that training may read."""
     for name, (low, high) in _INT_FIELDS.items():
         value = fields.get(name)
         if value is not None and (type(value) is not int or not low <= value <= high):
@@ -226,13 +225,13 @@ def invalid_fields(fields: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _sizes(fields: dict[str, Any], where: str) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Original size and crop, as the json member states them."""
+    """Original size and crop from the json member."""
     height, width, top, left = (_int_field(fields, name, where) for name in _SIZE_FIELDS)
     return (height, width), (top, left)
 
 
 def _cropped_again(before: tuple[int, int], fitted: FittedImage | None) -> tuple[int, int]:
-    """The crop of an image that was resized and cropped once more on reading; latents are taken as they are."""
+    """Crop offset of an image that was resized and cropped again on reading; unchanged for latents."""
     if fitted is None:
         return before
     top, left = (
@@ -243,7 +242,7 @@ def _cropped_again(before: tuple[int, int], fitted: FittedImage | None) -> tuple
 
 
 def _check_aligned(fitted: Mapping[str, FittedImage], where: str) -> None:
-    """Require that an image and its given condition image are cropped at the same place."""
+    """Check that an image and its stored condition image have the same crop."""
     if len({one.resized for one in fitted.values()}) > 1:
         sizes = ", ".join(
             f"{name} {one.original_size[1]} x {one.original_size[0]}" for name, one in fitted.items()
@@ -261,7 +260,7 @@ def _conditioned(condition: ImageCondition, pixels: NDArray[np.uint8], where: st
             f"{where}: data.condition made {made.dtype} {made.shape} from an image of {pixels.shape}, but a condition "
             "image is uint8 of the image's shape."
         )
-    return np.ascontiguousarray(made)  # torch takes no array of negative strides
+    return np.ascontiguousarray(made)  # torch does not support negative strides
 
 
 def _int_field(decoded: dict[str, Any], name: str, where: str) -> int:

@@ -1,7 +1,7 @@
-"""Reads the headers of a tar without its contents: which member lies where, and whether the file is complete.
+"""Reads the headers of a tar without its contents: location of each member, and whether the file is complete.
 
-Python's tarfile gives the same facts at a fifth of the speed, accepts a file that was cut between two members, and ignores
-whatever follows the first end-of-archive mark.
+Python's tarfile is five times slower, accepts a file truncated between two members, and ignores data after the first
+end-of-archive mark.
 """
 
 import mmap
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 _BLOCK = 512
-_REGULAR = frozenset(b"0\0" + b"7")  # '0', NUL of the old format, '7' contiguous
-_EXTENDED = frozenset(b"xgLK")  # pax for one member and for all, GNU's long name and long link
+_REGULAR = frozenset(b"0\0" + b"7")  # '0', NUL (old format), '7' (contiguous)
+_EXTENDED = frozenset(b"xgLK")  # pax for one member and for all, GNU long name and long link
 _WITHOUT_CONTENT = {ord("1"): "hard link", ord("2"): "symbolic link", ord("S"): "sparse file"}
 _ZEROS = bytes(_BLOCK)
 _MAX_EXTENSION_BYTES = 1 << 20
-# Two blocks of zeros end an archive, then tar fills its record of 20 blocks. More zeros than that are what a preallocated file
-# holds where the download has not come to yet.
+# Two zero blocks end an archive, then tar pads to its record of 20 blocks. More zeros indicate a preallocated file of an
+# incomplete download.
 _MAX_TRAILING_ZEROS = 2 * _BLOCK + 20 * _BLOCK - _BLOCK
 _SCAN_BYTES = 1 << 20
 
@@ -27,21 +27,21 @@ class BrokenShardError(ValueError):
 
 
 class Bytes(Protocol):
-    """The bytes of a file by slices: a memory map of a local file, ranged reads of a remote one."""
+    """Bytes of a file by slice: a memory map of a local file, range reads of a remote one."""
 
     def __getitem__(self, part: slice, /) -> bytes:
-        """The bytes of a slice; fewer where the file ends."""
+        """Bytes of a slice; fewer at the end of the file."""
         ...
 
 
 class TarMember(NamedTuple):
-    """A file in a tar: its name, and where its content lies."""
+    """A file in a tar: name and location of its content."""
 
     name: str
     offset: int
     size: int
     without_content: str = ""
-    """What the member is instead of a regular file: "hard link", "symbolic link", "sparse file"."""
+    """Kind of a member that is not a regular file: "hard link", "symbolic link", "sparse file"."""
 
 
 def tar_members(path: Path, named: str = "") -> Iterator[TarMember]:
@@ -51,7 +51,7 @@ def tar_members(path: Path, named: str = "") -> Iterator[TarMember]:
 
     Args:
         path: a local file.
-        named: what messages call it; by default its path.
+        named: name in messages; by default the path.
 
     Raises:
         BrokenShardError: if a header's checksum is wrong, if the file ends inside a member or without an end-of-archive
@@ -65,12 +65,12 @@ def tar_members(path: Path, named: str = "") -> Iterator[TarMember]:
 
 
 def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
-    """As `tar_members`, for bytes that lie anywhere.
+    """Like `tar_members`, for the bytes of any file.
 
     Args:
-        path: for messages.
-        data: the file.
-        total: its length in bytes.
+        path: name in messages.
+        data: bytes of the file.
+        total: length in bytes.
     """
     at, overrides = 0, dict[str, str]()
     while True:
@@ -87,7 +87,7 @@ def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
         start = at + _BLOCK
         if overrides and kind not in _EXTENDED:
             size, name = _overridden(path, at, size, name, overrides)
-        # A link has no content, whatever size its header states: as tarfile and GNU tar read it.
+        # A link has no content, whatever size its header states, as in tarfile and GNU tar.
         size = 0 if kind in _WITHOUT_CONTENT and kind != ord("S") else size
         if start + size > total:
             raise BrokenShardError(
@@ -108,7 +108,7 @@ def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
 
 
 def _check_end(path: str, data: Bytes, at: int, total: int) -> None:
-    """Require that nothing but the zeros that tar writes follows the end-of-archive mark at byte `at`."""
+    """Check that only tar's zero padding follows the end-of-archive mark at byte `at`."""
     for start in range(at, total, _SCAN_BYTES):
         part = data[start : min(start + _SCAN_BYTES, total)]
         if rest := part.lstrip(b"\0"):
@@ -134,7 +134,7 @@ def _overridden(path: str, at: int, size: int, name: str, overrides: dict[str, s
 
 
 def _extension(path: str, at: int, kind: int, payload: bytes) -> dict[str, str]:
-    """What an extended header states about the member after it."""
+    """Fields of an extended header, which apply to the next member."""
     if kind == ord("L"):
         return {"path": payload.rstrip(b"\0").decode("utf-8", "surrogateescape")}
     if kind == ord("K") or kind == ord("g"):

@@ -1,1 +1,1 @@
-"""Which sample stands at which position: of one set, of a mixture, in buckets."""
+"""Sample orders: which sample is at which position, for one data set, mixtures and buckets."""

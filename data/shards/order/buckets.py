@@ -1,9 +1,9 @@
-"""Aspect-ratio buckets: every global batch holds images, or latents, of one size.
+"""Aspect-ratio buckets: every global batch contains images, or latents, of one size.
 
-The bucket of a batch comes from the same schedule as mixtures, with the number of samples in each bucket as weights:
-batch g is the k-th of its bucket and holds the bucket's positions [k B, (k + 1) B). So all ranks have the same size
-at each step, nothing is dropped or padded, and a run still resumes from one integer. Each bucket has its own epochs,
-which end at about the same time.
+The bucket of a batch is given by the same schedule as for mixtures, weighted by the number of samples in each bucket: batch g
+is the k-th of its bucket and contains the bucket's positions [k B, (k + 1) B). So all ranks have the same size at each step,
+nothing is dropped or padded, and a run still resumes from one integer. Each bucket has its own epochs, which end at about the
+same time.
 
 Source of the sizes: SDXL, arXiv:2307.01952, section 2.3 and appendix I.
 """
@@ -22,14 +22,14 @@ AnyOrder = SampleOrder | MixedOrder
 
 @dataclass(frozen=True)
 class Buckets:
-    """Image sizes of about the area of a square."""
+    """Image sizes with about the area of a given square."""
 
     side_px: int = 1024
-    """Side of the square whose area bounds every size."""
+    """Side of the square whose area is the maximum of every size."""
     step_px: int = 64
     """Heights and widths are multiples of this."""
     max_aspect: float = 2.0
-    """Longest to shortest side."""
+    """Maximum ratio of the longer to the shorter side."""
 
     def __post_init__(self) -> None:
         if self.step_px < 1 or self.side_px < self.step_px or self.side_px % self.step_px:
@@ -41,7 +41,7 @@ class Buckets:
             raise ValueError(f"data.buckets.max_aspect is {self.max_aspect}, but it must be 1 or more.")
 
     def sizes(self) -> list[Size]:
-        """(height, width) of every bucket, from the flattest to the tallest."""
+        """(height, width) of every bucket, from the widest to the tallest."""
         found: dict[Size, None] = {}
         longest = int(self.side_px * self.max_aspect**0.5) // self.step_px * self.step_px
         for side in range(self.step_px, longest + 1, self.step_px):
@@ -52,7 +52,7 @@ class Buckets:
 
 
 def nearest_bucket(image_sizes: Int64Array, sizes: Sequence[Size]) -> Int64Array:
-    """For each image the bucket of the nearest aspect ratio, measured by the ratio of ratios.
+    """The bucket with the nearest aspect ratio for each image, measured by the ratio of ratios.
 
     Args:
         image_sizes: (n, 2), heights and widths, positive.
@@ -70,7 +70,7 @@ def nearest_bucket(image_sizes: Int64Array, sizes: Sequence[Size]) -> Int64Array
 
 
 def open_buckets(image_sizes: Int64Array, sizes: Sequence[Size], global_batch_size: int) -> Int64Array:
-    """As `nearest_bucket`, among buckets that fill a global batch: a smaller one would repeat images within a batch.
+    """Like `nearest_bucket`, among buckets that fill a global batch; smaller ones would repeat images within a batch.
 
     Raises:
         ValueError: if there are fewer images than a global batch.
@@ -92,7 +92,7 @@ def open_buckets(image_sizes: Int64Array, sizes: Sequence[Size], global_batch_si
 
 
 class BucketOrder:
-    """Maps positions to samples so that each global batch lies in one bucket."""
+    """Maps positions to samples so that each global batch is from one bucket."""
 
     def __init__(
         self,
@@ -104,10 +104,10 @@ class BucketOrder:
         """Store the parts.
 
         Args:
-            orders: of the samples within each bucket.
-            samples: for each bucket its samples' numbers, ascending.
-            weights: of each bucket, integers: its share of the batches.
-            global_batch_size: samples of a batch over all ranks.
+            orders: order of the samples within each bucket.
+            samples: sample numbers of each bucket, ascending.
+            weights: integer weight of each bucket, its share of the batches.
+            global_batch_size: samples per batch over all ranks.
         """
         self.orders, self.samples = tuple(orders), tuple(samples)
         self.global_batch_size = global_batch_size

@@ -1,8 +1,8 @@
-"""Weighted mixtures: which source a position belongs to, by a schedule instead of by chance.
+"""Weighted mixtures: the source of each position is given by a deterministic schedule.
 
-Random draws would need either a stored sequence or a sum over all earlier positions. The schedule gives both the
-source of a position and the number of earlier positions of that source by a few divisions, and over the first n
-positions a source is never more than about two samples away from its share.
+Random draws would need a stored sequence or a sum over all earlier positions. The schedule computes the source of a position
+and the number of earlier positions of that source by a few divisions, and over the first n positions a source is never more
+than about two samples away from its share.
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ class Source:
 
 
 def integer_weights(weights: Sequence[float]) -> list[int]:
-    """The smallest integers in the proportions of the weights, to one part in a million.
+    """The smallest integers proportional to the weights, to one part in a million.
 
     Raises:
-        ValueError: for a weight that is too small for that.
+        ValueError: for a weight that is too small for this resolution.
     """
     total = sum(weights)
     parts = [round(weight / total * _RESOLUTION) for weight in weights]
@@ -55,7 +55,7 @@ def integer_weights(weights: Sequence[float]) -> list[int]:
 class Schedule:
     """Distributes the numbers 0, 1, 2, ... over choices in proportion to their weights.
 
-    The first choice takes each number n where floor(n w / W + 1/2) steps up, the second does so among the remaining
+    The first choice takes each number n where floor(n w / W + 1/2) increases, the second does so among the remaining
     numbers, and so on, so the count of a choice among the first n numbers has a closed form. Of each W numbers the
     first choice gets exactly its weight, the others very nearly.
     """
@@ -66,7 +66,7 @@ class Schedule:
         self.weights = [weight // divisor for weight in weights]
 
     def at(self, numbers: Sequence[int] | Int64Array) -> tuple[Int64Array, Int64Array]:
-        """For each number its choice, and how many smaller numbers have the same choice.
+        """The choice of each number, and the count of smaller numbers with the same choice.
 
         Args:
             numbers: (n,), non-negative; times a weight below 2^62.
@@ -87,21 +87,21 @@ class Schedule:
 
 
 class MixedOrder:
-    """Maps positions to samples of several sources; each source goes through its own epochs."""
+    """Maps positions to samples of several sources; each source has its own epochs."""
 
     def __init__(self, orders: Sequence[SampleOrder], weights: Sequence[int], offsets: Sequence[int]) -> None:
         """Store the parts.
 
         Args:
-            orders: of each source.
-            weights: of each source, integers.
-            offsets: for each source the number of its first sample among the samples of all.
+            orders: order of each source.
+            weights: integer weight of each source.
+            offsets: number of the first sample of each source among all samples.
         """
         self.orders, self.schedule, self.offsets = tuple(orders), Schedule(weights), tuple(offsets)
         self.seed = orders[0].seed
 
     def __len__(self) -> int:
-        """Positions in an epoch: the number of samples, although a source may be visited more or less than once."""
+        """Positions in an epoch: the total number of samples, although sources may be visited more or less than once."""
         return sum(len(order) for order in self.orders)
 
     @property

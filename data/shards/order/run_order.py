@@ -15,12 +15,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OrderSpec:
-    """What an order depends on, except for the buckets."""
+    """Settings of an order, except for the buckets."""
 
     sizes: list[list[int]]
-    """For each source the samples in each of its shards; samples are numbered source after source."""
+    """Number of samples in each shard of each source; samples are numbered source after source."""
     weights: list[float]
-    """Of each source."""
+    """Weight of each source."""
     seed: int = 0
     shuffle_window_shards: int = 64
 
@@ -28,7 +28,7 @@ class OrderSpec:
         """The order without buckets.
 
         Raises:
-            ValueError: for a source without samples, or settings that an order refuses.
+            ValueError: for a source without samples, or invalid settings.
         """
         return self._order_of([np.asarray(sizes) for sizes in self.sizes], self.weights)
 
@@ -38,10 +38,10 @@ class OrderSpec:
         """The order with buckets.
 
         Args:
-            buckets: the sizes for images.
+            buckets: bucket sizes for images.
             sample_sizes: (samples, 2), height and width of each sample as stored.
-            stored_latents: samples are latents, whose buckets are the sizes that they were stored in.
-            global_batch_size: over all ranks; all of it lies in one bucket.
+            stored_latents: whether the samples are latents, whose buckets are their stored sizes.
+            global_batch_size: samples per batch over all ranks, all of one bucket.
 
         Returns:
             the order, and the height and width of each sample in its batch, (samples, 2).
@@ -65,7 +65,7 @@ class OrderSpec:
 
         Args:
             bucket_of: (samples,), int64.
-            global_batch_size: samples of a batch over all ranks.
+            global_batch_size: samples per batch over all ranks.
         """
         shards = np.repeat(
             np.arange(sum(map(len, self.sizes))), [size for sizes in self.sizes for size in sizes]
@@ -82,7 +82,7 @@ class OrderSpec:
             orders.append(self._order_of(counts, share))
             samples.append(here)
             weights.append(sum(share))
-        # For one data set the counts themselves: then every sample is visited equally often, exactly.
+        # For one data set use the counts themselves, so that every sample is visited exactly equally often.
         integers = [len(here) for here in samples] if len(self.sizes) == 1 else integer_weights(weights)
         return BucketOrder(orders, samples, integers, global_batch_size)
 

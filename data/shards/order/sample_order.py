@@ -1,14 +1,13 @@
-"""Which sample stands at which position: a pure function of (seed, epoch, position).
+"""The sample at each position, as a pure function of (seed, epoch, position).
 
-Nothing is stored and no generator has a state, so any rank and any worker can look up any position, and a run
-resumes from one integer. Position p counts the samples that the run consumed before it; with n samples it lies in
-epoch p // n at place p % n, and each epoch visits each sample exactly once.
+There is no stored order and no generator state, so any rank and any worker can look up any position, and a run resumes from
+one integer. Position p is the number of samples that the run consumed before; with n samples it is in epoch p // n at place
+p % n, and each epoch visits each sample exactly once.
 
-The shuffle is bounded: shards are dealt into windows of at most K shards, and the samples of one window are
-permuted among themselves. Only K shards are open at a time; with K >= the number of shards it is a full shuffle.
-Each window gets shards from everywhere in the stored order (one of each run of as many shards as there are
-windows), so that a data set that was written sorted comes out as mixed as 1 / K^1.5 allows; windows of shards
-drawn at random would leave a correlation of about 1 / sqrt(shards).
+The shuffle is bounded: shards are dealt into windows of at most K shards, and samples are permuted within a window. Only K
+shards are open at a time; with K >= the number of shards it is a full shuffle. Each window gets shards from the complete
+stored order (one of each run of as many shards as there are windows), so that for a data set written in sorted order the
+correlation with the stored order is about 1 / K^1.5; windows of random shards would leave about 1 / sqrt(shards).
 """
 
 from collections import OrderedDict
@@ -25,14 +24,14 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 ORDER_VERSION = 2
-"""Raised when the same seed starts to give another order: an older checkpoint then refuses to resume.
+"""Incremented when the order of a seed changes, so that older checkpoints refuse to resume.
 
 2: shards are dealt into windows rather than drawn. Where one window holds all shards, the order is that of 1.
 """
 
 _MASK = (1 << 64) - 1
-_ROUNDS = 8  # even, so that halves of unequal width end where they began
-_BLOCK = 8192  # positions computed at once: vectorised arithmetic costs 0.1 us a sample instead of 5
+_ROUNDS = 8  # even, so that halves of unequal width return to their place
+_BLOCK = 8192  # positions per block: vectorised arithmetic costs 0.1 us per sample instead of 5
 _DRAWS = 3  # the order's own keys begin with 0, 1 and 2 after the epoch or the seed
 
 
@@ -56,7 +55,7 @@ def key_of(*parts: int) -> int:
 
 
 class Draw(IntEnum):
-    """What is drawn anew at each visit of a sample. Append only: a changed value changes every run of that seed."""
+    """Random draws at each visit of a sample. Append only: changing a value changes all runs of a seed."""
 
     CROP_TOP = 0
     CROP_LEFT = 1
@@ -67,8 +66,8 @@ class Draw(IntEnum):
 def draw(seed: int, position: int, what: Draw, count: int) -> int:
     """A uniform integer in [0, count).
 
-    Like noise and timesteps (core/seeding.py), each draw is addressed by the seed and the sample's position instead of coming
-    from a stateful generator, so a resumed run draws the same.
+    Like noise and timesteps (core/seeding.py), each draw is a function of the seed and the sample's position rather than of a
+    generator state, so a resumed run draws the same.
     """
     return key_of(seed, _DRAWS, position, what) * count >> 64
 
@@ -94,8 +93,8 @@ def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint
 def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
     """Apply a keyed permutation of range(length) to the given indices, without storing the permutation.
 
-    A Feistel network permutes the next power of two; values that land outside are permuted again until they land
-    inside (cycle walking), which keeps it a permutation of range(length). Each round leaves at most half of them outside.
+    A Feistel network permutes the next power of two; values outside range(length) are permuted again until they are inside
+    (cycle walking), which gives a permutation of range(length). Each round leaves at most half of them outside.
 
     Args:
         indices: (n,), int64, in [0, length).
@@ -119,7 +118,7 @@ def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch: shards in their order, the first place of each, the first place of each window and the end."""
+    """One epoch: shards in order, the first place of each, and the first place of each window with the end."""
 
     shards: Int64Array
     starts: Int64Array
@@ -134,7 +133,7 @@ class SampleOrder:
 
         Args:
             shard_sizes: samples in each shard, in the index's order.
-            seed: another seed gives another order.
+            seed: seed of the order.
             shuffle_window_shards: number of shards whose samples are shuffled together; 0 keeps the stored order in
                 every epoch.
 
@@ -162,14 +161,14 @@ class SampleOrder:
 
     @property
     def version(self) -> int:
-        """The first version of the order that gives these shards their current order."""
+        """The first ORDER_VERSION with the current order for these shards."""
         shards = np.count_nonzero(self._sizes)
         return ORDER_VERSION if 0 < self.shuffle_window_shards < shards else 1
 
     def replacement(self, sample: int, attempt: int) -> int:
-        """The sample that replaces an unreadable one; a pure function of its arguments.
+        """The replacement of an unreadable sample; a pure function of its arguments.
 
-        It is drawn from the complete data set, because the neighbours of an unreadable sample are often unreadable too.
+        Drawn from the complete data set, because the neighbours of an unreadable sample are often unreadable too.
 
         Args:
             sample: number of the unreadable sample.
@@ -182,7 +181,7 @@ class SampleOrder:
         """Sample numbers at the given positions.
 
         Args:
-            positions: (n,), non-negative integers, in any order and of any epochs.
+            positions: (n,), non-negative integers, in any order and from any epoch.
 
         Returns:
             (n,), int64, in [0, len(self)).
@@ -203,7 +202,7 @@ class SampleOrder:
         return samples
 
     def _neighbours(self, positions: Sequence[int]) -> Int64Array | None:
-        """Fast path of `samples_at` for a batch, whose positions nearly always lie in one block; None if they do not."""
+        """Fast path of `samples_at` for positions within one block, as in most batches; None otherwise."""
         low, high = int(min(positions)), int(max(positions))
         epoch, place = divmod(low, self._total)
         last, block = place + high - low, place // _BLOCK
@@ -234,7 +233,7 @@ class SampleOrder:
 
     def _epoch(self, epoch: int) -> _Epoch:
         if (found := self._epochs.get(epoch)) is None:
-            shards = np.flatnonzero(self._sizes)  # a shard without samples would open a window of no length
+            shards = np.flatnonzero(self._sizes)  # a shard without samples would create an empty window
             windows = [shards]
             if self.shuffle_window_shards:
                 windows = _deal(shards, self.shuffle_window_shards, key_of(self.seed, epoch, 0))
@@ -248,13 +247,13 @@ class SampleOrder:
 
 
 def _deal(shards: Int64Array, window: int, key: int) -> list[Int64Array]:
-    """Deal shards into windows of at most `window`: of each run of consecutive shards one to each window."""
+    """Deal shards into windows of at most `window`: each run of consecutive shards gives one shard to each window."""
     count = -(-len(shards) // window)
     if count == 1:
         return [shards[permute(np.arange(len(shards)), len(shards), key)]]
     runs = -(-len(shards) // count)
     lengths = np.full(runs, count)
-    # The run that is too short for all windows is the middle one, which moves their averages the least.
+    # The run that is too short for all windows is the middle one, which changes the window means the least.
     lengths[runs // 2] = len(shards) - count * (runs - 1)
     dealt = np.full((window, count), -1, dtype=np.int64)
     for run, members in enumerate(np.split(shards, np.cumsum(lengths)[:-1])):
