@@ -1,4 +1,4 @@
-"""What a training demands of samples, for `python -m data.prepare verify`."""
+"""Checks that training can read all samples, for `python -m data.prepare verify`."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from data.shards.sample_decoder import Reading, SampleDecoder, invalid_fields
 
 Shape = tuple[int, ...]
 _EXAMPLES = 3
-_MOST_ODD = 20  # samples of one shape in one shard; more are reported together
+_MOST_ODD = 20  # per shape and shard; further samples are reported together
 
 
 class SampleCheck:
-    """Finds the samples of one shard that a training could not read.
+    """Finds the samples of one shard that training could not read.
 
     Args:
-        contents: of the training, as data.contents; each sample is decoded as there. None: every sample needs a caption and
-            an image or latents, whatever they are read for.
+        contents: as data.contents of the training; samples are decoded in the same way. None requires a caption and an image
+            or latents in every sample.
         empty_captions: as data.empty_captions.
 
     Raises:
@@ -45,13 +45,13 @@ class SampleCheck:
         self._samples = 0
         self._unreadable: defaultdict[str, list[str]] = defaultdict(list)
         self.latent_shapes: dict[Shape, list[str]] = {}
-        """The keys of the samples of each shape of latents."""
+        """Keys of samples by shape of their latents."""
 
     def sample(self, key: str, members: Mapping[str, bytes]) -> Iterator[str]:
-        """What is wrong with one sample.
+        """Yield the errors of one sample.
 
         Args:
-            key: of the sample.
+            key: key of the sample.
             members: content by extension.
         """
         self._samples += 1
@@ -95,7 +95,7 @@ class SampleCheck:
             self._unreadable[f"{what}, but {held}{hint}"].append(key)
 
     def shard(self) -> Iterator[str]:
-        """What is wrong with the samples together, so that no training reads this shard."""
+        """Yield the errors of the complete shard."""
         for what, keys in self._unreadable.items():
             if len(keys) * 2 > self._samples:
                 names = ", ".join(repr(key) for key in keys[:_EXAMPLES])
@@ -108,7 +108,7 @@ class SampleCheck:
 def odd_latents(
     shards: Iterable[tuple[str, Mapping[Shape, Sequence[str]]]],
 ) -> Iterator[tuple[str, str, str]]:
-    """The samples whose latents have another shape than most of a set, without data.buckets: shard, key, and reason.
+    """Samples whose latents differ in shape from most of a set, for training without data.buckets: shard, key, reason.
 
     Args:
         shards: location and `SampleCheck.latent_shapes` of each.

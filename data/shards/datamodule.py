@@ -1,4 +1,4 @@
-"""Shards as a LightningDataModule: the same global batches for any ranks and workers, exactly resumed."""
+"""LightningDataModule of shards: the same global batches for any number of ranks and workers, exactly resumable."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,28 +46,28 @@ class ShardSettings:
     batch_size: int
     """Samples of a micro-batch on each device."""
     contents: list[Content] | None = None
-    """What a batch holds in addition to captions: latents, images, control_images, noise_seeds, sizes (original size and crop
+    """Contents of a batch in addition to captions: latents, images, control_images, noise_seeds, sizes (original size and crop
     of latents, for SDXL); by default latents, and [] for captions alone."""
     num_workers: int = 0
     """Reading processes per device; the batches do not depend on it."""
     seed: int = 0
-    """Of the order, and of what is drawn for each sample."""
+    """Seed of the order and of the random draws for each sample."""
     shuffle_window_shards: int = 64
     """Number of shards whose samples are shuffled together; 0 keeps the stored order."""
     resolution: int | None = None
-    """Side of the square that images are resized and cropped to; None takes them as they are."""
+    """Side of the square to which images are resized and cropped; None takes them unchanged."""
     empty_captions: EmptyCaptions = "refuse"
-    """"refuse" takes a sample without words as a fault, "keep" trains on it."""
+    """"refuse" treats a sample with an empty caption as a fault, "keep" trains on it."""
     index_folder: str | None = None
-    """Where indexes are kept if not next to the shards."""
+    """Folder of the indexes; by default they are next to the shards."""
     pin_memory: bool | None = None
-    """Page-locked batches; by default where the run is on CUDA."""
+    """Page-locked batches; by default on CUDA."""
     condition: ImageCondition | None = None
-    """Makes control_images from the images while they are read; None reads cond.png members."""
+    """Computes control_images from the images on reading; None reads cond.png members."""
     sources: list[Source] | None = None
     """A mixture of data sets with weights, in place of `shards`."""
     buckets: Buckets | None = None
-    """Image sizes of many aspect ratios; latents are batched by the size they were stored in."""
+    """Aspect-ratio buckets for images; latents are batched by their stored size."""
     crop: Literal["center", "random"] = "center"
     """"random" draws a crop for each visit."""
     flip: bool = False
@@ -77,9 +77,9 @@ class ShardSettings:
     faults: Faults | None = None
     """Replace bad samples within a budget; by default the first one stops the run."""
     cache_folder: str | None = None
-    """Where remote shards are kept; without it they are read by ranges each time."""
+    """Cache folder for remote shards; without it they are read by range requests each time."""
     cache_gb: float = 100.0
-    """10^9 bytes that the cache may hold."""
+    """Maximum size of the cache in 10^9 bytes."""
     val_shards: str | list[str] | None = None
     """A validation set, for modules with a validation_step: read in the stored order, neither mirrored nor cropped at random;
     samples beyond the last complete global batch are left out."""
@@ -116,17 +116,16 @@ class ShardSettings:
 
     @property
     def mixture(self) -> list[Source]:
-        """The sources, also of a run with one data set."""
+        """The sources; a single one for a run with one data set."""
         return list(self.sources) if self.sources else [Source(self.shards)]
 
     @property
     def kept_indexes(self) -> str | None:
-        """The folder of the indexes; None: next to the shards."""
+        """Folder of the indexes; None: next to the shards."""
         return self.index_folder or self.cache_folder
 
     @property
     def reading(self) -> Reading:
-        """The settings of decoding."""
         return Reading(
             resolution=self.resolution,
             empty_captions=self.empty_captions,
@@ -149,7 +148,7 @@ class ShardDataModule(pl.LightningDataModule):
     """All options."""
 
     def __init__(self, shards: str | list[str], batch_size: int, **settings: Any) -> None:
-        """Store the settings; files are opened in `prepare_data` and `setup`.
+        """Store the settings; files are only opened in `prepare_data` and `setup`.
 
         Args:
             shards: a folder, a glob, a brace pattern such as `set/{00000..00127}.tar`, URLs that fsspec knows, `pipe:` and a
@@ -159,7 +158,7 @@ class ShardDataModule(pl.LightningDataModule):
         """
         super().__init__()
         self.settings = ShardSettings(shards, batch_size, **settings)
-        self.batch_size = batch_size  # Lightning's tuner and logger look for it here
+        self.batch_size = batch_size  # read by Lightning's tuner and logger
         self.contents: list[Content] = (
             ["latents"] if self.settings.contents is None else self.settings.contents
         )
@@ -168,17 +167,17 @@ class ShardDataModule(pl.LightningDataModule):
         self._loader: ShardLoader | None = None
         self._val_loader: ShardLoader | None = None
         if self.settings.val_shards is not None:
-            # Only then: Lightning warns in every training that has the method and no validation_step.
+            # Only with val_shards: Lightning warns for every module that has the method and no validation_step.
             self.val_dataloader = self._open_val_loader  # type: ignore[method-assign]
 
     def prepare_data(self) -> None:
-        """Index the shards once per node, so that the ranks find the indexes; set the faults of an earlier run aside."""
+        """Index the shards once per node for all ranks, and set the fault file of an earlier run aside."""
         self._open()
         if self.settings.faults is not None and self.trainer is not None and self.trainer.ckpt_path is None:
             self._quarantine(self.settings.faults, self._open()).set_aside()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the indexes and check that every sample has the members that will be read."""
+        """Read the indexes and check that every sample has the required members."""
         if self.dataset is not None:
             return
         store = self.settings.store()
@@ -193,7 +192,7 @@ class ShardDataModule(pl.LightningDataModule):
         )
 
     def _order(self, shards: ShardSet) -> tuple[AnyOrder | BucketOrder, Reading]:
-        """The order of the run, and how its samples are decoded."""
+        """Order of the run, and decoding settings."""
         settings, sets = self.settings, self._open()
         spec = OrderSpec(
             [one.sizes for one in sets],
@@ -233,7 +232,7 @@ class ShardDataModule(pl.LightningDataModule):
         return self._loader
 
     def _open_val_loader(self) -> ShardLoader:
-        """This rank's loader of `val_shards`; every pass begins at the first sample."""
+        """This rank's loader of `val_shards`; every pass starts at the first sample."""
         settings = self.settings
         assert settings.val_shards is not None
         store = settings.store()
@@ -258,24 +257,24 @@ class ShardDataModule(pl.LightningDataModule):
         )
 
     def teardown(self, stage: str | None = None) -> None:
-        """Stop the reading processes and close the shards."""
+        """Stop the workers and close the shards."""
         for loader in (self._loader, self._val_loader):
             if loader is not None:
                 loader.close()
         self._loader = self._val_loader = None
 
     def train_captions(self, count: int) -> list[str]:
-        """The captions of the first `count` samples in stored order, or of all if there are fewer."""
+        """Captions of the first `count` samples in stored order, or of all if there are fewer."""
         self.setup()
         assert self.dataset is not None
         return self.dataset.captions(count)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the meaning of a position depends on; the position itself is in the Trainer's counters."""
+        """Settings that determine the sample at a position; the position itself is in the Trainer's counters."""
         return self._identity()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to resume if the counters of the checkpoint would point at other samples.
+        """Refuse to resume if positions of the checkpoint would map to other samples.
 
         Raises:
             ValueError: if shards, seed, shuffle window, global batch, weights or buckets differ from the
@@ -321,14 +320,14 @@ class ShardDataModule(pl.LightningDataModule):
         return self.batch_size * self._rank_and_world_size()[1]
 
     def _rank_and_world_size(self) -> tuple[int, int]:
-        # As Lightning's own sampler gets them: under tensor parallelism there are fewer data ranks than processes.
+        # As for Lightning's own sampler: under tensor parallelism there are fewer data ranks than processes.
         layout = None if self.trainer is None else self.trainer.distributed_sampler_kwargs
         return (layout["rank"], layout["num_replicas"]) if layout else (0, 1)
 
     def _next_pass(self, batches_per_epoch: int) -> Pass:
-        """From the Trainer's counters: after all batches that the run completed, the rest of this epoch."""
+        """The rest of the epoch after the batches completed so far, from the Trainer's counters."""
         assert self.trainer is not None
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        # `completed`, not `ready`: the latter also counts a batch in which a run was cut off.
+        # `completed`, not `ready`, which also counts a batch in which a run was interrupted.
         limit = min(batches_per_epoch, self.trainer.num_training_batches)
         return Pass(progress.total.completed, int(limit) - progress.current.completed)

@@ -1,7 +1,7 @@
-"""Decoders of the members that are read: images, text, JSON, tensors in safetensors.
+"""Decoders of members: images, text, JSON, safetensors.
 
-A shard from elsewhere is untrusted input. Formats that can carry code (pickle, .pth, .npy with objects) have
-no decoder here, so a member of that kind is never opened.
+Shards are untrusted input. Formats that can execute code (pickle, .pth, .npy with objects) have no decoder and are never
+opened.
 """
 
 import json
@@ -19,7 +19,7 @@ Bytes = bytes | memoryview
 LATENT_MEMBER = "latent.safetensors"
 LATENT_TENSOR = "latents"
 LOGVAR_TENSOR = "logvar"
-"""Stored next to the mean, if at all: latents drawn from the VAE's posterior are mean + exp(logvar / 2) * noise."""
+"""Optional tensor beside the mean: latents sampled from the VAE's posterior are mean + exp(logvar / 2) * noise."""
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 CONTROL_IMAGE_MEMBERS = ("cond.png", "cond.jpg", "cond.jpeg", "cond.webp")
 CAPTION_MEMBERS = ("txt", "text", "caption")
@@ -27,24 +27,24 @@ JSON_MEMBER = "json"
 READABLE = (*IMAGE_MEMBERS, *CAPTION_MEMBERS, JSON_MEMBER, *CONTROL_IMAGE_MEMBERS, LATENT_MEMBER)
 
 MAX_TEXT_BYTES = 1 << 20
-"""Of a caption or a json member; one of more is no caption."""
+"""Maximum size of a caption or a json member."""
 
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_SIDE = 1 << 16
 _MAX_NESTING = 64
 _LARGEST_LATENT = 65504.0
-"""Of float16, in which latents are written. Larger values are finite in float32 only."""
+"""Maximum of float16, the dtype in which latents are written."""
 
 
 class BadSampleError(ValueError):
-    """A member that does not hold what its name says; the message names shard and key."""
+    """Raised for an invalid member; the message names shard and key."""
 
 
 def decode(extension: str, content: Bytes, where: str) -> Any:
     """Decode one member.
 
     Args:
-        extension: what follows the key in the member's name, lower case.
+        extension: extension of the member, lower case.
         content: its bytes.
         where: shard and key, for the message.
 
@@ -69,10 +69,10 @@ def decode(extension: str, content: Bytes, where: str) -> Any:
 
 
 def decode_latents(content: Bytes, where: str, tensor: str = LATENT_TENSOR) -> NDArray[np.generic]:
-    """A tensor of a safetensors file, (4, h, w), in the dtype it was stored in; a view of `content`.
+    """A tensor of a safetensors file, (4, h, w), in its stored dtype; a view of `content`.
 
-    Read by the format's own description rather than by the safetensors package, which copies a tensor three times and
-    parses each header anew; the headers of a data set are all the same.
+    Parsed here rather than by the safetensors package, which copies a tensor three times and parses each header again;
+    all headers of a data set are equal.
     """
     try:
         layout, data = _latent_layout(_header(content), tensor), content[8 + _header_length(content) :]
@@ -86,7 +86,7 @@ def decode_latents(content: Bytes, where: str, tensor: str = LATENT_TENSOR) -> N
             f"{where}: {LATENT_MEMBER} does not hold a complete float16 or float32 tensor named '{tensor}' "
             f"({_short(error)})."
         ) from error
-    # All bits of the exponent are set in infinity and NaN alone. Six times as fast as isfinite of float16.
+    # Only infinity and NaN have all exponent bits set. Six times as fast as isfinite for float16.
     bits: NDArray[Any] = latents.view(np.int16 if latents.itemsize == 2 else np.int32)
     exponent = 0x7C00 if latents.itemsize == 2 else 0x7F800000
     if ((bits & exponent) == exponent).any():
@@ -97,7 +97,7 @@ def decode_latents(content: Bytes, where: str, tensor: str = LATENT_TENSOR) -> N
 
 
 class _Layout(NamedTuple):
-    """Where a tensor lies in the data of a safetensors file."""
+    """Location of a tensor in a safetensors file."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, int, int]
@@ -121,7 +121,7 @@ def _header(content: Bytes) -> bytes:
 
 @lru_cache(maxsize=64)
 def _latent_layout(header: bytes, tensor: str) -> _Layout:
-    """Of a tensor, from the JSON header of a safetensors file."""
+    """Layout of a tensor from the JSON header of a safetensors file."""
     entry = json.loads(header.decode("utf-8"))[tensor]
     if entry["dtype"] not in ("F16", "F32"):
         raise ValueError(f"its dtype is {entry['dtype']!r}")
@@ -158,7 +158,7 @@ def latent_shape(content: Bytes, where: str) -> tuple[int, int, int]:
 
 
 def decode_text(content: Bytes, where: str) -> str:
-    """UTF-8 text without surrounding white space and byte-order mark."""
+    """Decode UTF-8 text, stripped of white space and byte-order mark."""
     _check_length(content, where)
     try:
         text = str(content, "utf-8-sig").strip()
@@ -172,7 +172,7 @@ def decode_text(content: Bytes, where: str) -> str:
 
 
 def decode_json(content: Bytes, where: str) -> dict[str, Any]:
-    """A JSON object, whose strings are text and which is nested at most 64 deep."""
+    """Decode a JSON object with valid Unicode strings and a nesting depth of at most 64."""
     _check_length(content, where)
     try:
         value = json.loads(str(content, "utf-8-sig"))
@@ -187,9 +187,9 @@ def decode_json(content: Bytes, where: str) -> dict[str, Any]:
 
 
 def _check_json(value: Any) -> None:
-    """Refuse strings that cannot be written anywhere, and nesting so deep that code that walks through it may fail.
+    """Refuse lone surrogates in strings, and nesting so deep that recursive code may fail.
 
-    JSON can escape half of a surrogate pair, which is no character: tokenizers, tables and UTF-8 refuse it.
+    JSON can escape half of a surrogate pair, which tokenizers, tables and UTF-8 do not accept.
     """
     level = [value]
     for _ in range(_MAX_NESTING):
@@ -214,7 +214,7 @@ def _check_json(value: Any) -> None:
 
 
 def _short(error: Exception) -> str:
-    """An error's text in one short line: it may quote what the file holds."""
+    """The text of an error in one short line, since it may quote the file's content."""
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.encode("ascii", "backslashreplace").decode() if not text.isprintable() else text
     return text if len(text) <= 200 else text[:200] + "..."
@@ -229,7 +229,7 @@ def _check_length(content: Bytes, where: str) -> None:
 
 
 def decode_image(content: Bytes, where: str, upright: bool = True) -> Image.Image:
-    """An RGB image, decoded to its last row; transparency is laid over white. Arguments as of `decode_pil`."""
+    """Decode an image completely to RGB, composited over white; arguments as for `decode_pil`."""
     try:
         return decode_pil(content, upright)
     except UndecodableImageError as error:
@@ -237,7 +237,7 @@ def decode_image(content: Bytes, where: str, upright: bool = True) -> Image.Imag
 
 
 def decode_array(content: Bytes, where: str) -> NDArray[np.uint8]:
-    """As `decode_image`, as (H, W, 3) uint8 and by the fastest decoder."""
+    """Decode an image to (H, W, 3) uint8 with the fastest available decoder."""
     try:
         return decode_pixels(content)
     except UndecodableImageError as error:

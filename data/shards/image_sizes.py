@@ -1,4 +1,4 @@
-"""The size of every image, or of every latent, for buckets: determined once and kept in the sidecar."""
+"""Sizes of images or latents for buckets, determined once and stored in the sidecar."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,20 +15,22 @@ from data.shards.scan import ShardIndex
 from data.shards.store import ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 
-_HEAD_BYTES = 1 << 12  # holds the header of most images; those with a thumbnail in front are read completely
+_HEAD_BYTES = (
+    1 << 12
+)  # contains the header of most images; those that begin with a thumbnail are read completely
 _MAX_SIDE = 1 << 20
 
 
 def with_image_sizes(index: ShardIndex, content: str, store: ShardStore) -> ShardIndex:
-    """Add heights and widths to an index, from img2dataset's table, else from the headers of the members.
+    """Add heights and widths to an index, from img2dataset's table or else from the headers of the members.
 
     Args:
-        index: of a shard.
+        index: index of a shard.
         content: "images" or "latents".
-        store: how remote shards are reached.
+        store: access to remote shards.
 
     Returns:
-        With `image_sizes`; (0, 0) where a sample has no such member, or one that cannot be read.
+        The index with `image_sizes`; (0, 0) for samples without a readable member.
     """
     sizes = np.zeros((len(index), 2), dtype=np.int64)
     known = parquet_image_sizes(index.location) if content == "images" else {}
@@ -42,7 +44,7 @@ def with_image_sizes(index: ShardIndex, content: str, store: ShardStore) -> Shar
                 file = file or store.open(index.location)
                 sizes[row] = _size(file, start, length, content)
     except (OSError, BrokenShardError):
-        pass  # reading the samples meets the same fault and reports it
+        pass  # reported when the sample is read
     finally:
         if file is not None:
             file.close()
@@ -60,7 +62,7 @@ def _size(file: ShardFile, start: int, length: int, content: str) -> tuple[int, 
 
 
 def sizes_of(indexes: tuple[ShardIndex, ...]) -> NDArray[np.int64]:
-    """(samples, 2) of all shards; samples without a size get the commonest one, and prove faulty when they are read."""
+    """(samples, 2) of all shards; samples without a size get the most common one and are reported when read."""
     sizes = np.concatenate([index.image_sizes for index in indexes if index.image_sizes is not None])
     unknown = (sizes < 1).any(axis=1)
     if unknown.all():
@@ -74,17 +76,17 @@ def sizes_of(indexes: tuple[ShardIndex, ...]) -> NDArray[np.int64]:
 
 
 def parquet_image_sizes(location: str) -> Mapping[str, tuple[int, int]]:
-    """Height and width by key, from the parquet file that img2dataset writes next to a local shard; empty without one."""
+    """Height and width by key, from img2dataset's parquet file next to a local shard; empty without one."""
     path = Path(location)
     path = path.with_name(path.name.removesuffix(".tar") + ".parquet")
     if is_remote(location) or not path.is_file():
         return {}
-    import pyarrow.parquet  # a third of a second, for few
+    import pyarrow.parquet  # takes a third of a second, rarely needed
 
     try:
         table = pyarrow.parquet.read_table(path, columns=["key", "height", "width"]).to_pydict()
         rows = zip(table["key"], table["height"], table["width"], strict=True)
         sizes = {str(key): (int(height), int(width)) for key, height, width in rows if height and width}
-    except Exception:  # a table that is damaged, or another tool's: the headers of the images tell the same
+    except Exception:  # damaged or another tool's table: use the image headers
         return {}
     return {key: size for key, size in sizes.items() if min(size) > 0 and max(size) <= _MAX_SIDE}

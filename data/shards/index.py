@@ -1,4 +1,4 @@
-"""The index of shards: one pass over the headers of each tar, kept as its sidecar."""
+"""Indexes of shards: one pass over the headers of each tar, stored as a sidecar."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ __all__ = [
     "scan_shard",
     "sidecar_path",
 ]
-_THREADS = 8  # sidecars are small files, which a network file system serves one at a time
+_THREADS = 8  # for sidecars, small files with high latency on network file systems
 
 
 def index_shard(
@@ -32,17 +32,17 @@ def index_shard(
     store: ShardStore | None = None,
     tolerant: bool = False,
 ) -> ShardIndex:
-    """The index of one shard: its sidecar if that describes the present file, otherwise scanned and saved.
+    """The index of one shard: its sidecar if up to date, otherwise scanned and saved.
 
     Args:
         location: path, URL or command.
-        index_folder: where the sidecar is kept if not next to the shard.
-        store: how remote shards are reached.
-        tolerant: return an index with `faults` rather than raise; the sidecar of a shard that is gone or was
-            cut since still tells which samples there were.
+        index_folder: folder of the sidecar; None: next to the shard.
+        store: access to remote shards.
+        tolerant: whether to return an index with `faults` rather than raise; for a missing or truncated shard the samples
+            are those of its former sidecar.
 
     Raises:
-        BrokenShardError: unless tolerant, if something is wrong with the shard.
+        BrokenShardError: unless tolerant, if the shard is broken.
         OSError: unless tolerant, if it cannot be read.
     """
     location, store = str(location), store or ShardStore()
@@ -52,7 +52,7 @@ def index_shard(
         index = load_sidecar(sidecar, location, stamp)
         if index is None:
             index = _checked(replace(scan_members(location, store.members(location, stamp)), stamp=stamp))
-            former = load_sidecar(sidecar, location, stamp, version=2)  # whose checksums are still good
+            former = load_sidecar(sidecar, location, stamp, version=2)  # its checksums are still valid
             if former is not None and former.fingerprint == index.fingerprint:
                 index = replace(index, checksums=former.checksums)
             earlier = load_sidecar(sidecar, location, None) if index.faults else None
@@ -67,13 +67,13 @@ def index_shard(
 
 
 def save_index(index: ShardIndex, index_folder: str | Path | None) -> None:
-    """Save an index to which something was added, for the state of the file that it was made from."""
+    """Save an extended index with the stamp of the file that it was made from."""
     if index.stamp is not None:
         save_sidecar(sidecar_path(index.location, index_folder), index, index.stamp)
 
 
 def stated_samples(location: str) -> int | None:
-    """How many samples the `00000_stats.json` of img2dataset next to a local shard counts; None if it does not say."""
+    """Number of samples in img2dataset's `00000_stats.json` next to a local shard; None if unknown."""
     if is_remote(location):
         return None
     path = Path(location)
@@ -85,7 +85,7 @@ def stated_samples(location: str) -> int | None:
 
 
 def _checked(index: ShardIndex) -> ShardIndex:
-    """With a fault if img2dataset counted another number of samples: the tar was cut between two samples, for example."""
+    """Add a fault if img2dataset's number of samples differs, for example for a tar truncated between two samples."""
     stated = stated_samples(index.location)
     if stated is None or stated == len(index) or index.faults:
         return index
@@ -118,11 +118,11 @@ class ShardSet:
         store: ShardStore | None = None,
         tolerant: bool = False,
     ) -> "ShardSet":
-        """Find and index shards; arguments as of `index_shard`.
+        """Find and index shards; arguments as for `index_shard`.
 
         Raises:
-            FileNotFoundError: if there is none.
-            BrokenShardError: if one is not a complete tar, or if none holds a sample.
+            FileNotFoundError: if there are none.
+            BrokenShardError: if one is not a complete tar, or if none has a sample.
         """
         locations = find_locations(shards, gone=SIDECAR_SUFFIX if tolerant and index_folder is None else None)
         with ThreadPoolExecutor(_THREADS if len(locations) > 1 else 1) as threads:
@@ -145,11 +145,11 @@ class ShardSet:
 
     @property
     def fingerprint(self) -> str:
-        """Of all samples in their order, the same wherever the folder lies."""
+        """Fingerprint of all samples in order, independent of the folder."""
         return _digest(f"{file_name(shard.location)} {shard.fingerprint}" for shard in self.shards)
 
     def names(self) -> list[str]:
-        """A unique name for each shard: its path without '.tar', relative to the folder that contains all."""
+        """A unique name for each shard: its path without '.tar', relative to the common parent folder."""
         paths = [_unique_path(shard.location) for shard in self.shards]
         common = os.path.commonpath([path.parent for path in paths])
         return [path.relative_to(common).with_suffix("").as_posix() for path in paths]

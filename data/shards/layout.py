@@ -1,4 +1,4 @@
-"""From the index of a shard to rows of integers: where to read what a batch holds."""
+"""Tables of the byte ranges to read for each sample, from the index of a shard."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
@@ -28,18 +28,18 @@ MEMBERS: dict[str, tuple[str, ...]] = {
     "sizes": (JSON_MEMBER,),
     "captions": (*CAPTION_MEMBERS, JSON_MEMBER),
 }
-"""The members that can hold each content; the first that a sample has is read."""
+"""Members that can contain each content; the first one present in a sample is read."""
 
 
 class Part(NamedTuple):
-    """A content that is read, and the members that can hold it."""
+    """A content to read, and the members that can contain it."""
 
     content: str
     members: tuple[str, ...]
 
 
 def member_columns(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
-    """(parts, samples): for each part the column of its member in the index, -1 where a sample has none."""
+    """(parts, samples): column of each part's member in the index, -1 if a sample has none."""
     columns = np.full((len(parts), len(index)), -1, dtype=np.int64)
     for column, part in zip(columns, parts, strict=True):
         for extension in reversed(part.members):
@@ -49,7 +49,7 @@ def member_columns(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64
 
 
 def missing_member(index: ShardIndex, parts: Sequence[Part], row: int) -> BadSampleError:
-    """The error of a sample that lacks a part, or that the index found at fault."""
+    """The error for a sample that lacks a part, or has a fault in the index."""
     where = f"{index.location}, key {index.key(row)!r}"
     for fault in index.faults:
         if fault.key == index.key(row):
@@ -67,7 +67,7 @@ def missing_member(index: ShardIndex, parts: Sequence[Part], row: int) -> BadSam
 
 
 def _instead(index: ShardIndex, part: Part, row: int) -> str:
-    """Which members would hold the part if their names had no further dot."""
+    """Members that would contain the part if their names had no further dot."""
     dotted = [name for name in index.members(row) if name.rpartition(".")[2] in part.members and "." in name]
     if not dotted:
         return ""
@@ -75,18 +75,18 @@ def _instead(index: ShardIndex, part: Part, row: int) -> str:
 
 
 def incomplete_samples(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
-    """The rows of the samples that lack a part."""
+    """Rows of samples that lack a part."""
     return np.flatnonzero((member_columns(index, parts) < 0).any(axis=0))
 
 
 def sample_rows(index: ShardIndex, parts: Sequence[Part]) -> NDArray[np.int64]:
-    """One row per sample: start and length of the span, then for each part its offset in the span, its size, its column.
+    """One row per sample: start and length of the span, then for each part its offset in the span, size and column.
 
-    The start is -1 where a part is missing. Looking up one row costs 0.3 us; the same numbers one by one from the
-    index cost five times as much.
+    The start is -1 if a part is missing. Looking up one row takes 0.3 us; reading the same values one by one from the index
+    takes five times as long.
     """
     columns = member_columns(index, parts)
-    if not index.extensions:  # every sample is at fault
+    if not index.extensions:  # all samples are faulty
         return np.full((len(index), 2 + 3 * len(parts)), -1, dtype=np.int64)
     every = np.arange(len(index))
     offsets, sizes = index.offsets[every, columns], index.sizes[every, columns]

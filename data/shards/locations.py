@@ -1,4 +1,4 @@
-"""Where shards lie: folders, globs and braces of local files, URLs of anything fsspec knows, and commands.
+"""Locations of shards: folders, globs and brace patterns of local files, fsspec URLs, and commands.
 
 A location is a string: the path of a local file, a URL (`s3://`, `gs://`, `hf://`, `https://`, ...), or
 `pipe:` with a shell command that writes the tar to its standard output.
@@ -21,16 +21,16 @@ _HOW = "set data.shards to a folder of shards, a glob, or a pattern like 'set/{0
 
 
 class Stamp(NamedTuple):
-    """Distinguishes one state of a file from another."""
+    """Identifies the state of a file."""
 
     size: int
-    """In bytes; -1 where it is not known beforehand."""
+    """Size in bytes; -1 if unknown."""
     mark: int
     """Modification time in nanoseconds, or a hash of a remote file's tag."""
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """Expand `a{00..02}b` and `{x,y}` as a shell and webdataset do: numbers keep their leading zeros."""
+    """Expand `a{00..02}b` and `{x,y}` as in shells and webdataset; numbers keep leading zeros."""
     match = _BRACES.search(pattern)
     if match is None:
         return [pattern]
@@ -55,7 +55,7 @@ def is_remote(location: str) -> bool:
 
 
 def file_name(location: str) -> str:
-    """The last part of a location, for messages and for names of samples."""
+    """Last part of a location, for messages and sample names."""
     if is_pipe(location):
         words = [word for word in location[5:].split() if word.endswith(".tar")]
         return file_name(words[-1]) if words else "pipe"
@@ -64,14 +64,14 @@ def file_name(location: str) -> str:
 
 
 def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None = None) -> list[str]:
-    """List the shards that folders, globs, brace patterns, URLs and commands name; sorted within each.
+    """List the shards of folders, globs, brace patterns, URLs and commands, sorted within each.
 
     Args:
         shards: one or several of these.
-        gone: suffix of the sidecars of local shards; with it, a missing shard is listed if its sidecar exists.
+        gone: suffix of sidecars; if given, a missing local shard is listed if its sidecar exists.
 
     Raises:
-        FileNotFoundError: if one of them matches no file. A URL without a glob is only opened when it is indexed.
+        FileNotFoundError: if one of them matches no file; URLs without a glob are only checked when indexed.
     """
     patterns = [shards] if isinstance(shards, str | Path) else list(shards)
     found: dict[str, None] = {}
@@ -97,7 +97,7 @@ def file_system(url: str) -> tuple[Any, str]:
     """The fsspec file system of a URL, and the file's path in it.
 
     Raises:
-        ValueError: where fsspec has no such protocol, or the package for it is missing.
+        ValueError: for an unknown protocol, or if its package is missing.
     """
     try:
         system, path = fsspec.core.url_to_fs(url)

@@ -1,4 +1,4 @@
-"""From the headers of a tar to the index of its samples: keys, and where each member lies."""
+"""Builds the index of a shard from tar headers: keys, and the byte range of each member."""
 
 import hashlib
 import re
@@ -14,15 +14,15 @@ from data.shards.decoders import CAPTION_MEMBERS, JSON_MEMBER, READABLE
 from data.shards.locations import Stamp
 from data.shards.tar_headers import BrokenShardError, TarMember, tar_members
 
-# WebDataset's rule: the key ends at the first dot of the file's name; what follows says what the member is.
+# WebDataset's rule: the key ends at the first dot of the file name; the rest is the extension.
 _KEY_AND_EXTENSION = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)", re.DOTALL)
 _MAX_EXTENSIONS = 256
-"""Of one shard; a table of samples x extensions is kept in memory."""
+"""Limit per shard, since a table of samples x extensions is kept in memory."""
 
 
 @dataclass(frozen=True)
 class SampleFault:
-    """What the headers alone show to be wrong with a sample, or with a complete shard (no key)."""
+    """A fault of a sample that is visible in the headers, or of the complete shard (no key)."""
 
     key: str
     reason: str
@@ -30,10 +30,10 @@ class SampleFault:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the samples of one shard lie.
+    """Byte ranges of the samples of one shard.
 
-    `offsets` and `sizes` are (samples, extensions), int64, in bytes; -1 where a sample has no such member. A
-    faulty sample keeps its row, without any member, so that the others keep their positions.
+    `offsets` and `sizes` are (samples, extensions), int64, in bytes; -1 if a sample has no such member. A faulty sample keeps
+    an empty row, so that the others keep their positions.
     """
 
     location: str
@@ -44,16 +44,16 @@ class ShardIndex:
     """All keys as UTF-8, one after another: Python strings would take ten times the memory."""
     key_ends: NDArray[np.int64]
     fingerprint: str
-    """Of keys, members and sizes, not of time or folder: a copied shard keeps it."""
+    """Hash of keys, members and sizes, independent of time and folder."""
     faults: tuple[SampleFault, ...] = ()
     checksums: NDArray[np.uint32] | None = None
     """CRC-32 of each member, shaped as `offsets`; None until `python -m data.prepare verify` has read the contents."""
     image_sizes: NDArray[np.int64] | None = None
-    """(samples, 2): height and width of images or latents, for buckets; None until they are needed."""
+    """(samples, 2): height and width of images or latents, for buckets; None until needed."""
     sized_by: str = ""
     """"images" or "latents": what `image_sizes` measures."""
     stamp: Stamp | None = None
-    """The state of the file that was indexed; None where that is not known."""
+    """State of the indexed file; None if unknown."""
 
     def __len__(self) -> int:
         """Samples in this shard."""
@@ -61,16 +61,14 @@ class ShardIndex:
 
     @property
     def path(self) -> Path:
-        """Of a local shard."""
+        """Path of a local shard."""
         return Path(self.location)
 
     def key(self, sample: int) -> str:
-        """The key of a sample."""
         start = int(self.key_ends[sample - 1]) if sample else 0
         return self.keys[start : int(self.key_ends[sample])].tobytes().decode("utf-8", "surrogateescape")
 
     def members(self, sample: int) -> list[str]:
-        """The extensions of a sample."""
         return [self.extensions[column] for column in np.flatnonzero(self.offsets[sample] >= 0).tolist()]
 
     def column(self, extension: str) -> int | None:
@@ -78,10 +76,10 @@ class ShardIndex:
         return self.extensions.index(extension) if extension in self.extensions else None
 
     def require_complete(self) -> "ShardIndex":
-        """This index.
+        """Return this index.
 
         Raises:
-            BrokenShardError: with the first fault.
+            BrokenShardError: for the first fault, if any.
         """
         if self.faults:
             raise BrokenShardError(self.faults[0].reason)
@@ -92,20 +90,20 @@ def scan_shard(path: Path) -> ShardIndex:
     """Index one local tar by its headers.
 
     Raises:
-        BrokenShardError: if the tar is not complete, or for a sample that `scan_members` finds at fault.
+        BrokenShardError: if the tar is incomplete, or for a faulty sample, as defined in `scan_members`.
     """
     return scan_members(str(path), tar_members(path)).require_complete()
 
 
 def scan_members(location: str, members: Iterable[TarMember]) -> ShardIndex:
-    """Index the members of a tar; what is wrong is listed in its `faults`.
+    """Index the members of a tar; errors are listed in its `faults`.
 
-    A sample is at fault if its members are not adjacent, if one occurs twice or is a link, if its key leads out of the folder,
-    or if it is several samples whose keys hold dots.
+    A sample is faulty if its members are not adjacent, if one is a duplicate or a link, if its key leads out of the folder, or
+    if it consists of several samples with dotted keys.
 
     Args:
-        location: of the shard.
-        members: its files; may end in BrokenShardError, and what came before it is indexed.
+        location: location of the shard.
+        members: its files; may end in BrokenShardError, and the members before it are indexed.
     """
     samples: dict[str, dict[str, TarMember]] = {}
     faults: dict[str, str] = {}
@@ -115,7 +113,7 @@ def scan_members(location: str, members: Iterable[TarMember]) -> ShardIndex:
         for member in members:
             match = _KEY_AND_EXTENSION.fullmatch(member.name)
             if match is None:
-                continue  # a name without a dot or beginning with one is no sample for webdataset either
+                continue  # as in webdataset, names without a dot or with a leading dot are not samples
             key, extension = match[1], match[2].lower()
             found = samples.setdefault(key, {})
             if found and key != current:
@@ -135,7 +133,7 @@ def scan_members(location: str, members: Iterable[TarMember]) -> ShardIndex:
                     "the first dot of a file's name; write the shard again with keys without dots."
                 )
     except BrokenShardError as error:
-        # Even if the last sample looks complete: more of its members may lie behind the cut.
+        # Even if the last sample looks complete, since further members may be missing.
         faults[current] = str(error)
     for key, found in samples.items():
         if len(found) > 1 and (melted := _melted(found)):
@@ -148,10 +146,10 @@ def scan_members(location: str, members: Iterable[TarMember]) -> ShardIndex:
 
 
 def _melted(found: Mapping[str, TarMember]) -> str:
-    """The beginning of a dotted key, or "".
+    """The part after the first dot in the key of a sample that was merged with others by the dot rule (`1` below), or "".
 
-    `a.1.jpg, a.1.txt, a.2.jpg, a.2.txt` are two samples to their author and one sample, `a`, without an image to a reader.
-    A single `a.mask.png` is a member that is not read here.
+    `a.1.jpg, a.1.txt, a.2.jpg, a.2.txt` are meant as two samples but read as one sample, `a`, without an image. A single
+    `a.mask.png` is an unused member.
     """
     kinds: dict[str, set[bool]] = {}
     for extension in found:
@@ -165,7 +163,7 @@ def _melted(found: Mapping[str, TarMember]) -> str:
 
 
 def _leads_out(key: str) -> bool:
-    # Nothing here is ever written under a key, but the next program that unpacks the shard may.
+    # We never write files named after keys, but programs that unpack the shard do.
     return key.startswith("/") or ".." in key.split("/") or not key.isprintable()
 
 

@@ -1,8 +1,8 @@
-"""A bounded folder of remote shards, shared by the processes of a machine.
+"""A bounded cache folder of remote shards, shared by the processes of a machine.
 
-A file is named after its complete URL, since every data set calls its first shard 00000.tar, and after the state of the
-remote file (its stamp), so that a shard that was replaced is fetched again. What was opened longest ago is removed first; a
-file that a process has open stays readable to it.
+File names depend on the complete URL, since the first shard of every data set is named 00000.tar, and on the state of the
+remote file (its stamp), so that replaced shards are fetched again. The least recently opened shard is removed first; processes
+that have it open can still read it.
 """
 
 import contextlib
@@ -21,15 +21,15 @@ from data.shards.tar_headers import BrokenShardError
 _log = logging.getLogger(__name__)
 _COPY_BYTES = 1 << 22
 UNKNOWN = Stamp(-1, 0)
-"""The stamp of a command's output, and of a file whose server says nothing."""
+"""Stamp of a command's output, and of a file whose server reports no state."""
 
 
 class ShardCache:
     """Fetches complete shards and keeps as many as fit.
 
     Args:
-        folder: created if it is missing.
-        gigabytes: 10^9 bytes that the shards in it may take together.
+        folder: cache folder, created if missing.
+        gigabytes: maximum total size, in 10^9 bytes.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float) -> None:
@@ -40,11 +40,11 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def path_of(self, url: str, stamp: Stamp = UNKNOWN) -> Path:
-        """Where the shard of a URL or a command is kept in that state."""
+        """Path of the shard of a URL or a command in that state."""
         return self.folder / f"{self._stem(url)}-{_digest(f'{stamp.size} {stamp.mark}')[:8]}.tar"
 
     def find(self, url: str, stamp: Stamp = UNKNOWN) -> Path | None:
-        """The file of a shard that is here complete, marked as used. One that was cut since it was fetched is removed."""
+        """The cached file of a shard, marked as used, or None; a file truncated since it was fetched is removed."""
         path = self.path_of(url, stamp)
         try:
             size = path.stat().st_size
@@ -65,16 +65,16 @@ class ShardCache:
         return None
 
     def fetch(self, url: str, stamp: Stamp = UNKNOWN, wait: bool = True) -> Path | None:
-        """Fetch a shard unless it is here.
+        """Fetch a shard unless it is cached.
 
         Args:
             url: a URL, or `pipe:` with a command.
-            stamp: the state of the remote file that is wanted.
-            wait: for another process that is fetching it; otherwise None is returned at once.
+            stamp: required state of the remote file.
+            wait: whether to wait for another process that is fetching it; otherwise None is returned immediately.
 
         Raises:
             BrokenShardError: if a command fails, or if the shard is larger than the cache.
-            OSError: as the file system raises it, or if another number of bytes came than the stamp states.
+            OSError: from the file system, or if the number of bytes differs from the stamp.
         """
         path = self.path_of(url, stamp)
         lock = FileLock(path.with_suffix(".lock"), blocking=wait)
@@ -86,7 +86,7 @@ class ShardCache:
                     target.flush()
                     os.fsync(
                         target.fileno()
-                    )  # or a crash of the machine leaves a file of the right size full of zeros
+                    )  # otherwise a machine crash may leave a file of the right size full of zeros
                 size = partial.stat().st_size
                 if stamp.size not in (-1, size):
                     partial.unlink(missing_ok=True)
@@ -105,13 +105,13 @@ class ShardCache:
 
     def _copy(self, url: str, target: Any) -> None:
         if is_pipe(url):
-            from webdataset.gopen import gopen  # which imports torch
+            from webdataset.gopen import gopen  # local: imports torch
 
             stream = gopen(url, "rb", bufsize=_COPY_BYTES)
             try:
                 shutil.copyfileobj(stream, target, _COPY_BYTES)
                 stream.close()
-            except OSError as error:  # gopen's way of reporting that the command failed
+            except OSError as error:  # raised by gopen if the command failed
                 raise BrokenShardError(f"The command '{url}' failed ({error}).") from error
         else:
             system, path = file_system(url)
@@ -151,12 +151,12 @@ class ShardCache:
 
 
 def _size_file(path: Path) -> Path:
-    """Holds the size of a shard whose size nobody states beforehand."""
+    """File with the size of a shard whose size is not known in advance."""
     return path.with_suffix(".size")
 
 
 def _noted_size(path: Path) -> int:
-    """The size of a shard when it was fetched; -1 if the note is missing or damaged."""
+    """Size of a shard when it was fetched; -1 if its size file is missing or damaged."""
     try:
         return int(_size_file(path).read_text())
     except (FileNotFoundError, ValueError):

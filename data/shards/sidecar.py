@@ -1,7 +1,6 @@
-"""Indexes on disk: `<shard>.tar.index.npz`, next to the shard or in a folder of their own.
+"""Indexes on disk: `<shard>.tar.index.npz`, next to the shard or in a separate folder.
 
-A sidecar holds the size and the modification time (of a remote file: its tag) of the tar that it describes, and is ignored
-where they differ.
+A sidecar stores the size and the modification time (for a remote file its tag) of its tar, and is ignored if they differ.
 """
 
 import hashlib
@@ -21,12 +20,12 @@ from data.shards.scan import SampleFault, ShardIndex
 _log = logging.getLogger(__name__)
 
 SIDECAR_VERSION = 3
-"""3: what follows an end-of-archive mark, links and dotted keys are faults."""
+"""3: data after an end-of-archive mark, links and dotted keys are faults."""
 SIDECAR_SUFFIX = ".index.npz"
 
 
 def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -> Path:
-    """Where a shard's index is kept: next to it, or in `index_folder` under a name made from its full path.
+    """Path of a shard's index: next to it, or in `index_folder` under a name derived from its full path.
 
     Raises:
         ValueError: for a remote shard without a folder.
@@ -38,7 +37,7 @@ def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -
                 "data.cache_folder."
             )
         return Path(location).with_name(Path(location).name + SIDECAR_SUFFIX)
-    # The full path, since every data set calls its first shard 00000.tar.
+    # The full path, since the first shard of every data set is named 00000.tar.
     full = str(location) if is_remote(str(location)) else str(Path(location).resolve())
     name = hashlib.blake2b(full.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
     return Path(index_folder) / f"{file_name(str(location)).removesuffix('.tar')}-{name}{SIDECAR_SUFFIX}"
@@ -47,13 +46,13 @@ def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -
 def load_sidecar(
     sidecar: Path, location: str, stamp: Stamp | None, version: int = SIDECAR_VERSION
 ) -> ShardIndex | None:
-    """The stored index, or None if there is none of this version and stamp (None: of any stamp), or none that makes sense."""
+    """The stored index, or None if it is missing, invalid, or of another version or stamp (None accepts any stamp)."""
     try:
-        # Read at once: numpy's many small reads make threads wait for each other at the interpreter's lock.
+        # Read at once: numpy's many small reads make threads contend for the GIL.
         content = io.BytesIO(sidecar.read_bytes())
         with zipfile.ZipFile(content) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-                return None  # not ours, and it might unpack to any size
+                return None  # not written by us, and could unpack to any size
         with np.load(content, allow_pickle=False) as stored:
             found, *known = stored["stamp"].tolist()
             if found != version or (stamp is not None and tuple(known) != stamp):
@@ -74,13 +73,13 @@ def load_sidecar(
                 sized_by=str(stored["sized_by"]) if "image_sizes" in names else "",
                 stamp=Stamp(*known),
             )
-    except Exception:  # numpy and zipfile raise a dozen kinds for a damaged file
-        return None  # absent, or cut short by a full disk: the tar is the truth
+    except Exception:  # numpy and zipfile raise many types for a damaged file
+        return None  # missing or truncated: the tar is scanned again
     return index if _makes_sense(index) else None
 
 
 def _makes_sense(index: ShardIndex) -> bool:
-    """Whether an index can be used without leading out of its arrays or its file: a sidecar may come with the shards."""
+    """Whether all offsets of an index are within its arrays and its file; sidecars shipped with shards are untrusted."""
     shape = index.offsets.shape
     tables: list[tuple[Any, tuple[int, ...], str]] = [
         (index.offsets, (len(index), len(index.extensions)), "int64"),
@@ -106,10 +105,10 @@ def _makes_sense(index: ShardIndex) -> bool:
 
 
 def save_sidecar(sidecar: Path, index: ShardIndex, stamp: Stamp) -> None:
-    """Write an index; failing to do so is only logged, because it merely costs time at each start."""
+    """Write an index; a failure is only logged, because it merely slows down the next start."""
     try:
         sidecar.parent.mkdir(parents=True, exist_ok=True)
-        # Through a unique name, since several processes may index the same shard.
+        # Via a unique name, since several processes may index the same shard.
         with tempfile.NamedTemporaryFile(dir=sidecar.parent, suffix=".partial", delete=False) as stream:
             np.savez(stream, **_arrays(index, stamp))
         os.chmod(stream.name, 0o644)

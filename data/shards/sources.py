@@ -1,4 +1,4 @@
-"""Opens the data sets of a run: their indexes, and for buckets the sizes of their images."""
+"""Opens the data sets of a run: indexes, and image sizes for buckets."""
 
 from collections.abc import Sequence
 
@@ -18,18 +18,18 @@ def open_sources(
     tolerant: bool,
     sized: str | None = None,
 ) -> list[ShardSet]:
-    """The indexes of each source.
+    """Open the indexes of each source.
 
     Args:
-        sources: of the mixture, at least one.
-        index_folder: where indexes are kept if not next to the shards.
-        store: how remote shards are reached.
-        tolerant: faults are listed in the indexes instead of being raised.
+        sources: sources of the mixture, at least one.
+        index_folder: folder of the indexes; None: next to the shards.
+        store: access to remote shards.
+        tolerant: whether faults are listed in the indexes instead of raised.
         sized: "images" or "latents" adds their sizes; None adds none.
 
     Raises:
         FileNotFoundError: for a source without shards.
-        BrokenShardError: unless tolerant, for a broken one.
+        BrokenShardError: for a broken shard, unless tolerant.
     """
     sets = [ShardSet.open(source.shards, index_folder, store, tolerant) for source in sources]
     if sized is None:
@@ -45,15 +45,15 @@ def joined(sets: Sequence[ShardSet]) -> ShardSet:
 
 
 def require_window(cache: ShardCache, shards: ShardSet, window: int) -> None:
-    """Refuse a cache that would keep fetching the same shards.
+    """Refuse a cache that would fetch the same shards repeatedly.
 
     Args:
-        cache: of remote shards.
-        shards: all of them.
-        window: shards of a shuffle window; 0 reads one after another.
+        cache: cache of remote shards.
+        shards: all shards.
+        window: shards per shuffle window; 0 reads them in order.
 
     Raises:
-        ValueError: if the remote shards of one shuffle window may not fit into the cache together.
+        ValueError: if the remote shards of one shuffle window may not fit into the cache.
     """
     sizes = [
         int((index.offsets + index.sizes).max())

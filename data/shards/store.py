@@ -1,4 +1,4 @@
-"""Reads bytes of shards: local files by pread, remote ones by range or through the cache."""
+"""Reads bytes of shards: local files by pread, remote ones by range requests or through the cache."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from data.shards.shard_cache import UNKNOWN, ShardCache
 from data.shards.tar_headers import BrokenShardError, TarMember, members_of, tar_members
 
 _ATTEMPTS, _FIRST_PAUSE_SECONDS = 4, 0.2
-_SCAN_BYTES = 1 << 20  # read ahead while the headers of a remote tar are scanned
+_SCAN_BYTES = 1 << 20  # read-ahead while scanning the headers of a remote tar
 _T = TypeVar("_T")
 
 
@@ -26,32 +26,32 @@ class ShardFile(ABC):
 
     @abstractmethod
     def read_into(self, buffer: memoryview, start: int) -> int:
-        """Fill a buffer with the bytes from `start` on; returns their number, less than asked for where the shard ends."""
+        """Fill a buffer with the bytes from `start`; returns their number, which is smaller at the end of the shard."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release the file."""
+        """Close the file."""
 
     def read(self, start: int, length: int) -> memoryview:
-        """Bytes in memory of their own; fewer where the shard ends."""
+        """Bytes in newly allocated memory; fewer at the end of the shard."""
         buffer = memoryview(bytearray(length))
         return buffer[: self.read_into(buffer, start)]
 
 
 class LocalFile(ShardFile):
-    """A file of this machine. pread rather than a mapping: a file that has shrunk gives a short read, not a bus error."""
+    """A local file. Uses pread rather than a memory map: a file that was truncated gives a short read, not a bus error."""
 
     def __init__(self, path: str | Path) -> None:
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def stamp(self) -> Stamp:
-        """The state of the file that is open."""
+        """State of the open file."""
         status = os.fstat(self._descriptor)
         return Stamp(status.st_size, status.st_mtime_ns)
 
     def read_into(self, buffer: memoryview, start: int) -> int:
         count = 0
-        while count < len(buffer):  # one call reads at most 2 GB, and less on some network file systems
+        while count < len(buffer):  # a call reads at most 2 GB, or less on some network file systems
             read = os.preadv(self._descriptor, (buffer[count:],), start + count)
             if read == 0:
                 break
@@ -63,7 +63,7 @@ class LocalFile(ShardFile):
 
 
 class RemoteFile(ShardFile):
-    """The bytes of a URL by ranged reads; from the cache once the complete shard has arrived there."""
+    """Bytes of a URL by range requests, or from the cache once it contains the complete shard."""
 
     def __init__(self, url: str, find: Callable[[], Path | None]) -> None:
         self._url, self._find = url, find
@@ -76,7 +76,7 @@ class RemoteFile(ShardFile):
             count = self._local.read_into(buffer, start)
             if count == len(buffer) or self._find() is not None:
                 return count
-            self.close()  # the cached copy was cut since it was opened, and is removed now: the server still has the shard
+            self.close()  # the cached copy was truncated since it was opened: fall back to the server
             self._local = None
         system, name = file_system(self._url)
         read = persistent(lambda: system.cat_file(name, start=start, end=start + len(buffer)), self._url)
@@ -96,37 +96,35 @@ class RemoteFile(ShardFile):
 class Arena:
     """Memory for the members of one batch, reused for the next one.
 
-    Fresh memory for every sample would be mapped page by page as it is filled, which takes longer than the
-    copy; memory that was just used is also still in the processor's cache.
+    New memory for every sample would be mapped page by page, which takes longer than the copy; reused memory is also likely
+    in the CPU cache.
     """
 
     def __init__(self) -> None:
         self._buffer, self._used, self._wanted = memoryview(b""), 0, 0
 
     def __reduce__(self) -> tuple[type["Arena"], tuple[()]]:
-        """Another process has memory of its own."""
+        """Pickle as an empty arena."""
         return Arena, ()
 
     def clear(self) -> None:
-        """Reuse all of it; what was taken before must not be used any more."""
+        """Reuse all memory; buffers taken before become invalid."""
         if self._wanted > len(self._buffer):
             self._buffer = np.empty(self._wanted * 5 // 4, dtype=np.uint8).data
         self._used = self._wanted = 0
 
     def take(self, length: int) -> memoryview:
-        """Writable memory, which torch requires."""
+        """Take a writable buffer, as torch requires."""
         self._wanted += length
         if self._wanted > len(self._buffer):
-            return memoryview(bytearray(length))  # only this time; `clear` enlarges the buffer
+            return memoryview(bytearray(length))  # temporary; `clear` enlarges the buffer
         start = self._used
         self._used = start + length
         return self._buffer[start : self._used]
 
 
 class ShardStore:
-    """Opens shards. Remote ones go through the cache if there is one: a shard is read by ranges at first, while a thread
-    fetches it completely.
-    """
+    """Opens shards. With a cache, a remote shard is read by range requests until a thread has fetched it completely."""
 
     def __init__(self, cache: ShardCache | None = None) -> None:
         self.cache = cache
@@ -134,17 +132,17 @@ class ShardStore:
         self._process = -1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the thread, which another process cannot use."""
+        """State without the thread, which cannot be pickled."""
         return {"cache": self.cache, "_wanted": None, "_process": -1}
 
     def stamp(self, location: str) -> Stamp:
-        """The present state of a shard.
+        """Current state of a shard.
 
         Raises:
-            OSError: if it cannot be reached.
+            OSError: if it cannot be accessed.
         """
         if is_pipe(location):
-            return UNKNOWN  # the command is all that is known of it
+            return UNKNOWN  # the state of a command's output is unknown
         if not is_remote(location):
             status = os.stat(location)
             return Stamp(status.st_size, status.st_mtime_ns)
@@ -156,7 +154,7 @@ class ShardStore:
         return Stamp(int(info.get("size") or -1), mark)
 
     def members(self, location: str, stamp: Stamp | None = None) -> Iterator[TarMember]:
-        """The headers of a shard in that state (default: the present one). Without a cache, ranges of a remote one are read."""
+        """Headers of a shard in that state (default: the current one); remote shards are read by range without a cache."""
         if not is_remote(location):
             return tar_members(Path(location))
         stamp = self.stamp(location) if stamp is None else stamp
@@ -170,11 +168,11 @@ class ShardStore:
 
         Args:
             location: path, URL or command.
-            stamp: the state that was indexed; None takes the present one.
+            stamp: the indexed state; None takes the current one.
 
         Raises:
-            OSError: if it cannot be reached.
-            BrokenShardError: if it is in another state now, or if a command fails.
+            OSError: if it cannot be accessed.
+            BrokenShardError: if its state has changed, or if a command fails.
         """
         if not is_remote(location):
             file = LocalFile(location)
@@ -211,7 +209,7 @@ class ShardStore:
             yield from members_of(url, _Ranges(stream), stamp.size)
 
     def _want(self, url: str, stamp: Stamp) -> None:
-        if self._wanted is None or self._process != os.getpid():  # a fork inherits no thread
+        if self._wanted is None or self._process != os.getpid():  # threads are not inherited by a fork
             self._wanted, self._process = queue.SimpleQueue(), os.getpid()
             threading.Thread(target=self._fetch_wanted, args=(self._wanted,), daemon=True).start()
         self._wanted.put((url, stamp))
@@ -223,7 +221,7 @@ class ShardStore:
             try:
                 self.cache.fetch(url, stamp, wait=False)
             except (OSError, BrokenShardError):
-                continue  # reading the shard by ranges meets the same fault and reports it
+                continue  # reported when the shard is read by range
 
 
 class _Ranges:
@@ -250,11 +248,11 @@ def _replaced(location: str, indexed: Stamp | None, now: Stamp) -> BrokenShardEr
 
 
 def persistent(call: Callable[[], _T], location: str) -> _T:
-    """Call again after a pause if the network failed; a missing file is not retried.
+    """Retry a call after network failures, with pauses; a missing file is not retried.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        OSError: if it failed four times, whatever the file system's package raised.
+        OSError: after four failures, whatever the file system's package raised.
     """
     pause = _FIRST_PAUSE_SECONDS
     for attempt in range(_ATTEMPTS):
@@ -262,7 +260,7 @@ def persistent(call: Callable[[], _T], location: str) -> _T:
             return call()
         except (FileNotFoundError, BrokenShardError, PermissionError):
             raise
-        except Exception as error:  # packages of file systems have exceptions of their own
+        except Exception as error:  # file system packages define their own exceptions
             if attempt == _ATTEMPTS - 1:
                 raise OSError(f"'{location}' cannot be read ({type(error).__name__}: {error}).") from error
             time.sleep(pause)

@@ -1,4 +1,4 @@
-"""Writes shards: plain WebDataset tars, byte for byte reproducible on every machine."""
+"""Writes shards: plain WebDataset tars, byte-identical on every machine."""
 
 import contextlib
 import json
@@ -17,7 +17,7 @@ from webdataset.writer import TarWriter
 from data.shards.decoders import LATENT_MEMBER, LATENT_TENSOR, READABLE
 
 Member = bytes | str | Mapping[str, object]
-"""What `ShardWriter.write` takes: bytes as they are, text as UTF-8, a mapping as JSON with sorted keys."""
+"""Content for `ShardWriter.write`: bytes, text (stored as UTF-8), or a mapping (stored as JSON with sorted keys)."""
 
 __all__ = ["LATENT_MEMBER", "Member", "ShardWriter", "encode_latents"]
 
@@ -32,7 +32,7 @@ def encode_latents(latents: torch.Tensor | NDArray[np.generic]) -> bytes:
         ValueError: unless it has three axes, or if a value is not finite in float16.
     """
     array = latents.detach().cpu().float().numpy() if isinstance(latents, torch.Tensor) else latents
-    with np.errstate(over="ignore"):  # reported below, as our own sentence
+    with np.errstate(over="ignore"):  # reported below
         half = np.ascontiguousarray(array, dtype=np.float16)
     if half.ndim != 3:
         raise ValueError(
@@ -46,20 +46,20 @@ def encode_latents(latents: torch.Tensor | NDArray[np.generic]) -> bytes:
 class ShardWriter:
     """Writes samples into `<folder>/<prefix>00000.tar`, `<prefix>00001.tar`, and so on.
 
-    A shard appears under its name only when it is complete; an interrupted writer leaves a file that ends in
-    `.partial`. Use it as a context manager: leaving it normally completes the last shard, an exception discards it.
+    Shards are written atomically; an interrupted writer leaves a file that ends in `.partial`. Use it as a context manager: a
+    normal exit completes the last shard, an exception discards it.
     """
 
     def __init__(
         self, folder: str | Path, prefix: str = "", samples_per_shard: int = 10_000, overwrite: bool = False
     ) -> None:
-        """Create the folder, and check that it is free.
+        """Create the folder, and check for existing shards.
 
         Args:
-            folder: created if it is missing.
-            prefix: begins every shard's name.
-            samples_per_shard: the last shard may hold fewer.
-            overwrite: remove existing shards of this prefix, with their indexes.
+            folder: output folder, created if missing.
+            prefix: prefix of the shard names.
+            samples_per_shard: samples per shard; the last one may have fewer.
+            overwrite: whether to remove existing shards of this prefix, with their indexes.
 
         Raises:
             ValueError: unless samples_per_shard is at least 1.
@@ -99,8 +99,8 @@ class ShardWriter:
             The key.
 
         Raises:
-            ValueError: for a key that holds a dot or that the shard already has, and for a sample without members
-                or with one that the reader does not decode.
+            ValueError: for a key with a dot or a duplicate key, and for a sample without members or with one that the reader
+                does not decode.
         """
         key = f"{self.samples_written:09d}" if key is None else key
         if "." in key or key.startswith("__") or not key or key != key.strip("/"):
@@ -129,7 +129,7 @@ class ShardWriter:
         return key
 
     def close(self) -> list[Path]:
-        """Complete the last shard and return the paths of all that were written."""
+        """Complete the last shard and return the paths of all written shards."""
         self._complete()
         return self.paths
 
@@ -159,8 +159,7 @@ class ShardWriter:
 
     def _open(self) -> None:
         self._stream = open(self._partial, "wb")  # noqa: SIM115 (closed with the shard)
-        # Time, owner and mode are fixed, so that the bytes depend on the samples alone; encoder=False: we
-        # encode.
+        # Time, owner and mode are fixed, so that the bytes depend on the samples alone; members are already encoded.
         self._tar = TarWriter(self._stream, user="", group="", mode=0o644, mtime=0, encoder=False)
 
     def _complete(self) -> None:
