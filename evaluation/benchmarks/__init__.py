@@ -1,1 +1,1 @@
-"""Measurements of this project itself: throughput, and the tables of the toy world."""
+"""Benchmarks of this project: throughput, and the tables of the toy world."""

@@ -12,7 +12,7 @@ from sdxs_lightning.command_line import Option, run_command
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageOptions:
-    """Simulates how often the metrics' 95 % intervals hold the mean that they should."""
+    """Simulates how often the metrics' 95 % intervals cover the true mean."""
 
     EXAMPLES: ClassVar[str] = (
         "python -m evaluation.benchmarks.coverage --out evaluation/results/coverage.json"
@@ -29,7 +29,7 @@ class CoverageOptions:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_command(
         "python -m evaluation.benchmarks.coverage",
         CoverageOptions,

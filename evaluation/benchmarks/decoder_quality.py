@@ -1,4 +1,4 @@
-"""A tiny decoder against its base's own on latents of real images: PSNR, feature distance, time, and a sheet."""
+"""A tiny decoder against its base's decoder on latents of real images: PSNR, feature distance, time, image sheet."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     from evaluation.benchmarks.tables import DecoderOptions
 
 PAIRS = ("kl_real", "tiny_real", "tiny_kl")
-"""Compared pairs: the base's decoder with the real image, the tiny decoder with it, and the decoders with each other."""
+"""Compared pairs: base decoder and real image, tiny decoder and real image, both decoders."""
 DIFFERENCE_GAIN = 8
 
 
 @as_user_errors()
 def decoder(options: DecoderOptions) -> str:
-    """Decodes the images' latents with both decoders and compares them."""
+    """Decode the images' latents with both decoders and compare them."""
     device = torch.device(options.device)
     family = detect_family(options.base)
     kl, tiny = (
@@ -123,10 +123,10 @@ def decoder(options: DecoderOptions) -> str:
 
 
 def feature_network(text: str) -> ImageFeatures:
-    """The network that `--features` names.
+    """The network of `--features`.
 
     Raises:
-        ValueError: for a text of another form.
+        ValueError: for an invalid form.
     """
     kind, *parts = text.split(":")
     kinds: dict[tuple[str, int], Callable[..., ImageFeatures]] = {
@@ -180,7 +180,7 @@ def feature_distance(network: FeatureNetwork, images: Tensor, reference: Tensor)
     The features of each position are normalised to length 1; squared distances are averaged over positions and layers.
 
     Args:
-        network: gives the feature maps.
+        network: computes the feature maps.
         images: (B, 3, H, W), float, in [-1, 1].
         reference: (B, 3, H, W), float, in [-1, 1].
 
@@ -203,9 +203,9 @@ def _parameters(module: nn.Module) -> int:
 def time_ratio(
     slow: Callable[[Tensor], Tensor], fast: Callable[[Tensor], Tensor], latents: Tensor, repeats: int = 15
 ) -> float:
-    """Time of one decoder over another's: median over alternating pairs, after one untimed pair.
+    """Ratio of the decoders' times: median over alternating pairs, after one untimed pair.
 
-    They alternate so that other load of the machine affects both alike.
+    They alternate so that other load on the machine affects both equally.
     """
     ratios = [_seconds(slow, latents) / _seconds(fast, latents) for _ in range(repeats + 1)]
     return statistics.median(ratios[1:])

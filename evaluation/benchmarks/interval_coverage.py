@@ -1,8 +1,8 @@
 """Coverage of the metrics' 95 % intervals over known Gaussians.
 
-Fake images are features of N(mean, covariance) that differ from the real ones', drawn again in every trial; the real ones stay.
-An interval covers if it holds the metric's mean over all trials, which is what other images of the same generator would give
-at the same number of images. 93 to 97 % of 95 % intervals should.
+Fake features are drawn in every trial from a Gaussian that differs from the real one; the real features are fixed. An interval
+covers if it contains the metric's mean over all trials, the expectation for this generator at the same number of images.
+93 to 97 % of 95 % intervals should cover.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ REAL_IMAGES = 1000
 TRIALS = {100: 1000, 1000: 400, 5000: 400}
 """A coverage of 95 % has a standard error of 0.7 percentage points over 1,000 trials, of 1.1 over 400, of 2.8 over 60."""
 CHEAP = ("fid", "mean of images")
-"""The others have fewer trials at many images: their work grows with the square of them."""
+"""Other metrics get fewer trials for many images, since their cost is quadratic."""
 
 
 class FirstColumn(PerImageMetric):
-    """A per-image number such as CLIP score."""
+    """A per-image metric such as CLIP score."""
 
     names = ("mean",)
 
 
 def identity(features: Tensor) -> Tensor:
-    """The feature network of a world whose images are their features."""
+    """Feature network that returns its input."""
     return features
 
 
 def fake_features(count: int, seed: int) -> Tensor:
-    """(count, d) of mean 0.2 and deviation 1.1."""
+    """(count, d) features of mean 0.2 and standard deviation 1.1."""
     generator = torch.Generator().manual_seed(seed)
     return 0.2 + 1.1 * torch.randn(count, DIMENSIONS, generator=generator)
 
 
 def metrics(count: int) -> dict[str, Callable[[], SampledMetric]]:
-    """Builders of the metrics at this number of images."""
+    """Constructors of the metrics for this number of images."""
     real = torch.randn(REAL_IMAGES, DIMENSIONS, generator=torch.Generator().manual_seed(10**6))
     statistics = FeatureStatistics.from_features(real)
     size = min(1000, count)
@@ -65,7 +65,7 @@ def metrics(count: int) -> dict[str, Callable[[], SampledMetric]]:
 
 
 def coverage(build: Callable[[], SampledMetric], count: int, trials: int) -> dict[str, dict[str, float]]:
-    """By number: share of the trials whose interval holds the mean over the trials, that mean, and the mean half width."""
+    """By result: share of trials whose interval contains the mean over the trials, that mean, and the mean half width."""
     found: dict[str, list[tuple[float, float, float]]] = {}
     for trial in range(trials):
         rows = fake_features(count, trial)
@@ -90,7 +90,7 @@ def coverage(build: Callable[[], SampledMetric], count: int, trials: int) -> dic
 def coverage_table(
     counts: Sequence[int], scale: float, wanted: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """The table: by number of images, then by metric."""
+    """Coverage by number of images, then by metric."""
     table: dict[str, Any] = {}
     for count in counts:
         for name, build in metrics(count).items():
@@ -110,7 +110,7 @@ def coverage_table(
 
 
 def run(options: CoverageOptions) -> str | None:
-    """Runs the trials; adds to what the file holds for other numbers of images."""
+    """Run the trials; keeps the file's results for other numbers of images."""
     torch.set_num_threads(1)
     table = coverage_table(options.counts, options.scale, options.metrics)
     if options.out is not None and options.out.is_file():

@@ -1,4 +1,4 @@
-"""The recipes of the toy world and their runs: each is train.py from another row's student, or from the base."""
+"""The recipes of the toy world and their runs of train.py, which start from another row's student or from the base."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COST = "cost.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One row: a stage with its settings, and the student that it starts from."""
+    """A row: stage, settings and initial student."""
 
     configs: tuple[str, ...]
     """Files under configs/, each overriding those before it."""
@@ -62,14 +62,14 @@ RECIPES: dict[str, Recipe] = {
     "pruned_segmented+finish": _finish_of("pruned_segmented"),
     "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
 }
-"""By name of the row; a row comes after the one it starts from."""
+"""Recipes by row name; a row follows the one it starts from."""
 
 
 def make_pairs() -> None:
-    """Makes the (noise, latents) pairs of every warm-up; does nothing if they are complete.
+    """Generate the (noise, latents) pairs for all warm-ups, unless they are complete.
 
     Raises:
-        RunStopped: if that fails.
+        RunStopped: if the generation fails.
     """
     if subprocess.run(
         [sys.executable, "-m", "data.prepare", "pairs", *PAIR_OPTIONS.split()], cwd=REPOSITORY, check=False
@@ -101,7 +101,7 @@ def is_finished(root: Path, row: str, seed: int) -> bool:
 
 
 def train(root: Path, row: str, seed: int) -> None:
-    """Runs a row after the rows that it starts from; does nothing if its pipeline exists.
+    """Train a row after the rows that it starts from, unless its pipeline exists.
 
     Raises:
         RunStopped: if train.py fails.

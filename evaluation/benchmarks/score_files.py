@@ -1,4 +1,4 @@
-"""What is computed from score files alone: spread over seeds, paired differences, and their tables."""
+"""Computations on score files: spread over seeds, paired differences, and their tables."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 REPORTED = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy")
 COMPARED = ("fid", "clip_score", "caption_accuracy", "diversity")
 SHARED = ("base_sha256", "teacher_guidance_scale", "student_updates")
-"""What reports have to agree in, besides the protocol, to be runs of one setting."""
+"""Keys, besides the protocol, in which reports of one setting must agree."""
 
 
 def read_scores(path: Path) -> dict[str, Any]:
@@ -36,7 +36,7 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def write_scores(path: Path | None, content: Mapping[str, Any]) -> str:
-    """Writes a score file where one is wanted; returns its table."""
+    """Write a score file if a path is given; returns its table."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content, indent=2) + "\n")
@@ -67,10 +67,10 @@ def seeds(options: SeedsOptions) -> str:
 
 
 def summarise(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean, smallest and largest of what the students of several reports score.
+    """Mean, minimum and maximum of the students' scores over several reports.
 
     Args:
-        reports: by file name, as `evaluation.callbacks.run_report` writes them.
+        reports: reports of `evaluation.callbacks.run_report` by file name.
 
     Raises:
         ValueError: for reports of different protocols, bases or lengths, or with the same seed.
@@ -136,13 +136,12 @@ def mean_differences(
 
 
 def seed_differences(rows: Mapping[str, Any], pairs: Sequence[tuple[str, str]], score: str) -> list[float]:
-    """First row minus second, for every pair of rows and every seed that both have.
+    """First row minus second, for every pair of rows and every common seed.
 
-    Two rows of one seed share noise, prompts and the students that they start from, so their difference varies less than
-    either does.
+    Rows of one seed share noise, prompts and initial students, so their difference varies less than each of them.
 
     Raises:
-        ValueError: for a row that does not exist, or without values by seed.
+        ValueError: for a missing row, or one without values by seed.
     """
     found = []
     for pair in pairs:

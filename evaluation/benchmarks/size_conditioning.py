@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @as_user_errors()
 def size_conditioning(options: SizeConditioningOptions) -> str:
-    """Measures the same prompts and noise under three size conditions, and real images."""
+    """Measure the same prompts and noise under three size conditions, and real images."""
     protocol, device = get_protocol("toy", samples=options.samples), torch.device(options.device)
     family = detect_family(options.base).to(device)
     if family.encode_prompts([""]).add_time_ids is None:
@@ -74,7 +74,7 @@ def sampled_images(
     device: torch.device | None = None,
     description: str = "",
 ) -> Tensor:
-    """The protocol's images, from its noise, conditioned on an original size and a crop: (B, 3, H, W) uint8."""
+    """Images (B, 3, H, W) uint8 from the protocol's prompts and noise, conditioned on an original size and a crop."""
     images, prompts = [], protocol.captions()
     for start in track(range(0, len(prompts), batch_size), description, console=Console(stderr=True)):
         texts = prompts[start : start + batch_size]
@@ -87,7 +87,7 @@ def sampled_images(
 
 
 def sharpness(images_uint8: Tensor) -> float:
-    """Mean absolute difference of neighbouring pixels over both directions; halving and doubling an image lowers it.
+    """Mean absolute difference of neighbouring pixels in both directions; down- and upsampling an image lowers it.
 
     Args:
         images_uint8: (B, 3, H, W).

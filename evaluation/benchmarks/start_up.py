@@ -46,17 +46,17 @@ class StartUpOptions:
 
 
 class TimedCommand(NamedTuple):
-    """A command, and what is expected of it."""
+    """A command with its expected exit code and time."""
 
     arguments: tuple[str, ...]
-    """After the interpreter."""
+    """Arguments of the interpreter."""
     exit_code: int = 0
     goal: float | None = None
-    """Largest ratio of its time to that of `import torch`."""
+    """Maximum ratio of its time to that of `import torch`."""
 
 
 def commands(shards: Path) -> dict[str, TimedCommand]:
-    """All that is timed, by name.
+    """Timed commands by name.
 
     Args:
         shards: folder for `verify`.
@@ -95,10 +95,10 @@ def commands(shards: Path) -> dict[str, TimedCommand]:
 
 
 def measure(timed: Mapping[str, TimedCommand], repeats: int) -> Iterator[dict[str, dict[str, Any]]]:
-    """After each repeat: medians of each command and their ratios to the baseline.
+    """Yield medians of each command and their ratios to the baseline after each repeat.
 
     Raises:
-        UserError: for a command that ends with another exit code than expected.
+        UserError: for a command with an unexpected exit code.
     """
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
     for _ in range(repeats):
@@ -122,7 +122,7 @@ def measure(timed: Mapping[str, TimedCommand], repeats: int) -> Iterator[dict[st
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The result as aligned text; commands above their goal are marked."""
+    """Result as aligned text; commands above their goal are marked."""
     lines = [f"{'':<36}seconds   ratio  CPU ratio   goal"]
     for name, row in rows.items():
         goal = "" if row["goal"] is None else f"{row['goal']:.1f}"
@@ -134,10 +134,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def run(options: StartUpOptions) -> str:
-    """Measures, and writes the file after every repeat.
+    """Measure, and write the file after every repeat.
 
     Raises:
-        UserError: for a command that ends with another exit code than expected.
+        UserError: for a command with an unexpected exit code.
     """
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +179,7 @@ def _write_shard(folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_command("python -m evaluation.benchmarks.start_up", StartUpOptions, run, arguments)
 
 

@@ -1,8 +1,7 @@
 """The toy world's tables: `python -m evaluation.benchmarks.tables COMMAND`.
 
-Five commands measure and write a score file (JSON); two compute from score files; `show` prints the table of any of them.
-Measurements that a file already holds for the same weights and protocol are kept, so a command that was stopped continues
-when it is given again.
+Five commands measure and write a score file (JSON), two compute from score files, and `show` prints their tables. Existing
+measurements for the same weights and protocol are kept, so an interrupted command resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -208,7 +207,7 @@ COMMANDS = tuple(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_subcommand(
         PROGRAM, "Measures the toy world's tables and prints them as Markdown.", COMMANDS, arguments
     )

@@ -96,12 +96,12 @@ COMMANDS = tuple(
 
 
 def _run(name: str, options: Output) -> str:
-    """Runs a benchmark and writes its result.
+    """Run a benchmark and write its result.
 
     Raises:
         RunStopped: if the benchmark found a failure.
     """
-    import torch  # after the options were accepted
+    import torch  # after the options were parsed
 
     from evaluation.runner.machine import where
     from evaluation.user_errors import as_user_errors
@@ -123,7 +123,7 @@ run_data, run_resume, run_metrics = (partial(_run, name) for name in ("data", "r
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Entry point."""
     run_subcommand(PROGRAM, "Benchmarks of everything around the networks.", COMMANDS, arguments)
 
 

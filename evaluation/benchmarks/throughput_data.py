@@ -1,4 +1,4 @@
-"""Reading speed against the webdataset package on the same tars, in one run, alternating, the fastest of each."""
+"""Reading speed against the webdataset package on the same tars: alternating in one run, fastest repeat of each."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _DISTINCT = 48
 
 
 def run(options: DataOptions) -> dict[str, Any]:
-    """All numbers of one run."""
+    """Run all timings."""
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     photographs = [_photograph(rng) for _ in range(min(_DISTINCT, options.jpegs))]
@@ -91,7 +91,7 @@ def _dataset(folder: Path, contents: list[Content], **options: Any) -> ShardData
 
 
 def _rate(read: Callable[[], int]) -> float:
-    """Samples per second of this process's CPU time, which other programs do not affect."""
+    """Samples per second of CPU time of this process, which is independent of other load."""
     start = time.process_time()
     return read() / (time.process_time() - start)
 
@@ -103,7 +103,7 @@ def index_speed(folder: Path) -> dict[str, float]:
 
 
 def raw(folder: Path, content: Content, repeats: int) -> dict[str, float]:
-    """Undecoded samples: ours in shuffled order, webdataset's in the written order."""
+    """Rate of undecoded samples: ours in shuffled order, webdataset's in the stored order."""
     dataset = _dataset(folder, [content, "sizes"])
     total = len(dataset)
     bytes_read = 0
@@ -141,7 +141,7 @@ def decoded(folder: Path, options: DataOptions) -> dict[str, dict[str, float]]:
 
 
 def _seconds(batches: Iterator[Any], clock: Callable[[], float], count: int = 8) -> float:
-    """Seconds per batch after the first two, so that starting the workers is not counted."""
+    """Seconds per batch, excluding the first two and thus the start of the workers."""
     for _ in islice(batches, 2):
         pass
     start = clock()
@@ -200,7 +200,7 @@ def memory(folder: Path, content: Content, options: DataOptions) -> dict[str, li
 
 
 def memory_growth(megabytes: Sequence[float]) -> float:
-    """Peak of the second half over peak of the first, without the first fifth."""
+    """Ratio of the peak of the second half to that of the first, without the first fifth."""
     warm = megabytes[len(megabytes) // 5 :]
     half = len(warm) // 2
     return max(warm[half:]) / max(warm[:half])
@@ -277,7 +277,7 @@ def shuffle_quality() -> dict[str, Any]:
 def webdataset_batches(
     folder: Path, side_px: int, batch_size: int, workers: int
 ) -> Iterator[tuple[Tensor, Any]]:
-    """Images as float tensors in [-1, 1] with captions, as webdataset's documentation reads them: PIL and torchvision."""
+    """Images as float tensors in [-1, 1] with captions, as in webdataset's documentation: PIL and torchvision."""
     transform = v2.Compose(
         [
             v2.Resize(side_px, interpolation=v2.InterpolationMode.BICUBIC),
@@ -303,7 +303,7 @@ def _urls(folder: Path) -> list[str]:
 
 
 def write_tars(folder: Path, samples: int, name: str, contents: Sequence[Any]) -> Path:
-    """Shards of 250 samples as img2dataset and `data.prepare latents` write them; samples repeat the contents."""
+    """Write shards of 250 samples like img2dataset and `data.prepare latents`; samples repeat the contents."""
     with ShardWriter(folder, samples_per_shard=250) as writer:
         for number in range(samples):
             content = {name: contents[number % len(contents)], "txt": f"a caption of some words, {number}"}
@@ -313,7 +313,7 @@ def write_tars(folder: Path, samples: int, name: str, contents: Sequence[Any]) -
 
 
 def many_shards(folder: Path, shards: int, samples: int) -> Path:
-    """Hard links to one shard of tiny samples: an index of any size on little disk."""
+    """Hard links to one shard of tiny samples, for a large index that takes little disk space."""
     tiny = encode_latents(np.zeros((4, 1, 1), dtype=np.float32))
     with ShardWriter(folder, prefix="first-", samples_per_shard=samples) as writer:
         for number in range(samples):
@@ -324,7 +324,7 @@ def many_shards(folder: Path, shards: int, samples: int) -> Path:
 
 
 def _photograph(rng: np.random.Generator) -> bytes:
-    """Smooth shapes with some grain: compresses about as photographs do."""
+    """Smooth shapes with grain, whose compression ratio is about that of photographs."""
     small = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((_JPEG_SIDE_PX, _JPEG_SIDE_PX), Image.Resampling.BICUBIC)).astype(
         np.int16

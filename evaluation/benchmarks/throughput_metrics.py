@@ -1,6 +1,6 @@
 """Speed of the metrics: the Frechet term against torchmetrics and scipy, and the exchange between ranks.
 
-CPU seconds are recorded beside wall-clock seconds; they remain comparable on a machine that is busy with other work.
+CPU seconds are recorded beside wall-clock seconds, since they are comparable on a busy machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def run(options: MetricsOptions) -> dict[str, Any]:
     """All timings of one run, in seconds, and their ratios."""
-    # First, because processes are forked: this one must not have started threads.
+    # First, because it forks: this process must not have started threads.
     result: dict[str, Any] = {"sync": sync(options.ranks, options.dimensions, False, options.repeats)}
     if options.torchmetrics_sync:
         result["sync_of_torchmetrics"] = sync(options.ranks, options.dimensions, True, 1)
@@ -46,7 +46,7 @@ def run(options: MetricsOptions) -> dict[str, Any]:
 
 
 def features_like_inception(count: int, dimensions: int, seed: int) -> Tensor:
-    """Random non-negative features (n, d) with a spectrum that falls over five decades."""
+    """Random non-negative features (n, d) with a spectrum over five decades."""
     generator = torch.Generator().manual_seed(0)
     directions = torch.linalg.qr(torch.randn(dimensions, dimensions, generator=generator)).Q
     scales = torch.arange(1, dimensions + 1) ** -0.75
@@ -57,7 +57,7 @@ def features_like_inception(count: int, dimensions: int, seed: int) -> Tensor:
 
 
 def frechet_routes(features_1: Tensor, features_2: Tensor, repeats: int, slow: bool) -> dict[str, Any]:
-    """Seconds and value of each route to the distance, from equal statistics; `slow`: scipy's too."""
+    """Seconds and value of each implementation of the distance, from equal statistics; `slow` includes scipy's."""
     side_1, side_2 = (FeatureStatistics.from_features(side) for side in (features_1, features_2))
     tensors = (side_1.mean, side_1.covariance, side_2.mean, side_2.covariance)
     routes: dict[str, Callable[[], float]] = {
@@ -69,7 +69,7 @@ def frechet_routes(features_1: Tensor, features_2: Tensor, repeats: int, slow: b
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     cpu_seconds: dict[str, list[float]] = {name: [] for name in routes}
     values: dict[str, float] = {}
-    # Routes alternate, so that other load of the machine affects all alike.
+    # Alternating, so that other load on the machine affects all equally.
     for repeat in range(repeats):
         for name, route in routes.items():
             if name == "scipy" and repeat > 0:
@@ -102,7 +102,7 @@ def _by_scipy(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2
 
 
 def sync(ranks: int, dimensions: int, of_torchmetrics: bool, repeats: int) -> dict[str, Any]:
-    """Exchange of FID states between gloo processes of this machine: slowest rank, largest growth in memory."""
+    """Exchange of FID states between local gloo processes: slowest rank, largest memory growth."""
     # Forked where possible: a fresh process spends seconds importing torch.
     context: Any = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
     queue = context.Queue()

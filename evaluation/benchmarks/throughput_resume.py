@@ -1,4 +1,4 @@
-"""SIGKILL at random steps: what a resumed run reads and draws, against the uninterrupted run.
+"""SIGKILL at random steps: compares the data and random draws of a resumed run with the uninterrupted run.
 
 Each trial trains with Lightning in a process of its own, kills it at a random step, resumes from its newest checkpoint with
 another number of workers, and compares every step that follows: sample ids, positions, captions, crops, mirroring (through
@@ -34,13 +34,13 @@ from sdxs_lightning.core.seeding import Stream, integers, normal, uniform
 if TYPE_CHECKING:
     from evaluation.benchmarks.throughput import ResumeOptions
 
-_SAMPLES, _BATCH, _EPOCHS = 90, 8, 3  # eleven batches an epoch, two samples over
+_SAMPLES, _BATCH, _EPOCHS = 90, 8, 3  # eleven batches per epoch, two samples left over
 _STEPS = _EPOCHS * (_SAMPLES // _BATCH)
 _SEED = 3
 
 
 def run(options: ResumeOptions) -> dict[str, Any]:
-    """Runs all trials; `failed` is a sentence if one of them differed."""
+    """Run all trials; `failed` is a message if one of them differed."""
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -71,7 +71,6 @@ class Recorder(pl.LightningModule):
         self.log_file = log
 
     def training_step(self, batch: TrainingBatch, batch_index: int) -> None:
-        """One step."""
         optimizer: Any = self.optimizers()
         assert batch.latents is not None
         self.manual_backward((self.weight * batch.latents.mean()).sum())
@@ -82,7 +81,6 @@ class Recorder(pl.LightningModule):
         time.sleep(0.002)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
@@ -100,7 +98,7 @@ class AtomicCheckpoint(pl.Callback):
 
 
 def describe(batch: TrainingBatch) -> dict[str, Any]:
-    """What a step received, and what it would draw."""
+    """Data that a step received, and its random draws."""
     assert batch.images is not None and batch.crops is not None
     positions = batch.positions
     return {
@@ -120,7 +118,7 @@ def _digest(values: torch.Tensor) -> str:
 
 
 def write_samples(folder: Path) -> None:
-    """Images of many shapes with several captions and latents, in shards of unequal sizes."""
+    """Write images of many shapes with several captions and latents, in shards of unequal sizes."""
     numbers = np.random.default_rng(0)
     for shard, count in enumerate((23, 7, 31, 11, 18)):
         with ShardWriter(folder, prefix=f"{shard}-") as writer:
@@ -134,7 +132,7 @@ def write_samples(folder: Path) -> None:
 
 
 def train(shards: Path, folder: Path, log: Path, workers: int, checkpoint: Path | None) -> None:
-    """One training; runs to its end unless it is killed."""
+    """Run one training to its end, unless it is killed."""
     torch.set_num_threads(1)
     data = ShardDataModule(
         str(shards),
@@ -226,7 +224,7 @@ def _trial(
 
 
 def _kill_group(group: int) -> None:
-    """Ends the workers that a killed training left behind."""
+    """End the workers that a killed training left behind."""
     try:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:

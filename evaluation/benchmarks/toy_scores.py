@@ -1,4 +1,4 @@
-"""Measures the toy world's models: students of the recipes, U-Nets in a base's place, the base in many and few steps."""
+"""Scores the toy world's models: students of the recipes, replaced U-Nets, the base in many and few steps."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SUMMARISED = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "di
 
 
 class Scorer:
-    """Scores images under a protocol behind a progress bar; loads the protocol's networks once."""
+    """Scores images under a protocol with a progress bar; loads the protocol's networks once."""
 
     def __init__(self, protocol: Protocol, options: Measuring) -> None:
         self.protocol, self.batch_size = protocol, options.batch_size
@@ -62,7 +62,7 @@ class Scorer:
 
 @as_user_errors()
 def recipes(options: RecipesOptions) -> str:
-    """Trains what is missing, scores every student, and summarises over seeds."""
+    """Train missing runs, score every student, and summarise over seeds."""
     protocol = get_protocol(options.protocol, samples=options.samples)
     scorer = Scorer(protocol, options)
     rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows}
@@ -87,7 +87,7 @@ def recipes(options: RecipesOptions) -> str:
 
 
 def student_scores(root: Path, row: str, seed: int, scorer: Scorer) -> dict[str, Any]:
-    """Scores of an exported student in one step; kept beside the run."""
+    """Scores of an exported student in one step, cached in the run's folder."""
     folder, protocol = run_folder(root, row, seed), scorer.protocol
     kept = folder / f"scores_{protocol.name}.json"
     key = {"model_sha256": hash_weights(folder / "pipeline"), "fingerprint": protocol.fingerprint()}
@@ -114,7 +114,7 @@ def student_images(folder: Path, protocol: Protocol, device: torch.device) -> Pi
 
 
 def over_seeds(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    """A row of the table: spread over seeds, and the values in the order of the seeds (None where not recorded)."""
+    """Table row: spread over seeds, and the values by seed (None if not recorded)."""
     summary: dict[str, Any] = {
         "seeds": list(by_seed),
         "parameters": next(iter(by_seed.values()))["parameters"],
@@ -142,7 +142,7 @@ def recipes_sheet(root: Path, rows: Sequence[str], seed: int, protocol: Protocol
 
 @as_user_errors()
 def unets(options: UNetsOptions) -> str:
-    """Scores each network at each number of steps; scores that the file holds for the same weights are kept."""
+    """Score each network at each number of steps; existing scores for the same weights are kept."""
     networks: dict[str, str | None] = {"base": None}
     for argument in options.unet:
         name, _, folder = argument.partition("=")
@@ -181,7 +181,7 @@ def unets(options: UNetsOptions) -> str:
 
 @as_user_errors()
 def teacher(options: TeacherOptions) -> str:
-    """Scores the base; scores that the file holds for the same protocol and weights are kept."""
+    """Score the base; existing scores for the same protocol and weights are kept."""
     device, entries = torch.device(options.device), {}
     family = StableDiffusion(options.base).to(device)
     for name in options.protocol:

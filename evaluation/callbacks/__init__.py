@@ -1,1 +1,1 @@
-"""Callbacks that measure while a stage trains."""
+"""Callbacks that evaluate during training."""

@@ -1,4 +1,4 @@
-"""Keeps the checkpoint that scored best, beside the newest ones."""
+"""Keeps the checkpoint with the best score, beside the newest ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sdxs_lightning.callbacks.counts import counts_of
 class BestCheckpoint(Checkpoint):
     """Saves a complete checkpoint whenever a score is the best so far, and removes the previous best.
 
-    Training can resume from it (`--ckpt_path <run>/best/<folder>`). It runs after the measuring callbacks, as all of
-    Lightning's checkpoint callbacks do.
+    Training can resume from it (`--ckpt_path <run>/best/<folder>`). Like all of Lightning's checkpoint callbacks, it runs after
+    the other callbacks.
 
     Args:
         metric: a score of DistillationMetrics or ImageMetrics: `fid`, `clip_score`, `caption_accuracy`, ...
@@ -41,7 +41,7 @@ class BestCheckpoint(Checkpoint):
         self._writer.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ignores what was measured before the first update.
+        """Ignores scores from before the first update.
 
         Raises:
             UserError: if the folder holds an earlier run's checkpoint.
@@ -52,13 +52,13 @@ class BestCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves after a new best; between iterations, as every checkpoint."""
+        """Saves after a new best score, between iterations like all checkpoints."""
         self._update_best(trainer)
         if counts_of(trainer).between_iterations:
             self._save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The last measurement may be the best."""
+        """Saves if the last measurement is the best."""
         self._update_best(trainer)
         self._save(trainer)
 

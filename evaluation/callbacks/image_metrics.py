@@ -1,4 +1,4 @@
-"""FID, CLIP score and further metrics of a student while it trains, under a protocol for published images."""
+"""FID, CLIP score and other metrics of a student during training, under an image protocol."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class ImageMetrics(ScoreCurve):
         captions: file of prompts, as `--captions` of `python -m evaluation.evaluate`.
         reference: npz of the real images, from `python -m evaluation.reference`; None if no metric needs one.
         every_n_student_updates: measuring interval.
-        protocol: a protocol for published images.
+        protocol: an image protocol.
         metrics: None for the protocol's.
         samples: number of images, None for the protocol's; FID depends on it, and the hash changes.
         batch_size: images per call on each device.
@@ -46,7 +46,7 @@ class ImageMetrics(ScoreCurve):
         at_start: also before the first update.
 
     Raises:
-        UserError: for a toy protocol, or captions that do not suffice.
+        UserError: for a toy protocol, or too few captions.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class ImageMetrics(ScoreCurve):
         self._references: dict[str, Reference] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Loads the networks and the reference, so that what is missing is reported before training starts."""
+        """Loads the networks and the reference, so that missing files are reported before training starts."""
         for one in self.measurements:
             identity = self._networks.identity(one)
             if one.metric not in REFERENCE_METRICS:
@@ -108,8 +108,8 @@ class ImageMetrics(ScoreCurve):
 
         Args:
             maker: generates the images.
-            device: of the networks and sums.
-            rank: of this process.
+            device: device of the networks and metric states.
+            rank: rank of this process.
             world_size: number of processes that share the samples.
         """
         metrics = [

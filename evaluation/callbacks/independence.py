@@ -1,4 +1,4 @@
-"""Refuses to measure with a network that training uses: a metric that was optimised measures nothing."""
+"""Refuses metric networks that training uses: a metric that is optimised is not meaningful."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from sdxs_lightning.core.errors import UserError
 
 SAMPLED = 64
-"""Values of each weight that are compared."""
+"""Number of values compared per weight."""
 ROUNDING = 2.0**-7
-"""Relative tolerance: bfloat16 keeps 8 bits. The absolute one is 1e-6, for the smallest numbers of float16."""
+"""Relative tolerance, as bfloat16 has 8 bits; the absolute one is 1e-6, for the smallest values of float16."""
 
 
 def require_independent(measuring: Iterable[Any], training: Mapping[str, nn.Module]) -> None:
-    """Refuses a run that trains through a network that measures it.
+    """Check that no metric network is also used in training.
 
-    Networks are the same if they share the values of one weight, whatever its name and precision: a GAN may use only one
-    tower of a CLIP, in bfloat16.
+    Networks count as the same if they share the values of one weight, whatever its name and precision: a GAN may use only
+    one tower of a CLIP, in bfloat16.
 
     Args:
         measuring: networks of the metrics; modules, or objects that hold modules.
         training: frozen image networks of the training, by their name in the configuration.
 
     Raises:
-        UserError: if a network is both.
+        UserError: if a network is used for both.
     """
     metric_weights = [
         (network, shape, values)
@@ -47,7 +47,7 @@ def require_independent(measuring: Iterable[Any], training: Mapping[str, nn.Modu
 
 
 def _modules(network: Any) -> list[nn.Module]:
-    """The module itself, or those that an object or the CLIP that it wraps holds."""
+    """The module itself, or the modules in an object or in the CLIP that it wraps."""
     network = getattr(network, "clip", network)
     if isinstance(network, nn.Module):
         return [network]
@@ -57,7 +57,7 @@ def _modules(network: Any) -> list[nn.Module]:
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[torch.Size, Tensor]]:
-    """Shape and evenly spaced values of each matrix or kernel, except constants, with which many networks are initialised."""
+    """Shape and evenly spaced values of each matrix or kernel; skips constants, which many networks share."""
     for weight in module.parameters():
         if weight.dim() < 2 or weight.numel() < SAMPLED:
             continue

@@ -1,4 +1,4 @@
-"""Throughput and progress bar, for every stage."""
+"""Throughput logging and progress bar for all stages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 class Throughput(pl.Callback):
-    """Logs images/s over all ranks, student updates/s and peak memory; time spent on measuring is excluded.
+    """Logs images/s over all ranks, student updates/s and peak memory; excludes the time of metrics.
 
     Stages without a student-update counter count optimizer steps.
 
@@ -96,11 +96,11 @@ SHOWN = {
     "val/caption_accuracy": "caption accuracy {:.0%}",
     "throughput/images_per_second": "{:.0f} images/s",
 }
-"""Metric to text; metrics that were not logged are omitted."""
+"""Format per metric; metrics that were not logged are omitted."""
 
 
 class ProgressBar(LightningProgressBar):
-    """Progress in student updates, with the most telling metrics; without a terminal, a line at intervals.
+    """Progress in student updates with the most important metrics; prints lines at intervals without a terminal.
 
     Args:
         line_seconds: interval of the lines without a terminal.
@@ -119,7 +119,7 @@ class ProgressBar(LightningProgressBar):
         self._start = self._last_line = 0.0
 
     def disable(self) -> None:
-        """Called by Lightning on all ranks but the first."""
+        """Hides the bar; called by Lightning on all ranks but the first."""
         self._enabled = False
 
     def enable(self) -> None:
@@ -145,7 +145,7 @@ class ProgressBar(LightningProgressBar):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Reads metrics only where they were logged, because reading waits for the device."""
+        """Reads metrics only after they were logged, because reading synchronises the device."""
         if not self._enabled:
             return
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
@@ -193,7 +193,7 @@ class ProgressBar(LightningProgressBar):
 
 
 def _planned_updates(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:
-    """Updates at which the run ends, if it ends by their number."""
+    """Number of updates after which the run ends, if limited."""
     if isinstance(module, OneStepDistillation):
         return module.update_schedule.max_student_updates
     if isinstance(limit := getattr(module, "max_student_updates", None), int):

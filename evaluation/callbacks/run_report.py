@@ -39,11 +39,11 @@ from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 OWN_RESULTS = "teacher.json"
-"""In the run's folder: teacher scores that had to be measured there."""
+"""File in the run's folder for teacher scores that were measured by the run."""
 
 
 class Report(pl.Callback):
-    """Measures the averaged student before and after training and its teacher on held-out prompts.
+    """Measures the averaged student before and after training, and its teacher, on held-out prompts.
 
     Teacher scores are looked up in `teacher_results` (and in `teacher.json` of the run's folder) by protocol and weights;
     missing ones are measured, which takes minutes. Latencies are always measured.
@@ -99,14 +99,14 @@ class Report(pl.Callback):
         self._networks = self._networks or ProtocolNetworks.load(self.protocol)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a run that trains through a network that measures it."""
+        """Checks that no metric network is used in training."""
         assert isinstance(pl_module, OneStepDistillation) and self._networks is not None
         require_independent(
             [self._networks.clip, self._networks.classifier], pl_module.frozen_image_networks()
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Measures the student that training starts from; a resumed run has it in its checkpoint."""
+        """Measures the initial student; a resumed run has its scores in the checkpoint."""
         if self._before is None:
             with paused(trainer):
                 self._before = self._student(trainer, pl_module)
@@ -126,7 +126,7 @@ class Report(pl.Callback):
         if not trainer.is_global_zero:
             return
         folder = self._folder(trainer)
-        # Not earlier: a rank that looks up what another has stored measures less than the others, which wait for it.
+        # Not earlier: a rank that finds scores stored by another would skip collective measurements and block the others.
         for name, measured in self._to_store.items():
             store(folder / OWN_RESULTS, name, measured)
         report = self._compose(trainer, pl_module, student, entry, curve)
@@ -140,7 +140,7 @@ class Report(pl.Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Measurements of the start of the run."""
+        """Scores of the initial student."""
         samples = None if self._before_samples is None else self._before_samples.cpu()
         return {"before": self._before, "before_pictures": samples, "seconds": self._seconds()}
 
@@ -157,7 +157,7 @@ class Report(pl.Callback):
         return folder
 
     def _student(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-        """A row of the report: the averaged student now."""
+        """Report row of the current averaged student."""
         maker = averaged_student(trainer, module, self.protocol.seed)
         scores = self._measure(trainer, self.protocol, self._networks, maker, self.prompts, module.device)
         return {"nfe": 1, **scores, "ms_per_image": milliseconds_per_image(maker, self.prompts[0])}
@@ -182,7 +182,7 @@ class Report(pl.Callback):
     def _teacher_entry(
         self, trainer: pl.Trainer, teacher: Teacher, protocol: Protocol, steps: Sequence[int], with_real: bool
     ) -> Entry:
-        """Stored teacher scores, completed."""
+        """Stored teacher scores, completed by measurements."""
         networks: ProtocolNetworks | None = self._networks if protocol == self.protocol else None
         measured: list[str] = []
 
@@ -202,7 +202,7 @@ class Report(pl.Callback):
     def _teacher_line(
         self, trainer: pl.Trainer, module: OneStepDistillation, curve: DistillationMetrics, entry: Entry
     ) -> dict[str, float]:
-        """The many-step teacher under the protocol of the curve, so that the two are comparable."""
+        """Scores of the many-step teacher under the curve's protocol, so that they are comparable."""
         steps = self.teacher_steps[:1]
         if curve.protocol != self.protocol:
             teacher = self._teacher(module, curve.protocol)
@@ -236,7 +236,7 @@ class Report(pl.Callback):
         entry: Entry,
         curve: DistillationMetrics | None,
     ) -> dict[str, Any]:
-        """The documented keys first, then further details."""
+        """Content of report.json: documented keys first, then further details."""
         throughput = callback_of(trainer, Throughput)
         latest = {} if throughput is None else throughput.latest
         many = entry["teacher"][str(self.teacher_steps[0])]

@@ -1,4 +1,4 @@
-"""Toy scores and sample grids of the averaged student while a distillation trains."""
+"""Toy scores and sample grids of the averaged student during distillation."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ __all__ = ["DistillationMetrics", "ProgressBar", "SampleGrids", "Throughput", "a
 
 
 class DistillationMetrics(ScoreCurve):
-    """FID, CLIP score and caption accuracy of the averaged student under a protocol of the toy world.
+    """FID, CLIP score and caption accuracy of the averaged student under a toy protocol.
 
     Args:
         every_n_student_updates: measuring interval.
-        protocol: a toy protocol; settings may be chosen by `toy-val`, not by `toy`.
+        protocol: a toy protocol; tune settings on `toy-val`, not on `toy`.
         samples: number of images, None for the protocol's; FID depends on it.
         batch_size: images per call on each device.
         at_start: also before the first update.
@@ -76,8 +76,7 @@ class SampleGrids(StudentUpdateCallback):
 
     Args:
         every_n_student_updates: interval.
-        prompts: captions, or the path of a file of captions, of which the first `images` are taken; None takes the
-            protocol's.
+        prompts: captions or a file of captions, of which the first `images` are taken; None takes the protocol's.
         images: number of images.
         protocol: a toy protocol, for prompts and seed.
         folder: for the PNG files; None means `samples` in the trainer's default_root_dir.
@@ -85,7 +84,7 @@ class SampleGrids(StudentUpdateCallback):
     """
 
     decodes_images = True
-    """Read by the memory plan: the VAE is on the device."""
+    """Tells the memory plan that the VAE is on the device."""
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class SampleGrids(StudentUpdateCallback):
         self.seed, self.folder = chosen.seed, folder
 
     def at_student_update(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
-        """Generates on every rank, because a sharded network needs them all; writes on the first."""
+        """Generates on all ranks, as sharded networks require; writes on the first."""
         with vae_on_device(module):
             maker = averaged_student(trainer, module, self.seed)
             images_uint8 = maker(self.prompts, torch.arange(len(self.prompts))).cpu()

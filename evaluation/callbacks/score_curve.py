@@ -1,4 +1,4 @@
-"""Scores of the averaged student while it is trained, under any protocol."""
+"""Scores of the averaged student during training, under any protocol."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from evaluation.callbacks.student_updates import (
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 SCORES = "scores.jsonl"
-"""In the run's folder: one line per measurement."""
+"""File in the run's folder with one line per measurement."""
 
 
 class ScoreCurve(StudentUpdateCallback):
     """Scores of the averaged student every n student updates.
 
-    They are logged as `val/...`, available for checkpoints to monitor, and appended to `scores.jsonl` in the run's folder with
+    They are logged as `val/...`, where checkpoints can monitor them, and appended to `scores.jsonl` in the run's folder with
     the protocol's name and hash. `history` is saved in checkpoints, the metric networks are not.
 
     Args:
-        every_n_student_updates: how often.
+        every_n_student_updates: measuring interval.
         at_start: also before the first update.
     """
 
     decodes_images = True
-    """Read by the memory plan: the VAE is on the device."""
+    """Tells the memory plan that the VAE is on the device."""
 
     def __init__(self, every_n_student_updates: int, at_start: bool = True) -> None:
         super().__init__(every_n_student_updates, at_start)
         self.history: list[dict[str, float]] = []
-        """One entry per measurement: `student_updates`, `seconds` of wall clock since the start of training,
-        `training_seconds` without measuring, and the scores."""
+        """One entry per measurement: `student_updates`, `seconds` of wall clock since the start of training, `training_seconds`
+        without the time of metrics, and the scores."""
         self._trainer: pl.Trainer | None = None
         self._start_seconds = self._earlier_seconds = self._earlier_training_seconds = 0.0
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
-        """Measures; called on all ranks, which all return the same."""
+        """Measure the scores; called on all ranks, with equal results."""
         raise NotImplementedError
 
     def protocol_id(self) -> dict[str, Any]:
@@ -56,14 +56,14 @@ class ScoreCurve(StudentUpdateCallback):
         raise NotImplementedError
 
     def networks(self) -> list[Any]:
-        """Networks that were moved to the device for measuring; each has `to`."""
+        """Metric networks on the device; each has `to`."""
         raise NotImplementedError
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a run that trains through a network that measures it.
+        """Checks that no metric network is used in training.
 
         Raises:
-            UserError: as `require_independent`.
+            UserError: as in `require_independent`.
         """
         assert isinstance(pl_module, OneStepDistillation)
         require_independent(self.networks(), pl_module.frozen_image_networks())
@@ -76,7 +76,7 @@ class ScoreCurve(StudentUpdateCallback):
         super().on_train_start(trainer, pl_module)
 
     def at_student_update(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
-        clock = self._clock()  # before measuring: the time the scores belong to
+        clock = self._clock()  # before measuring: the time of the scores
         with vae_on_device(module):
             try:
                 scores = self.scores_of(trainer, module)
@@ -94,7 +94,7 @@ class ScoreCurve(StudentUpdateCallback):
                 file.write(json.dumps({**self.history[-1], **self.protocol_id()}) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """The curve continues after a resume, without the time between the two runs."""
+        """State of the curve, which continues after a resume without the time between the runs."""
         return {**super().state_dict(), "history": self.history, "clock": self._clock()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Shared by the callbacks that measure: the averaged student's images, when to measure, time and GPU memory spent on it."""
+"""Shared by the metric callbacks: images of the averaged student, intervals, time and GPU memory of measurements."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PAUSED_SECONDS: WeakKeyDictionary[pl.Trainer, float] = WeakKeyDictionary()
 
 @contextmanager
 def paused(trainer: pl.Trainer) -> Iterator[None]:
-    """Counts the enclosed time as measuring, which throughput and curves exclude."""
+    """Context in which time counts as measuring, which throughput and curves exclude."""
     start = time.perf_counter()
     try:
         yield
@@ -36,9 +36,9 @@ def paused_seconds(trainer: pl.Trainer) -> float:
 
 
 def log_now(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
-    """Logs values immediately: `log_dict` drops what falls between two multiples of `log_every_n_steps`.
+    """Log values immediately: `log_dict` drops values between multiples of `log_every_n_steps`.
 
-    The step is the one that Lightning gives to the module's own logs, so that all curves share an axis.
+    Uses the step of the module's own logs, so that all curves share an axis.
     """
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -64,7 +64,7 @@ def student_updates_of(module: pl.LightningModule) -> int:
 
 
 def averaged_student(trainer: pl.Trainer, module: pl.LightningModule, seed: int = 0) -> SampledImages:
-    """Generates images with the EMA student, on the module's device, in the trainer's precision."""
+    """Image maker of the EMA student, on the module's device, in the trainer's precision."""
     assert isinstance(module, OneStepDistillation) and module.ema is not None
     ema, precision = module.ema, trainer.precision_plugin
 
@@ -78,7 +78,7 @@ def averaged_student(trainer: pl.Trainer, module: pl.LightningModule, seed: int 
 
 @contextmanager
 def vae_on_device(module: OneStepDistillation) -> Iterator[None]:
-    """Moves the VAE (335 MB for SD and SDXL) off the GPU afterwards, unless training keeps it there."""
+    """Context in which the VAE is on the device; it (335 MB for SD and SDXL) is moved back unless training keeps it there."""
     device = module.device
     if device.type == "cpu":
         yield
@@ -96,7 +96,7 @@ def vae_on_device(module: OneStepDistillation) -> Iterator[None]:
 
 
 def release_gpu(networks: Sequence[Any], device: torch.device) -> None:
-    """Moves networks from a GPU to the CPU and returns their memory to the driver."""
+    """Move networks from a GPU to the CPU and return their memory to the driver."""
     if device.type == "cpu":
         return
     for network in networks:
@@ -108,7 +108,7 @@ def release_gpu(networks: Sequence[Any], device: torch.device) -> None:
 class StudentUpdateCallback(pl.Callback):
     """Calls `at_student_update` every n student updates, and at the end of training.
 
-    Lightning's global step would count every optimizer's steps, and most batches do not update the student.
+    Lightning's global step counts the steps of all optimizers, and most batches do not update the student.
 
     Args:
         every_n_student_updates: n.

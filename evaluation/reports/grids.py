@@ -20,7 +20,7 @@ def sheet(rows: Mapping[str, Tensor], captions: Sequence[str], image_px: int = 1
 
     Args:
         rows: label to images (n,3,H,W) uint8, the same n in each row.
-        captions: n, written above the columns.
+        captions: n captions, written above the columns.
         image_px: side of an image on the sheet; enlarged without smoothing, so that single pixels remain visible.
 
     Returns:

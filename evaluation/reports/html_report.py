@@ -39,7 +39,7 @@ def write_html(
         path: the .html file.
         result: content of the JSON file.
         images: sample images by number.
-        captions: of all samples.
+        captions: captions of all samples.
         reference: images of the reference set by number.
     """
     title = html.escape(describe_result(result))

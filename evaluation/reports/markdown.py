@@ -25,7 +25,7 @@ TITLES = {
 LOWER_IS_BETTER = {"fid", "patch_fid", "fd_dinov2", "kid", "cmmd"}
 
 Scores = Mapping[str, Any]
-"""By name: a number, `spread` of several, or None."""
+"""Scores by name: a number, the `spread` of several, or None."""
 
 
 def title(metric: str) -> str:
@@ -34,7 +34,7 @@ def title(metric: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Five significant digits; nothing for None."""
+    """Format with five significant digits; empty for None."""
     return "" if value is None else f"{value:.5g}"
 
 
@@ -68,7 +68,7 @@ def metric_rows(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def describe_result(result: Mapping[str, Any]) -> str:
-    """One line: what was measured, and under which protocol."""
+    """One-line description: images and protocol."""
     subject = result.get("model") or result.get("images")
     settings = ""
     if "model" in result:
@@ -84,7 +84,7 @@ def result_markdown(result: Mapping[str, Any]) -> str:
 
 
 def footnote(result: Mapping[str, Any]) -> str:
-    """How to read the numbers."""
+    """Notes on reading the numbers."""
     source = result["protocol"].get("source")
     protocol = f"Protocol: {source}. " if source else ""
     return (
@@ -118,7 +118,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "fid_ratio": "{:.2f}".format,
     "caption_accuracy_ratio": "{:.2f}".format,
 }
-"""Columns of score tables, in their order."""
+"""Columns of score tables in order, with their formats."""
 
 
 def score_table(rows: Mapping[str, Scores]) -> str:
@@ -145,10 +145,10 @@ def _cell(value: Any, text: Callable[[float], str]) -> str:
 
 
 def score_file_markdown(content: Mapping[str, Any]) -> str:
-    """The table of a score file: of `evaluation.benchmarks.tables`, or of a run's report.json.
+    """The table of a score file of `evaluation.benchmarks.tables`, or of a run's report.json.
 
     Raises:
-        ValueError: for another file.
+        ValueError: if the file is neither.
     """
     kinds: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
         ("pairs", _paired_markdown),
@@ -179,7 +179,7 @@ def _teachers_markdown(content: Mapping[str, Any]) -> str:
 
 
 def _report_markdown(content: Mapping[str, Any]) -> str:
-    """Of one run, or of the summary over seeds."""
+    """Markdown of the report of a run, or of the summary over seeds."""
     ratios = {key: content[key] for key in ("fid_ratio", "caption_accuracy_ratio")}
     rows = teacher_rows(content) if "teacher" in content else {}
     rows |= {"student before": content["student_before"], "student": content["student"] | ratios}
@@ -195,7 +195,7 @@ def _report_markdown(content: Mapping[str, Any]) -> str:
 
 
 def _rows_markdown(content: Mapping[str, Any]) -> str:
-    """Of recipes (a row each), U-Nets (a row for each number of steps) or size conditions."""
+    """Markdown of recipes (a row each), U-Nets (a row per number of steps) or size conditions."""
     rows: dict[str, Scores] = {}
     unit = content["rows"].get("warmup", {}).get("cpu_seconds")
     for label, scores in content["rows"].items():
