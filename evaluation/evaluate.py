@@ -34,7 +34,7 @@ def guidance_scale(text: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeOptions:
-    """How a measurement is computed; no number depends on it beyond rounding."""
+    """Options of the computation; results do not depend on them beyond rounding."""
 
     batch_size: Count = 100
     """Images at once."""

@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError
 from data.shards.order.sample_order import Draw, draw
 
 MAX_PIXELS = 100_000_000
-"""Limit against files of a few kB that would decode to more than the memory; larger than any training image."""
+"""Limit on decoded images, since a file of a few kB can claim any size; 10,000 x 10,000 exceeds any training image."""
 
 MAX_IMAGE_BYTES = 1 << 28
 """Maximum size of an image file, about that of an uncompressed image of MAX_PIXELS."""

@@ -46,7 +46,7 @@ class DataOptions(Output):
     step_seconds: float = 0.25
     """Duration of a training step that uses no CPU."""
     memory_seconds: float = 60.0
-    """How long memory is traced."""
+    """Duration of the memory trace."""
     repeats: Count = 3
     """Repeats of every timing."""
     plot: Path | None = None

@@ -93,7 +93,7 @@ def _by_torchmetrics(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covar
 
 
 def _by_scipy(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covariance_2: Tensor) -> float:
-    """As in pytorch-fid and clean-fid."""
+    """Distance via scipy's sqrtm, as in pytorch-fid and clean-fid."""
     from scipy.linalg import sqrtm
 
     root = sqrtm(covariance_1.numpy() @ covariance_2.numpy())

@@ -66,7 +66,7 @@ class PipelineImages:
     guidance_scale: float
     """1 means none."""
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
     image_px: int | None = None
     """Side of the images; None is the model's own."""
 
@@ -109,7 +109,7 @@ class ModelSamples:
     guidance_scale: float = 1.0
     """1 means none."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     image_px: int | None = None
     """Side of the images; None is the model's own."""
     precision: Precision = "fp32"

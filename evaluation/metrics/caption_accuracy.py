@@ -33,7 +33,7 @@ class CaptionAccuracy(SampledMetric):
 
     Args:
         classifier: predicts the attributes; its weights are not part of the metric's state dict.
-        stated: which attributes the captions state.
+        stated: function from captions to the attributes that they state, (B, n) bool.
     """
 
     higher_is_better = True

@@ -37,7 +37,7 @@ def gather_rows(rows: Tensor, device: torch.device, group: Any | None = None) ->
 
 
 def global_rank(rank: int, group: Any | None = None) -> int:
-    """The global rank of a rank within a group."""
+    """Global rank of a rank within a group."""
     return rank if group is None else dist.get_global_rank(group, rank)
 
 

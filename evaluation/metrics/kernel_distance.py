@@ -16,7 +16,8 @@ class KernelDistance(FeatureSetMetric):
     """KID: mean over random subsets of the unbiased squared MMD with the kernel (x . y / d + 1)^3.
 
     Unbiased: the expectation does not depend on the number of images, and equal distributions give values around 0, also
-    negative ones. The subsets are drawn with numpy's RandomState as in torch-fidelity; equal features give its value.
+    negative ones. The subsets are drawn with numpy's RandomState as in torch-fidelity; equal features in equal order
+    give its value.
 
     Args:
         features: as in FeatureSetMetric.
@@ -93,7 +94,7 @@ class MaximumMeanDiscrepancy(FeatureSetMetric):
     Args:
         features: as in FeatureSetMetric; the paper's are ClipImageFeatures of ViT-L/14 at 336 pixels.
         reference: as in FeatureSetMetric.
-        sigma: of the kernel exp(-|x - y|^2 / (2 sigma^2)).
+        sigma: bandwidth of the kernel exp(-|x - y|^2 / (2 sigma^2)).
         scale: factor of the result, for readability.
         name: name of the metric.
 

@@ -16,7 +16,7 @@ class PrecisionRecall(FeatureSetMetric):
     """Improved precision and recall, on balls that reach to each image's k-th nearest neighbour in its own set.
 
     Precision: share of fake images inside the ball of a real one. Recall: share of real images inside the ball of a fake
-    one. Both depend on the number of images, so compare them at equal counts only.
+    one. Both decrease with the number of images of the other set, so compare them at equal counts only.
 
     Args:
         features: as in FeatureSetMetric.

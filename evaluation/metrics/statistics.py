@@ -68,7 +68,7 @@ class FeatureStatistics:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it holds no statistics, or if its origin differs from the given one.
+            ValueError: if it has no statistics, or if its origin differs from the given one.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(
@@ -100,7 +100,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
             mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
             count = archive["n"] if "n" in archive else np.int64(0)
             stored = json.loads(str(archive["protocol"])) if "protocol" in archive else {}
-    except Exception as error:  # damaged archives raise a dozen kinds: BadZipFile, EOFError, zlib.error, ...
+    except Exception as error:  # damaged archives raise many types: BadZipFile, EOFError, zlib.error, ...
         raise ValueError(
             f"{path} holds no statistics of features (npz with `mu` and `sigma`): {error}"
         ) from error

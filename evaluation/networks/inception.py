@@ -14,7 +14,7 @@ from evaluation.networks.network_features import check_uint8, full_precision, ha
 from evaluation.networks.resize import resize_bilinear_tf1, resize_float
 
 InceptionResize = Literal["clean", "torch-fidelity", "torchmetrics", "pytorch-fid"]
-"""Tool whose resize to 299 x 299 pixels is used; FID of the same images differs by up to 30 % between them."""
+"""Tool whose resize to 299 x 299 pixels is used; FID of the same images differs by 30 % between them."""
 
 WEIGHT_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 """File names of torch-fidelity and pytorch-fid; the weights are equal."""

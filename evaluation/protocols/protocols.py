@@ -182,7 +182,7 @@ def hash_weights(folder: str | Path) -> str:
     """16-digit hex hash of the safetensors files of a folder and their relative paths.
 
     Raises:
-        FileNotFoundError: if it holds none.
+        FileNotFoundError: if there are none.
     """
     files = sorted(Path(folder).rglob("*.safetensors"))
     if not files:
