@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.benchmarks.full_size import save_configs, sd21_unet_config
 from sdxs_lightning.cli import TrainingCLI
 from sdxs_lightning.memory_plan.weightless import WeightlessFamily
 from sdxs_lightning.stages.prune_distill import PrunedUNetDistillation
 from tests.config.test_configs import stack
-from tests.helpers.full_size import sd21_unet_config
-from tests.helpers.plan_bases import save_configs
 
 STUDENTS = {
     # METHOD: SDXS-512 on SD-1.5 (315.75 M) and on SD-2.1 (318.70 M); BK-SDM tiny; Vega (745.2 M).

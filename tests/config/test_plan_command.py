@@ -12,13 +12,13 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
+from evaluation.benchmarks.full_size import save_configs
 from sdxs_lightning.cli import main
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.memory_plan.command import show_plan
 from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
 from sdxs_lightning.memory_plan.report import as_json, print_plan, sentences
 from tests.config.test_configs import stack
-from tests.helpers.plan_bases import save_configs
 from tests.helpers.planned import ADAMW, ONE_CPU, PLANNED, hardware
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_decoding import decoding

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.benchmarks.full_size import sd15_unet_config
 from sdxs_lightning.surgery.config import prune_config, shapes_of
 from sdxs_lightning.surgery.key_map import TensorSource, key_map
 from sdxs_lightning.surgery.presets import PRESETS, topology_of
 from sdxs_lightning.surgery.pruning import prune, transfer_report
 from sdxs_lightning.surgery.report import TransferReport, account, outermost
 from sdxs_lightning.surgery.topology import Topology
-from tests.helpers.full_size import sd15_unet_config
 from tests.helpers.teachers import CONFIGS, PAIRS, SD, SD2, SDXL, make_teacher
 
 # BK-SDM's block removal (arXiv:2305.15798, figure 3 and its released weights): the student's block, the teacher's. Blocks

@@ -16,13 +16,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from evaluation.benchmarks.full_size import sd15_unet_config, sdxl_unet_config
 from sdxs_lightning.networks.feature_taps import FeatureTap
 from sdxs_lightning.surgery.feature_pairs import feature_pairs
 from sdxs_lightning.surgery.key_map import key_map
 from sdxs_lightning.surgery.presets import PRESETS, topology_of
 from sdxs_lightning.surgery.pruning import prune
 from sdxs_lightning.surgery.topology import Stage, Topology
-from tests.helpers.full_size import sd15_unet_config, sdxl_unet_config
 from tests.helpers.teachers import CONFIGS, PAIRS, SD, SD2, SDXL, full_size_inputs, load, make_teacher, run
 
 SHRINKING = SD | {

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from jsonargparse import ArgumentParser
 
+from evaluation.benchmarks.full_size import sd15_unet_config, sd21_unet_config, sdxl_unet_config
 from sdxs_lightning.surgery.anatomy import anatomy_of
 from sdxs_lightning.surgery.config import meta_unet, prune_config
 from sdxs_lightning.surgery.presets import PRESETS, topology_of
 from sdxs_lightning.surgery.selection import choose_blocks
 from sdxs_lightning.surgery.topology import Stage, Topology, read_topology
-from tests.helpers.full_size import sd15_unet_config, sd21_unet_config, sdxl_unet_config
 from tests.helpers.teachers import CONFIGS, PAIRS, SD, SDXL
 
 FULL_SIZE = {"sd15": sd15_unet_config(), "sd21": sd21_unet_config(), "sdxl": sdxl_unet_config()}

@@ -1,0 +1,1 @@
+"""`python -m evaluation.benchmarks.gpu`: everything that only a GPU can prove, in one command."""

@@ -1,0 +1,233 @@
+"""Sections `distill` and `distill_sdxl`: iterations of the DMD2 stage at full size, beside DMD2's own arrangement of the work."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from evaluation.benchmarks.gpu.random_base import Kind, RandomBase, config_folder
+from evaluation.benchmarks.gpu.reference_arrangement import ReferenceArrangement
+from evaluation.benchmarks.gpu.section import SectionRun, bf16_peak, seconds_of
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.families import Family
+from sdxs_lightning.families.detect import detect_family
+from sdxs_lightning.memory_plan.hardware import read_hardware
+from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.networks.discriminator import Discriminator
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.lora import LoRA
+from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+
+RATIO: dict[Kind, int] = {"sd15": 10, "sdxl": 5}
+"""Fake score updates per student update, DMD2's."""
+GUIDANCE: dict[Kind, float] = {"sd15": 1.75, "sdxl": 8.0}
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the same work is done."""
+
+    batch_size: int
+    compile_blocks: bool = False
+    channels_last: bool = True
+    gradient_checkpointing: bool = False
+    fused: bool = True
+    lora: bool = False
+
+
+class MeasuredDistillation(OneStepDistillation):
+    """The stage without a Trainer, its parts between CUDA events."""
+
+    def prepare(self, device: torch.device, channels_last: bool) -> None:
+        """Builds everything on the device, with an optimizer per network."""
+        self.configure_model()
+        self.to(device)
+        if channels_last:
+            for network in (self.student, self.fake_score):
+                cast(nn.Module, network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.on_fit_start()
+        self.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, assignment]
+        self.steppers = {
+            name: cast(dict[str, Any], network.configure_optimizers())["optimizer"]
+            for name, network in self.networks.items()
+        }
+        self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
+
+    def iterate(self, batch: TrainingBatch, student: bool) -> None:
+        """One iteration, with or without a student update."""
+        terms = self.terms.distillation if student else {}
+        with torch.autocast(self.device.type, torch.bfloat16):
+            with self.part("student, forward" if student else "student, forward without graph"):
+                sample = self._sample(batch, terms)
+            if student:
+                with self.part("scores, terms and student, backward"):
+                    self._student_backward(sample, terms)
+            with self.part("fake score and discriminator, forward and backward"):
+                self._fake_score_and_discriminator_backward(sample.detach(), batch)
+        with self.part("clipping and optimizers, with student" if student else "clipping and optimizers"):
+            for name, optimizer in self.steppers.items():
+                if student or name != "student":
+                    nn.utils.clip_grad_norm_(self.networks[name].parameters(), 10.0)
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+            if student and self.ema is not None:
+                self.ema.update(self.student)
+        self._scalars.clear()
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Records a part's time on a GPU."""
+        if self.device.type != "cuda":
+            yield
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self.events.setdefault(name, []).append((begin, end))
+
+    def part_milliseconds(self) -> dict[str, float]:
+        """Mean of each part since the last call."""
+        if self.events:
+            torch.cuda.synchronize()
+        found = {
+            name: sum(begin.elapsed_time(end) for begin, end in pairs) / len(pairs)
+            for name, pairs in self.events.items()
+        }
+        self.events.clear()
+        return found
+
+
+def stage_of(kind: Kind, family: Family, arrangement: Arrangement) -> MeasuredDistillation:
+    """DMD2's recipe with GAN on a full student."""
+    adamw = partial(torch.optim.AdamW, lr=1e-6, fused=arrangement.fused)
+    switches = {
+        "compile_blocks": arrangement.compile_blocks,
+        "gradient_checkpointing": arrangement.gradient_checkpointing,
+    }
+    return MeasuredDistillation(
+        family=family,
+        student=StudentGenerator(adamw, **switches),  # type: ignore[arg-type]
+        fake_score=FakeScore(adamw, lora=LoRA(rank=64) if arrangement.lora else None, **switches),  # type: ignore[arg-type]
+        update_schedule=UpdateSchedule(
+            max_student_updates=10**6, fake_score_updates_per_student_update=RATIO[kind]
+        ),
+        distribution_matching=DistributionMatching(guidance_scale=GUIDANCE[kind]),
+        discriminator=Discriminator(adamw),
+        adversarial=DiffusionAdversarial(),
+        real_score_dtype="bfloat16",
+    )
+
+
+def run_sd15(run: SectionRun) -> None:
+    """SD-1.5 at 512 px: batch sizes, switches one by one, and DMD2's arrangement."""
+    sizes = (2,) if run.tiny else (4, 8, 16)
+    plain = [Arrangement(size) for size in sizes]
+    best = plain[-1]
+    variants = [
+        replace(best, compile_blocks=True),
+        replace(best, channels_last=False),
+        replace(best, gradient_checkpointing=True),
+        replace(best, fused=False),
+        replace(best, lora=True),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        peak = bf16_peak(run)
+        _measure(run, "sd15", plain[:1], Path(folder), peak)
+        _measure_reference(run, "sd15", sizes[0], Path(folder))
+        _measure(run, "sd15", [*plain[1:], *(variants[-1:] if run.tiny else variants)], Path(folder), peak)
+
+
+def run_sdxl(run: SectionRun) -> None:
+    """SDXL at 1024 px: with adapters for the fake score, then in full."""
+    # The tiny discriminator normalises a single value per channel, which takes two samples.
+    arrangement = Arrangement(2 if run.tiny else 1, gradient_checkpointing=True)
+    with tempfile.TemporaryDirectory() as folder:
+        arrangements = [replace(arrangement, lora=True), arrangement]
+        _measure(run, "sdxl", arrangements, Path(folder), bf16_peak(run))
+
+
+def _measure(run: SectionRun, kind: Kind, arrangements: list[Arrangement], folder: Path, peak: float) -> None:
+    for arrangement in arrangements:
+        run.attempt(
+            lambda arrangement=arrangement: _measured(run, kind, arrangement, folder, peak),  # type: ignore[misc]
+            arrangement="ours",
+            base=kind,
+            **vars(arrangement),
+        )
+
+
+def _measured(
+    run: SectionRun, kind: Kind, arrangement: Arrangement, folder: Path, peak: float
+) -> dict[str, Any]:
+    base = config_folder(kind, folder, run.tiny)
+    found: dict[str, Any] = {}
+    if run.device.type == "cuda":
+        hardware = read_hardware({"devices": 1, "accelerator": "gpu", "precision": "bf16-mixed"}, None)
+        planned = Planner(
+            stage_of(kind, detect_family(str(base)), arrangement), hardware, arrangement.batch_size
+        )
+        plan = planned.plan()
+        found["planned_gib"] = (plan.needed() - hardware.allowance) / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    family = RandomBase(detect_family(str(base)), run.device)
+    stage = stage_of(kind, cast(Family, family), arrangement)
+    stage.prepare(run.device, arrangement.channels_last)
+    batch, repeats = family.batch(arrangement.batch_size), 1 if run.tiny else 5
+    seconds, flops = {}, {}
+    for student in (True, False):
+        seconds[student] = seconds_of(lambda s=student: stage.iterate(batch, s), run.device, repeats)  # type: ignore[misc]
+    parts = stage.part_milliseconds()
+    if run.device.type == "cuda":
+        found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    for student in (True, False):
+        with FlopCounterMode(display=False) as counter:
+            stage.iterate(batch, student)
+        flops[student] = counter.get_total_flops()
+    total = _per_student_update(seconds, RATIO[kind])
+    work = _per_student_update({key: float(value) for key, value in flops.items()}, RATIO[kind])
+    found |= {
+        "images_per_second": RATIO[kind] * arrangement.batch_size / total,
+        "tflop_per_student_update": work / 1e12,
+        "mfu": work / total / (peak * 1e12),
+        "student_iteration_ms": 1000 * seconds[True],
+        "other_iteration_ms": 1000 * seconds[False],
+    }
+    return found | {f"{name}, ms": value for name, value in parts.items()}
+
+
+def _measure_reference(run: SectionRun, kind: Kind, batch_size: int, folder: Path) -> None:
+    def measure() -> dict[str, Any]:
+        family = RandomBase.of(kind, folder, run.device, run.tiny)
+        reference = ReferenceArrangement(family, GUIDANCE[kind], run.device)
+        latents: Tensor = torch.randn(batch_size, *family.latent_shape(), device=run.device)
+        repeats = 1 if run.tiny else 3
+        seconds = {
+            student: seconds_of(lambda s=student: reference.iterate(latents, s), run.device, repeats)  # type: ignore[misc]
+            for student in (True, False)
+        }
+        total = _per_student_update(seconds, RATIO[kind])
+        return {
+            "images_per_second": RATIO[kind] * batch_size / total,
+            "student_iteration_ms": 1000 * seconds[True],
+            "other_iteration_ms": 1000 * seconds[False],
+        }
+
+    run.attempt(measure, arrangement="DMD2's", base=kind, batch_size=batch_size)
+
+
+def _per_student_update(per_iteration: dict[bool, float], ratio: int) -> float:
+    return per_iteration[True] + (ratio - 1) * per_iteration[False]
