@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 
 
 def options(out: Path, **settings: Any) -> GpuOptions:
-    return GpuOptions(**{"out": out, "device": "cpu", "tiny": True, "minutes": 8.0} | settings)
+    return GpuOptions(out=out, device="cpu", tiny=True, minutes=8.0, **settings)
 
 
 def test_every_section_runs_at_tiny_size(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +36,7 @@ def run(run: SectionRun) -> None:
             for length in (queries, keys, keys)
         )
         for name, call in _backends(run.device).items():
-            run.attempt(
-                lambda call=call, q=query, k=key, v=value: _timed(call, q, k, v, run),
-                shape=shape,
-                backend=name,
-            )  # type: ignore[misc]
+            run.attempt(partial(_timed, call, query, key, value, run), shape=shape, backend=name)
 
 
 def _backends(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -54,7 +51,7 @@ def _backends(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tenso
         return scaled_dot_product_attention(query, key, value)
 
     def xformers(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # type: ignore[import-not-found]
 
         moved = [each.transpose(1, 2) for each in (query, key, value)]
         result: Tensor = memory_efficient_attention(*moved)

@@ -57,19 +57,22 @@ class MeasuredDistillation(OneStepDistillation):
         self.to(device)
         if channels_last:
             for network in (self.student, self.fake_score):
-                cast(nn.Module, network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                cast(nn.Module, network).to(memory_format=torch.channels_last)
         self.on_fit_start()
-        self.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign, assignment]
         self.steppers = {
             name: cast(dict[str, Any], network.configure_optimizers())["optimizer"]
             for name, network in self.networks.items()
         }
         self.events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {}
 
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Backward without a Trainer."""
+        loss.backward()
+
     def iterate(self, batch: TrainingBatch, student: bool) -> None:
         """One iteration, with or without a student update."""
         terms = self.terms.distillation if student else {}
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             with self.part("student, forward" if student else "student, forward without graph"):
                 sample = self._sample(batch, terms)
             if student:
@@ -163,7 +166,7 @@ def run_sdxl(run: SectionRun) -> None:
 def _measure(run: SectionRun, kind: Kind, arrangements: list[Arrangement], folder: Path, peak: float) -> None:
     for arrangement in arrangements:
         run.attempt(
-            lambda arrangement=arrangement: _measured(run, kind, arrangement, folder, peak),  # type: ignore[misc]
+            partial(_measured, run, kind, arrangement, folder, peak),
             arrangement="ours",
             base=kind,
             **vars(arrangement),
@@ -189,7 +192,7 @@ def _measured(
     batch, repeats = family.batch(arrangement.batch_size), 1 if run.tiny else 5
     seconds, flops = {}, {}
     for student in (True, False):
-        seconds[student] = seconds_of(lambda s=student: stage.iterate(batch, s), run.device, repeats)  # type: ignore[misc]
+        seconds[student] = seconds_of(partial(stage.iterate, batch, student), run.device, repeats)
     parts = stage.part_milliseconds()
     if run.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -216,7 +219,7 @@ def _measure_reference(run: SectionRun, kind: Kind, batch_size: int, folder: Pat
         latents: Tensor = torch.randn(batch_size, *family.latent_shape(), device=run.device)
         repeats = 1 if run.tiny else 3
         seconds = {
-            student: seconds_of(lambda s=student: reference.iterate(latents, s), run.device, repeats)  # type: ignore[misc]
+            student: seconds_of(partial(reference.iterate, latents, student), run.device, repeats)
             for student in (True, False)
         }
         total = _per_student_update(seconds, RATIO[kind])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,7 @@ def run(run: SectionRun) -> None:
             for size in BATCH_SIZES[:1] if run.tiny else BATCH_SIZES:
                 _student(run, kind, base, size)
                 _decoders(run, kind, base, size)
-            run.attempt(
-                lambda kind=kind, base=base: _base(run, kind, base),
-                kind=kind,
-                what=f"base, {BASE_STEPS[kind]} steps",
-            )  # type: ignore[misc]
+            run.attempt(partial(_base, run, kind, base), kind=kind, what=f"base, {BASE_STEPS[kind]} steps")
 
 
 def _student(run: SectionRun, kind: Kind, base: RandomBase, size: int) -> None:
@@ -60,7 +57,7 @@ def _student(run: SectionRun, kind: Kind, base: RandomBase, size: int) -> None:
 
     def generate(noise: Tensor, conditioning: Conditioning) -> Tensor:
         output = unet(noise, timestep, **conditioning.to(dtype=dtype).unet_kwargs()).sample
-        images = decoder.decode((noise - sigma * output) / alpha).sample
+        images: Tensor = decoder.decode((noise - sigma * output) / alpha).sample
         return (images.clamp(-1, 1) * 127.5 + 127.5).to(torch.uint8)
 
     labels = {
@@ -69,7 +66,7 @@ def _student(run: SectionRun, kind: Kind, base: RandomBase, size: int) -> None:
         "batch_size": size,
     }
     for mode, call in _modes(run, generate, noise, conditioning).items():
-        run.attempt(lambda call=call: _rate(run, call(), size), mode=mode, **labels)  # type: ignore[misc]
+        run.attempt(partial(_prepared_rate, run, call, size), mode=mode, **labels)
 
 
 def _modes(
@@ -137,6 +134,10 @@ def _base(run: SectionRun, kind: Kind, base: RandomBase) -> dict[str, Any]:
     return _rate(run, steps, 1) | {"batch_size": 1, "mode": "eager"}
 
 
+def _prepared_rate(run: SectionRun, prepare: Callable[[], Callable[[], Any]], size: int) -> dict[str, Any]:
+    return _rate(run, prepare(), size)
+
+
 @torch.inference_mode()
 def _rate(run: SectionRun, call: Callable[[], Any], size: int) -> dict[str, Any]:
     seconds = seconds_of(call, run.device, repeats=2 if run.tiny else 20)
@@ -149,4 +150,4 @@ def _network(run: SectionRun, maker: Callable[[], Any]) -> Any:
         network: Any = maker()
     dtype = torch.float16 if run.device.type == "cuda" else torch.float32
     nn.Module.to(network, device=run.device, dtype=dtype)
-    return nn.Module.to(network, memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
+    return nn.Module.to(network, memory_format=torch.channels_last).eval().requires_grad_(False)

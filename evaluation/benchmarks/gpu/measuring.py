@@ -7,7 +7,7 @@ import torch
 from evaluation.benchmarks.gpu.section import SectionRun, seconds_of
 from evaluation.networks.inception import PX
 from evaluation.networks.inception_network import Inception
-from evaluation.networks.resize import resize_uint8
+from evaluation.networks.resize import Filter, resize_uint8
 
 
 def run(run: SectionRun) -> None:
@@ -25,13 +25,14 @@ def run(run: SectionRun) -> None:
     run.attempt(inception, what="Inception features")
     images = torch.randint(0, 256, (size, 3, px, px), dtype=torch.uint8)
     there = images.to(run.device)
-    for kind in ("lanczos", "bicubic"):
+    kinds: tuple[Filter, ...] = ("lanczos", "bicubic")
+    for kind in kinds:
 
-        def resize(kind: str = kind) -> dict[str, float | bool]:
+        def resize(kind: Filter = kind) -> dict[str, float | bool]:
             equal = torch.equal(
                 resize_uint8(there, (256, 256), kind).cpu(), resize_uint8(images, (256, 256), kind)
-            )  # type: ignore[arg-type]
-            seconds = seconds_of(lambda: resize_uint8(there, (256, 256), kind), run.device, repeats)  # type: ignore[arg-type]
+            )
+            seconds = seconds_of(lambda: resize_uint8(there, (256, 256), kind), run.device, repeats)
             return {"images_per_second": size / seconds, "bits_equal_cpu": equal}
 
         run.attempt(resize, what=f"resize to 256 px, {kind}")

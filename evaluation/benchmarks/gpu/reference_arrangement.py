@@ -85,7 +85,7 @@ class ReferenceArrangement:
                 real = self.real.guided(noisy, timesteps, prompts, self.guidance_scale).pred_x0.double()
             x = latents.double()
             gradient = torch.nan_to_num((fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True))
-        return cast(Tensor, 0.5 * (latents.double() - (x - gradient)).square().mean())
+        return 0.5 * (latents.double() - (x - gradient)).square().mean()
 
     def _logits(self, latents: Tensor, prompts: Conditioning) -> Tensor:
         _, noisy, timesteps = self._renoise(latents)

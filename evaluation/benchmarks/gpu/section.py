@@ -67,7 +67,9 @@ def seconds_of(function: Callable[[], object], device: torch.device, repeats: in
         function()
         end_event.record()
     torch.cuda.synchronize()
-    milliseconds = sorted(start_event.elapsed_time(end_event) for start_event, end_event in events)
+    milliseconds: list[float] = sorted(
+        start_event.elapsed_time(end_event) for start_event, end_event in events
+    )
     return milliseconds[len(milliseconds) // 2] / 1000
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -32,12 +33,14 @@ def run(run: SectionRun) -> None:
             size = 2 if run.tiny else BATCH_SIZES[kind]
             labels = {"base": kind, "batch_size": size}
             run.attempt(
-                lambda b=base, k=kind, n=size: _steps(run, _pruned(run, b, k), b, n),
+                partial(_steps, run, partial(_pruned, run, base, kind), base, size),
                 stage="miniaturise",
                 **labels,
-            )  # type: ignore[misc]
+            )
             if kind == "sd15":
-                run.attempt(lambda b=base, n=size: _steps(run, _decoder(b), b, n), stage="decoder", **labels)  # type: ignore[misc]
+                run.attempt(
+                    partial(_steps, run, partial(_decoder, base), base, size), stage="decoder", **labels
+                )
 
 
 def _pruned(run: SectionRun, base: RandomBase, kind: Kind) -> PrunedUNetDistillation:
@@ -59,8 +62,9 @@ def _decoder(base: RandomBase) -> DecoderDistillation:
     )
 
 
-def _steps(run: SectionRun, stage: Any, base: RandomBase, size: int) -> dict[str, Any]:
+def _steps(run: SectionRun, make_stage: Callable[[], Any], base: RandomBase, size: int) -> dict[str, Any]:
     """Milliseconds of a step and peak memory, through the step that the memory plan counts."""
+    stage = make_stage()
     stage.configure_model()
     stage.to(run.device)
     stage.on_fit_start()
@@ -72,7 +76,7 @@ def _steps(run: SectionRun, stage: Any, base: RandomBase, size: int) -> dict[str
         torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
-        with torch.autocast(run.device.type, torch.bfloat16):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.device.type == "cuda"):
             for phase in stage.plan_step(batch):
                 for name in phase.updates:
                     optimizers[name].step()
