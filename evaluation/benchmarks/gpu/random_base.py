@@ -31,7 +31,7 @@ TINY: dict[str, dict[str, Any]] = {
         "sample_size": 16,
     },
     "vae": {
-        "sample_size": 128,
+        "sample_size": 64,
         "block_out_channels": [8, 8, 8, 8],
         "norm_num_groups": 4,
         "layers_per_block": 1,
