@@ -30,7 +30,7 @@ def run(run: SectionRun) -> None:
         "--no-header",
         "--strict-markers",
     ]
-    tests = ["tests/unit/test_seeding.py"] if run.tiny else ["tests"]
+    tests = ["tests/core/test_seeding.py"] if run.tiny else ["tests"]
     ended = subprocess.run(
         [sys.executable, "-m", "pytest", *arguments, *tests], capture_output=True, text=True, check=False
     )
