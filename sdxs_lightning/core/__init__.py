@@ -1,1 +1,1 @@
-"""The pure layer: batches, noise schedule, timesteps, guidance, seeding. No Lightning, no model loading."""
+"""Batches, noise schedule, timesteps, guidance and seeding, without Lightning and model loading."""

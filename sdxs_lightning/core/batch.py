@@ -1,7 +1,4 @@
-"""A batch of training data, and the conditioning of the networks.
-
-Both are immutable and check their data at construction, with one sentence for each fault.
-"""
+"""Training batches and U-Net conditioning; both are immutable and validate their data at construction."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Conditioning:
-    """Inputs of a U-Net besides x_t and t: embeddings (never token ids), with their unconditional twin."""
+    """Inputs of a U-Net besides x_t and t: embeddings (never token ids), optionally with their unconditional counterparts."""
 
     prompt_embeds: Tensor
-    """(B, tokens, d), float: text encoder's hidden states; d = 768 SD-1.5, 1024 SD-2.1, 2048 SDXL."""
+    """(B, tokens, d), float: the text encoder's hidden states; d = 768 SD-1.5, 1024 SD-2.1, 2048 SDXL."""
     pooled_prompt_embeds: Tensor | None = None
     """(B, d), float, SDXL only: the second text encoder's pooled output."""
     add_time_ids: Tensor | None = None
@@ -27,7 +24,7 @@ class Conditioning:
     negative_pooled_prompt_embeds: Tensor | None = None
     """Same shape as pooled_prompt_embeds, for guidance, SDXL only."""
     control_images: Tensor | None = None
-    """(B, C, H, W), float in [0, 1] as diffusers' ControlNetModel takes them."""
+    """(B, C, H, W), float in [0, 1], as in diffusers' ControlNetModel."""
 
     def __post_init__(self) -> None:
         if self.prompt_embeds.ndim != 3 or not self.prompt_embeds.is_floating_point():
@@ -58,15 +55,15 @@ class Conditioning:
         return len(self.prompt_embeds)
 
     def __getitem__(self, index: slice) -> "Conditioning":
-        """The samples of a slice, as views."""
+        """Returns the samples of a slice, as views."""
         return _map_tensors(self, lambda tensor: tensor[_as_slice(index)])
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
-        """Moves everything to `device` and casts to `dtype`; add_time_ids stay float32.
+        """Moves all tensors to `device` and casts them to `dtype`; add_time_ids stay float32.
 
-        The U-Net makes sinusoids of add_time_ids, and bfloat16 cannot tell 1023 px from 1024 px.
+        The U-Net embeds add_time_ids as sinusoids, and bfloat16 cannot distinguish 1023 px from 1024 px.
         """
         moved = _map_tensors(
             self, lambda tensor: tensor.to(device, dtype, non_blocking=_may_be_asynchronous(device))
@@ -81,10 +78,10 @@ class Conditioning:
         )
 
     def unconditional(self) -> "Conditioning":
-        """The twin for guidance: negative embeddings, same sizes and control images.
+        """Returns the unconditional counterpart for guidance, with the same sizes and control images.
 
         Raises:
-            ValueError: without negative embeddings.
+            ValueError: if there are no negative embeddings.
         """
         if self.negative_prompt_embeds is None:
             raise ValueError(
@@ -100,10 +97,10 @@ class Conditioning:
         )
 
     def doubled(self) -> "Conditioning":
-        """One batch of 2B for guidance: unconditional half first, then conditional, as in diffusers.
+        """Returns a batch of 2B for guidance: unconditional half first, as in diffusers.
 
         Raises:
-            ValueError: without negative embeddings.
+            ValueError: if there are no negative embeddings.
         """
         uncond = self.unconditional()
         return replace(
@@ -111,7 +108,7 @@ class Conditioning:
         )
 
     def unet_kwargs(self) -> dict[str, Any]:
-        """Keyword arguments of UNet2DConditionModel; the only place that knows diffusers' names for them."""
+        """Returns the keyword arguments of UNet2DConditionModel, under diffusers' names."""
         kwargs: dict[str, Any] = {"encoder_hidden_states": self.prompt_embeds}
         if self.pooled_prompt_embeds is not None:
             kwargs["added_cond_kwargs"] = {
@@ -123,20 +120,20 @@ class Conditioning:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TrainingBatch:
-    """One micro-batch of data, as the DataModules yield it and as Lightning moves it (it has `.to`)."""
+    """One micro-batch of data, as yielded by the DataModules; Lightning moves it by `.to`."""
 
     captions: list[str]
     """B captions; "" is the empty prompt."""
     positions: Tensor
-    """(B,), int64: how many samples the run consumed before each, over all ranks; determines its noise."""
+    """(B,), int64: number of samples that the run consumed before each, over all ranks; determines its noise."""
     sample_ids: list[str]
-    """B names of samples, as in the shards."""
+    """B sample names, as in the shards."""
     latents: Tensor | None = None
-    """(B, C, h, w), float, unscaled: what the VAE's encoder outputs."""
+    """(B, C, h, w), float, unscaled: the VAE encoder's output."""
     images: Tensor | None = None
     """(B, 3, H, W), float in [-1, 1]."""
     pair_noise_seeds: Tensor | None = None
-    """(B,), int64: for pairs of a target sampler, the position of the noise that latents were made from."""
+    """(B,), int64: for pairs of a target sampler, the key of the noise that the latents were made from."""
     original_sizes: Tensor | None = None
     """(B, 2), int64: height, width of the image before resizing, in pixels (SDXL)."""
     crops: Tensor | None = None
@@ -164,7 +161,7 @@ class TrainingBatch:
         self._check_values()
 
     def _check_values(self) -> None:
-        # On the host only, where the data is made: on a GPU each read of a value would wait for the device.
+        # On the host only: on a GPU reading values would synchronise with the device.
         if self.positions.device.type != "cpu":
             return
         if bool((self.positions < 0).any()):
@@ -172,13 +169,13 @@ class TrainingBatch:
         for name, tensor in (("latents", self.latents), ("images", self.images)):
             if tensor is None:
                 continue
-            # The extremes propagate NaN and infinity, and take a twentieth of the time of checking each value.
+            # aminmax propagates NaN and infinity, and is 20 times faster than isfinite on each value.
             low, high = (bound.item() for bound in torch.aminmax(tensor))
             if not (math.isfinite(low) and math.isfinite(high)):
                 broken = (~torch.isfinite(tensor)).flatten(1).any(dim=1).nonzero().flatten().tolist()
                 ids = ", ".join(self.sample_ids[i] for i in broken)
                 raise ValueError(f"{name} must be finite, got NaN or infinity in sample {ids}.")
-            # 1.01: a resize may overshoot a little, but pixels in 0-255 or 0-1 scaled twice are a mistake.
+            # 1.01: resizing may overshoot slightly, but pixels in 0-255 or scaled twice are an error.
             if name == "images" and max(-low, high) > 1.01:
                 raise ValueError(
                     f"images must be in [-1, 1], got values up to {max(-low, high):g}; "
@@ -189,17 +186,17 @@ class TrainingBatch:
         return len(self.captions)
 
     def __getitem__(self, index: slice) -> "TrainingBatch":
-        """The samples of a slice; tensors are views."""
+        """Returns the samples of a slice; tensors are views."""
         index = _as_slice(index)
         cut: dict[str, Any] = {name: tensor[index] for name, tensor in _tensors(self)}
         return replace(self, captions=self.captions[index], sample_ids=self.sample_ids[index], **cut)
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
-        """Moves the tensors; Lightning calls it for every batch."""
+        """Moves the tensors; called by Lightning for every batch."""
         return _map_tensors(self, lambda tensor: tensor.to(device, non_blocking=_may_be_asynchronous(device)))
 
     def pin_memory(self) -> "TrainingBatch":
-        """Pins the tensors; DataLoader(pin_memory=True) calls it."""
+        """Pins the tensors; called by DataLoader(pin_memory=True)."""
         return _map_tensors(self, lambda tensor: tensor.pin_memory())
 
 
@@ -238,7 +235,7 @@ def _as_slice(index: slice) -> slice:
 
 
 def _may_be_asynchronous(device: torch.device | str | None) -> bool:
-    """Whether a copy may be asynchronous: a copy to the host could be read before it has arrived."""
+    """Whether a copy may be asynchronous; not to the host, where it could be read before it is complete."""
     return device is not None and torch.device(device).type != "cpu"
 
 

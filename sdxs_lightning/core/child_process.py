@@ -1,7 +1,7 @@
-"""Helper processes of a run: signals are their parent's affair, and they end when it does.
+"""Helper processes of a run, which leave signal handling to their parent and end with it.
 
-SLURM, Kubernetes and Ctrl-C signal every process of a run. A reading worker that dies of SIGTERM takes the run with it,
-before the trainer has saved the checkpoint that the signal asks for.
+SLURM, Kubernetes and Ctrl-C signal every process of a run. A data loading worker that dies of SIGTERM would end the run before
+the trainer has saved the checkpoint that the signal asks for.
 """
 
 import atexit
@@ -14,22 +14,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""What a scheduler or a user sends to end a run."""
+"""Signals by which a scheduler or a user ends a run."""
 _PR_SET_PDEATHSIG = 1
 
 
 def leave_signals_to_parent(worker_id: int = 0) -> None:
-    """Makes this process ignore `SIGNALS` and end with its parent. To be called first in a helper process.
+    """Makes this process ignore `SIGNALS` and end with its parent. Call it first in a helper process.
 
-    Programs that it starts inherit both; whoever ends it has to use SIGKILL.
+    Child processes inherit the ignored signals; only SIGKILL ends the process.
 
     Args:
-        worker_id: not used; a DataLoader's worker_init_fn gets one.
+        worker_id: unused; passed by a DataLoader to its worker_init_fn.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
-        # Of a fork server's child the parent is the server, which ends with the process that started it.
+        # The parent of a fork server's child is the server, which ends with the process that started it.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():  # it died before prctl
@@ -38,7 +38,7 @@ def leave_signals_to_parent(worker_id: int = 0) -> None:
 
 @contextmanager
 def signals_ignored() -> Iterator[None]:
-    """Inside, a program that is started ignores `SIGNALS` for good: a fork server, for instance."""
+    """Context in which started processes, such as a fork server, permanently ignore `SIGNALS`."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
     try:
         yield
@@ -48,7 +48,7 @@ def signals_ignored() -> Iterator[None]:
 
 
 def kill_children_at_exit() -> None:
-    """Ends this process's helpers by SIGKILL when it exits; multiprocessing would send SIGTERM and wait for ever."""
+    """Kills daemonic children at exit; multiprocessing would send SIGTERM, which they ignore, and wait forever."""
     global _registered
     if not _registered:
         _registered = True

@@ -1,23 +1,23 @@
-"""The ways a run ends that are not bugs: each has one sentence for the user and its own exit code.
+"""Expected ways in which a run ends: each has a message for the user and its own exit code.
 
 | exit code | meaning |
 |---|---|
 | 0 | finished |
 | 1 | unexpected: a bug, shown with its traceback |
-| 2 | the configuration or an input was refused; nothing was trained |
-| 3 | the training diverged (NaN or infinity); starting it again unchanged would not help |
+| 2 | the configuration or an input was rejected; nothing was trained |
+| 3 | the training diverged (NaN or infinity); restarting it unchanged would not help |
 | 4 | a checkpoint could not be written; the previous one is intact |
-| 5 | a rank died or stopped; the other ranks ended, and `--ckpt_path auto` resumes |
+| 5 | a rank died or hung; the other ranks ended, and `--ckpt_path auto` resumes |
 | 128 + signal (130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM) | interrupted after a checkpoint; `--ckpt_path auto` resumes |
 
-The last row is the convention of shells, so that a job script can requeue on 138 and 143.
+The last row follows the convention of shells, so that a job script can requeue on 138 and 143.
 """
 
 import signal as signals
 
 
 class RunStopped(Exception):
-    """Ends a run early for a reason that one sentence explains.
+    """Ends a run early with a message instead of a traceback.
 
     Raised on all ranks or on none: the callbacks that raise it agree first.
     """
@@ -26,7 +26,7 @@ class RunStopped(Exception):
 
 
 class UserError(RunStopped):
-    """The configuration, a path or a file is not what the run needs."""
+    """The configuration, a path or a file is invalid."""
 
     exit_code = 2
 
@@ -38,13 +38,13 @@ class TrainingDiverged(RunStopped):
 
 
 class CheckpointNotWritten(RunStopped):
-    """The disk is full, a quota is used up, or the folder cannot be written."""
+    """The disk or quota is full, or the folder is not writable."""
 
     exit_code = 4
 
 
 class RankLost(RunStopped):
-    """A rank died, was killed, or no longer answers."""
+    """A rank died, was killed, or no longer responds."""
 
     exit_code = 5
 

@@ -4,9 +4,9 @@ from torch import Tensor
 
 
 def guide(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
-    """Guided prediction: uncond + guidance_scale * (cond - uncond); 1 means none, 0 the unconditional one.
+    """Guided prediction: uncond + guidance_scale * (cond - uncond); 1 means none, 0 is unconditional.
 
-    It is linear, so guiding noise, v or x_0 predictions of one x_t comes to the same.
+    Linear, so guiding noise, v or x_0 predictions of one x_t is equivalent.
 
     Args:
         cond: (B, 4, h, w), float, prediction with the prompt.
@@ -26,5 +26,5 @@ def guide(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
             f"cond and uncond must have one shape, got {tuple(cond.shape)} and {tuple(uncond.shape)}."
         )
     cond, uncond = cond.float(), uncond.float()
-    # The same formula counted from cond: then w = 1 returns cond to the last bit.
+    # The same formula relative to cond, so that w = 1 returns cond bit for bit.
     return cond + (guidance_scale - 1.0) * (cond - uncond)

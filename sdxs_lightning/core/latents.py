@@ -1,32 +1,32 @@
-"""The scale of latents, and the conversion between images and bytes."""
+"""Scaling of latents, and conversion between images and uint8."""
 
 import torch
 from torch import Tensor
 
 
 def scale(latents: Tensor, scaling_factor: float, shift_factor: float | None = None) -> Tensor:
-    """VAE encoder output -> U-Net input: (latents - shift_factor) * scaling_factor.
+    """Converts VAE encoder output to U-Net input: (latents - shift_factor) * scaling_factor.
 
     Args:
-        latents: (B, C, h, w), float, as the VAE's encoder outputs them and as shards store them.
+        latents: (B, C, h, w), float, the VAE encoder's output, as stored in shards.
         scaling_factor: `scaling_factor` of the VAE's config; 0.18215 for SD, 0.13025 for SDXL.
         shift_factor: `shift_factor` of the VAE's config; None (every SD and SDXL) means 0.
 
     Returns:
-        (B, C, h, w), float32, of about unit variance.
+        (B, C, h, w), float32, with about unit variance.
     """
     return (latents.float() - (shift_factor or 0.0)) * scaling_factor
 
 
 def unscale(latents: Tensor, scaling_factor: float, shift_factor: float | None = None) -> Tensor:
-    """U-Net output -> VAE decoder input: the inverse of `scale`, with the same arguments."""
+    """Converts U-Net output to VAE decoder input; the inverse of `scale`, with the same arguments."""
     return latents.float() / scaling_factor + (shift_factor or 0.0)
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> bytes: clamped, then rounded to the nearest byte.
+    """Converts pixels in [-1, 1] to uint8: clamped, then rounded to nearest.
 
-    Truncation instead of rounding shifts every image by half a byte, which changes FID; so there is one rule.
+    Truncation would shift every image by half a byte, which changes FID, so all code uses this function.
 
     Args:
         images: (B, 3, H, W), float; values outside [-1, 1] are clamped.
@@ -35,7 +35,7 @@ def to_uint8(images: Tensor) -> Tensor:
         (B, 3, H, W), uint8, same device.
 
     Raises:
-        ValueError: for integer images, which have been through here already.
+        ValueError: for integer images, which are already converted.
 
     Source: equals VaeImageProcessor.postprocess of diffusers for float32 images.
     """
@@ -45,7 +45,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def from_uint8(images_uint8: Tensor) -> Tensor:
-    """Bytes -> pixels in [-1, 1], float32; `to_uint8` gives the same bytes back.
+    """Converts uint8 to pixels in [-1, 1], float32; `to_uint8` inverts it exactly.
 
     Args:
         images_uint8: (B, 3, H, W), uint8.

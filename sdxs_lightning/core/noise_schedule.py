@@ -1,6 +1,6 @@
-"""The noise schedule and the paired conversions between what a diffusion network may predict.
+"""The noise schedule, and conversions between the prediction types of diffusion networks.
 
-Notation, for all of the project:
+Notation of the entire project:
     abar_t = alphas_cumprod[t],  alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t),
     x_0 = scaled latents,  noise ~ N(0, 1),  x_t = alpha_t x_0 + sigma_t noise.
 
@@ -9,8 +9,7 @@ A network of prediction type
     "v_prediction"  outputs v = alpha_t noise - sigma_t x_0,
     "sample"        outputs x_0.
 
-All arithmetic is float32 whatever the inputs are: at t = 999 an error of epsilon is multiplied by
-sigma_t / alpha_t = 14.6.
+All arithmetic is float32, whatever the inputs' dtype: at t = 999 an error of epsilon is multiplied by sigma_t / alpha_t = 14.6.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,8 +29,7 @@ Float64Array = npt.NDArray[np.float64]
 class NoiseSchedule(nn.Module):
     """alphas_cumprod and its two square roots, (T,), float32, rounded once from float64.
 
-    The buffers are not persistent (a checkpoint does not need them) and keep float32 when the module that
-    holds the schedule is cast: bfloat16 would merge neighbouring timesteps.
+    The buffers are not persistent and stay float32 when a parent module is cast: bfloat16 would merge neighbouring timesteps.
 
     Source: DDPM, arXiv:2006.11239, section 2; the beta schedules are those of diffusers' DDPMScheduler.
     """
@@ -57,7 +55,7 @@ class NoiseSchedule(nn.Module):
                 f"betas must be one row of numbers in (0, 1], got shape {betas64.shape}; see the scheduler's "
                 "config."
             )
-        # float64 on the host: kept beside the buffers so that a cast or a move never rounds twice.
+        # float64 on the host, kept next to the buffers so that a cast or move never rounds twice.
         self._alphas_cumprod64: Float64Array = np.cumprod(1.0 - betas64, dtype=np.float64)
         if self._alphas_cumprod64[-1] <= 0 and prediction_type == "epsilon":
             raise ValueError(
@@ -72,19 +70,19 @@ class NoiseSchedule(nn.Module):
     def scaled_linear(
         cls, beta_start: float = 0.00085, beta_end: float = 0.012, num_train_timesteps: int = 1000
     ) -> Self:
-        """The schedule of every Stable Diffusion: sqrt(beta_t) is linear in t."""
+        """The schedule of all Stable Diffusion models: sqrt(beta_t) is linear in t."""
         return cls(_scaled_linear_betas(beta_start, beta_end, num_train_timesteps))
 
     @classmethod
     def from_scheduler_config(cls, config: Mapping[str, Any]) -> Self:
-        """The schedule that a diffusers scheduler config describes.
+        """Builds the schedule of a diffusers scheduler config.
 
         Args:
             config: `scheduler.config` or the parsed `scheduler_config.json`; absent keys take the defaults
                 of diffusers.
 
         Raises:
-            ValueError: for a beta_schedule that is not known here.
+            ValueError: for an unknown beta_schedule.
         """
         num_train_timesteps = int(config.get("num_train_timesteps", 1000))
         if config.get("trained_betas") is not None:
@@ -119,7 +117,7 @@ class NoiseSchedule(nn.Module):
     def _at(self, values: Tensor, timesteps: Tensor) -> Tensor:
         if timesteps.ndim != 1 or timesteps.dtype != torch.int64:
             raise ValueError(f"timesteps must be (B,) int64, got {tuple(timesteps.shape)} {timesteps.dtype}.")
-        # On a GPU reading the values would wait for the device; there index_select checks them itself.
+        # On a GPU reading the values would synchronise; index_select checks them there.
         if timesteps.device.type == "cpu" and bool(((timesteps < 0) | (timesteps >= len(values))).any()):
             raise ValueError(f"timesteps must be in [0, {len(values) - 1}], got {timesteps.tolist()}.")
         return values.index_select(0, timesteps).view(-1, 1, 1, 1)
@@ -165,7 +163,7 @@ def target_of(
     timesteps: Tensor,
     schedule: NoiseSchedule,
 ) -> Tensor:
-    """What a network of this prediction type is trained to output at x_t = add_noise(latents, noise, ...).
+    """The training target of a network of this prediction type at x_t = add_noise(latents, noise, ...).
 
     Args:
         prediction_type: what the network outputs.
@@ -200,10 +198,10 @@ def to_pred_x0(
     schedule: NoiseSchedule,
     prediction_type: PredictionType,
 ) -> Tensor:
-    """The clean-latent estimate in a network's output; the inverse of `from_pred_x0`.
+    """Converts a network's output to its clean-latent estimate; the inverse of `from_pred_x0`.
 
     Args:
-        output: (B, 4, h, w), float, what the network returned.
+        output: (B, 4, h, w), float, the network's output.
         noisy_latents: same shape, its input x_t.
         timesteps: (B,), int64, in [0, T).
         schedule: source of alpha_t and sigma_t.
@@ -237,7 +235,7 @@ def to_noise_pred(
     schedule: NoiseSchedule,
     prediction_type: PredictionType,
 ) -> Tensor:
-    """The noise estimate in a network's output; arguments, shapes and errors as in `to_pred_x0`.
+    """Converts a network's output to its noise estimate; arguments, shapes and errors as in `to_pred_x0`.
 
     Source: equals the `pred_epsilon` inside DDIMScheduler.step.
     """
@@ -261,7 +259,7 @@ def from_pred_x0(
     schedule: NoiseSchedule,
     prediction_type: PredictionType,
 ) -> Tensor:
-    """The network output that is equivalent to this clean-latent estimate; the inverse of `to_pred_x0`.
+    """Converts a clean-latent estimate to the equivalent network output; the inverse of `to_pred_x0`.
 
     Args:
         pred_x0: (B, 4, h, w), float, clean-latent estimate.
@@ -320,7 +318,7 @@ def _scaled_linear_betas(beta_start: float, beta_end: float, num_train_timesteps
 
 
 def _squared_cosine_betas(_beta_start: float, _beta_end: float, num_train_timesteps: int) -> Float64Array:
-    """Nichol and Dhariwal, arXiv:2102.09672, eq. 17, betas at most 0.999 as there."""
+    """Nichol and Dhariwal, arXiv:2102.09672, eq. 17, with betas clipped at 0.999 as there."""
     edges = np.arange(num_train_timesteps + 1) / num_train_timesteps
     abar = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
     betas: Float64Array = np.minimum(1.0 - abar[1:] / abar[:-1], 0.999)
@@ -335,7 +333,7 @@ _BETA_SCHEDULES: dict[str, Callable[[float, float, int], Float64Array]] = {
 
 
 def _rescale_zero_terminal_snr(betas: Float64Array) -> Float64Array:
-    """Shifts and scales sqrt(abar): the last becomes 0, the first stays (arXiv:2305.08891, alg. 1)."""
+    """Shifts and scales sqrt(abar) so that the last is 0 and the first unchanged (arXiv:2305.08891, alg. 1)."""
     alpha = np.sqrt(np.cumprod(1.0 - betas))
     abar = ((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])) ** 2
     rescaled: Float64Array = 1.0 - np.concatenate([abar[:1], abar[1:] / abar[:-1]])

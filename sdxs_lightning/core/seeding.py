@@ -1,16 +1,15 @@
 """Randomness as a pure function of (seed, stream, position), on any device.
 
-A stateful generator gives other numbers after a resume, or on another number of ranks, unless its state
-travels. Here a number has an address instead: the run's seed, a named stream, the sample's global position
-(how many samples the run had consumed before it) and the element inside the sample. So no random state is
-in checkpoints, and a batch split over ranks draws the numbers of the complete batch.
+A stateful generator gives different numbers after a resume, or on another number of ranks, unless its state is saved. Here a
+number has a key instead: the run's seed, a named stream, the sample's global position (the number of samples that the run
+consumed before it) and the element within the sample. So checkpoints need no random state, and a batch split over ranks draws
+the numbers of the complete batch.
 
-The 64-bit words come from SplitMix64's mixer (Steele, Lea, Flood, "Fast splittable pseudorandom number
-generators", OOPSLA 2014; constants of its variant 13) over hashed addresses. Only integer operations and
-the correctly rounded float32 operations + - * / sqrt are used, one per torch kernel. So the result is the
-same bits on every device and for every batch size, where a vector library's log or cos differs in the last
-bit between devices, and between a vectorised loop and its tail. (A compiler that fuses these lines may
-contract a * b + c: do not compile them.) No call here waits for the device.
+The 64-bit words come from SplitMix64's mixer (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA
+2014; constants of its variant 13) over hashed keys. Only integer operations and the correctly rounded float32 operations
++ - * / sqrt are used, one per torch kernel, so the result is bit-identical on every device and for every batch size; a vector
+library's log or cos differs in the last bit between devices, and between a vectorised loop and its tail. (Do not compile these
+functions: a compiler may contract a * b + c.) No function synchronises with the device.
 """
 
 import math
@@ -26,9 +25,9 @@ _MIX_2 = 0x94D049BB133111EB
 
 
 class Stream(IntEnum):
-    """What a random number is used for; two purposes never share numbers.
+    """The purpose of a random number; purposes never share numbers.
 
-    Append only: a changed value changes every run of that seed.
+    Append only: changing a value changes the runs of all seeds.
     """
 
     STUDENT_NOISE = 0
@@ -58,10 +57,10 @@ def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) ->
         seed: the run's seed, any int (its lowest 64 bits count).
         stream: what the numbers are used for.
         positions: (B,), int64; their device is the result's.
-        shape: of one sample's block; another shape draws other numbers.
+        shape: shape of one sample's block; another shape draws other numbers.
 
     Returns:
-        (B, *shape), float32; no absolute value exceeds 6.7, the reach of 32 bits.
+        (B, *shape), float32; absolute values are at most 6.7, the limit of 32 bits.
 
     Raises:
         ValueError: unless positions are (B,) int64.
@@ -81,7 +80,7 @@ def uniform(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...] = 
         seed: the run's seed, any int (its lowest 64 bits count).
         stream: what the numbers are used for.
         positions: (B,), int64; their device is the result's.
-        shape: of one sample's block; a longer block begins with the numbers of a shorter one.
+        shape: shape of one sample's block; a longer block starts with the numbers of a shorter one.
 
     Returns:
         (B, *shape), float32.
@@ -116,18 +115,18 @@ def integers(seed: int, stream: int, positions: Tensor, low: int, high: int) -> 
 
 
 def fingerprint_values(values: Tensor) -> Tensor:
-    """A hash of each sample's values, used like a position where only the values are known.
+    """Hashes each sample's values, for use as a position where only the values are known.
 
     Args:
         values: (B, ...), float; compared as float32, bit for bit.
 
     Returns:
-        (B,), int64: equal for equal values; for others equal by chance, one in 2^64.
+        (B,), int64: equal for equal values; collisions have probability 2^-64.
     """
     bits = values.detach().float().contiguous().view(torch.int32).flatten(1).to(torch.int64)
     elements = torch.arange(1, bits.shape[1] + 1, device=bits.device, dtype=torch.int64)
-    # Hashed before they are added: the sum of plain bits would not change if two elements were swapped. int64 sums wrap around,
-    # so their order does not matter.
+    # Hashed before summation, since a sum of plain bits is invariant to swapped elements. int64 sums wrap around, so their
+    # order does not matter.
     return _mix(_mix(bits ^ _mix(elements)[None, :]).sum(dim=1))
 
 
@@ -138,8 +137,8 @@ def _words(seed: int, stream: int, positions: Tensor, count: int) -> Tensor:
     key = _mix_int(_mix_int((seed + _GOLDEN) & _MASK64) + _GOLDEN * (int(stream) + 1))
     samples = _mix(positions * _signed(_GOLDEN) + _signed(key))
     elements = torch.arange(1, count + 1, device=positions.device, dtype=torch.int64)
-    # Elements are hashed before they meet the sample's key. With key + element * GOLDEN, as in plain
-    # SplitMix64, two samples whose keys are a few GOLDENs apart would be shifted copies of one another.
+    # Elements are hashed before they are combined with the sample's key. With key + element * GOLDEN, as in plain
+    # SplitMix64, two samples whose keys are a few GOLDENs apart would be shifted copies of each other.
     return _mix(samples[:, None] ^ _mix(elements * _signed(_GOLDEN))[None, :])
 
 
@@ -157,7 +156,7 @@ def _mix_int(word: int) -> int:
 
 
 def _shift_right(words: Tensor, bits: int) -> Tensor:
-    """Shift that brings in zeros; torch's >> on int64 brings in the sign."""
+    """Logical right shift; torch's >> on int64 is arithmetic."""
     return (words >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Timesteps: the ranges that training draws from, and the few that a sampler visits."""
+"""Timestep ranges for training, and timesteps of few-step samplers."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +13,7 @@ Spacing = Literal["trailing", "leading"]
 
 @dataclass(frozen=True)
 class TimestepRange:
-    """Timesteps drawn uniformly, one per sample, both ends included."""
+    """A range of timesteps, both ends included, drawn from uniformly."""
 
     low: int = 20
     """Smallest timestep; 0 is almost clean."""
@@ -28,7 +28,7 @@ class TimestepRange:
             )
 
     def draw(self, seed: int, stream: int, positions: Tensor) -> Tensor:
-        """One timestep per sample.
+        """Draws one timestep per sample.
 
         Args:
             seed: the run's seed.
@@ -44,22 +44,22 @@ class TimestepRange:
 def few_step_timesteps(
     steps: int, num_train_timesteps: int = 1000, spacing: Spacing = "trailing", steps_offset: int = 0
 ) -> list[int]:
-    """The timesteps that a sampler of so many steps visits, from noise to clean.
+    """The timesteps that a sampler with `steps` steps visits, from noise to clean.
 
-    "trailing" starts at the last timestep, so one step starts at 999; "leading" starts one spacing earlier,
-    which leaves the noisiest part out; the scheduler configs of SD-1.5 and SDXL have it.
+    "trailing" starts at the last timestep, so one step starts at 999; "leading", as in the scheduler configs of SD-1.5 and
+    SDXL, starts one spacing earlier and omits the noisiest part.
 
     Args:
         steps: number of network calls, in [1, num_train_timesteps].
         num_train_timesteps: T.
-        spacing: as `timestep_spacing` of diffusers.
-        steps_offset: added to "leading" timesteps only; the configs of Stable Diffusion have 1.
+        spacing: diffusers' `timestep_spacing`.
+        steps_offset: added to "leading" timesteps only; 1 in the configs of Stable Diffusion.
 
     Returns:
-        `steps` ints, descending; a list, so that a loop over them never waits for the device.
+        `steps` ints, decreasing; a list, so that looping over them does not synchronise with the device.
 
     Raises:
-        ValueError: for a number of steps or an offset that leaves [0, T), or an unknown spacing.
+        ValueError: if the steps or the offset leave [0, T), or the spacing is unknown.
 
     Source: arXiv:2305.08891, table 2; equals DDIMScheduler.set_timesteps of diffusers.
     """
