@@ -1,1 +1,1 @@
-"""Callbacks around a training: checkpoints, interruptions, a guard against NaN, export."""
+"""Callbacks for checkpoints, resuming, interruption, NaN detection, monitoring and export."""

@@ -4,9 +4,9 @@
         state.ckpt       Lightning's file, or with FSDP2 its folder of shards
         manifest.json    size and checksum of every other file, and the run's counters
 
-A checkpoint is written under a name that begins with a dot, forced to the disk, and then renamed: a crash at any moment
-leaves the previous ones as they were. By its manifest a checkpoint with a missing or shorter file is never chosen, and one
-with changed contents is refused when it is loaded.
+A checkpoint is written under a name that starts with a dot, synced to disk, and then renamed: a crash at any moment leaves the
+previous ones intact. By the manifest, a checkpoint with a missing or truncated file is never chosen, and one with changed
+contents is rejected on load.
 """
 
 import hashlib
@@ -27,39 +27,39 @@ CHUNK_BYTES = 64 * 1024 * 1024
 
 
 class Manifest(NamedTuple):
-    """A checkpoint's description of itself."""
+    """Contents of a checkpoint's manifest.json."""
 
     sizes: dict[str, int]
-    """Bytes of every file, by its path inside the folder."""
+    """Size in bytes of every file, by its path in the folder."""
     saved_at: float
-    """Seconds since 1970, for the reader: clocks of two nodes differ, so it decides nothing."""
+    """Unix time, informational only, since the clocks of nodes differ."""
     student_updates: int
     iterations: int
     batches: int
     starts: int = 0
-    """How often the run had been started: a resumed run writes newer checkpoints than the ones that it left behind, also
-    where it went back to an older one. 0 until version 0.1."""
+    """How often the run had been started. Makes the checkpoints of a resumed run newer than all earlier ones, even if it
+    resumed from an older one. 0 until version 0.1."""
     checksums: dict[str, str] | None = None
     """`checksum` of every file; None until version 0.1."""
 
     @property
     def age(self) -> tuple[int, int, int]:
-        """Orders the checkpoints of a run, newest last; by counters, never by a clock."""
+        """Sort key of a run's checkpoints, newest last; by counters rather than clocks."""
         return self.starts, self.batches, self.student_updates
 
 
 def checkpoint_name(student_updates: int, batches: int) -> str:
-    """The folder's name; batches tell apart two checkpoints between the same student updates."""
+    """The folder's name; batches distinguish checkpoints between the same student updates."""
     return f"update_{student_updates:08d}-batch_{batches:08d}"
 
 
 def partial_of(folder: Path) -> Path:
-    """Where a checkpoint is while it is being written."""
+    """The temporary path of a checkpoint while it is being written."""
     return folder.with_name(f".{folder.name}.partial")
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 over the SHA-256 of each 64 MiB of a file: computed on several cores, 24 GB in seconds."""
+    """SHA-256 over the SHA-256 of each 64 MiB chunk, computed in parallel: seconds for 24 GB."""
 
     def of_chunk(start: int) -> bytes:
         with path.open("rb") as file:
@@ -76,7 +76,7 @@ def checksum(path: Path) -> str:
 
 
 def checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """`checksum` of some files of a folder; "" for one that cannot be read."""
+    """`checksum` of the named files of a folder; "" for an unreadable one."""
     found = {}
     for name in names:
         try:
@@ -87,7 +87,7 @@ def checksums(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def files_of(folder: Path) -> list[str]:
-    """All files of a checkpoint but the manifest, by their paths inside it."""
+    """Paths in the folder of all files of a checkpoint except the manifest."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return sorted(path.relative_to(folder).as_posix() for path in files if path.name != MANIFEST)
 
@@ -100,19 +100,19 @@ def seal(
     starts: int = 0,
     sums: Mapping[str, str] | None = None,
 ) -> int:
-    """Turns what was written at `partial_of(folder)` into the complete checkpoint `folder`.
+    """Turns the partial checkpoint at `partial_of(folder)` into the complete checkpoint `folder`.
 
     Args:
-        folder: its final place.
-        student_updates: of the run so far, as are iterations, batches and starts.
+        folder: final path.
+        student_updates: of the run so far, like iterations and batches.
         starts: how often the run has been started.
-        sums: checksums by file; those that are not given are computed here.
+        sums: known checksums by file; the others are computed here.
 
     Returns:
-        Its size in bytes.
+        Size in bytes.
 
     Raises:
-        OSError: when the disk refuses, or a file with a checksum is missing; what was there before is untouched.
+        OSError: if writing fails, or a file with a known checksum is missing; earlier checkpoints are untouched.
     """
     partial = partial_of(folder)
     names = files_of(partial)
@@ -130,7 +130,7 @@ def seal(
     for inner in sorted(path for path in partial.rglob("*") if path.is_dir()):
         _force_to_disk(inner)
     _force_to_disk(partial)
-    if folder.exists():  # written twice in one place of the run: the content is the same
+    if folder.exists():  # written twice at the same point of the run, with the same content
         shutil.rmtree(folder)
     partial.rename(folder)
     _force_to_disk(folder.parent)
@@ -141,7 +141,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """Returns the manifest of a checkpoint, or None if it cannot be read."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
-        if "turns" in content:  # what "iterations" was called until version 0.1
+        if "turns" in content:  # the name of "iterations" until version 0.1
             content["iterations"] = content.pop("turns")
         manifest = Manifest(**content)
         sums = manifest.checksums or {}
@@ -153,7 +153,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def complete(folder: Path) -> bool:
-    """Whether every file of the checkpoint is there with the size that it had when written. Reads no contents."""
+    """Whether all files of the checkpoint exist with their recorded sizes. Reads no contents."""
     manifest = read_manifest(folder)
     if manifest is None or not manifest.sizes:
         return False
@@ -164,11 +164,11 @@ def complete(folder: Path) -> bool:
 
 
 def changed_file(folder: Path, sums: Mapping[str, str]) -> str | None:
-    """The first file whose checksum is not the manifest's, or None. A checkpoint without checksums cannot tell.
+    """Returns the first file whose checksum differs from the manifest's, or None; None also without recorded checksums.
 
     Args:
         folder: a complete checkpoint.
-        sums: of its files, or of some of them.
+        sums: checksums of all or some of its files.
     """
     manifest = read_manifest(folder)
     wanted = (manifest.checksums if manifest is not None else None) or {}
@@ -188,7 +188,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def next_start(folder: Path) -> int:
-    """The number of the start that begins now: one more than that of any checkpoint in the folder."""
+    """The number of the current start: one more than the highest of the checkpoints in the folder."""
     if not folder.is_dir():
         return 1
     manifests = (read_manifest(path) for path in folder.iterdir())
@@ -211,7 +211,7 @@ def incomplete_checkpoints(folder: Path) -> list[Path]:
 def keep_newest(folder: Path, count: int) -> None:
     """Removes all but the newest complete checkpoints, and the remains of unfinished writes."""
     for old in list(reversed(complete_checkpoints(folder)))[count:]:
-        # Renamed first, so that a removal that breaks off leaves no half checkpoint under a good name.
+        # Renamed first, so that an interrupted removal leaves no incomplete checkpoint under a final name.
         doomed = partial_of(old)
         shutil.rmtree(doomed, ignore_errors=True)
         old.rename(doomed)
@@ -228,12 +228,12 @@ def _force_to_disk(path: Path) -> None:
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Returns the system's reason for a failed write; None if the exception comes from elsewhere, so is a bug."""
+    """Returns the operating system's reason for a failed write; None if the exception has another cause, and so is a bug."""
     chain = list(_chain(error))
     for one in chain:
         if isinstance(one, OSError):
             return os.strerror(one.errno).lower() if one.errno is not None else str(one)
-    # torch's zip writer tells a short write like this and drops the system's reason.
+    # torch's zip writer raises this on a short write and drops the system's reason.
     torch_writer = ("inline_container", "PytorchStreamWriter", "iostream")
     if any(isinstance(one, RuntimeError) and any(word in str(one) for word in torch_writer) for one in chain):
         return "the file could not be written to its end"

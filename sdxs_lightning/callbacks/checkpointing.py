@@ -23,7 +23,7 @@ from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 
 class StreamingCheckpointIO(TorchCheckpointIO):
-    """Writes directly into the file. Lightning's own builds a second copy in memory and passes through /tmp."""
+    """Writes directly to the file; Lightning's own IO makes a second copy in memory and goes through /tmp."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
@@ -35,17 +35,17 @@ class StreamingCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpointing(Checkpoint):
-    """Saves every n student updates and at the end, atomically, and keeps the newest few.
+    """Saves atomically every n student updates and at the end, and keeps the newest checkpoints.
 
-    Saves only between iterations: gradients that are half accumulated are in no checkpoint. Lightning runs the callbacks that
-    derive from its `Checkpoint` after all others, so that their states belong to the same batch.
+    Saves only between iterations, since checkpoints do not hold accumulated gradients. Lightning runs callbacks that derive
+    from its `Checkpoint` after all others, so the saved callback states belong to the same batch.
 
     Args:
         every_n_student_updates: interval between checkpoints.
-        keep: how many complete checkpoints stay; older ones are removed after a newer one is safe.
-        folder: their place; None is `checkpoints` in the run's folder (`trainer.default_root_dir`).
-        start_over: if this run does not resume and there are checkpoints of an earlier run: False refuses to start, True
-            removes them.
+        keep: number of complete checkpoints to keep; older ones are removed once a newer one is complete.
+        folder: folder of the checkpoints; None is `checkpoints` in the run's folder (`trainer.default_root_dir`).
+        start_over: what to do with checkpoints of an earlier run if this one does not resume: False raises, True removes
+            them.
 
     Raises:
         ValueError: unless every_n_student_updates and keep are at least 1.
@@ -70,28 +70,28 @@ class Checkpointing(Checkpoint):
         self._saved_name: str | None = None
         self._starts = 1
         self.resume: Resume | None = None
-        """Describes the run in its checkpoints; of the command line, which knows the configuration, or made here."""
+        """Adds the run's description to checkpoints; set by the command line, which knows the configuration, or in `setup`."""
 
     def run_folder(self, trainer: pl.Trainer) -> Path:
         """Returns the folder of this run's checkpoints."""
         return Path(self.folder or Path(trainer.default_root_dir) / "checkpoints")
 
     def saved_at(self, trainer: pl.Trainer, student_updates: int) -> Path | None:
-        """The checkpoint that this process wrote after so many student updates, if it was its last one."""
+        """The checkpoint of this student update if it is the last one that this process wrote, else None."""
         if self._saved_name is None or self._saved_updates != student_updates:
             return None
         return self.run_folder(trainer) / self._saved_name
 
     def last_good(self, trainer: pl.Trainer) -> str:
-        """Names the newest complete checkpoint, for a message."""
+        """Names the newest complete checkpoint, for error messages."""
         newest = folders.newest_complete_checkpoint(self.run_folder(trainer))
         return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks before the training, not an hour into it, that checkpoints can be written.
+        """Checks before training that checkpoints can be written.
 
         Raises:
-            UserError: on all ranks, if not.
+            UserError: on all ranks, if they cannot.
         """
         trainer.strategy.checkpoint_io = StreamingCheckpointIO()
         if self.resume is None and self in trainer.checkpoint_callbacks:
@@ -101,10 +101,10 @@ class Checkpointing(Checkpoint):
         self._refuse_together(unshared(folder, self.ranks))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keeps two runs apart.
+        """Keeps this run's checkpoints apart from an earlier run's.
 
         Raises:
-            UserError: on all ranks, if an earlier run's checkpoints are in the way.
+            UserError: on all ranks, if the folder holds checkpoints of an earlier run.
         """
         if trainer.ckpt_path is None:
             self._refuse_together(self._in_the_way(self.run_folder(trainer)) if self.ranks.first else None)
@@ -155,7 +155,7 @@ class Checkpointing(Checkpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds what a resumed run is compared with."""
+        """Adds the entry that a resumed run is compared with."""
         if self.resume is not None:
             checkpoint[KEY] = self.resume.entry()
 
@@ -164,14 +164,14 @@ class Checkpointing(Checkpoint):
         self.save(trainer)
 
     def save(self, trainer: pl.Trainer) -> Path:
-        """Writes a checkpoint now. A collective: all ranks call it, between iterations.
+        """Writes a checkpoint now. A collective: all ranks must call it, between iterations.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            TrainingDiverged: instead of saving weights that are not finite.
-            CheckpointNotWritten: on all ranks, if any of them could not write; the previous checkpoint is untouched.
+            TrainingDiverged: if weights are not finite.
+            CheckpointNotWritten: on all ranks, if any rank could not write; the previous checkpoint is untouched.
         """
         counts = counts_of(trainer)
         name = folders.checkpoint_name(counts.updates, counts.batches)
@@ -198,8 +198,8 @@ class Checkpointing(Checkpoint):
             if self.ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-            # Not trainer.save_checkpoint: its barrier comes after the write, so a rank whose write fails would leave the
-            # others waiting there.
+            # Not trainer.save_checkpoint: its barrier follows the write, so a rank whose write fails would leave the others
+            # waiting.
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
             trainer.strategy.save_checkpoint(checkpoint, partial / folders.STATE)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -210,7 +210,7 @@ class Checkpointing(Checkpoint):
         return None
 
     def _own_checksums(self, folder: Path) -> dict[str, str]:
-        """Of the shards that this rank wrote: it has them in its page cache, and rank 0 need not read them all."""
+        """Checksums of the shards that this rank wrote, which are in its page cache; rank 0 would have to read them all."""
         partial = folders.partial_of(folder)
         own = [
             name
@@ -229,7 +229,7 @@ class Checkpointing(Checkpoint):
         return None
 
     def _give_up(self, trainer: pl.Trainer, folder: Path, student_updates: int, problem: str) -> None:
-        self.ranks.wait()  # nobody writes into the folder that is about to be removed
+        self.ranks.wait()  # no rank still writes into the folder to be removed
         if self.ranks.first:
             shutil.rmtree(folders.partial_of(folder), ignore_errors=True)
         free = ""

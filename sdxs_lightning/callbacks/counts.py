@@ -1,4 +1,4 @@
-"""A stage's progress counters, which are on the host: reading them never waits for the device."""
+"""A stage's progress counters, kept on the host, so that reading them does not synchronise with the device."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ class Counts(NamedTuple):
 
 
 def counts_of(trainer: pl.Trainer) -> Counts:
-    """Reads `student_updates`, `iterations` and `micro_batches` of a module that counts itself, else the trainer's counters."""
+    """Reads `student_updates`, `iterations` and `micro_batches` of the module if present, else the trainer's counters."""
     module, loop = trainer.lightning_module, trainer.fit_loop.epoch_loop
     between = (loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
     return Counts(

@@ -1,4 +1,4 @@
-"""Recognises from logged statistics when a distillation is about to collapse, and what to change."""
+"""Detects from logged statistics that a distillation is about to collapse, and suggests what to change."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Thresholds:
     """Values beyond which a statistic is a symptom; null switches that warning off."""
 
     fake_score_lag: float | None = 1.05
-    """Squared error of the fake score over the real score's on the student's samples; at most 1 for one that keeps up.
+    """Squared error of the fake score relative to the real score's on the student's samples; at most 1 if it keeps up.
     Measured on the toy base with guidance 1.5: 0.84 to 0.91 in a good run, 1.05 to 1.09 with a frozen fake score."""
     discriminator_accuracy: float | None = 0.95
     """Share of samples and data that the discriminator classifies correctly, over all noise levels."""
@@ -54,7 +54,7 @@ class Symptom(NamedTuple):
 
 
 class Diagnosis:
-    """Turns readings into warnings: one per symptom that lasts, not repeated until it has gone.
+    """Turns readings into warnings: one per persistent symptom, repeated only after it has disappeared.
 
     Args:
         thresholds: limits of each statistic.
@@ -66,7 +66,7 @@ class Diagnosis:
         self._lasting: dict[str, int] = {}
 
     def read(self, stats: Mapping[str, float]) -> list[str]:
-        """Returns the warnings that are new with this reading.
+        """Returns the new warnings of this reading.
 
         Args:
             stats: means since the last reading, by their names in the log; missing ones are not checked.

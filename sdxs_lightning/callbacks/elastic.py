@@ -1,7 +1,7 @@
-"""torchrun with restarts: every attempt meets in a store of its own.
+"""torchrun with restarts: gives every attempt its own key prefix in the store.
 
-The agents of torchrun keep one key-value store for all attempts of a run, without a prefix for each (torch 2.15). A gloo group
-whose first rank comes late then finds the addresses of the attempt before, and the restarted run fails at once.
+torchrun's agents keep one key-value store for all attempts of a run, without a prefix per attempt (torch 2.15). A gloo group
+whose first rank is late then finds the addresses of the previous attempt, and the restarted run fails at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 
 def join_elastic_group(trainer: pl.Trainer) -> None:
-    """Makes the default process group before Lightning does, if torchrun started this process; it keeps what it finds."""
+    """Creates the default process group if torchrun started this process; Lightning then uses the existing group."""
     if not dist.is_available() or not dist.is_torchelastic_launched() or dist.is_initialized():
         return
     strategy: Any = trainer.strategy
@@ -39,19 +39,19 @@ def join_elastic_group(trainer: pl.Trainer) -> None:
 
 
 def fresh_prefix(store: Store, rank: int, count: int, timeout: timedelta) -> str:
-    """A prefix that all ranks of this attempt share and no other attempt has, whatever the others left in the store.
+    """Agrees on a key prefix that all ranks of this attempt share and no other attempt uses.
 
-    Each rank announces itself with a number that is used once. Rank 0 answers every number that it sees with the prefix, stale
-    ones included, until each rank has confirmed that prefix.
+    Each rank announces a nonce. Rank 0 answers every nonce, including stale ones of earlier attempts, with the prefix, until
+    each rank has confirmed the prefix.
 
     Args:
         store: shared by the ranks; may hold keys of earlier attempts.
-        rank: of this process.
-        count: of ranks.
-        timeout: for the slowest of them.
+        rank: rank of this process.
+        count: number of ranks.
+        timeout: how long to wait for the slowest rank.
 
     Raises:
-        TimeoutError: if a rank does not come.
+        TimeoutError: if a rank does not join.
     """
     if rank:
         once = uuid.uuid4().hex

@@ -1,4 +1,4 @@
-"""Writes what a stage has trained when the training ends."""
+"""Exports the result of a stage at the end of training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Exportable(Protocol):
     """What is exported, and the default folder in the run: "pipeline", "unet" or "decoder"."""
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype, **options: Any) -> None:
-        """Writes the folder on rank 0, completely or not at all; every rank calls it, because weights are gathered."""
+        """Writes the folder atomically on rank 0; all ranks must call it, since weights are gathered."""
 
 
 class Export(Checkpoint):
@@ -31,13 +31,13 @@ class Export(Checkpoint):
 
     Distillation stages write a diffusers pipeline, `PrunedUNetDistillation` a U-Net folder (`weights` of a
     `StudentGenerator`), and `DecoderDistillation` an AutoencoderTiny folder (`vae` of this class). An existing folder is
-    replaced. The class derives from Lightning's `Checkpoint` to run after the measuring callbacks; list it behind
-    `Checkpointing`, so that a full disk costs the export only.
+    replaced. The class derives from Lightning's `Checkpoint` to run after other callbacks; list it after
+    `Checkpointing`, so that a full disk affects the export only.
 
     Args:
-        folder: where to write; None is `pipeline`, `unet` or `decoder` in the run's folder (`trainer.default_root_dir`).
-        average: the averaged weights, or the current ones.
-        dtype: of the files' weights.
+        folder: output folder; None is `pipeline`, `unet` or `decoder` in the run's folder (`trainer.default_root_dir`).
+        average: whether to export the averaged weights instead of the current ones.
+        dtype: dtype of the exported weights.
         vae: for a pipeline, folder of a tiny autoencoder to decode with instead of the base's VAE; see `export_pipeline`.
     """
 
@@ -55,10 +55,10 @@ class Export(Checkpoint):
         self.ranks = Ranks()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses a stage that this cannot export.
+        """Checks that the stage can be exported.
 
         Raises:
-            UserError: for a stage without an export, or a `vae` for one that exports no pipeline.
+            UserError: for a stage without an export, or `vae` with a stage that exports no pipeline.
         """
         name = type(pl_module).__name__
         if not isinstance(pl_module, Exportable):
@@ -70,10 +70,10 @@ class Export(Checkpoint):
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Writes on rank 0.
+        """Writes the export on rank 0.
 
         Raises:
-            CheckpointNotWritten: on all ranks, if the disk refused.
+            CheckpointNotWritten: on all ranks, if writing failed.
         """
         assert isinstance(pl_module, Exportable)
         folder = Path(self.folder or Path(trainer.default_root_dir) / pl_module.export_name)

@@ -1,4 +1,4 @@
-"""Monitors a distillation and names the likely cause when it is about to collapse."""
+"""Monitors a distillation and warns, with the likely cause, when it is about to collapse."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ WATCHED = ("student/fake_score_lag", "student/saturation", "student/cosine_", "d
 class Health(Callback):
     """Measures diversity, averages the stage's logged statistics, and warns; every n student updates.
 
-    What the stage logs on every iteration (score gap and lag, saturation, gradient norms and cosines, the discriminator's
-    accuracy) is summed on the device on the student's iterations and copied to the host only here, so that nothing waits for
-    the device in between. The readings are rank 0's.
+    The stage's logged statistics (score gap and lag, saturation, gradient norms and cosines, the discriminator's accuracy) are
+    summed on the device at each student update and copied to the host only for a reading, which avoids other
+    synchronisation. The readings are rank 0's.
 
     Args:
-        every_n_student_updates: distance of two readings.
+        every_n_student_updates: interval between readings.
         thresholds: limits, and for how many readings a symptom must last.
-        prompts: for diversity; None takes the first captions of the run's first batch.
-        diversity_prompts: how many of these; 0 measures no diversity.
-        samples_per_prompt: how many samples of each are compared.
+        prompts: prompts for diversity; None takes the first captions of the run's first batch.
+        diversity_prompts: number of prompts used; 0 disables diversity.
+        samples_per_prompt: number of samples compared per prompt.
         features: features in which samples are compared; None is `BottleneckFeatures`.
 
     Raises:
-        ValueError: for counts that make no reading or no pair.
+        ValueError: for counts below their minimum.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Health(Callback):
             )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Loads the network of the features; a resumed run has restored its counters by now.
+        """Loads the feature network; the counters of a resumed run are restored by now.
 
         Raises:
-            ValueError: for features of a network that the stage does not have.
+            ValueError: if the features need a network that the stage does not have.
         """
         assert isinstance(pl_module, OneStepDistillation)
         self._seen_updates = pl_module.student_updates
@@ -114,7 +114,7 @@ class Health(Callback):
             self.read(trainer, pl_module)
 
     def read(self, trainer: pl.Trainer, module: OneStepDistillation) -> None:
-        """Measures and logs diversity, and warns about symptoms. Called on all ranks; waits for the device."""
+        """Measures and logs diversity, and warns about symptoms. All ranks must call it; synchronises with the device."""
         stats = self._means()
         if self.diversity_prompts:
             stats["student/diversity"] = float(self._diversity(trainer, module))
@@ -124,7 +124,7 @@ class Health(Callback):
             rank_zero_warn(f"Student update {module.student_updates}: {warning}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The prompts and the history that a resumed run compares with."""
+        """The prompts, and the history that a resumed run continues."""
         return {"prompts": self.prompts, "diagnosis": self.diagnosis.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

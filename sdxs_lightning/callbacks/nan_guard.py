@@ -18,20 +18,20 @@ NEVER = torch.iinfo(torch.int64).max
 
 @runtime_checkable
 class KnowsLastGood(Protocol):
-    """The callback that writes checkpoints; a protocol, because that callback imports this module."""
+    """The checkpointing callback; a protocol, because that callback imports this module."""
 
     def last_good(self, trainer: pl.Trainer) -> str:
-        """Names the newest complete checkpoint, for a message."""
+        """Names the newest complete checkpoint, for error messages."""
 
 
 class NanGuard(Callback):
     """Checks logged losses and gradient norms for NaN and infinity, and the weights before each checkpoint.
 
-    After each batch the first iteration at which a watched scalar was not finite is recorded on the device, without waiting for
-    it. The records are copied to the host every n batches and before each checkpoint.
+    The first iteration at which a watched scalar is not finite is recorded on the device after each batch, without
+    synchronising. The records are copied to the host every n batches and before each checkpoint.
 
     Args:
-        read_every_n_batches: each reading waits for the device; a diverged run continues for at most this long.
+        read_every_n_batches: interval between readings, which synchronise; a diverged run continues for at most this long.
         watch: suffixes of the logged names to check. The part of a name before the slash is the network.
 
     Raises:
@@ -51,7 +51,7 @@ class NanGuard(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Records; every n batches reads."""
+        """Records after each batch, and reads every n batches."""
         iteration = counts_of(trainer).iterations
         for name, value in trainer.callback_metrics.items():
             if name.endswith(self.watch):
@@ -69,7 +69,7 @@ class NanGuard(Callback):
         self._first_bad[name] = now if before is None else torch.minimum(before, now)
 
     def read(self, trainer: pl.Trainer) -> None:
-        """Stops all ranks if any of them recorded a value that is not finite. A collective.
+        """Stops all ranks if any of them recorded a non-finite value. A collective.
 
         Raises:
             TrainingDiverged: with the iteration, the network and the last good checkpoint.
@@ -88,7 +88,7 @@ class NanGuard(Callback):
         self._stop_if(trainer, problem)
 
     def check_weights(self, trainer: pl.Trainer) -> None:
-        """Stops all ranks if a weight is not finite. A collective, and one pass over all weights.
+        """Stops all ranks if a weight is not finite. A collective; one pass over all weights.
 
         Raises:
             TrainingDiverged: with the student update, the network and the last good checkpoint.

@@ -1,4 +1,4 @@
-"""Detects and names a rank that has stopped or died, for which the collectives of the others would wait half an hour."""
+"""Detects and names a rank that hangs or has died; without it the others would wait half an hour in a collective."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ DONE, FAILED = "done", "failed"
 
 
 class RankMonitor:
-    """A thread in each rank writes heartbeats into the process group's store, and watches those of the others.
+    """A thread per rank that writes heartbeats to the process group's store and watches those of the other ranks.
 
-    A rank is lost if its heartbeats stop. They continue during a long measurement or save, which are no reason to end a run.
-    Then every other rank ends with exit code 5, and the lowest one reports the lost rank, its host, and the collective that it
-    was waiting in itself.
+    A rank is lost if its heartbeats stop; they continue during long evaluations and saves. Then every other rank ends with
+    exit code 5, and the lowest of them reports the lost rank, its host, and the collective that it was itself waiting in.
 
     Args:
-        seconds: after which a silent rank counts as lost.
+        seconds: time without heartbeats after which a rank is lost.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -42,11 +41,11 @@ class RankMonitor:
         self._seen: dict[int, tuple[str, float]] = {}
 
     def start(self, ranks: Ranks) -> None:
-        """Starts watching; a collective. Does nothing with a single process."""
+        """Starts watching. A collective; does nothing with a single process."""
         if ranks.count == 1 or self._thread is not None:
             return
         self._rank, self._count = ranks.number, ranks.count
-        # A connection of its own: the training's is locked while it waits for a key.
+        # A separate connection, since the training's is locked while it waits for a key.
         store: Any = dist.distributed_c10d._get_default_store()
         own = store.clone() if hasattr(store, "clone") else store
         own.set_timeout(timedelta(seconds=max(30.0, self.seconds)))
@@ -69,7 +68,7 @@ class RankMonitor:
             return  # rank 0, which keeps the store, has ended
 
     def explain(self, error: BaseException) -> RankLost | None:
-        """Names the ranks that no longer answer, where a collective of this rank failed; None if all do."""
+        """Names the ranks that no longer respond after a collective of this rank failed; None if all respond."""
         if self._store is None:
             return None
         first = self._read()
@@ -129,7 +128,7 @@ class RankMonitor:
         os._exit(RankLost.exit_code)
 
     def _waiting_in(self) -> str:
-        """The innermost call of torch.distributed in the main thread, and the line of ours that led there."""
+        """The innermost torch.distributed call in the main thread, and the line of this project that led to it."""
         frame = sys._current_frames().get(self._main or 0)
         stack = traceback.extract_stack(frame) if frame is not None else []
         calls = [one for one in stack if f"{os.sep}torch{os.sep}distributed{os.sep}" in one.filename]

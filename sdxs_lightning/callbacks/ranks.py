@@ -1,8 +1,8 @@
-"""Agreement between ranks on facts that only the hosts know.
+"""Agreement between ranks on host-side events, such as a signal or a full disk.
 
-A rank that stops, saves or fails alone leaves the others waiting in a collective until they are killed. So whatever
-one rank sees (a signal, a full disk) is first made known to all, over gloo: on tensors in host memory, which does not
-wait for the accelerator as a collective of the training's own group would.
+A rank that stops, saves or fails alone leaves the others waiting in a collective until they are killed. So such events are
+first shared with all ranks, over gloo with host tensors, which unlike the training's process group does not synchronise with
+the accelerator.
 """
 
 from typing import TypeVar
@@ -14,14 +14,14 @@ T = TypeVar("T")
 
 
 class Ranks:
-    """The processes of this run; with a single process every method returns at once."""
+    """The ranks of this run; with a single process every method returns at once."""
 
     def __init__(self) -> None:
         self._group: dist.ProcessGroup | None = None
 
     @property
     def count(self) -> int:
-        """How many processes train together."""
+        """Number of ranks."""
         return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
     @property
@@ -31,11 +31,11 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this process is rank 0, which alone writes and speaks."""
+        """Whether this process is rank 0, which alone writes files and messages."""
         return self.number == 0
 
     def highest(self, value: int) -> int:
-        """The largest of the ranks' values. A collective: all ranks call it."""
+        """The largest of the ranks' values. A collective: all ranks must call it."""
         if self.count == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64)
@@ -59,7 +59,7 @@ class Ranks:
         return next((one for one in self.gathered(message) if one), None)
 
     def wait(self) -> None:
-        """Waits until all ranks are here."""
+        """Barrier over all ranks."""
         self.highest(0)
 
     def _host_group(self) -> dist.ProcessGroup:

@@ -17,13 +17,13 @@ from sdxs_lightning.objectives.term import DistillationContext
 
 
 def pairwise_distance(features: Mapping[str, Tensor]) -> Tensor:
-    """Mean distance of two samples' features, each scaled to length 1.
+    """Mean pairwise distance of samples' features, each normalised to length 1.
 
-    0 for equal samples, sqrt(2) for orthogonal features; a common scale of the features cancels. Features keep their spatial
-    positions: the same object somewhere else is another sample.
+    0 for equal samples, sqrt(2) for orthogonal features; invariant to the features' scale. Features keep their spatial
+    positions, so an object in another place counts as different.
 
     Args:
-        features: (B, ...) of B samples of one prompt, by layer; all layers have the same weight.
+        features: (B, ...) by layer, of B samples of one prompt; all layers have equal weight.
 
     Returns:
         (), float32.
@@ -36,7 +36,7 @@ def pairwise_distance(features: Mapping[str, Tensor]) -> Tensor:
         if len(layer) < 2:
             raise ValueError(f"a distance needs two samples, got {len(layer)}.")
         unit = normalize(layer.float().flatten(1), dim=1)
-        # Not by way of a matrix product: 1 - cos of nearly equal features is rounding.
+        # Not by a matrix product: 1 - cos of nearly equal features is rounding error.
         distances.append(torch.pdist(unit).mean())
     return torch.stack(distances).mean()
 
@@ -87,16 +87,16 @@ def measure_diversity(
 ) -> Tensor:
     """Mean over prompts of the `pairwise_distance` of the student's samples, from fixed noise.
 
-    Every rank measures the same, since a sharded network needs all ranks.
+    All ranks compute the same, since a sharded network needs all ranks.
 
     Args:
-        student: the current one; its average would show a collapse late.
+        student: the current student; its average would show a collapse late.
         family: encodes the prompts.
         context: the networks that the features may use.
         features: features in which samples are compared; built and on the device.
         captions: the prompts.
         samples_per_prompt: at least 2; generated as one batch.
-        seed: of the noise.
+        seed: seed of the noise.
 
     Returns:
         (), float32, on the student's device.
