@@ -1,4 +1,4 @@
-"""Ends a run in order: a checkpoint after SIGTERM, SIGUSR1 or Ctrl-C, and no endless wait for a rank that is gone."""
+"""Ends a run cleanly: a checkpoint after SIGTERM, SIGUSR1 or Ctrl-C, and no endless wait for a lost rank."""
 
 import signal
 import sys
@@ -17,18 +17,17 @@ from sdxs_lightning.core.errors import Interrupted, RunStopped
 
 
 class Interruption(Checkpoint):
-    """Turns a signal into a checkpoint between two iterations, on all ranks at the same batch.
+    """Saves a checkpoint and stops after a signal, between two iterations and on all ranks at the same batch.
 
-    The handlers only set a flag. Lightning's own never come into force: they save, or broadcast, from inside the handler,
-    where the training may be in the middle of an update or of another collective, and under SLURM they requeue by
-    themselves. A second Ctrl-C stops at once, without saving. It derives from Lightning's `Checkpoint` to run after the
-    callbacks that train, measure and log.
+    The handlers only set a flag. Lightning's own handlers are disabled: they save or broadcast inside the handler, possibly in
+    the middle of an update or another collective, and requeue under SLURM. A second Ctrl-C stops at once, without saving.
+    Derives from Lightning's `Checkpoint` to run after the other callbacks.
 
     Args:
-        agree_every_n_batches: with several processes, how often they ask each other over the host network whether one of them
-            was signalled. All ranks ask at the same batches, so all stop at the same one.
-        rank_timeout_seconds: after so many seconds without a heartbeat of a rank the others name it and end with exit code 5.
-            Heartbeats come from a thread of their own, so a long measurement or save does not count as silence.
+        agree_every_n_batches: with several processes, how often they check over the host network whether one of them
+            received a signal. All ranks check at the same batches, so all stop at the same one.
+        rank_timeout_seconds: time without heartbeats of a rank after which the others report it and end with exit code 5.
+            Heartbeats come from a separate thread, so they continue during long evaluations and saves.
 
     Raises:
         ValueError: unless agree_every_n_batches is at least 1 and rank_timeout_seconds is positive.
@@ -52,17 +51,17 @@ class Interruption(Checkpoint):
         self._before: dict[signal.Signals, Any] = {}
 
     def install(self, trainer: pl.Trainer) -> None:
-        """Takes over the signals. Called before anything slow, such as indexing. Idempotent."""
+        """Installs the signal handlers. Called before anything slow, such as indexing. Idempotent."""
         if self._before:
             return
         for number in SIGNALS:
             self._before[number] = signal.signal(number, self._remember)
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-        # Lightning broadcasts its own flag and reads it back on every batch: a wait for the device at each step.
+        # Lightning broadcasts its own flag and reads it back on every batch, which synchronises with the device.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
     def restore(self) -> None:
-        """Gives the signals back the meaning that they had before."""
+        """Restores the previous signal handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
@@ -77,7 +76,7 @@ class Interruption(Checkpoint):
         )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """The data are prepared; stops if a signal came.
+        """Stops if a signal arrived while the data was prepared.
 
         Raises:
             Interrupted: on all ranks.
@@ -87,7 +86,7 @@ class Interruption(Checkpoint):
         self._stop_before_training()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The networks are loaded; stops if a signal came.
+        """Stops if a signal arrived while the networks were loaded.
 
         Raises:
             Interrupted: on all ranks.
@@ -95,7 +94,7 @@ class Interruption(Checkpoint):
         self._stop_before_training()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The other callbacks have measured what they measure at the start; stops if a signal came.
+        """Stops if a signal arrived during the other callbacks' evaluation at the start.
 
         Raises:
             Interrupted: on all ranks.
@@ -114,7 +113,7 @@ class Interruption(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Agrees now and then; between iterations, once agreed, saves and stops.
+        """Checks for a signal every n batches; after one, saves and stops between iterations.
 
         Raises:
             Interrupted: on all ranks.
@@ -132,23 +131,22 @@ class Interruption(Checkpoint):
         if saver is None:
             saved = "nothing was saved, because the run has no Checkpointing callback"
         else:
-            # A regular checkpoint of this student update is enough: a resumed run repeats the few iterations since, bit by
-            # bit, and a second save could exceed the time that the scheduler gives.
+            # A regular checkpoint of this student update suffices: a resumed run repeats the few iterations since, bit for
+            # bit, and a second save could exceed the scheduler's grace period.
             folder = saver.saved_at(trainer, updates) or saver.save(trainer)
             saved = f"everything is in {folder}; go on with the same command and --ckpt_path auto (or last)"
         raise Interrupted(f"stopped by {name} after student update {updates}: {saved}", self._agreed)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """From here on nothing is left to save."""
+        """Restores the handlers, since nothing is left to save."""
         self.restore()
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
-        """The same when the training fails."""
         self.restore()
         self.monitor.stop(DONE if isinstance(exception, RunStopped) else FAILED)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """This rank is done; the others may still write."""
+        """Reports this rank as done to the other ranks' monitors."""
         self.monitor.stop()

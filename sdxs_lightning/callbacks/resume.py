@@ -1,7 +1,7 @@
-"""Resuming: verifies the checkpoint, refuses another run's, applies changed optimizer settings, and reports every change.
+"""Resuming: verifies the checkpoint, rejects another run's, applies changed optimizer settings, and reports every change.
 
-Lightning loads whatever fits the shapes. So its connector's two steps are wrapped: what is checked here is known before
-weights change, and every rank comes to the same answer.
+Lightning loads whatever fits the shapes. So two methods of its checkpoint connector are wrapped: all checks here run before
+weights change, with the same result on every rank.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.frozen import Frozen
 
 KEY = "run"
-"""Of the checkpoint's entry that holds identity, optimizer settings and configuration."""
+"""Key of the checkpoint's entry with identity, optimizer settings and configuration."""
 NOT_COMPARED = ("ckpt_path", "config", "plan")
-"""Options that say nothing about what is trained."""
+"""Options that do not affect training."""
 PROGRESS = (
     "last_epoch",
     "_step_count",
@@ -36,7 +36,7 @@ PROGRESS = (
     "_is_initial",
     "lr_lambdas",
 )
-"""Entries of a scheduler's state that change with each step."""
+"""Entries of a scheduler's state that are no settings: they change with each step."""
 
 ADVICE = {
     "prediction_type": "the base that the run began with (model.init_args.family)",
@@ -51,12 +51,12 @@ Settings = list[dict[str, Any]]
 
 
 class Resume:
-    """Wraps the loading of a checkpoint by a Trainer.
+    """Wraps a Trainer's loading of a checkpoint.
 
     Args:
-        trainer: about to fit.
+        trainer: the Trainer, before `fit`.
         config: the run's resolved configuration, to report what changed; {} reports nothing.
-        older_ones: whether an older complete checkpoint is taken where the newest has changed on disk.
+        older_ones: whether to fall back to an older complete checkpoint if the newest has changed on disk.
     """
 
     def __init__(self, trainer: pl.Trainer, config: Mapping[str, Any], older_ones: bool) -> None:
@@ -64,7 +64,7 @@ class Resume:
         self.config = flat(config)
         self.ranks = Ranks()
         self.settings: Settings | None = None
-        """Optimizers and schedulers as configured, before they took a step or were restored."""
+        """Settings of optimizers and schedulers as configured, before any step or restoring."""
         self._saved: dict[str, Any] = {}
         connector = trainer._checkpoint_connector
         self._load, self._restore_optimizers = (
@@ -75,7 +75,7 @@ class Resume:
         connector.restore_optimizers_and_schedulers = self._restore  # type: ignore[method-assign]
 
     def entry(self) -> dict[str, Any]:
-        """What a checkpoint of this run says about the run."""
+        """The checkpoint's entry that describes this run."""
         module = self.trainer.lightning_module
         if self.settings is None:
             self.settings = settings_of(self.trainer)
@@ -106,18 +106,20 @@ class Resume:
             self._check_identity()
             state = self._saved.pop("state_dict", {})
             check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, module)
-        if self.trainer.optimizers:  # with FSDP2 they are there, and restored together with the weights
+        if (
+            self.trainer.optimizers
+        ):  # with FSDP2 they exist already and are restored together with the weights
             self._before_optimizers()
         self._load(path, weights_only)
 
     def verified(self, path: Path) -> Path:
-        """The checkpoint, or an older one, whose files have the checksums of their manifest. A collective.
+        """Returns the checkpoint, or an older one, whose files match the checksums of its manifest. A collective.
 
         Args:
-            path: its `state.ckpt`; a file without a manifest beside it is not checked.
+            path: its `state.ckpt`; without a manifest next to it checksums are not verified.
 
         Raises:
-            UserError: on all ranks, if there is none.
+            UserError: on all ranks, if no checkpoint matches.
         """
         path = Path(self.ranks.of_first(str(path)))
         candidates = [path.parent]
@@ -239,11 +241,11 @@ class Resume:
 
 
 def identity_of(module: pl.LightningModule, frozen_like: Iterable[str] = ()) -> dict[str, Any]:
-    """What a stage trains against, beside its data: what must not change while a run is resumed.
+    """Everything that a stage trains against, besides its data, and that must not change on a resume.
 
     Args:
-        module: built.
-        frozen_like: names of frozen networks that are wanted, of which some are loaded at their first use only.
+        module: a built stage.
+        frozen_like: names of the frozen networks to include; those that load lazily are loaded.
     """
     identity: dict[str, Any] = {}
     family = getattr(module, "family", None)
@@ -270,7 +272,7 @@ def identity_of(module: pl.LightningModule, frozen_like: Iterable[str] = ()) -> 
 
 
 def _frozen(holder: Any, seen: set[int], prefix: str = "") -> Iterable[tuple[str, Frozen[nn.Module]]]:
-    """Yields the frozen networks that a stage and its parts hold, by their place."""
+    """Yields the frozen networks of a stage and its parts, by attribute path."""
     seen.add(id(holder))
     for name, value in list(vars(holder).items()):
         place = prefix + name.strip("_")
@@ -292,7 +294,7 @@ def _difference(name: str, before: Any, now: Any) -> str | None:
         return None if before == now else f"{name} {before}, and this run has {now}"
     for network, fingerprint in before.items():
         other = (now or {}).get(network)
-        # Another dtype rounds the weights; it is a setting, and told with the others.
+        # Another dtype rounds the weights; it is a setting and reported with the others.
         if other is not None and other != fingerprint and other.split(":")[0] == fingerprint.split(":")[0]:
             return f"{network} weights {fingerprint}, and this run loaded {other}"
     return None
@@ -328,7 +330,7 @@ def check_shapes(saved: Mapping[str, tuple[int, ...]], module: pl.LightningModul
 
 
 def settings_of(trainer: pl.Trainer) -> Settings:
-    """Hyperparameters of the optimizers and of their schedulers."""
+    """Returns the hyperparameters of the optimizers and their schedulers."""
     schedulers = {id(one.scheduler.optimizer): one.scheduler for one in trainer.lr_scheduler_configs}
     settings = []
     for optimizer in trainer.optimizers:
@@ -348,18 +350,18 @@ def settings_of(trainer: pl.Trainer) -> Settings:
 def apply_settings(
     optimizer: Optimizer, scheduler: LRScheduler | None, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> list[str]:
-    """Gives a restored optimizer and its scheduler the settings that the configuration changed since.
+    """Applies settings that have changed since the checkpoint to a restored optimizer and its scheduler.
 
-    A restored learning rate becomes what it would be now under the new settings. Nothing is touched where nothing changed.
+    The restored learning rate becomes that of the new settings at the current step. Unchanged settings are not touched.
 
     Args:
-        optimizer: restored.
-        scheduler: its own, restored; or None.
+        optimizer: the restored optimizer.
+        scheduler: its restored scheduler, or None.
         before: settings that the checkpoint was written with.
         now: settings of this run, as configured.
 
     Returns:
-        A line for each change.
+        One line per change.
     """
     lines = []
     for group, old, new in zip(optimizer.param_groups, before["groups"], now["groups"], strict=False):
@@ -409,7 +411,7 @@ def _apply_to_scheduler(
 
 
 def _is_readable(path: Path) -> bool:
-    """Whether a checkpoint without checksums can be opened; of a folder of shards only the metadata are read."""
+    """Whether a checkpoint without checksums can be opened; of a folder of shards only the metadata is read."""
     try:
         torch.load(
             path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True
@@ -438,7 +440,7 @@ def _named(classes: list[str], roles: list[str]) -> str:
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested configuration by dotted names; values that are not plain, as text."""
+    """Flattens a nested configuration to dotted names; values that are not plain become strings."""
     if isinstance(config, Mapping):
         items: Iterable[tuple[Any, Any]] = config.items()
     elif isinstance(config, list | tuple) and not _is_plain(config):

@@ -1,4 +1,4 @@
-"""A run's folder belongs to one run at a time, and every rank sees the same one."""
+"""Checks on a run's folder: used by one run at a time, and shared by all ranks."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from sdxs_lightning.callbacks.ranks import Ranks
 
 LOCK = "run.lock"
 BEAT_SECONDS = 10.0
-"""How often the owner of a lock touches it."""
+"""Interval at which the owner touches its lock."""
 WATCH_SECONDS = 35.0
-"""How long the lock of another host is watched before it counts as stale."""
+"""How long another host's lock is watched before it is considered stale."""
 
 
 class RunLock:
-    """A file in the run's folder that names the process that writes there; taken by rank 0.
+    """A lock file in the run's folder that names the owning process; taken by rank 0.
 
-    Stale locks are recognised: on the same host by the process, of an earlier start of the same SLURM job by its restart
-    count, and of another host by its owner no longer touching the file, whatever the two clocks say.
+    Detects stale locks: on the same host by the process, after a restart of the same SLURM job by the restart count, and from
+    another host by the file's time no longer changing, independent of clocks.
 
     Args:
-        folder: of the run.
+        folder: the run's folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -38,10 +38,10 @@ class RunLock:
         self._released = threading.Event()
 
     def acquire(self) -> str | None:
-        """Takes the lock; waits up to WATCH_SECONDS for a sign of life of its owner on another host.
+        """Takes the lock; waits up to WATCH_SECONDS for an owner on another host to touch it.
 
         Returns:
-            Why it cannot be had, or None.
+            The reason why the lock is not available, or None.
 
         Raises:
             OSError: if the folder cannot be written.
@@ -70,7 +70,7 @@ class RunLock:
             return None
 
     def release(self) -> None:
-        """Removes the lock if it is still this one."""
+        """Removes the lock if it is still this process's."""
         self._released.set()
         if self._token is not None and _read(self.path).get("token") == self._token:
             self.path.unlink(missing_ok=True)
@@ -90,7 +90,7 @@ class RunLock:
             and own["job"] == owner.get("job")
             and own["restart"] != owner.get("restart")
         ):
-            return False  # an earlier start of this very job
+            return False  # an earlier start of the same job
         if (own["host"], own["boot"]) == (owner.get("host"), owner.get("boot")):
             pid = owner.get("pid")
             return pid != own["pid"] and _started_at(pid) == owner.get("started_at") is not None
@@ -103,17 +103,17 @@ class RunLock:
 
 
 def unshared(folder: Path, ranks: Ranks, seconds: float = 10.0) -> str | None:
-    """Finds out whether all ranks see the same folder, by a file that rank 0 writes. A collective.
+    """Checks that all ranks see the same folder, by a file that rank 0 writes. A collective.
 
-    Checkpoints whose shards lie on the disks of different nodes look complete and cannot be loaded.
+    Checkpoints whose shards are on the disks of different nodes look complete and cannot be loaded.
 
     Args:
-        folder: exists and can be written on rank 0.
-        ranks: all of them.
+        folder: exists and is writable on rank 0.
+        ranks: the ranks of the run.
         seconds: how long a network file system may take to show the file.
 
     Returns:
-        A sentence naming the first rank that does not see it, or None.
+        A message that names the first rank that does not see the file, or None.
     """
     if ranks.count == 1:
         return None
@@ -125,7 +125,7 @@ def unshared(folder: Path, ranks: Ranks, seconds: float = 10.0) -> str | None:
     end = time.monotonic() + seconds
     while not (seen := token.exists()) and time.monotonic() < end:
         if folder.is_dir():
-            os.listdir(folder)  # network file systems remember that a file was not there
+            os.listdir(folder)  # invalidates a network file system's cache of missing files
         time.sleep(0.2)
     problem = ranks.first_message(
         None
@@ -150,7 +150,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started_at(pid: Any) -> str | None:
-    """When a process of this host began: a number that another process with the same id does not share; None if it is gone."""
+    """Start time of a process on this host, which tells reused process ids apart; None if the process is gone."""
     try:
         os.kill(int(pid), 0)
     except PermissionError:
