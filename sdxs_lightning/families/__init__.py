@@ -1,4 +1,4 @@
-"""Base models behind one interface, so that no other file asks which family a base is of."""
+"""Base models behind one interface, so that other packages do not depend on the family."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType
 
 @runtime_checkable
 class Family(Protocol):
-    """A pretrained base: its networks, its prompt encoding, and its constants. `sd.py` and `sdxl.py` implement it."""
+    """A pretrained base: its networks, prompt encoding and constants; implemented by `sd.py` and `sdxl.py`."""
 
     base: str
-    """As the user gave it: diffusers folder, hub id, or single .safetensors file. To read files, use `folder`."""
+    """As given by the user: diffusers folder, hub id, or single .safetensors file. To read files, use `folder`."""
     folder: Path
     """The diffusers folder that the base was resolved to."""
     unet_config: dict[str, Any]
-    """Settings of the base's U-Net, defaults included; known without reading its weights."""
+    """Config of the base's U-Net including defaults, read without its weights."""
     conditioning_timestep: int
-    """The constant timestep of one-step students of this base."""
+    """Timestep of one-step students of this base."""
     schedule: NoiseSchedule
     prediction_type: PredictionType
     scaling_factor: float
@@ -32,40 +32,40 @@ class Family(Protocol):
     shift_factor: float
     """`shift_factor` of the KL VAE's config; 0 for every SD and SDXL."""
     resolution: int
-    """Side in pixels of the images that the base was trained on."""
+    """Side in pixels of the base's training images."""
     pipeline_class: str
-    """The diffusers pipeline that an export names."""
+    """The diffusers pipeline class of exports."""
     pipeline_options: dict[str, Any]
-    """Arguments of its `from_pretrained` that leave out components which no student needs, such as a safety checker."""
+    """Arguments of its `from_pretrained` that omit components not needed by students, such as the safety checker."""
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
         """Shape (C, h, w) of one sample's latents."""
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """What the KL VAE's encoder returns, and shards store -> what the U-Net reads: (B, C, h, w), float32."""
+        """Converts the KL VAE encoder's output, as stored in shards, to U-Net input (B, C, h, w), float32."""
 
     def unscale_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `scale_latents`: what the KL VAE's decoder takes."""
+        """The inverse of `scale_latents`: converts to the KL VAE decoder's input."""
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
-        """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id."""
+        """Loads a new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id."""
 
     def load_vae(self) -> AutoencoderKL:
-        """The base's KL VAE, float32."""
+        """Loads the base's KL VAE, float32."""
 
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
-        """Embeds B captions, with their unconditional twin, without graph."""
+        """Embeds B captions, with unconditional embeddings, under no_grad."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), float32: the VAE's means, without graph."""
+        """Encodes images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), float32: the VAE's means, under no_grad."""
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32, without graph."""
+        """Decodes scaled latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], float32, under no_grad."""
 
     def decode_with_graph(self, latents: Tensor) -> Tensor:
-        """`decode` with a graph to the latents, for losses on images."""
+        """Like `decode`, but differentiable, for losses on images."""
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves the networks, also those loaded later; dtype is that of the text encoders."""
+        """Moves the networks, including those loaded later; `dtype` applies to the text encoders."""

@@ -1,4 +1,4 @@
-"""Choosing the family of a base that only a command line names; configs name theirs by class_path."""
+"""Detects the family of a base given on a command line; configs name theirs by class_path."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from sdxs_lightning.families.sdxl import StableDiffusionXL
 FAMILIES: dict[str, type[StableDiffusion | StableDiffusionXL]] = {
     family.layout.pipeline_class: family for family in (StableDiffusion, StableDiffusionXL)
 }
-"""`_class_name` of a base's `model_index.json` -> the family that loads it."""
+"""Families by the `_class_name` in a base's `model_index.json`."""
 
 
 def detect_family(base: str, config: str | None = None) -> Family:
-    """The family whose pipeline a base's `model_index.json` names.
+    """Loads a base with the family that its `model_index.json` names.
 
     Args:
         base: diffusers folder, hub id, or single .safetensors file.
-        config: for a single file, the folder or hub id of its configs, which say what it is.
+        config: for a single file, the folder or hub id of its configs, which determine the family.
 
     Raises:
-        FileNotFoundError: as the family's constructor.
-        ValueError: for a pipeline that no family loads; as the family's constructor.
+        FileNotFoundError: from the family's constructor.
+        ValueError: for an unsupported pipeline, or from the family's constructor.
     """
     source = base if config is None else config
     pipeline_class = _pipeline_class(source)
-    # Without a readable model_index.json any constructor says what is wrong.
+    # Without a readable model_index.json any constructor raises the proper error.
     family = StableDiffusion if pipeline_class is None else FAMILIES.get(pipeline_class)
     if family is None:
         raise ValueError(f"'{source}' holds a {pipeline_class}, accepted are {', '.join(FAMILIES)}.")

@@ -1,4 +1,4 @@
-"""Reading a diffusers folder, with one sentence for each fault."""
+"""Reading and checking diffusers folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from sdxs_lightning.families.weights import check_not_pickled, load_network, weight_files
 
 VAE_FOLDERS = ("vae", "vae_large")
-"""Folders that may hold a VAE. Released SDXS folders have the tiny one in the first and the KL one in the second."""
+"""Folders that may hold a VAE. Released SDXS folders have a tiny VAE in the first and the KL VAE in the second."""
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,19 @@ class Layout:
     components: tuple[str, ...]
     """Required sub-folders."""
     single_file: Mapping[str, tuple[str, ...]]
-    """Component -> beginnings of its tensors' names in a single file; one of them must occur."""
+    """Prefixes of tensor names in a single file by component; one of each must occur."""
     pipeline_options: Mapping[str, Any]
-    """Arguments of the pipeline's `from_pretrained` that leave out components which no student needs."""
+    """Arguments of the pipeline's `from_pretrained` that omit components not needed by students."""
 
 
 def check_base(folder: Path, layout: Layout) -> Path:
     """Checks that a folder is a complete base of this family, and returns it; reads one small file.
 
-    A U-Net or VAE without weights passes, because it may be about to be trained.
+    A U-Net or VAE without weights is accepted, because it may be trained from scratch.
 
     Raises:
-        FileNotFoundError: no `model_index.json`, or a component is missing.
-        ValueError: a base of another family, or pickled weights only.
+        FileNotFoundError: if `model_index.json` or a component is missing.
+        ValueError: for a base of another family, or pickled weights only.
     """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
@@ -63,11 +63,11 @@ def check_base(folder: Path, layout: Layout) -> Path:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Reads the JSON object in a file.
 
     Raises:
-        FileNotFoundError: for a missing file.
-        ValueError: for a broken one.
+        FileNotFoundError: if the file is missing.
+        ValueError: if it is no valid JSON object.
     """
     if not path.is_file():
         raise FileNotFoundError(f"'{path}' is missing.")
@@ -81,10 +81,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unet_config(folder: Path) -> dict[str, Any]:
-    """The settings of the U-Net in a folder, defaults included, without loading it.
+    """Reads the config of the U-Net in a folder, including defaults, without loading its weights.
 
     Raises:
-        FileNotFoundError: without config.json.
+        FileNotFoundError: if config.json is missing.
         ValueError: for another class of network.
     """
     config = read_json(folder / "config.json")
@@ -97,16 +97,16 @@ def unet_config(folder: Path) -> dict[str, Any]:
 
 
 def unet_folder(source: Path, named: str) -> Path:
-    """The U-Net's own folder: the source itself, or its `unet`.
+    """Returns the U-Net's folder: the source itself, or its `unet`.
 
     Args:
         source: a U-Net folder or a pipeline folder.
-        named: option and value of the user, for the message.
+        named: the user's option and value, for the error message.
 
     Raises:
-        FileNotFoundError: where it is neither.
+        FileNotFoundError: if it is neither.
     """
-    # A pipeline folder first: some repositories have a config.json beside model_index.json.
+    # Pipeline folders first, since some repositories have a config.json next to model_index.json.
     for folder in (source / "unet", source):
         if (folder / "config.json").is_file():
             return folder
@@ -116,16 +116,15 @@ def unet_folder(source: Path, named: str) -> Path:
 
 
 def read_unet(folder: Path, base: Path, prompt_width: int) -> UNet2DConditionModel:
-    """A float32 U-Net that fits a base.
+    """Loads a float32 U-Net after checking that it fits a base.
 
     Args:
-        folder: of the U-Net.
+        folder: the U-Net's folder.
         base: the base's folder.
-        prompt_width: of the base's text encoders, together.
+        prompt_width: total width of the base's text encoders.
 
     Raises:
-        ValueError: for a U-Net of another text encoder, other latents or another prediction type; before its weights are
-            read.
+        ValueError: for a U-Net with another text encoder, other latents or another prediction type.
     """
     found, expected = unet_config(folder), unet_config(base / "unet")
     if _prompt_widths(found) != {prompt_width}:
@@ -155,7 +154,7 @@ def _prompt_widths(config: Mapping[str, Any]) -> set[int]:
 
 
 def _check_prediction(pipeline: Path, base: Path) -> None:
-    """Refuses a pipeline folder whose scheduler has another prediction type: its U-Net would produce noise."""
+    """Raises ValueError if a pipeline folder's scheduler has another prediction type than the base's."""
     name = Path("scheduler") / "scheduler_config.json"
     if not (pipeline / name).is_file():
         return
@@ -170,7 +169,7 @@ def _check_prediction(pipeline: Path, base: Path) -> None:
 
 
 def kl_folder(base: Path) -> Path | None:
-    """The folder of a base's KL VAE, or None."""
+    """Returns the folder of a base's KL VAE, or None."""
     for name in VAE_FOLDERS:
         if (base / name).is_dir() and vae_class(base / name) is AutoencoderKL:
             return base / name
@@ -178,7 +177,7 @@ def kl_folder(base: Path) -> Path | None:
 
 
 def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
-    """The class of the VAE in a folder.
+    """Returns the class of the VAE in a folder.
 
     Raises:
         ValueError: for any other class.
@@ -192,10 +191,10 @@ def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
 
 
 def latent_scale(folder: Path, default: float) -> tuple[float, float]:
-    """scaling_factor and shift_factor of the VAE in a folder; `default` where its config has no scaling_factor.
+    """Returns scaling_factor (`default` if missing) and shift_factor of the VAE in a folder.
 
     Raises:
-        ValueError: for a VAE whose latents are normalised by channel.
+        ValueError: for a VAE whose latents are normalised per channel.
     """
     config = read_json(folder / "config.json")
     by_channel = [key for key in ("latents_mean", "latents_std") if config.get(key) is not None]
@@ -209,10 +208,10 @@ def latent_scale(folder: Path, default: float) -> tuple[float, float]:
 
 
 def read_vae(base: Path) -> AutoencoderKL:
-    """The KL VAE of a base, float32.
+    """Loads the KL VAE of a base, float32.
 
     Raises:
-        FileNotFoundError: for a base that has only a tiny one.
+        FileNotFoundError: if the base has only a tiny VAE.
     """
     folder = kl_folder(base)
     if folder is None:
@@ -224,13 +223,13 @@ def read_vae(base: Path) -> AutoencoderKL:
 
 
 def vae_factor(config: Mapping[str, Any]) -> int:
-    """Pixels per latent, along one side."""
+    """Upscaling factor of the VAE per side."""
     # Older configs of AutoencoderTiny lack the first name.
     widths = config.get("block_out_channels") or config["decoder_block_out_channels"]
     return int(2 ** (len(widths) - 1))
 
 
 def pipeline_variant(folder: Path) -> str | None:
-    """The `variant` for loading a complete pipeline: "fp16" if some component has only such files."""
+    """Returns the `variant` for loading a complete pipeline: "fp16" if some component has only such files."""
     found = (weight_files(path.name for path in one.iterdir()) for one in folder.iterdir() if one.is_dir())
     return next((files.variant for files in found if files is not None and files.variant), None)

@@ -1,4 +1,4 @@
-"""Models of the Hugging Face hub as folders of its cache; fetches only the files that are needed."""
+"""Fetches models from the Hugging Face hub into its cache, limited to the needed files."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = True) -> Path:
-    """The snapshot of a model: the cached one if it is complete, otherwise downloaded.
+    """Returns the snapshot of a model, downloaded unless the cached one is complete.
 
-    The cache comes first, so that a run starts the same with and without network, and 64 processes do not query the hub
-    64 times; to use a branch that has moved since, give the new `@revision`.
+    The cache is preferred, so that a run starts the same with and without network, and 64 processes do not query the hub 64
+    times; to use a branch that has moved since, give the new `@revision`.
 
     Args:
         name: `org/name`, or `org/name@revision` with a branch, tag or commit.
@@ -34,10 +34,10 @@ def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = T
         weights: False fetches configs and tokenizers only.
 
     Returns:
-        the snapshot's folder in the cache (HF_HUB_CACHE).
+        The snapshot's folder in the cache (HF_HUB_CACHE).
 
     Raises:
-        FileNotFoundError: not cached and the network is off, or no such model or revision, or it may not be read.
+        FileNotFoundError: if it is not cached and offline, or does not exist, or access is denied.
         ValueError: if a component has only pickled weights.
     """
     match = _HUB_ID.fullmatch(name)
@@ -57,10 +57,10 @@ def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = T
 def needed_files(
     names: Sequence[str], key_file: str, components: Sequence[str], weights: bool = True
 ) -> list[str]:
-    """The files of a repository that a base needs.
+    """Selects the files of a repository that a base needs.
 
-    Plain weights, or fp16 ones where a component has no others; never both, never pickles, flax, onnx or checkpoints
-    beside the folders.
+    Plain weights, or fp16 ones if a component has no others; never both, and never pickles, flax, onnx or top-level
+    checkpoints.
 
     Raises:
         ValueError: if a component has only pickled weights.
@@ -97,7 +97,7 @@ def _cached(
     for component in components:
         path = folder / component
         names = [file.name for file in path.iterdir()] if path.is_dir() else []
-        # A folder with config.json is a network; tokenizers and the scheduler have other files. vae_large is optional.
+        # Only networks have a config.json; tokenizers and the scheduler have other files. vae_large is optional.
         empty = not names and component != "vae_large"
         if empty or (weights and "config.json" in names and not _is_complete(path, names)):
             return None
@@ -122,7 +122,7 @@ def _download(
         )
         others = [file for file in files if file != key_file]
         snapshot = Path(api.snapshot_download(repo, revision=revision, allow_patterns=others))
-        # Last, and of the same commit: if it is in the cache, the download was completed.
+        # Last, and of the same commit: its presence in the cache means that the download is complete.
         api.hf_hub_download(repo, key_file, revision=snapshot.name)
         return snapshot
     except GatedRepoError as error:
@@ -137,7 +137,7 @@ def _download(
         ) from error
     except ValueError as error:
         raise ValueError(f"the hub model '{name}' cannot be used: {error}.") from error
-    except Exception as error:  # whichever HTTP library the hub client uses has errors of its own
+    except Exception as error:  # the hub client's HTTP library has its own errors
         first = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise FileNotFoundError(
             f"the hub model '{name}' is not complete in the cache {constants.HF_HUB_CACHE} and could not be fetched "

@@ -1,4 +1,4 @@
-"""The common part of the families: everything except prompt encoding."""
+"""Base class of the families: everything except prompt encoding."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from sdxs_lightning.families.weights import load_network
 
 
 class PretrainedBase(ABC):
-    """A base on disk: constants at construction, networks on first use.
+    """A base on disk; reads constants at construction and loads networks on first use.
 
-    Construction reads only small JSON files, once a hub id has been fetched or a single file converted. Text encoders and
-    VAE are frozen and in no checkpoint.
+    Construction reads only small JSON files, after fetching a hub id or converting a single file. Text encoders and VAE are
+    frozen and not in checkpoints.
 
     Args:
         base: diffusers folder, hub id (`org/name`, `org/name@revision`), or .safetensors file in the original layout.
-        conditioning_timestep: the student's constant timestep.
+        conditioning_timestep: timestep of one-step students.
         config: for a single file, the folder or hub id of its configs and tokenizers.
 
     Raises:
-        FileNotFoundError: nothing there, or a component is missing.
-        ValueError: a base of another family, a pickle, a broken file, or a timestep that the schedule does not have.
+        FileNotFoundError: if the base or a component is missing.
+        ValueError: for a base of another family, a pickle, a corrupt file, or a timestep outside the schedule.
     """
 
     layout: ClassVar[Layout]
     kl_scaling_factor: ClassVar[float]
-    """Default of a KL VAE whose config has no scaling_factor."""
+    """Default if the KL VAE's config has no scaling_factor."""
     encoder_classes: ClassVar[dict[str, type[CLIPTextModel] | type[CLIPTextModelWithProjection]]]
-    """Folder of each text encoder -> its class."""
+    """Classes of the text encoders by folder."""
 
     def __init__(self, base: str, conditioning_timestep: int, config: str | None = None) -> None:
         self.base = base
@@ -73,7 +73,7 @@ class PretrainedBase(ABC):
         self.pipeline_options: dict[str, Any] = dict(self.layout.pipeline_options)
         self.unet_config: dict[str, Any] = unet_config(self.folder / "unet")
         self._vae_config = read_json(self.folder / "vae" / "config.json")
-        # Also if there is only a tiny VAE: the U-Net takes latents of the KL VAE that it was trained on.
+        # Even if there is only a tiny VAE, the U-Net takes latents of the KL VAE that it was trained on.
         kl = kl_folder(self.folder)
         scale_of_kl = (
             (self.kl_scaling_factor, 0.0) if kl is None else latent_scale(kl, self.kl_scaling_factor)
@@ -85,20 +85,20 @@ class PretrainedBase(ABC):
         self._device, self._dtype = torch.device("cpu"), torch.float32
 
     def latent_shape(self, resolution: int | None = None) -> tuple[int, int, int]:
-        """Shape (C, h, w) of one sample's latents, by default at the base's own resolution."""
+        """Shape (C, h, w) of one sample's latents, by default at the base's resolution."""
         side = (resolution or self.resolution) // vae_factor(self._vae_config)
         return self.unet_config["in_channels"], side, side
 
     def scale_latents(self, latents: Tensor) -> Tensor:
-        """What the KL VAE's encoder returns, and shards store -> what the U-Net reads: (B, C, h, w), float32."""
+        """Converts the KL VAE encoder's output, as stored in shards, to U-Net input (B, C, h, w), float32."""
         return scale(latents, self.scaling_factor, self.shift_factor)
 
     def unscale_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `scale_latents`: what the KL VAE's decoder takes."""
+        """The inverse of `scale_latents`: converts to the KL VAE decoder's input."""
         return unscale(latents, self.scaling_factor, self.shift_factor)
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
-        """A new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id (a pruned student)."""
+        """Loads a new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id (such as a pruned student)."""
         source = self.folder / "unet" if folder is None else resolve_unet(folder)
         widths = [
             read_json(self.folder / name / "config.json")["hidden_size"] for name in self.encoder_classes
@@ -106,42 +106,42 @@ class PretrainedBase(ABC):
         return read_unet(source, self.folder, sum(widths))
 
     def load_vae(self) -> AutoencoderKL:
-        """The base's KL VAE, float32: `vae`, or `vae_large` if `vae` is a tiny one."""
+        """Loads the base's KL VAE, float32: `vae`, or `vae_large` if `vae` is a tiny one."""
         return read_vae(self.folder)
 
     @abstractmethod
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
-        """Embeds B captions as the base's diffusers pipeline does, unconditional twin included, without graph."""
+        """Embeds B captions like the base's diffusers pipeline, with unconditional embeddings, under no_grad."""
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, C, h, w), float32: means of the KL VAE.
+        """Encodes images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), float32: means of the KL VAE.
 
-        Also if the base decodes with a tiny VAE: these are the latents that the U-Net was trained on.
+        The KL VAE encodes even if the base decodes with a tiny VAE, since the U-Net was trained on its latents.
         """
         posterior = self._kl_vae.module.encode(images.to(self._device, torch.float32)).latent_dist
         return self.scale_latents(posterior.mode())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], float32, without graph."""
+        """Decodes scaled latents (B, C, h, w) to images (B, 3, H, W) in [-1, 1], float32, under no_grad."""
         return self.decode_with_graph(latents)
 
     def decode_with_graph(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1] up to the VAE's overshoot, float32.
+        """Decodes scaled latents (B, C, h, w) to images (B, 3, H, W), about [-1, 1] and not clamped, float32.
 
-        By the base's `vae`. An AutoencoderTiny takes scaled latents unchanged: its own scaling factor is 1.
+        Uses the base's `vae`. An AutoencoderTiny takes scaled latents unchanged, since its scaling factor is 1.
         """
         unscaled = unscale(latents.to(self._device), *self._decoder_scale)
         images: Tensor = self._vae.module.decode(unscaled).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves the networks, also those loaded later.
+        """Moves the networks, including those loaded later.
 
-        `dtype` is that of the text encoders; the VAE stays float32 (SDXL's overflows in float16).
+        `dtype` applies to the text encoders; the VAE stays float32 (SDXL's overflows in float16).
         """
         self._device = torch.device(device) if device is not None else self._device
         self._dtype = dtype or self._dtype
@@ -156,7 +156,7 @@ class PretrainedBase(ABC):
         return self
 
     def _token_ids(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-        """(B, tokens), int64: padded to the encoder's length, longer prompts cut off, as the diffusers pipelines do."""
+        """(B, tokens), int64: padded and truncated to the encoder's length, like in the diffusers pipelines."""
         tokens = tokenizer(
             captions,
             padding="max_length",

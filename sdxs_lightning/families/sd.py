@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x and models like them: one CLIP text encoder, the encoding of "" as unconditional."""
+"""Stable Diffusion 1.x, 2.x and derivatives: one CLIP text encoder; unconditional is the encoding of ""."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sdxs_lightning.families.pretrained import PretrainedBase
 
 
 class StableDiffusion(PretrainedBase):
-    """A base like SD-1.5 or SD-2.1.
+    """A base such as SD-1.5 or SD-2.1.
 
-    Construction reads only small JSON files, once a hub id has been fetched or a single file converted; networks are
-    loaded on first use. Text encoder and VAE are frozen and in no checkpoint.
+    Construction reads only small JSON files, after fetching a hub id or converting a single file; networks are loaded on first
+    use. Text encoder and VAE are frozen and not in checkpoints.
 
     Args:
         base: diffusers folder, hub id (`org/name`, `org/name@revision`), or .safetensors file in the original layout.
-        conditioning_timestep: the student's constant timestep; 999 is DMD2's for SD. Smaller ones amplify the
-            network's error less (x 14.6 at 999 for epsilon, x 2.3 at 399).
+        conditioning_timestep: timestep of one-step students; 999 is DMD2's for SD. Smaller ones amplify the network's error
+            less (x 14.6 at 999 for epsilon, x 2.3 at 399).
         config: for a single file, the folder or hub id of its configs and tokenizers (SD-1.5, SD-2.1-base and SD-2.1
             differ in them, which cannot be read from the file).
 
     Raises:
-        FileNotFoundError: nothing there, or a component is missing.
-        ValueError: a base of another family, a pickle, a broken file, or a timestep that the schedule does not have.
+        FileNotFoundError: if the base or a component is missing.
+        ValueError: for a base of another family, a pickle, a corrupt file, or a timestep outside the schedule.
     """
 
     layout = Layout(
@@ -56,15 +56,15 @@ class StableDiffusion(PretrainedBase):
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
-        """Embeds captions as the diffusers pipeline does: padded, truncated, last hidden state, no attention mask.
+        """Embeds captions like the diffusers pipeline: padded, truncated, last hidden state, no attention mask.
 
         Args:
-            captions: B prompts; "" is an ordinary one.
-            original_sizes: ignored, SD is not conditioned on sizes.
+            captions: B prompts; may contain "".
+            original_sizes: ignored, since SD is not conditioned on sizes.
             crops: ignored.
 
         Returns:
-            prompt_embeds and negative_prompt_embeds (B, tokens, d) in the text encoder's dtype, without graph.
+            prompt_embeds and negative_prompt_embeds (B, tokens, d) in the text encoder's dtype, detached.
         """
         prompt_embeds = self._embed(captions)
         negative = self._empty_prompt.expand_as(prompt_embeds)

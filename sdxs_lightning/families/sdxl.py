@@ -1,4 +1,4 @@
-"""Stable Diffusion XL and models like it: two text encoders, pooled embeddings, size conditioning, zeros as unconditional."""
+"""Stable Diffusion XL and derivatives: two text encoders, pooled embeddings, size conditioning; unconditional is zeros."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from sdxs_lightning.families.pretrained import PretrainedBase
 
 
 class StableDiffusionXL(PretrainedBase):
-    """A base like SDXL.
+    """A base such as SDXL.
 
-    Construction reads only small JSON files, once a hub id has been fetched or a single file converted; networks are
-    loaded on first use. Text encoders and VAE are frozen and in no checkpoint.
+    Construction reads only small JSON files, after fetching a hub id or converting a single file; networks are loaded on first
+    use. Text encoders and VAE are frozen and not in checkpoints.
 
     Args:
         base: diffusers folder, hub id (`org/name`, `org/name@revision`), or .safetensors file in the original layout.
-        conditioning_timestep: the student's constant timestep; 399 is DMD2's "timestep shift" for SDXL.
+        conditioning_timestep: timestep of one-step students; 399 is DMD2's "timestep shift" for SDXL.
         config: for a single file, the folder or hub id of its configs and tokenizers.
 
     Raises:
-        FileNotFoundError: nothing there, or a component is missing.
-        ValueError: a base of another family, a pickle, a broken file, or a timestep that the schedule does not have.
+        FileNotFoundError: if the base or a component is missing.
+        ValueError: for a base of another family, a pickle, a corrupt file, or a timestep outside the schedule.
     """
 
     layout = Layout(
@@ -64,17 +64,17 @@ class StableDiffusionXL(PretrainedBase):
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
-        """Embeds captions as the diffusers pipeline does: penultimate hidden states of both encoders side by side, and
-        the second one's projected pooled output.
+        """Embeds captions like the diffusers pipeline: concatenated penultimate hidden states of both encoders, and the
+        second one's projected pooled output.
 
         Args:
-            captions: B prompts; "" is an ordinary one.
+            captions: B prompts; may contain "".
             original_sizes: (B, 2) height, width before resizing; None is the target size, as when sampling.
             crops: (B, 2) top, left; None is 0.
 
         Returns:
-            embeddings and their unconditional twin, in the text encoders' dtype; add_time_ids (B, 6) float32. The twin is
-            zeros, or the encoding of "" for a base whose model_index.json has force_zeros_for_empty_prompt off.
+            Embeddings and unconditional embeddings in the text encoders' dtype; add_time_ids (B, 6) float32. The
+            unconditional ones are zeros, or the encoding of "" if the base's model_index.json disables force_zeros_for_empty_prompt.
         """
         prompt_embeds, pooled = self._embed(captions)
         negative, negative_pooled = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled)

@@ -1,6 +1,6 @@
-"""A single .safetensors file in the original layout of Stable Diffusion (LDM, sgm), as a diffusers folder.
+"""Converts a single .safetensors file in the original Stable Diffusion layout (LDM, sgm) to a diffusers folder.
 
-The file is converted once, by diffusers' own loader, into a folder of the cache from which all processes read:
+The file is converted once, by diffusers' own loader, into a cache folder from which all processes read:
 `$HF_HOME/sdxs-lightning/<name>-<fingerprint of file and configs>`.
 """
 
@@ -30,19 +30,19 @@ _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
 def convert(file: Path, configs: Path, layout: Layout) -> Path:
-    """The diffusers folder of a single file, written at the first call.
+    """Returns the diffusers folder of a single file; converts the file at the first call.
 
-    It is written completely or not at all. Processes of one machine wait for the first of them; on a file system without
-    locks each writes its own and the first to finish wins.
+    The folder is written atomically. Processes of one machine wait for the first one; on a file system without locks each
+    writes its own, and the first to finish wins.
 
     Args:
         file: .safetensors with U-Net, VAE and text encoder(s).
         configs: diffusers folder of the configs and tokenizers; its weights, if any, are not used.
-        layout: of the family.
+        layout: the family's layout.
 
     Raises:
-        ValueError: for a broken file, one of another family or layout, or one that does not fit the configs.
-        OSError: where the cache cannot be written.
+        ValueError: for a corrupt file, another family or layout, or a file that does not fit the configs.
+        OSError: if the cache cannot be written.
     """
     header = read_header(file)
     _check_contents(file, header, layout)
@@ -70,7 +70,7 @@ def convert(file: Path, configs: Path, layout: Layout) -> Path:
 
 
 def read_header(file: Path) -> dict[str, dict[str, Any]]:
-    """Name -> dtype, shape, data_offsets of each tensor in a safetensors file; reads no weights.
+    """Reads dtype, shape and data_offsets of each tensor in a safetensors file, by name, without its weights.
 
     Raises:
         ValueError: for another format or a truncated file.
@@ -81,7 +81,7 @@ def read_header(file: Path) -> dict[str, dict[str, Any]]:
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            # The library's own limit; a foreign format would make us read gigabytes.
+            # safetensors' own limit; in another format the length could be gigabytes.
             content = json.loads(stream.read(length)) if length <= 100_000_000 else None
     except ValueError:
         content = None
@@ -126,7 +126,7 @@ def _check_contents(file: Path, header: Mapping[str, Any], layout: Layout) -> No
 def _fingerprint(file: Path, configs: Path, layout: Layout) -> str:
     """Hash of the file, the configs and the converter.
 
-    Of the file: size, time, names and samples of its bytes; reading 7 GB per process and start would take half a minute.
+    Of the file it hashes size, time, tensor names and samples of its bytes; reading 7 GB per process would take half a minute.
     """
     status = file.stat()
     digest = hashlib.sha256(f"{diffusers.__version__} {status.st_size} {status.st_mtime_ns}".encode())
@@ -150,7 +150,7 @@ def _write(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any],
             os.rename(written, folder)
         except OSError:
             if not folder.is_dir():
-                raise  # otherwise another process came first, with the same content
+                raise  # otherwise another process was first, with the same content
             shutil.rmtree(written)
 
 
@@ -162,7 +162,7 @@ def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) 
             str(file),
             config=str(configs),
             local_files_only=True,
-            extract_ema=True,  # where a file has both: the averaged U-Net is the one that was released
+            extract_ema=True,  # if a file has both, the averaged U-Net is the released one
             **unused,
         )
     except NotImplementedError as error:  # tensors without values are moved
@@ -178,21 +178,19 @@ def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) 
     _check_complete(pipeline, file, configs, layout)
     for network in pipeline.components.values():
         if isinstance(network, nn.Module):
-            nn.Module.to(
-                network, dtype=_dtype(header, layout)
-            )  # the override of diffusers warns about every cast
+            nn.Module.to(network, dtype=_dtype(header, layout))  # diffusers' override warns about every cast
     return pipeline
 
 
 def _dtype(header: Mapping[str, Any], layout: Layout) -> torch.dtype:
-    """The dtype of the file; float32 if it mixes several (few do), so that nothing is rounded."""
+    """The file's dtype; float32 if it mixes several, so that nothing is rounded."""
     names = tuple(beginning for parts in layout.single_file.values() for beginning in parts)
     found = {entry["dtype"] for name, entry in header.items() if name.startswith(names)} & set(_DTYPES)
     return _DTYPES[found.pop()] if len(found) == 1 else torch.float32
 
 
 def _check_complete(pipeline: DiffusionPipeline, file: Path, configs: Path, layout: Layout) -> None:
-    """Raises if the file lacks tensors of a text encoder, which diffusers leaves without values silently."""
+    """Raises ValueError if the file lacks tensors, which diffusers silently leaves on the meta device in text encoders."""
     for component, network in pipeline.components.items():
         if not isinstance(network, nn.Module):
             continue

@@ -10,17 +10,17 @@ from sdxs_lightning.families.weights import PICKLES
 
 
 def resolve_base(base: str, config: str | None, layout: Layout) -> Path:
-    """The diffusers folder of a base, checked; everything else is read from it.
+    """Returns the checked diffusers folder of a base.
 
     Args:
         base: a diffusers folder; a hub id, `org/name` or `org/name@revision`; or a .safetensors file in the original
             layout of Stable Diffusion.
-        config: folder or hub id that a single file's configs and tokenizers come from; None for the others.
-        layout: of the family.
+        config: for a single file, folder or hub id of its configs and tokenizers; otherwise None.
+        layout: the family's layout.
 
     Raises:
-        FileNotFoundError: for a base that does not exist or is incomplete.
-        ValueError: a base of another family, a pickle, a broken file, or a `config` that is lacking or superfluous.
+        FileNotFoundError: if the base does not exist or is incomplete.
+        ValueError: for a base of another family, a pickle, a corrupt file, or a missing or superfluous `config`.
     """
     path = Path(base)
     _refuse_pickle(base, f"{layout.family}: base")
@@ -37,14 +37,14 @@ def resolve_base(base: str, config: str | None, layout: Layout) -> Path:
 
 
 def resolve_unet(weights: str, option: str = "weights") -> Path:
-    """The folder of a U-Net, from a U-Net folder, a pipeline folder or a hub id of either.
+    """Returns the folder of a U-Net, from a U-Net folder, a pipeline folder or a hub id of either.
 
     Args:
-        weights: what the user gave.
-        option: that gave it, for the message.
+        weights: the user's value.
+        option: name of the option, for the error message.
 
     Raises:
-        FileNotFoundError: without a U-Net.
+        FileNotFoundError: if there is no U-Net.
         ValueError: for a pickle or a single file.
     """
     _refuse_pickle(weights, option)

@@ -1,6 +1,6 @@
-"""The weight files of a folder, and loading them.
+"""Finds and loads the weight files of a folder.
 
-Safetensors only: unpickling a .bin or .ckpt runs whatever code its author put there.
+Safetensors only, since unpickling a .bin or .ckpt executes arbitrary code.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _VARIANTS = (None, "fp16", "bf16")
 
 
 class WeightFiles(NamedTuple):
-    """The files to load, and the `variant` by which diffusers and transformers find them."""
+    """Weight files, and the `variant` argument with which diffusers and transformers load them."""
 
     variant: str | None
     names: list[str]
 
 
 def weight_files(names: Iterable[str]) -> WeightFiles | None:
-    """The weight files among a folder's file names: plain ones, or fp16 ones if there are no others.
+    """Selects the weight files among a folder's file names: plain ones, or fp16 ones if there are no others.
 
     Args:
-        names: without folder; complete files or shards; other variants (`non_ema`) and formats may be among them.
+        names: file names without folder; may include shards, other variants (`non_ema`) and formats.
 
     Returns:
-        the files of one precision, with the index of shards; None if there are none.
+        The files of one precision, with the shards' index; None if there are none.
     """
     names = list(names)
     for variant in _VARIANTS:
@@ -53,7 +53,7 @@ def weight_files(names: Iterable[str]) -> WeightFiles | None:
 
 
 def pickled(names: Iterable[str]) -> str | None:
-    """A pickled weight file among the names if there are no safetensors, else None."""
+    """Returns a pickled weight file among the names if there are no safetensors, else None."""
     names = list(names)
     if weight_files(names) is not None:
         return None
@@ -61,11 +61,7 @@ def pickled(names: Iterable[str]) -> str | None:
 
 
 def check_not_pickled(folder: Path) -> None:
-    """Refuses a network's folder that has only pickled weights.
-
-    Raises:
-        ValueError: for such a folder.
-    """
+    """Raises ValueError if a network's folder has only pickled weights."""
     name = pickled(path.name for path in folder.iterdir())
     if name is not None:
         raise ValueError(
@@ -77,18 +73,17 @@ def check_not_pickled(folder: Path) -> None:
 def load_network(
     network: type[_Network], folder: Path, dtype: torch.dtype = torch.float32, strict: bool = False
 ) -> _Network:
-    """Loads the network of a folder, one file or shards, without a second copy and without initialising weights first.
+    """Loads the network of a folder, from one file or shards, without a second copy and without initialising weights.
 
     Args:
         network: a model class of diffusers or transformers.
-        folder: with config.json and safetensors.
-        dtype: of its weights, whatever the files hold.
-        strict: refuse tensors that the network does not have.
+        folder: folder with config.json and safetensors.
+        dtype: dtype of the loaded weights, whatever that of the files.
+        strict: whether to reject tensors that the network does not have.
 
     Raises:
-        FileNotFoundError: without safetensors.
-        ValueError: for pickles, for files that cannot be read, that lack tensors or have some of other shapes; with
-            `strict`, for files with more tensors than the network.
+        FileNotFoundError: if there are no safetensors.
+        ValueError: for pickles, unreadable files, missing tensors or other shapes; with `strict` for unexpected tensors.
     """
     check_not_pickled(folder)
     files = weight_files(path.name for path in folder.iterdir())
@@ -98,7 +93,7 @@ def load_network(
         )
     named: dict[str, Any] = {"variant": files.variant} if files.variant is not None else {}
     if not issubclass(network, ModelMixin):
-        # transformers otherwise takes the dtype of the config; diffusers loads in float32 whatever the files hold.
+        # transformers defaults to the config's dtype; diffusers always loads in float32.
         named["dtype"] = dtype
     try:
         loaded, report = network.from_pretrained(  # type: ignore[attr-defined]
