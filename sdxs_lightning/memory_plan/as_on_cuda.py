@@ -1,6 +1,6 @@
-"""CUDA's behaviour on the meta device: attention that keeps no N x N matrix, and CUDA's autocast.
+"""CUDA's memory behaviour on the meta device: fused attention without an N x N matrix, and autocast.
 
-torch has neither for meta tensors: attention falls back to the plain formula, and autocast ignores them.
+torch has neither for meta tensors: attention falls back to the unfused formula, and autocast ignores them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ FLOAT32 = frozenset(
     "binary_cross_entropy_with_logits cosine_similarity cdist dist norm prod sum cumsum softmax log_softmax "
     "interpolate upsample_nearest2d upsample_bilinear2d".split()
 )
-"""Functions that run in float32. Same source; up-sampling is in torch/aten/src/ATen/autocast_mode.h."""
+"""Functions that run in float32. Same source; upsampling is in torch/aten/src/ATen/autocast_mode.h."""
 
 
 class AsOnCuda(TorchFunctionMode):
-    """While entered, functions behave on meta tensors as they do on CUDA, as far as memory is concerned.
+    """Mode in which functions on meta tensors allocate memory as on CUDA.
 
     Args:
-        autocast: the lower precision of "bf16-mixed" or "16-mixed"; None is no autocast.
-        at_backward: called when a backward pass begins.
+        autocast: the lower precision of "bf16-mixed" or "16-mixed"; None disables autocast.
+        at_backward: called at the start of a backward pass.
     """
 
     def __init__(
@@ -63,12 +63,12 @@ class AsOnCuda(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def forget_casts(self) -> None:
-        """As when autocast ends: frees the lower-precision copies of the weights."""
+        """Frees the lower-precision copies of the weights, as at the end of autocast."""
         self._casts.clear()
 
     @contextmanager
     def islands(self) -> Iterator[None]:
-        """Inside, `torch.autocast(...)` in a stage's code changes this mode; torch's own refuses the meta device."""
+        """Context in which `torch.autocast(...)` changes this mode, since torch's own rejects the meta device."""
         autocast = torch.autocast
         torch.autocast = self._island  # type: ignore[assignment,misc]
         try:
@@ -111,10 +111,10 @@ class AsOnCuda(TorchFunctionMode):
         keep: bool,
         differentiable: bool,
     ) -> tuple[Tensor, ...]:
-        """Gradients with respect to `inputs`; without inputs into every weight that learns."""
+        """Returns gradients with respect to `inputs`; without inputs accumulates them into all trainable weights."""
         self._at_backward()
-        # torch leaves the mode while it handles a function, and recomputation of checkpointed blocks needs it. Every public
-        # way into the engine is such a function, so the engine itself is called.
+        # torch disables the mode while it handles a function, but recomputation of checkpointed blocks needs it. All public
+        # entry points of the engine are such functions, so the engine is called directly.
         with self:
             engine = torch.autograd.Variable._execution_engine
             result: tuple[Tensor, ...] = engine.run_backward(
@@ -136,7 +136,7 @@ class AsOnCuda(TorchFunctionMode):
     def _lower(self, value: Any) -> Any:
         if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return value
-        # Autocast keeps the copy of a trainable weight until its outermost context ends: twice the training step's length.
+        # Autocast keeps the copy of a trainable weight until its outermost context ends, after the training step.
         if value.dtype == torch.float32 and value.requires_grad and value.is_leaf:
             if id(value) not in self._casts:
                 self._casts[id(value)] = value.to(self._autocast)
@@ -160,12 +160,12 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) ->
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What flash and memory-efficient attention keep: query, key, value, output, and one float32 per row."""
+    """Allocates like flash and memory-efficient attention: saves query, key, value, output, and one float32 per row."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         *batch, heads, rows, _ = query.shape
-        # As the kernels lay it out, so that the caller's transpose and reshape make a view.
+        # In the kernels' layout, so that the caller's transpose and reshape return a view.
         output = query.new_empty(*batch, rows, heads, value.shape[-1]).transpose(-3, -2)
         ctx.save_for_backward(
             query, key, value, output, query.new_empty(*batch, heads, rows, dtype=torch.float32)

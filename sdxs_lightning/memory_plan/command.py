@@ -17,10 +17,10 @@ from sdxs_lightning.memory_plan.report import as_json, print_plan
 
 
 def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
-    """Makes the plan and prints it; writes it to the file of `--plan_json`.
+    """Computes and prints the plan, and writes it to the file of `--plan_json`.
 
     Args:
-        stage: as constructed from the configuration.
+        stage: the stage constructed from the configuration.
         config: the complete parsed configuration, as plain values.
 
     Raises:
@@ -50,7 +50,7 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
 
 
 def _callbacks_decode(callbacks: Any) -> bool:
-    """Whether a callback generates images: its class attribute `decodes_images`."""
+    """Whether a callback generates images, by its class attribute `decodes_images`."""
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         path = callback.get("class_path", "") if isinstance(callback, Mapping) else ""
         module, _, name = path.rpartition(".")

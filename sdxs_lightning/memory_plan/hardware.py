@@ -1,4 +1,4 @@
-"""The machine of a configuration: processes, sharding, precision, memory of a device."""
+"""The hardware of a configuration: processes, sharding, precision, device memory."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ _WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 @dataclass(frozen=True)
 class Hardware:
-    """The machine of a run."""
+    """The hardware of a run."""
 
     processes: int
-    """On all machines, one per device."""
+    """Number of processes on all machines, one per device."""
     strategy: str
     """"one device", "ddp" or "fsdp2"."""
     precision: str
-    """As the Trainer spells it: "32-true", "bf16-mixed", ..."""
+    """The Trainer's precision: "32-true", "bf16-mixed", ..."""
     on_gpu: bool
     memory: int
-    """Bytes of one device."""
+    """Memory of one device in bytes."""
     memory_source: str
-    """Where that number comes from."""
+    """Where `memory` comes from."""
     assumed: str | None = None
-    """What the configuration leaves to the machine and is assumed here."""
+    """Assumption about a setting that the configuration leaves to the machine."""
 
     @property
     def shards(self) -> int:
@@ -63,31 +63,31 @@ class Hardware:
 
     @property
     def weights(self) -> torch.dtype | None:
-        """The dtype of all weights; None keeps each as it is loaded."""
+        """The dtype of all weights; None keeps the dtypes as loaded."""
         return _WEIGHTS.get(self.precision)
 
     @property
     def gathered(self) -> torch.dtype | None:
-        """The dtype in which FSDP2 gathers, see `training.sharding.mixed_precision`."""
+        """The dtype in which FSDP2 gathers, as in `training.sharding.mixed_precision`."""
         return torch.bfloat16 if self.precision == "bf16-mixed" else None
 
     @property
     def allowance(self) -> int:
-        """Bytes that do not belong to a tensor."""
+        """Bytes that are not allocated for tensors."""
         if not self.on_gpu:
             return 0
         return CUDA_CONTEXT + (NCCL if self.processes > 1 else 0)
 
 
 def read_hardware(trainer: Mapping[str, Any], gpu_gib: float | None = None) -> Hardware:
-    """The machine that a `trainer` section describes.
+    """Reads the hardware from a `trainer` section.
 
     Args:
         trainer: accelerator, devices, num_nodes, strategy, precision as parsed.
-        gpu_gib: memory of a device; None takes that of this machine, or 80 GiB.
+        gpu_gib: memory of a device; None takes this machine's, or 80 GiB.
 
     Raises:
-        UserError: for a strategy or a precision that the plan does not know, or no memory.
+        UserError: for an unsupported strategy or precision, or a memory that is not positive.
     """
     on_gpu = str(trainer.get("accelerator", "auto")) != "cpu"
     per_machine, assumed = _devices(trainer.get("devices", "auto"), on_gpu)

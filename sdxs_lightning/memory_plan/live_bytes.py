@@ -1,4 +1,4 @@
-"""Counts the bytes of live tensors while code runs on the meta device, where they take no memory."""
+"""Counts the bytes of live tensors on the meta device, where they use no memory."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """While entered, tracks the storage of every tensor that an operation returns until it is freed.
+    """Mode that tracks the storage of every tensor that an operation returns until it is freed.
 
-    Views share a storage and count once. What the caching allocator of CUDA adds (rounding to 512 bytes, fragments) is
-    not included, nor are workspaces inside a kernel.
+    Views share a storage, which counts once. Excludes the overhead of CUDA's caching allocator (rounding to 512 bytes,
+    fragmentation) and workspaces inside kernels.
 
     Args:
-        modules: their parameters and buffers are not counted.
-        shapes: of an earlier count, to be reused.
+        modules: modules whose parameters and buffers are not counted.
+        shapes: cached shapes of an earlier count.
     """
 
     def __init__(self, modules: Iterable[nn.Module] = (), shapes: ShapeMemory | None = None) -> None:
         super().__init__()
         self.live = 0
-        """Bytes alive now, gradients included."""
+        """Currently live bytes, including gradients."""
         self.gradients = 0
-        """Of these, bytes of gradients that an optimizer will read."""
+        """Live bytes of gradients that an optimizer will read."""
         self.line: list[tuple[int, int]] = []
-        """(live, gradients) after each time that they grew."""
+        """(live, gradients) after each increase."""
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         self._held = [tensor.untyped_storage() for tensor in tensors]
         self._known: dict[int, Any] = {storage._cdata: None for storage in self._held}
@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def add(self, size: int, gradients: bool = False) -> None:
-        """Counts bytes without a tensor, such as a shard of a gradient; negative bytes are subtracted."""
+        """Counts bytes without a tensor, such as a gradient shard; negative bytes are subtracted."""
         self.live += size
         self.gradients += size if gradients else 0
         self.line.append((self.live, self.gradients))
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        # torch keeps the Python object of a storage for as long as the storage lives, whoever holds it.
+        # torch keeps the Python object of a storage alive as long as the storage itself.
         self._known[key] = weakref.ref(storage, lambda _: self._untrack(key, size))
         self.live += size
         self.line.append((self.live, self.gradients))
@@ -79,7 +79,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class ShapeMemory:
-    """Caches the shapes that operations return: torch computes them in Python, and networks repeat their operations.
+    """Caches the result shapes of operations, which torch computes in Python and networks repeat many times.
 
     Makes the plan of SDXL several times faster. Operations whose result shares storage with an argument are not cached.
     """
@@ -87,10 +87,10 @@ class ShapeMemory:
     def __init__(self) -> None:
         self._known: dict[Any, Any] = {}
         self._fresh: dict[Any, bool] = {}
-        """Operation -> whether its results are new tensors, by its schema."""
+        """Whether an operation's results are new tensors, by its schema."""
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The result of an operation, on the meta device."""
+        """Returns the result of an operation on the meta device."""
         fresh = self._fresh.get(func)
         if fresh is None:
             fresh = self._fresh[func] = all(value.alias_info is None for value in func._schema.returns)
@@ -99,13 +99,13 @@ class ShapeMemory:
         try:
             key = func, _description(args), _description(tuple(kwargs.items()))
             known = self._known.get(key)
-        except TypeError:  # an argument that cannot be a key
+        except TypeError:  # an unhashable argument
             return func(*args, **kwargs)
         if known is not None:
             return _made(known)
         result = func(*args, **kwargs)
         if func is torch.ops.aten.convolution.default and _is_channels_last(args[1]):
-            # As cuDNN returns it; on the meta device torch considers the input only.
+            # As in cuDNN; on the meta device torch considers the input's format only.
             result = torch.empty_like(result, memory_format=torch.channels_last)
         outputs = result if isinstance(result, tuple | list) else (result,)
         if all(output is None or isinstance(output, Tensor) for output in outputs):
@@ -119,7 +119,7 @@ class ShapeMemory:
 
 
 def _is_channels_last(weight: Tensor) -> bool:
-    # By the strides: a weight of 1x1 is contiguous in either order, and torch then goes by them too.
+    # By the strides, as in torch, since a 1x1 weight is contiguous in either format.
     return weight.ndim == 4 and weight.stride()[1] == 1 and weight.stride()[3] == weight.shape[1] > 1
 
 

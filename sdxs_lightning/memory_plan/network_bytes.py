@@ -19,7 +19,7 @@ PROBE_SHAPE = 8, 8
 
 @dataclass(frozen=True)
 class NetworkBytes:
-    """One network on one device. Counts are of the complete network, bytes of the device's shard."""
+    """One network on one device; counts are of the complete network, bytes of the device's shard."""
 
     name: str
     role: Role
@@ -30,7 +30,7 @@ class NetworkBytes:
     gradients: int
     optimizer: int
     dtype: str
-    """dtype of the stored weights."""
+    """Dtype of the stored weights."""
 
     @property
     def total(self) -> int:
@@ -39,7 +39,7 @@ class NetworkBytes:
 
 
 def network_bytes(network: PlannedNetwork, shards: int) -> NetworkBytes:
-    """The bytes of a network; gradients have the dtype of their weights, as in torch."""
+    """Computes the bytes of a network; gradients have the dtype of their weights, as in torch."""
     shards = shards if network.sharded else 1
     parameters = list(network.module.parameters())
     trainable = [p for p in parameters if p.requires_grad] if network.role == "trained" else []
@@ -58,7 +58,7 @@ def network_bytes(network: PlannedNetwork, shards: int) -> NetworkBytes:
 
 
 def sharded_numel(parameter: Tensor, shards: int) -> int:
-    """Elements on the first device: FSDP2 cuts the first dimension, and rounds up."""
+    """Number of elements on the first device; FSDP2 shards the first dimension and rounds up."""
     if shards == 1 or parameter.ndim == 0:
         return parameter.numel()
     return -(-parameter.shape[0] // shards) * math.prod(parameter.shape[1:])
@@ -67,7 +67,7 @@ def sharded_numel(parameter: Tensor, shards: int) -> int:
 def state_per_element(network: PlannedNetwork) -> int:
     """Bytes of optimizer state per trained element: 8 for AdamW on float32, 0 for plain SGD.
 
-    Counted on a real step of a small parameter. A scalar per tensor (the step counter) is left out.
+    Measured on a real step of a small parameter. A scalar per tensor (the step counter) is ignored.
     """
     optimizer, _ = _probe(network)
     optimizer.step()
@@ -81,8 +81,8 @@ def state_per_element(network: PlannedNetwork) -> int:
 def update_workspace(network: PlannedNetwork, shards: int) -> int:
     """Temporary bytes of the optimizer's step.
 
-    On CUDA torch's optimizers handle all tensors of a type together ("foreach") and need a copy of them, unless they are
-    fused or `foreach` is off.
+    On CUDA torch's optimizers update all tensors of a dtype together ("foreach") and need a copy of them, unless they are fused
+    or `foreach` is off.
     """
     optimizer, _ = _probe(network)
     group = optimizer.param_groups[0]
@@ -93,10 +93,10 @@ def update_workspace(network: PlannedNetwork, shards: int) -> int:
 
 
 def gathered_bytes(network: PlannedNetwork, compute_dtype: torch.dtype | None) -> int:
-    """Upper bound of what FSDP2 holds besides the shards while the network runs.
+    """Upper bound of the bytes that FSDP2 holds besides the shards while the network runs.
 
-    Forward: the unsharded weights of a group, and those of the next, which are being gathered. Backward, in addition: the
-    group's unsharded gradients, and float32 copies of them and of the previous group's, which are being reduced.
+    Forward: the unsharded weights of a group, and of the next one, which is being gathered. Backward, in addition: the group's
+    unsharded gradients, and float32 copies of these and of the previous group's, which are being reduced.
     """
     groups = [_group_bytes(group, compute_dtype) for group in _groups(network.module)]
     rest, *blocks = groups
@@ -116,20 +116,20 @@ class _Group(NamedTuple):
 
     weights: int
     gradients: int
-    """Of the trainable ones, in the dtype in which they are gathered."""
+    """Bytes of the trainable weights, in the dtype in which they are gathered."""
     reduced: int
-    """Of the trainable ones, in float32."""
+    """Bytes of the trainable weights in float32."""
 
 
 def _neighbours(blocks: Sequence[_Group]) -> Iterator[tuple[_Group, _Group]]:
-    """Each with the larger of its neighbours."""
+    """Yields each group with the larger of its neighbours."""
     for index, block in enumerate(blocks):
         beside = [*blocks[max(index - 1, 0) : index], *blocks[index + 1 : index + 2]]
         yield block, max(beside, default=_Group(0, 0, 0))
 
 
 def _groups(module: nn.Module) -> list[list[Tensor]]:
-    """Parameters that are gathered together: first those outside all blocks, then the blocks."""
+    """Parameters that are gathered together: first those outside the blocks, then each block's."""
     blocks: list[list[Tensor]] = [
         list(block.parameters()) for part in module.modules() for block in blocks_of(part)
     ]

@@ -1,4 +1,4 @@
-"""The plan of a stage: its networks without weights, one step counted, and the changes that would make it fit."""
+"""The memory plan of a stage, and the configuration changes that would make it fit."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sdxs_lightning.memory_plan.weightless import META, WeightlessFamily
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
 MARGIN = 0.15
-"""By how much activations may exceed the count: workspaces of kernels, fragments of the allocator."""
+"""Allowed excess of activations over the count, for kernel workspaces and allocator fragmentation."""
 LARGEST_BATCH = 1 << 16
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of one device of a run."""
+    """Memory of one device of a run."""
 
     stage: str
     hardware: Hardware
@@ -41,7 +41,7 @@ class MemoryPlan:
     buffers: Mapping[str, int]
     """Permanent bytes besides the networks."""
     checkpointed: tuple[str, ...]
-    """Trained networks that recompute blocks."""
+    """Trained networks with gradient checkpointing."""
     step: StepProfile
 
     @property
@@ -50,17 +50,17 @@ class MemoryPlan:
         return sum(one.weights + one.optimizer for one in self.networks) + sum(self.buffers.values())
 
     def needed(self, batch_size: int | None = None) -> int:
-        """Bytes at the peak, as counted."""
+        """Peak bytes as counted."""
         return self.permanent + self.step.peak(batch_size or self.batch_size).total
 
     def needed_at_most(self, batch_size: int | None = None) -> int:
-        """Bytes at the peak, with the margin on everything that is not exact."""
+        """Peak bytes with the margin on activations."""
         peaks = self.step.phase_peaks(batch_size or self.batch_size)
         return self.permanent + max(peak.total + int(MARGIN * peak.activations) for peak in peaks)
 
     @property
     def fits(self) -> bool:
-        """Whether it fits with the margin."""
+        """Whether the run fits, with the margin."""
         return self.needed_at_most() <= self.hardware.memory
 
     @property
@@ -86,18 +86,18 @@ class SuggestedChange:
 
 
 class Planner:
-    """Makes plans of one stage, as configured and with variations.
+    """Computes plans of one stage, as configured and with variations.
 
     Args:
-        stage: as constructed; it gets a family without weights, builds its networks, and goes to the meta device.
-        hardware: the machine.
-        batch_size: per device.
-        contents: of the data besides captions, as in data.contents.
-        accumulate: micro-batches per update, for a stage that leaves this to the Trainer.
+        stage: a newly constructed stage; it gets a family without weights, is built, and moved to the meta device.
+        hardware: the hardware.
+        batch_size: batch size per device.
+        contents: contents of the data besides captions, as in data.contents.
+        accumulate: micro-batches per update, for stages that leave accumulation to the Trainer.
         decodes: whether a callback decodes images, for which the VAE stays on the device.
 
     Raises:
-        UserError: for a stage that does not describe itself.
+        UserError: for a stage that is not `Plannable`.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Planner:
         self._latents = None if self._images and "latents" not in contents else self.family.latent_shape()
 
     def plan(self, hardware: Hardware | None = None, accumulate: int | None = None) -> MemoryPlan:
-        """The plan, as configured or with another machine or accumulation."""
+        """Computes the plan, as configured or with other hardware or accumulation."""
         hardware, accumulate = hardware or self.hardware, accumulate or self._accumulate
         trained = [one for one in self.networks if one.role == "trained"]
         workspaces = {
@@ -151,9 +151,9 @@ class Planner:
         )
 
     def changes(self, plan: MemoryPlan) -> list[SuggestedChange]:
-        """What would make a plan fit, from the cheapest to the most expensive change, up to the first that is enough.
+        """Returns changes that reduce memory, from the cheapest to the most expensive, up to the first with which the plan fits.
 
-        The networks keep the gradient checkpointing of the last change.
+        Gradient checkpointing that a change has enabled stays enabled on the networks.
         """
         changes = []
         for change in self._possible(plan):
@@ -235,7 +235,7 @@ def _is_checkpointed(network: PlannedNetwork) -> bool:
 
 
 def _checkpoint(network: PlannedNetwork) -> bool:
-    """Switches gradient checkpointing on; whether that changed anything."""
+    """Enables gradient checkpointing; returns whether this changed anything."""
     changed = False
     for module in network.module.modules():
         if not isinstance(module, ModelMixin) or module.is_gradient_checkpointing:
@@ -248,7 +248,7 @@ def _checkpoint(network: PlannedNetwork) -> bool:
 
 @contextmanager
 def _gathered(networks: Sequence[PlannedNetwork], hardware: Hardware) -> Iterator[None]:
-    """Inside, sharded networks have the dtype in which FSDP2 gathers them."""
+    """Context in which sharded networks have the dtype in which FSDP2 gathers them."""
     dtype = hardware.gathered if hardware.shards > 1 else None
     changed: list[tuple[torch.nn.Parameter, torch.dtype]] = []
     if dtype is not None:

@@ -1,4 +1,4 @@
-"""The plan as tables and sentences, and as JSON."""
+"""Formats the plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdxs_lightning.memory_plan.planner import MARGIN, MemoryPlan, SuggestedChan
 
 
 def print_plan(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> None:
-    """Prints the plan."""
+    """Prints the plan as tables and sentences."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(heading(plan), markup=False, soft_wrap=True)
     console.print(_networks(plan))
@@ -35,7 +35,7 @@ def heading(plan: MemoryPlan) -> str:
 
 
 def sentences(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> list[str]:
-    """Whether it fits, the assumptions, and the changes that would help."""
+    """The assumptions, whether the plan fits, and suggested changes."""
     needed, most, memory = plan.needed(), plan.needed_at_most(), plan.hardware.memory
     lines = [
         "Networks: exact. Activations: counted on the meta device under CUDA's attention and autocast, an estimate within "
@@ -114,7 +114,7 @@ def as_json(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> dict[s
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB, or as MiB if they are few."""
+    """Formats bytes as GiB, or as MiB below 0.1 GiB."""
     return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / 2**20:.2f} MiB"
 
 

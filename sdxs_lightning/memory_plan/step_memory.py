@@ -23,12 +23,12 @@ from sdxs_lightning.memory_plan.weightless import META
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
 PROBES = 2, 3
-"""Batch sizes that are run. Not 1: with a batch dimension of 1 some operations copy less."""
+"""Batch sizes to run. Not 1, since some operations copy less with a batch dimension of 1."""
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The contents of a micro-batch, and how many of them are accumulated."""
+    """Contents of a micro-batch, and the number of accumulated micro-batches."""
 
     latents: tuple[int, int, int] | None
     """(C, h, w); None if the data has no latents."""
@@ -38,7 +38,7 @@ class BatchShape:
     """Micro-batches whose gradients are averaged; from 2 on, gradients outlive a micro-batch."""
 
     def make(self, size: int) -> TrainingBatch:
-        """A batch of that size on the meta device."""
+        """Creates a batch of the given size on the meta device."""
         latents = None if self.latents is None else torch.empty(size, *self.latents, device=META)
         images = None if self.images is None else torch.empty(size, 3, self.images, self.images, device=META)
         return TrainingBatch(
@@ -54,7 +54,7 @@ class BatchShape:
 
 
 class PhasePeak(NamedTuple):
-    """The peak of one phase: bytes on one device, besides weights and optimizer states."""
+    """Peak memory of one phase: bytes on one device, excluding weights and optimizer states."""
 
     phase: str
     total: int
@@ -62,7 +62,7 @@ class PhasePeak(NamedTuple):
 
     @property
     def activations(self) -> int:
-        """Everything that is neither a gradient nor counted with the weights."""
+        """Bytes other than gradients."""
         return self.total - self.gradients
 
 
@@ -73,20 +73,20 @@ class _Line:
     name: str
     live: list[tuple[int, int]]
     kept: int
-    """Bytes that the forward pass left for the backward pass: activations, and autocast's copies of weights."""
+    """Bytes that the forward pass keeps for the backward pass: activations, and autocast's copies of weights."""
 
 
 @dataclass(frozen=True)
 class StepProfile:
-    """What a training step needs at any batch size: every tensor of it is a constant, or grows with the batch."""
+    """Memory of a training step at any batch size, as constants plus linear growth with the batch."""
 
     phases: tuple[str, ...]
     constants: tuple[np.ndarray, ...] = field(repr=False)
-    """Per phase (n, 2), int64: live bytes and gradients at each moment, for batch size 0."""
+    """Per phase (n, 2), int64: live bytes and gradient bytes over time, extrapolated to batch size 0."""
     slopes: tuple[np.ndarray, ...] = field(repr=False)
     """The growth of `constants` per sample."""
     kept: tuple[tuple[int, int], ...]
-    """Per phase: what the forward pass keeps for the backward pass, constant and per sample."""
+    """Per phase: bytes that the forward pass keeps for the backward pass, constant and per sample."""
 
     def phase_peaks(self, batch_size: int) -> list[PhasePeak]:
         """The peak of each phase."""
@@ -114,14 +114,14 @@ def profile_step(
     batch: BatchShape,
     workspaces: Mapping[str, int],
 ) -> StepProfile:
-    """Runs the step at two batch sizes, and derives what is constant and what grows with the batch.
+    """Runs the step at two batch sizes, and separates constant memory from growth with the batch.
 
     Args:
-        stage: on the meta device, a `Plannable`.
-        networks: all of the stage, in the dtypes in which they compute.
+        stage: a `Plannable` on the meta device.
+        networks: all networks of the stage, in their compute dtypes.
         hardware: precision, sharding and number of processes.
-        batch: what a micro-batch holds.
-        workspaces: by trained network, temporary bytes of its optimizer's step.
+        batch: contents of a micro-batch.
+        workspaces: temporary bytes of the optimizer's step, by trained network.
     """
     shapes = ShapeMemory()
     first, second = (run_step(stage, networks, hardware, batch, workspaces, shapes, size) for size in PROBES)
@@ -148,7 +148,7 @@ def run_step(
     shapes: ShapeMemory,
     size: int,
 ) -> list[_Line]:
-    """Runs the step at one batch size; arguments as in `profile_step`, the shapes known so far, and the size."""
+    """Runs the step at one batch size; further arguments as in `profile_step`."""
     assert isinstance(stage, Plannable)
     trained = {one.name: one for one in networks if one.role == "trained"}
     modules = [stage, *(one.module for one in networks)]
@@ -162,7 +162,7 @@ def run_step(
         for phase in stage.plan_step(batch.make(size)):
             workspace = sum(workspaces[name] for name in phase.updates)
             line = [*live.line[before:], (live.live + workspace, live.gradients)]
-            if not phase.updates:  # before the training: there are no gradients yet
+            if not phase.updates:  # before the first training step, without gradients
                 line = [(total - gradient, 0) for total, gradient in line]
             lines.append(_Line(phase.name, line, max(kept, default=0)))
             if batch.accumulate == 1:
@@ -174,7 +174,7 @@ def run_step(
 
 
 class _Gradients:
-    """Counts the gradients of the trained networks: complete ones, or the shards that remain after the reduction."""
+    """Counts the gradients of the trained networks: complete, or the shards that remain after reduce-scatter."""
 
     def __init__(
         self, live: LiveBytes, trained: Mapping[str, PlannedNetwork], hardware: Hardware, carried: bool
@@ -197,7 +197,7 @@ class _Gradients:
             for parameter in parameters:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._arrived))
                 if self._carried:
-                    # Of earlier micro-batches; allocated outside of the count, then counted as a gradient.
+                    # From earlier micro-batches: allocated outside of the count, then counted as a gradient.
                     parameter.grad = torch.empty_like(parameter)
                     self._arrived(parameter)
 
@@ -207,7 +207,7 @@ class _Gradients:
         self.clear(tuple(self._trained))
 
     def clear(self, names: Sequence[str]) -> None:
-        """As an optimizer's `zero_grad(set_to_none=True)`."""
+        """Frees gradients, like an optimizer's `zero_grad(set_to_none=True)`."""
         for name in names:
             for parameter in self._trained[name]:
                 parameter.grad = None
@@ -230,7 +230,7 @@ class _Gradients:
 
 @contextmanager
 def _outside_a_trainer(stage: LightningModule) -> Iterator[None]:
-    """Replaces what a stage calls of its Trainer: a plain backward pass, and no log, which would read values."""
+    """Replaces methods that need a Trainer: a plain backward pass, and no logging, which would read values."""
     replaced = {"manual_backward": lambda loss: loss.backward(), "log": _nothing, "log_dict": _nothing}
     vars(stage).update(replaced)
     try:
@@ -246,7 +246,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No compilation, no garbage collector (it would free at other times in the second run), no warnings on meta tensors."""
+    """Disables compilation, warnings, and garbage collection, whose timing would differ between the two runs."""
     collecting = gc.isenabled()
     gc.disable()
     try:

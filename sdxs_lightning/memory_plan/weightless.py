@@ -1,4 +1,4 @@
-"""A family without weights: its networks on the meta device, from their configs."""
+"""A family without weights: networks on the meta device, built from their configs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ META = torch.device("meta")
 
 
 class WeightlessFamily:
-    """Replaces a family: the same constants, networks with shapes and no weights.
+    """Replaces a family by one with the same constants and with networks on the meta device.
 
     Args:
-        family: only its JSON files are read.
+        family: the family, of which only JSON files are read.
     """
 
     def __init__(self, family: Family) -> None:
@@ -32,19 +32,19 @@ class WeightlessFamily:
         """Whether the stage has encoded prompts."""
 
     def __getattr__(self, name: str) -> Any:
-        # copy and pickle look attributes up before the object is complete.
+        # copy and pickle look up attributes before the object is initialised.
         if name.startswith("__") or "_family" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._family, name)
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
-        """The base's U-Net, or that of a U-Net or pipeline folder (a pruned student)."""
+        """Builds the base's U-Net, or that of a U-Net or pipeline folder (such as a pruned student)."""
         config = self._family.unet_config if folder is None else unet_config(resolve_unet(folder))
         with META:
             return UNet2DConditionModel.from_config(config)
 
     def load_vae(self) -> AutoencoderKL:
-        """The base's KL VAE."""
+        """Builds the base's KL VAE."""
         folder = kl_folder(self._family.folder)
         if folder is None:
             raise FileNotFoundError(f"'{self._family.folder}' has no AutoencoderKL in vae or vae_large.")
@@ -54,14 +54,14 @@ class WeightlessFamily:
     def encode_prompts(
         self, captions: list[str], original_sizes: Tensor | None = None, crops: Tensor | None = None
     ) -> Conditioning:
-        """Embeddings of the right shapes and dtype; the text encoders' short-lived activations are not counted."""
+        """Returns embeddings with the right shapes and dtype; the text encoders' temporary activations are not counted."""
         self.encodes = True
         encoders, count = list(self.text_encoders.values()), len(captions)
         configs: list[Any] = [encoder.config for encoder in encoders]
         shape = count, configs[0].max_position_embeddings, sum(config.hidden_size for config in configs)
         embeds = torch.empty(shape, dtype=self._dtype, device=META)
         if len(encoders) == 1:
-            # The unconditional twin of SD is one row, expanded to B.
+            # SD's unconditional embeddings are one row expanded to B.
             negative = torch.empty((1, *shape[1:]), dtype=self._dtype, device=META).expand_as(embeds)
             return Conditioning(prompt_embeds=embeds, negative_prompt_embeds=negative)
         pooled = torch.empty(count, configs[-1].projection_dim, dtype=self._dtype, device=META)
@@ -75,22 +75,19 @@ class WeightlessFamily:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) -> scaled latents (B, C, h, w), float32, without graph."""
         assert isinstance(self.vae, AutoencoderKL)
         return self._family.scale_latents(self.vae.encode(images).latent_dist.mode())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w) -> images (B, 3, H, W), float32, without graph."""
         return self.decode_with_graph(latents)
 
     def decode_with_graph(self, latents: Tensor) -> Tensor:
-        """`decode` with a graph to the latents."""
         images: Tensor = self.vae.decode(self._family.unscale_latents(latents)).sample
         return images.float()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Sets the dtype of the text encoders; everything stays on the meta device."""
+        """Sets the dtype of the text encoders; all networks stay on the meta device."""
         self._dtype = dtype or self._dtype
         self._family.schedule.to(META)
         for encoder in self.text_encoders.values():
@@ -99,14 +96,14 @@ class WeightlessFamily:
 
     @cached_property
     def text_encoders(self) -> dict[str, nn.Module]:
-        """Folder name -> text encoder."""
+        """Text encoders by folder name."""
         folders = [self._family.folder / name for name in ("text_encoder", "text_encoder_2")]
         present = [folder for folder in folders if (folder / "config.json").is_file()]
         return {folder.name: _text_encoder(read_json(folder / "config.json")) for folder in present}
 
     @cached_property
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
-        """The VAE of `decode` and `encode`, the base's `vae`; created on first use."""
+        """The base's `vae`, used by `encode` and `decode`; built on first use."""
         folder = self._family.folder / "vae"
         with META:
             vae = vae_class(folder).from_config(read_json(folder / "config.json"))
