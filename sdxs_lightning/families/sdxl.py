@@ -74,7 +74,7 @@ class StableDiffusionXL(PretrainedBase):
 
         Returns:
             Embeddings and unconditional embeddings in the text encoders' dtype; add_time_ids (B, 6) float32. The
-            unconditional ones are zeros, or the encoding of "" if the base's model_index.json disables force_zeros_for_empty_prompt.
+            unconditional ones are zeros, or the encoding of "" if model_index.json disables force_zeros_for_empty_prompt.
         """
         prompt_embeds, pooled = self._embed(captions)
         negative, negative_pooled = torch.zeros_like(prompt_embeds), torch.zeros_like(pooled)

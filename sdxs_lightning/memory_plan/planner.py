@@ -151,7 +151,7 @@ class Planner:
         )
 
     def changes(self, plan: MemoryPlan) -> list[SuggestedChange]:
-        """Returns changes that reduce memory, from the cheapest to the most expensive, up to the first with which the plan fits.
+        """Returns changes that reduce memory, from cheapest to most expensive, up to the first with which the plan fits.
 
         Gradient checkpointing that a change has enabled stays enabled on the networks.
         """

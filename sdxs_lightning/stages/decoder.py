@@ -251,7 +251,7 @@ class DecoderDistillation(ManualOptimization):
         return networks
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
-        """One iteration, with the GAN if there is one."""
+        """One iteration, with the GAN if enabled."""
         latents = self.pairs.latents(batch)
         target = self.pairs.targets(batch, latents)
         images = self.decoder(latents)

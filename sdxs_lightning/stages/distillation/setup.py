@@ -55,7 +55,7 @@ def terms_of(
     """Builds the terms of a configuration, each in the phases that it declares.
 
     Raises:
-        ValueError: for parts that do not go together.
+        ValueError: if the arguments are inconsistent.
     """
     if (feature_matching is None) != (features is None):
         raise ValueError("feature_matching and features go together: set both, or both to null.")
@@ -116,7 +116,7 @@ def gan_of(
     """The GAN that a config's parts make; None where it names none.
 
     Raises:
-        ValueError: for parts that do not go together.
+        ValueError: if the arguments are inconsistent.
     """
     match discriminator, adversarial, pixel_adversarial, image_features:
         case None, None, None, None:
