@@ -293,7 +293,7 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
     alone["trainer"] |= {"devices": 1, "strategy": "auto"}
     assert train(tmp_path, alone, "--ckpt_path", "last") == 2
     assert "is sharded; resume with --config configs/hardware/fsdp2.yaml" in capfd.readouterr().err
-    # One process reads the shards of two, with the same global batch. (Two that go on: tests/training/test_distributed.py.)
+    # One process reads the shards of two, with the same global batch. (Two: tests/training/distillation/test_distributed.py.)
     config["trainer"]["devices"] = 1
     config["data"]["init_args"]["batch_size"] = 4
     file = write_config(tmp_path / "tiny.yaml", config)

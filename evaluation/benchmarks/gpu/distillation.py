@@ -1,4 +1,4 @@
-"""Sections `distill` and `distill_sdxl`: iterations of the DMD2 stage at full size, beside DMD2's own arrangement of the work."""
+"""Sections `distill` and `distill_sdxl`: iterations of the DMD2 stage at full size, and DMD2's own arrangement of the work."""
 
 from __future__ import annotations
 
