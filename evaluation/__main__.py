@@ -12,7 +12,7 @@ COMMANDS = (
     Command("reference", "evaluation.reference.ReferenceOptions", "evaluation.runner.commands.reference"),
 )
 DESCRIPTION = """FID, CLIP score and other metrics of text-to-image models, under named protocols (evaluation/README.md).
-Tables and benchmarks: python -m evaluation.benchmarks.tables, python -m evaluation.benchmarks.throughput."""
+Benchmarks: python -m evaluation.benchmarks.NAME with NAME one of tables, throughput, coverage, start_up, gpu."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES, parse_weights
 from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.guidance_scale import read_guidance_scale
 
 Count = Annotated[int, Option(at_least=1)]
 
@@ -24,12 +24,9 @@ def guidance_scale(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if value == 0:
-        sys.stderr.write("--guidance_scale 0 is read as 1: no guidance.\n")
-        return 1.0
-    if not 1 <= value < float("inf"):
+    if value and not 1 <= value < float("inf"):
         raise ValueError("must be a number of at least 1, where 1 means no guidance")
-    return value
+    return read_guidance_scale("--guidance_scale", value)
 
 
 @dataclass(frozen=True, kw_only=True)

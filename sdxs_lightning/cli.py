@@ -153,7 +153,7 @@ class TrainingCLI(LightningCLI):
             "--plan_gpu_gb",
             type=float | None,
             default=None,
-            help="GiB of a device, for --plan; by default those of the GPU at hand, or 80",
+            help="GiB of a device, for --plan; by default those of the local GPU, or 80",
         )
         parser.add_argument(
             "--plan_json", type=str | None, default=None, help="file that --plan writes its numbers to"
@@ -315,7 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cli.fit()
     except RunStopped as stop:
         _report(stop, agreed=trainer is not None)
-        # Lightning's launcher kills everybody when it sees that a rank which it started has failed, also rank 0 while it is
+        # Lightning's launcher kills all ranks when it sees that a rank which it started has failed, also rank 0 while it is
         # still closing its files. This stop was agreed on by all ranks, and rank 0 alone carries its code.
         return 0 if _started_by_rank_zero(trainer) else stop.exit_code
     except SIGTERMException:

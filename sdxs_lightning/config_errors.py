@@ -53,7 +53,7 @@ def sentence(message: str, options: Iterable[str], command_line: MergedArguments
     flag = re.match(r"unrecognized arguments: (--[^\s=]+)", problem.text)
     if flag and not problem.key:
         near = _nearest(flag[1], options)
-        return f"{flag[1]} is no option{near}; `python train.py --help` says where all are listed."
+        return f"{flag[1]} is not an option{near}; `python train.py --help` says where all are listed."
     unknown = re.match(r"(?:Group '([^']*)' does not accept option|Option) '([^']+)'", problem.text)
     if flag or unknown:
         group, name = (unknown[1], unknown[2]) if unknown else (None, flag[1][2:] if flag else "")
@@ -114,7 +114,7 @@ def _unknown_option(
     accepted = _accepted_by_class(problem.owner, group) or _accepted_by_group(key, options)
     near = _nearest(name.partition(".")[0], accepted)
     listed = f"; accepted are {', '.join(sorted(accepted))}" if 0 < len(accepted) <= 30 else ""
-    return f"{key} is no option{near}{_place(key, command_line)}{listed}."
+    return f"{key} is not an option{near}{_place(key, command_line)}{listed}."
 
 
 def _accepted_by_class(owner: str | None, group: str | None) -> list[str]:

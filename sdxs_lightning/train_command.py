@@ -17,7 +17,7 @@ OPTIONS = {
     "the same if there is one, else a new run",
     "--print_config": "print the resolved configuration, with the defaults of all options, instead of training",
     "--plan": "print what the run needs of a device's memory, and whether it fits, instead of training",
-    "--plan_gpu_gb": "GIB: memory of a device, for --plan; by default that of the GPU at hand, or 80",
+    "--plan_gpu_gb": "GIB: memory of a device, for --plan; by default that of the local GPU, or 80",
     "--plan_json": "FILE: where --plan writes its numbers",
     "--seed_everything": "N: seed of all that is random; default 0",
     "--model": "NAME.OPTION VALUE: any option of the stage, as --model.student.weights PATH; `init_args` may be left out",
@@ -43,7 +43,7 @@ options:
 """
 
 WHERE_OPTIONS_ARE_LISTED = """
-The options of each stage are listed in configs/README.md. --print_config shows those of a run with their values;
+The options of each stage are listed in configs/REFERENCE.md. --print_config shows those of a run with their values;
 --model.help CLASS, --data.help CLASS and --trainer.callbacks.help CLASS describe the arguments of a class.
 """
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code, see `sdxs_lightning.core.errors`.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = [_underscored(one) for one in (sys.argv[1:] if arguments is None else arguments)]
     if "--help" in given or "-h" in given:
         sys.stdout.write(help_text())
         return 0
@@ -82,6 +82,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return cli.main(given)
 
 
+def _underscored(argument: str) -> str:
+    """`--ckpt-path=a-b` as `--ckpt_path=a-b`."""
+    name, equals, value = argument.partition("=")
+    if not name.startswith("--"):
+        return argument
+    return f"--{name[2:].replace('-', '_')}{equals}{value}"
+
+
 def _refuse_early(given: Sequence[str]) -> None:
     if not given:
         raise UserError(
@@ -93,7 +101,7 @@ def _refuse_early(given: Sequence[str]) -> None:
         if name.startswith("--") and not known and name != "--print_shtab":
             near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.6)
             meant = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"{name} is no option{meant}; `python train.py --help` lists them.")
+            raise UserError(f"{name} is not an option{meant}; `python train.py --help` lists them.")
     moved = renamed_in(read_arguments(given))
     if moved:
         raise UserError("; ".join(moved) + ".")

@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from data.shards.images import UndecodableImageError, decode_pil, decode_pixels
+from data.shards.images import UndecodableImageError, decode_pixels
 
 Bytes = bytes | memoryview
 
@@ -226,14 +225,6 @@ def _check_length(content: Bytes, where: str) -> None:
             f"{where}: a text member has {len(content):,} bytes, more than {MAX_TEXT_BYTES:,} (MAX_TEXT_BYTES in "
             "data/shards/decoders.py)."
         )
-
-
-def decode_image(content: Bytes, where: str, upright: bool = True) -> Image.Image:
-    """Decode an image completely to RGB, composited over white; arguments as for `decode_pil`."""
-    try:
-        return decode_pil(content, upright)
-    except UndecodableImageError as error:
-        raise BadSampleError(f"{where}: the image cannot be decoded ({_short(error)}).") from error
 
 
 def decode_array(content: Bytes, where: str) -> NDArray[np.uint8]:

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -50,45 +49,6 @@ class Features(Protocol):
 
     def identity(self) -> dict[str, str]:
         """Hash of the weights, resize, normalisation: everything the features depend on. Enters the protocol's hash."""
-
-
-@dataclass(frozen=True)
-class CentreCrop:
-    """Features of a centre crop at full resolution, for patch FID.
-
-    Source: SDXL-Lightning, arXiv:2402.13929; DMD2's evaluator crops both sets to the 299 pixels of Inception.
-    """
-
-    features: Features
-    """Feature network of the crop."""
-    px: int = 299
-    """Side length of the crop."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.features.name}-centre{self.px}"
-
-    @property
-    def dimensions(self) -> int:
-        return self.features.dimensions
-
-    def __call__(self, images_uint8: Tensor) -> Tensor:
-        """Compute features of the crop.
-
-        Raises:
-            ValueError: for images smaller than the crop (other tools silently measure those uncropped).
-        """
-        height, width = images_uint8.shape[-2:]
-        if min(height, width) < self.px:
-            raise ValueError(
-                f"patch FID crops {self.px} x {self.px} pixels out of each image, but these have {height} x {width}; "
-                "use images at full resolution, or a protocol without patch FID"
-            )
-        top, left = (round((side - self.px) / 2) for side in (height, width))
-        return self.features(images_uint8[..., top : top + self.px, left : left + self.px])
-
-    def identity(self) -> dict[str, str]:
-        return self.features.identity() | {"crop": f"centre {self.px}"}
 
 
 def check_uint8(images_uint8: Tensor) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.guidance_scale import read_guidance_scale
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
@@ -87,6 +88,8 @@ class DistributionMatching(StudentTerm):
 
     def __post_init__(self) -> None:
         check_weight("DistributionMatching", weight=self.weight)
+        scale = read_guidance_scale("distribution_matching.guidance_scale", self.guidance_scale)
+        object.__setattr__(self, "guidance_scale", scale)
 
     @property
     def needs_discriminator(self) -> bool:  # type: ignore[override]

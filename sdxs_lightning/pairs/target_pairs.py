@@ -14,6 +14,7 @@ from torch import nn
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.guidance_scale import read_guidance_scale
 from sdxs_lightning.core.pair_noise import pair_noise
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.core.timesteps import Spacing
@@ -62,6 +63,8 @@ class PairSettings:
             raise ValueError(
                 f"pairs.source is '{self.source}', accepted are 'memory', 'batch' and 'on_the_fly'."
             )
+        scale = read_guidance_scale("pairs.guidance_scale", self.guidance_scale)
+        object.__setattr__(self, "guidance_scale", scale)
         for name in ("count", "sampler_steps", "sampler_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pairs.{name} must be 1 or more, got {getattr(self, name)}.")

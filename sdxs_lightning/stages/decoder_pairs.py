@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.guidance_scale import read_guidance_scale
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
@@ -36,6 +37,8 @@ class SampledLatents:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"sampler.steps must be 1 or more, got {self.steps}.")
+        scale = read_guidance_scale("sampler.guidance_scale", self.guidance_scale)
+        object.__setattr__(self, "guidance_scale", scale)
 
 
 class DecoderPairs:

@@ -64,23 +64,23 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
     "unknown flag": (
         None,
         ("--trainer.max_epoch", "3"),
-        ["--trainer.max_epoch is no option", "did you mean --trainer.max_epochs?"],
+        ["--trainer.max_epoch is not an option", "did you mean --trainer.max_epochs?"],
     ),
     "unknown key of the trainer": (
         _set("trainer.max_epoch", 3),
         (),
-        ["trainer.max_epoch is no option", "did you mean max_epochs?", "tiny.yaml, line "],
+        ["trainer.max_epoch is not an option", "did you mean max_epochs?", "tiny.yaml, line "],
     ),
     "unknown top-level key": (
         _set("trainr", {"devices": 1}),
         (),
-        ["trainr.devices is no option", "did you mean trainer"],
+        ["trainr.devices is not an option", "did you mean trainer"],
     ),
     "unknown key of the model": (
         _set("model.init_args.ema_deca", 0.5),
         (),
         [
-            "model.init_args.ema_deca is no option",
+            "model.init_args.ema_deca is not an option",
             "did you mean ema_decay?",
             "tiny.yaml, line ",
             "update_schedule",
@@ -89,22 +89,26 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
     "unknown key of a nested class": (
         _set("model.init_args.student.init_args.weight", "x"),
         (),
-        ["student", "weight is no option", "did you mean weights?", "gradient_checkpointing"],
+        ["student", "weight is not an option", "did you mean weights?", "gradient_checkpointing"],
     ),
     "unknown key of an optimizer": (
         _set("model.init_args.student.init_args.optimizer.init_args.lrr", 1),
         (),
-        ["lrr is no option", "did you mean lr?"],
+        ["lrr is not an option", "did you mean lr?"],
     ),
     "unknown key of a grouped value": (
         _set("model.init_args.update_schedule.max_updates", 1),
         (),
-        ["update_schedule.max_updates is no option", "did you mean max_student_updates?", "warmup_updates"],
+        [
+            "update_schedule.max_updates is not an option",
+            "did you mean max_student_updates?",
+            "warmup_updates",
+        ],
     ),
     "unknown key of a callback": (
         _set("trainer.callbacks.1.init_args.every", 1),
         (),
-        ["every is no option", "every_n_student_updates"],
+        ["every is not an option", "every_n_student_updates"],
     ),
     "wrong type in the file": (
         _set("model.init_args.ema_decay", "much"),

@@ -300,7 +300,7 @@ def test_plain_dmd_is_a_configuration(config: dict[str, Any]) -> None:
         ),
         ({"objectives": {"shrink": {"class_path": "mine.Shrnk"}}}, "Shrnk"),
         ({"objectives": {"shrink": SHRINK | {"init_args": {"wieght": 1}}}}, "wieght"),
-        ({"distribution_matching": {"wieght": 1}}, "wieght is no option (did you mean weight?)"),
+        ({"distribution_matching": {"wieght": 1}}, "wieght is not an option (did you mean weight?)"),
         (
             {"objectives": {"mean": {"class_path": "mine.ImageMean"}}},
             "objective mean needs images, and the batch has none: let data.contents name images, or set mean to null",

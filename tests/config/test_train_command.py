@@ -26,8 +26,9 @@ def test_help_names_every_option_of_the_command_line_itself() -> None:
     ("arguments", "message"),
     [
         ([], "no configuration: give --config"),
-        (["--ckpt_pth", "last"], "--ckpt_pth is no option (did you mean --ckpt_path?)"),
+        (["--ckpt_pth", "last"], "--ckpt_pth is not an option (did you mean --ckpt_path?)"),
         (["--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+        (["--config", "nowhere.yaml", "--ckpt-path", "last"], "there is no file 'nowhere.yaml'"),
         (
             ["--model.class_path=evaluation.report.Report"],
             "is called evaluation.callbacks.run_report.Report now",

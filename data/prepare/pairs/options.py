@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from data.prepare.common.options import Count, DeviceOptions, OutputOptions
 from sdxs_lightning.command_line import Option
+from sdxs_lightning.core.guidance_scale import read_guidance_scale
 
 DDIM = "ddim"
 SCHEDULERS = (
@@ -63,9 +63,9 @@ class PairOptions(OutputOptions, DeviceOptions):
     spacing: Literal["trailing", "leading"] = "trailing"
     """Spacing of the timesteps; trailing begins at pure noise, where a one-step student begins."""
     seed: Annotated[int, Option(at_least=0, at_most=_LARGEST_SEED)] = 0
-    """Of the noise."""
+    """Seed of the noise."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of the networks; by default bfloat16 on GPUs, else float32."""
+    """Dtype of the networks; by default bfloat16 on GPUs, else float32."""
     batch_size: Count = 16
     """Pairs per batch."""
     samples_per_shard: Count = 1024
@@ -74,12 +74,6 @@ class PairOptions(OutputOptions, DeviceOptions):
     """Sample random pairs of the set again and compare."""
 
     def __post_init__(self) -> None:
-        if 0 < self.guidance_scale < 1:
-            raise ValueError(
-                f"--guidance_scale is {self.guidance_scale}, but must be 1 (no guidance) or more; below 1 the prompt would "
-                "count for less than without guidance."
-            )
-        if self.guidance_scale == 0:
-            # diffusers' spelling of no guidance for turbo models. In uncond + scale * (cond - uncond) 0 would drop the prompt.
-            sys.stderr.write("--guidance_scale 0 is taken as 1: no guidance.\n")
-            object.__setattr__(self, "guidance_scale", 1.0)
+        object.__setattr__(
+            self, "guidance_scale", read_guidance_scale("--guidance_scale", self.guidance_scale)
+        )

@@ -1,4 +1,4 @@
-"""DMD2's iteration as its paper and released code arrange the work, written anew from that description.
+"""DMD2's iteration as its paper and released code arrange the work, reimplemented from that description.
 
 Student and fake score run in float32 outside autocast, the text encoder in float32 and twice, the score difference in float64,
 real and fake samples go through the fake score's encoder one after the other and apart from the denoising pass; the frozen real
@@ -43,12 +43,15 @@ class ReferenceArrangement:
         self.head.build(bottleneck_shape(self.fake.unet, family.latent_shape()))
         self.head.to(device)
         self.student_optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6)
-        critics = [*self.fake.parameters(), *self.head.parameters()]
-        self.fake_optimizer = torch.optim.AdamW(critics, lr=1e-6)
+        fake_score_and_head = [*self.fake.parameters(), *self.head.parameters()]
+        self.fake_optimizer = torch.optim.AdamW(fake_score_and_head, lr=1e-6)
 
     def iterate(self, data: Tensor, student: bool) -> None:
         """One iteration on a batch of latents, (B, 4, h, w), with or without a student update."""
-        prompts, _ = (self._encode(len(data)) for _ in range(2))
+        self._encode(
+            len(data)
+        )  # for the generator and for the guidance; the released code encodes both in float32
+        prompts = self._encode(len(data))
         with torch.set_grad_enabled(student):
             latents = self._generate(prompts, data)
         if student:

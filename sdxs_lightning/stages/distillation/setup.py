@@ -63,6 +63,11 @@ def terms_of(
         raise ValueError(
             "segmented restricts distribution_matching, which is null: set it, or segmented to null."
         )
+    if segmented is not None and feature_matching is not None and feature_matching.phase != "warmup":
+        raise ValueError(
+            f"feature_matching.phase is '{feature_matching.phase}', but segmented balances feature_matching after the warm-up "
+            "itself: set feature_matching.phase to warmup, or segmented to null."
+        )
     if segmented is not None and segmented.matches_features and feature_matching is None:
         raise ValueError(
             "segmented needs feature_matching and features, unless lambda_start and lambda_end are both 0."

@@ -17,7 +17,6 @@ from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import PerImageMetric, SampledMetric
-from evaluation.networks.network_features import CentreCrop
 
 
 class Pixels:
@@ -165,16 +164,6 @@ def test_diversity_is_the_mean_distance_of_pairs_of_a_prompt() -> None:
     metric.update(shown[:1], sample_ids=[6])
     with pytest.raises(ValueError, match=r"needs 3 images of every prompt, found between 1 and 3"):
         metric.compute()
-
-
-def test_patches_are_the_middle_at_full_resolution() -> None:
-    full = torch.zeros(1, 3, 5, 6, dtype=torch.uint8)
-    full[..., 2:4, 2:4] = 9
-    crop = CentreCrop(PIXELS, px=2)
-    assert torch.equal(crop(full), torch.full((1, 12), 9.0))
-    assert crop.identity() == {"network": "pixels", "crop": "centre 2"}
-    with pytest.raises(ValueError, match="crops 2 x 2 pixels out of each image, but these have 1 x 6"):
-        crop(full[..., :1, :])
 
 
 def test_refusals() -> None:

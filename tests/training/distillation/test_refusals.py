@@ -12,6 +12,7 @@ from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
+from sdxs_lightning.objectives.matched_features import EncoderFeatures
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 from sdxs_lightning.objectives.term import Balance, StudentTerm
@@ -56,6 +57,14 @@ class Led(StudentTerm):
         ),
         ({"feature_matching": FeatureMatching()}, "feature_matching and features go together"),
         ({"segmented": SegmentedScoreDistillation()}, "segmented needs feature_matching and features"),
+        (
+            {
+                "segmented": SegmentedScoreDistillation(),
+                "feature_matching": FeatureMatching(phase="always"),
+                "features": EncoderFeatures(),
+            },
+            "set feature_matching.phase to warmup",
+        ),
         (
             {"segmented": SegmentedScoreDistillation(), "distribution_matching": None},
             "segmented restricts distribution_matching, which is null",
