@@ -221,9 +221,8 @@ class TrainingCLI(LightningCLI):
         batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
         if manifest is not None and batches <= manifest.batches and self.trainer.is_global_zero:
             sys.stderr.write(
-                f"nothing was left to do: {Path(str(path)).parent} is where this run ends (student update "
-                f"{manifest.student_updates}); raise update_schedule.max_student_updates, trainer.max_steps or what else ends "
-                "the run to train on.\n"
+                f"nothing to do: the checkpoint {Path(str(path)).parent} is at the end of the run (student update "
+                f"{manifest.student_updates}); raise update_schedule.max_student_updates or trainer.max_steps to continue.\n"
             )
 
     def checkpoint_path(self) -> str | None:

@@ -49,7 +49,7 @@ Options = TypeVar("Options")
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What a field's annotation says of its option beside the type: `Annotated[int, Option(at_least=1)]`."""
+    """Metadata of an option in its field's annotation: `Annotated[int, Option(at_least=1)]`."""
 
     name: str | None = None
     """Spelling without the dashes, where it cannot be the field's name (`from`)."""
@@ -208,7 +208,7 @@ class _Field:
 
     @property
     def accepted(self) -> str:
-        """What its values may be, for errors."""
+        """Accepted values, for error messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         kinds = {int: "an integer", float: "a number", Path: "a path", bool: "true or false"}
@@ -220,7 +220,7 @@ class _Field:
         return " ".join([kind, *limits])
 
     def value(self, given: Any) -> Any:
-        """The field's value of what jsonargparse made of the command line."""
+        """Converts a value parsed by jsonargparse to the field's type, checked."""
         if given is None or given == self.option.const:
             return given
         if self.many and self.collection is not None:
@@ -348,7 +348,7 @@ def _current_spelling(arguments: Sequence[str], fields: Sequence[_Field], progra
 
 
 def _sentence(message: str, fields: Sequence[_Field], program: str) -> str:
-    """What jsonargparse says, in one sentence."""
+    """Condenses a message of jsonargparse to one sentence."""
     by_name = {name: field for field in fields for name in (field.name, field.label)}
     help_hint = f"see `{program} --help`"
     wrong = re.match(r'Parser key "([^"]+)"', message)

@@ -20,7 +20,7 @@ from sdxs_lightning.renamed import renamed_in
 TRIED = re.compile(
     r"Does not validate against any|Subtypes: |Errors:|Expected a <class 'NoneType'>|Given value type: "
 )
-"""Lines of the tree that say nothing by themselves."""
+"""Lines of the tree without information of their own."""
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 python -m sdxs_lightning.config_reference
 
-Read from signatures and docstrings, so it cannot say anything else than the code; a test compares the file.
+Read from signatures and docstrings, so it cannot differ from the code; a test compares the file.
 """
 
 from __future__ import annotations

@@ -42,11 +42,11 @@ sdxs_lightning/surgery/README.md describes topology files."""
     output: Path | None = None
     """U-Net folder to create; it must not exist, or be empty. Required without --dry_run."""
     dtype: Literal["float16", "float32"] = "float32"
-    """Of the written weights."""
+    """Dtype of the written weights."""
     fresh: bool = False
     """Initialise all weights at random instead of copying the teacher's, as a control."""
     seed: int = 0
-    """Of newly initialised weights."""
+    """Seed of newly initialised weights."""
     dry_run: bool = False
     """Print the parameter counts only; no weights are read or written."""
 

@@ -49,7 +49,7 @@ The options of each stage are listed in configs/REFERENCE.md. --print_config sho
 
 
 def help_text() -> str:
-    """What --help prints."""
+    """Returns the text of --help."""
     width = max(map(len, OPTIONS))
     lines = [
         textwrap.fill(text, 116, initial_indent=f"  {name:<{width}}  ", subsequent_indent=" " * (width + 4))

@@ -351,10 +351,10 @@ def test_condition_images_are_made_or_given(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--quality", 90], "was begun with quality 95 and this command says 90"),
-        (["--resolution", 16], "was begun with resolution None and this command says 16"),
-        (["--samples_per_shard", 5], "was begun with samples_per_shard 4"),
-        (["--from", "OTHER"], "was begun with source_fingerprint"),
+        (["--quality", 90], "was started with quality 95 and this command says 90"),
+        (["--resolution", 16], "was started with resolution None and this command says 16"),
+        (["--samples_per_shard", 5], "was started with samples_per_shard 4"),
+        (["--from", "OTHER"], "was started with source_fingerprint"),
     ],
 )
 def test_a_set_is_not_resumed_with_other_settings(

@@ -247,7 +247,7 @@ def test_another_vae_than_the_bases(
     stored = latents(members(tmp_path / "set")["here-1"])
     assert list(stored) == ["latents"]
     np.testing.assert_allclose(stored["latents"], mean, rtol=1e-4, atol=1e-5)
-    assert "was begun with vae_fingerprint" in refused(
+    assert "was started with vae_fingerprint" in refused(
         command(bases["sd"], images, tmp_path / "set", "--dtype", "float32"), capsys
     )
     config = json.loads((tmp_path / "other" / "config.json").read_text())
@@ -290,9 +290,9 @@ def test_latents_that_are_not_finite_are_refused(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--dtype", "float32"], "was begun with dtype 'float16' and this command says 'float32'"),
-        (["--batch_size", 2], "was begun with batch_size 3 and this command says 2"),
-        (["--resolution", 16], "was begun with sizes [[32, 32]] and this command says [[16, 16]]"),
+        (["--dtype", "float32"], "was started with dtype 'float16' and this command says 'float32'"),
+        (["--batch_size", 2], "was started with batch_size 3 and this command says 2"),
+        (["--resolution", 16], "was started with sizes [[32, 32]] and this command says [[16, 16]]"),
     ],
 )
 def test_a_set_is_not_resumed_with_other_settings(

@@ -205,14 +205,14 @@ def test_another_unet_than_the_models(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--steps", 3], "was begun with steps 2 and this command says 3: give what it was begun with"),
-        (["--guidance_scale", 3], "was begun with guidance 2.0 and this command says 3.0"),
-        (["--seed", 6], "was begun with seed 5 and this command says 6"),
-        (["--count", 12], "was begun with count 11"),
-        (["--scheduler", "UniPCMultistepScheduler"], "was begun with scheduler None"),
-        (["--captions", "toy:train"], "was begun with captions_fingerprint"),
-        (["--dtype", "float16"], "was begun with dtype 'float32' and this command says 'float16'"),
-        (["--samples_per_shard", 5], "was begun with samples_per_shard 4"),
+        (["--steps", 3], "was started with steps 2 and this command says 3: give what it was started with"),
+        (["--guidance_scale", 3], "was started with guidance 2.0 and this command says 3.0"),
+        (["--seed", 6], "was started with seed 5 and this command says 6"),
+        (["--count", 12], "was started with count 11"),
+        (["--scheduler", "UniPCMultistepScheduler"], "was started with scheduler None"),
+        (["--captions", "toy:train"], "was started with captions_fingerprint"),
+        (["--dtype", "float16"], "was started with dtype 'float32' and this command says 'float16'"),
+        (["--samples_per_shard", 5], "was started with samples_per_shard 4"),
     ],
 )
 def test_a_set_is_not_resumed_with_other_settings(
@@ -232,7 +232,7 @@ def test_another_model_is_detected_by_its_weights(
     bases: dict[str, Path], prompts: Path, made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = refused(arguments(bases["other"], prompts, made), capsys)
-    assert "was begun with model_fingerprint" in output
+    assert "was started with model_fingerprint" in output
 
 
 @pytest.mark.parametrize(

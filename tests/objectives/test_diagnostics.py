@@ -1,4 +1,4 @@
-"""Signs of health against plain arithmetic, and the causes that readings are turned into."""
+"""Health statistics against plain arithmetic, and the causes that readings are turned into."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sdxs_lightning.callbacks.diagnosis import Diagnosis, Thresholds
 from sdxs_lightning.callbacks.sample_diversity import pairwise_distance
 from sdxs_lightning.objectives.diagnostics import REACH, latent_stats, score_stats
 
-Signs = Mapping[str, float]
+Stats = Mapping[str, float]
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,13 +24,13 @@ def test_latent_stats_count_what_lies_beyond_the_data() -> None:
     latents, data = random(4, 4, 16, 16), random(8, 4, 16, 16, seed=1) * 0.25
     latents[0, 0, 0, :3] = torch.tensor([1.5, -1.5, 0.9])
     reach = REACH * np.std(data.double().numpy(), ddof=1)
-    signs = latent_stats(latents, data)
+    stats = latent_stats(latents, data)
     outside = np.abs(latents.double().numpy()) > reach
-    assert signs["saturation"].item() == pytest.approx(outside.mean(), abs=1e-9) and outside.mean() > 0.2
-    assert signs["mean"].item() == pytest.approx(latents.double().mean().item(), abs=1e-6)
-    assert signs["std"].item() == pytest.approx(latents.double().std().item(), rel=1e-5)
+    assert stats["saturation"].item() == pytest.approx(outside.mean(), abs=1e-9) and outside.mean() > 0.2
+    assert stats["mean"].item() == pytest.approx(latents.double().mean().item(), abs=1e-6)
+    assert stats["std"].item() == pytest.approx(latents.double().std().item(), rel=1e-5)
     # The scale of the base does not count.
-    assert latent_stats(7 * latents, 7 * data)["saturation"] == signs["saturation"]
+    assert latent_stats(7 * latents, 7 * data)["saturation"] == stats["saturation"]
 
 
 def test_without_data_latents_have_unit_variance() -> None:
@@ -41,11 +41,11 @@ def test_without_data_latents_have_unit_variance() -> None:
 
 def test_score_stats_are_their_formulas() -> None:
     pred, real, fake = random(3, 4, 5, 5), random(3, 4, 5, 5, seed=1), random(3, 4, 5, 5, seed=2)
-    signs = {name: value.item() for name, value in score_stats(pred, real, fake).items()}
+    stats = {name: value.item() for name, value in score_stats(pred, real, fake).items()}
     p, r, f = (tensor.double().numpy() for tensor in (pred, real, fake))
-    assert signs["score_gap"] == pytest.approx(np.abs(f - r).mean(), rel=1e-5)
-    assert signs["relative_score_gap"] == pytest.approx(np.abs(f - r).mean() / np.abs(p - r).mean(), rel=1e-5)
-    assert signs["fake_score_lag"] == pytest.approx(
+    assert stats["score_gap"] == pytest.approx(np.abs(f - r).mean(), rel=1e-5)
+    assert stats["relative_score_gap"] == pytest.approx(np.abs(f - r).mean() / np.abs(p - r).mean(), rel=1e-5)
+    assert stats["fake_score_lag"] == pytest.approx(
         np.square(p - f).mean() / np.square(p - r).mean(), rel=1e-5
     )
 
@@ -86,7 +86,7 @@ def test_equal_samples_have_no_distance_and_orthogonal_ones_root_two() -> None:
         pairwise_distance({"x": base})
 
 
-HEALTHY: Signs = {
+HEALTHY: Stats = {
     "student/fake_score_lag": 0.9,
     "discriminator/accuracy": 0.6,
     "student/saturation": 0.001,
@@ -96,7 +96,7 @@ HEALTHY: Signs = {
 
 
 @pytest.mark.parametrize(
-    ("signs", "cause", "advice"),
+    ("stats", "cause", "advice"),
     [
         (
             {"student/fake_score_lag": 1.6},
@@ -122,22 +122,22 @@ HEALTHY: Signs = {
     ],
     ids=["lag", "discriminator", "saturation", "diversity", "cosine"],
 )
-def test_a_lasting_symptom_is_reported_once_by_its_cause(signs: Signs, cause: str, advice: str) -> None:
+def test_a_lasting_symptom_is_reported_once_by_its_cause(stats: Stats, cause: str, advice: str) -> None:
     diagnosis = Diagnosis(Thresholds(readings=3))
     assert all(diagnosis.read(HEALTHY) == [] for _ in range(5))
-    readings = [diagnosis.read({**HEALTHY, **signs}) for _ in range(6)]
+    readings = [diagnosis.read({**HEALTHY, **stats}) for _ in range(6)]
     assert [len(warnings) for warnings in readings] == [0, 0, 1, 0, 0, 0]
     warning = readings[2][0]
     assert re.search(cause, warning) and advice in warning
     # One good reading, and it counts anew.
     diagnosis.read(HEALTHY)
-    assert [len(diagnosis.read({**HEALTHY, **signs})) for _ in range(3)] == [0, 0, 1]
+    assert [len(diagnosis.read({**HEALTHY, **stats})) for _ in range(3)] == [0, 0, 1]
 
 
 def test_a_symptom_that_comes_and_goes_is_noise() -> None:
     diagnosis = Diagnosis(Thresholds(readings=2))
     bad = {**HEALTHY, "discriminator/accuracy": 1.0, "student/fake_score_lag": 9.0}
-    assert [diagnosis.read(signs) for signs in (bad, HEALTHY) * 4] == [[]] * 8
+    assert [diagnosis.read(stats) for stats in (bad, HEALTHY) * 4] == [[]] * 8
 
 
 def test_a_threshold_that_is_null_says_nothing() -> None:

@@ -344,7 +344,7 @@ def test_a_run_that_went_back_keeps_what_it_writes_now(
 def test_a_finished_run_says_so(resume: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, said = resume(updates=2)
     assert code == 0
-    assert "nothing was left to do" in said
+    assert "nothing to do: the checkpoint" in said
     assert "(student update 2)" in said
 
 

@@ -15,7 +15,7 @@ from sdxs_lightning.core.errors import UserError
 def begin_or_resume(
     folder: Path, file_name: str, settings: Mapping[str, Any], names_only: Collection[str] = ()
 ) -> None:
-    """Writes the settings into a new folder, or compares them with those that the set was begun with.
+    """Writes the settings into a new folder, or compares them with those that the set was started with.
 
     Args:
         folder: of the set, created if it is missing.
@@ -41,8 +41,8 @@ def begin_or_resume(
     for name in now:
         if name not in names_only and before.get(name) != now[name]:
             raise UserError(
-                f"--out '{folder}' was begun with {name} {before.get(name)!r} and this command says {now[name]!r}: "
-                "give what it was begun with to resume it, or another folder."
+                f"--out '{folder}' was started with {name} {before.get(name)!r} and this command says {now[name]!r}: "
+                "give what it was started with to resume it, or another folder."
             )
 
 

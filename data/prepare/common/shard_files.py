@@ -47,7 +47,7 @@ class PreparedSample:
     members: Mapping[str, bytes | str]
     """All but json."""
     fields: Mapping[str, Any]
-    """Of the json member; with those of _ROW_FIELDS."""
+    """Fields of the json member; with those of _ROW_FIELDS."""
     sums: Mapping[str, float] = field(default_factory=dict)
     """Numbers that are summed over a shard."""
 

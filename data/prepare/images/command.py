@@ -39,7 +39,7 @@ class ImageSet:
 
     options: ImageOptions
     source_fingerprint: str
-    """Of the source's names and sizes, not of the files' contents."""
+    """Fingerprint of the source's names and sizes, not of the files' contents."""
     count: int
     """Samples of the source."""
 

@@ -59,7 +59,7 @@ class ImageSource(Protocol):
     """Samples by index, the same ones on every machine."""
 
     fingerprint: str
-    """Of names and sizes, not of contents."""
+    """Fingerprint of names and sizes, not of contents."""
 
     def __len__(self) -> int:
         """Number of samples."""

@@ -37,9 +37,9 @@ class LatentSet:
 
     options: LatentOptions
     source_fingerprint: str
-    """Of the shards' index."""
+    """Fingerprint of the shards' index."""
     vae_fingerprint: str
-    """Of the VAE's config and weights."""
+    """Fingerprint of the VAE's config and weights."""
     shards: int
     """Number of shards, as in the source."""
     sizes: tuple[Size, ...]

@@ -38,11 +38,11 @@ class LatentSettings:
     vae: str | None = None
     """VAE instead of the base's, with the same latents: VAE or pipeline folder, or hub id of either."""
     dtype: StoredDtype = "float16"
-    """Of the stored latents."""
+    """Dtype of the stored latents."""
     store: Store = "mean"
     """mean+logvar doubles the size and also keeps the posterior's variance, for data.draw_latents."""
     vae_dtype: VaeDtype = "float32"
-    """Of the VAE's weights and computations; float16 only if the VAE does not overflow."""
+    """Dtype of the VAE's weights and computations; float16 only if the VAE does not overflow."""
     batch_size: Count = 8
     """Images per batch; another number may round differently in the last bits."""
 

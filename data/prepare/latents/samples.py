@@ -33,7 +33,7 @@ class FittedSample:
     members: Mapping[str, bytes | str]
     """Caption, and condition image if there is one."""
     fields: Mapping[str, Any]
-    """Of the json member."""
+    """Fields of the json member."""
 
 
 def fit_sample(sample: RawSample, sizes: Sequence[Size]) -> FittedSample | LeftOutSample:

@@ -28,11 +28,11 @@ class PairSet:
     captions: str
     """Text file, shards or "toy:SPLIT"."""
     model_fingerprint: str
-    """Of U-Net, text encoders, tokenizers and scheduler config."""
+    """Fingerprint of U-Net, text encoders, tokenizers and scheduler config."""
     captions_fingerprint: str
-    """Of all prompts."""
+    """Fingerprint of all prompts."""
     pipeline_class: str
-    """Of the model."""
+    """Pipeline class of the model."""
     resolution: int
     """Pixels of a side: the model's own."""
     count: int
@@ -40,17 +40,17 @@ class PairSet:
     samples_per_shard: int
     """Pairs of a shard; the last may hold fewer."""
     steps: int
-    """Of the target sampler."""
+    """Steps of the target sampler."""
     guidance: float
     """Guidance scale of the target sampler; 1 means none. The name is that of the first sets that were stored."""
     scheduler: str | None
     """Class name in diffusers; None is DDIM."""
     spacing: Spacing
-    """Of the timesteps."""
+    """Spacing of the timesteps."""
     seed: int
-    """Of the noise."""
+    """Seed of the noise."""
     dtype: str
-    """Of U-Net and text encoders."""
+    """Dtype of U-Net and text encoders."""
     format: int = 1
     """Raised when the same settings would give other pairs."""
 

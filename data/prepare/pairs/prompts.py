@@ -20,7 +20,7 @@ class Prompts(Protocol):
     size: int | None
     """Number of prompts; None: unlimited."""
     fingerprint: str
-    """Of all of them."""
+    """Fingerprint of all prompts."""
 
     def at(self, indices: Sequence[int]) -> list[str]:
         """The prompts of these pairs; repeated if there are fewer prompts than pairs."""

@@ -50,7 +50,7 @@ class ShardFault:
 
     shard: str
     key: str
-    """Of the sample; "" for the complete shard."""
+    """Key of the sample; "" for the complete shard."""
     reason: str
 
     def __str__(self) -> str:

@@ -38,7 +38,7 @@ GUIDANCE: dict[Kind, float] = {"sd15": 1.75, "sdxl": 8.0}
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How the same work is done."""
+    """Execution options; the mathematics is the same."""
 
     batch_size: int
     compile_blocks: bool = False

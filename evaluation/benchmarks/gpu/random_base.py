@@ -39,7 +39,7 @@ TINY: dict[str, dict[str, Any]] = {
     "text_encoder": {"num_hidden_layers": 2},
     "text_encoder_2": {"num_hidden_layers": 2},
 }
-"""What is other than in the full configs."""
+"""Overrides of the full configs."""
 
 
 class RandomBase(WeightlessFamily):

@@ -16,7 +16,7 @@ import torch
 
 @dataclass
 class SectionRun:
-    """What a section is given."""
+    """Inputs of a section, and its results."""
 
     rows: Path
     """JSON lines; each row is on the disk as soon as it is added."""
@@ -33,7 +33,7 @@ class SectionRun:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the process is killed."""
         return self.seconds - (time.monotonic() - self.started)
 
     def attempt(self, measure: Callable[[], dict[str, Any]], **labels: Any) -> dict[str, Any]:

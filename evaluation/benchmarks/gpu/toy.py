@@ -13,7 +13,7 @@ from evaluation.benchmarks.gpu.section import SectionRun
 
 UPDATES, BATCH_SIZE = 10_000, 256
 MARGIN_SECONDS = 45.0
-"""Of the section's time, for the measurements at the end."""
+"""Time reserved for the measurements at the end."""
 
 
 def run(run: SectionRun) -> None:
