@@ -134,7 +134,9 @@ class Interruption(Checkpoint):
             # A regular checkpoint of this student update suffices: a resumed run repeats the few iterations since, bit for
             # bit, and a second save could exceed the scheduler's grace period.
             folder = saver.saved_at(trainer, updates) or saver.save(trainer)
-            saved = f"checkpoint saved in {folder}; resume with the same command and --ckpt_path auto (or last)"
+            saved = (
+                f"checkpoint saved in {folder}; resume with the same command and --ckpt_path auto (or last)"
+            )
         raise Interrupted(f"stopped by {name} after student update {updates}: {saved}", self._agreed)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

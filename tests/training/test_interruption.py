@@ -94,7 +94,9 @@ def test_a_signal_leaves_a_checkpoint_at_the_end_of_its_iteration(
     # The 5th batch is the first of the 3rd iteration.
     assert newest(tmp_path).name == "update_00000003-batch_00000006"
     said = capfd.readouterr().err
-    assert f"stopped: stopped by {name} after student update 3: checkpoint saved in {newest(tmp_path)}" in said
+    assert (
+        f"stopped: stopped by {name} after student update 3: checkpoint saved in {newest(tmp_path)}" in said
+    )
     assert "--ckpt_path auto (or last)" in said
     assert "Traceback" not in said
     assert {number: signal.getsignal(number) for number in before} == before
