@@ -340,7 +340,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _quiet() -> None:
     """Filters messages of Lightning that appear at every start and require no action."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(
-        lambda record: "litlogger" not in record.getMessage() and "TPU available" not in record.getMessage()
+        lambda record: (
+            "litlogger" not in record.getMessage()
+            and "litmodels" not in record.getMessage()
+            and "TPU available" not in record.getMessage()
+        )
     )
     for message in (
         ".*LeafSpec.*",  # Lightning 2.6 on torch 2.15

@@ -24,6 +24,10 @@ class RunStopped(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        # Messages quote input, and half a surrogate pair of a JSON file cannot be written to a terminal.
+        return super().__str__().encode("utf-8", "backslashreplace").decode()
+
 
 class UserError(RunStopped):
     """The configuration, a path or a file is invalid."""

@@ -252,7 +252,7 @@ def test_a_second_run_in_the_same_folder_is_refused(
     code, said = run(None, max_student_updates=2)
     assert code == 2
     assert "holds checkpoints of an earlier run (newest: update_00000002-batch_00000002)" in said
-    assert "--ckpt_path last" in said
+    assert "--ckpt_path auto or last" in said
     over = _set("trainer.callbacks.1.init_args.start_over", True)
     assert run(over, max_student_updates=1) == (0, "")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [

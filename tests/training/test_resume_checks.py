@@ -157,7 +157,7 @@ def test_guidance_may_change_and_is_listed(resume: Callable[..., tuple[int, str]
 
     code, said = resume(change)
     assert code == 0
-    assert "model.init_args.distribution_matching.guidance_scale: " in said
+    assert "model.init_args.distribution_matching.init_args.guidance_scale: " in said
     assert " -> 2.5" in said
 
 
