@@ -76,7 +76,7 @@ def test_former_spellings_are_accepted(capsys: pytest.CaptureFixture[str]) -> No
 def test_guidance_scale_0_is_1_and_fractions_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert pair_options("--guidance_scale 0") == pair_options("--guidance_scale 1")
     assert capsys.readouterr().err == "--guidance_scale 0 is read as 1: no guidance.\n"
-    with pytest.raises(UserError, match="--guidance_scale is 0.5, but must be 1"):
+    with pytest.raises(UserError, match="--guidance_scale is 0.5, but must be a number of at least 1"):
         pair_options("--guidance_scale 0.5")
     with pytest.raises(UserError, match="--guidance_scale is 'inf', but must be a number of at least 0"):
         pair_options("--guidance_scale inf")

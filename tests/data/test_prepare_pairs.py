@@ -321,7 +321,7 @@ def _kill_a_child() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["--guidance_scale", "0.5"], "--guidance_scale is 0.5, but must be 1 (no guidance) or more"),
+        (["--guidance_scale", "0.5"], "--guidance_scale is 0.5, but must be a number of at least 1"),
         (["--steps", "0"], "--steps is '0', but must be an integer of at least 1."),
         (["--part", "4/4"], "--part is '4/4', but must be I/N with I below N; 0/4 is the first of four"),
         (["--seed", "-1"], "--seed is '-1', but must be an integer from 0 to 2147483647."),
