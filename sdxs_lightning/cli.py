@@ -26,7 +26,7 @@ from sdxs_lightning.callbacks.interruption import Interruption
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import Resume
 from sdxs_lightning.callbacks.run_folder import RunLock
-from sdxs_lightning.config_errors import sentence
+from sdxs_lightning.config_errors import reference_sentence, sentence
 from sdxs_lightning.config_files import MergedArguments, read_arguments
 from sdxs_lightning.core.errors import Interrupted, RankLost, RunStopped, UserError
 
@@ -48,7 +48,7 @@ class ConstructionFailed(BaseException):
 class TrainingParser(LightningArgumentParser):
     """Reports errors in a sentence instead of printing the usage of 200 options."""
 
-    command_line = MergedArguments([], [], {})
+    command_line = MergedArguments([], [], {}, frozenset())
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of exiting.
@@ -377,7 +377,9 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
             raise UserError(str(cause)) from cause
         raise cause from None
     except OmegaConfBaseException as error:
-        raise UserError(f"{str(error).splitlines()[0]} (key {error.full_key}).") from error
+        raise UserError(
+            reference_sentence(str(error), error.full_key, TrainingParser.command_line)
+        ) from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
 

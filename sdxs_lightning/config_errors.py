@@ -61,10 +61,33 @@ def sentence(message: str, options: Iterable[str], command_line: MergedArguments
     if problem.expected is not None:
         what = f"is {problem.value!r}, but {_plain_type(problem.expected)} is accepted"
         return f"{key} {what}{_place(key, command_line)}."
+    required = re.match(r"the following arguments are required: (.+)", problem.text)
+    if required:
+        name = ".".join([*problem.key, required[1].partition(",")[0]])
+        null = _place(name, command_line)
+        return f"{name} is required{f', null is not accepted{null}' if null else ''}."
     if problem.key and problem.key[-1] == "init_args":  # the class itself, not one of its arguments
         key = ".".join([*problem.key[:-1], "class_path"])
         return f"{key} {problem.owner!r} cannot be used{_place(key, command_line)}: {problem.text}."
     return f"{key}{_place(key, command_line)}: {problem.text}." if key else f"{problem.text}."
+
+
+def reference_sentence(message: str, key: str | None, command_line: MergedArguments) -> str:
+    """One sentence for a `${...}` that leads nowhere.
+
+    Args:
+        message: what OmegaConf says.
+        key: where the reference stands.
+        command_line: what was parsed.
+    """
+    broken = re.search(r"trying to access (\S+): node `([^`]+)` is not a container", message)
+    if broken is None:
+        return f"{message.splitlines()[0].rstrip('.')} (key {key})."
+    return (
+        f"{key}{_place(str(key), command_line)} refers to {broken[1]}, and {broken[2]} is null"
+        f"{_place(broken[2], command_line)}; "
+        f"give {key} a value of its own, or leave {broken[2]} as it was."
+    )
 
 
 def _read(message: str) -> Problem:

@@ -30,6 +30,7 @@ from sdxs_lightning.core.errors import UserError
 
 INCLUDE = "include"
 CONFIG_FLAGS = ("--config", "-c")
+GROUP_FLAGS = ("--model", "--data", "--trainer")
 
 Settings = dict[str, Any]
 
@@ -57,6 +58,8 @@ class MergedArguments:
     """In the order of merging: the last one that sets a key wins."""
     settings: Settings
     """What the files and the null flags say together."""
+    flags: frozenset[str]
+    """Keys that options set, without `init_args`."""
 
     def place(self, key: str) -> str | None:
         """Where a setting was made, as "on the command line" or "in FILE, line N".
@@ -67,17 +70,18 @@ class MergedArguments:
         Returns:
             None if nothing sets it.
         """
-        tail = f".{key.rpartition('.')[2]}"
-        if any(argument.partition("=")[0] in (f"--{key}", f"--{key}+") for argument in self.arguments):
+        name = _without_init_args(key)
+        last = name.rpartition(".")[2]
+        if self.flags & {name, f"{name}.class_path"}:
             return "on the command line"
         for file in reversed(self.files):
             if key in file.lines:
                 return f"in {file.name}, line {file.lines[key]}"
-        if any(f"--{argument.partition('=')[0][2:]}".endswith(tail) for argument in self.arguments):
+        if any(flag.rpartition(".")[2] == last for flag in self.flags):
             return "on the command line"
         for file in reversed(self.files):
-            for name, line in file.lines.items():
-                if f".{name}".endswith(tail):
+            for other, line in file.lines.items():
+                if other.rpartition(".")[2] == last:
                     return f"in {file.name}, line {line}"
         return None
 
@@ -99,7 +103,7 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
             value = chunk[1]
         if name in CONFIG_FLAGS and value:
             files += read_config(value)
-        elif name.startswith("--") and "." in name and value == "null":
+        elif value == "null" and ("." in name or name in GROUP_FLAGS):
             # Last one wins: an earlier flag for the same setting, or for a part of it, is replaced.
             flags = [flag for flag in flags if flag[0] != name and not flag[0].startswith(f"{name}.")]
             nulls.append(name[2:])
@@ -112,7 +116,8 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     for key in nulls:
         settings = merge(settings, _nested(key, settings))
     merged = [f"--config={_exact_yaml(settings)}"] if settings else []
-    return MergedArguments(merged + [part for _, chunk in flags for part in chunk], files, settings)
+    keys = frozenset(_without_init_args(name.lstrip("-").removesuffix("+")) for name, _ in flags) | set(nulls)
+    return MergedArguments(merged + [part for _, chunk in flags for part in chunk], files, settings, keys)
 
 
 def read_config(value: str, including: Sequence[Path] = ()) -> list[ConfigFile]:
@@ -197,6 +202,10 @@ def _imported(dotted: Any) -> Any:
         return None
 
 
+def _without_init_args(key: str) -> str:
+    return ".".join(part for part in key.split(".") if part != "init_args")
+
+
 def _chunks(arguments: Sequence[str]) -> Iterator[list[str]]:
     """Each option with the value behind it."""
     waiting = list(arguments)
@@ -223,7 +232,8 @@ def _read(path: Path, including: Sequence[Path]) -> str:
     except FileNotFoundError as error:
         raise UserError(f"--config: there is no file '{_shown(path)}'{by}.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: '{_shown(path)}'{by} cannot be read: {error}.") from error
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise UserError(f"--config: '{_shown(path)}'{by} cannot be read: {reason}.") from error
 
 
 def _parse(text: str, name: str) -> ConfigFile:
@@ -231,11 +241,14 @@ def _parse(text: str, name: str) -> ConfigFile:
         settings = get_loader("yaml")(text)
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is no YAML: {' '.join(str(error).split())}.") from error
+        mark = getattr(error, "problem_mark", None)
+        line = f" in line {mark.line + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{name} is not valid YAML{line}: {' '.join(problem.split())}.") from error
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise UserError(f"{name} is no configuration: it holds {settings!r} where a mapping is expected.")
+        raise UserError(f"{name} is not a configuration: it holds {settings!r}, a mapping is expected.")
     nodes = dict(_nodes(root, ""))
     lines = {key: line for key, (line, _) in nodes.items()}
     return ConfigFile(

@@ -9,18 +9,9 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    DiffusionPipeline,
-    LCMScheduler,
-    UNet2DConditionModel,
-)
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -29,6 +20,16 @@ from sdxs_lightning.families.folders import pipeline_variant, read_json
 from sdxs_lightning.networks.backward_simulation import original_inference_steps
 from sdxs_lightning.networks.lora import merged_weights
 from sdxs_lightning.networks.tiny_decoder import load_tiny, tiny_factor
+
+if TYPE_CHECKING:
+    from diffusers import (
+        AutoencoderKL,
+        AutoencoderTiny,
+        DDIMScheduler,
+        DiffusionPipeline,
+        LCMScheduler,
+        UNet2DConditionModel,
+    )
 
 
 def export_pipeline(
@@ -61,6 +62,9 @@ def export_pipeline(
         FileNotFoundError: without a tiny autoencoder in `vae`.
         ValueError: for a tiny autoencoder that does not fit the base's latents.
     """
+    import diffusers
+    from diffusers import AutoencoderKL
+
     folder = Path(folder)
     timestep = family.conditioning_timestep if conditioning_timestep is None else conditioning_timestep
     steps = list(timesteps or [timestep])
@@ -168,6 +172,8 @@ def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNe
         unet: where the config comes from.
         weights: unsharded.
     """
+    from diffusers import UNet2DConditionModel
+
     # Not from_config(): it resets what a config names in _use_default_values, even where that was changed since.
     settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     copy = UNet2DConditionModel(**settings)
@@ -192,6 +198,8 @@ def one_step_scheduler(family: Family, conditioning_timestep: int) -> DDIMSchedu
     It has only the betas up to that timestep, so "trailing" spacing begins there, and the step to alpha = 1 is the x_0
     estimate. A pipeline's noise is not scaled (init_noise_sigma 1), as in training.
     """
+    from diffusers import DDIMScheduler
+
     settings = _schedule_up_to(family, conditioning_timestep)
     return DDIMScheduler(**settings, timestep_spacing="trailing")
 
@@ -204,6 +212,8 @@ def several_step_scheduler(family: Family, timesteps: Sequence[int]) -> LCMSched
     Raises:
         ValueError: for timesteps that it cannot visit.
     """
+    from diffusers import LCMScheduler
+
     return LCMScheduler(
         **_schedule_up_to(family, timesteps[0]),
         original_inference_steps=original_inference_steps(timesteps),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import sys
 import textwrap
 from collections.abc import Sequence
 
-from sdxs_lightning.config_files import CONFIG_FLAGS, read_arguments
+from sdxs_lightning.config_files import CONFIG_FLAGS, GROUP_FLAGS, MergedArguments, read_arguments
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.renamed import renamed_in
 
@@ -25,8 +26,6 @@ OPTIONS = {
     "--trainer": "NAME.OPTION VALUE: any option of Lightning's Trainer, as --trainer.devices 8",
 }
 """Options of the command line itself and the groups of the others."""
-
-GROUPS = "--model", "--data", "--trainer"
 
 EXAMPLES = """\
 usage: python train.py --config FILE [--config OVERLAY ...] [--ckpt_path PATH|last|auto] [--GROUP.OPTION VALUE ...]
@@ -97,11 +96,41 @@ def _refuse_early(given: Sequence[str]) -> None:
         )
     for argument in given:
         name = argument.partition("=")[0]
-        known = name in OPTIONS or name in CONFIG_FLAGS or name.partition(".")[0] in GROUPS
+        known = name in OPTIONS or name in CONFIG_FLAGS or name.partition(".")[0] in GROUP_FLAGS
         if name.startswith("--") and not known and name != "--print_shtab":
             near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.6)
             meant = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"{name} is not an option{meant}; `python train.py --help` lists them.")
-    moved = renamed_in(read_arguments(given))
+    for argument, following in itertools.pairwise([*given, "--"]):
+        group = argument.partition(".")[0]
+        if (
+            group in GROUP_FLAGS
+            and "=" not in argument
+            and "help" not in argument
+            and following.startswith("--")
+        ):
+            raise UserError(f"{argument} needs a value: {argument} VALUE (null switches a part off).")
+    merged = read_arguments(given)
+    moved = renamed_in(merged)
     if moved:
         raise UserError("; ".join(moved) + ".")
+    _check_groups(merged)
+
+
+def _check_groups(merged: MergedArguments) -> None:
+    """Refuses a run without a stage, such as an overlay by itself, and groups that are null."""
+    for group in ("model", "data", "trainer"):
+        if merged.settings.get(group, {}) is None:
+            raise UserError(
+                f"{group} is null (set {merged.place(group)}); only its parts can be switched off."
+            )
+    model = merged.settings.get("model")
+    if (isinstance(model, dict) and "class_path" in model) or merged.flags & {"model", "model.class_path"}:
+        return
+    if any("help" in flag.split(".") for flag in merged.flags):
+        return
+    names = ", ".join(dict.fromkeys(file.name for file in merged.files)) or "the command line"
+    raise UserError(
+        f"model.class_path, the stage to train, is not set in {names}; an overlay comes after the configuration of a stage: "
+        "--config configs/<base>/<stage>.yaml --config OVERLAY."
+    )

@@ -7,7 +7,6 @@ import io
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -18,6 +17,7 @@ from data.shards.writer import Member, ShardWriter, encode_latents
 from data.toy.original_sizes import vary_original_sizes
 from data.toy.rendered import render_batch
 from data.toy.world import captions
+from sdxs_lightning.families.network_types import AutoencoderKL
 
 _ENCODE_BATCH = 128
 
@@ -79,6 +79,8 @@ def write_latent_shards(
     base: str, count: int, folder: Path, original_sizes: bool = False, with_images: bool = False
 ) -> None:
     """Renders `count` train images and writes VAE means, unscaled, with captions and, on request, sizes and images."""
+    from diffusers import AutoencoderKL
+
     autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
     with ShardWriter(folder, samples_per_shard=4096, overwrite=True) as writer:
         for start in track(

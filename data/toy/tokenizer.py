@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-
-from transformers import CLIPTokenizer
+from typing import TYPE_CHECKING
 
 from data.toy.world import BACKGROUNDS, COLOURS, RELATIONS, SHAPES, SIZES
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
 
 CAPTION_TOKENS = 16
 _WORD_END = "</w>"
@@ -26,6 +29,8 @@ def build_tokenizer() -> CLIPTokenizer:
     Deterministic, which the trainer of the tokenizers package is not: its order of equally frequent pairs varies from call to
     call, and with it the ids and what a seed trains.
     """
+    from transformers import CLIPTokenizer
+
     spelled = [[*word[:-1], word[-1] + _WORD_END] for word in words()]
     symbols = sorted({symbol for word in spelled for symbol in word})
     merges = _merges(spelled)

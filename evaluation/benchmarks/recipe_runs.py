@@ -100,7 +100,7 @@ def is_finished(root: Path, row: str, seed: int) -> bool:
     return (run_folder(root, row, seed) / "pipeline" / "model_index.json").is_file()
 
 
-def train(root: Path, row: str, seed: int) -> None:
+def train_recipe(root: Path, row: str, seed: int) -> None:
     """Train a row after the rows that it starts from, unless its pipeline exists.
 
     Raises:
@@ -110,7 +110,7 @@ def train(root: Path, row: str, seed: int) -> None:
     if is_finished(root, row, seed):
         return
     if start in RECIPES:
-        train(root, start, seed)
+        train_recipe(root, start, seed)
     folder.mkdir(parents=True, exist_ok=True)
     line = command(root, row, seed)
     if (folder / "checkpoints").is_dir():

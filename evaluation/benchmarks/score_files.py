@@ -60,13 +60,13 @@ def seeds(options: SeedsOptions) -> str:
     """Summarises reports."""
     try:
         return write_scores(
-            options.out, summarise({str(path): read_scores(path) for path in options.reports})
+            options.out, summarise_scores({str(path): read_scores(path) for path in options.reports})
         )
     except KeyError as error:
         raise ValueError(f"a report has no field {error}") from error
 
 
-def summarise(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def summarise_scores(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Mean, minimum and maximum of the students' scores over several reports.
 
     Args:

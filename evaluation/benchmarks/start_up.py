@@ -64,6 +64,7 @@ def commands(shards: Path) -> dict[str, TimedCommand]:
     light = 0.3
     found = {
         BASELINE: TimedCommand(("-c", "import torch")),
+        "import lightning.pytorch": TimedCommand(("-c", "import lightning.pytorch")),
         "import torch, diffusers": TimedCommand(("-c", "import torch, diffusers")),
         "data.prepare": TimedCommand(("-m", "data.prepare"), 0, light),
         "evaluation": TimedCommand(("-m", "evaluation"), 0, light),

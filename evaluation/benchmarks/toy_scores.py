@@ -14,7 +14,7 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from evaluation.benchmarks.recipe_runs import cpu_seconds, is_finished, make_pairs, run_folder, train
+from evaluation.benchmarks.recipe_runs import cpu_seconds, is_finished, make_pairs, run_folder, train_recipe
 from evaluation.benchmarks.score_files import read_scores, write_scores
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages
@@ -72,7 +72,7 @@ def recipes(options: RecipesOptions) -> str:
         for row in options.rows:
             if options.finished_only and not is_finished(options.root, row, seed):
                 continue
-            train(options.root, row, seed)
+            train_recipe(options.root, row, seed)
             cost = cpu_seconds(run_folder(options.root, row, seed)) or None  # None: not recorded
             rows[row][seed] = student_scores(options.root, row, seed, scorer) | {"cpu_seconds": cost}
             sys.stderr.write(f"{row}, seed {seed}: {rows[row][seed]}\n")

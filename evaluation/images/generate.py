@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from data.toy.world import Split, image_at
@@ -16,6 +15,9 @@ from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 class ImageMaker(Protocol):

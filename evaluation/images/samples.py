@@ -10,11 +10,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from evaluation.images.image_sets import NumberedImages
 from evaluation.images.prompt_files import captions_digest
@@ -150,6 +147,9 @@ class ModelSamples:
         Raises:
             UserError: if the folder has none, or if it cannot generate images of this size.
         """
+        from diffusers.utils import logging as diffusers_logging
+        from transformers.utils import logging as transformers_logging
+
         self.check()
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()  # it would break the command's own progress bar
@@ -218,6 +218,8 @@ class StoredSamples:
 
 def load_pipeline(folder: str | Path) -> Any:
     """Load a pipeline without safety checker, which returns black images, and without SDXL's watermark."""
+    from diffusers import DiffusionPipeline
+
     named = json.loads((Path(folder) / "model_index.json").read_text())
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if "safety_checker" in named:

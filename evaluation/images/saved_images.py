@@ -23,7 +23,7 @@ from PIL import Image
 
 from sdxs_lightning.core.errors import UserError
 
-Layout = Literal["flat", "geneval", "t2i_compbench"]
+ImageLayout = Literal["flat", "geneval", "t2i_compbench"]
 MANIFEST = "images.json"
 
 
@@ -37,7 +37,7 @@ class SavedImages:
     """Names from the prompt file, for `flat`."""
     records: tuple[Mapping[str, Any], ...] | None = None
     """Rows of the prompt file, for GenEval's metadata."""
-    layout: Layout = "flat"
+    layout: ImageLayout = "flat"
 
     def path(self, number: int) -> Path:
         """Path of an image."""

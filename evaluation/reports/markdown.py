@@ -24,8 +24,8 @@ TITLES = {
 }
 LOWER_IS_BETTER = {"fid", "patch_fid", "fd_dinov2", "kid", "cmmd"}
 
-Scores = Mapping[str, Any]
-"""Scores by name: a number, the `spread` of several, or None."""
+StoredScores = Mapping[str, Any]
+"""StoredScores by name: a number, the `spread` of several, or None."""
 
 
 def title(metric: str) -> str:
@@ -121,7 +121,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
 """Columns of score tables in order, with their formats."""
 
 
-def score_table(rows: Mapping[str, Scores]) -> str:
+def score_table(rows: Mapping[str, StoredScores]) -> str:
     """One row per label; columns are the scores of FORMATS that any row has.
 
     A spread is shown as its mean and, where values differ in the digits shown, its range.
@@ -163,7 +163,7 @@ def score_file_markdown(content: Mapping[str, Any]) -> str:
     raise ValueError(f"has none of {', '.join(key for key, _ in kinds)}, one of which every score file has")
 
 
-def teacher_rows(entry: Mapping[str, Any]) -> dict[str, Scores]:
+def teacher_rows(entry: Mapping[str, Any]) -> dict[str, StoredScores]:
     """Rows of real images, the autoencoder and the base at each number of steps."""
     rows = {"real images": entry.get("real_vs_real"), "autoencoder": entry.get("vae_floor")}
     rows |= {
@@ -196,7 +196,7 @@ def _report_markdown(content: Mapping[str, Any]) -> str:
 
 def _rows_markdown(content: Mapping[str, Any]) -> str:
     """Markdown of recipes (a row each), U-Nets (a row per number of steps) or size conditions."""
-    rows: dict[str, Scores] = {}
+    rows: dict[str, StoredScores] = {}
     unit = content["rows"].get("warmup", {}).get("cpu_seconds")
     for label, scores in content["rows"].items():
         for steps, scores_at in scores.get("steps", {}).items():

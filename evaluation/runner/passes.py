@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.prepare.common.machine import default_processes, device_of, same_bits
 from data.prepare.common.processes import OnProgress, run_all
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 from evaluation.images.samples import Reader, Samples, is_constant, stacked
 from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.sampled import SampledMetric
@@ -218,7 +218,7 @@ def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
     if missing:
         store = job.metric_passes[0].store
         total = sum(len(store.numbers(batch)) for batch in missing)
-        run_all(job, missing, ProgressBar(total, f"{what}: images"))
+        run_all(job, missing, CommandProgress(total, f"{what}: images"))
     return {
         metric_pass: metric_pass.store.all()
         for metric_pass in job.metric_passes

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from lightning.pytorch.utilities import rank_zero_warn
 
 from data.toy.world import captions
@@ -21,6 +20,10 @@ from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
 
 GUIDANCE_SCALE = 1.5
 STEPS = (50, 25, 8, 4, 1)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+Dtype = Literal["float32", "bfloat16", "float16"]
+"""What a frozen network is cast to, as configurations name it."""
 
 
 class Frozen(Generic[M]):

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType
+from sdxs_lightning.families.network_types import AutoencoderKL, UNet2DConditionModel
 
 
 @runtime_checkable

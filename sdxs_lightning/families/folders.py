@@ -7,11 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from typing import TYPE_CHECKING, Any
 
 from sdxs_lightning.families.weights import check_not_pickled, load_network, weight_files
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+
 
 VAE_FOLDERS = ("vae", "vae_large")
 """Folders that may hold a VAE. Released SDXS folders have a tiny VAE in the first and the KL VAE in the second."""
@@ -87,6 +89,8 @@ def unet_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: if config.json is missing.
         ValueError: for another class of network.
     """
+    from diffusers import UNet2DConditionModel
+
     config = read_json(folder / "config.json")
     found = config.get("_class_name", "UNet2DConditionModel")
     if found != "UNet2DConditionModel":
@@ -126,6 +130,8 @@ def read_unet(folder: Path, base: Path, prompt_width: int) -> UNet2DConditionMod
     Raises:
         ValueError: for a U-Net with another text encoder, other latents or another prediction type.
     """
+    from diffusers import UNet2DConditionModel
+
     found, expected = unet_config(folder), unet_config(base / "unet")
     if _prompt_widths(found) != {prompt_width}:
         widths = ", ".join(str(width) for width in sorted(_prompt_widths(found)))
@@ -170,6 +176,8 @@ def _check_prediction(pipeline: Path, base: Path) -> None:
 
 def kl_folder(base: Path) -> Path | None:
     """Returns the folder of a base's KL VAE, or None."""
+    from diffusers import AutoencoderKL
+
     for name in VAE_FOLDERS:
         if (base / name).is_dir() and vae_class(base / name) is AutoencoderKL:
             return base / name
@@ -182,6 +190,8 @@ def vae_class(folder: Path) -> type[AutoencoderKL] | type[AutoencoderTiny]:
     Raises:
         ValueError: for any other class.
     """
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
     found = read_json(folder / "config.json").get("_class_name", "AutoencoderKL")
     if found not in ("AutoencoderKL", "AutoencoderTiny"):
         raise ValueError(f"'{folder}' holds a {found}, expected an AutoencoderKL or an AutoencoderTiny.")
@@ -213,6 +223,8 @@ def read_vae(base: Path) -> AutoencoderKL:
     Raises:
         FileNotFoundError: if the base has only a tiny VAE.
     """
+    from diffusers import AutoencoderKL
+
     folder = kl_folder(base)
     if folder is None:
         raise FileNotFoundError(

@@ -7,9 +7,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.frozen import Frozen
@@ -25,6 +23,13 @@ from sdxs_lightning.families.folders import (
     unet_config,
     vae_class,
     vae_factor,
+)
+from sdxs_lightning.families.network_types import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    CLIPTextModel,
+    CLIPTokenizer,
+    UNet2DConditionModel,
 )
 from sdxs_lightning.families.sources import resolve_base, resolve_unet
 from sdxs_lightning.families.weights import load_network
@@ -49,10 +54,12 @@ class PretrainedBase(ABC):
     layout: ClassVar[Layout]
     kl_scaling_factor: ClassVar[float]
     """Default if the KL VAE's config has no scaling_factor."""
-    encoder_classes: ClassVar[dict[str, type[CLIPTextModel] | type[CLIPTextModelWithProjection]]]
-    """Classes of the text encoders by folder."""
+    encoder_classes: ClassVar[dict[str, str]]
+    """transformers classes of the text encoders, by folder; names, since importing transformers takes seconds."""
 
     def __init__(self, base: str, conditioning_timestep: int, config: str | None = None) -> None:
+        from diffusers import AutoencoderTiny
+
         self.base = base
         self.folder = resolve_base(base, config, self.layout)
         scheduler = read_json(self.folder / "scheduler" / "scheduler_config.json")
@@ -169,18 +176,26 @@ class PretrainedBase(ABC):
 
     @cached_property
     def _tokenizers(self) -> list[CLIPTokenizer]:
+        from transformers import CLIPTokenizer
+
         names = (name.replace("text_encoder", "tokenizer") for name in self.encoder_classes)
         return [CLIPTokenizer.from_pretrained(self.folder / name, local_files_only=True) for name in names]
 
     @cached_property
     def _text_encoders(self) -> list[Frozen[CLIPTextModel]]:
+        import transformers
+
         return [
-            Frozen(load_network(network, self.folder / name, self._dtype)).to(self._device)
+            Frozen(load_network(getattr(transformers, network), self.folder / name, self._dtype)).to(
+                self._device
+            )
             for name, network in self.encoder_classes.items()
         ]
 
     @property
     def _kl_vae(self) -> Frozen[AutoencoderKL]:
+        from diffusers import AutoencoderKL
+
         return self._vae if isinstance(self._vae.module, AutoencoderKL) else self._own_kl_vae
 
     @cached_property

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families.folders import Layout
@@ -48,7 +47,7 @@ class StableDiffusion(PretrainedBase):
         },
     )
     kl_scaling_factor = 0.18215
-    encoder_classes: ClassVar = {"text_encoder": CLIPTextModel}
+    encoder_classes: ClassVar = {"text_encoder": "CLIPTextModel"}
 
     def __init__(self, base: str, conditioning_timestep: int = 999, config: str | None = None) -> None:
         super().__init__(base, conditioning_timestep, config)

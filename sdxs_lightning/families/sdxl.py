@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families.folders import Layout, read_json
@@ -52,8 +51,8 @@ class StableDiffusionXL(PretrainedBase):
     )
     kl_scaling_factor = 0.13025
     encoder_classes: ClassVar = {
-        "text_encoder": CLIPTextModel,
-        "text_encoder_2": CLIPTextModelWithProjection,
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "CLIPTextModelWithProjection",
     }
 
     def __init__(self, base: str, conditioning_timestep: int = 399, config: str | None = None) -> None:

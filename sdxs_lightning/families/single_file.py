@@ -13,17 +13,19 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
 from filelock import FileLock
 from huggingface_hub import constants
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from sdxs_lightning.families.folders import Layout, vae_class
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
@@ -44,6 +46,8 @@ def convert(file: Path, configs: Path, layout: Layout) -> Path:
         ValueError: for a corrupt file, another family or layout, or a file that does not fit the configs.
         OSError: if the cache cannot be written.
     """
+    from diffusers import AutoencoderKL
+
     header = read_header(file)
     _check_contents(file, header, layout)
     if vae_class(configs / "vae") is not AutoencoderKL:
@@ -128,6 +132,8 @@ def _fingerprint(file: Path, configs: Path, layout: Layout) -> str:
 
     Of the file it hashes size, time, tensor names and samples of its bytes; reading 7 GB per process would take half a minute.
     """
+    import diffusers
+
     status = file.stat()
     digest = hashlib.sha256(f"{diffusers.__version__} {status.st_size} {status.st_mtime_ns}".encode())
     with file.open("rb") as stream:
@@ -155,6 +161,8 @@ def _write(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any],
 
 
 def _load(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any]) -> DiffusionPipeline:
+    import diffusers
+
     pipeline_class: type[DiffusionPipeline] = getattr(diffusers, layout.pipeline_class)
     unused: dict[str, Any] = {"feature_extractor": None, "image_encoder": None, **layout.pipeline_options}
     try:

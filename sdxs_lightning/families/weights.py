@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
@@ -85,6 +84,8 @@ def load_network(
         FileNotFoundError: if there are no safetensors.
         ValueError: for pickles, unreadable files, missing tensors or other shapes; with `strict` for unexpected tensors.
     """
+    from diffusers import ModelMixin
+
     check_not_pickled(folder)
     files = weight_files(path.name for path in folder.iterdir())
     if files is None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from lightning.pytorch import LightningModule
 
 from sdxs_lightning.core.errors import UserError
@@ -236,6 +235,8 @@ def _is_checkpointed(network: PlannedNetwork) -> bool:
 
 def _checkpoint(network: PlannedNetwork) -> bool:
     """Enables gradient checkpointing; returns whether this changed anything."""
+    from diffusers import ModelMixin
+
     changed = False
     for module in network.module.modules():
         if not isinstance(module, ModelMixin) or module.is_gradient_checkpointing:

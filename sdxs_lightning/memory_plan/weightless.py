@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import kl_folder, read_json, unet_config, vae_class
 from sdxs_lightning.families.sources import resolve_unet
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+
 
 META = torch.device("meta")
 
@@ -39,12 +41,16 @@ class WeightlessFamily:
 
     def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
         """Builds the base's U-Net, or that of a U-Net or pipeline folder (such as a pruned student)."""
+        from diffusers import UNet2DConditionModel
+
         config = self._family.unet_config if folder is None else unet_config(resolve_unet(folder))
         with META:
             return UNet2DConditionModel.from_config(config)
 
     def load_vae(self) -> AutoencoderKL:
         """Builds the base's KL VAE."""
+        from diffusers import AutoencoderKL
+
         folder = kl_folder(self._family.folder)
         if folder is None:
             raise FileNotFoundError(f"'{self._family.folder}' has no AutoencoderKL in vae or vae_large.")
@@ -75,6 +81,8 @@ class WeightlessFamily:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
+        from diffusers import AutoencoderKL
+
         assert isinstance(self.vae, AutoencoderKL)
         return self._family.scale_latents(self.vae.encode(images).latent_dist.mode())
 
@@ -116,6 +124,8 @@ class WeightlessFamily:
 
 
 def _text_encoder(config: dict[str, Any]) -> nn.Module:
+    import transformers
+
     name = (config.get("architectures") or ["CLIPTextModel"])[0]
     with META:
         encoder: nn.Module = getattr(transformers, name)(transformers.CLIPTextConfig.from_dict(config))

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.lora import lora_parameters
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 class _View(Denoiser):
@@ -49,6 +51,8 @@ class BaseView(_View):
     """
 
     def __init__(self, denoiser: Denoiser) -> None:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
         super().__init__(denoiser)
         self._layers = [module for module in self.unet.modules() if isinstance(module, BaseTunerLayer)]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 
 from sdxs_lightning.core.frozen import Frozen
@@ -12,6 +13,9 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.networks.image_features import FeatureNetwork, ImageFeatures
 from sdxs_lightning.networks.network import without_autocast
 from sdxs_lightning.networks.tiny_decoder import load_tiny, tiny_factor
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderTiny
 
 
 class PixelDecoder:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.guidance import guide
 from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType, to_noise_pred, to_pred_x0
 from sdxs_lightning.networks.feature_taps import FeatureTap, encoder_of
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 class Prediction(NamedTuple):

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
-from peft import LoraConfig
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 
 ADAPTER = "default"
 """peft's name of the adapter; a network has only one."""
@@ -76,6 +79,8 @@ def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
     Raises:
         ValueError: if a target matches no linear layer or convolution of this U-Net.
     """
+    from peft import LoraConfig
+
     for target in lora.targets:
         _check_target(unet, target)
     unet.requires_grad_(False)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import UNet2DConditionModel
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -18,6 +16,9 @@ from torch import Tensor, nn
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.lora import LoRA, add_lora
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 class Network(LightningModule):
@@ -106,6 +107,9 @@ def prepare_unet(
     hooks (those of FSDP2 and most feature taps are on the stages around them). Blocks that contain one of `taps` are not
     compiled, since a compiled graph ignores hooks that are added later.
     """
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
     unet.train()
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()

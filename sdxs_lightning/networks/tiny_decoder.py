@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import AutoencoderTiny
-from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
+from sdxs_lightning.families.network_types import AutoencoderTiny
 from sdxs_lightning.networks.network import Network, without_autocast
 
 
@@ -167,6 +166,8 @@ class TinyDecoder(Network):
         return autoencoder.eval()
 
     def _autoencoder(self, latent_channels: int) -> AutoencoderTiny:
+        from diffusers import AutoencoderTiny
+
         if self._base_weights is None:
             # A random state of its own, so that weights do not depend on earlier draws, which differ between ranks.
             with torch.random.fork_rng(devices=[]):
@@ -183,6 +184,8 @@ def _initialise(decoder: nn.Module) -> None:
 
     Without normalisation torch's default weights are too small: on the toy world this gains 1 dB in the first 400 updates.
     """
+    from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+
     for module in decoder.modules():
         if isinstance(module, nn.Conv2d):
             # The convolutions after upsampling have neither bias nor activation.
@@ -206,10 +209,13 @@ def load_tiny(folder: str, option: str) -> AutoencoderTiny:
     Raises:
         FileNotFoundError: if the folder has no AutoencoderTiny.
     """
+    from diffusers import AutoencoderTiny
+
     path = Path(folder)
     if not (path / "config.json").is_file():
         path = path / "vae"
-    found = AutoencoderTiny.load_config(path).get("_class_name") if (path / "config.json").is_file() else None
+    config = AutoencoderTiny.load_config(path) if (path / "config.json").is_file() else {}
+    found = config.get("_class_name")
     if found != "AutoencoderTiny":
         what = f"a {found}" if found else "neither config.json nor vae/config.json"
         raise FileNotFoundError(

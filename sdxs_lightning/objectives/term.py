@@ -191,7 +191,7 @@ def balanced(gradients: Gradients, name: str, balance: Balance) -> Gradients:
     return gradients | {name: gradients[name] * (balance.ratio * wanted / found.clamp_min(1e-12))}
 
 
-def comparison(gradients: Gradients) -> dict[str, Tensor]:
+def compare_gradients(gradients: Gradients) -> dict[str, Tensor]:
     """Norms and pairwise cosines of this rank's gradients: `gradient_norm_A`, `cosine_A_B`."""
     flat = {name: gradient.float().flatten() for name, gradient in gradients.items()}
     norms = {name: gradient.norm() for name, gradient in flat.items()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -13,29 +12,7 @@ from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.networks.denoiser import Denoiser
-
-ODE_SCHEDULERS = (
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "LMSDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Schedulers that map noise to latents deterministically, as pairs need. Ancestral, SDE and LCM schedulers draw noise between
-steps."""
-
-
-def check_scheduler(name: str) -> None:
-    """Raises ValueError unless `name` is one of ODE_SCHEDULERS."""
-    if name not in ODE_SCHEDULERS:
-        raise ValueError(
-            f"scheduler '{name}' is not known as one that draws no noise of its own; accepted are "
-            f"{', '.join(ODE_SCHEDULERS)}."
-        )
+from sdxs_lightning.pairs.ode_schedulers import ODE_SCHEDULERS, check_scheduler
 
 
 def scheduler_config(
@@ -53,6 +30,8 @@ def scheduler_config(
     Raises:
         ValueError: for an unknown scheduler, or one that cannot sample this base.
     """
+    import diffusers
+
     check_scheduler(name)
     accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
     terminal = float(schedule.alphas_cumprod[-1]) if schedule.alphas_cumprod.device.type != "meta" else 1.0
@@ -107,6 +86,8 @@ class SchedulerSampler:
         spacing: Spacing = "trailing",
         steps_offset: int = 1,
     ) -> None:
+        import diffusers
+
         self.denoiser = denoiser
         self.steps, self.guidance_scale = steps, guidance_scale
         self._class = getattr(diffusers, scheduler) if scheduler in ODE_SCHEDULERS else None

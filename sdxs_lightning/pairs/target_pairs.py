@@ -20,11 +20,12 @@ from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
-from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler, check_scheduler
+from sdxs_lightning.pairs.ode_schedulers import check_scheduler
+from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
 from sdxs_lightning.pairs.stored_pairs import PickedPairs, StoredPairs, planned_pairs, sample_pairs
 from sdxs_lightning.pairs.target_sampler import TargetSampler, make_sampler
 
-Source = Literal["memory", "batch", "on_the_fly"]
+PairSource = Literal["memory", "batch", "on_the_fly"]
 
 
 @runtime_checkable
@@ -37,9 +38,9 @@ class CaptionSource(Protocol):
 
 @dataclass(frozen=True)
 class PairSettings:
-    """Source of the pairs, and settings of the target sampler."""
+    """PairSource of the pairs, and settings of the target sampler."""
 
-    source: Source = "memory"
+    source: PairSource = "memory"
     """"memory": `count` pairs are sampled at the start of the fit, for prompts of the training data. "batch": stored pairs from
     the loader, made by `python -m data.prepare pairs`; a GAN in the same run then treats their targets as real data.
     "on_the_fly": the target sampler runs in every step, for the batch's prompts and the student's noise."""

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import TrainingBatch
-from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.frozen import Dtype, Frozen
 from sdxs_lightning.core.seeding import Stream, uniform
 from sdxs_lightning.export import new_folder
 from sdxs_lightning.families import Family
@@ -29,8 +28,6 @@ from sdxs_lightning.stages.decoder_pairs import DecoderPairs, SampledLatents, Ta
 from sdxs_lightning.stages.distillation.augmentation import cut_squares
 from sdxs_lightning.training.manual_optimization import ManualOptimization
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class DecoderDistillation(ManualOptimization):

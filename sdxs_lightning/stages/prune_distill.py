@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from sdxs_lightning.core.batch import TrainingBatch
-from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.frozen import Dtype, Frozen
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.export import gathered_unet, write_unet
 from sdxs_lightning.families import Family
+from sdxs_lightning.families.network_types import UNet2DConditionModel
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.ema import DenoiserEma
 from sdxs_lightning.networks.feature_taps import FeatureTap
@@ -30,7 +30,6 @@ from sdxs_lightning.objectives.knowledge_distillation import (
 )
 from sdxs_lightning.objectives.term import LatentSample, NoisyLatents
 from sdxs_lightning.stages.data_sample import data_sample
-from sdxs_lightning.stages.distillation.step import Dtype
 from sdxs_lightning.surgery.feature_pairs import feature_pairs
 from sdxs_lightning.surgery.presets import topology_of
 from sdxs_lightning.surgery.pruning import prune

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -50,6 +49,8 @@ class DenoisingTraining(AveragedTraining):
         ema_decay: float = 0.999,
         seed: int = 0,
     ) -> None:
+        from diffusers import UNet2DConditionModel
+
         super().__init__(optimizer, lr_scheduler)
         self.family = family
         self.output, self.caption_dropout, self.seed = output, caption_dropout, seed

@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import UNet2DConditionModel
-
 from sdxs_lightning.surgery.topology import MidBlock
 
 ATTENDS = {"CrossAttnDownBlock2D": True, "CrossAttnUpBlock2D": True, "DownBlock2D": False, "UpBlock2D": False}
@@ -64,6 +62,8 @@ def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
     Fields with a leading underscore (diffusers' metadata) and fields that the class does not take are left out, as
     diffusers does when it loads.
     """
+    from diffusers import UNet2DConditionModel
+
     parameters = inspect.signature(UNet2DConditionModel.__init__).parameters
     return {
         name: config.get(name, parameter.default) for name, parameter in parameters.items() if name != "self"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 
 from sdxs_lightning.surgery.anatomy import ATTENDS, MID_BLOCKS, Anatomy, anatomy_of, full_config, per_stage
 from sdxs_lightning.surgery.selection import Layer, Selection, depth_settings, select
 from sdxs_lightning.surgery.topology import Topology
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
 
 _DOWN = {attends: name for name, attends in ATTENDS.items() if "Down" in name}
 _UP = {attends: name for name, attends in ATTENDS.items() if "Up" in name}
@@ -82,6 +85,8 @@ def _like(teacher: Any, values: Any) -> Any:
 
 def meta_unet(config: Mapping[str, Any]) -> UNet2DConditionModel:
     """A U-Net on the meta device."""
+    from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         return UNet2DConditionModel(**full_config(config))
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sdxs_lightning.surgery.anatomy import anatomy_of
@@ -15,6 +14,9 @@ from sdxs_lightning.surgery.key_map import TensorSource, block_map, key_map, sup
 from sdxs_lightning.surgery.report import Shapes, TransferReport, account, input_axis
 from sdxs_lightning.surgery.selection import select
 from sdxs_lightning.surgery.topology import Topology
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 def prune(
@@ -34,6 +36,8 @@ def prune(
     Raises:
         ValueError: if the teacher does not contain such a student, or a tensor is left unaccounted for.
     """
+    from diffusers import UNet2DConditionModel
+
     config = prune_config(teacher.config, topology)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from diffusers import UNet2DConditionModel
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
 
 
 class ShardedNetworks(ModelParallelStrategy):
@@ -51,6 +55,8 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
     """The blocks of a U-Net that FSDP2 gathers one at a time; none for another module."""
+    from diffusers import UNet2DConditionModel
+
     if not isinstance(module, UNet2DConditionModel):
         return []
     stages = [*module.down_blocks, module.mid_block, *module.up_blocks]

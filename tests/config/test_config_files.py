@@ -66,8 +66,8 @@ def test_a_file_included_twice_is_merged_once_in_its_first_place(write: Any) -> 
             "a: 1\ninclude: {x: 1}",
             "include is {'x': 1} in second.yaml, line 2; it takes a path or a list of paths",
         ),
-        ("a: [1\nb: 2", "second.yaml is no YAML: .*line 2"),
-        ("- a", r"second.yaml is no configuration: it holds \['a'\]"),
+        ("a: [1\nb: 2", "second.yaml is not valid YAML in line 2: "),
+        ("- a", r"second.yaml is not a configuration: it holds \['a'\]"),
     ],
 )
 def test_what_cannot_be_included_is_refused(write: Any, text: str, message: str) -> None:

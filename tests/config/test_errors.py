@@ -165,7 +165,17 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
     "an argument that is missing": (
         _set("model.init_args.student", None),
         (),
-        ["model.class_path", "OneStepDistillation", "the following arguments are required: student"],
+        ["model.init_args.student is required, null is not accepted (set in ", "tiny.yaml, line "],
+    ),
+    "a wrong value on the command line": (
+        None,
+        ("--data.batch_size", "abc"),
+        ["data.init_args.batch_size is 'abc', but int is accepted (set on the command line)"],
+    ),
+    "another class on the command line": (
+        None,
+        ("--data.class_path", "torch.nn.Linear"),
+        ["data (set on the command line)", "not correspond to a subclass of LightningDataModule"],
     ),
     "an option of earlier versions": (
         _set("model.init_args.curriculum", {"critic_updates_per_student_update": 1}),
@@ -196,7 +206,7 @@ def test_a_file_that_is_no_yaml(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert main(["--config", str(file)]) == 2
     said = capfd.readouterr().err
     assert "error: " in said
-    assert "broken.yaml is no YAML" in said
+    assert "broken.yaml is not valid YAML" in said
     assert "line 2" in said
 
 

@@ -15,13 +15,12 @@ from data.prepare.images.command import ImageSet
 from data.prepare.images.options import ImageOptions
 from data.prepare.latents.job import LatentSet
 from data.prepare.latents.options import LatentOptions
-from data.prepare.pairs.options import SCHEDULERS, PairOptions
+from data.prepare.pairs.options import PairOptions
 from data.prepare.pairs.pair_set import PairSet
 from sdxs_lightning.command_line import Command, parse_options
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.pair_noise import SEEDS
 from sdxs_lightning.core.timesteps import Spacing
-from sdxs_lightning.pairs.scheduler_sampler import ODE_SCHEDULERS
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "numpy", "diffusers", "transformers", "lightning", "pyarrow", "webdataset")
@@ -56,7 +55,6 @@ def test_help_has_examples(command: Command, capsys: pytest.CaptureFixture[str])
 
 
 def test_light_options_agree_with_modules_that_import_torch() -> None:
-    assert SCHEDULERS[1:] == ODE_SCHEDULERS
     assert get_args(get_type_hints(PairOptions)["spacing"]) == get_args(Spacing)
     assert pair_options(f"--guidance_scale 2 --seed {SEEDS[-1]}").seed == SEEDS[-1]
     with pytest.raises(

@@ -20,9 +20,9 @@ from PIL import Image
 
 from data.prepare.__main__ import main
 from data.prepare.common.geometry import resize_shorter_side, resize_to_cover
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 from data.prepare.common.raw_shards import RawShards
-from data.prepare.images.image_files import UnreadableImageError, open_image
+from data.prepare.images.image_files import UnreadableImageError, read_image
 from data.prepare.images.sources import open_source
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
@@ -411,12 +411,12 @@ def test_geometry() -> None:
 
 def test_images_of_every_mode_become_rgb() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    found = open_image(encoded(clear, "PNG"))
+    found = read_image(encoded(clear, "PNG"))
     assert (found.member, found.image.mode, found.image.getpixel((0, 0))) == ("png", "RGB", (255, 255, 255))
-    assert open_image(encoded(Image.new("L", (4, 4), 7), "BMP")).member is None
-    assert open_image(encoded(Image.new("RGB", (4, 4)), "WEBP")).member == "webp"
+    assert read_image(encoded(Image.new("L", (4, 4), 7), "BMP")).member is None
+    assert read_image(encoded(Image.new("RGB", (4, 4)), "WEBP")).member == "webp"
     with pytest.raises(UnreadableImageError, match="cannot be decoded"):
-        open_image(b"")
+        read_image(b"")
 
 
 def test_a_folder_with_tars_is_read_as_shards(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_folder_with_tars_is_read_as_shards(tmp_path: Path) -> None:
 
 
 def test_progress_lines_have_rate_and_remaining_time(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = ProgressBar(4, "images")
+    progress = CommandProgress(4, "images")
     progress(1)
     assert capsys.readouterr().err == ""
     progress(3)
@@ -438,7 +438,7 @@ def test_progress_lines_have_rate_and_remaining_time(capsys: pytest.CaptureFixtu
 def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr("data.prepare.common.progress._SECONDS_BETWEEN_BARS", 0.0)
-    progress = ProgressBar(4, "images")
+    progress = CommandProgress(4, "images")
     progress(1)
     progress(3)
     first, second = capsys.readouterr().err.split("\r")[1:]

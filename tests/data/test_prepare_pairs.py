@@ -12,7 +12,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from data.prepare.__main__ import main
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 from data.prepare.pairs.prompts import open_prompts
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter, encode_latents
@@ -302,7 +302,7 @@ def test_a_process_that_is_killed_ends_the_command_in_one_sentence(
 ) -> None:
     command = arguments(bases["sd"], prompts, tmp_path / "set", "--processes", 2)
     with monkeypatch.context() as patched:
-        patched.setattr(ProgressBar, "__call__", lambda self, count: _kill_a_child())
+        patched.setattr(CommandProgress, "__call__", lambda self, count: _kill_a_child())
         output = refused(command, capsys, code=1)
     assert (
         "a process was killed by signal 9; the same command resumes from the shards that are complete."

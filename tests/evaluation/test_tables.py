@@ -16,7 +16,7 @@ from data.prepare.pairs.options import PairOptions
 from data.toy.rendered import render_batch
 from evaluation.benchmarks import recipe_runs, toy_scores
 from evaluation.benchmarks.recipe_runs import MODEL, PRUNED, RECIPES, command, cpu_seconds, run_folder, train
-from evaluation.benchmarks.score_files import COMPARED, mean_differences, seed_differences, summarise
+from evaluation.benchmarks.score_files import COMPARED, mean_differences, seed_differences, summarise_scores
 from evaluation.benchmarks.size_conditioning import sampled_images, sharpness
 from evaluation.benchmarks.tables import TeacherOptions, UNetsOptions, main
 from evaluation.benchmarks.toy_scores import over_seeds
@@ -266,7 +266,7 @@ def test_the_committed_summaries_follow_from_the_committed_scores() -> None:
         f"quickstart_seed{seed}.json": json.loads((RESULTS / f"quickstart_seed{seed}.json").read_text())
         for seed in range(3)
     }
-    assert summarise(files) == json.loads((RESULTS / "quickstart_seeds.json").read_text())
+    assert summarise_scores(files) == json.loads((RESULTS / "quickstart_seeds.json").read_text())
     rows = json.loads((RESULTS / "toy_recipes.json").read_text())["rows"]
     for name in ("toy_finish_versus_none", "toy_segmented_versus_dmd2"):
         stored = json.loads((RESULTS / f"{name}.json").read_text())
@@ -280,9 +280,9 @@ def test_reports_of_another_setting_are_refused(key: str) -> None:
     both = reports()
     both["b.json"][key] = "other"
     with pytest.raises(ValueError, match=f"b.json has {key} other and a.json has .* not comparable"):
-        summarise(both)
+        summarise_scores(both)
     with pytest.raises(ValueError, match=r"seeds \[0, 0\]; give one report for each seed"):
-        summarise({"a.json": REPORT, "b.json": REPORT})
+        summarise_scores({"a.json": REPORT, "b.json": REPORT})
 
 
 def row(seeds: list[int], values: list[float | None]) -> dict[str, Any]:

@@ -10,19 +10,19 @@ from pathlib import Path
 import pytest
 
 from data.prepare.__main__ import main
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 
 
 def killed_in_its_second_shard(arguments: list[str], out: Path) -> None:
     """The command, in a process of its own, which kills itself once the first shard is there."""
-    told = ProgressBar.__call__
+    told = CommandProgress.__call__
 
-    def call(self: ProgressBar, count: int) -> None:
+    def call(self: CommandProgress, count: int) -> None:
         told(self, count)
         if (out / "00000.tar").exists():
             os.kill(os.getpid(), signal.SIGKILL)
 
-    ProgressBar.__call__ = call  # type: ignore[method-assign]
+    CommandProgress.__call__ = call  # type: ignore[method-assign]
     main(arguments)
 
 

@@ -19,7 +19,8 @@ from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.networks.denoiser import Denoiser
-from sdxs_lightning.pairs.scheduler_sampler import ODE_SCHEDULERS, SchedulerSampler
+from sdxs_lightning.pairs.ode_schedulers import ODE_SCHEDULERS
+from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
 from sdxs_lightning.pairs.target_sampler import TargetSampler, make_sampler
 from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_conditioning, tiny_sd_unet
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-_MAX_SIDE = 1 << 20  # pixels; a number beyond it in a json member is none of an image
+from data.shards.order.buckets import Size
 
-Size = tuple[int, int]
-"""Height, width in pixels."""
+_MAX_SIDE = 1 << 20  # pixels; a number beyond it in a json member is none of an image
 
 
 class ResizeAndCrop(NamedTuple):

@@ -10,7 +10,7 @@ _SECONDS_BETWEEN_BARS = 0.2
 _BAR = 30
 
 
-class ProgressBar:
+class CommandProgress:
     """Counts completed items.
 
     Args:

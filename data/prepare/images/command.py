@@ -9,7 +9,7 @@ from typing import Any
 
 from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
 from data.prepare.common.processes import OnProgress, run_all
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 from data.prepare.common.settings_file import begin_or_resume
 from data.prepare.common.shard_files import (
     UNREADABLE,
@@ -101,7 +101,7 @@ def run(options: ImageOptions) -> str:
     job = ImageJob(image_set, device, options.processes or default_processes(device))
     shards = missing_shards(options.out, image_set.shards, options.part)
     started = time.monotonic()
-    progress = ProgressBar(sum(len(image_set.indices(shard)) for shard in shards), "images")
+    progress = CommandProgress(sum(len(image_set.indices(shard)) for shard in shards), "images")
     run_all(job, shards, progress)
     seconds = time.monotonic() - started
     message, summary = summarise(options.out, image_set.shards, image_set.settings, progress.total, seconds)

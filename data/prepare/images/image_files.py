@@ -28,7 +28,7 @@ class DecodedImage(NamedTuple):
     EXIF tag, which other readers may ignore."""
 
 
-def open_image(content: bytes) -> DecodedImage:
+def read_image(content: bytes) -> DecodedImage:
     """Decodes an image completely, upright and in RGB, as the reader does.
 
     Raises:

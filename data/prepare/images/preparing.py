@@ -12,7 +12,7 @@ from PIL import Image
 from data.conditions import Canny, Depth, ImageCondition, Sketch, SoftEdge
 from data.prepare.common.geometry import ResizeAndCrop, resize_shorter_side, resize_to_cover, size_fields
 from data.prepare.common.shard_files import LeftOutSample, PreparedSample
-from data.prepare.images.image_files import DecodedImage, UnreadableImageError, encode_image, open_image
+from data.prepare.images.image_files import DecodedImage, UnreadableImageError, encode_image, read_image
 from data.prepare.images.options import ImageOptions
 from data.prepare.images.sources import SampleFaultError, SourceSample
 from sdxs_lightning.core.errors import UserError
@@ -134,7 +134,7 @@ def given_folder(condition: str | None) -> Path | None:
 
 def _decoded(content: bytes) -> DecodedImage:
     try:
-        return open_image(content)
+        return read_image(content)
     except UnreadableImageError as error:
         raise SampleFaultError(str(error)) from error
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.prepare.common.machine import choose_device, default_processes
 from data.prepare.common.processes import run_all
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 from data.prepare.common.raw_shards import open_shards
 from data.prepare.common.settings_file import begin_or_resume, write_json
 from data.prepare.common.shard_files import SUMMARY_FILE, missing_shards, summarise
@@ -58,7 +58,7 @@ def run(options: LatentOptions) -> str:
     job = LatentJob(latent_set, vae_folder, device, processes)
     shards = missing_shards(options.out, latent_set.shards, options.part)
     started = time.monotonic()
-    progress = ProgressBar(sum(source.sizes[shard] for shard in shards), "latents")
+    progress = CommandProgress(sum(source.sizes[shard] for shard in shards), "latents")
     run_all(job, shards, progress)
     seconds = time.monotonic() - started
     message, summary = summarise(options.out, latent_set.shards, latent_set.settings, progress.total, seconds)

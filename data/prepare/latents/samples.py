@@ -11,15 +11,15 @@ import safetensors.numpy
 from PIL import Image
 from torch import Tensor
 
-from data.prepare.common.geometry import Size, resize_to_cover, size_fields
+from data.prepare.common.geometry import resize_to_cover, size_fields
 from data.prepare.common.raw_shards import RawSample
 from data.prepare.common.shard_files import UNREADABLE, LeftOutSample, PreparedSample
-from data.prepare.images.image_files import UnreadableImageError, encode_image, open_image
+from data.prepare.images.image_files import UnreadableImageError, encode_image, read_image
 from data.prepare.images.sources import SampleFaultError, from_members
 from data.prepare.latents.options import StoredDtype
 from data.shards.decoders import LATENT_MEMBER, LATENT_TENSOR, LOGVAR_TENSOR
 from data.shards.images import MAX_PIXELS
-from data.shards.order.buckets import nearest_bucket
+from data.shards.order.buckets import Size, nearest_bucket
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,14 @@ def fit_sample(sample: RawSample, sizes: Sequence[Size]) -> FittedSample | LeftO
     """
     try:
         found = from_members(sample)
-        image = open_image(found.image).image
+        image = read_image(found.image).image
         size = (image.height, image.width)
         step = resize_to_cover(size, sizes[int(nearest_bucket(np.array([size]), sizes)[0])])
         if step.resized[0] * step.resized[1] > MAX_PIXELS:
             raise SampleFaultError(
                 f"the image is {size[1]}x{size[0]}, too elongated to be resized to {step.resized[1]}x{step.resized[0]}"
             )
-        control = None if found.control is None else open_image(found.control).image
+        control = None if found.control is None else read_image(found.control).image
         if control is not None and (control.height, control.width) != size:
             raise SampleFaultError(
                 f"the condition image is {control.width}x{control.height} and its image {size[1]}x{size[0]}"

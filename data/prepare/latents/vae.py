@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -38,6 +37,8 @@ class VaeEncoder:
     """
 
     def __init__(self, folder: Path, dtype: VaeDtype, device: torch.device) -> None:
+        from diffusers import AutoencoderKL
+
         self._device, self._dtype = device, getattr(torch, dtype)
         self._vae = load_network(AutoencoderKL, folder, self._dtype).to(device).requires_grad_(False).eval()
 
@@ -61,6 +62,8 @@ def find_vae(family: Family, named: str | None) -> Path:
     Raises:
         UserError: for one that does not exist, or whose latents are not those of the base's U-Net.
     """
+    from diffusers import AutoencoderKL
+
     try:
         folder = kl_folder(family.folder) if named is None else _folder(named)
         if folder is None:

@@ -7,11 +7,11 @@ from typing import Any
 
 from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
 from data.prepare.common.processes import run_all
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 from data.prepare.common.settings_file import begin_or_resume, write_json
 from data.prepare.common.shard_files import SUMMARY_FILE, remove_unfinished
 from data.prepare.pairs.check import open_pairs, pair_statistics, verify_pairs
-from data.prepare.pairs.job import PairJob, missing_shards
+from data.prepare.pairs.job import PairJob, missing_pair_shards
 from data.prepare.pairs.options import DDIM, PairOptions
 from data.prepare.pairs.pair_set import NAMES_ONLY, SETTINGS_FILE, PairSet, model_fingerprint
 from data.prepare.pairs.prompts import Prompts, open_prompts
@@ -37,9 +37,9 @@ def run(options: PairOptions) -> str:
     processes = options.processes or default_processes(device)
     job = PairJob(pair_set, options.out, options.batch_size, device, processes)
     begin_or_resume(options.out, SETTINGS_FILE, pair_set.settings, NAMES_ONLY)
-    shards = missing_shards(options.out, pair_set, options.part)
+    shards = missing_pair_shards(options.out, pair_set, options.part)
     started = time.monotonic()
-    progress = ProgressBar(sum(len(pair_set.indices(shard)) for shard in shards), "pairs")
+    progress = CommandProgress(sum(len(pair_set.indices(shard)) for shard in shards), "pairs")
     run_all(job, shards, progress)
     seconds = time.monotonic() - started
     checked: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def _summarise(
     if checked:
         verified, difference = len(checked["verified"]), checked["largest_difference"]
         done += f"; {verified} sampled again, largest difference {difference:.3g}"
-    waiting = len(missing_shards(folder, pair_set))
+    waiting = len(missing_pair_shards(folder, pair_set))
     if waiting:
         return f"{done}; {waiting} of {pair_set.shards} shards in {folder} wait for the other parts"
     dataset = open_pairs(folder, pair_set)

@@ -66,7 +66,7 @@ class PairJob:
             os.replace(writer.paths[0], tar_path(self.folder, shard))
 
 
-def missing_shards(folder: Path, pair_set: PairSet, part: SetPart = SetPart(0, 1)) -> list[int]:
+def missing_pair_shards(folder: Path, pair_set: PairSet, part: SetPart = SetPart(0, 1)) -> list[int]:
     """The shards of one part of a set that do not exist yet."""
     every = range(part.number, pair_set.shards, part.parts)
     return [shard for shard in every if not tar_path(folder, shard).exists()]

@@ -8,21 +8,10 @@ from typing import Annotated, ClassVar, Literal
 from data.prepare.common.options import Count, DeviceOptions, OutputOptions
 from sdxs_lightning.command_line import Option
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
+from sdxs_lightning.pairs.ode_schedulers import ODE_SCHEDULERS
 
 DDIM = "ddim"
-SCHEDULERS = (
-    DDIM,
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "LMSDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "DEISMultistepScheduler",
-    "UniPCMultistepScheduler",
-)
-"""This project's DDIM, and scheduler_sampler.ODE_SCHEDULERS, which cannot be imported without torch; a test compares them."""
+"""This project's own."""
 _LARGEST_SEED = (1 << 31) - 1  # of pair_noise.SEEDS; a test compares them
 
 
@@ -58,7 +47,7 @@ class PairOptions(OutputOptions, DeviceOptions):
     """U-Net instead of the model's own: U-Net or pipeline folder, or hub id of either."""
     count: Count | None = None
     """Number of pairs; by default one per prompt. Prompts are repeated if there are fewer."""
-    scheduler: Annotated[str, Option(choices=SCHEDULERS)] = DDIM
+    scheduler: Annotated[str, Option(choices=(DDIM, *ODE_SCHEDULERS))] = DDIM
     """Sampler that draws no noise on the way; ddim is this project's own, the others are diffusers'."""
     spacing: Literal["trailing", "leading"] = "trailing"
     """Spacing of the timesteps; trailing begins at pure noise, where a one-step student begins."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data.prepare.common.checksums import SUMS_FILE, recorded_sums, write_sums
 from data.prepare.common.processes import OnProgress, available_cores, run_all
-from data.prepare.common.progress import ProgressBar
+from data.prepare.common.progress import CommandProgress
 from data.prepare.common.settings_file import write_text
 from data.prepare.verify.options import VerifyOptions
 from data.prepare.verify.shard_check import ShardReport, check_shard
@@ -46,7 +46,7 @@ def run(options: VerifyOptions) -> str:
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     reports: list[ShardReport] = []
-    progress = ProgressBar(len(locations), "shards")
+    progress = CommandProgress(len(locations), "shards")
 
     def on_progress(report: ShardReport) -> None:
         reports.append(report)

@@ -17,6 +17,7 @@ from data.shards.order.mixture import MixedOrder, Schedule
 from data.shards.order.sample_order import Int64Array, SampleOrder
 
 Size = tuple[int, int]
+"""Height, width in pixels."""
 AnyOrder = SampleOrder | MixedOrder
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.nn import functional as F
 
 from data.toy.rendered import CaptionedImages
 from data.toy.training.fitting import ToyTraining
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 
 def image_gradients(images: Tensor) -> Tensor:
@@ -46,6 +49,8 @@ class AutoencoderTraining(ToyTraining):
         latent_scale: float = 0.5,
         kl_weight: float = 1e-4,
     ) -> None:
+        from diffusers import AutoencoderKL
+
         super().__init__(optimizer, lr_scheduler)
         self.output, self.kl_weight = output, kl_weight
         self.autoencoder = AutoencoderKL(

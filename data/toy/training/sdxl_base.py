@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
-
 TIME_ID_DIMENSIONS = 16
 """Width of the embedding of each of the six numbers of original size, crop and target size; SDXL has 256."""
 
@@ -32,6 +30,8 @@ def write_skeleton(folder: Path, cross_attention_dim: int, pooled_dim: int) -> N
         cross_attention_dim: sum of both text encoders' widths.
         pooled_dim: width of the second encoder's pooled embedding.
     """
+    from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True} | _COMPONENTS
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

@@ -11,12 +11,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from data.toy.attributes import CLASS_COUNTS, CLASSES, NOT_STATED, attribute_table
 from data.toy.rendered import CaptionedImages
@@ -24,6 +24,10 @@ from data.toy.tokenizer import CAPTION_TOKENS, build_tokenizer
 from data.toy.training.fitting import ToyTraining
 from data.toy.training.sdxl_base import write_skeleton
 from data.toy.world import parse_caption
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
 
 # What each of the last four token states has to predict; captions of up to 12 tokens leave them to padding.
 PREDICTED_BY_STATE: tuple[tuple[str, ...], ...] = (
@@ -113,6 +117,8 @@ class TextEncoderTraining(_CaptionTraining):
         hidden_size: int = 128,
         layers: int = 2,
     ) -> None:
+        from transformers import CLIPTextModel
+
         super().__init__(optimizer, lr_scheduler, output)
         self.text_encoder = CLIPTextModel(_text_config(self.tokenizer, hidden_size, layers))
         self.heads = _heads(hidden_size)
@@ -152,6 +158,8 @@ class TextEncoderPairTraining(_CaptionTraining):
         hidden_size: int = 64,
         layers: int = 3,
     ) -> None:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
         super().__init__(optimizer, lr_scheduler, output)
         self.vae = Path(vae)
         config = _text_config(self.tokenizer, hidden_size, layers)
@@ -183,6 +191,8 @@ def _heads(width: int) -> nn.ModuleList:
 
 
 def _text_config(tokenizer: CLIPTokenizer, hidden_size: int, layers: int) -> CLIPTextConfig:
+    from transformers import CLIPTextConfig
+
     return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,

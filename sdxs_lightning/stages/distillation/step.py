@@ -7,11 +7,11 @@ A *student update* is a step of the student's optimizer; progress, schedules and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
 
 import torch
 
 from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.frozen import Dtype
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
@@ -30,7 +30,7 @@ from sdxs_lightning.objectives.matched_features import MatchedFeatures
 from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
-from sdxs_lightning.objectives.term import LatentSample, StudentTerm, comparison, term_gradients
+from sdxs_lightning.objectives.term import LatentSample, StudentTerm, compare_gradients, term_gradients
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.distillation.gan import (
     RealBatch,
@@ -41,8 +41,6 @@ from sdxs_lightning.stages.distillation.networks import DistillationNetworks
 from sdxs_lightning.stages.distillation.setup import gan_of, terms_of
 from sdxs_lightning.stages.distillation.update_schedule import Updates, UpdateSchedule
 from sdxs_lightning.training.plannable import PlannedPhase
-
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class OneStepDistillation(DistillationNetworks):
@@ -200,7 +198,7 @@ class OneStepDistillation(DistillationNetworks):
         """Accumulates the student's gradients; fake score and discriminator accumulate none."""
         with no_param_grad(self.fake_score, self.discriminator):
             gradients, scalars = term_gradients(terms, sample, self.context)
-        self.note("student/", **scalars, **comparison(gradients))
+        self.note("student/", **scalars, **compare_gradients(gradients))
         # Each term was differentiated down to the latents separately, so that its gradient can be logged and balanced; this
         # costs no more than differentiating the sum, since terms share only the student. One backward pass of
         # <latents, total>, with total constant, now applies the chain rule through the student.

@@ -15,7 +15,7 @@ from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.matched_features import EncoderFeatures, PixelFeatures
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
-from sdxs_lightning.objectives.term import Balance, LatentSample, balanced, comparison, term_gradients
+from sdxs_lightning.objectives.term import Balance, LatentSample, balanced, compare_gradients, term_gradients
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
@@ -172,7 +172,7 @@ def test_terms_are_differentiated_one_by_one_and_their_sum_is_the_total(base: Ba
 def test_comparison_and_balance_of_gradients() -> None:
     one, other = torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 4.0]])
     gradients = {"a": one, "b": other}
-    compared = {name: round(value.item(), 5) for name, value in comparison(gradients).items()}
+    compared = {name: round(value.item(), 5) for name, value in compare_gradients(gradients).items()}
     assert compared == {"gradient_norm_a": 3.0, "gradient_norm_b": 5.0, "cosine_a_b": 0.6}
     scaled = balanced(gradients, "b", Balance("a", 0.5))
     torch.testing.assert_close(scaled["b"], other * 0.3)
