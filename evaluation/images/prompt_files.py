@@ -66,6 +66,10 @@ class PromptList:
             chosen = order.argsort(stable=True)[:count].tolist()
         return self._at(chosen)
 
+    def of_images(self, image_names: Sequence[str], source: str) -> list[str]:
+        """The caption of each image; arguments as in `for_images`."""
+        return list(self.for_images(image_names, source).captions)
+
     def for_images(self, image_names: Sequence[str], source: str) -> PromptList:
         """The entry of each image, matched by name if the file has names, by position otherwise.
 

@@ -15,7 +15,15 @@ from torch.nn.functional import avg_pool2d, interpolate
 from data.prepare.pairs.options import PairOptions
 from data.toy.rendered import render_batch
 from evaluation.benchmarks import recipe_runs, toy_scores
-from evaluation.benchmarks.recipe_runs import MODEL, PRUNED, RECIPES, command, cpu_seconds, run_folder, train
+from evaluation.benchmarks.recipe_runs import (
+    MODEL,
+    PRUNED,
+    RECIPES,
+    command,
+    cpu_seconds,
+    run_folder,
+    train_recipe,
+)
 from evaluation.benchmarks.score_files import COMPARED, mean_differences, seed_differences, summarise_scores
 from evaluation.benchmarks.size_conditioning import sampled_images, sharpness
 from evaluation.benchmarks.tables import TeacherOptions, UNetsOptions, main
@@ -82,9 +90,9 @@ def test_finished_recipes_are_not_run_again_and_missing_ones_are(
 
     monkeypatch.setattr(recipe_runs, "command", pretend)
     finish(tmp_path, "dmd2", 0)
-    train(tmp_path, "dmd2", 0)
+    train_recipe(tmp_path, "dmd2", 0)
     assert ran == []
-    train(tmp_path, "dmd2+finish", 1)
+    train_recipe(tmp_path, "dmd2+finish", 1)
     assert ran == ["warmup", "dmd2", "dmd2+finish"]
     assert cpu_seconds(tmp_path / "dmd2" / "seed1") > 0
     assert cpu_seconds(tmp_path / "dmd2" / "seed0") == 0
@@ -127,7 +135,7 @@ def test_the_cost_of_an_interrupted_run_is_kept(tmp_path: Path, monkeypatch: pyt
     costs = []
     for _ in range(2):
         with pytest.raises(RunStopped, match=r"warmup with seed 0 ended with exit code 143; see .*log.txt"):
-            train(tmp_path, "warmup", 0)
+            train_recipe(tmp_path, "warmup", 0)
         costs.append(cpu_seconds(run_folder(tmp_path, "warmup", 0)))
     assert costs[1] > 1.5 * costs[0] > 0
     assert (run_folder(tmp_path, "warmup", 0) / "log.txt").read_text() == "oh\noh\n"
