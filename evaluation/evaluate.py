@@ -60,6 +60,8 @@ class EvaluateOptions(ComputeOptions):
     python -m evaluation.evaluate --model outputs/quickstart/pipeline --protocol toy --out student.json
     python -m evaluation.evaluate --model sd15/ --steps 25 --guidance_scale 7.5 --protocol coco2014-30k-256 \
         --captions captions_val2014.json --reference coco2014.npz --out teacher.json
+    python -m evaluation.evaluate --model outputs/quickstart/pipeline --control toy --condition canny \
+        --controlnet outputs/toy-controlnet-joint/controlnet --protocol toy --out control.json
     python -m evaluation.evaluate --images samples.zip --protocol clean --reference real.npz --metrics fid --out samples.json
     """
 
@@ -78,6 +80,17 @@ class EvaluateOptions(ComputeOptions):
     """Metrics in place of the protocol's."""
     samples: Count | None = None
     """Number of images in place of the protocol's; changes the protocol hash."""
+    control: Annotated[str | None, Option(metavar="SET")] = None
+    """Measure a ControlNet: shards with images and cond.png as `data.prepare images` writes them, or `toy`."""
+    controlnet: Annotated[str | None, Option(metavar="DIR")] = None
+    """With --control: folder of the ControlNet."""
+    condition: Annotated[str | None, Option(metavar="NAME")] = None
+    """With --control: how the condition is read off the output: canny, soft_edge, sketch, depth:FOLDER, reader:FOLDER, or
+    background_bar of the toy world."""
+    make_conditions: bool = False
+    """With --control: make the conditions of the set's images instead of reading cond.png."""
+    conditioning_scales: tuple[float, ...] = (0.5, 1.0, 1.5)
+    """With --control: factors of the ControlNet's residuals."""
     steps: Count = 1
     """Sampling steps of the model."""
     guidance_scale: Annotated[float, Option(parse=guidance_scale, metavar="FLOAT")] = 1.0
@@ -101,6 +114,10 @@ class EvaluateOptions(ComputeOptions):
         super().__post_init__()
         if (self.model is None) == (self.images is None):
             raise ValueError("give either --model, a pipeline folder, or --images, a set of images.")
+        if self.control is not None and None in (self.model, self.controlnet, self.condition):
+            raise ValueError("--control needs --model, --controlnet and --condition.")
+        if self.control is None and (self.controlnet is not None or self.condition is not None):
+            raise ValueError("--controlnet and --condition go with --control, the set of conditions.")
         if self.save_images is not None and self.model is None:
             raise ValueError(
                 "--save_images keeps what a --model makes; with --images there is nothing to save."

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from diffusers import (
         AutoencoderKL,
         AutoencoderTiny,
+        ControlNetModel,
         DDIMScheduler,
         DiffusionPipeline,
         LCMScheduler,
@@ -156,6 +157,15 @@ def gathered_unet(unet: UNet2DConditionModel, first_rank: bool) -> UNet2DConditi
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(unet, options=options))
     return plain_unet(unet, weights) if first_rank else None
+
+
+def gathered_controlnet(controlnet: ControlNetModel, first_rank: bool) -> ControlNetModel | None:
+    """As `gathered_unet`, of a ControlNet."""
+    from sdxs_lightning.networks.controlnet import plain_controlnet
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = cast(dict[str, Tensor], get_model_state_dict(controlnet, options=options))
+    return plain_controlnet(controlnet, weights) if first_rank else None
 
 
 def write_unet(unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:

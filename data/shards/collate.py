@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,10 @@ def _stack(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
 
 
 def _pixels(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
-    """(B, 3, H, W) float32, 0 to 255. Contiguous: checking a permuted view for NaN takes longer than decoding it."""
+    """(B, 3, H, W) float32, 0 to 255. Contiguous: checking a permuted view for NaN takes longer than decoding it.
+
+    Condition images of 16 bits are brought to the same range, with their precision.
+    """
     if content not in samples[0]:
         return None
     _require_one_shape(samples, content)
@@ -54,6 +58,8 @@ def _pixels(samples: Sequence[dict[str, Any]], content: str) -> Tensor | None:
     stacked = torch.empty((len(samples), channels, height, width))
     for row, sample in zip(stacked, samples, strict=True):
         row.copy_(torch.from_numpy(sample[content]).permute(2, 0, 1))
+        if sample[content].dtype == np.uint16:
+            row.div_(257)
     return stacked
 
 

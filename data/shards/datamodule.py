@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from data.shards.dataset import ShardDataset
 from data.shards.faults import Faults, Quarantine
 from data.shards.image_sizes import sizes_of
-from data.shards.images import Fitting, ImageCondition
+from data.shards.images import Fitting
 from data.shards.index import ShardSet
 from data.shards.layout import Content, EmptyCaptions
 from data.shards.loader import Pass, ShardLoader
@@ -20,6 +20,7 @@ from data.shards.sample_decoder import Reading
 from data.shards.shard_cache import ShardCache
 from data.shards.sources import joined, open_sources, require_window
 from data.shards.store import ShardStore
+from sdxs_lightning.core.image_condition import ImageCondition
 
 _ADVICE = {
     "shards": "point data.shards at the shards that the run began with, unchanged",

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from data.shards.collate import collate
 from data.shards.decoders import LATENT_MEMBER, BadSampleError
 from data.shards.faults import Quarantine, UnreadableBatch
-from data.shards.images import ImageCondition, fast_jpeg_decoder
+from data.shards.images import fast_jpeg_decoder
 from data.shards.index import ShardIndex, ShardSet
 from data.shards.layout import (
     CONTENTS,
@@ -32,6 +32,7 @@ from data.shards.store import Arena, ShardFile, ShardStore
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.image_condition import ImageCondition
 
 __all__ = ["Content", "EmptyCaptions", "Reading", "ShardDataset"]
 _OPEN_SHARDS = 128

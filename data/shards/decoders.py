@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.images import UndecodableImageError, decode_pixels
+from data.shards.images import UndecodableImageError, decode_deep_grey, decode_pixels
 
 Bytes = bytes | memoryview
 
@@ -227,9 +227,10 @@ def _check_length(content: Bytes, where: str) -> None:
         )
 
 
-def decode_array(content: Bytes, where: str) -> NDArray[np.uint8]:
-    """Decode an image to (H, W, 3) uint8 with the fastest available decoder."""
+def decode_array(content: Bytes, where: str, deep: bool = False) -> NDArray[Any]:
+    """Decode an image to (H, W, 3) uint8 with the fastest available decoder; with `deep`, 16-bit grey to uint16."""
     try:
-        return decode_pixels(content)
+        found = decode_deep_grey(content) if deep else None
+        return decode_pixels(content) if found is None else found
     except UndecodableImageError as error:
         raise BadSampleError(f"{where}: the image cannot be decoded ({_short(error)}).") from error

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,17 +36,6 @@ Pixels = NDArray[np.uint8]
 
 class UndecodableImageError(ValueError):
     """Bytes that are not an image, or a truncated or too large one."""
-
-
-class ImageCondition(Protocol):
-    """Computes a condition image, such as edges or depth, from an image. A pure, deterministic function.
-
-    Given by class_path in YAML (see data/conditions.py). It is called in worker processes, so it must be picklable.
-    """
-
-    def __call__(self, image: Pixels) -> Pixels:
-        """Condition image (H, W, 3), uint8, of an image (H, W, 3), uint8 RGB."""
-        ...
 
 
 @lru_cache(maxsize=1)
@@ -103,6 +92,26 @@ def decode_pixels(content: Bytes) -> Pixels:
             f"its header states {opened.width} x {opened.height} pixels, and it holds {array.shape[1]} x {array.shape[0]}"
         )
     return _upright(array, orientation(opened))
+
+
+def decode_deep_grey(content: Bytes) -> NDArray[np.uint16] | None:
+    """Decode 16-bit grey, such as a depth map, without loss of precision.
+
+    Returns:
+        (H, W, 3), uint16, three equal channels; None for other images, whose values `decode_pixels` returns.
+
+    Raises:
+        UndecodableImageError: as in `decode_pixels`.
+    """
+    opened = open_image(content)
+    if not opened.mode.startswith("I;16"):
+        return None
+    try:
+        opened.load()
+        grey = np.asarray(opened).astype(np.uint16)
+    except Exception as error:  # as in open_image
+        raise UndecodableImageError(_reason(error)) from error
+    return np.repeat(grey[:, :, None], 3, axis=2)
 
 
 def decode_pil(content: Bytes, upright: bool = True) -> Image.Image:
@@ -250,8 +259,8 @@ class Fitting:
 class FittedImage:
     """An image of its batch's size, with the size and crop it was made from."""
 
-    pixels: Pixels
-    """(H, W, 3); may be a view of a channels-first array, the layout of batches."""
+    pixels: NDArray[Any]
+    """(H, W, 3), uint8, or uint16 for 16-bit conditions; may be a view of a channels-first array, the layout of batches."""
     original_size: tuple[int, int]
     """Height and width before resizing."""
     resized: tuple[int, int]
@@ -265,11 +274,11 @@ class FittedImage:
         return self.resized[0] / self.original_size[0], self.resized[1] / self.original_size[1]
 
 
-def fit(pixels: Pixels, size: tuple[int, int] | None, fitting: Fitting, position: int) -> FittedImage:
+def fit(pixels: NDArray[Any], size: tuple[int, int] | None, fitting: Fitting, position: int) -> FittedImage:
     """Resize an image to cover a size, mirror it, and crop it to that size.
 
     Args:
-        pixels: (H, W, 3).
+        pixels: (H, W, 3), uint8 or uint16.
         size: height and width; None keeps the image's.
         fitting: crop and mirroring.
         position: position of the sample, which seeds the random draws.
@@ -305,13 +314,15 @@ def _covering(original: tuple[int, int], size: tuple[int, int]) -> tuple[int, in
     return max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
 
 
-def _resized(pixels: Pixels, height: int, width: int) -> Pixels:
+def _resized(pixels: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     if pixels.shape[:2] == (height, width):
         return pixels
     import torch  # local: commands that only decode start three times as fast without it
     from torch.nn.functional import interpolate
 
-    batch = torch.from_numpy(pixels).permute(2, 0, 1).unsqueeze(0)  # a channels-last view, the fast layout
+    deep = pixels.dtype == np.uint16
+    values = pixels.astype(np.float32) if deep else pixels  # torch has no kernel for uint16
+    batch = torch.from_numpy(values).permute(2, 0, 1).unsqueeze(0)  # a channels-last view, the fast layout
     resized = interpolate(batch, (height, width), mode="bicubic", antialias=True)
-    array: Pixels = resized[0].permute(1, 2, 0).numpy()
-    return array
+    array: NDArray[Any] = resized[0].permute(1, 2, 0).numpy()
+    return np.rint(array).clip(0, 65535).astype(np.uint16) if deep else array

@@ -17,10 +17,11 @@ from data.shards.decoders import (
     decode_array,
     decode_latents,
 )
-from data.shards.images import FittedImage, Fitting, ImageCondition, UndecodableImageError, fit
+from data.shards.images import FittedImage, Fitting, UndecodableImageError, fit
 from data.shards.layout import MEMBERS, EmptyCaptions, Part
 from data.shards.order.sample_order import Draw, draw
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.image_condition import ImageCondition
 
 _MAX_SIDE = 1 << 20  # pixels; a panorama of a million columns is beyond any camera
 _INT_FIELDS = {
@@ -135,7 +136,8 @@ class SampleDecoder:
                 decoded["latents"] = self._latents(member, position, where)
             else:
                 if extension not in fitted:
-                    fitted[extension] = self._fit(member, sample, position, where)
+                    given = part.content == "control_images" and self.reading.condition is None
+                    fitted[extension] = self._fit(member, sample, position, where, given)
                 decoded |= self._image(part.content, fitted[extension], where)
         _check_aligned(fitted, where)
         if sizes is not None:
@@ -164,12 +166,14 @@ class SampleDecoder:
         drawn: NDArray[np.generic] = mean + np.exp(0.5 * logvar) * noise[0].numpy()
         return drawn
 
-    def _fit(self, member: memoryview, sample: int, position: int, where: str) -> FittedImage:
+    def _fit(
+        self, member: memoryview, sample: int, position: int, where: str, deep: bool = False
+    ) -> FittedImage:
         reading = self.reading
         size = None if reading.resolution is None else (reading.resolution, reading.resolution)
         if reading.sizes is not None:
             size = (int(reading.sizes[sample, 0]), int(reading.sizes[sample, 1]))
-        pixels = decode_array(member, where)
+        pixels = decode_array(member, where, deep)
         try:
             return fit(pixels, size, reading.fitting, position)
         except UndecodableImageError as error:

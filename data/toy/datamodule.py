@@ -14,9 +14,11 @@ from torch import Tensor
 from data.shards.datamodule import ShardDataModule
 from data.shards.dataset import Content
 from data.shards.writer import Member, ShardWriter, encode_latents
+from data.toy.background_bar import bar_at
 from data.toy.original_sizes import vary_original_sizes
 from data.toy.rendered import render_batch
 from data.toy.world import captions
+from sdxs_lightning.core.image_condition import ImageCondition
 from sdxs_lightning.families.network_types import AutoencoderKL
 
 _ENCODE_BATCH = 128
@@ -37,6 +39,11 @@ class ToyDataModule(ShardDataModule):
         seed: of the order.
         original_sizes: some of the images have half the size or are cropped, and batches hold their sizes (SDXL).
         images: batches hold the images in addition to their latents.
+        condition: makes condition images of the images, which batches then hold too.
+        background_bar: batches hold condition images that no detector makes: see `data.toy.background_bar`.
+
+    Raises:
+        ValueError: for both kinds of condition images.
     """
 
     def __init__(
@@ -49,36 +56,49 @@ class ToyDataModule(ShardDataModule):
         seed: int = 0,
         original_sizes: bool = False,
         images: bool = False,
+        condition: ImageCondition | None = None,
+        background_bar: bool = False,
     ) -> None:
+        if condition is not None and background_bar:
+            raise ValueError("data.condition and data.background_bar both make condition images; set one.")
+        stored = images or condition is not None
         name = f"{train_images}-{_weights_digest(Path(base) / 'vae')}"
-        name += "-sizes" * original_sizes + "-images" * images
+        name += "-sizes" * original_sizes + "-images" * stored + "-bar" * background_bar
         folder = Path(cache) / name
         contents: list[Content] = ["latents"]
         contents += ["sizes"] if original_sizes else []
         contents += ["images"] if images else []
+        contents += ["control_images"] if condition is not None or background_bar else []
         super().__init__(
             shards=str(folder),
             batch_size=batch_size,
             contents=contents,
             num_workers=num_workers,
             seed=seed,
+            condition=condition,
         )
         self.base, self.train_images, self.folder = base, train_images, folder
-        self.original_sizes, self.images = original_sizes, images
+        self.original_sizes, self.images, self.background_bar = original_sizes, stored, background_bar
 
     def prepare_data(self) -> None:
         """Renders and encodes the images unless the shards are complete; an incomplete folder is written again."""
         finished = self.folder / "complete"
         if not finished.exists():
-            write_latent_shards(self.base, self.train_images, self.folder, self.original_sizes, self.images)
+            extras = self.original_sizes, self.images, self.background_bar
+            write_latent_shards(self.base, self.train_images, self.folder, *extras)
             finished.touch()
         super().prepare_data()
 
 
 def write_latent_shards(
-    base: str, count: int, folder: Path, original_sizes: bool = False, with_images: bool = False
+    base: str,
+    count: int,
+    folder: Path,
+    original_sizes: bool = False,
+    with_images: bool = False,
+    with_bars: bool = False,
 ) -> None:
-    """Renders `count` train images and writes VAE means, unscaled, with captions and, on request, sizes and images."""
+    """Renders `count` train images and writes VAE means, unscaled, with captions and, on request, sizes, images and bars."""
     from diffusers import AutoencoderKL
 
     autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
@@ -91,12 +111,19 @@ def write_latent_shards(
             if original_sizes:
                 images, heights, crops = vary_original_sizes(images, torch.arange(start, start + size))
                 sizes = [_size_fields(*row) for row in torch.cat([heights, crops], dim=1).tolist()]
-            for caption, sample, fields, image in zip(
-                captions("train", size, start), encode(autoencoder, images), sizes, images, strict=True
+            for index, caption, sample, fields, image in zip(
+                range(start, start + size),
+                captions("train", size, start),
+                encode(autoencoder, images),
+                sizes,
+                images,
+                strict=True,
             ):
                 members: dict[str, Member] = {"latent.safetensors": encode_latents(sample), "txt": caption}
                 members |= {"json": fields} if fields else {}
-                writer.write(members | ({"png": png(image)} if with_images else {}))
+                members |= {"png": png(image)} if with_images else {}
+                members |= {"cond.png": png(bar_at("train", index))} if with_bars else {}
+                writer.write(members)
 
 
 def _size_fields(height: int, width: int, top: int, left: int) -> dict[str, int]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
-from data.shards.images import ImageCondition
 from evaluation.metrics.sampled import PerImageMetric
+from sdxs_lightning.core.image_condition import ImageCondition
 
 
 class ControlAdherence(PerImageMetric):
@@ -106,3 +106,32 @@ class DepthAdherence(ControlAdherence):
 
     def between(self, made: Tensor, wanted: Tensor) -> Tensor:
         return (made.double() - wanted.double()).square().mean((1, 2, 3)).sqrt()
+
+
+class ReaderAdherence(DepthAdherence):
+    """Root mean square difference of the condition that a trained reader reads, in grey levels of 0..255.
+
+    Args:
+        condition: the reader.
+        name: name of the metric.
+    """
+
+    def __init__(self, condition: ImageCondition, name: str = "condition_error") -> None:
+        super().__init__(condition, name)
+
+
+class BarAdherence(ControlAdherence):
+    """Share of images of the toy world whose background is the one that the bar states.
+
+    Args:
+        condition: draws the bar of the background that it sees.
+        name: name of the metric.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, condition: ImageCondition, name: str = "background_accuracy") -> None:
+        super().__init__(condition, name)
+
+    def between(self, made: Tensor, wanted: Tensor) -> Tensor:
+        return (made == wanted).flatten(1).all(dim=1).double()

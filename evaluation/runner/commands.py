@@ -23,6 +23,7 @@ from evaluation.protocols.protocols import Protocol, find_protocol
 from evaluation.protocols.references import write_reference
 from evaluation.reports.html_report import write_html
 from evaluation.reports.markdown import result_markdown
+from evaluation.runner.control import evaluate_control
 from evaluation.runner.evaluator import (
     EvaluationRequest,
     EvaluationResult,
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 @as_user_errors()
 def evaluate(options: EvaluateOptions) -> str:
     """Measure, write FILE.json, FILE.md and FILE.html, and return the result as Markdown."""
+    if options.control is not None:
+        return evaluate_control(options)
     started = time.perf_counter()
     device = choose_device(options.device)
     request = build_request(options)

@@ -48,6 +48,8 @@ class Stream(IntEnum):
     AUGMENTATION = 15
     STEP_NOISE = 16
     STEP_INDEX = 17
+    REDRAWN_NOISE = 18
+    CONDITION_DROPOUT = 19
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -7,13 +7,22 @@ printing a configuration or refusing an option would import diffusers and transf
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 else:
 
     class _StandIn:
         """Is no network's class: for annotations only, `isinstance` takes the real class, imported in the function."""
 
-    AutoencoderKL = AutoencoderTiny = UNet2DConditionModel = CLIPTextModel = CLIPTokenizer = _StandIn
+    AutoencoderKL = AutoencoderTiny = ControlNetModel = UNet2DConditionModel = CLIPTextModel = (
+        CLIPTokenizer
+    ) = _StandIn
 
-__all__ = ["AutoencoderKL", "AutoencoderTiny", "CLIPTextModel", "CLIPTokenizer", "UNet2DConditionModel"]
+__all__ = [
+    "AutoencoderKL",
+    "AutoencoderTiny",
+    "CLIPTextModel",
+    "CLIPTokenizer",
+    "ControlNetModel",
+    "UNet2DConditionModel",
+]

@@ -33,7 +33,7 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
         stage,
         read_hardware(trainer, config.get("plan_gpu_gb")),
         batch_size=data["batch_size"],
-        contents=[*(data.get("contents") or ["latents"]), *(["images"] if data.get("images") else [])],
+        contents=_contents(data),
         accumulate=int(trainer.get("accumulate_grad_batches") or 1),
         decodes=_callbacks_decode(trainer.get("callbacks")),
     )
@@ -47,6 +47,13 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
         except OSError as error:
             raise UserError(f"--plan_json '{path}' cannot be written ({error.strerror}).") from error
     return plan
+
+
+def _contents(data: Mapping[str, Any]) -> list[str]:
+    """Contents of the batches besides captions; the toy world's data names them by switches."""
+    contents = [*(data.get("contents") or ["latents"]), *(["images"] if data.get("images") else [])]
+    controlled = data.get("condition") is not None or data.get("background_bar")
+    return [*contents, *(["control_images"] if controlled else [])]
 
 
 def _callbacks_decode(callbacks: Any) -> bool:

@@ -122,7 +122,10 @@ class Planner:
             for one in self.networks:
                 if one.role != "frozen":
                     one.module.to(hardware.weights)
-        self._images = self.family.resolution if "images" in contents else None
+        self._images, self._controls = (
+            self.family.resolution if content in contents else None
+            for content in ("images", "control_images")
+        )
         self._latents = None if self._images and "latents" not in contents else self.family.latent_shape()
 
     def plan(self, hardware: Hardware | None = None, accumulate: int | None = None) -> MemoryPlan:
@@ -133,7 +136,7 @@ class Planner:
             one.name: update_workspace(one, hardware.shards if one.sharded else 1) if hardware.on_gpu else 0
             for one in trained
         }
-        batch = BatchShape(self._latents, self._images, accumulate)
+        batch = BatchShape(self._latents, self._images, accumulate, self._controls)
         with _gathered(self.networks, hardware):
             step = profile_step(self.stage, self.networks, hardware, batch, workspaces)
         networks = [*self.networks, *self._family_networks()]

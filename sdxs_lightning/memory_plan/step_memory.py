@@ -36,17 +36,23 @@ class BatchShape:
     """Side in pixels; None if the data has no images."""
     accumulate: int = 1
     """Micro-batches whose gradients are averaged; from 2 on, gradients outlive a micro-batch."""
+    control_images: int | None = None
+    """Side of the condition images in pixels; None if the data has none."""
 
     def make(self, size: int) -> TrainingBatch:
         """Creates a batch of the given size on the meta device."""
         latents = None if self.latents is None else torch.empty(size, *self.latents, device=META)
-        images = None if self.images is None else torch.empty(size, 3, self.images, self.images, device=META)
+        images, controls = (
+            None if side is None else torch.empty(size, 3, side, side, device=META)
+            for side in (self.images, self.control_images)
+        )
         return TrainingBatch(
             captions=[""] * size,
             positions=torch.empty(size, dtype=torch.int64, device=META),
             sample_ids=[str(i) for i in range(size)],
             latents=latents,
             images=images,
+            control_images=controls,
             pair_noise_seeds=torch.empty(size, dtype=torch.int64, device=META),
             original_sizes=torch.empty(size, 2, dtype=torch.int64, device=META),
             crops=torch.empty(size, 2, dtype=torch.int64, device=META),

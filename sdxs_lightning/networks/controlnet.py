@@ -171,7 +171,8 @@ def controlnet_from_unet(
     """
     config = controlnet_config(unet.config, stem_widths, conditioning_channels, mid_block)
     controlnet = build_controlnet(config, seed)
-    weights = dict(unet.state_dict())
+    # Adapters of the U-Net start at zero; peft keeps the weight under them as base_layer.
+    weights = {name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items()}
     copied = {name: weights[name] for name in controlnet.state_dict() if name in weights}
     report = controlnet.load_state_dict(copied, strict=False)
     new = ("controlnet_", "mid_block." if mid_block == "added" else "controlnet_")

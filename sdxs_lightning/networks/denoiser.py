@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,8 +111,24 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         dtype = next(self.unet.parameters()).dtype
         arguments = conditioning.to(dtype=dtype).unet_kwargs()
+        arguments |= self._residuals(noisy_latents, timesteps, conditioning)
         output: Tensor = unet(noisy_latents.to(dtype), timesteps, **arguments).sample
         return output
+
+    def _residuals(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        """Arguments of the U-Net that come from a ControlNet; none here (see `controlled.py`)."""
+        return {}
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks that FSDP2 shards."""
+        return [self.unet]
+
+    def copy_for_average(self) -> Self:
+        """A copy whose parameters are those that an average of the weights follows."""
+        return copy.deepcopy(self)
 
     def _interpret(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Prediction:
         output, noisy_latents = output.float(), noisy_latents.float()

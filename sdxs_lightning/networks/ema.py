@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,17 +35,16 @@ class DenoiserEma(nn.Module):
         if not 0 <= decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {decay}; change model.init_args.ema_decay.")
         self.decay = decay
-        adapted = bool(lora_parameters(denoiser))
-        self.denoiser: Denoiser = AveragedView(denoiser) if adapted else copy.deepcopy(denoiser)
+        adapted = bool(lora_parameters(denoiser.unet))
+        self.denoiser: Denoiser = AveragedView(denoiser) if adapted else denoiser.copy_for_average()
         self.denoiser.eval().requires_grad_(False)
 
     @torch.no_grad()
     def follow(self, denoiser: Denoiser) -> None:
         """Updates the average; works on local shards if both networks are sharded."""
         averaged: list[Tensor] = list(self.parameters())
-        current: list[Tensor] = list(
-            (lora_parameters(denoiser) or dict(denoiser.named_parameters())).values()
-        )
+        adapters = lora_parameters(denoiser) if isinstance(self.denoiser, AveragedView) else {}
+        current: list[Tensor] = list((adapters or dict(denoiser.named_parameters())).values())
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
 
     def after_sharding(self) -> None:

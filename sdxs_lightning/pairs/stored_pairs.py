@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ from sdxs_lightning.core.seeding import Stream, integers, normal
 from sdxs_lightning.families import Family
 from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
 from sdxs_lightning.pairs.target_sampler import TargetSampler
+
+Extract = Callable[[Tensor], Tensor]
+"""Maps images (B, 3, H, W) in [-1, 1] to their condition images (B, C, H, W), uint8."""
 
 
 class PickedPairs(NamedTuple):
@@ -40,11 +43,19 @@ class StoredPairs:
         twin: the unconditional conditioning, one row for all prompts.
         targets: (n, C, h, w), scaled latents.
         seed: seed of the run.
+        controls: (n, C, H, W), uint8, condition images of the targets' images; None without a ControlNet.
     """
 
-    def __init__(self, conditioning: Conditioning, twin: Conditioning, targets: Tensor, seed: int) -> None:
+    def __init__(
+        self,
+        conditioning: Conditioning,
+        twin: Conditioning,
+        targets: Tensor,
+        seed: int,
+        controls: Tensor | None = None,
+    ) -> None:
         self.conditioning = conditioning
-        self.targets = targets
+        self.targets, self.controls = targets, controls
         self._twin = twin
         self._seed = seed
 
@@ -67,6 +78,8 @@ class StoredPairs:
             for name in ("prompt_embeds", "pooled_prompt_embeds")
             if getattr(self._twin, name) is not None
         }
+        if self.controls is not None:
+            rows["control_images"] = self.controls[chosen].float() / 255
         return replace(self.conditioning, **rows, **twin)
 
 
@@ -78,6 +91,7 @@ def sample_pairs(
     family: Family,
     sampler: TargetSampler | SchedulerSampler,
     seed: int,
+    extract: Extract | None = None,
 ) -> StoredPairs:
     """Samples the pairs; the work is divided among ranks, and every rank gets all pairs.
 
@@ -88,6 +102,7 @@ def sample_pairs(
         family: encodes the prompts.
         sampler: samples the targets.
         seed: seed of the run; with a pair's index it determines the pair's noise.
+        extract: makes the condition images of the targets' images; None without a ControlNet.
 
     Returns:
         The same pairs on every rank, and after a resume.
@@ -100,23 +115,29 @@ def sample_pairs(
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     # Rounded up to full batches on every rank: a sharded network needs all ranks in every call.
     share = -(-count // world_size)
-    batches = []
+    batches, controls = [], []
     for first in range(rank * share, (rank + 1) * share, batch_size):
         past = min(first + batch_size, (rank + 1) * share)
         index = torch.arange(first, past, device=family.schedule.alpha.device)
         prompts = [captions[i % len(captions)] for i in range(first, past)]
         noise = normal(seed, Stream.PAIRS, index, family.latent_shape())
         batches.append(sampler(noise, family.encode_prompts(prompts)))
+        controls += [] if extract is None else [extract(family.decode(batches[-1]))]
         if len(batches) % 4 == 0:
             rank_zero_info(f"pairs: {world_size * (past - rank * share)} of {world_size * share}")
     targets = _gather(torch.cat(batches), world_size)[:count]
     prompts = [captions[i % len(captions)] for i in range(count)]
-    return StoredPairs(*_encode(family, prompts, batch_size), targets, seed)
+    made = _gather(torch.cat(controls), world_size)[:count] if controls else None
+    return StoredPairs(*_encode(family, prompts, batch_size), targets, seed, made)
 
 
 @torch.no_grad()
 def planned_pairs(
-    count: int, batch_size: int, family: Family, sampler: TargetSampler | SchedulerSampler
+    count: int,
+    batch_size: int,
+    family: Family,
+    sampler: TargetSampler | SchedulerSampler,
+    with_controls: bool = False,
 ) -> StoredPairs:
     """Replaces `sample_pairs` in the memory plan, with the same peak and the same stored tensors.
 
@@ -125,13 +146,16 @@ def planned_pairs(
         batch_size: pairs per sampling batch.
         family: a family without weights.
         sampler: a one-step sampler on the meta device.
+        with_controls: whether condition images are stored too.
     """
     device = family.schedule.alpha.device
     at_once = min(count, batch_size)
     noise = torch.empty(at_once, *family.latent_shape(), device=device)
     sampler(noise, family.encode_prompts([""] * at_once))
     targets = torch.empty(count, *family.latent_shape(), device=device)
-    return StoredPairs(*_encode(family, [""] * count, batch_size), targets, 0)
+    side = family.resolution
+    controls = torch.empty(count, 3, side, side, dtype=torch.uint8, device=device) if with_controls else None
+    return StoredPairs(*_encode(family, [""] * count, batch_size), targets, 0, controls)
 
 
 def _encode(family: Family, prompts: list[str], batch_size: int) -> tuple[Conditioning, Conditioning]:

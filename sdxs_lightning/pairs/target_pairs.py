@@ -22,7 +22,13 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.ode_schedulers import check_scheduler
 from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
-from sdxs_lightning.pairs.stored_pairs import PickedPairs, StoredPairs, planned_pairs, sample_pairs
+from sdxs_lightning.pairs.stored_pairs import (
+    Extract,
+    PickedPairs,
+    StoredPairs,
+    planned_pairs,
+    sample_pairs,
+)
 from sdxs_lightning.pairs.target_sampler import TargetSampler, make_sampler
 
 PairSource = Literal["memory", "batch", "on_the_fly"]
@@ -102,6 +108,8 @@ class TargetPairs:
         self.settings = settings
         self.own: Frozen[Denoiser] | None = None
         """The target sampler's network if it is not the real score; sharded and planned like it."""
+        self.extract: Extract | None = None
+        """Makes condition images of the targets' images, for pairs in memory; set by the stage `controlnet`."""
         self._seed = seed
         self._family: Family | None = None
         self._sampler: TargetSampler | SchedulerSampler | None = None
@@ -145,7 +153,13 @@ class TargetPairs:
                 f"{'base' if self.own is None else 'target sampler'}."
             )
             self._stored = sample_pairs(
-                settings.count, settings.sampler_batch_size, captions, self._family, self._sampler, self._seed
+                settings.count,
+                settings.sampler_batch_size,
+                captions,
+                self._family,
+                self._sampler,
+                self._seed,
+                self.extract,
             )
 
     def plan(self, real_score: Denoiser | None) -> bool:
@@ -160,7 +174,11 @@ class TargetPairs:
             return False
         assert self._sampler is not None
         self._stored = planned_pairs(
-            self.settings.count, self.settings.sampler_batch_size, self._family, self._sampler
+            self.settings.count,
+            self.settings.sampler_batch_size,
+            self._family,
+            self._sampler,
+            self.extract is not None,
         )
         return True
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DConditionModel
 
 
 class ShardedNetworks(ModelParallelStrategy):
@@ -54,17 +49,17 @@ def mixed_precision(precision: str) -> MixedPrecisionPolicy:
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks of a U-Net that FSDP2 gathers one at a time; none for another module."""
-    from diffusers import UNet2DConditionModel
+    """The blocks of a U-Net or ControlNet that FSDP2 gathers one at a time; none for another module."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
 
-    if not isinstance(module, UNet2DConditionModel):
+    if not isinstance(module, UNet2DConditionModel | ControlNetModel):
         return []
-    stages = [*module.down_blocks, module.mid_block, *module.up_blocks]
+    stages = [*module.down_blocks, module.mid_block, *getattr(module, "up_blocks", [])]
     return [stage for stage in stages if stage is not None]
 
 
-def shard_unet(unet: UNet2DConditionModel, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
-    """Shards a U-Net in place: one group per stage, and one for the rest. Idempotent.
+def shard_unet(unet: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+    """Shards a U-Net or ControlNet in place: one group per stage, and one for the rest. Idempotent.
 
     Two roles may share one U-Net, with and without its adapters.
     """

@@ -11,8 +11,9 @@ import yaml
 
 from sdxs_lightning.cli import TrainingCLI, main
 from sdxs_lightning.config_files import read_arguments
+from sdxs_lightning.networks.controlnet import controlnet_from_unet, save_controlnet
 from tests.helpers.tiny_decoding import save_dinov2
-from tests.helpers.tiny_distillation import save_base, save_shards
+from tests.helpers.tiny_distillation import family_of, save_base, save_shards
 from tests.helpers.tiny_run import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -26,6 +27,13 @@ OVERLAYS = {
     "metrics/coco2014.yaml": ["sd15/distill.yaml"],
     "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
     "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
+    "toy/condition_background_bar.yaml": ["toy/controlnet_joint.yaml"],
+    "toy/condition_sketch.yaml": ["toy/controlnet_joint.yaml"],
+    **{
+        f"{base}/controlnet_{size}.yaml": [f"{base}/controlnet_denoising.yaml"]
+        for base in ("sd15", "sdxl")
+        for size in ("1gpu", "8gpu")
+    },
     "toy/recipe.yaml": ["toy/warmup.yaml"],
     "toy/stored_pairs.yaml": ["toy/warmup.yaml"],
     **{
@@ -177,6 +185,50 @@ def tiny_miniaturise(name: str, folder: Path) -> Flags:
     return flags
 
 
+def tiny_control_training(name: str, folder: Path) -> Flags:
+    flags = tiny(name, folder) | {"trainer.max_steps": 2, "trainer.accumulate_grad_batches": 1}
+    if name.startswith("toy"):
+        flags |= {"trainer.callbacks": "null", "trainer.enable_checkpointing": False}
+    if name.endswith("control_reader.yaml"):
+        return flags | {"model.init_args.widths": "[4, 4]"}
+    if name.endswith("fitting.yaml"):
+        controlnet = save_controlnet_of(name, folder)
+        flags |= {"model.init_args.weights": "null", "model.init_args.base_controlnet": controlnet}
+    return flags | {"model.init_args.controlnet.stem_widths": "[4, 4]"}
+
+
+def tiny_controlnet(name: str, folder: Path) -> Flags:
+    reader = {"class_path": "sdxs_lightning.networks.condition_readers.SoftEdgeReader"}
+    term = "model.init_args.objectives.condition_consistency.init_args"
+    flags = tiny_distill(name, folder)
+    flags["model.init_args.update_schedule.fake_score_only_iterations"] = 0
+    if name.endswith("joint.yaml"):
+        flags = {key: value for key, value in flags.items() if ".pairs." not in key}
+        return flags | {
+            f"{term}.reader": json.dumps(reader),
+            f"{term}.decoder": "null",
+            "model.init_args.student.init_args.controlnet.stem_widths": "[4, 4]",
+            "model.init_args.fake_score.init_args.controlnet.stem_widths": "[4, 4]",
+        }
+    controlnet = save_controlnet_of(name, folder)
+    return flags | {
+        "model.init_args.student.init_args.controlnet.weights": controlnet,
+        "model.init_args.fake_score.init_args.controlnet.weights": controlnet,
+        "model.init_args.control.base_controlnet": controlnet,
+        "model.init_args.pairs.sampler_steps": 2,
+    }
+
+
+def save_controlnet_of(name: str, folder: Path) -> Path:
+    """A ControlNet of the tiny base that a config runs on, made once."""
+    kind = "sdxl-epsilon" if name.startswith("sdxl") else "sd-epsilon"
+    path = folder / f"controlnet-{kind}"
+    if not path.exists():
+        unet = family_of(save_base(kind, folder)).load_unet()
+        save_controlnet(controlnet_from_unet(unet, (4, 4)), path)
+    return path
+
+
 STAGES: dict[str, Callable[[str, Path], Flags]] = {
     "quickstart.yaml": tiny_distill,
     "distill.yaml": tiny_distill,
@@ -185,11 +237,26 @@ STAGES: dict[str, Callable[[str, Path], Flags]] = {
     "finish.yaml": tiny_finish,
     "distill_4step.yaml": tiny_distill,
     "miniaturise.yaml": tiny_miniaturise,
+    "control_reader.yaml": tiny_control_training,
+    "controlnet_denoising.yaml": tiny_control_training,
+    "controlnet_fitting.yaml": tiny_control_training,
+    "controlnet_joint.yaml": tiny_controlnet,
+    "controlnet_pretrained.yaml": tiny_controlnet,
 }
 """Name of a stage's files -> the flags under which it takes two steps at tiny size."""
 
 
-TWINS = ("warmup.yaml", "distill_segmented.yaml", "finish.yaml", "distill_4step.yaml")
+TWINS = (
+    "warmup.yaml",
+    "distill_segmented.yaml",
+    "finish.yaml",
+    "distill_4step.yaml",
+    "control_reader.yaml",
+    "controlnet_denoising.yaml",
+    "controlnet_fitting.yaml",
+    "controlnet_joint.yaml",
+    "controlnet_pretrained.yaml",
+)
 """Files of SD-2.1 that change names of weights only, which a tiny base does not show."""
 
 

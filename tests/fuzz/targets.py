@@ -16,7 +16,6 @@ from PIL import Image
 
 from data.shards.checks import SampleCheck
 from data.shards.decoders import BadSampleError, decode
-from data.shards.images import ImageCondition
 from data.shards.index import index_shard
 from data.shards.layout import Part, sample_rows
 from data.shards.sample_decoder import Reading, SampleDecoder
@@ -24,6 +23,7 @@ from data.shards.sidecar import load_sidecar, save_sidecar
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError, tar_members
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.image_condition import ImageCondition
 from tests.fuzz.mutations import Mutation, json_value, move_block, safetensors_header, tar_field
 
 

@@ -14,18 +14,23 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from data.shards.layout import Content
 from sdxs_lightning.callbacks.health import Health
+from sdxs_lightning.networks.condition_readers import SoftEdgeReader
+from sdxs_lightning.networks.controlled import ControlledFakeScore, ControlledStudent
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.condition_consistency import ConditionConsistency
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation, ControlSettings
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training import gradients
 from sdxs_lightning.training.sharding import ShardedNetworks
 from tests.helpers.rounding import ADAM_EPS
 from tests.helpers.tiny_decoding import pixel_gan
-from tests.helpers.tiny_distillation import batches_of, distillation, fit
+from tests.helpers.tiny_distillation import batches_of, distillation, family_of, fit
 
 ITERATIONS = 6
 SAVED_AFTER = 4
@@ -46,6 +51,7 @@ class Case(NamedTuple):
     gan: Literal["latents", "pixels"] | None = "latents"
     micro_batches: int = 1
     timesteps: tuple[int, ...] | None = None
+    control: bool = False
 
 
 CASES = {
@@ -53,6 +59,7 @@ CASES = {
     "adamw": Case("adamw"),
     "pixel_gan": Case("sgd", gan="pixels"),
     "two_steps": Case("sgd", gan=None, timesteps=(999, 499)),
+    "controlnet": Case("sgd", gan=None, control=True),
 }
 
 
@@ -66,6 +73,8 @@ def strategy_of(name: str) -> Strategy:
 def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillation:
     """Warm-up, fake-score-only iterations and both: every kind of iteration within six."""
     make = OPTIMIZERS[case.optimizer]
+    if case.control:
+        return controlled(base, make)
     pixels = pixel_gan(base.parent / "dinov2", make, crop_px=24) if case.gan == "pixels" else {}
     falling = partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda update: 0.9**update)
     return distillation(
@@ -86,6 +95,31 @@ def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillatio
         accumulate_grad_batches=micro_batches,
         gradient_clip_norm=GRADIENT_CLIP_NORM,
     )
+
+
+def controlled(base: Path, make: Any) -> OneStepDistillation:
+    """A ControlNet of a frozen student, and a fake score with one of its own: two warm-up iterations, then the student's on
+    every second of four."""
+    return ControlNetDistillation(
+        family_of(base),
+        ControlledStudent(make),
+        ControlledFakeScore(make),
+        UpdateSchedule(
+            max_student_updates=99,
+            fake_score_updates_per_student_update=2,
+            warmup_updates=2,
+            fake_score_only_iterations=1,
+        ),
+        control=ControlSettings(condition_dropout=0.3),
+        objectives={"condition": ConditionConsistency(SoftEdgeReader(), distance="mse", weight=3.0)},
+        ema_decay=0.9,
+        gradient_clip_norm=GRADIENT_CLIP_NORM,
+    )
+
+
+def contents_of(case: Case) -> list[Content]:
+    """What the data of a case holds."""
+    return ["latents", "control_images"] if case.control else ["latents"]
 
 
 def health_of() -> Health:
@@ -150,6 +184,7 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
                 ITERATIONS * micro,
                 callbacks=callbacks,
                 strategy=strategy_of(strategy),
+                contents=contents_of(case),
                 **settings,
             )
             results: dict[str, Any] = {"straight": arrived(module)}

@@ -7,11 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from data.prepare.images.image_files import encode_image
 from data.shards.datamodule import ShardDataModule
+from data.shards.layout import Content
 from data.shards.writer import ShardWriter, encode_latents
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families.sd import StableDiffusion
@@ -45,14 +50,22 @@ def save_base(kind: str, folder: Path) -> Path:
 
 
 def save_shards(folder: Path, samples: int = 96) -> Path:
-    """Writes latent shards of the samples of `tiny_batch`, once."""
+    """Writes latent shards of the samples of `tiny_batch` with condition images, once."""
     if not folder.exists():
         batch = tiny_batch(samples)
         assert batch.latents is not None
         with ShardWriter(folder, samples_per_shard=samples // 2) as writer:
             for caption, latents in zip(batch.captions, batch.latents, strict=True):
-                writer.write({"txt": caption, "latent.safetensors": encode_latents(latents)})
+                control = Image.fromarray(tiny_control(latents))
+                members = {"txt": caption, "latent.safetensors": encode_latents(latents)}
+                writer.write(members | {"cond.png": encode_image(control, "png", 100)})
     return folder
+
+
+def tiny_control(latents: Tensor) -> NDArray[np.uint8]:
+    """A condition image (32, 32, 3) that depends on the latents: white where the first channel is positive."""
+    mask = (latents[0] > 0).numpy().repeat(2, 0).repeat(2, 1)
+    return np.repeat(mask[:, :, None].astype(np.uint8) * 255, 3, axis=2)
 
 
 def family_of(base: Path) -> StableDiffusion | StableDiffusionXL:
@@ -84,6 +97,7 @@ def fit(
     ckpt_path: str | None = None,
     callbacks: list[Callback] | None = None,
     shuffled: bool = True,
+    contents: list[Content] | None = None,
     **settings: Any,
 ) -> Trainer:
     """Trains for so many micro-batches in all, counted from the start of the run."""
@@ -96,7 +110,8 @@ def fit(
         enable_checkpointing=False,
         **defaults | settings,
     )
-    data = ShardDataModule(str(shards), batch_size, shuffle_window_shards=2 if shuffled else 0)
+    window = 2 if shuffled else 0
+    data = ShardDataModule(str(shards), batch_size, shuffle_window_shards=window, contents=contents)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)

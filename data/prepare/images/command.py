@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
@@ -108,7 +109,22 @@ def run(options: ImageOptions) -> str:
     padded = int(summary.get("sums", {}).get(PADDED, 0))
     if padded:
         message += f"; {padded} have uniform bands around them: download with img2dataset's resize_mode keep_ratio, not border"
+    unused = _without_image(image_set)
+    if unused:
+        message += (
+            f"; {len(unused)} condition images have no image of their name in --from, such as {unused[0]}"
+        )
     return message
+
+
+def _without_image(image_set: ImageSet) -> list[str]:
+    """Files of the folder of condition images whose names no image has."""
+    given, source = given_folder(image_set.options.condition), image_set.options.source
+    if given is None:
+        return []
+    known = {Path(path).with_suffix("") for path in FolderSource(Path(source)).paths}
+    found = (path.relative_to(given) for path in given.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found if path.with_suffix("") not in known)
 
 
 def _open_set(options: ImageOptions) -> ImageSet:

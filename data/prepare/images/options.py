@@ -70,10 +70,23 @@ class ImageOptions(ImageSettings, OutputOptions, RemoteOptions, DeviceOptions):
     and the shards come out the same.
     """
 
+    conditions: Annotated[str | None, Option(metavar="FOLDER")] = None
+    """Folder of condition images with the paths of the images, endings aside: short for --condition given:FOLDER."""
+
+    def __post_init__(self) -> None:
+        if self.conditions is not None:
+            if self.condition is not None:
+                raise ValueError(
+                    f"--conditions {self.conditions} and --condition {self.condition} both name condition images; give one."
+                )
+            object.__setattr__(self, "condition", f"given:{self.conditions}")
+        super().__post_init__()
+
     EXAMPLES: ClassVar[str] = """
     python -m data.prepare images --from photos/ --out datasets/photos
     python -m data.prepare images --from photos/metadata.csv --image_column file_name --caption_column text \\
         --resolution 1024 --min_side 768 --max_aspect 2 --out datasets/photos-1024
     python -m data.prepare images --from 'laion/{00000..00999}.tar' --min_caption 10 --processes 16 --out datasets/laion
     python -m data.prepare images --from photos/ --condition canny --out datasets/photos-canny
+    python -m data.prepare images --from photos/ --conditions sketches/ --out datasets/photos-sketches
     """

@@ -15,6 +15,7 @@ from data.prepare.common.shard_files import LeftOutSample, PreparedSample
 from data.prepare.images.image_files import DecodedImage, UnreadableImageError, encode_image, read_image
 from data.prepare.images.options import ImageOptions
 from data.prepare.images.sources import SampleFaultError, SourceSample
+from data.shards.images import UndecodableImageError, decode_deep_grey
 from sdxs_lightning.core.errors import UserError
 
 PADDED = "padded"
@@ -97,12 +98,15 @@ class SamplePreparer:
         if self._condition is not None:
             condition = Image.fromarray(self._condition(np.array(image)))
         elif self._given is not None or sample.control is not None:
-            given = _decoded(self._given_bytes(sample)).image
+            content = self._given_bytes(sample)
+            given = _deep_grey(content) or _decoded(content).image
             if (given.height, given.width) != size:
                 raise SampleFaultError(
                     f"the condition image is {given.width}x{given.height} and its image {size[1]}x{size[0]}"
                 )
             condition = step.apply(given)
+            if condition.mode == "F":
+                condition = Image.fromarray(np.rint(np.array(condition)).clip(0, 65535).astype(np.uint16))
         else:
             return {}
         # Lossless: JPEG blurs the edges that a condition image consists of.
@@ -130,6 +134,15 @@ def given_folder(condition: str | None) -> Path | None:
     if not folder.is_dir():
         raise UserError(f"--condition '{condition}': there is no folder '{folder}'.")
     return folder
+
+
+def _deep_grey(content: bytes) -> Image.Image | None:
+    """16-bit grey, such as a depth map, as floats, which Pillow can resize; None for another image."""
+    try:
+        pixels = decode_deep_grey(content)
+    except UndecodableImageError:
+        return None  # `_decoded` says what is wrong
+    return None if pixels is None else Image.fromarray(pixels[:, :, 0].astype(np.float32))
 
 
 def _decoded(content: bytes) -> DecodedImage:

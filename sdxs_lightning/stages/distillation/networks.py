@@ -148,8 +148,8 @@ class DistillationNetworks(ManualOptimization):
         denoisers += [self.fake_score.denoiser] if self.fake_score is not None else []
         frozen = (self.real_score, self.pairs.own if self.pairs is not None else None)
         denoisers += [network.module for network in frozen if network is not None]
-        for denoiser in denoisers:
-            shard_unet(denoiser.unet, mesh, policy)
+        for network in (one for denoiser in denoisers for one in denoiser.networks):
+            shard_unet(network, mesh, policy)
         self.ema.after_sharding()
         if isinstance(self.discriminator, Discriminator):
             shard_head(self.discriminator.head, mesh, policy)

@@ -7,10 +7,12 @@ A *student update* is a step of the student's optimizer; progress, schedules and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.batch import Conditioning, TrainingBatch
 from sdxs_lightning.core.frozen import Dtype
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream, normal
@@ -41,6 +43,17 @@ from sdxs_lightning.stages.distillation.networks import DistillationNetworks
 from sdxs_lightning.stages.distillation.setup import gan_of, terms_of
 from sdxs_lightning.stages.distillation.update_schedule import Updates, UpdateSchedule
 from sdxs_lightning.training.plannable import PlannedPhase
+
+
+class StudentInputs(NamedTuple):
+    """What the student gets for a micro-batch."""
+
+    noise: Tensor
+    """(B, C, h, w), float32, N(0, 1)."""
+    conditioning: Conditioning
+    """Conditioning of B prompts."""
+    target: Tensor | None
+    """(B, C, h, w), float32: the target sampler's latents for this noise and these prompts; None without pairs."""
 
 
 class OneStepDistillation(DistillationNetworks):
@@ -159,13 +172,7 @@ class OneStepDistillation(DistillationNetworks):
         Raises:
             ValueError: if a term needs images and the batch has none.
         """
-        target = None
-        if any(term.needs_pairs for term in terms.values()):
-            assert self.pairs is not None  # checked in setup.py
-            noise, conditioning, target = self.pairs.pick(batch)
-        else:
-            conditioning = self.family.encode_prompts(batch.captions)
-            noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
+        noise, conditioning, target = self._inputs(batch, terms)
         needing_images = [name for name, term in terms.items() if term.needs_images]
         if needing_images and batch.images is None:
             raise ValueError(
@@ -184,6 +191,15 @@ class OneStepDistillation(DistillationNetworks):
             target=target,
             images=batch.images if needing_images else None,
         )
+
+    def _inputs(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> StudentInputs:
+        """The student's noise and conditioning, with the target sampler's latents if a term needs pairs."""
+        if any(term.needs_pairs for term in terms.values()):
+            assert self.pairs is not None  # checked in setup.py
+            return StudentInputs(*self.pairs.pick(batch))
+        conditioning = self.family.encode_prompts(batch.captions)
+        noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
+        return StudentInputs(noise, conditioning, None)
 
     def _student_update(self, sample: LatentSample, terms: Mapping[str, StudentTerm]) -> None:
         """Updates the student, and its average, on the sum of its loss terms."""

@@ -18,6 +18,7 @@ from tests.helpers.distributed_worker import (
     SGD_LR,
     STRATEGIES,
     arrived,
+    contents_of,
     health_of,
     module_for,
     train_everything,
@@ -52,7 +53,9 @@ def one_process(base: Callable[[str], Path], shards: Path) -> dict[str, dict[str
     for name, case in CASES.items():
         module = module_for(base("sd-v_prediction"), case, 1)
         callbacks: list[Callback] = [health_of()] if name == "two_steps" else []
-        trainer = fit(module, shards, ITERATIONS, batch_size=4, callbacks=callbacks)
+        trainer = fit(
+            module, shards, ITERATIONS, batch_size=4, callbacks=callbacks, contents=contents_of(case)
+        )
         results[name] = arrived(module)
         if callbacks:
             results["diversity"] = {"of two_steps": trainer.callback_metrics["student/diversity"]}

@@ -1,0 +1,239 @@
+"""Differentiable networks that read a condition off an image, for losses that compare it with the one that was asked for.
+
+A config names a *source*, which is cheap to construct and reads files only in `load`. The loaded network maps images
+(B, 3, H, W) in [-1, 1] to condition images (B, C, H, W) in [0, 1] and passes gradients on to the images.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "condition_reader.safetensors"
+
+
+@runtime_checkable
+class ConditionReader(Protocol):
+    """Source of a reader, as named by `reader.class_path`."""
+
+    def load(self) -> nn.Module:
+        """Loads the network, float32, on the CPU (or on the device of a `torch.device` context)."""
+
+
+class SoftEdgeReader:
+    """The soft edges of `data.conditions.SoftEdge`, in torch: equal up to the rounding to bytes.
+
+    Args:
+        blur: standard deviation of the blur, in pixels; as in the condition.
+
+    Raises:
+        ValueError: unless blur is positive.
+    """
+
+    def __init__(self, blur: float = 1.5) -> None:
+        if not blur > 0:
+            raise ValueError(
+                f"SoftEdgeReader needs a blur above 0 pixels, got {blur}; see reader.init_args.blur."
+            )
+        self.blur = blur
+
+    def load(self) -> nn.Module:
+        return _SoftEdge(self.blur)
+
+
+class DepthReader:
+    """Relative depth, near white and far black, by a network of transformers, as `data.conditions.Depth` makes it.
+
+    Args:
+        model: folder of the network with its preprocessor_config.json; safetensors only.
+        size_px: side that images are resized to; a multiple of the network's patches.
+        metric: the network predicts distances, which are negated, rather than inverse depth.
+
+    Raises:
+        FileNotFoundError: in `load`, if there is no such folder.
+    """
+
+    def __init__(self, model: str, size_px: int = 252, metric: bool = False) -> None:
+        self.model, self.size_px, self.metric = model, size_px, metric
+
+    def load(self) -> nn.Module:
+        from transformers import AutoImageProcessor, AutoModelForDepthEstimation  # slow to import
+
+        if not (Path(self.model) / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"there is no depth network in '{self.model}': expected a folder with config.json, "
+                "preprocessor_config.json and model.safetensors as reader.init_args.model."
+            )
+        processor: Any = AutoImageProcessor.from_pretrained(self.model)
+        network = AutoModelForDepthEstimation.from_pretrained(
+            self.model, use_safetensors=True, dtype=torch.float32
+        )
+        return _Depth(network, processor.image_mean, processor.image_std, self.size_px, self.metric)
+
+
+class LearnedReader:
+    """A predictor that was trained from (image, condition) pairs by `configs/<base>/control_reader.yaml`.
+
+    Args:
+        weights: the folder that the training wrote.
+
+    Raises:
+        FileNotFoundError: in `load`, if there is no such folder.
+    """
+
+    def __init__(self, weights: str) -> None:
+        self.weights = weights
+
+    def load(self) -> nn.Module:
+        return ReaderNetwork.from_pretrained(self.weights)
+
+
+class ReaderNetwork(nn.Module):
+    """A convolutional encoder and decoder with skip connections, and a mean over the image at the bottom.
+
+    The mean is for conditions that hold of the image as a whole. About 0.4 M parameters at the default widths.
+
+    Args:
+        channels: of the condition images.
+        widths: channels at each resolution, from the image's down; each is half the one before.
+        seed: of the initial weights.
+    """
+
+    def __init__(self, channels: int = 3, widths: tuple[int, ...] = (16, 32, 64, 96), seed: int = 0) -> None:
+        super().__init__()
+        self.channels, self.widths = channels, tuple(widths)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.stem = _layer(3, widths[0])
+            pairs = list(pairwise(widths))
+            self.down = nn.ModuleList(_layer(above, below, stride=2) for above, below in pairs)
+            self.whole = nn.Linear(widths[-1], widths[-1])
+            self.up = nn.ModuleList(_layer(below + above, above) for above, below in reversed(pairs))
+            self.head = nn.Conv2d(widths[0], channels, 3, padding=1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Condition images before the sigmoid.
+
+        Args:
+            images: (B, 3, H, W), float, in [-1, 1]; H and W multiples of 2^(number of widths - 1).
+        """
+        features = [self.stem(images.to(self.head.weight.dtype))]
+        for layer in self.down:
+            features.append(layer(features[-1]))
+        mean = self.whole(features[-1].mean(dim=(2, 3)))
+        state = features.pop() + mean[:, :, None, None]
+        for layer in self.up:
+            above = features.pop()
+            state = layer(torch.cat([F.interpolate(state, size=above.shape[-2:]), above], dim=1))
+        logits: Tensor = self.head(state)
+        return logits
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Condition images (B, C, H, W) in [0, 1] of images (B, 3, H, W) in [-1, 1]."""
+        return self.logits(images).sigmoid()
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ReaderNetwork:
+        """Loads a reader, in float32.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: for weights of another network.
+        """
+        folder = Path(folder)
+        if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"there is no condition reader in '{folder}' ({CONFIG_FILE} and {WEIGHTS_FILE}); train one from your pairs "
+                "with `python train.py --config configs/toy/control_reader.yaml`, or give its folder as "
+                "reader.init_args.weights."
+            )
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        reader = cls(config["channels"], tuple(config["widths"]))
+        if torch.get_default_device().type == "meta":
+            return reader
+        weights = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
+        try:
+            reader.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"'{folder / WEIGHTS_FILE}' does not fit its {CONFIG_FILE}: {error}") from error
+        return reader.eval()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config and weights, the latter in their dtype."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(
+            json.dumps({"channels": self.channels, "widths": self.widths}) + "\n"
+        )
+        save_file({name: v.contiguous() for name, v in self.state_dict().items()}, folder / WEIGHTS_FILE)
+
+
+def _layer(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1),
+        nn.GroupNorm(math.gcd(8, channels_out), channels_out),
+        nn.SiLU(),
+        nn.Conv2d(channels_out, channels_out, 3, padding=1),
+        nn.SiLU(),
+    )
+
+
+class _SoftEdge(nn.Module):
+    """Source: Scharr, 2000; see `data.conditions.SoftEdge`."""
+
+    def __init__(self, blur: float) -> None:
+        super().__init__()
+        # OpenCV's size of a Gaussian for float images, and its borders ("reflect" is BORDER_REFLECT_101).
+        side = round(blur * 8 + 1) | 1
+        place = torch.arange(side) - side // 2
+        kernel = (-(place**2) / (2 * blur**2)).exp()
+        self.register_buffer("kernel", kernel / kernel.sum(), persistent=False)
+        scharr = torch.tensor([[-3.0, 0.0, 3.0], [-10.0, 0.0, 10.0], [-3.0, 0.0, 3.0]])
+        self.register_buffer("scharr", torch.stack([scharr, scharr.T])[:, None], persistent=False)
+
+    kernel: Tensor
+    scharr: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        batch, channels, height, width = images.shape
+        bytes_like = ((images.float() + 1) * 127.5).reshape(batch * channels, 1, height, width)
+        half = len(self.kernel) // 2
+        padded = F.pad(bytes_like, (half, half, half, half), mode="reflect")
+        smooth = F.conv2d(F.conv2d(padded, self.kernel[None, None, None]), self.kernel[None, None, :, None])
+        gradient = F.conv2d(F.pad(smooth, (1, 1, 1, 1), mode="reflect"), self.scharr)
+        # The root's slope is infinite at 0, where a flat image is.
+        strength = (gradient.square().sum(dim=1) + 1e-12).sqrt().view(batch, channels, height, width).amax(1)
+        full = torch.stack([torch.quantile(one.detach().flatten(), 0.99) for one in strength]).clamp_min(1.0)
+        edges = (strength / full[:, None, None]).clamp_max(1.0)
+        return edges[:, None].expand(-1, 3, -1, -1)
+
+
+class _Depth(nn.Module):
+    def __init__(
+        self, network: nn.Module, mean: list[float], std: list[float], size_px: int, metric: bool
+    ) -> None:
+        super().__init__()
+        self.network, self.size_px, self.metric = network, size_px, metric
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    mean: Tensor
+    std: Tensor
+
+    def forward(self, images: Tensor) -> Tensor:
+        side = self.size_px, self.size_px
+        resized = F.interpolate((images.float() + 1) / 2, side, mode="bicubic", antialias=True)
+        normalised = ((resized - self.mean.float()) / self.std.float()).to(self.mean.dtype)
+        depth = self.network(pixel_values=normalised).predicted_depth[:, None].float()
+        depth = F.interpolate(depth, images.shape[-2:], mode="bicubic", align_corners=False)
+        depth = -depth if self.metric else depth
+        low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
+        return ((depth - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)

@@ -1,0 +1,305 @@
+"""U-Nets with a ControlNet attached: the student, the scores, and the base."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.families import Family
+from sdxs_lightning.families.network_types import ControlNetModel, UNet2DConditionModel
+from sdxs_lightning.networks.denoiser import Denoiser, Prediction
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.lora import LoRA, add_lora
+from sdxs_lightning.networks.network import frozen_fingerprint, save_adapters_only
+from sdxs_lightning.networks.student_generator import StudentGenerator
+
+FrozenPart = Literal["unet", "controlnet"]
+
+NEW_PARTS = ("controlnet_cond_embedding", "controlnet_down_blocks", "controlnet_mid_block")
+"""The parts that a ControlNet does not copy from the U-Net: with LoRA they are trained whole."""
+
+
+@dataclass(frozen=True)
+class ControlNetSource:
+    """Where a ControlNet comes from, and how it is attached.
+
+    Raises:
+        ValueError: for inconsistent settings.
+    """
+
+    weights: str | None = None
+    """Folder or hub id of a ControlNet to start from; null makes one from the U-Net, which changes nothing at first."""
+    train: bool = True
+    """False keeps `weights` frozen, and out of the checkpoints."""
+    conditioning_scale: float = 1.0
+    """Factor of the residuals, diffusers' controlnet_conditioning_scale; SDXS's demo of the sketch ControlNet has 0.8."""
+    conditioning_channels: int = 3
+    """Channels of the condition images."""
+    stem_widths: tuple[int, ...] | None = None
+    """Widths of the convolutions that bring the condition image to the latents' size, a factor of 2 between two of them; null
+    takes the first of diffusers' [16, 32, 96, 256], as many as the base's VAE needs."""
+    mid_block: Literal["as_unet", "added"] = "as_unet"
+    """"added" gives the ControlNet of a U-Net without mid block one all the same, as the released sketch ControlNet has."""
+    lora: LoRA | None = None
+    """Trains adapters on the copied encoder, and the new parts whole; null trains all weights."""
+    seed: int = 0
+    """Seed of the stem's random weights."""
+
+    def __post_init__(self) -> None:
+        if not self.train and self.weights is None:
+            raise ValueError(
+                "controlnet.train is false and controlnet.weights null: a new ControlNet that is not trained does nothing; "
+                "name a folder as controlnet.weights."
+            )
+        if not self.train and self.lora is not None:
+            raise ValueError(
+                "controlnet.lora trains adapters and controlnet.train is false; set one of them back."
+            )
+        if not (math.isfinite(self.conditioning_scale) and self.conditioning_scale >= 0):
+            raise ValueError(
+                f"controlnet.conditioning_scale must be 0 or more, got {self.conditioning_scale}."
+            )
+
+    def make(self, unet: UNet2DConditionModel, family: Family, option: str) -> ControlNetModel:
+        """Loads or makes the ControlNet of a U-Net, in training mode, float32.
+
+        Args:
+            unet: the U-Net that gets the residuals.
+            family: says how many pixels a latent has.
+            option: name of these settings, for messages.
+
+        Raises:
+            FileNotFoundError: if there is nothing in `weights`.
+            ValueError: for a ControlNet that does not fit the U-Net, or the size of the latents.
+        """
+        from sdxs_lightning.networks.controlnet import (
+            STEM_WIDTHS,
+            check_fits,
+            controlnet_from_unet,
+            load_controlnet,
+        )
+
+        factor = family.resolution // family.latent_shape()[1]
+        if self.weights is not None:
+            controlnet = load_controlnet(self.weights)
+        else:
+            widths = self.stem_widths or STEM_WIDTHS[: factor.bit_length()]
+            channels = self.conditioning_channels
+            controlnet = controlnet_from_unet(unet, widths, channels, self.mid_block, self.seed)
+        check_fits(controlnet, unet, f"{option}.weights '{self.weights}'")
+        found = controlnet.config["conditioning_embedding_out_channels"]
+        if 2 ** (len(found) - 1) != factor:
+            raise ValueError(
+                f"the stem {list(found)} of {option} makes condition images {2 ** (len(found) - 1)} times smaller, and the "
+                f"latents of '{family.base}' are {factor} times smaller than images; give "
+                f"{factor.bit_length()} stem_widths, or another ControlNet."
+            )
+        if self.lora is not None:
+            add_lora(controlnet, self.lora)  # type: ignore[arg-type]
+            for name in NEW_PARTS:
+                controlnet.get_submodule(name).requires_grad_(True)
+        elif self.train:
+            controlnet.requires_grad_(True)
+        return controlnet.train()
+
+
+class ControlledDenoiser(Denoiser):
+    """A U-Net with a ControlNet, which acts where the conditioning has control images.
+
+    A frozen part is not among the parameters, and so not in checkpoints, optimizers and averages; it moves with the module.
+
+    Args:
+        denoiser: the U-Net with its schedule and prediction type.
+        controlnet: with a residual for each skip connection of the U-Net.
+        conditioning_scale: factor of the residuals.
+        frozen: the part that is not trained; None trains both.
+    """
+
+    controlnet: ControlNetModel
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        controlnet: ControlNetModel,
+        conditioning_scale: float = 1.0,
+        frozen: FrozenPart | None = None,
+    ) -> None:
+        super().__init__(denoiser.unet, denoiser.schedule, denoiser.prediction_type)
+        self.controlnet = controlnet
+        self.conditioning_scale = conditioning_scale
+        self._hidden: tuple[FrozenPart, ...] = () if frozen is None else (frozen,)
+        for name in self._hidden:
+            getattr(self, name).requires_grad_(False)
+            # A plain attribute of the same name, which parameters() and state_dict() do not see.
+            self.__dict__[name] = self._modules.pop(name)
+        self._mid_residual: Tensor | None = None
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.unet, self.controlnet]
+
+    def copy_for_average(self) -> Self:
+        """A copy with the same frozen part."""
+        shared = {id(part): part for part in (self.__dict__[name] for name in self._hidden)}
+        return copy.deepcopy(self, shared)
+
+    def with_features(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> tuple[Prediction, Tensor]:
+        """As `Denoiser`'s, with the ControlNet's residual added to the bottleneck, as in `features`."""
+        prediction, features = super().with_features(noisy_latents, timesteps, conditioning)
+        mid, self._mid_residual = self._mid_residual, None
+        return prediction, features if mid is None else features + mid
+
+    def encoder_features(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, blocks: Sequence[str]
+    ) -> dict[str, Tensor]:
+        # Residuals are added after the encoder, so its blocks do not depend on the condition.
+        plain = replace(conditioning, control_images=None)
+        return super().encoder_features(noisy_latents, timesteps, plain, blocks)
+
+    def _residuals(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        self._mid_residual = None
+        if conditioning.control_images is None:
+            return {}
+        own, unets = (next(one.parameters()).dtype for one in (self.controlnet, self.unet))
+        given = conditioning.to(dtype=own)
+        down, mid = self.controlnet(
+            noisy_latents.to(own),
+            timesteps,
+            controlnet_cond=given.control_images,
+            conditioning_scale=self.conditioning_scale,
+            return_dict=False,
+            **given.unet_kwargs(),
+        )
+        self._mid_residual = mid.to(unets)
+        return {
+            "down_block_additional_residuals": [residual.to(unets) for residual in down],
+            "mid_block_additional_residual": self._mid_residual,
+        }
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self._hidden:
+            self.__dict__[name]._apply(fn, recurse)
+        return self
+
+
+class ControlledStudent(StudentGenerator):
+    """A frozen student with a ControlNet that is trained.
+
+    Args:
+        optimizer: called with the trainable parameters of the ControlNet.
+        lr_scheduler: stepped once per student update; None keeps the rate constant.
+        weights: U-Net or pipeline folder of the student.
+        conditioning_timestep: timestep of a one-step student; None takes the family's. As in the student's own training.
+        timesteps: timesteps of a few-step student; None is one step.
+        controlnet: the ControlNet.
+        gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
+        compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
+
+    Raises:
+        ValueError: for a ControlNet that is not trained, or both conditioning_timestep and timesteps.
+    """
+
+    denoiser: ControlledDenoiser
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        weights: str | None = None,
+        conditioning_timestep: int | None = None,
+        timesteps: list[int] | None = None,
+        controlnet: ControlNetSource = ControlNetSource(),
+        gradient_checkpointing: bool = False,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            lr_scheduler,
+            weights,
+            conditioning_timestep,
+            timesteps,
+            gradient_checkpointing=gradient_checkpointing,
+            compile_blocks=compile_blocks,
+        )
+        if not controlnet.train:
+            raise ValueError(
+                "student.controlnet.train is false, and the student's ControlNet is what is trained."
+            )
+        self.controlnet_source = controlnet
+
+    def build(self, family: Family) -> None:
+        """Loads the networks. Idempotent."""
+        if hasattr(self, "denoiser"):
+            return
+        super().build(family)
+        source, unet = self.controlnet_source, self.denoiser.unet
+        controlnet = source.make(unet, family, "student.controlnet")
+        if self._switches[0]:
+            controlnet.enable_gradient_checkpointing()
+        unet.requires_grad_(False)
+        self.frozen_fingerprint = frozen_fingerprint(nn.ModuleList([unet, controlnet]))
+        self.denoiser = ControlledDenoiser(self.denoiser, controlnet, source.conditioning_scale, "unet")
+        if source.lora is not None:
+            save_adapters_only(self)
+
+
+class ControlledFakeScore(FakeScore):
+    """A fake score that sees the condition: a trained copy of the base with a ControlNet.
+
+    Args:
+        optimizer: called with the trainable parameters.
+        lr_scheduler: stepped once per update of the fake score; None keeps the rate constant.
+        weights: U-Net or pipeline folder to start from; None starts from the base.
+        lora: trains adapters on the base's U-Net; None trains all weights of a copy.
+        controlnet: the base's pretrained one, frozen (`train: false`), as in SDXS; or one that is trained, for bases without.
+        gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
+        compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
+
+    Raises:
+        ValueError: if both weights and lora are set.
+    """
+
+    denoiser: ControlledDenoiser
+
+    def __init__(
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        weights: str | None = None,
+        lora: LoRA | None = None,
+        controlnet: ControlNetSource = ControlNetSource(),
+        gradient_checkpointing: bool = False,
+        compile_blocks: bool = False,
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler, weights, lora, gradient_checkpointing, compile_blocks)
+        self.controlnet_source = controlnet
+
+    def build(self, family: Family) -> None:
+        """Loads the networks. Idempotent."""
+        if hasattr(self, "denoiser"):
+            return
+        super().build(family)
+        source, unet = self.controlnet_source, self.denoiser.unet
+        controlnet = source.make(unet, family, "fake_score.controlnet")
+        if self._switches[0] and source.train:
+            controlnet.enable_gradient_checkpointing()
+        if not source.train:
+            controlnet.eval().requires_grad_(False)
+        self.frozen_fingerprint = frozen_fingerprint(nn.ModuleList([unet, controlnet]))
+        self.denoiser = ControlledDenoiser(
+            self.denoiser, controlnet, source.conditioning_scale, None if source.train else "controlnet"
+        )
+        if source.lora is not None and self.lora is None:
+            save_adapters_only(self)

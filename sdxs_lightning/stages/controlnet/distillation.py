@@ -1,0 +1,206 @@
+"""Stage `controlnet`: trains the ControlNet of a frozen one-step student, by the losses of the distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.image_condition import ImageCondition
+from sdxs_lightning.core.seeding import Stream, normal, uniform
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.controlled import (
+    ControlledDenoiser,
+    ControlledFakeScore,
+    ControlledStudent,
+    ControlNetSource,
+)
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.objectives.term import LatentSample, StudentTerm
+from sdxs_lightning.stages.controlnet.control_images import (
+    control_images_of,
+    extracted,
+    with_some_dropped,
+)
+from sdxs_lightning.stages.distillation.gan import RealBatch
+from sdxs_lightning.stages.distillation.step import OneStepDistillation, StudentInputs
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from sdxs_lightning.training.plannable import PlannedNetwork
+
+
+@dataclass(frozen=True)
+class ControlSettings:
+    """How the condition takes part in the distillation.
+
+    Raises:
+        ValueError: for a share outside [0, 1].
+    """
+
+    base_controlnet: str | None = None
+    """Folder or hub id of the base's pretrained ControlNet, attached, frozen, to the real score (way `pretrained`; name it as
+    fake_score.init_args.controlnet.weights too); null leaves the real score plain (way `joint`)."""
+    conditioning_scale: float = 1.0
+    """Factor of the base ControlNet's residuals."""
+    noise_redrawn: float = 0.5
+    """Share of the samples made from pairs whose noise is drawn anew: else the layout follows from the noise, and the condition
+    need not be read. SDXS has it, but not its share."""
+    condition_dropout: float = 0.0
+    """Share of the samples whose condition image is black."""
+
+    def __post_init__(self) -> None:
+        for name in ("noise_redrawn", "condition_dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"control.{name} is a share in [0, 1], got {getattr(self, name)}.")
+
+
+class ControlNetDistillation(OneStepDistillation):
+    """Trains a ControlNet for a frozen one-step student: stage `controlnet`, ways `pretrained` and `joint`.
+
+    The student's U-Net is frozen; its ControlNet is what the student's updates move, what is averaged and exported. Everything
+    else is the distillation's: warm-up on pairs, score difference, segmented or DMD2, GAN, further objectives.
+
+    Args:
+        family: the base.
+        student: the one-step student with the ControlNet to train.
+        fake_score: a `ControlledFakeScore`, which sees the condition; None if the run is warm-up only.
+        update_schedule: which networks are updated on which iteration, and when the run ends.
+        control: the base's ControlNet, and how conditions are used.
+        condition: extracts the condition of the target sampler's images, for pairs without condition images of their own;
+            the same that made the data's.
+        settings: the other arguments of `OneStepDistillation`.
+
+    Raises:
+        ValueError: if the arguments are inconsistent.
+
+    Source: SDXS, arXiv:2403.16627, section 3.4 (way `pretrained`); joint distribution matching, arXiv:2503.06652 (`joint`).
+    """
+
+    export_name = "controlnet"
+    student: ControlledStudent
+    family: Family
+
+    def __init__(
+        self,
+        family: Family,
+        student: ControlledStudent,
+        fake_score: FakeScore | None,
+        update_schedule: UpdateSchedule,
+        control: ControlSettings = ControlSettings(),
+        condition: ImageCondition | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(family, student, fake_score, update_schedule, **settings)
+        self.control, self.condition = control, condition
+        if self.pairs is not None and condition is not None:
+            self.pairs.extract = lambda images: extracted(condition, images)
+
+    def configure_model(self) -> None:
+        """Builds all networks, and shards each if the strategy has a device mesh. Idempotent."""
+        if self.ema is not None:
+            return
+        super().configure_model()
+        student = self.student.denoiser
+        # nn.Module's own to(): that of diffusers warns about every cast.
+        nn.Module.to(student.unet, dtype=self.real_score_dtype)
+        trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+        rank_zero_info(f"ControlNet: {trained:,} trained parameters on a frozen student.")
+
+    def _load_real_score(self) -> Denoiser:
+        """The base, with its ControlNet if there is one, which the fake score shares where it is frozen there too."""
+        plain = super()._load_real_score()
+        named = self.control.base_controlnet
+        if named is None:
+            return plain
+        fake = self.fake_score
+        shared = isinstance(fake, ControlledFakeScore) and not fake.controlnet_source.train
+        if shared and fake.controlnet_source.weights == named:  # type: ignore[union-attr]
+            controlnet = fake.denoiser.controlnet  # type: ignore[union-attr]
+        else:
+            source = ControlNetSource(named, train=False)
+            controlnet = source.make(plain.unet, self.family, "control.base_controlnet").eval()
+        return ControlledDenoiser(plain, controlnet, self.control.conditioning_scale, "controlnet")
+
+    def _inputs(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> StudentInputs:
+        """As the distillation's, with condition images; some of the pairs' noise is drawn anew."""
+        noise, conditioning, target = super()._inputs(batch, terms)
+        controls = conditioning.control_images
+        if controls is None:
+            controls = self._extracted(target) if self._extracts(batch, target) else None
+        if controls is None:
+            controls = control_images_of(batch, self.family)
+        if target is not None and self.control.noise_redrawn > 0:
+            fresh = normal(self.seed, Stream.REDRAWN_NOISE, batch.positions, tuple(noise.shape[1:]))
+            redrawn = uniform(self.seed, Stream.REDRAWN_NOISE, batch.positions) < self.control.noise_redrawn
+            noise = torch.where(redrawn[:, None, None, None], fresh, noise)
+        controls = with_some_dropped(controls, self.control.condition_dropout, self.seed, batch.positions)
+        return StudentInputs(noise, replace(conditioning, control_images=controls), target)
+
+    def _extracts(self, batch: TrainingBatch, target: Tensor | None) -> bool:
+        """Whether conditions come from the target sampler's images: always in a run with `condition`, unless stored pairs
+        brought their own.
+        """
+        stored = self.pairs is not None and self.pairs.settings.source == "batch"
+        return (
+            target is not None
+            and self.condition is not None
+            and not (stored and batch.control_images is not None)
+        )
+
+    def _extracted(self, target: Tensor | None) -> Tensor:
+        assert self.condition is not None and target is not None
+        if target.device.type == "meta":
+            side = self.family.resolution
+            return target.new_empty(len(target), 3, side, side)
+        return extracted(self.condition, self.family.decode(target)).float() / 255
+
+    def _real_batch(self, batch: TrainingBatch, fake: LatentSample) -> RealBatch:
+        real = super()._real_batch(batch, fake)
+        controls = control_images_of(batch, self.family)
+        return real._replace(conditioning=replace(real.conditioning, control_images=controls))
+
+    @torch.no_grad()
+    def generate(
+        self, captions: list[str], noise: Tensor, use_ema: bool = True, control_images: Tensor | None = None
+    ) -> Tensor:
+        """As the distillation's, under condition images (B, C, H, W) in [0, 1]; None is the student without control."""
+        assert self.ema is not None
+        generator = self.ema if use_ema else self.student
+        attached = self._trainer is not None
+        with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
+            conditioning = self.family.encode_prompts(captions)
+            controls = None if control_images is None else control_images.to(self.device)
+            latents = generator(noise.to(self.device), replace(conditioning, control_images=controls))
+        return self.family.decode(latents)
+
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, **options: Any) -> None:
+        """Writes a ControlNet folder in diffusers' layout."""
+        from sdxs_lightning.export import gathered_controlnet, new_folder
+        from sdxs_lightning.networks.controlnet import save_controlnet
+
+        assert self.ema is not None
+        denoiser = self.ema.denoiser if average else self.student.denoiser
+        assert isinstance(denoiser, ControlledDenoiser)
+        controlnet = gathered_controlnet(denoiser.controlnet, first_rank=self.global_rank == 0)
+        if controlnet is not None:
+            with new_folder(folder) as written:
+                save_controlnet(controlnet, written, dtype)
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        networks = super().plan_networks()
+        networks.append(PlannedNetwork("student_unet", self.student.denoiser.unet, "frozen"))
+        real = self.real_score.module if self.real_score is not None else None
+        fake = self.fake_score.denoiser if isinstance(self.fake_score, ControlledFakeScore) else None
+        frozen = {
+            id(one.controlnet): one.controlnet
+            for one in (real, fake)
+            if isinstance(one, ControlledDenoiser) and "controlnet" in one.__dict__
+        }
+        return networks + [PlannedNetwork("base_controlnet", one, "frozen") for one in frozen.values()]

@@ -1,0 +1,117 @@
+"""Trains a condition reader from (image, condition) pairs: what makes the way `joint` work for any paired folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.frozen import Dtype
+from sdxs_lightning.core.seeding import Stream, normal, uniform
+from sdxs_lightning.export import new_folder
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.condition_readers import ReaderNetwork
+from sdxs_lightning.stages.controlnet.control_images import control_images_of
+from sdxs_lightning.training.averaged_training import AveragedTraining
+from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
+
+
+class ConditionReaderTraining(AveragedTraining):
+    """Trains a `ReaderNetwork` to predict the condition image from the image, by cross-entropy per pixel.
+
+    The images are what the base's VAE makes of the data's latents, since the reader will judge decoded samples; noise of a
+    random strength is added to them, so that small changes of pixels cannot fool it.
+
+    Args:
+        family: the base, whose VAE decodes the latents.
+        optimizer: called with the reader's parameters.
+        lr_scheduler: stepped once per optimizer step; None keeps the rate constant.
+        channels: channels of the condition images.
+        widths: as in `ReaderNetwork`.
+        noise: largest standard deviation of the added noise, for pixels in [-1, 1].
+        ema_decay: decay per optimizer step of the averaged reader, which is exported.
+        seed: seed of weights and noise.
+        real_score_dtype: dtype of the family's frozen networks but the VAE, which stays float32; the hardware overlays set it.
+    """
+
+    log_prefix = "reader/"
+    export_name = "condition_reader"
+
+    def __init__(
+        self,
+        family: Family,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        channels: int = 3,
+        widths: tuple[int, ...] = (16, 32, 64, 96),
+        noise: float = 0.2,
+        ema_decay: float = 0.99,
+        seed: int = 0,
+        real_score_dtype: Dtype = "float32",
+    ) -> None:
+        super().__init__(optimizer, lr_scheduler)
+        if not noise >= 0:
+            raise ValueError(f"noise must be 0 or more, got {noise}.")
+        self.family, self.noise, self.seed = family, noise, seed
+        self.real_score_dtype: torch.dtype = getattr(torch, real_score_dtype)
+        self.reader = ReaderNetwork(channels, tuple(widths), seed)
+        self.ema = AveragedModel(self.reader, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(
+            False
+        )
+
+    @property
+    def learner(self) -> ReaderNetwork:
+        return self.reader
+
+    def average(self) -> None:
+        self.ema.update_parameters(self.reader)
+
+    def on_fit_start(self) -> None:
+        """Moves the frozen VAE to the device."""
+        self.family.to(self.device, self.real_score_dtype)
+
+    def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
+        wanted = control_images_of(batch, self.family)
+        logits = self.reader.logits(self._images(batch))
+        loss = F.binary_cross_entropy_with_logits(logits.float(), wanted)
+        self.log_dict({"reader/loss": loss, "reader/error": (logits.sigmoid() - wanted).abs().mean()})
+        return loss
+
+    def _images(self, batch: TrainingBatch) -> Tensor:
+        """Decoded latents, or the batch's images without latents, with noise: (B, 3, H, W), about [-1, 1]."""
+        if batch.latents is not None:
+            images = self.family.decode(self.family.scale_latents(batch.latents))
+        elif batch.images is not None:
+            images = batch.images
+        else:
+            raise ValueError(
+                "this stage needs latents or images in every batch, and got neither; let data.contents name one of them."
+            )
+        drawn = normal(self.seed, Stream.AUGMENTATION, batch.positions, tuple(images.shape[1:]))
+        strength = self.noise * uniform(self.seed, Stream.AUGMENTATION, batch.positions)
+        return images + strength[:, None, None, None] * drawn
+
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
+        """Writes the reader's folder, for `LearnedReader`."""
+        if self.global_rank == 0:
+            source = cast(ReaderNetwork, self.ema.module) if average else self.reader
+            with new_folder(folder) as written:
+                source.to(dtype).save_pretrained(written)
+
+    def plan_networks(self) -> list[PlannedNetwork]:
+        return [
+            PlannedNetwork("condition_reader", self.reader, "trained", self.optimizer, sharded=False),
+            PlannedNetwork("ema", self.ema, "averaged", sharded=False),
+        ]
+
+    def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
+        wanted = control_images_of(batch, self.family)
+        F.binary_cross_entropy_with_logits(self.reader.logits(self._images(batch)), wanted).backward()
+        yield PlannedPhase("training step", ("condition_reader",))

@@ -1,0 +1,88 @@
+"""The walk-through of the ControlNet manual, command by command, at tiny size."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.prepare.__main__ import main as prepare
+from data.toy.background_bar import bar_at
+from data.toy.world import captions, image_at
+from evaluation.evaluate import main as evaluate
+from sdxs_lightning.cli import main as train
+from sdxs_lightning.export import export_pipeline
+from sdxs_lightning.families.sd import StableDiffusion
+from tests.helpers.tiny_run import ROOT
+
+MANUAL = ROOT / "sdxs_lightning" / "stages" / "controlnet" / "README.md"
+BLOCK = re.compile(r"^```(\w+)(?: file=(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PHOTOS = 6
+SMALL = {
+    "data.prepare images": ["--processes", "1"],
+    "data.prepare latents": ["--processes", "1", "--device", "cpu"],
+    "control_reader": ["--trainer.max_steps=2", "--model.widths=[4,4]"],
+    "controlnet_joint": [
+        '--model.update_schedule={"warmup_updates": 1, "max_student_updates": 2}',
+    ],
+    "evaluation.evaluate": ["--batch_size", "3", "--device", "cpu", "--conditioning_scales", "1"],
+}
+TRAINING = ["--data.batch_size=2", "--trainer.callbacks+=null", "--trainer.enable_progress_bar=false"]
+
+
+def commands(text: str) -> list[list[str]]:
+    joined = text.replace("\\\n", " ")
+    return [shlex.split(line) for line in joined.splitlines() if line.strip()]
+
+
+def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("data", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "conditions"):
+        (tmp_path / folder).mkdir()
+    for i, caption in enumerate(captions("val", PHOTOS)):
+        Image.fromarray(image_at("val", i)).save(f"photos/{i}.png")
+        Path(f"photos/{i}.txt").write_text(caption)
+        Image.fromarray(bar_at("val", i).permute(1, 2, 0).numpy()).save(f"conditions/{i}.png")
+    family = StableDiffusion("data/toy/base", 699)
+    export_pipeline(family.load_unet(), family, "outputs/quickstart/pipeline")
+
+    names: dict[str, Any] = {}
+    blocks = [(language, file, text) for language, file, text in BLOCK.findall(MANUAL.read_text())]
+    for language, file, text in sorted(blocks, key=lambda block: block[0] != "yaml"):  # files come first
+        if file:
+            Path(file).write_text(text)
+        elif language == "bash":
+            for command in commands(text):
+                run(command)
+        elif language == "python":
+            exec(text, names)
+    assert names["image"].size == (32, 32)
+    assert Path("control.json").is_file() and Path("control.png").is_file()
+    before = names["student"](
+        "a red circle above a blue square",
+        height=32,
+        width=32,
+        num_inference_steps=1,
+        guidance_scale=0,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]
+    assert np.asarray(before).shape == np.asarray(names["image"]).shape
+
+
+def run(command: list[str]) -> None:
+    assert command[0] == "python"
+    line = " ".join(command)
+    extra = next(flags for name, flags in SMALL.items() if name in line)
+    if command[1] == "train.py":
+        assert train([*command[2:], *TRAINING, *extra]) == 0
+    else:
+        assert command[1] == "-m"
+        {"data.prepare": prepare, "evaluation.evaluate": evaluate}[command[2]]([*command[3:], *extra])

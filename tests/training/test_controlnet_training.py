@@ -1,0 +1,427 @@
+"""Stage `controlnet`: what moves, what is saved, resuming, the condition's way into each network, and messages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from data.conditions import SoftEdge
+from sdxs_lightning.callbacks.export import Exportable
+from sdxs_lightning.core.latents import from_uint8
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.networks.condition_readers import LearnedReader, ReaderNetwork, SoftEdgeReader
+from sdxs_lightning.networks.controlled import (
+    ControlledDenoiser,
+    ControlledFakeScore,
+    ControlledStudent,
+    ControlNetSource,
+)
+from sdxs_lightning.networks.controlnet import controlnet_from_unet, load_controlnet, save_controlnet
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.lora import LoRA
+from sdxs_lightning.objectives.condition_consistency import ConditionConsistency, condition_distance
+from sdxs_lightning.objectives.knowledge_distillation import FeatureDistillation, OutputDistillation
+from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.controlnet.control_images import control_images_of, with_some_dropped
+from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation, ControlSettings
+from sdxs_lightning.stages.controlnet.reader import ConditionReaderTraining
+from sdxs_lightning.stages.controlnet.training import ControlNetTraining
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny_distillation import (
+    batches_of,
+    built,
+    family_of,
+    fit,
+    moved,
+    sample_of,
+    tiny_control,
+    weights,
+)
+
+Base = Callable[[str], Path]
+SGD = partial(torch.optim.SGD, lr=0.1)
+ADAMW = partial(torch.optim.AdamW, lr=1e-3)
+CONTENTS: Any = ["latents", "control_images"]
+EVERY = UpdateSchedule(max_student_updates=99, fake_score_updates_per_student_update=1)
+MIXED = UpdateSchedule(max_student_updates=99, fake_score_updates_per_student_update=2, warmup_updates=2)
+
+
+class Inverted:
+    """A condition that needs no detector: the image's negative."""
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return 255 - image
+
+
+@pytest.fixture(scope="module")
+def pretrained(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a ControlNet of the tiny SD base that does something."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    controlnet = controlnet_from_unet(family_of(base("sd-v_prediction")).load_unet(), (16, 32))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_controlnet(controlnet, folder, torch.float32)
+    return folder
+
+
+def joint(base: Path, make: Any = SGD, **settings: Any) -> ControlNetDistillation:
+    """Way `joint`, with the reader of soft edges."""
+    settings.setdefault("update_schedule", EVERY)
+    settings.setdefault("student", ControlledStudent(make))
+    settings.setdefault("fake_score", ControlledFakeScore(make))
+    term = ConditionConsistency(SoftEdgeReader(), distance="mse")
+    settings.setdefault("objectives", {"condition": term})
+    return ControlNetDistillation(family=family_of(base), ema_decay=0.9, **settings)
+
+
+def sdxs(base: Path, pretrained: Path, make: Any = SGD, **settings: Any) -> ControlNetDistillation:
+    """Way `pretrained`."""
+    folder = str(pretrained)
+    return joint(
+        base,
+        make,
+        fake_score=ControlledFakeScore(make, controlnet=ControlNetSource(folder, train=False)),
+        control=ControlSettings(base_controlnet=folder),
+        objectives=None,
+        **settings,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- which tensors move
+
+
+@pytest.mark.parametrize("kind", ["sd-v_prediction", "sdxl-epsilon"])
+def test_only_the_controlnet_of_the_student_moves(base: Base, shards: Path, kind: str) -> None:
+    module = built(joint(base(kind), ADAMW))
+    before, frozen = weights(module), weights(module.student.denoiser.unet)
+    assert all(name.startswith("denoiser.controlnet.") for name, _ in module.student.named_parameters())
+    fit(module, shards, batches=3, contents=CONTENTS)
+    # The first update moves the zero convolutions alone, the next ones everything.
+    assert moved(before, module, "student") > 0.95
+    assert moved(before, module, "ema") > 0.95
+    assert moved(before, module, "fake_score") > 0.95
+    assert all(
+        torch.equal(frozen[name], value) for name, value in weights(module.student.denoiser.unet).items()
+    )
+    assert all(parameter.grad is None for parameter in module.student.denoiser.unet.parameters())
+
+
+def test_the_pretrained_controlnet_is_frozen_shared_and_in_no_checkpoint(
+    base: Base, shards: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    module = built(sdxs(base("sd-v_prediction"), pretrained, ADAMW))
+    assert module.real_score is not None and isinstance(module.fake_score, ControlledFakeScore)
+    real, fake = module.real_score.module, module.fake_score.denoiser
+    assert isinstance(real, ControlledDenoiser) and real.controlnet is fake.controlnet
+    before, locked = weights(module), weights(fake.controlnet)
+    trainer = fit(module, shards, batches=3, contents=CONTENTS)
+    assert moved(before, module, "fake_score") > 0.95 and moved(before, module, "student") > 0.95
+    assert all(torch.equal(locked[name], value) for name, value in weights(fake.controlnet).items())
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    state = torch.load(tmp_path / "checkpoint", weights_only=False)["state_dict"]
+    owners = {".".join(name.split(".")[:3]) for name in state}
+    assert owners == {"student.denoiser.controlnet", "fake_score.denoiser.unet", "ema.denoiser.controlnet"}
+
+
+def test_lora_trains_adapters_and_the_new_parts_and_is_merged_on_export(
+    base: Base, shards: Path, tmp_path: Path
+) -> None:
+    student = ControlledStudent(
+        SGD, controlnet=ControlNetSource(lora=LoRA(rank=2, targets=("to_q", "conv1")))
+    )
+    module = built(joint(base("sd-v_prediction"), student=student))
+    trained = {name for name, p in module.student.named_parameters() if p.requires_grad}
+    assert all("lora_" in name or ".controlnet_" in name for name in trained) and len(trained) > 20
+    frozen = {n: p.detach().clone() for n, p in module.student.named_parameters() if n not in trained}
+    trainer = fit(module, shards, batches=2, contents=CONTENTS)
+    now = dict(module.student.named_parameters())
+    assert all(torch.equal(value, now[name]) for name, value in frozen.items())
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    state = torch.load(tmp_path / "checkpoint", weights_only=False)["state_dict"]
+    assert {name.removeprefix("student.") for name in state if name.startswith("student.")} == trained
+    module.write_export(tmp_path / "controlnet", average=False, dtype=torch.float32)
+    loaded = load_controlnet(tmp_path / "controlnet")
+    assert not any("lora" in name for name in loaded.state_dict())
+    assert _differs(module, loaded) < 1e-5
+
+
+def _differs(module: ControlNetDistillation, controlnet: Any) -> float:
+    """Largest difference of the student's latents with the exported ControlNet in place of its own."""
+    batch = _batch(3)
+    noise = normal(0, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
+    conditioning = module.family.encode_prompts(batch.captions)
+    conditioning = replace(conditioning, control_images=batch.control_images)
+    own = module.student.denoiser
+    with torch.no_grad():
+        expected = module.student(noise, conditioning)
+        kept, own.controlnet = own.controlnet, controlnet
+        found = module.student(noise, conditioning)
+        own.controlnet = kept
+    return float((found - expected).abs().max())
+
+
+def _batch(size: int) -> Any:
+    batch = tiny_batch(size)
+    assert batch.latents is not None
+    controls = torch.stack([torch.from_numpy(tiny_control(one)).permute(2, 0, 1) for one in batch.latents])
+    return replace(batch, control_images=controls.float() / 255)
+
+
+# ------------------------------------------------------------------------------------------------------ resume, export
+
+
+class SaveAt(Callback):
+    """Saves after a number of batches."""
+
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if batches_of(trainer) == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+def test_resume_is_bit_exact_with_pairs_conditions_and_dropout(
+    base: Base, shards: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    def module() -> ControlNetDistillation:
+        return joint(
+            base("sd-v_prediction"),
+            ADAMW,
+            update_schedule=MIXED,
+            pairs=PairSettings(count=6, sampler_steps=2, sampler_batch_size=4),
+            regression=Regression(),
+            condition=Inverted(),
+            control=ControlSettings(noise_redrawn=0.5, condition_dropout=0.2),
+        )
+
+    straight = module()
+    fit(straight, shards, 6, contents=CONTENTS, callbacks=[SaveAt(3, tmp_path / "checkpoint")])
+    resumed = module()
+    fit(resumed, shards, 6, contents=CONTENTS, ckpt_path=str(tmp_path / "checkpoint"))
+    expected = weights(straight)
+    assert len(expected) > 100
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+    assert resumed.student_updates == straight.student_updates == 4
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_the_export_is_the_controlnet(base: Base, shards: Path, tmp_path: Path, average: bool) -> None:
+    module = joint(base("sd-v_prediction"))
+    fit(module, shards, 2, contents=CONTENTS)
+    assert isinstance(module, Exportable) and module.export_name == "controlnet"
+    module.write_export(tmp_path / "controlnet", average=average, dtype=torch.float32)
+    loaded = load_controlnet(tmp_path / "controlnet").state_dict()
+    assert module.ema is not None
+    source = module.ema.denoiser if average else module.student.denoiser
+    assert isinstance(source, ControlledDenoiser)
+    assert all(torch.equal(value, loaded[name]) for name, value in source.controlnet.state_dict().items())
+    assert source.unet is module.student.denoiser.unet  # the average shares the frozen student
+
+
+# -------------------------------------------------------------------------------------- the condition reaches the networks
+
+
+def test_who_sees_the_condition(base: Base, pretrained: Path) -> None:
+    plain, attached = built(joint(base("sd-v_prediction"))), built(sdxs(base("sd-v_prediction"), pretrained))
+    batch = _batch(2)
+    conditioning = plain.family.encode_prompts(batch.captions)
+    black, white = (
+        replace(conditioning, control_images=torch.full((2, 3, 32, 32), value)) for value in (0.0, 1.0)
+    )
+    noisy = normal(0, Stream.SCORE_NOISE, batch.positions, LATENT_SHAPE), torch.tensor([100, 500])
+    assert (
+        plain.real_score is not None and attached.real_score is not None and attached.fake_score is not None
+    )
+
+    def depends(network: Any) -> float:
+        with torch.no_grad():
+            return float((network(*noisy, black)[0] - network(*noisy, white)[0]).abs().max())
+
+    assert depends(plain.real_score.module) == 0  # joint: the plain base
+    assert depends(attached.real_score.module) > 1e-3
+    assert depends(attached.fake_score.predict) > 1e-3
+    same = attached.fake_score.features(*noisy, white)
+    _, tapped = attached.fake_score.predict_with_features(*noisy, white)
+    torch.testing.assert_close(same, tapped)  # a discriminator's real and fake halves
+
+
+def test_pairs_bring_the_condition_of_their_target_and_some_new_noise(base: Base, shards: Path) -> None:
+    module = built(
+        joint(
+            base("sd-v_prediction"),
+            update_schedule=MIXED,
+            pairs=PairSettings(count=6, sampler_steps=2, sampler_batch_size=4),
+            regression=Regression(),
+            condition=Inverted(),
+            control=ControlSettings(noise_redrawn=0.5),
+        )
+    )
+    assert module.pairs is not None and module.real_score is not None
+    module.pairs.start(module.real_score.module, _Captions())
+    batch = _batch(64)
+    inputs = module._inputs(batch, module.terms.warmup)
+    assert inputs.target is not None and inputs.conditioning.control_images is not None
+    images = module.family.decode(inputs.target)
+    expected = 1 - ((images.clamp(-1, 1) + 1) * 127.5).round() / 255
+    # A pixel between two bytes may fall to either side, since the pairs were decoded in other batches.
+    torch.testing.assert_close(inputs.conditioning.control_images, expected, rtol=0, atol=1.01 / 255)
+    kept = module.pairs.pick(batch).noise
+    redrawn = (inputs.noise != kept).flatten(1).any(dim=1)
+    assert 0.25 < float(redrawn.float().mean()) < 0.75
+    assert (inputs.noise[redrawn] != kept[redrawn]).all()
+
+
+class _Captions:
+    def train_captions(self, count: int) -> list[str]:
+        return ["a red circle", "a blue square"]
+
+
+def test_dropped_conditions_are_black() -> None:
+    controls = torch.ones(400, 3, 2, 2)
+    dropped = with_some_dropped(controls, 0.25, 0, torch.arange(400)).flatten(1).amax(dim=1) == 0
+    assert 0.18 < float(dropped.float().mean()) < 0.32
+    again = with_some_dropped(controls[:100], 0.25, 0, torch.arange(100)).flatten(1).amax(dim=1) == 0
+    assert torch.equal(again, dropped[:100])
+
+
+# --------------------------------------------------------------------------------------------------------------- readers
+
+
+def test_the_soft_edge_reader_is_the_condition(base: Base) -> None:
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (4, 8, 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    read = SoftEdgeReader(1.5).load()(from_uint8(torch.from_numpy(coarse).permute(0, 3, 1, 2)))
+    made = np.stack([SoftEdge(1.5)(one) for one in coarse])
+    expected = torch.from_numpy(made).permute(0, 3, 1, 2).float() / 255
+    assert (read - expected).abs().max() < 1.5 / 255  # the rounding to bytes
+    assert expected.std() > 0.1
+
+
+def test_condition_consistency_pulls_towards_the_condition(base: Base) -> None:
+    term = ConditionConsistency(SoftEdgeReader(), distance="mse")
+    module = built(joint(base("sd-v_prediction"), objectives={"condition": term}))
+    batch = _batch(2)
+    images = from_uint8((batch.control_images * 255).to(torch.uint8))
+    wanted = term.read(module.family.encode(images)).detach()
+    other = torch.zeros(2, *LATENT_SHAPE, requires_grad=True)
+    loss = condition_distance(term.read(other + normal(0, 0, batch.positions, LATENT_SHAPE)), wanted, "mse")
+    (gradient,) = torch.autograd.grad(loss.sum(), other)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+    exact = condition_distance(wanted, wanted, "mse")
+    assert exact.abs().max() == 0 and loss.min() > 0
+
+
+def test_distances_are_the_formulas() -> None:
+    read, wanted = torch.tensor([[[[0.25, 0.9]]]]), torch.tensor([[[[0.0, 1.0]]]])
+    entropy = -(np.log(0.75) + np.log(0.9)) / 2
+    for distance, value in (("cross_entropy", entropy), ("mse", (0.0625 + 0.01) / 2), ("l1", 0.175)):
+        assert float(condition_distance(read, wanted, distance)) == pytest.approx(value, rel=1e-5)  # type: ignore[arg-type]
+
+
+def test_a_reader_learns_its_pairs_and_is_loaded_again(base: Base, shards: Path, tmp_path: Path) -> None:
+    training = ConditionReaderTraining(
+        family_of(base("sd-v_prediction")),
+        partial(torch.optim.Adam, lr=1e-2),
+        widths=(8, 8),
+        noise=0.0,
+        ema_decay=0.5,
+    )
+    losses: list[float] = []
+
+    class Watch(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
+        ) -> None:
+            losses.append(float(outputs["loss"]))
+
+    fit(training, shards, 60, batch_size=8, contents=CONTENTS, callbacks=[Watch()])  # type: ignore[arg-type]
+    training.write_export(tmp_path / "reader", average=True, dtype=torch.float32)
+    assert np.mean(losses[-5:]) < 0.9 * losses[0]
+    loaded = LearnedReader(str(tmp_path / "reader")).load()
+    images = normal(0, 0, torch.arange(2), (3, 32, 32))
+    assert torch.equal(loaded(images), training.ema.module(images))
+    with pytest.raises(FileNotFoundError, match="there is no condition reader in 'nowhere'"):
+        ReaderNetwork.from_pretrained("nowhere")
+
+
+# -------------------------------------------------------------------------------------------- the base's ControlNet
+
+
+def test_denoising_moves_the_controlnet_alone(base: Base, shards: Path, tmp_path: Path) -> None:
+    module = ControlNetTraining(family_of(base("sd-v_prediction")), ADAMW, ema_decay=0.5)
+    module.configure_model()
+    before, frozen = weights(module), weights(module.controlled.unet)
+    fit(module, shards, 3, contents=CONTENTS)  # type: ignore[arg-type]
+    module.write_export(tmp_path / "controlnet", average=False, dtype=torch.float32)
+    assert moved(before, module, "controlled") > 0.95 and moved(before, module, "ema") > 0.95
+    assert all(torch.equal(frozen[name], value) for name, value in weights(module.controlled.unet).items())
+    loaded = load_controlnet(tmp_path / "controlnet").state_dict()
+    own = module.controlled.controlnet.state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in own.items())
+
+
+def test_fitting_has_no_loss_where_student_and_base_are_one(base: Base, pretrained: Path) -> None:
+    folder = str(pretrained)
+
+    def losses(weights: str | None) -> dict[str, Tensor]:
+        module = ControlNetTraining(
+            family_of(base("sd-v_prediction")),
+            SGD,
+            controlnet=ControlNetSource(weights),
+            task=None,
+            base_controlnet=folder,
+            output_distillation=OutputDistillation(),
+            feature_distillation=FeatureDistillation(),
+        )
+        module.configure_model()
+        assert module.taps == {f"up_blocks.{i}": f"up_blocks.{i}" for i in range(3)}
+        return module._terms(_batch(2))
+
+    assert all(float(loss.detach()) < 1e-10 for loss in losses(folder).values())
+    assert all(float(loss.detach()) > 1e-6 for loss in losses(None).values())
+
+
+# -------------------------------------------------------------------------------------------------------------- messages
+
+
+def test_batches_without_conditions_or_with_others_are_refused(base: Base) -> None:
+    family = family_of(base("sd-v_prediction"))
+    with pytest.raises(
+        ValueError, match=r"needs condition images, and the batch has none: let data\.contents"
+    ):
+        control_images_of(tiny_batch(2), family)
+    batch = replace(_batch(2), control_images=torch.zeros(2, 3, 16, 16))
+    with pytest.raises(ValueError, match="condition images have 16x16 pixels and its images 32x32"):
+        control_images_of(batch, family)
+
+
+def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
+    with pytest.raises(ValueError, match=r"control\.noise_redrawn is a share in \[0, 1\], got 2"):
+        ControlSettings(noise_redrawn=2.0)
+    with pytest.raises(ValueError, match=r"student\.controlnet\.train is false"):
+        ControlledStudent(SGD, controlnet=ControlNetSource("x", train=False))
+    family = family_of(base("sd-v_prediction"))
+    with pytest.raises(ValueError, match="base_controlnet goes together with output_distillation"):
+        ControlNetTraining(family, SGD, output_distillation=OutputDistillation())
+    with pytest.raises(ValueError, match="the ControlNet has no objective"):
+        ControlNetTraining(family, SGD, task=None)
+    term = ConditionConsistency(SoftEdgeReader())
+    module = built(joint(base("sd-v_prediction"), objectives={"condition": term}, fake_score=FakeScore(SGD)))
+    with pytest.raises(
+        ValueError, match="ConditionConsistency needs condition images, and the sample has none"
+    ):
+        term(sample_of(module), module.context)
