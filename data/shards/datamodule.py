@@ -16,6 +16,7 @@ from data.shards.loader import Pass, ShardLoader
 from data.shards.order.buckets import AnyOrder, BucketOrder, Buckets
 from data.shards.order.mixture import Source
 from data.shards.order.run_order import OrderSpec
+from data.shards.patience import Patience
 from data.shards.sample_decoder import Reading
 from data.shards.shard_cache import ShardCache
 from data.shards.sources import joined, open_sources, require_window
@@ -81,6 +82,10 @@ class ShardSettings:
     """Cache folder for remote shards; without it they are read by range requests each time."""
     cache_gb: float = 100.0
     """Maximum size of the cache in 10^9 bytes."""
+    remote_timeout_s: float = 30.0
+    """Seconds that a server of remote shards has for each answer."""
+    remote_retry_s: float = 600.0
+    """Seconds over which failures of that server are retried, before they count as a fault of the data."""
     val_shards: str | list[str] | None = None
     """A validation set, for modules with a validation_step: read in the stored order, neither mirrored nor cropped at random;
     samples beyond the last complete global batch are left out."""
@@ -89,6 +94,7 @@ class ShardSettings:
     `python -m data.prepare latents --store mean+logvar` wrote."""
 
     def __post_init__(self) -> None:
+        _ = self._patience  # refuses limits out of range
         if self.batch_size < 1:
             raise ValueError(
                 f"data.batch_size is {self.batch_size}, but a batch holds at least one sample on each device."
@@ -138,8 +144,12 @@ class ShardSettings:
 
     def store(self) -> ShardStore:
         """A store for this process."""
-        cached = None if self.cache_folder is None else ShardCache(self.cache_folder, self.cache_gb)
-        return ShardStore(cached)
+        folder, patience = self.cache_folder, self._patience
+        return ShardStore(None if folder is None else ShardCache(folder, self.cache_gb, patience), patience)
+
+    @property
+    def _patience(self) -> Patience:
+        return Patience(self.remote_timeout_s, self.remote_retry_s)
 
 
 class ShardDataModule(pl.LightningDataModule):

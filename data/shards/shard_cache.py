@@ -13,9 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from data.shards.locations import Stamp, file_name, file_system, is_pipe
+from data.shards.patience import Patience
 from data.shards.tar_headers import BrokenShardError
 
 _log = logging.getLogger(__name__)
@@ -30,12 +31,13 @@ class ShardCache:
     Args:
         folder: cache folder, created if missing.
         gigabytes: maximum total size, in 10^9 bytes.
+        patience: its `timeout_s` applies to each part of a transfer.
     """
 
-    def __init__(self, folder: str | Path, gigabytes: float) -> None:
+    def __init__(self, folder: str | Path, gigabytes: float, patience: Patience | None = None) -> None:
         if not gigabytes > 0:
             raise ValueError(f"data.cache_gb is {gigabytes}, but it is a size in gigabytes above 0.")
-        self.folder = Path(folder).expanduser()
+        self.folder, self._patience = Path(folder).expanduser(), patience or Patience()
         self.limit_bytes = int(gigabytes * 1e9)
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -78,7 +80,7 @@ class ShardCache:
         """
         path = self.path_of(url, stamp)
         lock = FileLock(path.with_suffix(".lock"), blocking=wait)
-        with contextlib.suppress(TimeoutError), lock:
+        with contextlib.suppress(Timeout), lock:
             if (found := self.find(url, stamp)) is None:
                 partial = path.with_suffix(".partial")
                 with open(partial, "wb") as target:
@@ -116,7 +118,8 @@ class ShardCache:
         else:
             system, path = file_system(url)
             with system.open(path, "rb", block_size=_COPY_BYTES, cache_type="readahead") as stream:
-                shutil.copyfileobj(stream, target, _COPY_BYTES)
+                while part := self._patience.answer(lambda: stream.read(_COPY_BYTES)):
+                    target.write(part)
 
     def _evict(self, size: int, url: str) -> None:
         if size > self.limit_bytes:

@@ -4,21 +4,19 @@ import hashlib
 import os
 import queue
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from data.shards.locations import Stamp, file_system, is_pipe, is_remote
+from data.shards.patience import Patience
 from data.shards.shard_cache import UNKNOWN, ShardCache
 from data.shards.tar_headers import BrokenShardError, TarMember, members_of, tar_members
 
-_ATTEMPTS, _FIRST_PAUSE_SECONDS = 4, 0.2
 _SCAN_BYTES = 1 << 20  # read-ahead while scanning the headers of a remote tar
-_T = TypeVar("_T")
 
 
 class ShardFile(ABC):
@@ -65,8 +63,8 @@ class LocalFile(ShardFile):
 class RemoteFile(ShardFile):
     """Bytes of a URL by range requests, or from the cache once it contains the complete shard."""
 
-    def __init__(self, url: str, find: Callable[[], Path | None]) -> None:
-        self._url, self._find = url, find
+    def __init__(self, url: str, find: Callable[[], Path | None], patience: Patience) -> None:
+        self._url, self._find, self._patience = url, find, patience
         self._local: LocalFile | None = None
 
     def read_into(self, buffer: memoryview, start: int) -> int:
@@ -78,13 +76,7 @@ class RemoteFile(ShardFile):
                 return count
             self.close()  # the cached copy was truncated since it was opened: fall back to the server
             self._local = None
-        system, name = file_system(self._url)
-        read = persistent(lambda: system.cat_file(name, start=start, end=start + len(buffer)), self._url)
-        if len(read) > len(buffer):
-            raise OSError(
-                f"'{self._url}': {len(read):,} bytes came where {len(buffer):,} were asked for, so its server does not serve "
-                "ranges; set data.cache_folder, where complete shards are kept."
-            )
+        read = _ranged(self._url, start, start + len(buffer), self._patience)
         buffer[: len(read)] = read
         return len(read)
 
@@ -126,14 +118,14 @@ class Arena:
 class ShardStore:
     """Opens shards. With a cache, a remote shard is read by range requests until a thread has fetched it completely."""
 
-    def __init__(self, cache: ShardCache | None = None) -> None:
-        self.cache = cache
+    def __init__(self, cache: ShardCache | None = None, patience: Patience | None = None) -> None:
+        self.cache, self.patience = cache, patience or Patience()
         self._wanted: queue.SimpleQueue[tuple[str, Stamp]] | None = None
         self._process = -1
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the thread, which cannot be pickled."""
-        return {"cache": self.cache, "_wanted": None, "_process": -1}
+        return self.__dict__ | {"_wanted": None, "_process": -1}
 
     def stamp(self, location: str) -> Stamp:
         """Current state of a shard.
@@ -147,7 +139,7 @@ class ShardStore:
             status = os.stat(location)
             return Stamp(status.st_size, status.st_mtime_ns)
         system, path = file_system(location)
-        info = persistent(lambda: system.info(path), location)
+        info = self.patience.call(lambda: system.info(path), location)
         tags = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
         tag = " ".join(str(info[name]) for name in tags if info.get(name) is not None)
         mark = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=7).digest(), "big")
@@ -184,14 +176,14 @@ class ShardStore:
             return LocalFile(self._fetched(location, UNKNOWN))
         cache = self.cache
         if cache is not None and stamp is not None and cache.find(location, stamp) is not None:
-            return RemoteFile(location, lambda: cache.find(location, stamp))
+            return RemoteFile(location, lambda: cache.find(location, stamp), self.patience)
         now = self.stamp(location)
         if stamp not in (None, now):
             raise _replaced(location, stamp, now)
         if cache is None:
-            return RemoteFile(location, lambda: None)
+            return RemoteFile(location, lambda: None, self.patience)
         self._want(location, now)
-        return RemoteFile(location, lambda: cache.find(location, now))
+        return RemoteFile(location, lambda: cache.find(location, now), self.patience)
 
     def _fetched(self, location: str, stamp: Stamp) -> Path:
         cache = self.cache
@@ -199,14 +191,12 @@ class ShardStore:
             raise ValueError(
                 f"The output of '{location}' cannot be read from the middle; set data.cache_folder, where it is kept."
             )
-        path = persistent(lambda: cache.fetch(location, stamp), location)
+        path = self.patience.retry(lambda: cache.fetch(location, stamp), location)
         assert path is not None
         return path
 
     def _remote_members(self, url: str, stamp: Stamp) -> Iterator[TarMember]:
-        system, path = file_system(url)
-        with system.open(path, "rb", block_size=_SCAN_BYTES, cache_type="readahead") as stream:
-            yield from members_of(url, _Ranges(stream), stamp.size)
+        yield from members_of(url, _Ranges(url, stamp.size, self.patience), stamp.size)
 
     def _want(self, url: str, stamp: Stamp) -> None:
         if self._wanted is None or self._process != os.getpid():  # threads are not inherited by a fork
@@ -225,15 +215,32 @@ class ShardStore:
 
 
 class _Ranges:
-    """Slices of a seekable stream."""
+    """Slices of a remote file, read ahead."""
 
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
+    def __init__(self, url: str, size: int, patience: Patience) -> None:
+        self._url, self._size, self._patience = url, size, patience
+        self._start, self._read = 0, b""
 
     def __getitem__(self, part: slice) -> bytes:
-        self._stream.seek(part.start)
-        data: bytes = self._stream.read(part.stop - part.start)
-        return data
+        if not self._start <= part.start <= part.stop <= self._start + len(self._read):
+            end = max(part.stop, part.start + _SCAN_BYTES)
+            end = end if self._size < 0 else min(end, self._size)
+            if part.start >= end:
+                return b""
+            self._start, self._read = part.start, _ranged(self._url, part.start, end, self._patience)
+        return self._read[part.start - self._start : part.stop - self._start]
+
+
+def _ranged(url: str, start: int, end: int, patience: Patience) -> bytes:
+    """Bytes [start, end) of a URL; fewer at its end."""
+    system, name = file_system(url)
+    read: bytes = patience.call(lambda: system.cat_file(name, start=start, end=end), url)
+    if len(read) > end - start:
+        raise OSError(
+            f"'{url}': {len(read):,} bytes came where {end - start:,} were asked for, so its server does not serve "
+            "ranges; set data.cache_folder, where complete shards are kept."
+        )
+    return read
 
 
 def _replaced(location: str, indexed: Stamp | None, now: Stamp) -> BrokenShardError:
@@ -245,24 +252,3 @@ def _replaced(location: str, indexed: Stamp | None, now: Stamp) -> BrokenShardEr
         f"{location} was replaced since it was indexed ({sizes}), so its samples lie elsewhere; start again, which "
         "indexes it anew."
     )
-
-
-def persistent(call: Callable[[], _T], location: str) -> _T:
-    """Retry a call after network failures, with pauses; a missing file is not retried.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        OSError: after four failures, whatever the file system's package raised.
-    """
-    pause = _FIRST_PAUSE_SECONDS
-    for attempt in range(_ATTEMPTS):
-        try:
-            return call()
-        except (FileNotFoundError, BrokenShardError, PermissionError):
-            raise
-        except Exception as error:  # file system packages define their own exceptions
-            if attempt == _ATTEMPTS - 1:
-                raise OSError(f"'{location}' cannot be read ({type(error).__name__}: {error}).") from error
-            time.sleep(pause)
-            pause *= 4
-    raise AssertionError

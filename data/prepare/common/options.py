@@ -65,6 +65,10 @@ class RemoteOptions:
     """Size limit of --cache_folder, 10^9 bytes."""
     index_folder: str | None = None
     """Folder of the indexes, if neither beside the shards nor in the cache; as data.index_folder of a training."""
+    remote_timeout_s: Annotated[float, Option(at_least=0.001)] = 30.0
+    """Seconds that the server of a URL has for each answer."""
+    remote_retry_s: Annotated[float, Option(at_least=0)] = 600.0
+    """Seconds over which its failures are retried, before the shard counts as unreadable."""
 
     @property
     def indexes(self) -> str | None:

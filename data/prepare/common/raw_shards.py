@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from data.prepare.common.options import RemoteOptions
 from data.shards.index import ShardIndex, ShardSet
+from data.shards.patience import Patience
 from data.shards.shard_cache import ShardCache
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
@@ -16,8 +17,8 @@ from data.shards.tar_headers import BrokenShardError
 
 def shard_store(remote: RemoteOptions) -> ShardStore:
     """Opens shards, through the cache if there is one."""
-    folder = remote.cache_folder
-    return ShardStore(None if folder is None else ShardCache(folder, remote.cache_gb))
+    folder, patience = remote.cache_folder, Patience(remote.remote_timeout_s, remote.remote_retry_s)
+    return ShardStore(None if folder is None else ShardCache(folder, remote.cache_gb, patience), patience)
 
 
 def open_shards(shards: str | Sequence[str], remote: RemoteOptions) -> ShardSet:

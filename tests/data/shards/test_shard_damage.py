@@ -17,6 +17,7 @@ from data.shards.checks import SampleCheck, odd_latents
 from data.shards.decoders import BadSampleError, decode, decode_latents
 from data.shards.index import ShardSet, index_shard, save_index, sidecar_path
 from data.shards.layout import Part, missing_member
+from data.shards.patience import Patience
 from data.shards.shard_cache import ShardCache
 from data.shards.sidecar import load_sidecar
 from data.shards.store import RemoteFile, ShardStore
@@ -458,7 +459,7 @@ def test_a_transfer_that_was_cut_is_no_shard(tmp_path: Path, monkeypatch: pytest
         target.write(WHOLE[: -1 if len(copied) < 3 else None])
 
     monkeypatch.setattr(cache, "_copy", copy)
-    monkeypatch.setattr("data.shards.store._FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("data.shards.patience._FIRST_PAUSE_SECONDS", 0.0)
     store = ShardStore(cache)
     stamp = store.stamp(f"file://{path}")
     with pytest.raises(OSError, match=r"133,119 bytes came, but the server states 133,120"):
@@ -474,7 +475,7 @@ def test_a_server_that_ignores_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
     find: Callable[[], Path | None] = lambda: None  # noqa: E731
     monkeypatch.setattr("data.shards.store.file_system", lambda url: (Whole(), url))
     with pytest.raises(OSError, match=r"133,120 bytes came where 5 were asked for.* set data\.cache_folder"):
-        RemoteFile("http://h/s.tar", find).read(0, 5)
+        RemoteFile("http://h/s.tar", find, Patience()).read(0, 5)
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
