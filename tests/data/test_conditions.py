@@ -209,3 +209,44 @@ def test_yaml_names_them_by_class_path(
     )
     condition = parser.instantiate(config).data.condition
     assert type(condition) is type(expected) and vars(condition) == vars(expected)
+
+
+def test_thresholds_of_canny_vary_with_the_image_and_only_with_it() -> None:
+    generator = np.random.default_rng(0)
+    soft = [
+        cv2.GaussianBlur(generator.integers(0, 256, (24, 24, 3), np.uint8), (0, 0), 2.0) for _ in range(24)
+    ]
+    plain, varied = Canny(30, 60), Canny(30, 60, vary=1.0)
+    counts = [(plain(one).sum(), varied(one).sum()) for one in soft]
+    assert any(more > fixed for fixed, more in counts) and any(less < fixed for fixed, less in counts)
+    assert all(np.array_equal(varied(one), pickle.loads(pickle.dumps(varied))(one)) for one in soft)
+    assert all(np.array_equal(plain(one), Canny(30, 60, vary=0.0)(one)) for one in soft)
+    with pytest.raises(ValueError, match=r"Canny needs a vary of 0 or more, got -1"):
+        Canny(vary=-1.0)
+
+
+def deep_png(values: NDArray[np.uint16]) -> bytes:
+    """A 16-bit grey PNG."""
+    stream = io.BytesIO()
+    Image.fromarray(values).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_depth_maps_of_16_bits_keep_their_precision(tmp_path: Path) -> None:
+    depth = (
+        np.arange(0, 48 * 40, dtype=np.uint16).reshape(40, 48) * 3
+    )  # millimetres: 9 % of the range of 16 bits
+    image = io.BytesIO()
+    Image.fromarray(square()).save(image, "PNG")
+    with ShardWriter(tmp_path / "set") as writer:
+        writer.write({"png": image.getvalue(), "cond.png": deep_png(depth), "txt": "words"})
+    found = {}
+    for resolution in (None, 20):
+        data = ShardDataModule(
+            str(tmp_path / "set"), 1, contents=["images", "control_images"], resolution=resolution
+        )
+        found[resolution] = next(iter(data.train_dataloader())).control_images
+    expected = torch.from_numpy(depth.astype(np.float32)) / 65535
+    torch.testing.assert_close(found[None][0], expected.expand(3, -1, -1), rtol=0, atol=1e-7)
+    assert len(found[20].unique()) > 250  # of 400 pixels; 8 bits would leave 23 values
+    assert abs(float(found[20].mean()) - float(expected[:, 4:44].mean())) < 1e-4

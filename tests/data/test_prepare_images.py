@@ -305,6 +305,26 @@ def test_an_image_with_an_exif_rotation_is_turned_upright(tmp_path: Path) -> Non
     assert fields(tmp_path / "set", "000000000")["original_height"] == 40
 
 
+def test_conditions_are_a_folder_with_the_names_of_the_images(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "given"
+    deep = {}
+    for i, size in enumerate(SIZES):
+        place = given / ("more" if i > 5 else ".") / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        deep[i] = np.arange(size[0] * size[1], dtype=np.uint16).reshape(size[1], size[0]) * 7
+        Image.fromarray(deep[i]).save(place)
+    Image.fromarray(deep[0]).save(given / "stray.png")
+    main(command(photos, tmp_path / "set", "--conditions", str(given)))
+    said = capsys.readouterr().out
+    assert "; 1 condition images have no image of their name in --from, such as stray.png" in said
+    control = Image.open(io.BytesIO(members(tmp_path / "set")["000000002"]["cond.png"]))
+    assert control.mode.startswith("I;16") and np.array_equal(np.asarray(control), deep[2])
+    both = command(photos, tmp_path / "no", "--conditions", str(given), "--condition", "canny")
+    assert "--condition canny both name condition images; give one" in refused(both, capsys)
+
+
 def test_padded_squares_of_img2dataset_are_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

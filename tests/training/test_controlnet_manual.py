@@ -33,7 +33,7 @@ SMALL = {
     ],
     "evaluation.evaluate": ["--batch_size", "3", "--device", "cpu", "--conditioning_scales", "1"],
 }
-TRAINING = ["--data.batch_size=2", "--trainer.callbacks+=null", "--trainer.enable_progress_bar=false"]
+TRAINING = ["--data.batch_size=2"]
 
 
 def commands(text: str) -> list[list[str]]:
