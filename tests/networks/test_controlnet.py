@@ -21,6 +21,7 @@ from torch import Tensor
 
 from evaluation.benchmarks.full_size import sd21_unet_config
 from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.noise_schedule import NoiseSchedule
 from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
@@ -229,6 +230,26 @@ def test_stock_pipelines_draw_what_training_drew(kind: str, midless: bool, tmp_p
         output_type="latent",
     ).images
     torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["unet", "controlnet"])
+def test_a_frozen_part_is_no_parameter_but_moves_along(frozen: Any) -> None:
+    unet = tiny_sd_unet()
+    family_like = Denoiser(unet, NoiseSchedule(torch.linspace(0.999, 0.005, 1000)), "epsilon")
+    controlled = ControlledDenoiser(family_like, controlnet_from_unet(unet, STEM), frozen=frozen)
+    assert {name.split(".")[0] for name, _ in controlled.named_parameters()} == {"unet", "controlnet"} - {
+        frozen
+    }
+    controlled.double()
+    assert all(
+        parameter.dtype == torch.float64
+        for network in controlled.networks
+        for parameter in network.parameters()
+    )
+    copied = controlled.copy_for_average()
+    hidden, shown = ("unet", "controlnet") if frozen == "unet" else ("controlnet", "unet")
+    assert getattr(copied, hidden) is getattr(controlled, hidden)
+    assert getattr(copied, shown) is not getattr(controlled, shown)
 
 
 # --------------------------------------------------------------------------------------------------------- messages
