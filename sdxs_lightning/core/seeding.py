@@ -50,6 +50,7 @@ class Stream(IntEnum):
     STEP_INDEX = 17
     REDRAWN_NOISE = 18
     CONDITION_DROPOUT = 19
+    REDRAWN_SAMPLES = 20
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

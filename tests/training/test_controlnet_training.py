@@ -259,12 +259,13 @@ def test_who_sees_the_condition(base: Base, pretrained: Path) -> None:
     torch.testing.assert_close(same, tapped)  # a discriminator's real and fake halves
 
 
-def test_pairs_bring_the_condition_of_their_target_and_some_new_noise(base: Base, shards: Path) -> None:
+@pytest.mark.parametrize("source", ["memory", "on_the_fly"])
+def test_pairs_bring_the_condition_of_their_target_and_some_new_noise(base: Base, source: Any) -> None:
     module = built(
         joint(
             base("sd-v_prediction"),
             update_schedule=MIXED,
-            pairs=PairSettings(count=6, sampler_steps=2, sampler_batch_size=4),
+            pairs=PairSettings(source, count=6, sampler_steps=2, sampler_batch_size=4),
             regression=Regression(),
             condition=Inverted(),
             control=ControlSettings(noise_redrawn=0.5),
@@ -403,10 +404,14 @@ def test_batches_without_conditions_or_with_others_are_refused(base: Base) -> No
     with pytest.raises(
         ValueError, match=r"needs condition images, and the batch has none: let data\.contents"
     ):
-        control_images_of(tiny_batch(2), family)
+        control_images_of(tiny_batch(2), family, 3)
     batch = replace(_batch(2), control_images=torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match="condition images have 16x16 pixels and its images 32x32"):
-        control_images_of(batch, family)
+        control_images_of(batch, family, 3)
+    with pytest.raises(
+        ValueError, match="condition images have 3 channels, and 1 are expected; change conditioning_channels"
+    ):
+        control_images_of(_batch(2), family, 1)
 
 
 def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:

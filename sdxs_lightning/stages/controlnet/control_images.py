@@ -13,17 +13,27 @@ from sdxs_lightning.core.seeding import Stream, uniform
 from sdxs_lightning.families import Family
 
 
-def control_images_of(batch: TrainingBatch, family: Family) -> Tensor:
+def control_images_of(batch: TrainingBatch, family: Family, channels: int) -> Tensor:
     """The batch's condition images (B, C, H, W), float32, in [0, 1].
 
+    Args:
+        batch: of the data.
+        family: says how many pixels a latent has.
+        channels: C, as the ControlNet or reader takes it.
+
     Raises:
-        ValueError: if the batch has none, or some of another size than the base's images.
+        ValueError: if the batch has none, or some of another size than the base's images, or of other channels.
     """
     found, latents = batch.control_images, batch.latents
     if found is None:
         raise ValueError(
             "this stage needs condition images, and the batch has none: let data.contents name control_images, and the shards "
             "hold cond.png (`python -m data.prepare images --condition ...`), or set data.condition."
+        )
+    if found.shape[1] != channels:
+        raise ValueError(
+            f"the batch's condition images have {found.shape[1]} channels, and {channels} are expected; change "
+            "conditioning_channels of the ControlNet (channels of a reader)."
         )
     factor = family.resolution // family.latent_shape()[1]
     side = family.latent_shape()[1:] if latents is None else tuple(latents.shape[-2:])

@@ -135,13 +135,17 @@ class ControlNetDistillation(OneStepDistillation):
         if controls is None:
             controls = self._extracted(target) if self._extracts(batch, target) else None
         if controls is None:
-            controls = control_images_of(batch, self.family)
+            controls = self._control_images(batch)
         if target is not None and self.control.noise_redrawn > 0:
             fresh = normal(self.seed, Stream.REDRAWN_NOISE, batch.positions, tuple(noise.shape[1:]))
-            redrawn = uniform(self.seed, Stream.REDRAWN_NOISE, batch.positions) < self.control.noise_redrawn
+            redrawn = uniform(self.seed, Stream.REDRAWN_SAMPLES, batch.positions) < self.control.noise_redrawn
             noise = torch.where(redrawn[:, None, None, None], fresh, noise)
         controls = with_some_dropped(controls, self.control.condition_dropout, self.seed, batch.positions)
         return StudentInputs(noise, replace(conditioning, control_images=controls), target)
+
+    def _control_images(self, batch: TrainingBatch) -> Tensor:
+        channels = self.student.denoiser.controlnet.config["conditioning_channels"]
+        return control_images_of(batch, self.family, channels)
 
     def _extracts(self, batch: TrainingBatch, target: Tensor | None) -> bool:
         """Whether conditions come from the target sampler's images: always in a run with `condition`, unless stored pairs
@@ -163,7 +167,7 @@ class ControlNetDistillation(OneStepDistillation):
 
     def _real_batch(self, batch: TrainingBatch, fake: LatentSample) -> RealBatch:
         real = super()._real_batch(batch, fake)
-        controls = control_images_of(batch, self.family)
+        controls = self._control_images(batch)
         return real._replace(conditioning=replace(real.conditioning, control_images=controls))
 
     @torch.no_grad()

@@ -78,7 +78,7 @@ class ConditionReaderTraining(AveragedTraining):
         self.family.to(self.device, self.real_score_dtype)
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> Tensor:
-        wanted = control_images_of(batch, self.family)
+        wanted = control_images_of(batch, self.family, self.reader.channels)
         logits = self.reader.logits(self._images(batch))
         loss = F.binary_cross_entropy_with_logits(logits.float(), wanted)
         self.log_dict({"reader/loss": loss, "reader/error": (logits.sigmoid() - wanted).abs().mean()})
@@ -95,7 +95,7 @@ class ConditionReaderTraining(AveragedTraining):
                 "this stage needs latents or images in every batch, and got neither; let data.contents name one of them."
             )
         drawn = normal(self.seed, Stream.AUGMENTATION, batch.positions, tuple(images.shape[1:]))
-        strength = self.noise * uniform(self.seed, Stream.AUGMENTATION, batch.positions)
+        strength = self.noise * uniform(self.seed, Stream.DROPOUT, batch.positions)
         return images + strength[:, None, None, None] * drawn
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
@@ -112,6 +112,6 @@ class ConditionReaderTraining(AveragedTraining):
         ]
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
-        wanted = control_images_of(batch, self.family)
+        wanted = control_images_of(batch, self.family, self.reader.channels)
         F.binary_cross_entropy_with_logits(self.reader.logits(self._images(batch)), wanted).backward()
         yield PlannedPhase("training step", ("condition_reader",))

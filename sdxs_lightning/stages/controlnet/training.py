@@ -141,7 +141,8 @@ class ControlNetTraining(AveragedTraining):
 
     def _sample(self, batch: TrainingBatch) -> LatentSample:
         sample = data_sample(batch, self.family, self.seed, self.caption_dropout)
-        controls = control_images_of(batch, self.family)
+        channels = self.controlled.controlnet.config["conditioning_channels"]
+        controls = control_images_of(batch, self.family, channels)
         controls = with_some_dropped(controls, self.condition_dropout, self.seed, batch.positions)
         return replace(sample, conditioning=replace(sample.conditioning, control_images=controls))
 
