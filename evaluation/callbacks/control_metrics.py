@@ -12,6 +12,7 @@ from torch import Tensor
 from evaluation.callbacks.score_curve import ScoreCurve
 from evaluation.callbacks.student_updates import student_updates_of
 from evaluation.images.control_sets import (
+    CONDITIONS,
     ControlledPrompts,
     ControlSet,
     ShardControlSet,
@@ -22,12 +23,33 @@ from evaluation.images.control_sets import (
 from evaluation.images.generate import rank_batches
 from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
 from evaluation.runner.control import Board, ControlledMaker, QualityMetrics, control_sheet
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 GRID_COLUMNS = 8
+
+
+_NAMES = {"Canny": "canny", "SoftEdge": "soft_edge", "Sketch": "sketch"}
+
+
+def condition_of(datamodule: Any) -> str:
+    """Name of the condition that a DataModule makes.
+
+    Raises:
+        UserError: if its conditions come from files.
+    """
+    if getattr(datamodule, "background_bar", False):
+        return "background_bar"
+    made = type(getattr(getattr(datamodule, "settings", None), "condition", None)).__name__
+    if made not in _NAMES:
+        raise UserError(
+            "ControlMetrics: the data's conditions are not made by data.condition, so say how to read them off an image: "
+            f"condition of the callback, one of {', '.join(CONDITIONS)}."
+        )
+    return _NAMES[made]
 
 
 class ControlMetrics(ScoreCurve):
@@ -37,7 +59,8 @@ class ControlMetrics(ScoreCurve):
     reconstruction of the image that the condition belongs to; both are measured once.
 
     Args:
-        condition: how the condition is read off an image, as `--condition` of `python -m evaluation.evaluate`.
+        condition: how the condition is read off an image, as `--condition` of `python -m evaluation.evaluate`; None is what the
+            data's own condition is.
         control: shards with images and cond.png, or "toy" for the toy world's own images.
         make_conditions: make the conditions of the set's images instead of reading cond.png.
         every_n_student_updates: measuring interval.
@@ -50,7 +73,7 @@ class ControlMetrics(ScoreCurve):
 
     def __init__(
         self,
-        condition: str,
+        condition: str | None = None,
         control: str = "toy",
         make_conditions: bool = True,
         every_n_student_updates: int = 50,
@@ -61,7 +84,8 @@ class ControlMetrics(ScoreCurve):
         at_start: bool = False,
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
-        self.condition, self.control, self.protocol = condition, control, protocol
+        self._named, self.control, self.protocol = condition, control, protocol
+        self.condition = condition or ""
         self.make_conditions, self.samples = make_conditions, samples
         self.batch_size, self.resolution = batch_size, resolution
         self.bounds: dict[str, float] = {}
@@ -78,6 +102,7 @@ class ControlMetrics(ScoreCurve):
             )
         if self._set is not None:
             return
+        self.condition = self._named or condition_of(getattr(trainer, "datamodule", None))
         self._quality = QualityMetrics(self.protocol, pl_module.device)
         found = find_protocol(self.protocol)
         if self.control == "toy":

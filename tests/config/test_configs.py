@@ -29,6 +29,7 @@ OVERLAYS = {
     "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
     "toy/condition_background_bar.yaml": ["toy/controlnet_joint.yaml"],
     "toy/condition_sketch.yaml": ["toy/controlnet_joint.yaml"],
+    "toy/control_metrics.yaml": ["toy/controlnet_joint.yaml"],
     **{
         f"{base}/controlnet_{size}.yaml": [f"{base}/controlnet_denoising.yaml"]
         for base in ("sd15", "sdxl")

@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from evaluation.callbacks.control_metrics import ControlMetrics
+from data.conditions import Sketch
+from data.toy.datamodule import ToyDataModule
+from evaluation.callbacks.control_metrics import ControlMetrics, condition_of
 from evaluation.evaluate import EvaluateOptions
 from evaluation.images.control_sets import ControlledPrompts, ToyControlSet, adherence_of
 from evaluation.runner.control import QualityMetrics, control_markdown, measure_control
@@ -101,6 +103,10 @@ def test_what_is_refused() -> None:
         EvaluateOptions(model="x", controlnet="y")
     with pytest.raises(UserError, match="--condition 'hed' is none of canny"):
         adherence_of("hed", None)
+    with pytest.raises(UserError, match=r"conditions are not made by data\.condition, so say how"):
+        condition_of(None)
+    assert condition_of(ToyDataModule(condition=Sketch())) == "sketch"
+    assert condition_of(ToyDataModule(background_bar=True)) == "background_bar"
     with pytest.raises(UserError, match="background_bar is the toy world's"):
         adherence_of("background_bar", None)
     with pytest.raises(UserError, match=r"fid with --control needs --reference FILE\.npz, got None"):
