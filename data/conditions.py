@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.core.image_condition import ImageCondition
 
 __all__ = ["Canny", "Depth", "ImageCondition", "Sketch", "SoftEdge"]
@@ -175,15 +176,22 @@ class Depth:
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation
 
         folder = Path(self.model)
-        if not folder.is_dir() and "/" not in self.model:
+        local = folder.is_dir()
+        if not local and not is_hub_id(self.model):
             raise UnloadableConditionError(
                 f"Depth: there is no folder '{self.model}'; give a folder with config.json, preprocessor_config.json and "
                 "model.safetensors, or a hub id (org/name), as data.condition.init_args.model."
             )
         try:
-            processor = AutoImageProcessor.from_pretrained(self.model)
+            processor = AutoImageProcessor.from_pretrained(
+                self.model, local_files_only=local, trust_remote_code=False
+            )
             network = AutoModelForDepthEstimation.from_pretrained(
-                self.model, use_safetensors=True, dtype=torch.float32
+                self.model,
+                use_safetensors=True,
+                dtype=torch.float32,
+                local_files_only=local,
+                trust_remote_code=False,
             )
         except (OSError, ValueError) as error:
             first_line = str(error).strip().splitlines()[0]

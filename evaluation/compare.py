@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+from evaluation.metrics.estimates import difference
 from evaluation.protocols.names import CAPTION_METRICS
 from evaluation.reports.markdown import LOWER_IS_BETTER, interval, markdown_table, number, title
 from evaluation.user_errors import as_user_errors
@@ -18,6 +19,9 @@ from sdxs_lightning.core.errors import UserError
 
 OLD_METRICS = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity")
 """Metrics in old results without intervals, which have one fingerprint for all metrics."""
+
+TIME = "ms_per_image"
+"""Milliseconds of one image of a model, beside its metrics; of the machine that measured it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +162,31 @@ def comparison(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str])
         rows.append(cells)
     first = next(iter(results.values()))["metrics"]
     header = ["", *(title(metric) + (" ↓" if metric in LOWER_IS_BETTER else " ↑") for metric in metrics)]
+    times = [result.get(TIME) for result in results.values()]
+    if any(time is not None for time in times):
+        header.append(title(TIME))
+        rows = [[*cells, number(time)] for cells, time in zip(rows, times, strict=True)]
     notes = ", ".join(f"{title(m)} {first[m]['hash']} (N = {first[m]['samples']})" for m in metrics)
     return f"{markdown_table(header, rows)}\nProtocol hashes: {notes}. In brackets: 95 % intervals."
+
+
+def differences(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """A table of each further result minus the first, with the 95 % interval of the difference; "" for a single result.
+
+    Sample i of one is paired with sample i of the other: of models they share prompt and noise.
+    """
+    (label, first), *others = results.items()
+    rows = []
+    for other_label, other in others:
+        for metric in metrics:
+            mine, theirs = first["metrics"][metric], other["metrics"][metric]
+            value = theirs["value"] - mine["value"]
+            found = difference(value, theirs, mine)
+            low_high = "" if found is None else interval(found.as_dict())
+            rows.append([other_label, title(metric), f"{value:+.5g}", low_high])
+    if not rows:
+        return ""
+    return f"Minus {label}:\n\n{markdown_table(['', 'metric', 'difference', '95 % interval'], rows)}"
 
 
 @as_user_errors()
@@ -169,7 +196,7 @@ def compare(options: CompareOptions) -> str:
     results = {label: read_result(path) for label, path in zip(labels, options.results, strict=True)}
     metrics = chosen_metrics(results, options.metrics)
     require_equal_hashes(results, metrics)
-    table = comparison(results, metrics)
+    table = "\n\n".join(filter(None, (comparison(results, metrics), differences(results, metrics).rstrip())))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(f"{table}\n")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES, parse_weights
+from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES, SCHEDULERS, parse_weights
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
 
@@ -93,6 +93,10 @@ class EvaluateOptions(ComputeOptions):
     """With --control: factors of the ControlNet's residuals."""
     steps: Count = 1
     """Sampling steps of the model."""
+    scheduler: Annotated[str | None, Option(choices=tuple(SCHEDULERS))] = None
+    """Scheduler in place of the model folder's, with the folder's noise schedule and prediction type."""
+    timesteps: Annotated[tuple[int, ...], Option(at_least=0)] = ()
+    """Timesteps of the sampling steps, descending, in place of --steps: 999 for one step, 999 749 499 249 for four."""
     guidance_scale: Annotated[float, Option(parse=guidance_scale, metavar="FLOAT")] = 1.0
     """Classifier-free guidance of the model; 1 means none."""
     seed: int | None = None
@@ -118,6 +122,15 @@ class EvaluateOptions(ComputeOptions):
             raise ValueError("--control needs --model, --controlnet and --condition.")
         if self.control is None and (self.controlnet is not None or self.condition is not None):
             raise ValueError("--controlnet and --condition go with --control, the set of conditions.")
+        if (self.scheduler or self.timesteps) and self.model is None:
+            raise ValueError("--scheduler and --timesteps are those of a --model; --images are made already.")
+        if list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
+            given = " ".join(map(str, self.timesteps))
+            raise ValueError(f"--timesteps {given} do not descend; give each once, the noisiest first.")
+        if self.timesteps and self.steps not in (1, len(self.timesteps)):
+            raise ValueError(
+                f"--steps {self.steps} and {len(self.timesteps)} --timesteps contradict each other; leave out --steps."
+            )
         if self.save_images is not None and self.model is None:
             raise ValueError(
                 "--save_images keeps what a --model makes; with --images there is nothing to save."

@@ -27,8 +27,11 @@ from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import Resume
 from sdxs_lightning.callbacks.run_folder import RunLock
 from sdxs_lightning.config_errors import reference_sentence, sentence
-from sdxs_lightning.config_files import MergedArguments, read_arguments
+from sdxs_lightning.config_files import MergedArguments, read_arguments, refuse_untrusted
+from sdxs_lightning.config_nulls import refuse_nulls
 from sdxs_lightning.core.errors import Interrupted, RankLost, RunStopped, UserError
+from sdxs_lightning.environment_values import EnvironmentValues
+from sdxs_lightning.trust import CODE_LOADERS, Trust, texts
 
 os.environ.setdefault(
     "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
@@ -49,6 +52,15 @@ class TrainingParser(LightningArgumentParser):
     """Reports errors in a sentence instead of printing the usage of 200 options."""
 
     command_line = MergedArguments([], [], {}, frozenset())
+    environment = EnvironmentValues(command_line)
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """Text of a configuration, with what comes from the environment as it was written."""
+        written = self.environment.as_written(cfg)
+        if written != cfg:
+            kwargs["skip_validation"] = True  # the text is of another type than the value
+        text: str = super().dump(written, *args, **kwargs)
+        return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raises instead of exiting.
@@ -59,7 +71,7 @@ class TrainingParser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         options = [name for action in self._actions for name in action.option_strings]
-        raise UserError(sentence(message, options, self.command_line)) from ex
+        raise UserError(self.environment.hidden(sentence(message, options, self.command_line))) from ex
 
 
 class SaveConfig(SaveConfigCallback):
@@ -110,10 +122,14 @@ class TrainingCLI(LightningCLI):
         if os.getcwd() not in sys.path:  # for a `class_path` in a file of the user's own
             sys.path.append(os.getcwd())
         command_line = read_arguments(sys.argv[1:] if arguments is None else arguments)
+        refuse_untrusted(command_line)
+        refuse_nulls(command_line, command_line.settings)
         TrainingParser.command_line = command_line
+        TrainingParser.environment = EnvironmentValues(command_line)
         # Only then: reading the docstrings under the fields of dataclasses takes longer than all other parsing.
         wants_help = any("help" in argument for argument in command_line.arguments)
         set_parsing_settings(docstring_parse_attribute_docstrings=wants_help)
+        _allow_imports(command_line.trust)
         super().__init__(
             model_class=pl.LightningModule,
             datamodule_class=pl.LightningDataModule,
@@ -133,6 +149,9 @@ class TrainingCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses the merged command line; Lightning's own warns that it differs from sys.argv."""
         self.config = parser.parse_args(args)
+        command_line, config = TrainingParser.command_line, self.config.as_dict()
+        refuse_nulls(command_line, config)
+        command_line.trust.check_locations(texts(config))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds `--ckpt_path` and `--plan`."""
@@ -201,7 +220,8 @@ class TrainingCLI(LightningCLI):
             _record_collectives(Path(self.trainer.default_root_dir))
             join_elastic_group(self.trainer)
             path = self.checkpoint_path()
-            resume = Resume(self.trainer, self.config.as_dict(), self.config.ckpt_path in ("last", "auto"))
+            config = TrainingParser.environment.as_written(self.config).as_dict()
+            resume = Resume(self.trainer, config, self.config.ckpt_path in ("last", "auto"))
             for callback in callbacks:
                 if isinstance(callback, Checkpointing):
                     callback.resume = resume
@@ -384,6 +404,18 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
         raise UserError(str(error)) from error
 
 
+_allowed: set[str] = set()
+"""What an earlier command line of this process allowed: jsonargparse's settings are those of the process."""
+
+
+def _allow_imports(trust: Trust) -> None:
+    """Limits what jsonargparse imports because a value names it."""
+    set_parsing_settings(
+        import_path_denylist=["*", *CODE_LOADERS, *_allowed], import_path_allowlist=list(trust.prefixes)
+    )
+    _allowed.update(trust.prefixes)
+
+
 def _construct(class_type: type, *args: Any, **kwargs: Any) -> Any:
     kwargs.pop("applied_instantiation_links", None)
     try:
@@ -414,7 +446,8 @@ def _report(error: BaseException, agreed: bool) -> None:
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     word = "stopped" if isinstance(error, Interrupted) else "error"
-    sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {error}\n")
+    text = TrainingParser.environment.hidden(str(error))
+    sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {text}\n")
 
 
 def _lost_rank(trainer: pl.Trainer | None, error: Exception) -> RankLost | None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, is_dataclass
 
 from sdxs_lightning.config_files import MergedArguments
 from sdxs_lightning.renamed import renamed_in
+from sdxs_lightning.trust import refusal
 
 TRIED = re.compile(
     r"Does not validate against any|Subtypes: |Errors:|Expected a <class 'NoneType'>|Given value type: "
@@ -50,6 +51,9 @@ def sentence(message: str, options: Iterable[str], command_line: MergedArguments
         return "; ".join(moved) + "."
     problem = _read(message)
     key = ".".join(problem.key)
+    denied = re.search(r"Importing '([^']+)' is not allowed, denied by", message)
+    if denied:
+        return refusal(denied[1], key, command_line.place(key))
     flag = re.match(r"unrecognized arguments: (--[^\s=]+)", problem.text)
     if flag and not problem.key:
         near = _nearest(flag[1], options)

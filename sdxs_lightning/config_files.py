@@ -27,6 +27,7 @@ import yaml
 from jsonargparse import get_loader
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.trust import Trust, class_paths, refusal, split_arguments
 
 INCLUDE = "include"
 CONFIG_FLAGS = ("--config", "-c")
@@ -60,6 +61,8 @@ class MergedArguments:
     """What the files and the null flags say together."""
     flags: frozenset[str]
     """Keys that options set, without `init_args`."""
+    trust: Trust = Trust()
+    """What `--trust` allows; it is not among the arguments any more."""
 
     def place(self, key: str) -> str | None:
         """Where a setting was made, as "on the command line" or "in FILE, line N".
@@ -94,6 +97,7 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     Raises:
         UserError: for a file that is missing, no YAML, or includes itself.
     """
+    trust, arguments = split_arguments(arguments)
     files = list[ConfigFile]()
     nulls = list[str]()
     flags = list[tuple[str, list[str]]]()
@@ -112,12 +116,24 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
             flags.append((name, chunk))
     settings: Settings = {}
     for file in files:
-        settings = merge(settings, file.settings)
+        settings = merge(settings, file.settings, trust)
     for key in nulls:
-        settings = merge(settings, _nested(key, settings))
+        settings = merge(settings, _nested(key, settings), trust)
     merged = [f"--config={_exact_yaml(settings)}"] if settings else []
     keys = frozenset(_without_init_args(name.lstrip("-").removesuffix("+")) for name, _ in flags) | set(nulls)
-    return MergedArguments(merged + [part for _, chunk in flags for part in chunk], files, settings, keys)
+    left = [part for _, chunk in flags for part in chunk]
+    return MergedArguments(merged + left, files, settings, keys, trust)
+
+
+def refuse_untrusted(command_line: MergedArguments) -> None:
+    """Refuses a class_path of the files that may not be imported, before anything is; the parser refuses the others.
+
+    Raises:
+        UserError: naming it, its line and `--trust`.
+    """
+    for key, path in class_paths(command_line.settings):
+        if not command_line.trust.allows(path):
+            raise UserError(refusal(path, key, command_line.place(key)))
 
 
 def read_config(value: str, including: Sequence[Path] = ()) -> list[ConfigFile]:
@@ -155,13 +171,19 @@ def read_config(value: str, including: Sequence[Path] = ()) -> list[ConfigFile]:
     return [*files, file]
 
 
-def merge(base: Settings, overlay: Settings) -> Settings:
-    """Lays one mapping over another; neither is changed."""
+def merge(base: Settings, overlay: Settings, trust: Trust = Trust()) -> Settings:
+    """Lays one mapping over another; neither is changed.
+
+    Args:
+        base: what the earlier files say.
+        overlay: what the next one says.
+        trust: which classes may be imported, to see whether one is a subclass of another.
+    """
     base, overlay = _as_class(base, overlay), _as_class(overlay, base)
     merged = dict(base)
     old = base.get("class_path")
     new = overlay.get("class_path", old)
-    if new != old and old is not None and not _is_subclass(new, old):
+    if new != old and old is not None and not _is_subclass(new, old, trust):
         merged.pop("init_args", None)
         merged.pop("dict_kwargs", None)
     for key, value in overlay.items():
@@ -171,7 +193,7 @@ def merge(base: Settings, overlay: Settings) -> Settings:
             added = value if isinstance(value, list) else [value]
             merged[stays] = [*merged.get(stays, []), *added]
         elif isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = merge(merged[key], value)
+            merged[key] = merge(merged[key], value, trust)
         else:
             merged.pop(f"{key}+", None)
             merged[key] = value
@@ -189,13 +211,15 @@ def _as_class(settings: Settings, other: Settings) -> Settings:
     return {"init_args": settings}
 
 
-def _is_subclass(name: Any, of: Any) -> bool:
-    new, old = _imported(name), _imported(of)
+def _is_subclass(name: Any, of: Any, trust: Trust) -> bool:
+    new, old = _imported(name, trust), _imported(of, trust)
     return isinstance(new, type) and isinstance(old, type) and issubclass(new, old)
 
 
-def _imported(dotted: Any) -> Any:
+def _imported(dotted: Any, trust: Trust) -> Any:
     module, _, name = str(dotted).rpartition(".")
+    if not trust.allows(str(dotted)):  # refused afterwards, with its line
+        return None
     try:
         return getattr(importlib.import_module(module), name, None)
     except (ImportError, ValueError):  # the parser refuses it with its line

@@ -8,7 +8,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from sdxs_lightning.config_files import CONFIG_FLAGS, GROUP_FLAGS, MergedArguments, read_arguments
+from sdxs_lightning.config_files import (
+    CONFIG_FLAGS,
+    GROUP_FLAGS,
+    MergedArguments,
+    read_arguments,
+    refuse_untrusted,
+)
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.renamed import renamed_in
 
@@ -20,6 +26,8 @@ OPTIONS = {
     "--plan": "print what the run needs of a device's memory, and whether it fits, instead of training",
     "--plan_gpu_gb": "GIB: memory of a device, for --plan; by default that of the local GPU, or 80",
     "--plan_json": "FILE: where --plan writes its numbers",
+    "--trust": "NAME: let configurations import classes of this module or package of yours, beside those of torch, lightning "
+    "and this project; `pipe:` lets shard locations be commands; any number of times",
     "--seed_everything": "N: seed of all that is random; default 0",
     "--model": "NAME.OPTION VALUE: any option of the stage, as --model.student.weights PATH; `init_args` may be left out",
     "--data": "NAME.OPTION VALUE: any option of the data, as --data.batch_size 16",
@@ -114,6 +122,7 @@ def _refuse_early(given: Sequence[str]) -> None:
     moved = renamed_in(merged)
     if moved:
         raise UserError("; ".join(moved) + ".")
+    refuse_untrusted(merged)
     _check_groups(merged)
 
 

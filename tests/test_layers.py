@@ -28,10 +28,13 @@ TOP = {
     "command_line",
     "config_errors",
     "config_files",
+    "config_nulls",
+    "environment_values",
     "config_reference",
     "prune",
     "renamed",
     "train_command",
+    "trust",
 }
 """They see everything of sdxs_lightning."""
 

@@ -55,7 +55,12 @@ def test_python_blocks_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("overlay", ["sid.yaml", "styled.yaml"])
-def test_overlays_train(folder: Path, overlay: str) -> None:
+def test_overlays_train(folder: Path, overlay: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(folder, max_student_updates=2)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    assert main(["--config", "tiny.yaml", "--config", overlay]) == 0
+    files = ["--config", "tiny.yaml", "--config", overlay]
+    assert main(files) == 2
+    module = overlay.replace("sid.yaml", "score_identity.yaml").removesuffix(".yaml")
+    assert capsys.readouterr().err.rstrip().endswith(f"add --trust {module}")
+    assert f"--config {overlay} --trust {module}" in (ROOT / "sdxs_lightning" / "README.md").read_text()
+    assert main([*files, "--trust", module]) == 0

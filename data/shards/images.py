@@ -27,6 +27,15 @@ MAX_IMAGE_BYTES = 1 << 28
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """Pillow's names of accepted formats; its other decoders (EPS runs Ghostscript) are never called."""
 
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+"""File extensions of FORMATS."""
+
+OTHER_SUFFIXES = (
+    ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".hdr", ".ico", ".dds",
+    ".raw", ".dng", ".apng", ".eps",
+)  # fmt: skip
+"""File extensions of unsupported image formats; folders with such files are refused rather than read without them."""
+
 _ORIENTATION = 0x0112
 _STRIP_PIXELS = 1 << 22  # transparency is composited in strips, which avoids three full-size copies
 

@@ -63,6 +63,20 @@ def file_name(location: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+def leaves(path: Path, folder: Path) -> bool:
+    """Whether a path, after following links, is outside a folder."""
+    return not path.resolve().is_relative_to(folder.resolve())
+
+
+def linked_folder(folder: Path) -> Path | None:
+    """The first symbolic link to a folder below a folder, or None; searches do not follow it."""
+    for root, folders, _ in os.walk(folder):
+        linked = sorted(name for name in folders if os.path.islink(os.path.join(root, name)))
+        if linked:
+            return Path(root, linked[0])
+    return None
+
+
 def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None = None) -> list[str]:
     """List the shards of folders, globs, brace patterns, URLs and commands, sorted within each.
 

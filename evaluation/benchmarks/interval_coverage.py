@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
+from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import PerImageMetric, SampledMetric
@@ -28,7 +29,7 @@ DIMENSIONS = 16
 REAL_IMAGES = 1000
 TRIALS = {100: 1000, 1000: 400, 5000: 400}
 """A coverage of 95 % has a standard error of 0.7 percentage points over 1,000 trials, of 1.1 over 400, of 2.8 over 60."""
-CHEAP = ("fid", "mean of images")
+CHEAP = ("fid", "inception score", "mean of images")
 """Other metrics get fewer trials for many images, since their cost is quadratic."""
 
 
@@ -60,6 +61,7 @@ def metrics(count: int) -> dict[str, Callable[[], SampledMetric]]:
         "kid, subsets of half": lambda: KernelDistance(identity, real, subsets=20, subset_size=size // 2),
         "cmmd": lambda: MaximumMeanDiscrepancy(identity, real, sigma=3.0),
         "precision and recall": lambda: PrecisionRecall(identity, real),
+        "inception score": lambda: InceptionScore(identity),
         "mean of images": FirstColumn,
     }
 
@@ -102,7 +104,11 @@ def coverage_table(
             trials = max(2, round(trials * scale))
             started = time.perf_counter()
             for number, row in coverage(build, count, trials).items():
-                label = number if name in (number, "precision and recall", "mean of images") else name
+                label = (
+                    number
+                    if name in (number, "precision and recall", "inception score", "mean of images")
+                    else name
+                )
                 table.setdefault(str(count), {})[label] = row
                 sys.stderr.write(f"N = {count}, {label}: {row['coverage']:.1%} of {trials}\n")
             sys.stderr.write(f"  {time.perf_counter() - started:.0f} s\n")

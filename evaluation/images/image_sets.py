@@ -15,18 +15,10 @@ from typing import Any, NoReturn, Protocol
 
 from PIL import Image
 
-from data.shards.images import MAX_IMAGE_BYTES
-from data.shards.locations import is_remote
+from data.shards.images import MAX_IMAGE_BYTES, OTHER_SUFFIXES, SUFFIXES
+from data.shards.locations import is_remote, leaves
 from evaluation.images.shard_images import ShardImages, decoded_image
 from sdxs_lightning.core.errors import UserError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
-
-OTHER_SUFFIXES = (
-    ".heic", ".heif", ".jxl", ".jp2", ".j2k", ".ppm", ".pgm", ".pnm", ".tga", ".psd", ".svg", ".exr", ".hdr", ".ico", ".dds",
-    ".raw", ".dng", ".apng", ".eps",
-)  # fmt: skip
-"""File extensions of unsupported image formats; sets with such files are refused rather than measured without them."""
 
 
 class NumberedImages(Protocol):
@@ -70,7 +62,8 @@ class FolderImages:
         folder: contains at least one image.
 
     Raises:
-        UserError: for a symbolic link to a folder, an unsupported image format, or a folder that cannot be listed.
+        UserError: for a symbolic link to a folder or out of it, an unsupported image format, or a folder that cannot be
+            listed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -88,6 +81,7 @@ class FolderImages:
                     "itself, or copy its images."
                 )
             files += [Path(root, name) for name in names]
+        check_links(files, folder)
         unnamed = next((file for file in files if not file.suffix and _is_image(file)), None)
         if unnamed is not None:
             raise UserError(
@@ -211,6 +205,20 @@ def open_images(text: str) -> NumberedImages:
     if not path.exists():
         raise UserError(f"there is nothing at '{text}'; give a folder of images, a .zip file or .tar shards.")
     raise UserError(f"'{text}' is neither a folder of images nor a .zip file nor .tar shards.")
+
+
+def check_links(files: Iterable[Path], folder: Path) -> None:
+    """Refuse links that lead out of a folder, with which a folder of others would show files that it does not hold.
+
+    Raises:
+        UserError: for such a link.
+    """
+    for file in files:
+        if file.is_symlink() and leaves(file, folder):
+            raise UserError(
+                f"'{file}' is a link to a file outside '{folder}', which is not followed; copy the file, or give the folder "
+                "that holds it."
+            )
 
 
 def image_names(paths: Iterable[str], where: str) -> list[str]:

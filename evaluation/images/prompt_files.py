@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from evaluation.images.image_sets import SUFFIXES, natural_order
+from data.shards.images import SUFFIXES
+from evaluation.images.image_sets import check_links, natural_order
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.seeding import Stream, uniform
 
@@ -231,6 +232,7 @@ def _text(path: Path) -> PromptList:
 def _folder(path: Path) -> PromptList:
     """One prompt per .txt file, as in DPG-Bench."""
     files = sorted(path.glob("*.txt"), key=lambda file: natural_order(file.name))
+    check_links(files, path)
     texts = tuple(file.read_text(encoding="utf-8-sig").strip() for file in files)
     return PromptList(texts, tuple(file.stem for file in files))
 

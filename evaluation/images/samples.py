@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
+import diffusers
 import numpy as np
 import torch
 from PIL import Image
@@ -16,15 +18,28 @@ from torch import Tensor
 from evaluation.images.image_sets import NumberedImages
 from evaluation.images.prompt_files import captions_digest
 from evaluation.networks.image_steps import apply_steps, still_to_do
+from evaluation.protocols.names import SCHEDULERS
 from evaluation.protocols.protocols import hash_model
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.families.folders import check_libraries
 
 Reader = Callable[[Sequence[int]], list[Image.Image]]
 """Maps image numbers to images."""
 Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+WITH_TIMESTEPS = (
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LCMScheduler",
+    "TCDScheduler",
+)
+"""Schedulers of SCHEDULERS whose set_timesteps takes a list, for messages."""
 
 
 class Samples(Protocol):
@@ -66,6 +81,8 @@ class PipelineImages:
     """Seed of the noise."""
     image_px: int | None = None
     """Side of the images; None is the model's own."""
+    timesteps: tuple[int, ...] = ()
+    """Timesteps of the sampling steps, descending; () leaves them to the scheduler."""
 
     def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
         """(B,3,H,W) uint8 images for B captions and their sample ids (B,) int64."""
@@ -82,6 +99,7 @@ class PipelineImages:
             latents=noise.to(unet.dtype),
             num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale,
+            **({"timesteps": list(self.timesteps)} if self.timesteps else {}),
             height=side * self.pipeline.vae_scale_factor,
             width=side * self.pipeline.vae_scale_factor,
             # For schedulers that draw noise between steps; the initial noise is given.
@@ -111,6 +129,10 @@ class ModelSamples:
     """Side of the images; None is the model's own."""
     precision: Precision = "fp32"
     """Precision of the networks."""
+    scheduler: str | None = None
+    """A key of SCHEDULERS in place of the folder's scheduler."""
+    timesteps: tuple[int, ...] = ()
+    """Timesteps of the sampling steps, descending; () leaves them to the scheduler."""
 
     are_files: ClassVar[bool] = False
 
@@ -157,7 +179,25 @@ class ModelSamples:
         pipeline.set_progress_bar_config(disable=True)
         if self.image_px is not None and self.image_px % pipeline.vae_scale_factor:
             raise UserError(f"--image_px {self.image_px} is no multiple of {pipeline.vae_scale_factor}.")
-        return PipelineImages(pipeline, self.steps, self.guidance_scale, self.seed, self.image_px)
+        if self.scheduler is not None:
+            pipeline.scheduler = make_scheduler(self.scheduler, pipeline.scheduler.config)
+        if self.timesteps:
+            self._check_timesteps(pipeline.scheduler)
+        return PipelineImages(
+            pipeline, self.steps, self.guidance_scale, self.seed, self.image_px, self.timesteps
+        )
+
+    def _check_timesteps(self, scheduler: Any) -> None:
+        last = scheduler.config.num_train_timesteps - 1
+        if self.timesteps[0] > last:
+            raise UserError(
+                f"--timesteps begin at {self.timesteps[0]}, but the model's schedule ends at {last}."
+            )
+        if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
+            able = ", ".join(name for name, path in SCHEDULERS.items() if path in WITH_TIMESTEPS)
+            raise UserError(
+                f"{type(scheduler).__name__} takes no --timesteps; give --scheduler, one of {able}, or --steps."
+            )
 
     def open(self, device: torch.device) -> Reader:
         maker = self.maker(device)
@@ -177,6 +217,9 @@ class ModelSamples:
             "seed": self.seed,
             "image_px": self.image_px,
             "precision": self.precision,
+            # Only where they are given, so that rows of earlier versions stay valid.
+            **({"scheduler": self.scheduler} if self.scheduler is not None else {}),
+            **({"timesteps": list(self.timesteps)} if self.timesteps else {}),
         }
 
     def prepare(self, image: Image.Image, number: int, steps: Sequence[str]) -> Image.Image:
@@ -221,6 +264,7 @@ def load_pipeline(folder: str | Path) -> Any:
     from diffusers import DiffusionPipeline
 
     named = json.loads((Path(folder) / "model_index.json").read_text())
+    check_libraries(Path(folder), named)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     if "safety_checker" in named:
         options |= {"safety_checker": None, "requires_safety_checker": False}
@@ -229,6 +273,11 @@ def load_pipeline(folder: str | Path) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
     assert getattr(pipeline, "safety_checker", None) is None and getattr(pipeline, "watermark", None) is None
     return pipeline
+
+
+def make_scheduler(name: str, config: Any) -> Any:
+    """A scheduler of SCHEDULERS with the noise schedule and prediction type of a model's own."""
+    return getattr(diffusers, SCHEDULERS[name]).from_config(config)
 
 
 def is_constant(image: Image.Image) -> bool:

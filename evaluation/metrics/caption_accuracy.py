@@ -82,15 +82,15 @@ class CaptionAccuracy(SampledMetric):
 
     def estimate(self) -> dict[str, Estimate]:
         """The share of attributes is a ratio of sums; its interval comes from the delta method."""
-        rows = self.rows_of("fake")[0]
+        rows, ids = self.rows_of("fake")
         if len(rows) == 0:
             raise ValueError("caption accuracy needs at least 1 image, got 0")
         right, stated = rows[:, 1], rows[:, 2]
         share = right.sum() / stated.sum()
         attributes = replace(
-            mean_estimate(share + (right - share * stated) / stated.mean()), value=float(share)
+            mean_estimate(share + (right - share * stated) / stated.mean(), ids), value=float(share)
         )
-        images = share_estimate(rows[:, 0])
+        images = share_estimate(rows[:, 0], ids)
         if float(share) in (0.0, 1.0):  # the delta method gives zero variance here
             attributes = replace(attributes, low=images.low, high=images.high)
         return {"caption_accuracy": images, "attribute_accuracy": attributes}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,9 @@ class Estimate:
     """Upper end."""
     infinity: float | None = None
     """Value extrapolated to infinitely many samples, for distances with a bias of about c / samples."""
+    left_out: tuple[float, ...] | None = None
+    """Value without each of the GROUPS groups of `balanced_groups`; None where it is not computed. With those of another model
+    at the same samples it gives the interval of the difference, see `difference`."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-serialisable dict without unknown fields."""
@@ -47,7 +50,7 @@ class Estimate:
         low, high, infinity = (
             None if each is None else max(each, least) for each in (self.low, self.high, self.infinity)
         )
-        return Estimate(max(self.value, least), self.samples, low, high, infinity)
+        return Estimate(max(self.value, least), self.samples, low, high, infinity, self.left_out)
 
 
 def student_t(freedom: int) -> float:
@@ -64,18 +67,61 @@ def student_t(freedom: int) -> float:
     return z + terms[0] / n + terms[1] / n**2 + terms[2] / n**3
 
 
-def mean_estimate(values: Tensor) -> Estimate:
-    """Mean of per-image values (n,) with its normal 95 % interval (none for a single image)."""
+def mean_estimate(values: Tensor, sample_ids: Tensor | None = None) -> Estimate:
+    """Mean of per-image values with its normal 95 % interval (none for a single image).
+
+    Args:
+        values: (n,).
+        sample_ids: (n,), int64, for `left_out`; None leaves it out.
+    """
     values = values.double()
     mean, count = float(values.mean()), len(values)
     if count < 2:
         return Estimate(mean, count)
     half = Z_95 * float(values.std()) / math.sqrt(count)
-    return Estimate(mean, count, mean - half, mean + half)
+    return Estimate(mean, count, mean - half, mean + half, None, _means_left_out(values, sample_ids))
 
 
-def share_estimate(hits: Tensor) -> Estimate:
-    """Share of ones in (n,) zeros and ones, with Wilson's 95 % interval, which has positive width at 0 and 1.
+def _means_left_out(values: Tensor, sample_ids: Tensor | None) -> tuple[float, ...] | None:
+    """Mean without each group; None without ids, or for fewer than two images per group."""
+    if sample_ids is None or len(values) < 2 * GROUPS or len(sample_ids.unique()) < len(values):
+        return None
+    groups = balanced_groups(sample_ids)
+    sums = torch.zeros(GROUPS, dtype=torch.float64).index_add_(0, groups, values)
+    sizes = groups.bincount(minlength=GROUPS)
+    return tuple(((values.sum() - sums) / (len(values) - sizes)).tolist())
+
+
+def difference(value: float, other: Mapping[str, Any], first: Mapping[str, Any]) -> Estimate | None:
+    """The difference of two results of one metric, with the jackknife's interval over the groups that they share.
+
+    Sample i is in the same group of both. Where it comes from the same prompt and noise in both, the difference varies less
+    than either value: the interval is that of paired samples.
+
+    Args:
+        value: other's value minus the first's.
+        other: `Estimate.as_dict` of the same number of samples.
+        first: the same.
+
+    Returns:
+        None where either lacks `left_out`, or the numbers of samples differ.
+    """
+    samples = first["samples"]
+    parts = [entry.get("left_out") for entry in (other, first)]
+    if None in parts or other["samples"] != samples or len(parts[0]) != len(parts[1]):
+        return None
+    left_out = [one - another for one, another in zip(*parts, strict=True)]
+    # As balanced_groups deals them.
+    sizes = [samples // GROUPS + (group < samples % GROUPS) for group in range(GROUPS)]
+    return jackknife(value, left_out, samples, biased=False, sizes=sizes)
+
+
+def share_estimate(hits: Tensor, sample_ids: Tensor | None = None) -> Estimate:
+    """Share of ones, with Wilson's 95 % interval, which has positive width at 0 and 1.
+
+    Args:
+        hits: (n,), zeros and ones.
+        sample_ids: as for `mean_estimate`.
 
     Source: Wilson, JASA 22 (1927).
     """
@@ -83,7 +129,8 @@ def share_estimate(hits: Tensor) -> Estimate:
     shrink = 1 + Z_95**2 / count
     centre = (share + Z_95**2 / (2 * count)) / shrink
     half = Z_95 / shrink * math.sqrt(share * (1 - share) / count + Z_95**2 / (4 * count**2))
-    return Estimate(share, count, max(centre - half, 0.0), min(centre + half, 1.0))
+    left_out = _means_left_out(hits.double(), sample_ids)
+    return Estimate(share, count, max(centre - half, 0.0), min(centre + half, 1.0), None, left_out)
 
 
 def jackknife(
@@ -117,7 +164,8 @@ def jackknife(
     pseudo = ratio * value - (ratio - 1) * without
     variance = ((pseudo - mean).square() / (ratio - 1)).mean()
     half = T_95 * math.sqrt(float(variance))
-    return Estimate(value, samples, value - half, value + half, float(mean) if biased else None)
+    infinity = float(mean) if biased else None
+    return Estimate(value, samples, value - half, value + half, infinity, tuple(left_out))
 
 
 SPLITS = 16

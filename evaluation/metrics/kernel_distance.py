@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.metrics.estimates import GROUPS, Estimate, jackknife, student_t
+from evaluation.metrics.estimates import GROUPS, Estimate, balanced_groups, jackknife, student_t
 from evaluation.metrics.feature_sets import FeatureSetMetric
 
 
@@ -68,7 +68,18 @@ class KernelDistance(FeatureSetMetric):
         each = influence / uses.clamp_min(1)
         spread = (weights * (each - (weights * each).sum())).square().sum() * count / (count - 1)
         half = student_t(count - 1) * float(spread) ** 0.5
-        return [Estimate(mean, count, mean - half, mean + half)]
+        return [Estimate(mean, count, mean - half, mean + half, None, _left_out(mean, weights, each))]
+
+
+def _left_out(mean: float, weights: Tensor, each: Tensor) -> tuple[float, ...] | None:
+    """The mean without each group of images, to first order in their influences `each` (n,), used with `weights` (n,)."""
+    count = len(each)
+    if count < 2 * GROUPS:
+        return None
+    groups = balanced_groups(torch.arange(count)).to(each.device)
+    parts = weights.new_zeros(GROUPS).index_add_(0, groups, weights * (each - (weights * each).sum()))
+    sizes = groups.bincount(minlength=GROUPS)
+    return tuple((mean - parts * count / (count - sizes)).tolist())
 
 
 def polynomial(x: Tensor, y: Tensor) -> Tensor:

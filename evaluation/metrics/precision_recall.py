@@ -41,7 +41,8 @@ class PrecisionRecall(FeatureSetMetric):
 
     def between(self, fake: Tensor, real: Tensor) -> list[Estimate]:
         """Precision and recall; both intervals refer to other fake images against the same real ones."""
-        precision = share_estimate(inside(fake, real, radii(real, self.neighbours)))
+        hits = inside(fake, real, radii(real, self.neighbours)).cpu()
+        precision = share_estimate(hits, torch.arange(len(fake)))
         share = inside(real, fake, radii(fake, self.neighbours)).mean()
         recall = Estimate(float(share), len(fake))
         if len(fake) // 2 > self.neighbours:

@@ -166,7 +166,7 @@ class PerImageMetric(SampledMetric):
         return torch.tensor(self.estimate()[self.names[0]].value, dtype=torch.float64, device=self.device)
 
     def estimate(self) -> dict[str, Estimate]:
-        rows = self.rows_of("fake")[0]
+        rows, ids = self.rows_of("fake")
         if len(rows) == 0:
             raise ValueError(f"{self.title} needs at least 1 image, got 0")
-        return {name: mean_estimate(rows[:, column]) for column, name in enumerate(self.names)}
+        return {name: mean_estimate(rows[:, column], ids) for column, name in enumerate(self.names)}

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.networks.network_features import hash_settings
+from sdxs_lightning.core.hub_ids import is_hub_id
+from sdxs_lightning.families.foreign import check_open_clip, check_transformers, without_hub
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,15 +51,17 @@ def load_folder(folder: str | Path) -> LoadedClip:
     """Load a CLIP from a local folder in open_clip's or transformers' layout.
 
     Raises:
-        FileNotFoundError: if it is neither.
+        FileNotFoundError: if it is neither, or incomplete.
+        ValueError: for pickled weights, or a part that would come from the hub.
     """
     folder = Path(folder)
     if (folder / "open_clip_config.json").is_file():
+        settings = check_open_clip(folder)
         import open_clip  # takes seconds: with timm
 
-        model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-        settings = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        with without_hub():
+            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
         return _of_open_clip(f"clip-{folder.name}", model, tokenizer, settings)
     if (folder / "config.json").is_file():
         return load_transformers(folder)
@@ -128,12 +132,20 @@ def load_transformers(model: str | Path, processor: str | Path | None = None) ->
 
     Raises:
         FileNotFoundError: if it cannot be loaded.
+        ValueError: for a folder with pickled weights or with code.
     """
     from transformers import AutoTokenizer, CLIPModel
 
+    tokenizer_of = processor or model
+    for source in (model, tokenizer_of):
+        check_source(source, "CLIP")
     try:
-        network = CLIPModel.from_pretrained(str(model), dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(processor or model))
+        network = CLIPModel.from_pretrained(
+            str(model), dtype=torch.float32, use_safetensors=True, local_files_only=Path(model).is_dir()
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(tokenizer_of), local_files_only=Path(tokenizer_of).is_dir(), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
             f"no CLIP of transformers at {model} ({str(error).strip().splitlines()[0][:200]}); it needs config.json, weights "
@@ -163,6 +175,21 @@ def load_transformers(model: str | Path, processor: str | Path | None = None) ->
         architecture_hash(network.config.vision_config),
         hash_settings([architecture_hash(network.config.text_config), tokenizer_settings]),
     )
+
+
+def check_source(model: str | Path, what: str) -> None:
+    """Check a folder before transformers reads it; a name that is no folder must be a hub id.
+
+    Raises:
+        FileNotFoundError: for a path at which there is no folder.
+        ValueError: for a folder with pickled weights or with code.
+    """
+    if Path(model).is_dir():
+        check_transformers(Path(model))
+    elif not is_hub_id(str(model)):
+        raise FileNotFoundError(
+            f"there is no folder '{model}' with a {what} of transformers; a hub id is org/name"
+        )
 
 
 def architecture_hash(config: Any) -> str:

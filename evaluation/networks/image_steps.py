@@ -40,7 +40,7 @@ def as_jpeg(image: Image.Image, quality: int) -> Image.Image:
     """Encode as JPEG and decode, with Pillow's other defaults (4:2:0)."""
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=quality)
-    with Image.open(file) as opened:
+    with Image.open(file, formats=("JPEG",)) as opened:
         return opened.convert("RGB")
 
 
@@ -61,7 +61,7 @@ def parse_step(text: str) -> Step:
             return lambda image: as_jpeg(image, int(quality))
     raise ValueError(
         f"no image step '{text}'; there are 'crop', 'crop PX', 'resize PX FILTER' and 'jpeg QUALITY'; see "
-        "evaluation/image_steps.py"
+        "evaluation/networks/image_steps.py"
     )
 
 

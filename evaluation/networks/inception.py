@@ -102,6 +102,20 @@ class InceptionFeatures:
         }
 
 
+class InceptionLogits(InceptionFeatures):
+    """Logits of the FID Inception's 1008 classes without bias, for the Inception score; arguments as InceptionFeatures."""
+
+    dimensions = 1008
+
+    def __call__(self, images_uint8: Tensor) -> Tensor:
+        features = super().__call__(images_uint8)
+        with full_precision(self.device):
+            return self.network.logits(features)
+
+    def identity(self) -> dict[str, str]:
+        return super().identity() | {"network": "FID Inception 2015-12-05, 1008 logits without bias"}
+
+
 def find_weights(weights: str | Path | None = None) -> Path:
     """The given file, or one of WEIGHT_FILES in torch's hub cache.
 

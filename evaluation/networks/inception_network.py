@@ -189,7 +189,7 @@ class Inception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(B, 2048). The classifier exists only because the weight files contain it."""
+        """(B, 2048) pooled features."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(pixels)))
         x = F.max_pool2d(x, 3, stride=2)
         x = F.max_pool2d(self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x)), 3, stride=2)
@@ -197,3 +197,7 @@ class Inception(nn.Module):
             if name.startswith("Mixed"):
                 x = block(x)
         return F.adaptive_avg_pool2d(x, 1).flatten(1)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, 1008) logits of pooled features without the classifier's bias, as Inception scores take them."""
+        return F.linear(features, self.fc.weight)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from evaluation.networks.clip_loading import architecture_hash
+from evaluation.networks.clip_loading import architecture_hash, check_source
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.network_features import check_uint8, full_precision, hash_state
 from evaluation.networks.resize import resize_float, resize_uint8
@@ -26,6 +26,7 @@ class DinoV2Features:
 
     Raises:
         FileNotFoundError: if the model cannot be loaded.
+        ValueError: for a folder with pickled weights or with code.
 
     Source: Stein et al., arXiv:2306.04675; bicubic resize of 8-bit images as in their dgm-eval.
     """
@@ -33,8 +34,11 @@ class DinoV2Features:
     def __init__(self, model: str | Path, px: int = 224) -> None:
         from transformers import Dinov2Model
 
+        check_source(model, "DINOv2")
         try:
-            network = Dinov2Model.from_pretrained(str(model), dtype=torch.float32)
+            network = Dinov2Model.from_pretrained(
+                str(model), dtype=torch.float32, use_safetensors=True, local_files_only=Path(model).is_dir()
+            )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
                 f"no DINOv2 of transformers at {model} ({str(error).strip().splitlines()[0][:200]}); give a folder with "

@@ -14,12 +14,13 @@ from evaluation.metrics.clip_score import ClipScore, PreferenceScore
 from evaluation.metrics.diversity import PromptDiversity
 from evaluation.metrics.feature_sets import FeatureSetMetric
 from evaluation.metrics.frechet import FrechetDistance
+from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.networks.clip_models import load_clip
 from evaluation.networks.frozen_clip import FrozenClip
-from evaluation.networks.inception import InceptionFeatures
+from evaluation.networks.inception import InceptionFeatures, InceptionLogits
 from evaluation.networks.vit_features import ClipImageFeatures, DinoV2Features
 from evaluation.protocols.image_protocol import Measurement
 from evaluation.protocols.names import CAPTION_METRICS, FRECHET_METRICS
@@ -41,9 +42,9 @@ IMAGES_PER_PROMPT = 8
 class NetworkCache:
     """Loads each metric network once.
 
-    Networks are named KIND:NAME, where KIND is `inception`, `dinov2`, `clip_image` (unnormalised features), `clip_unit`
-    (L2-normalised features of images resized without keeping the aspect ratio), `clip_text`, `pickscore`, `hpsv2` or
-    `attributes`.
+    Networks are named KIND:NAME, where KIND is `inception`, `inception_logits`, `dinov2`, `clip_image` (unnormalised features),
+    `clip_unit` (L2-normalised features of images resized without keeping the aspect ratio), `clip_text`, `pickscore`, `hpsv2`
+    or `attributes`.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -84,6 +85,8 @@ class NetworkCache:
             return FrechetDistance(network, reference=statistics, name=name)
         if name in FEATURE_SETS:
             return FEATURE_SETS[name](network, None if reference is None else reference.rows)
+        if name == "inception_score":
+            return InceptionScore(network)
         if name == "diversity":
             return PromptDiversity(network, IMAGES_PER_PROMPT)
         if name == "clip_score":
@@ -162,6 +165,10 @@ def _inception(name: str, path: str | None) -> InceptionFeatures:
     return InceptionFeatures(path, name)  # type: ignore[arg-type]
 
 
+def _inception_logits(name: str, path: str | None) -> InceptionLogits:
+    return InceptionLogits(path, name)  # type: ignore[arg-type]
+
+
 def _clip(name: str, path: str | None) -> FrozenClip:
     """Load a preset, a folder of the repository, or the folder or file given in place of a preset."""
     return load_clip(REPOSITORY / name) if (REPOSITORY / name).is_dir() else load_clip(name, path)
@@ -186,6 +193,7 @@ def _place(name: str, path: str | None) -> Path:
 
 _LOADERS: dict[str, Callable[[str, str | None], Any]] = {
     "inception": _inception,
+    "inception_logits": _inception_logits,
     "clip_image": _clip,
     "clip_text": _clip,
     "clip_unit": _clip_unit,

@@ -27,10 +27,25 @@ REFERENCE_METRICS = (*FRECHET_METRICS, *FEATURE_SET_METRICS)
 CAPTION_METRICS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
 """Metrics that need captions."""
 
-METRIC_NAMES = (*REFERENCE_METRICS, *CAPTION_METRICS, "diversity")
+METRIC_NAMES = (*REFERENCE_METRICS, *CAPTION_METRICS, "inception_score", "diversity")
+
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "ddpm": "DDPMScheduler",
+    "dpmsolver": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "heun": "HeunDiscreteScheduler",
+    "lcm": "LCMScheduler",
+    "pndm": "PNDMScheduler",
+    "tcd": "TCDScheduler",
+    "unipc": "UniPCMultistepScheduler",
+}
+"""Classes of diffusers by the names of `--scheduler`."""
 
 NETWORK_KINDS = (
     "inception",
+    "inception_logits",
     "clip_image",
     "clip_text",
     "clip_unit",

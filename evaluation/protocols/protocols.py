@@ -130,13 +130,15 @@ IMAGE_PROTOCOLS = {
             "bk-sdm",
             (
                 Measurement("fid", "inception:pytorch-fid", ("jpeg 75", *_BK_SDM), _BK_SDM),
+                Measurement("inception_score", "inception_logits:torch-fidelity", ("jpeg 75", *_BK_SDM)),
                 Measurement("clip_score", "clip_text:bk-sdm", ("jpeg 75", *_BK_SDM)),
             ),
             samples=30_000,
             image_px=512,
             inception="inception:pytorch-fid",
-            source="BK-SDM, arXiv:2305.15798: src/generate.py, src/utils/misc.py, src/eval_clip_score.py; reference: all of "
-            "val2014, squashed. Its CLIP score is on the scale 0 to 1, ours 0 to 100",
+            source="BK-SDM, arXiv:2305.15798: src/generate.py, src/utils/misc.py, src/eval_clip_score.py, "
+            "scripts/eval_scores.sh (Inception score of torch-fidelity, FID of pytorch-fid); reference: all of val2014, "
+            "squashed. Its CLIP score is on the scale 0 to 1, ours 0 to 100",
         ),
         *(
             ImageProtocol(

@@ -13,6 +13,7 @@ TITLES = {
     "kid": "KID",
     "cmmd": "CMMD",
     "clip_score": "CLIP score",
+    "inception_score": "Inception score",
     "pickscore": "PickScore",
     "hpsv2": "HPSv2",
     "psnr_db": "PSNR, dB",
@@ -74,6 +75,8 @@ def describe_result(result: Mapping[str, Any]) -> str:
     if "model" in result:
         steps = f"{result['nfe']} step{'s' * (result['nfe'] != 1)}"
         settings = f", {steps}, guidance {result['guidance_scale']:g}"
+        settings += f", {result['scheduler']}" if "scheduler" in result else ""
+        settings += f", timesteps {', '.join(map(str, result['timesteps']))}" if "timesteps" in result else ""
     return f"{subject}{settings}; protocol {result['protocol']['name']}"
 
 

@@ -72,7 +72,8 @@ class EvaluationResult:
     """Metrics, sample images and notes of an evaluation."""
 
     metrics: dict[str, dict[str, Any]]
-    """By name: `value`, `samples`, `low`, `high`, `infinity`, `categories`, `hash`, `settings`, without unknown fields."""
+    """By name: `value`, `samples`, `low`, `high`, `infinity`, `left_out`, `categories`, `hash`, `settings`, without unknown
+    fields."""
     images: Mapping[int, Image.Image]
     """The first images by number."""
     reference_images: Mapping[int, Image.Image]
@@ -288,7 +289,8 @@ def _estimates(
         inner = networks.metric(one)
         inner.add(part.rows[rows], rows)
         for name, estimate in inner.estimates().items():
-            found[name].setdefault("categories", {})[category] = estimate.as_dict()
+            entry = {key: value for key, value in estimate.as_dict().items() if key != "left_out"}
+            found[name].setdefault("categories", {})[category] = entry
     return found
 
 

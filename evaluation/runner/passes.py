@@ -239,6 +239,6 @@ def load_kept_images(job: PassJob) -> Mapping[int, Image.Image]:
     """Load the images kept by a finished pass, by number."""
     found = {}
     for number in range(min(job.keep_images, job.metric_passes[0].store.count)):
-        with Image.open(job.kept_image(number)) as opened:
+        with Image.open(job.kept_image(number), formats=("PNG",)) as opened:
             found[number] = opened.convert("RGB")
     return found

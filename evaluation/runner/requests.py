@@ -142,11 +142,13 @@ def model_samples(
     return ModelSamples(
         options.model,
         prompts,
-        options.steps,
+        len(options.timesteps) or options.steps,
         options.guidance_scale,
         protocol.seed if options.seed is None else options.seed,
         options.image_px or protocol.image_px,
         options.precision,
+        options.scheduler,
+        options.timesteps,
     )
 
 

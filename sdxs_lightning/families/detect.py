@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.families import Family, hub
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.sd import StableDiffusion
@@ -37,7 +38,7 @@ def detect_family(base: str, config: str | None = None) -> Family:
 
 def _pipeline_class(source: str) -> str | None:
     folder = Path(source)
-    if not folder.exists() and hub.is_hub_id(source):
+    if not folder.exists() and is_hub_id(source):
         try:
             folder = hub.fetch(source, "model_index.json", (), weights=False)
         except (FileNotFoundError, ValueError):

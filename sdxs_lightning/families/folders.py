@@ -42,13 +42,14 @@ def check_base(folder: Path, layout: Layout) -> Path:
 
     Raises:
         FileNotFoundError: if `model_index.json` or a component is missing.
-        ValueError: for a base of another family, or pickled weights only.
+        ValueError: for a base of another family, pickled weights only, or components of other libraries.
     """
     if not (folder / "model_index.json").is_file():
         raise FileNotFoundError(
             f"{layout.family}: '{folder}' has no model_index.json, so it is not a diffusers pipeline folder."
         )
-    found = read_json(folder / "model_index.json").get("_class_name")
+    model_index = read_json(folder / "model_index.json")
+    found = model_index.get("_class_name")
     if found != layout.pipeline_class:
         raise ValueError(
             f"{layout.family}: '{folder}' holds a {found}, and this family needs a {layout.pipeline_class}; choose the "
@@ -59,9 +60,27 @@ def check_base(folder: Path, layout: Layout) -> Path:
         raise FileNotFoundError(
             f"{layout.family}: '{folder}' lacks the component folder(s) {', '.join(missing)}."
         )
+    check_libraries(folder, model_index)
     for name in layout.components:
         check_not_pickled(folder / name)
     return folder
+
+
+def check_libraries(folder: Path, model_index: Mapping[str, Any]) -> None:
+    """Checks that a pipeline's components are classes of diffusers and transformers: diffusers imports what is named.
+
+    Raises:
+        ValueError: for another library, or a pipeline class of the folder's own.
+    """
+    for name, value in model_index.items():
+        library = value[0] if isinstance(value, list) and value else None
+        # Safety checkers of SD-1.5 name the pipeline's package, which is a part of diffusers.
+        known = library in (None, "diffusers", "transformers", "stable_diffusion")
+        if not known or (name == "_class_name" and not isinstance(value, str)):
+            raise ValueError(
+                f"'{folder / 'model_index.json'}' takes {name} from '{library}', which would be imported; components of "
+                "diffusers and transformers are accepted."
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
+from sdxs_lightning.core.hub_ids import HUB_ID
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.weights import pickled, weight_files
-
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?")
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether a name has the form `org/name` or `org/name@revision`."""
-    return _HUB_ID.fullmatch(name) is not None
 
 
 def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = True) -> Path:
@@ -40,7 +33,7 @@ def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = T
         FileNotFoundError: if it is not cached and offline, or does not exist, or access is denied.
         ValueError: if a component has only pickled weights.
     """
-    match = _HUB_ID.fullmatch(name)
+    match = HUB_ID.fullmatch(name)
     assert match is not None
     repo, revision = match["repo"], match["revision"]
     cached = _cached(repo, revision, key_file, components, weights)

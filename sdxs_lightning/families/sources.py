@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.families import hub, single_file
 from sdxs_lightning.families.folders import Layout, check_base, unet_folder
 from sdxs_lightning.families.weights import PICKLES
@@ -53,7 +54,7 @@ def resolve_unet(weights: str, option: str = "weights") -> Path:
         raise ValueError(
             f"{named} is a file; give a U-Net folder (config.json and .safetensors) or a pipeline folder."
         )
-    if path.is_dir() or not hub.is_hub_id(weights):
+    if path.is_dir() or not is_hub_id(weights):
         return unet_folder(path, named)
     try:
         return unet_folder(hub.fetch(weights, "unet/config.json", ("unet", "scheduler")), named)
@@ -87,7 +88,7 @@ def _folder_or_hub(name: str, layout: Layout, weights: bool) -> Path:
         )
     if path.is_dir():
         return check_base(path, layout)
-    if not hub.is_hub_id(name):
+    if not is_hub_id(name):
         raise FileNotFoundError(f"{absent}.")
     try:
         folder = hub.fetch(name, "model_index.json", (*layout.components, "vae_large"), weights=weights)

@@ -14,8 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdxs_lightning.families.foreign import check_open_clip, check_transformers, without_hub
+
 FeatureShape = tuple[int, int, int]
 """(C, h, w) of one sample's feature map."""
+
+
+_OTHER_SOURCES = {
+    "cache_dir",
+    "checkpoint_path",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+}
+"""Arguments of timm.create_model that say where weights come from."""
 
 
 @runtime_checkable
@@ -85,7 +98,8 @@ class TimmFeatures:
 
     Raises:
         FileNotFoundError: in `load`, if the file does not exist.
-        ValueError: if the file is not .safetensors, or in `load` if timm has no such model.
+        ValueError: if the file is not .safetensors, for arguments that name other weights, or in `load` if timm has no such
+            model.
     """
 
     def __init__(
@@ -102,6 +116,12 @@ class TimmFeatures:
             )
         self.name, self.checkpoint, self.layers, self.size_px = name, checkpoint, layers, size_px
         self.arguments = arguments or {}
+        elsewhere = sorted(self.arguments.keys() & _OTHER_SOURCES)
+        if elsewhere:
+            raise ValueError(
+                f"features.init_args.arguments has {', '.join(elsewhere)}, but weights come from the file "
+                "features.init_args.checkpoint alone; remove it."
+            )
 
     def load(self) -> FeatureNetwork:
         import timm  # slow to import, and only needed here
@@ -115,9 +135,10 @@ class TimmFeatures:
                 f"there is no file '{self.checkpoint}'; give the weights of '{self.name}' as features.init_args.checkpoint."
             )
         # timm's own loader converts each model's files to its state dict.
-        model: Any = timm.create_model(
-            self.name, pretrained=True, pretrained_cfg_overlay={"file": self.checkpoint}, **self.arguments
-        )
+        with without_hub():
+            model: Any = timm.create_model(
+                self.name, pretrained=True, pretrained_cfg_overlay={"file": self.checkpoint}, **self.arguments
+            )
         config = model.pretrained_cfg
         return FeatureNetwork(_Intermediates(model, self.layers), config["mean"], config["std"], self.size_px)
 
@@ -131,6 +152,7 @@ class OpenClipFeatures:
 
     Raises:
         FileNotFoundError: in `load`, if the folder has another layout.
+        ValueError: in `load`, for pickled weights, or a part that would come from the hub.
     """
 
     def __init__(self, folder: str, layers: list[int]) -> None:
@@ -144,7 +166,9 @@ class OpenClipFeatures:
                 f"no CLIP in open_clip layout at '{self.folder}' (open_clip_config.json is missing); change "
                 "features.init_args.folder."
             )
-        model = open_clip.create_model(f"local-dir:{self.folder}", require_pretrained=True)
+        check_open_clip(Path(self.folder))
+        with without_hub():
+            model = open_clip.create_model(f"local-dir:{self.folder}", require_pretrained=True)
         config = model.visual.preprocess_cfg
         size = config["size"]
         size_px = size if isinstance(size, int) else size[0]
@@ -162,6 +186,7 @@ class Dinov2Features:
 
     Raises:
         FileNotFoundError: in `load`, if the folder has another layout.
+        ValueError: in `load`, for pickled weights or code.
     """
 
     def __init__(self, folder: str, layers: list[int], size_px: int = 224) -> None:
@@ -174,8 +199,11 @@ class Dinov2Features:
             raise FileNotFoundError(
                 f"no transformers model at '{self.folder}' (config.json is missing); change features.init_args.folder."
             )
+        check_transformers(Path(self.folder))
         with torch.device("cpu"):  # transformers refuses to load under the memory plan's meta device
-            model = Dinov2Model.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True)
+            model = Dinov2Model.from_pretrained(
+                self.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
+            )
         imagenet = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what DINOv2 was trained with
         network = FeatureNetwork(_Dinov2Layers(model, self.layers), *imagenet, self.size_px)
         return network.to(torch.get_default_device())

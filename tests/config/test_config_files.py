@@ -12,6 +12,7 @@ import yaml
 from sdxs_lightning.config_files import merge, read_arguments
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.renamed import CLASSES, MODULES, new_class, renamed_in
+from sdxs_lightning.trust import Trust
 
 
 class Tally(Counter[str]):
@@ -90,6 +91,9 @@ def test_entries_of_a_dict_merge_and_null_stays() -> None:
     assert merge(base, overlay) == {"objectives": {"a": {"weight": 5, "k": 2}, "b": None, "c": {"weight": 7}}}
 
 
+TRUST = Trust(("builtins", "collections", "wsgiref", "tests", "no"))
+
+
 @pytest.mark.parametrize(
     ("new", "arguments"),
     [
@@ -103,13 +107,13 @@ def test_entries_of_a_dict_merge_and_null_stays() -> None:
 )
 def test_init_args_stay_below_a_subclass_only(new: str, arguments: dict[str, int]) -> None:
     base = {"class_path": "collections.Counter", "init_args": {"num_features": 3, "eps": 1}}
-    merged = merge(base, {"class_path": new, "init_args": {"x": 2}})
+    merged = merge(base, {"class_path": new, "init_args": {"x": 2}}, TRUST)
     assert merged == {"class_path": new, "init_args": arguments}
 
 
 def test_a_subclass_alone_keeps_all_init_args() -> None:
     base = {"class_path": "collections.Counter", "init_args": {"num_features": 3}}
-    assert merge(base, {"class_path": "tests.config.test_config_files.Tally"})["init_args"] == {
+    assert merge(base, {"class_path": "tests.config.test_config_files.Tally"}, TRUST)["init_args"] == {
         "num_features": 3
     }
 

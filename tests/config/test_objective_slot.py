@@ -137,7 +137,7 @@ def arguments_of(config: dict[str, Any]) -> dict[str, Any]:
 def files(*configs: dict[str, Any]) -> list[str]:
     """Command line of several configuration files."""
     paths = [write_config(Path(f"{index}.yaml"), config) for index, config in enumerate(configs)]
-    return [part for path in paths for part in ("--config", str(path))]
+    return ["--trust=mine", *(part for path in paths for part in ("--config", str(path)))]
 
 
 def overlay(**arguments: Any) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from evaluation.compare import main
+from evaluation.metrics.estimates import difference, mean_estimate
 from evaluation.protocols.image_protocol import metric_hash
 from evaluation.reports.html_report import write_html
 from evaluation.reports.markdown import metric_rows, result_markdown
@@ -53,6 +56,56 @@ def test_a_table_of_what_compares(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "| teacher | **13.25** (12.25 to 14.25) | **31** |" in said
     assert "(N = 100)" in said
     assert (tmp_path / "out.md").read_text() == said
+
+
+def test_differences_of_paired_samples_have_intervals(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    of_prompt = torch.randn(400, generator=generator).double()  # what the images of one prompt share
+    files = []
+    for name, shift in (("a", 0.0), ("b", 0.2)):
+        values = of_prompt + shift + 0.1 * torch.randn(400, generator=generator).double()
+        file = result(tmp_path / f"{name}.json", 20.0)
+        content = json.loads(file.read_text())
+        entry = mean_estimate(values, torch.arange(400)).as_dict() | {"hash": "c", "settings": {}}
+        content["metrics"]["clip_score"] = entry
+        content["ms_per_image"] = 12.5
+        file.write_text(json.dumps(content))
+        files.append(str(file))
+    main(files)
+    said = capsys.readouterr().out
+    assert "| ms/image |" in said and "| 12.5 |" in said
+    assert "Minus a:" in said
+    assert "| b | FID | +0 |  |" in said  # without groups there is no interval
+    row = next(line for line in said.splitlines() if line.startswith("| b | CLIP score |"))
+    value, low, high = (float(number) for number in re.findall(r"[-+]?\d\.[\d]+", row))
+    assert low < 0.2 < high and low < value < high
+    assert high - low < 0.05  # each value alone is known to 0.1
+
+
+def test_intervals_of_differences_cover_the_truth() -> None:
+    covered = []
+    for trial in range(300):
+        generator = torch.Generator().manual_seed(trial)
+        shared = torch.randn(203, generator=generator).double()
+        found = [
+            mean_estimate(
+                shared + shift + 0.5 * torch.randn(203, generator=generator).double(), torch.arange(203)
+            ).as_dict()
+            for shift in (0.0, 0.3)
+        ]
+        one = difference(found[1]["value"] - found[0]["value"], found[1], found[0])
+        assert one is not None and one.low is not None and one.high is not None
+        covered.append(one.low <= 0.3 <= one.high)
+    assert 0.91 < sum(covered) / len(covered) < 0.985
+
+
+def test_differences_need_the_same_samples() -> None:
+    values = torch.arange(50).double()
+    one = mean_estimate(values, torch.arange(50)).as_dict()
+    assert difference(0.0, mean_estimate(values[:40], torch.arange(40)).as_dict(), one) is None
+    assert difference(0.0, mean_estimate(values).as_dict(), one) is None
 
 
 def test_different_hashes_are_refused_with_what_differs(

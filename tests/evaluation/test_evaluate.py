@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,7 +19,7 @@ from data.shards.writer import ShardWriter
 from evaluation import reference
 from evaluation.evaluate import main
 from evaluation.images.generate import SampledImages
-from evaluation.images.samples import ModelSamples, stacked
+from evaluation.images.samples import ModelSamples, load_pipeline, stacked
 from evaluation.metrics.diversity import diversity
 from evaluation.metrics.estimates import mean_estimate
 from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
@@ -27,6 +28,7 @@ from evaluation.networks.image_steps import apply_steps
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
 from evaluation.protocols.protocols import IMAGE_PROTOCOLS, PROTOCOLS
 from evaluation.runner.scores import ProtocolNetworks, score_images
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.export import export_pipeline
 from tests.helpers.metric_networks import random_images
 from tests.helpers.refusals import refusal
@@ -212,6 +214,46 @@ def test_a_model_makes_the_same_images_in_any_batch_and_size(kind: str, tmp_path
     larger = ModelSamples(str(base), prompts, image_px=64).open(torch.device("cpu"))
     assert larger([0])[0].size == (64, 64)
     assert together[0].size == (32, 32)
+
+
+def test_scheduler_and_timesteps_are_those_that_were_asked_for(tmp_path: Path) -> None:
+    base = str(save_tiny_sd(tmp_path / "sd"))
+    prompts, cpu = tuple(CAPTIONS[:2]), torch.device("cpu")
+    asked = ModelSamples(base, prompts, 2, 2.0, scheduler="euler", timesteps=(900, 300))
+    maker = asked.maker(cpu)
+    assert type(maker.pipeline.scheduler) is EulerDiscreteScheduler
+    own = load_pipeline(base).scheduler.config
+    for name in ("num_train_timesteps", "beta_schedule", "prediction_type"):
+        assert maker.pipeline.scheduler.config[name] == own[name]
+    seen: list[int] = []
+    maker.pipeline.unet.register_forward_pre_hook(lambda unet, given: seen.append(int(given[1])))
+    made = maker(prompts, torch.arange(2))
+    assert seen == [900, 300]
+    assert not torch.equal(made, ModelSamples(base, prompts, 2, 2.0).maker(cpu)(prompts, torch.arange(2)))
+    assert (asked.origin()["scheduler"], asked.origin()["timesteps"]) == ("euler", [900, 300])
+    assert not {"scheduler", "timesteps"} & ModelSamples(base, prompts).origin().keys()
+    with pytest.raises(
+        UserError, match="takes no --timesteps; give --scheduler, one of ddpm, dpmsolver, euler"
+    ):
+        ModelSamples(base, prompts, scheduler="pndm", timesteps=(900,)).maker(cpu)
+    with pytest.raises(UserError, match="begin at 1000, but the model's schedule ends at 999"):
+        ModelSamples(base, prompts, scheduler="euler", timesteps=(1000,)).maker(cpu)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "m", "--timesteps", "249", "999"], "--timesteps 249 999 do not descend"),
+        (["--model", "m", "--timesteps", "9", "9"], "--timesteps 9 9 do not descend"),
+        (["--model", "m", "--steps", "4", "--timesteps", "9", "8"], "--steps 4 and 2 --timesteps contradict"),
+        (["--images", "i", "--scheduler", "ddim"], "are those of a --model"),
+        (["--model", "m", "--scheduler", "euler_b"], "--scheduler is 'euler_b', but must be one of"),
+    ],
+)
+def test_contradicting_samplers_are_one_sentence(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(main, options, capsys)
 
 
 def test_a_model_is_scored_on_the_prompts_of_a_file(

@@ -15,7 +15,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from sdxs_lightning.families.hub import is_hub_id, needed_files
+from sdxs_lightning.core.hub_ids import is_hub_id
+from sdxs_lightning.families.hub import needed_files
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from tests.helpers.tiny_releases import only_fp16, save_release

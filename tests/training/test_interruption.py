@@ -49,12 +49,12 @@ def with_callback(config: dict[str, Any], kind: str, /, **arguments: Any) -> dic
 
 
 def train(folder: Path, config: dict[str, Any], *arguments: str) -> int:
-    return main(["--config", str(write_config(folder / "tiny.yaml", config)), *arguments])
+    return main(["--trust=tests", "--config", str(write_config(folder / "tiny.yaml", config)), *arguments])
 
 
 def train_in_two(folder: Path, config: dict[str, Any], *arguments: str) -> list[Ended]:
     file = write_config(folder / "tiny.yaml", config)
-    return train_in_ranks(["--config", str(file), *arguments], folder)
+    return train_in_ranks(["--trust=tests", "--config", str(file), *arguments], folder)
 
 
 def newest(folder: Path) -> Path:
@@ -299,7 +299,9 @@ def test_sharded_checkpoints_are_complete_or_not_there_too(
     config["trainer"]["devices"] = 1
     config["data"]["init_args"]["batch_size"] = 4
     file = write_config(tmp_path / "tiny.yaml", config)
-    (ended_alone,) = train_in_ranks(["--config", str(file), "--ckpt_path", "last"], tmp_path, count=1)
+    (ended_alone,) = train_in_ranks(
+        ["--trust=tests", "--config", str(file), "--ckpt_path", "last"], tmp_path, count=1
+    )
     assert ended_alone.code == 0, ended_alone
     assert newest(tmp_path).name == "update_00000002-batch_00000004"
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "run" / "pipeline")

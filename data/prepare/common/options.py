@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from sdxs_lightning.command_line import Option
+from sdxs_lightning.trust import Trust
 
 Count = Annotated[int, Option(at_least=1)]
 
@@ -69,6 +71,16 @@ class RemoteOptions:
     """Seconds that the server of a URL has for each answer."""
     remote_retry_s: Annotated[float, Option(at_least=0)] = 600.0
     """Seconds over which its failures are retried, before the shard counts as unreadable."""
+    trust: tuple[Literal["pipe:"], ...] = ()
+    """Allow shard locations that are shell commands, `pipe:COMMAND`: they run."""
+
+    def check_locations(self, shards: str | Sequence[str]) -> None:
+        """Refuses commands that are not trusted.
+
+        Raises:
+            UserError: for one.
+        """
+        Trust(self.trust).check_locations([shards] if isinstance(shards, str) else shards)
 
     @property
     def indexes(self) -> str | None:

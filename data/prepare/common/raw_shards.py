@@ -22,7 +22,8 @@ def shard_store(remote: RemoteOptions) -> ShardStore:
 
 
 def open_shards(shards: str | Sequence[str], remote: RemoteOptions) -> ShardSet:
-    """The index of shards; raises as `ShardSet.open`."""
+    """The index of shards; raises as `ShardSet.open`, and UserError for a command that is not trusted."""
+    remote.check_locations(shards)
     return ShardSet.open(shards, remote.indexes, shard_store(remote))
 
 

@@ -72,7 +72,13 @@ class ImageJob:
 
     def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
         options = self.image_set.options
-        source = open_source(options.source, options.image_column, options.caption_column, options)
+        source = open_source(
+            options.source,
+            options.image_column,
+            options.caption_column,
+            options,
+            _folder(options.image_folder),
+        )
         prepare = SamplePreparer(options, str(device_of(self.device, process)))
         with same_bits(self.device):
             for shard in tasks:
@@ -128,13 +134,19 @@ def _without_image(image_set: ImageSet) -> list[str]:
 
 
 def _open_set(options: ImageOptions) -> ImageSet:
-    source = open_source(options.source, options.image_column, options.caption_column, options)
+    source = open_source(
+        options.source, options.image_column, options.caption_column, options, _folder(options.image_folder)
+    )
     if given_folder(options.condition) is not None and not isinstance(source, FolderSource):
         raise UserError(
             f"--condition {options.condition} finds its images by the paths of a folder of images, and --from is none; in "
             "tars they are members of the sample (cond.png)."
         )
     return ImageSet(options, source.fingerprint, len(source))
+
+
+def _folder(named: str | None) -> Path | None:
+    return None if named is None else Path(named).expanduser()
 
 
 def _samples(

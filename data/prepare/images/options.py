@@ -23,6 +23,8 @@ class ImageSettings:
     """Column of a table that holds a path or an image's bytes; by default one with a common name."""
     caption_column: str | None = None
     """Column of a table that holds the caption; by default one with a common name."""
+    image_folder: str | None = None
+    """Folder that the paths of a table are relative to, and do not leave; by default that of the table."""
     resolution: Count | None = None
     """Pixels of the shorter side; by default images keep their size."""
     crop: Literal["none", "centre"] = "none"

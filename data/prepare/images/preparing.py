@@ -16,6 +16,7 @@ from data.prepare.images.image_files import DecodedImage, UnreadableImageError, 
 from data.prepare.images.options import ImageOptions
 from data.prepare.images.sources import SampleFaultError, SourceSample
 from data.shards.images import UndecodableImageError, decode_deep_grey
+from data.shards.locations import leaves
 from sdxs_lightning.core.errors import UserError
 
 PADDED = "padded"
@@ -119,6 +120,10 @@ class SamplePreparer:
         found = sorted(self._given.glob(f"{_escaped(Path(sample.where).with_suffix('').as_posix())}.*"))
         if not found:
             raise SampleFaultError(f"there is no condition image for it in '{self._given}'")
+        if found[0].is_symlink() and leaves(found[0], self._given):
+            raise UserError(
+                f"--condition: '{found[0]}' is a link to a file outside '{self._given}', which is not followed."
+            )
         return found[0].read_bytes()
 
 

@@ -25,11 +25,12 @@ from data.shards.decoders import (
     decode_json,
     decode_text,
 )
+from data.shards.images import OTHER_SUFFIXES, SUFFIXES
 from data.shards.index import expand_braces, find_shards
+from data.shards.locations import leaves, linked_folder
 from data.shards.sample_decoder import invalid_fields
 from sdxs_lightning.core.errors import UserError
 
-_IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 _TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 _IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "path", "jpg", "img")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT")
@@ -80,16 +81,31 @@ class FolderSource:
         folder: searched with its subfolders.
 
     Raises:
-        UserError: if there is no image.
+        UserError: if there is no image, an image of another format, or a link to another folder or out of this one.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        found = (path for path in folder.rglob("*") if path.suffix.lower() in _IMAGE_SUFFIXES)
+        linked = linked_folder(folder)
+        if linked is not None:
+            raise UserError(
+                f"--from '{folder}': '{linked}' is a link to a folder, which is not followed; give that folder itself, or copy "
+                "its images."
+            )
+        files = [path for path in folder.rglob("*") if not path.name.startswith(".")]
+        unread = sorted(path for path in files if path.suffix.lower() in OTHER_SUFFIXES)
+        if unread:
+            raise UserError(
+                f"--from '{folder}' holds {len(unread)} images of formats that are not read, the first of them '{unread[0]}'; "
+                f"convert them to one of {', '.join(SUFFIXES)}, or move them elsewhere."
+            )
+        found = [path for path in files if path.suffix.lower() in SUFFIXES]
+        for path in found:
+            _refuse_outside(path, folder)
         self.paths = sorted(path.relative_to(folder).as_posix() for path in found)
         if not self.paths:
             raise UserError(
-                f"--from '{folder}' holds neither images ({', '.join(sorted(_IMAGE_SUFFIXES))}) nor shards (.tar)."
+                f"--from '{folder}' holds neither images ({', '.join(SUFFIXES)}) nor shards (.tar)."
             )
         self.fingerprint = _digest(f"{path} {(folder / path).stat().st_size}" for path in self.paths)
 
@@ -107,8 +123,10 @@ class FolderSource:
 
     def _read(self, path: Path, where: str) -> SourceSample:
         described = path.with_suffix(".json")
-        fields = _json_object(described.read_bytes()) if described.is_file() else {}
         files = [path.with_suffix(f".{name}") for name in CAPTION_MEMBERS]
+        for file in (described, *files):
+            _refuse_outside(file, self._folder)
+        fields = _json_object(described.read_bytes()) if described.is_file() else {}
         texts = [file.read_bytes() for file in files if file.is_file()]
         caption = _text(texts[0]) if texts else fields.get("caption")
         return SourceSample(where, path.read_bytes(), caption, fields)
@@ -147,19 +165,27 @@ class ShardSource:
 class TableSource:
     """The rows of tables.
 
-    An image is a path (absolute, or relative to the table's folder), bytes, or a struct of both as the datasets library writes
-    it. Other columns of numbers and text go into the json of a sample.
+    An image is a path below the image folder, bytes, or a struct of both as the datasets library writes it. Other
+    columns of numbers and text go into the json of a sample.
 
     Args:
         files: of one kind.
         image_column: None looks for a common name.
         caption_column: None looks for a common name.
+        image_folder: folder that paths are relative to and do not leave; None is the folder of each table.
 
     Raises:
         UserError: for a table that cannot be read or lacks a column.
     """
 
-    def __init__(self, files: Sequence[Path], image_column: str | None, caption_column: str | None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        image_column: str | None,
+        caption_column: str | None,
+        image_folder: Path | None = None,
+    ) -> None:
+        self._image_folder = image_folder
         self._groups: list[tuple[Path, int]] = []
         sizes: list[int] = []
         found = hashlib.sha256()
@@ -194,7 +220,8 @@ class TableSource:
         fields = {name: one for name, one in row.items() if isinstance(one, str | int | float) and one == one}
         where = f"{file}, row {index - start}"
         try:
-            return SourceSample(where, _bytes(image, file.parent), caption, fields)
+            folder = file.parent if self._image_folder is None else self._image_folder
+            return SourceSample(where, _bytes(image, folder, where), caption, fields)
         except (SampleFaultError, OSError) as error:
             raise SampleFaultError(f"{where}: {error}") from error
 
@@ -228,7 +255,7 @@ def _column(file: Path, columns: Sequence[str], named: str | None, common: Seque
     return chosen
 
 
-def _bytes(image: Any, folder: Path) -> bytes:
+def _bytes(image: Any, folder: Path, where: str) -> bytes:
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
     if isinstance(image, bytes):
@@ -240,6 +267,11 @@ def _bytes(image: Any, folder: Path) -> bytes:
             f"'{image}' must be downloaded first; img2dataset makes tars from a table of URLs"
         )
     path = folder / image
+    if leaves(path, folder):
+        raise UserError(
+            f"{where}: '{image}' is outside the folder '{folder}', and a table cannot take files from elsewhere; name the "
+            "folder that holds all images with --image_folder."
+        )
     if not path.is_file():
         raise SampleFaultError(f"there is no file '{path}'")
     return path.read_bytes()
@@ -269,6 +301,7 @@ def open_source(
     image_column: str | None = None,
     caption_column: str | None = None,
     remote: RemoteOptions = RemoteOptions(),
+    image_folder: Path | None = None,
 ) -> ImageSource:
     """Opens what `--from` names.
 
@@ -277,17 +310,26 @@ def open_source(
         image_column: of tables; None looks for a common name.
         caption_column: of tables; None looks for a common name.
         remote: access to remote shards.
+        image_folder: of tables, folder that their paths are relative to and do not leave; None is the folder of the table.
 
     Raises:
         UserError: if it is none of these, or empty.
     """
     path = Path(source)
     if path.suffix.lower() in _TABLE_SUFFIXES:
-        return TableSource(_files(source), image_column, caption_column)
+        return TableSource(_files(source), image_column, caption_column, image_folder)
     if not path.is_dir() or any(path.glob("*.tar")):
         return ShardSource(source, remote)
     tables = sorted(path.glob("*.parquet"))
-    return TableSource(tables, image_column, caption_column) if tables else FolderSource(path)
+    return TableSource(tables, image_column, caption_column, image_folder) if tables else FolderSource(path)
+
+
+def _refuse_outside(path: Path, folder: Path) -> None:
+    if path.is_symlink() and leaves(path, folder):
+        raise UserError(
+            f"--from '{folder}': '{path}' is a link to a file outside that folder, which is not followed; copy the file, or "
+            "give the folder that holds it."
+        )
 
 
 def _files(named: str) -> list[Path]:

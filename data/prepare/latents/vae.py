@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data.prepare.latents.options import VaeDtype
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.families import Family, hub
 from sdxs_lightning.families.folders import kl_folder, latent_scale, read_json, vae_class, vae_factor
@@ -111,7 +112,7 @@ def pixels_per_latent(folder: Path) -> int:
 
 def _folder(named: str) -> Path:
     path = Path(named)
-    if not path.exists() and hub.is_hub_id(named):
+    if not path.exists() and is_hub_id(named):
         try:
             return hub.fetch(named, "vae/config.json", ("vae",)) / "vae"
         except FileNotFoundError:

@@ -41,6 +41,7 @@ def run(options: VerifyOptions) -> str:
         UserError: if there are faults, or no shards.
         Interrupted: after Ctrl-C.
     """
+    options.check_locations(options.shards)
     try:
         locations = tuple(find_locations(options.shards))
     except (OSError, ValueError) as error:

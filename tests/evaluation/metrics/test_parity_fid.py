@@ -15,10 +15,18 @@ from PIL import Image
 from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
-from evaluation.networks.inception import WEIGHT_FILES, InceptionFeatures, InceptionResize, find_weights
+from evaluation.metrics.inception_score import InceptionScore
+from evaluation.networks.inception import (
+    WEIGHT_FILES,
+    InceptionFeatures,
+    InceptionLogits,
+    InceptionResize,
+    find_weights,
+)
 from tests.helpers.random_inception import FirstLayer, first_layer, textures, write_inception
 
 COUNT = 6
@@ -96,6 +104,25 @@ def test_features_of_the_whole_network(weights: Path) -> None:
     assert found.shape == (1, 2048)
     assert float(found.std()) > 1e-3
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_inception_score_of_torch_fidelity(weights: Path) -> None:
+    images = textures(2, 3, size=130)[..., :100]
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["logits_unbiased"], str(weights))
+    with torch.no_grad():
+        expected = network(images)[0]
+    logits = InceptionLogits(weights, "torch-fidelity")
+    torch.testing.assert_close(logits(images), expected, rtol=1e-5, atol=1e-5)
+    assert logits.identity()["network"] != InceptionFeatures(weights, "torch-fidelity").identity()["network"]
+    rows = 3 * torch.randn(1003, 20, generator=torch.Generator().manual_seed(1))
+    metric = InceptionScore(lambda images: images)
+    metric.add(rows, range(1003))
+    found = metric.estimates()["inception_score"]
+    assert found.value == pytest.approx(isc_features_to_metric(rows)["inception_score_mean"], rel=1e-12)
+    assert found.low is not None and found.high is not None and found.low < found.value < found.high
+    same = InceptionScore(lambda images: images)
+    same.add(torch.zeros(20, 20), range(20))
+    assert same.estimates()["inception_score"].value == pytest.approx(1.0)
 
 
 def test_the_resize_of_torchmetrics(weights: Path) -> None:

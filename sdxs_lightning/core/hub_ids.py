@@ -1,0 +1,21 @@
+"""Telling ids of the Hugging Face hub from paths, which have the same form."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_PART = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+HUB_ID = re.compile(rf"(?P<repo>{_PART}/{_PART})(@(?P<revision>[\w./-]+))?", re.ASCII)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no file or folder here is meant for the hub: `org/name` or `org/name@revision`.
+
+    A path such as `../missing` or `./model` is none, and neither is `outputs/missing` where there is a folder `outputs`: a
+    mistyped path must not be looked for, or found, elsewhere. `org/name@main` means the hub in any case.
+    """
+    match = HUB_ID.fullmatch(name)
+    if match is None or "--" in match["repo"] or ".." in match["repo"] or match["repo"].endswith(".git"):
+        return False
+    return match["revision"] is not None or not Path(name).parent.is_dir()
