@@ -120,7 +120,8 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     for key in nulls:
         settings = merge(settings, _nested(key, settings), trust)
     merged = [f"--config={_exact_yaml(settings)}"] if settings else []
-    keys = frozenset(_without_init_args(name.lstrip("-").removesuffix("+")) for name, _ in flags) | set(nulls)
+    set_by_flags = [*(name.lstrip("-").removesuffix("+") for name, _ in flags), *nulls]
+    keys = frozenset(map(_without_init_args, set_by_flags))
     left = [part for _, chunk in flags for part in chunk]
     return MergedArguments(merged + left, files, settings, keys, trust)
 
