@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from evaluation.metrics.sampled import PerImageMetric
+from evaluation.networks.aesthetic import AestheticPredictor
 from evaluation.networks.frozen_clip import FrozenClip
 
 
@@ -58,3 +59,22 @@ class PreferenceScore(ClipScore):
         if scale is None:
             scale = float(clip.model.get_parameter("logit_scale").exp())
         super().__init__(clip, scale, name)
+
+
+class AestheticScore(PerImageMetric):
+    """Mean predicted rating of the images, 1 to 10; it reads no captions.
+
+    Args:
+        predictor: CLIP with LAION's head.
+    """
+
+    names = ("aesthetic",)
+    higher_is_better = True
+
+    def __init__(self, predictor: AestheticPredictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+
+    def measure(self, images_uint8: Tensor, captions: Sequence[str] | None = None) -> Tensor:
+        """Ratings (B, 1)."""
+        return self.predictor(images_uint8).double().unsqueeze(1)

@@ -83,6 +83,7 @@ class ImageProtocol:
 INCEPTION_METRICS = ("fid", "patch_fid", "kid", "precision_recall")
 DEFAULT_NETWORKS = {
     "inception_score": "inception_logits:torch-fidelity",
+    "aesthetic": "aesthetic:laion",
     "fd_dinov2": "dinov2:facebook/dinov2-large",
     "cmmd": "clip_unit:vit-l-14-336",
     "clip_score": "clip_text:vit-g-14-s12b",

@@ -10,7 +10,7 @@ from typing import Any
 
 from data.toy.training.classifier import AttributeClassifier
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
-from evaluation.metrics.clip_score import ClipScore, PreferenceScore
+from evaluation.metrics.clip_score import AestheticScore, ClipScore, PreferenceScore
 from evaluation.metrics.diversity import PromptDiversity
 from evaluation.metrics.feature_sets import FeatureSetMetric
 from evaluation.metrics.frechet import FrechetDistance
@@ -18,6 +18,7 @@ from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import SampledMetric
+from evaluation.networks.aesthetic import AestheticPredictor
 from evaluation.networks.clip_models import load_clip
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.inception import InceptionFeatures, InceptionLogits
@@ -43,8 +44,8 @@ class NetworkCache:
     """Loads each metric network once.
 
     Networks are named KIND:NAME, where KIND is `inception`, `inception_logits`, `dinov2`, `clip_image` (unnormalised features),
-    `clip_unit` (L2-normalised features of images resized without keeping the aspect ratio), `clip_text`, `pickscore`, `hpsv2`
-    or `attributes`.
+    `clip_unit` (L2-normalised features of images resized without keeping the aspect ratio), `clip_text`, `pickscore`, `hpsv2`,
+    `aesthetic` or `attributes`.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -85,6 +86,8 @@ class NetworkCache:
             return FrechetDistance(network, reference=statistics, name=name)
         if name in FEATURE_SETS:
             return FEATURE_SETS[name](network, None if reference is None else reference.rows)
+        if name == "aesthetic":
+            return AestheticScore(network)
         if name == "inception_score":
             return InceptionScore(network)
         if name == "diversity":
@@ -182,6 +185,10 @@ def _dinov2(name: str, path: str | None) -> DinoV2Features:
     return DinoV2Features(path or name)
 
 
+def _aesthetic(name: str, path: str | None) -> AestheticPredictor:
+    return AestheticPredictor(path)
+
+
 def _attributes(name: str, path: str | None) -> AttributeClassifier:
     return AttributeClassifier.from_pretrained(_place(name, path))
 
@@ -200,5 +207,6 @@ _LOADERS: dict[str, Callable[[str, str | None], Any]] = {
     "dinov2": _dinov2,
     "pickscore": _clip,
     "hpsv2": _clip,
+    "aesthetic": _aesthetic,
     "attributes": _attributes,
 }

@@ -27,7 +27,7 @@ REFERENCE_METRICS = (*FRECHET_METRICS, *FEATURE_SET_METRICS)
 CAPTION_METRICS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
 """Metrics that need captions."""
 
-METRIC_NAMES = (*REFERENCE_METRICS, *CAPTION_METRICS, "inception_score", "diversity")
+METRIC_NAMES = (*REFERENCE_METRICS, *CAPTION_METRICS, "aesthetic", "inception_score", "diversity")
 
 SCHEDULERS = {
     "ddim": "DDIMScheduler",
@@ -52,6 +52,7 @@ NETWORK_KINDS = (
     "dinov2",
     "pickscore",
     "hpsv2",
+    "aesthetic",
     "attributes",
 )
 """Kinds accepted by `--weights KIND=PATH`."""
