@@ -391,9 +391,11 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
             raise cause from None
         if _is_our_message(cause):
             raise UserError(str(cause)) from cause
-        if (
-            traceback.extract_tb(cause.__traceback__)[-1].name == "validate_settings"
-        ):  # number of processes and devices
+        # Lightning's checks of the number of processes and devices.
+        if traceback.extract_tb(cause.__traceback__)[-1].name in (
+            "validate_settings",
+            "_validate_srun_variables",
+        ):
             raise UserError(str(cause)) from cause
         raise cause from None
     except OmegaConfBaseException as error:

@@ -94,7 +94,7 @@ def test_published_settings() -> None:
     )
     for metric in (*INCEPTION_METRICS, *DEFAULT_NETWORKS):
         assert dmd2.measurement(metric).metric == metric
-    with pytest.raises(UserError, match="no metric named 'is'; there are clip_score, cmmd"):
+    with pytest.raises(UserError, match="no metric named 'is'; there are aesthetic, clip_score, cmmd"):
         dmd2.measurement("is")
 
 
