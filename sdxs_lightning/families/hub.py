@@ -9,9 +9,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from sdxs_lightning.core.hub_ids import HUB_ID
+from sdxs_lightning.core.hub_ids import HUB_ID, is_hub_id
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.weights import pickled, weight_files
+
+__all__ = ["fetch", "is_hub_id", "needed_files"]
 
 
 def fetch(name: str, key_file: str, components: Sequence[str], weights: bool = True) -> Path:

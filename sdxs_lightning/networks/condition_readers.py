@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdxs_lightning.families.foreign import check_transformers
+
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "condition_reader.safetensors"
 
 
@@ -59,6 +61,7 @@ class DepthReader:
 
     Raises:
         FileNotFoundError: in `load`, if there is no such folder.
+        ValueError: in `load`, for a folder with pickled weights or with code.
     """
 
     def __init__(self, model: str, size_px: int = 252, metric: bool = False) -> None:
@@ -72,9 +75,10 @@ class DepthReader:
                 f"there is no depth network in '{self.model}': expected a folder with config.json, "
                 "preprocessor_config.json and model.safetensors as reader.init_args.model."
             )
-        processor: Any = AutoImageProcessor.from_pretrained(self.model)
+        check_transformers(Path(self.model))
+        processor: Any = AutoImageProcessor.from_pretrained(self.model, local_files_only=True)
         network = AutoModelForDepthEstimation.from_pretrained(
-            self.model, use_safetensors=True, dtype=torch.float32
+            self.model, use_safetensors=True, dtype=torch.float32, local_files_only=True
         )
         return _Depth(network, processor.image_mean, processor.image_std, self.size_px, self.metric)
 

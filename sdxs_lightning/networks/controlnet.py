@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.controlnets.controlnet import ControlNetConditioningEmbedding, zero_module
 from torch import Tensor, nn
 
+from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.families import hub
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.weights import load_network
@@ -329,7 +330,7 @@ def _folder(source: str | Path) -> Path:
     path = Path(source)
     if (path / "config.json").is_file():
         return path
-    if not path.exists() and hub.is_hub_id(str(source)):
+    if not path.exists() and is_hub_id(str(source)):
         return hub.fetch(str(source), "config.json", ("",))
     raise FileNotFoundError(
         f"there is no ControlNet in '{source}': expected a folder with config.json and diffusion_pytorch_model.safetensors, "
