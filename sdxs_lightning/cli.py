@@ -391,19 +391,25 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
             raise cause from None
         if _is_our_message(cause):
             raise UserError(str(cause)) from cause
-        # Lightning's checks of the number of processes and devices.
-        if traceback.extract_tb(cause.__traceback__)[-1].name in (
-            "validate_settings",
-            "_validate_srun_variables",
-        ):
+        if _checks_processes(cause):
             raise UserError(str(cause)) from cause
         raise cause from None
+    except RuntimeError as error:
+        if _checks_processes(error):
+            raise UserError(str(error)) from error
+        raise
     except OmegaConfBaseException as error:
         raise UserError(
             reference_sentence(str(error), error.full_key, TrainingParser.command_line)
         ) from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
+
+
+def _checks_processes(error: BaseException) -> bool:
+    """Whether Lightning's check of the numbers of processes and devices raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1].name
+    return last in ("validate_settings", "_validate_srun_variables")
 
 
 _allowed: set[str] = set()

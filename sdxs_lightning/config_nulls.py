@@ -79,9 +79,8 @@ def _parameters(owner: Any) -> dict[str, tuple[Any, Any]]:
         if not isinstance(described, type):
             continue
         try:
-            hints = typing.get_type_hints(
-                described if dataclasses.is_dataclass(described) else described.__init__
-            )
+            made: Any = described if dataclasses.is_dataclass(described) else vars(described).get("__init__")
+            hints = typing.get_type_hints(made or described.__init__)  # type: ignore[misc]
             parameters = inspect.signature(described).parameters.values()
         except (NameError, TypeError, ValueError):
             continue
