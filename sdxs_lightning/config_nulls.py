@@ -79,8 +79,10 @@ def _parameters(owner: Any) -> dict[str, tuple[Any, Any]]:
         if not isinstance(described, type):
             continue
         try:
-            made: Any = described if dataclasses.is_dataclass(described) else vars(described).get("__init__")
-            hints = typing.get_type_hints(made or described.__init__)  # type: ignore[misc]
+            annotated: Any = described
+            if not dataclasses.is_dataclass(described):
+                annotated = described.__init__
+            hints = typing.get_type_hints(annotated)
             parameters = inspect.signature(described).parameters.values()
         except (NameError, TypeError, ValueError):
             continue

@@ -73,10 +73,9 @@ class EnvironmentValues:
         return text
 
     def _restore(self, node: Any, place: Place) -> None:
-        if isinstance(node, list):
-            entries = list(enumerate(node))
-        else:
-            entries = list(vars(node).items() if isinstance(node, Namespace) else node.items())
+        entries: list[tuple[Any, Any]] = list(enumerate(node)) if isinstance(node, list) else []
+        if not isinstance(node, list):
+            entries = list((vars(node) if isinstance(node, Namespace) else node).items())
         for name, value in entries:
             here = place if name == "init_args" else (*place, str(name))
             if isinstance(value, Namespace | dict | list):

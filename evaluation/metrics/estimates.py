@@ -107,8 +107,8 @@ def difference(value: float, other: Mapping[str, Any], first: Mapping[str, Any])
         None where either lacks `left_out`, or the numbers of samples differ.
     """
     samples = first["samples"]
-    parts = [entry.get("left_out") for entry in (other, first)]
-    if None in parts or other["samples"] != samples or len(parts[0]) != len(parts[1]):
+    parts = [entry.get("left_out") or () for entry in (other, first)]
+    if not all(parts) or other["samples"] != samples or len(parts[0]) != len(parts[1]):
         return None
     left_out = [one - another for one, another in zip(*parts, strict=True)]
     # As balanced_groups deals them.
