@@ -165,7 +165,7 @@ WRONG_SETTINGS: dict[str, tuple[Change | None, tuple[str, ...], list[str]]] = {
     "an argument that is missing": (
         _set("model.init_args.student", None),
         (),
-        ["model.init_args.student is required, null is not accepted (set in ", "tiny.yaml, line "],
+        ["model.init_args.student is null, but StudentGenerator is accepted (set in ", "tiny.yaml, line "],
     ),
     "a wrong value on the command line": (
         None,

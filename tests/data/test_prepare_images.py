@@ -397,7 +397,7 @@ def test_a_set_is_not_resumed_with_other_settings(
         (["--min_caption", 9, "--max_caption", 3], "--min_caption 9 is above --max_caption 3"),
         (["--from", "nowhere"], "--from 'nowhere': There is no shard or folder 'nowhere'"),
         (["--from", "nowhere.csv"], "--from 'nowhere.csv': there is no such file"),
-        (["--from", "EMPTY"], "holds neither images (.bmp, .gif,"),
+        (["--from", "EMPTY"], "holds neither images (.avif, .bmp, .gif,"),
         (["--condition", "given:nowhere"], "--condition 'given:nowhere': there is no folder 'nowhere'"),
     ],
 )

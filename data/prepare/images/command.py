@@ -48,6 +48,8 @@ class ImageSet:
     def settings(self) -> dict[str, Any]:
         """Everything that the shards depend on, but for the contents of the source's files."""
         own = {field.name: getattr(self.options, field.name) for field in fields(ImageSettings)}
+        if self.options.image_folder is None:
+            del own["image_folder"]  # as in sets of versions without it
         return {**own, "source_fingerprint": self.source_fingerprint, "count": self.count, "format": _FORMAT}
 
     @property

@@ -105,7 +105,7 @@ class FolderSource:
         self.paths = sorted(path.relative_to(folder).as_posix() for path in found)
         if not self.paths:
             raise UserError(
-                f"--from '{folder}' holds neither images ({', '.join(SUFFIXES)}) nor shards (.tar)."
+                f"--from '{folder}' holds neither images ({', '.join(sorted(SUFFIXES))}) nor shards (.tar)."
             )
         self.fingerprint = _digest(f"{path} {(folder / path).stat().st_size}" for path in self.paths)
 
