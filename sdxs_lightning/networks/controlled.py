@@ -102,7 +102,7 @@ class ControlNetSource:
                 f"{factor.bit_length()} stem_widths, or another ControlNet."
             )
         if self.lora is not None:
-            add_lora(controlnet, self.lora)  # type: ignore[arg-type]
+            add_lora(controlnet, self.lora)
             for name in NEW_PARTS:
                 controlnet.get_submodule(name).requires_grad_(True)
         elif self.train:
@@ -188,7 +188,7 @@ class ControlledDenoiser(Denoiser):
         }
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name in self._hidden:
             self.__dict__[name]._apply(fn, recurse)
         return self

@@ -296,7 +296,7 @@ def _encoder_parts(settings: Mapping[str, Any]) -> dict[str, nn.Module | None]:
         unet = UNet2DConditionModel(
             **settings,
             up_block_types=("UpBlock2D",) * stages,
-            reverse_transformer_layers_per_block=[1] * stages,  # type: ignore[arg-type]
+            reverse_transformer_layers_per_block=[1] * stages,
         )
     names = (*_ENCODER, *(name for name in _ADDED if hasattr(unet, name)), "down_blocks", "mid_block")
     parts = {name: cast(nn.Module | None, getattr(unet, name)) for name in names}

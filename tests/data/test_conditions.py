@@ -213,8 +213,11 @@ def test_yaml_names_them_by_class_path(
 
 def test_thresholds_of_canny_vary_with_the_image_and_only_with_it() -> None:
     generator = np.random.default_rng(0)
-    soft = [
-        cv2.GaussianBlur(generator.integers(0, 256, (24, 24, 3), np.uint8), (0, 0), 2.0) for _ in range(24)
+    soft: list[NDArray[np.uint8]] = [
+        np.asarray(
+            cv2.GaussianBlur(generator.integers(0, 256, (24, 24, 3), np.uint8), (0, 0), 2.0), dtype=np.uint8
+        )
+        for _ in range(24)
     ]
     plain, varied = Canny(30, 60), Canny(30, 60, vary=1.0)
     counts = [(plain(one).sum(), varied(one).sum()) for one in soft]
@@ -245,7 +248,9 @@ def test_depth_maps_of_16_bits_keep_their_precision(tmp_path: Path) -> None:
         data = ShardDataModule(
             str(tmp_path / "set"), 1, contents=["images", "control_images"], resolution=resolution
         )
-        found[resolution] = next(iter(data.train_dataloader())).control_images
+        controls = next(iter(data.train_dataloader())).control_images
+        assert controls is not None
+        found[resolution] = controls
     expected = torch.from_numpy(depth.astype(np.float32)) / 65535
     torch.testing.assert_close(found[None][0], expected.expand(3, -1, -1), rtol=0, atol=1e-7)
     assert len(found[20].unique()) > 250  # of 400 pixels; 8 bits would leave 23 values

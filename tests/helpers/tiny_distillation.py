@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from data.prepare.images.image_files import encode_image
 from data.shards.datamodule import ShardDataModule
 from data.shards.layout import Content
-from data.shards.writer import ShardWriter, encode_latents
+from data.shards.writer import Member, ShardWriter, encode_latents
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
@@ -32,6 +32,7 @@ from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, save_tiny_sdxl, tiny_batch
 
+Stage = TypeVar("Stage", bound=OneStepDistillation)
 WARMUP_ONLY = UpdateSchedule(max_student_updates=9, warmup_updates=9)
 WARMUP: dict[str, Any] = {
     "pairs": PairSettings(count=8, sampler_steps=2, sampler_batch_size=4),
@@ -57,7 +58,7 @@ def save_shards(folder: Path, samples: int = 96) -> Path:
         with ShardWriter(folder, samples_per_shard=samples // 2) as writer:
             for caption, latents in zip(batch.captions, batch.latents, strict=True):
                 control = Image.fromarray(tiny_control(latents))
-                members = {"txt": caption, "latent.safetensors": encode_latents(latents)}
+                members: dict[str, Member] = {"txt": caption, "latent.safetensors": encode_latents(latents)}
                 writer.write(members | {"cond.png": encode_image(control, "png", 100)})
     return folder
 
@@ -146,7 +147,7 @@ def moved(before: dict[str, Tensor], module: torch.nn.Module, role: str) -> floa
     return sum(not torch.equal(before[name], now[name]) for name in names) / len(names)
 
 
-def built(module: OneStepDistillation) -> OneStepDistillation:
+def built(module: Stage) -> Stage:
     """With its networks."""
     module.configure_model()
     return module

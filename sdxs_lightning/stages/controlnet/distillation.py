@@ -184,12 +184,12 @@ class ControlNetDistillation(OneStepDistillation):
             latents = generator(noise.to(self.device), replace(conditioning, control_images=controls))
         return self.family.decode(latents)
 
-    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, **options: Any) -> None:
-        """Writes a ControlNet folder in diffusers' layout."""
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
+        """Writes a ControlNet folder in diffusers' layout, which has no VAE (the callback `Export` refuses one)."""
         from sdxs_lightning.export import gathered_controlnet, new_folder
         from sdxs_lightning.networks.controlnet import save_controlnet
 
-        assert self.ema is not None
+        assert self.ema is not None and vae is None
         denoiser = self.ema.denoiser if average else self.student.denoiser
         assert isinstance(denoiser, ControlledDenoiser)
         controlnet = gathered_controlnet(denoiser.controlnet, first_rank=self.global_rank == 0)

@@ -186,7 +186,7 @@ class ControlNetTraining(AveragedTraining):
                 shard_unet(network, mesh, policy)
 
     def _denoiser(self, unet: object) -> Denoiser:
-        prepared = prepare_unet(unet, self.gradient_checkpointing, self.compile_blocks)  # type: ignore[arg-type]
+        prepared = prepare_unet(unet, self.gradient_checkpointing, self.compile_blocks)
         return Denoiser(prepared, self.family.schedule, self.family.prediction_type)
 
     def _load_teacher(self) -> Frozen[ControlledDenoiser]:
