@@ -151,7 +151,8 @@ class ControlMetrics(ScoreCurve):
             for name, maker in makers.items():
                 # Every rank makes the padding too, because the forward of a sharded network is collective.
                 images = maker(prompts, sample_ids)[:counting]
-                kept = ControlledPrompts(*(part[:counting] for part in prompts))
+                captions, targets, controls = prompts
+                kept = ControlledPrompts(captions[:counting], targets[:counting], controls[:counting])
                 boards[name].update(images, kept, sample_ids[:counting])
         return {name: board.compute() for name, board in boards.items()}
 
