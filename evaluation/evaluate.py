@@ -69,6 +69,10 @@ class EvaluateOptions(ComputeOptions):
     """Diffusers pipeline folder of the Stable Diffusion or SDXL kind; this or --images is required."""
     images: Annotated[str | None, Option(metavar="SET")] = None
     """Images: a folder, a .zip file or .tar shards."""
+    lora: Annotated[str | None, Option(metavar="FILE|DIR")] = None
+    """LoRA of the model: diffusers, PEFT or kohya."""
+    lora_scale: Annotated[float, Option(at_least=0)] = 1.0
+    """Its scale."""
     protocol: Annotated[str, Option(choices=PROTOCOL_NAMES)] = "toy"
     """Protocol."""
     captions: Annotated[str | None, Option(metavar="FILE")] = None
@@ -131,6 +135,8 @@ class EvaluateOptions(ComputeOptions):
             raise ValueError(
                 f"--steps {self.steps} and {len(self.timesteps)} --timesteps contradict each other; leave out --steps."
             )
+        if self.lora is not None and self.model is None:
+            raise ValueError("--lora adapts a --model; with --images there is nothing to adapt.")
         if self.save_images is not None and self.model is None:
             raise ValueError(
                 "--save_images keeps what a --model makes; with --images there is nothing to save."

@@ -1,5 +1,6 @@
 """The training command line: configuration, resume, error messages and exit codes."""
 
+import json
 import logging
 import os
 import sys
@@ -25,7 +26,7 @@ from sdxs_lightning.callbacks.elastic import join_elastic_group
 from sdxs_lightning.callbacks.interruption import Interruption
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import Resume
-from sdxs_lightning.callbacks.run_folder import RunLock
+from sdxs_lightning.callbacks.run_folder import ORIGIN, RunLock, origin
 from sdxs_lightning.config_errors import reference_sentence, sentence
 from sdxs_lightning.config_files import MergedArguments, read_arguments, refuse_untrusted
 from sdxs_lightning.config_nulls import refuse_nulls
@@ -75,7 +76,7 @@ class TrainingParser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Locks the run's folder, and saves the resolved configuration there as config.yaml."""
+    """Locks the run's folder, and saves the resolved configuration (config.yaml) and the code's version (origin.json)."""
 
     lock: RunLock | None = None
     """Held by rank 0."""
@@ -103,6 +104,7 @@ class SaveConfig(SaveConfigCallback):
                 return problem
             path = folder / self.config_filename
             self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+            (folder / ORIGIN).write_text(json.dumps(origin(), indent=2) + "\n")
         except OSError as error:
             return (
                 f"the run's folder '{folder}' cannot be written ({folders.write_failure(error)}); give another one as "

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import pipeline_variant, read_json
 from sdxs_lightning.networks.backward_simulation import original_inference_steps
-from sdxs_lightning.networks.lora import merged_weights
+from sdxs_lightning.networks.ema import DenoiserEma
+from sdxs_lightning.networks.lora import ADAPTER, merged_weights
+from sdxs_lightning.networks.lora_files import live_adapters, write_lora
 from sdxs_lightning.networks.tiny_decoder import load_tiny, tiny_factor
 
 if TYPE_CHECKING:
@@ -166,6 +168,32 @@ def gathered_controlnet(controlnet: ControlNetModel, first_rank: bool) -> Contro
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(controlnet, options=options))
     return plain_controlnet(controlnet, weights) if first_rank else None
+
+
+def write_adapters(
+    unet: UNet2DConditionModel,
+    ema: DenoiserEma | None,
+    folder: Path,
+    dtype: torch.dtype,
+    first_rank: bool,
+) -> None:
+    """Writes the adapters of a U-Net for `pipe.load_lora_weights(folder)`. A collective: every rank calls it.
+
+    Args:
+        unet: with adapters; may be sharded by FSDP2.
+        ema: writes its averages instead of the current adapters.
+        folder: written completely or not at all; an existing one is replaced.
+        dtype: of the matrices.
+        first_rank: whether this is rank 0, which alone writes.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    with ema.applied() if ema is not None else nullcontext():
+        weights = cast(dict[str, Tensor], get_model_state_dict(unet, options=options))
+        adapters = live_adapters(weights, unet.peft_config[ADAPTER].lora_alpha, ADAPTER)
+    if first_rank:
+        with new_folder(folder) as written:
+            written.mkdir()
+            write_lora(written, adapters, dtype=dtype)
 
 
 def write_unet(unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:

@@ -17,7 +17,7 @@ from data.shards.writer import Member, ShardWriter, encode_latents
 from data.toy.background_bar import bar_at
 from data.toy.original_sizes import vary_original_sizes
 from data.toy.rendered import render_batch
-from data.toy.world import captions
+from data.toy.world import Style, captions
 from sdxs_lightning.core.image_condition import ImageCondition
 from sdxs_lightning.families.network_types import AutoencoderKL
 
@@ -41,6 +41,7 @@ class ToyDataModule(ShardDataModule):
         images: batches hold the images in addition to their latents.
         condition: makes condition images of the images, which batches then hold too.
         background_bar: batches hold condition images that no detector makes: see `data.toy.background_bar`.
+        style: how the images are drawn; null is the plain drawing.
 
     Raises:
         ValueError: for both kinds of condition images.
@@ -58,12 +59,14 @@ class ToyDataModule(ShardDataModule):
         images: bool = False,
         condition: ImageCondition | None = None,
         background_bar: bool = False,
+        style: Style | None = None,
     ) -> None:
         if condition is not None and background_bar:
             raise ValueError("data.condition and data.background_bar both make condition images; set one.")
         stored = images or condition is not None
         name = f"{train_images}-{_weights_digest(Path(base) / 'vae')}"
         name += "-sizes" * original_sizes + "-images" * stored + "-bar" * background_bar
+        name += f"-{style}" if style else ""
         folder = Path(cache) / name
         contents: list[Content] = ["latents"]
         contents += ["sizes"] if original_sizes else []
@@ -79,12 +82,13 @@ class ToyDataModule(ShardDataModule):
         )
         self.base, self.train_images, self.folder = base, train_images, folder
         self.original_sizes, self.images, self.background_bar = original_sizes, stored, background_bar
+        self.style = style
 
     def prepare_data(self) -> None:
         """Renders and encodes the images unless the shards are complete; an incomplete folder is written again."""
         finished = self.folder / "complete"
         if not finished.exists():
-            extras = self.original_sizes, self.images, self.background_bar
+            extras = self.original_sizes, self.images, self.background_bar, self.style
             write_latent_shards(self.base, self.train_images, self.folder, *extras)
             finished.touch()
         super().prepare_data()
@@ -97,6 +101,7 @@ def write_latent_shards(
     original_sizes: bool = False,
     with_images: bool = False,
     with_bars: bool = False,
+    style: Style | None = None,
 ) -> None:
     """Renders `count` train images and writes VAE means, unscaled, with captions and, on request, sizes, images and bars."""
     from diffusers import AutoencoderKL
@@ -107,7 +112,7 @@ def write_latent_shards(
             range(0, count, _ENCODE_BATCH), description="rendering and encoding the toy world"
         ):
             size = min(_ENCODE_BATCH, count - start)
-            images, sizes = render_batch("train", size, start), [dict[str, int]()] * size
+            images, sizes = render_batch("train", size, start, [style]), [dict[str, int]()] * size
             if original_sizes:
                 images, heights, crops = vary_original_sizes(images, torch.arange(start, start + size))
                 sizes = [_size_fields(*row) for row in torch.cat([heights, crops], dim=1).tolist()]

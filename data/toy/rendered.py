@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import lightning.pytorch as pl
@@ -11,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.toy.world import Split, captions, image_at
+from data.toy.world import Split, Style, captions, image_at
 
 _RENDER_BATCH = 250
 
@@ -21,21 +22,30 @@ class CaptionedImages(NamedTuple):
 
     images_uint8: Tensor
     captions: list[str]
+    styles: Tensor
+    """(B,) int64: index into the DataModule's `styles`."""
 
 
-def render_batch(split: Split, count: int, start: int = 0) -> Tensor:
-    """The images at indices `start .. start + count` of a split: (count, 3, 32, 32) uint8."""
-    frames = np.stack([image_at(split, index) for index in range(start, start + count)])
+def render_batch(
+    split: Split, count: int, start: int = 0, styles: Sequence[Style | None] = (None,)
+) -> Tensor:
+    """The images at indices `start .. start + count` of a split, in turn in each of the styles: (count, 3, 32, 32) uint8."""
+    frames = np.stack(
+        [image_at(split, index, styles[index % len(styles)]) for index in range(start, start + count)]
+    )
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
 
 
 class RenderedSplit(Dataset[int]):
     """The first `count` images of a split, rendered once; items are indices, `collate` makes the batch."""
 
-    def __init__(self, split: Split, count: int) -> None:
+    def __init__(self, split: Split, count: int, styles: Sequence[Style | None] = (None,)) -> None:
         starts = track(range(0, count, _RENDER_BATCH), description=f"rendering {split}")
-        self.images_uint8 = torch.cat([render_batch(split, min(_RENDER_BATCH, count - i), i) for i in starts])
+        self.images_uint8 = torch.cat(
+            [render_batch(split, min(_RENDER_BATCH, count - i), i, styles) for i in starts]
+        )
         self.captions = captions(split, count)
+        self.styles = torch.arange(count) % len(styles)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -45,7 +55,8 @@ class RenderedSplit(Dataset[int]):
 
     def collate(self, indices: list[int]) -> CaptionedImages:
         """Indexes a complete batch at once, which is cheaper than stacking single items."""
-        return CaptionedImages(self.images_uint8[indices], [self.captions[index] for index in indices])
+        chosen = [self.captions[index] for index in indices]
+        return CaptionedImages(self.images_uint8[indices], chosen, self.styles[indices])
 
 
 class RenderedWorld(pl.LightningDataModule):
@@ -55,15 +66,23 @@ class RenderedWorld(pl.LightningDataModule):
         train_images: number of images of the train split.
         val_images: number of images of the val split.
         batch_size: images per batch.
+        styles: the images are drawn in turn in each of them; null is the plain drawing.
     """
 
-    def __init__(self, train_images: int = 24000, val_images: int = 1000, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        train_images: int = 24000,
+        val_images: int = 1000,
+        batch_size: int = 64,
+        styles: list[Style | None] | None = None,
+    ) -> None:
         super().__init__()
+        self.styles: list[Style | None] = styles or [None]
         self.train_images, self.val_images, self.batch_size = train_images, val_images, batch_size
 
     def setup(self, stage: str) -> None:
-        self.train_split = RenderedSplit("train", self.train_images)
-        self.val_split = RenderedSplit("val", self.val_images)
+        self.train_split = RenderedSplit("train", self.train_images, self.styles)
+        self.val_split = RenderedSplit("val", self.val_images, self.styles)
 
     def train_dataloader(self) -> DataLoader[int]:
         """Shuffled by torch's global seed (`seed_everything`)."""

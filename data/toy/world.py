@@ -37,6 +37,9 @@ SIZES = ("small", "large")
 RELATIONS = ("above", "below", "left of", "right of")
 
 Split = Literal["train", "val", "test"]
+Style = Literal["textured", "outlined"]
+"""Ways of drawing that no caption names: a checked background, or dark contours around the things. The toy base's autoencoder
+reproduces both (it makes other colours and finer patterns unreadable)."""
 Image = NDArray[np.uint8]
 _SPLIT_SEEDS: dict[str, int] = {"train": 11, "val": 12, "test": 13}
 
@@ -155,17 +158,22 @@ def captions(split: Split, count: int, start: int = 0) -> list[str]:
     return [caption_of(scene_at(split, index)) for index in range(start, start + count)]
 
 
-def image_at(split: Split, index: int) -> Image:
-    """The image at an index of a split: (32, 32, 3) uint8 RGB."""
-    return render(scene_at(split, index), _generator(split, index, stream=1))
+def image_at(split: Split, index: int, style: Style | None = None) -> Image:
+    """The image at an index of a split: (32, 32, 3) uint8 RGB. A style changes how it is drawn, not what is where."""
+    return render(scene_at(split, index), _generator(split, index, stream=1), style)
 
 
-def render(scene: Scene, rng: np.random.Generator) -> Image:
+def render(scene: Scene, rng: np.random.Generator, style: Style | None = None) -> Image:
     """Draws a scene; `rng` decides what the caption does not state.
 
     Returns:
         (32, 32, 3) uint8 RGB, the average of a supersampled drawing.
+
+    Raises:
+        ValueError: for an unknown style.
     """
+    if style is not None and style not in get_args(Style):
+        raise ValueError(f"the toy world has the styles {list(get_args(Style))}, not {style!r}")
     side = IMAGE_PX * SUPERSAMPLING
     y, x = np.mgrid[0:side, 0:side].astype(np.float32) / SUPERSAMPLING + 0.5 / SUPERSAMPLING
     angle = rng.uniform(0, 2 * np.pi)
@@ -173,6 +181,9 @@ def render(scene: Scene, rng: np.random.Generator) -> Image:
     ramp = ((x - IMAGE_PX / 2) * light[0] + (y - IMAGE_PX / 2) * light[1]) / IMAGE_PX
     shade = 1 + rng.uniform(0.0, 0.25) * ramp + _texture(rng, x, y)
     canvas = np.array(BACKGROUNDS[scene.background or "gray"], dtype=np.float32) * shade[..., None]
+    if style == "textured":
+        checks = np.sin(x * 2 * np.pi / 8) * np.sin(y * 2 * np.pi / 8)
+        canvas = canvas + 0.3 * checks[..., None] * (canvas + 40)  # + 40: visible on black too
     for thing, centre, radius in _places(scene, rng):
         rotation = rng.uniform(-0.15, 0.15)
         shadow = _mask(thing.shape, x, y, centre - 1.3 * light, radius, rotation)
@@ -181,9 +192,22 @@ def render(scene: Scene, rng: np.random.Generator) -> Image:
         lit = 1 + 0.18 * ((x - centre[0]) * light[0] + (y - centre[1]) * light[1]) / radius
         colour = np.array(COLOURS[thing.colour], dtype=np.float32) * lit[..., None]
         canvas = np.where(body[..., None], colour, canvas)
+        if style == "outlined":
+            canvas = np.where(_contour(body)[..., None], 0.45 * canvas, canvas)
     pixels = canvas.reshape(IMAGE_PX, SUPERSAMPLING, IMAGE_PX, SUPERSAMPLING, 3).mean(axis=(1, 3))
     image: Image = np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
     return image
+
+
+def _contour(body: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The points outside a body within a pixel of it."""
+    padded, grown = np.pad(body, SUPERSAMPLING), np.zeros_like(body)
+    reach = range(2 * SUPERSAMPLING + 1)
+    for row in reach:
+        for column in reach:
+            if (row - SUPERSAMPLING) ** 2 + (column - SUPERSAMPLING) ** 2 <= SUPERSAMPLING**2:
+                grown |= padded[row : row + body.shape[0], column : column + body.shape[1]]
+    return grown & ~body
 
 
 def _texture(rng: np.random.Generator, x: NDArray[np.float32], y: NDArray[np.float32]) -> NDArray[np.float32]:

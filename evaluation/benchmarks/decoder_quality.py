@@ -20,11 +20,11 @@ from data.toy.world import image_at
 from evaluation.benchmarks.score_files import write_scores
 from evaluation.images.image_sets import open_images
 from evaluation.networks.network_features import full_precision
-from evaluation.protocols.protocols import hash_weights
 from evaluation.reports.grids import sheet
 from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.export import fitting_tiny_vae
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.networks.image_features import (

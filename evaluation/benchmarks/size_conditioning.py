@@ -13,11 +13,12 @@ from data.toy.original_sizes import MARGIN_PX
 from data.toy.training.classifier import AttributeClassifier
 from evaluation.benchmarks.score_files import write_scores
 from evaluation.images.generate import RealImages
-from evaluation.protocols.protocols import Protocol, get_protocol, hash_weights
+from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.runner.machine import where
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.latents import to_uint8
+from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family

@@ -1,6 +1,6 @@
 """The toy world's tables: `python -m evaluation.benchmarks.tables COMMAND`.
 
-Five commands measure and write a score file (JSON), two compute from score files, and `show` prints their tables. Existing
+Six commands measure and write a score file (JSON), two compute from score files, and `show` prints their tables. Existing
 measurements for the same weights and protocol are kept, so an interrupted command resumes when it is run again.
 """
 
@@ -150,6 +150,35 @@ class SizeConditioningOptions(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraOptions(Measuring):
+    """Scores style LoRAs of a one-step student of the toy world: style, caption accuracy, diversity."""
+
+    EXAMPLES: ClassVar[str] = f"""
+    {PROGRAM} lora --student outputs/toy-distill/pipeline --lora score=outputs/toy-lora/seed{{seed}}/lora \\
+        denoising=outputs/toy-lora-denoising/seed{{seed}}/lora --seeds 0 1 2 --scales 0 0.5 1 1.5 --out toy_lora.json
+    """
+
+    student: str
+    """Pipeline folder of the student."""
+    lora: Annotated[tuple[str, ...], Option(metavar="NAME=FOLDER")]
+    """LoRAs; {seed} in a folder stands for each seed."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of the trainings."""
+    scales: tuple[float, ...] = (1.0,)
+    """Scales of the first LoRA; the others are measured at 1."""
+    style: str = "textured"
+    """The style that is looked for."""
+    classifier: Path = Path("data/toy/style")
+    """Folder of the style classifier."""
+    protocol: ToyProtocol = "toy"
+    """Protocol: prompts, noise, judges."""
+    out: Path
+    """Score file to write or to extend."""
+    sheet: Path | None = None
+    """PNG file of samples of the first seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeedsOptions:
     """Summarises the report.json files of runs that differ in their seed: mean and range."""
 
@@ -199,6 +228,7 @@ COMMANDS = tuple(
         ("teacher", "Teacher", "toy_scores"),
         ("decoder", "Decoder", "decoder_quality"),
         ("size_conditioning", "SizeConditioning", "size_conditioning"),
+        ("lora", "Lora", "toy_lora"),
         ("seeds", "Seeds", "score_files"),
         ("paired", "Paired", "score_files"),
         ("show", "Show", "score_files"),

@@ -19,13 +19,14 @@ from evaluation.benchmarks.score_files import read_scores, write_scores
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages
 from evaluation.metrics.diversity import diversity
-from evaluation.protocols.protocols import Protocol, get_protocol, hash_weights
+from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.grids import sheet
 from evaluation.reports.markdown import score_file_markdown, spread
 from evaluation.runner.machine import milliseconds_per_image, where
 from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import Teacher, add_timings, look_up, measure_missing, store
 from evaluation.user_errors import as_user_errors
+from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.networks.denoiser import Denoiser

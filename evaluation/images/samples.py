@@ -19,11 +19,12 @@ from evaluation.images.image_sets import NumberedImages
 from evaluation.images.prompt_files import captions_digest
 from evaluation.networks.image_steps import apply_steps, still_to_do
 from evaluation.protocols.names import SCHEDULERS
-from evaluation.protocols.protocols import hash_model
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
+from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families.folders import check_libraries
+from sdxs_lightning.networks.lora_files import add_to_weights, hash_lora, lora_file, read_lora
 
 Reader = Callable[[Sequence[int]], list[Image.Image]]
 """Maps image numbers to images."""
@@ -133,6 +134,10 @@ class ModelSamples:
     """A key of SCHEDULERS in place of the folder's scheduler."""
     timesteps: tuple[int, ...] = ()
     """Timesteps of the sampling steps, descending; () leaves them to the scheduler."""
+    lora: str | None = None
+    """LoRA of the model, file or folder."""
+    lora_scale: float = 1.0
+    """Its scale."""
 
     are_files: ClassVar[bool] = False
 
@@ -154,6 +159,11 @@ class ModelSamples:
             raise UserError(
                 f"no diffusers pipeline at {self.model} (model_index.json is missing); --model takes its folder"
             )
+        if self.lora is not None:
+            try:
+                lora_file(self.lora, "--lora")
+            except (FileNotFoundError, ValueError) as error:
+                raise UserError(str(error)) from error
 
     def switched_off(self) -> list[str]:
         """Pipeline components of the folder that are not used."""
@@ -175,7 +185,15 @@ class ModelSamples:
         self.check()
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()  # it would break the command's own progress bar
-        pipeline = load_pipeline(self.model).to(device, DTYPES[self.precision])
+        pipeline = load_pipeline(self.model)
+        if self.lora is not None:
+            try:
+                add_to_weights(
+                    pipeline.unet, read_lora(self.lora, pipeline.unet, "--lora").adapters, self.lora_scale
+                )
+            except ValueError as error:
+                raise UserError(str(error)) from error
+        pipeline.to(device, DTYPES[self.precision])
         pipeline.set_progress_bar_config(disable=True)
         if self.image_px is not None and self.image_px % pipeline.vae_scale_factor:
             raise UserError(f"--image_px {self.image_px} is no multiple of {pipeline.vae_scale_factor}.")
@@ -209,8 +227,12 @@ class ModelSamples:
         return make
 
     def origin(self) -> dict[str, Any]:
+        lora = (
+            {} if self.lora is None else {"lora_sha256": hash_lora(self.lora), "lora_scale": self.lora_scale}
+        )
         return {
             "model_sha256": hash_model(self.model),
+            **lora,
             "prompts_sha256": captions_digest(self.prompts),
             "nfe": self.steps,
             "guidance_scale": self.guidance_scale,

@@ -25,9 +25,10 @@ from evaluation.networks.inception import InceptionFeatures, InceptionLogits
 from evaluation.networks.vit_features import ClipImageFeatures, DinoV2Features
 from evaluation.protocols.image_protocol import Measurement
 from evaluation.protocols.names import CAPTION_METRICS, FRECHET_METRICS
-from evaluation.protocols.protocols import REPOSITORY, hash_weights
+from evaluation.protocols.protocols import REPOSITORY
 from evaluation.protocols.references import Reference
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.model_hash import hash_weights
 
 FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
     "kid": KernelDistance,

@@ -110,6 +110,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "clip_score": "{:.1f}".format,
     "caption_accuracy": _percent,
     "attribute_accuracy": _percent,
+    "style_accuracy": _percent,
     "diversity": "{:.3f}".format,
     "sharpness": "{:.2f}".format,
     "psnr_db": "{:.1f}".format,

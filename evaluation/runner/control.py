@@ -31,13 +31,14 @@ from evaluation.metrics.sampled import SampledMetric
 from evaluation.protocols.image_protocol import Measurement
 from evaluation.protocols.metric_table import NetworkCache
 from evaluation.protocols.names import REFERENCE_METRICS, parse_weights
-from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol, hash_model
+from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
 from evaluation.protocols.references import Reference, read_reference
 from evaluation.reports.grids import sheet
 from evaluation.runner.machine import where
 from evaluation.runner.scores import ProtocolNetworks, ToyMetrics
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.core.seeding import Stream, normal
 
 if TYPE_CHECKING:

@@ -149,6 +149,8 @@ def model_samples(
         options.precision,
         options.scheduler,
         options.timesteps,
+        options.lora,
+        options.lora_scale,
     )
 
 

@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from data.toy.world import captions
 from evaluation.images.generate import ImageMaker, RealImages, Reconstructions, SampledImages
-from evaluation.protocols.protocols import Protocol, hash_model, hash_weights
+from evaluation.protocols.protocols import Protocol
 from evaluation.runner.machine import milliseconds_per_image, where
+from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser

@@ -6,16 +6,20 @@ import atexit
 import json
 import os
 import socket
+import subprocess
 import sys
 import threading
 import time
 import uuid
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from sdxs_lightning.callbacks.ranks import Ranks
 
 LOCK = "run.lock"
+ORIGIN = "origin.json"
+"""Commit and library versions of the run that wrote it, beside its config.yaml."""
 BEAT_SECONDS = 10.0
 """Interval at which the owner touches its lock."""
 WATCH_SECONDS = 35.0
@@ -136,6 +140,29 @@ def unshared(folder: Path, ranks: Ranks, seconds: float = 10.0) -> str | None:
     if ranks.first:
         token.unlink(missing_ok=True)
     return problem
+
+
+def origin() -> dict[str, Any]:
+    """The code of a run: `commit` and `changed` (uncommitted changes) of this repository, and library `versions`.
+
+    Commit and changes are None outside a clone, and without git.
+    """
+    root = Path(__file__).resolve().parents[2]
+    in_clone = _git(root, "rev-parse", "--show-toplevel") == str(root)
+    commit = _git(root, "rev-parse", "HEAD") if in_clone else None
+    changed = None if commit is None else bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+    names = ("torch", "lightning", "diffusers", "transformers", "peft")
+    return {"commit": commit, "changed": changed, "versions": {name: version(name) for name in names}}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
 
 
 def _this_process() -> dict[str, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -158,6 +158,29 @@ def frozen_fingerprint(network: nn.Module) -> str | None:
         digest.update(name.encode())
         digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check_frozen_weights(
+    checkpoint: Mapping[str, Any], now: Mapping[str, str | None], options: Mapping[str, str]
+) -> None:
+    """Checks that adapters go on with the frozen weights that they were trained on.
+
+    Args:
+        checkpoint: may hold fingerprints by role under "frozen_weights".
+        now: fingerprints of the loaded weights by role.
+        options: the option that names a role's weights; the others are the base's.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    for role, found in now.items():
+        before = checkpoint.get("frozen_weights", {}).get(role, found)
+        if before != found:
+            option = options.get(role, "family.init_args.base")
+            raise ValueError(
+                f"the checkpoint's {role} is adapters on weights with fingerprint {before}, and this run loaded weights "
+                f"with {found}; set {option} (or the base) to what the run began with, or start a new run."
+            )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

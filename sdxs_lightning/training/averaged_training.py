@@ -17,7 +17,7 @@ class AveragedTraining(LightningModule):
     """Base of the stages that train a single network; the Trainer handles accumulation, clipping and the end of the run.
 
     Args:
-        optimizer: called with the network's parameters.
+        optimizer: called with the network's trainable parameters.
         lr_scheduler: called with the optimizer, stepped once per optimizer step; None keeps the rate constant.
     """
 
@@ -36,7 +36,7 @@ class AveragedTraining(LightningModule):
         raise NotImplementedError
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer(self.learner.parameters())
+        optimizer = self.optimizer(p for p in self.learner.parameters() if p.requires_grad)
         if self.lr_scheduler is None:
             return {"optimizer": optimizer}
         return {

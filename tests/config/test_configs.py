@@ -12,6 +12,9 @@ import yaml
 from sdxs_lightning.cli import TrainingCLI, main
 from sdxs_lightning.config_files import read_arguments
 from sdxs_lightning.networks.controlnet import controlnet_from_unet, save_controlnet
+from sdxs_lightning.networks.lora import LoRA, add_lora
+from sdxs_lightning.networks.lora_files import live_adapters, write_lora
+from tests.helpers.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.helpers.tiny_decoding import save_dinov2
 from tests.helpers.tiny_distillation import family_of, save_base, save_shards
 from tests.helpers.tiny_run import ROOT
@@ -40,7 +43,11 @@ OVERLAYS = {
     **{
         f"{base}/{name}.yaml": [f"{base}/distill.yaml"]
         for base in ("toy", "sd15", "sd21", "sdxl")
-        for name in ("distill_segmented", "finish")
+        for name in ("distill_segmented", "finish", "lora")
+    },
+    **{
+        f"{base}/lora_segmented.yaml": [f"{base}/distill.yaml", f"{base}/lora.yaml"]
+        for base in ("toy", "sd15", "sd21", "sdxl")
     },
     **{f"{base}/distill_4step.yaml": [f"{base}/distill.yaml"] for base in ("sd15", "sd21", "sdxl")},
     **{
@@ -179,6 +186,29 @@ def tiny_finish(name: str, folder: Path) -> Flags:
     }
 
 
+def tiny_lora(name: str, folder: Path) -> Flags:
+    flags = tiny_distill(name, folder) | {
+        "model.init_args.update_schedule.fake_score_only_iterations": 0,
+        "model.init_args.style.path": save_style(folder, "sdxl" if name.startswith("sdxl") else "sd"),
+    }
+    return flags | ({"model.init_args.pairs.sampler_steps": 1} if "segmented" in name else {})
+
+
+def tiny_style_lora(name: str, folder: Path) -> Flags:
+    flags = tiny(name, folder) | {"trainer.max_steps": 2}
+    return flags | ({} if name.startswith("toy") else {"data.init_args.contents": "[latents]"})
+
+
+def save_style(folder: Path, kind: str) -> Path:
+    """A LoRA of the tiny base."""
+    path = folder / f"style-{kind}"
+    if not path.exists():
+        path.mkdir()
+        unet = add_lora(tiny_sdxl_unet() if kind == "sdxl" else tiny_sd_unet(), LoRA(rank=2))
+        write_lora(path, live_adapters(unet.state_dict(), None))
+    return path
+
+
 def tiny_miniaturise(name: str, folder: Path) -> Flags:
     flags = tiny(name, folder) | {"trainer.max_steps": 2, "trainer.accumulate_grad_batches": 1}
     if name.startswith("sdxl"):  # the preset's Transformers are deeper than the tiny base's
@@ -243,6 +273,9 @@ STAGES: dict[str, Callable[[str, Path], Flags]] = {
     "controlnet_fitting.yaml": tiny_control_training,
     "controlnet_joint.yaml": tiny_controlnet,
     "controlnet_pretrained.yaml": tiny_controlnet,
+    "lora.yaml": tiny_lora,
+    "lora_segmented.yaml": tiny_lora,
+    "style_lora.yaml": tiny_style_lora,
 }
 """Name of a stage's files -> the flags under which it takes two steps at tiny size."""
 
@@ -257,6 +290,9 @@ TWINS = (
     "controlnet_fitting.yaml",
     "controlnet_joint.yaml",
     "controlnet_pretrained.yaml",
+    "lora.yaml",
+    "lora_segmented.yaml",
+    "style_lora.yaml",
 )
 """Files of SD-2.1 that change names of weights only, which a tiny base does not show."""
 

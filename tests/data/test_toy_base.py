@@ -13,7 +13,9 @@ from data.toy.datamodule import ToyDataModule, encode
 from data.toy.rendered import render_batch
 from data.toy.training.autoencoder import whiten_latents
 from data.toy.training.classifier import AttributeClassifier
+from data.toy.training.style_classifier import STYLES, StyleClassifier
 from data.toy.world import captions
+from sdxs_lightning.core.latents import to_uint8
 
 BASE = Path(__file__).parents[2] / "data" / "toy"
 
@@ -47,6 +49,19 @@ def test_classifier_checks_stated_attributes_and_their_binding() -> None:
     )
     assert right.all(dim=1).tolist() == [True, True, False]
     assert right[:, 1:3].all(), "size and background of a pair are not stated"
+
+
+def test_the_style_classifier_is_right_on_real_and_reconstructed_images() -> None:
+    classifier = StyleClassifier.from_pretrained(BASE / "style")
+    autoencoder = AutoencoderKL.from_pretrained(BASE / "base" / "vae", torch_dtype=torch.float32).eval()
+    for number, style in enumerate(STYLES[:2]):
+        images = render_batch("val", 200, 0, [style])
+        with torch.no_grad():
+            again = to_uint8(autoencoder.decode(encode(autoencoder, images)).sample)
+        for shown in (images, again):
+            assert float((classifier.predict(shown) == number).float().mean()) > 0.97
+    with pytest.raises(FileNotFoundError, match="style_classifier.yaml"):
+        StyleClassifier.from_pretrained(BASE / "none")
 
 
 def test_missing_classifier_is_one_sentence(tmp_path: Path) -> None:

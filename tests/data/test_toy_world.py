@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data.toy.attributes import CLASSES, NOT_STATED, attributes_of
+from data.toy.rendered import RenderedSplit, render_batch
 from data.toy.tokenizer import build_tokenizer, words
 from data.toy.world import (
     BACKGROUNDS,
@@ -15,6 +16,7 @@ from data.toy.world import (
     RELATIONS,
     SHAPES,
     Scene,
+    Style,
     Thing,
     caption_of,
     captions,
@@ -107,6 +109,34 @@ def test_attributes_are_ordered_by_position() -> None:
         for values, index in zip(CLASSES.values(), attributes_of(above), strict=True)
     ]
     assert names == ["vertical", None, None, "red", "ring", "blue", "cross"]
+
+
+@pytest.mark.parametrize(("style", "least", "most"), [("textured", 0.4, 1.0), ("outlined", 0.01, 0.5)])
+def test_a_style_changes_how_a_scene_is_drawn_and_not_where(style: Style, least: float, most: float) -> None:
+    index = next(
+        i
+        for i in range(99)
+        if scene_at("test", i).size == "large" and scene_at("test", i).background == "white"
+    )
+    plain, styled = image_at("test", index).astype(int), image_at("test", index, style).astype(int)
+    changed = (plain != styled).any(axis=-1)
+    assert least < changed.mean() < most
+    colour = np.array(COLOURS[scene_at("test", index).first.colour])
+    body = np.abs(plain - colour).max(axis=-1) < 25
+    assert body.sum() > 50 and not changed[body].any()
+    for name in BACKGROUNDS:  # it is visible on each
+        scene = Scene(first=Thing("red", "square"), size="large", background=name)
+        images = [render(scene, np.random.default_rng(0), one).astype(int) for one in (None, style)]
+        assert np.abs(images[0] - images[1]).max() >= 8, name
+
+
+def test_images_of_several_styles_take_turns() -> None:
+    split = RenderedSplit("val", 4, (None, "textured"))
+    assert split.styles.tolist() == [0, 1, 0, 1]
+    assert bool((split.images_uint8[::2] == render_batch("val", 4)[::2]).all())
+    assert bool((split.images_uint8[1::2] == render_batch("val", 4, 0, ["textured"])[1::2]).all())
+    with pytest.raises(ValueError, match="has the styles"):
+        image_at("val", 0, "cubist")  # type: ignore[arg-type]
 
 
 def test_the_tokenizer_has_one_token_per_word_and_ends_with_the_highest_id() -> None:

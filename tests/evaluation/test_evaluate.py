@@ -30,10 +30,13 @@ from evaluation.protocols.protocols import IMAGE_PROTOCOLS, PROTOCOLS
 from evaluation.runner.scores import ProtocolNetworks, score_images
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.export import export_pipeline
+from sdxs_lightning.networks.lora import LoRA, add_lora
+from sdxs_lightning.networks.lora_files import hash_lora, live_adapters, write_lora
 from tests.helpers.metric_networks import random_images
 from tests.helpers.refusals import refusal
-from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl
+from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
 from tests.helpers.tiny_distillation import distillation
+from tests.networks.test_lora import move
 
 CAPTIONS = [
     f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("circle", "square")
@@ -254,6 +257,24 @@ def test_contradicting_samplers_are_one_sentence(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refusal(main, options, capsys)
+
+
+def test_a_models_lora_counts_with_its_scale(tmp_path: Path) -> None:
+    base, prompts, device = save_tiny_sd(tmp_path / "base"), ("a red circle",), torch.device("cpu")
+    unet = add_lora(tiny_sd_unet(), LoRA(rank=2))
+    move(unet, 0.5)
+    path = write_lora(tmp_path, live_adapters(unet.state_dict(), None))
+    plain = ModelSamples(str(base), prompts)
+    zero, styled = (
+        ModelSamples(str(base), prompts, lora=str(path), lora_scale=scale) for scale in (0.0, 1.0)
+    )
+    images = [np.asarray(samples.open(device)([0])[0]) for samples in (plain, zero, styled)]
+    assert (images[0] == images[1]).all() and (images[0] != images[2]).any()
+    origin = styled.origin()
+    assert (origin["lora_sha256"], origin["lora_scale"]) == (hash_lora(tmp_path), 1.0)
+    assert origin["model_sha256"] == plain.origin()["model_sha256"] and "lora_sha256" not in plain.origin()
+    with pytest.raises(UserError, match="--lora: there is no file or folder"):
+        ModelSamples(str(base), prompts, lora=str(tmp_path / "none")).check()
 
 
 def test_a_model_is_scored_on_the_prompts_of_a_file(

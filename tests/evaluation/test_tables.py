@@ -28,12 +28,13 @@ from evaluation.benchmarks.score_files import COMPARED, mean_differences, seed_d
 from evaluation.benchmarks.size_conditioning import sampled_images, sharpness
 from evaluation.benchmarks.tables import TeacherOptions, UNetsOptions, main
 from evaluation.benchmarks.toy_scores import over_seeds
-from evaluation.protocols.protocols import PROTOCOLS, get_protocol, hash_weights
+from evaluation.protocols.protocols import PROTOCOLS, get_protocol
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE, STEPS
 from evaluation.runner.teacher_scores import RESULTS as TEACHER_RESULTS
 from sdxs_lightning.cli import TrainingCLI
 from sdxs_lightning.command_line import parse_options
 from sdxs_lightning.core.errors import RunStopped
+from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler

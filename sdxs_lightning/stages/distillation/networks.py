@@ -16,7 +16,7 @@ from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.ema import StudentEma
 from sdxs_lightning.networks.fake_score import FakeScore
-from sdxs_lightning.networks.network import Network
+from sdxs_lightning.networks.network import Network, check_frozen_weights
 from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.term import DistillationContext, StudentTerm
@@ -129,8 +129,7 @@ class DistillationNetworks(ManualOptimization):
             self.real_score = Frozen(self._load_real_score()).to(dtype=self.real_score_dtype)
         for term in self._all_terms:
             term.build(self.family, self.context)
-        if self.pairs is not None:
-            self.pairs.build(self.family)
+        self._build_pairs()
         if self.device_mesh is not None:
             self._shard()
 
@@ -140,6 +139,11 @@ class DistillationNetworks(ManualOptimization):
         if shared is not None:
             return shared
         return Denoiser(self.family.load_unet(), self.family.schedule, self.family.prediction_type)
+
+    def _build_pairs(self) -> None:
+        """Loads the target sampler's own network, if it has one."""
+        if self.pairs is not None:
+            self.pairs.build(self.family)
 
     def _shard(self) -> None:
         assert self.device_mesh is not None and self.ema is not None
@@ -200,14 +204,7 @@ class DistillationNetworks(ManualOptimization):
         """
         super().on_load_checkpoint(checkpoint)
         self.student_updates = checkpoint["student_updates"]
-        for role, now in self._frozen_weights().items():
-            before = checkpoint.get("frozen_weights", {}).get(role, now)
-            if before != now:
-                option = "student.init_args.weights" if role == "student" else "family.init_args.base"
-                raise ValueError(
-                    f"the checkpoint's {role} is adapters on weights with fingerprint {before}, and this run loaded weights "
-                    f"with {now}; set {option} (or the base) to what the run began with, or start a new run."
-                )
+        check_frozen_weights(checkpoint, self._frozen_weights(), {"student": "student.init_args.weights"})
 
     def _frozen_weights(self) -> dict[str, str]:
         """Fingerprints by role of the frozen weights under adapters, which checkpoints do not hold."""

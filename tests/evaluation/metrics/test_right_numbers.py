@@ -27,8 +27,9 @@ from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.frechet import FeatureStatistics
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
-from evaluation.protocols.protocols import IMAGE_PROTOCOLS, PROTOCOLS, hash_model
+from evaluation.protocols.protocols import IMAGE_PROTOCOLS, PROTOCOLS
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.model_hash import hash_model
 from tests.helpers.metric_networks import random_images, write_clip
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl

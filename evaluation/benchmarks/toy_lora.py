@@ -1,0 +1,164 @@
+"""Scores style LoRAs of one-step students on the toy world: style, caption accuracy and diversity, by scale and seed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from data.toy.training.style_classifier import STYLES, StyleClassifier
+from evaluation.benchmarks.score_files import read_scores, write_scores
+from evaluation.benchmarks.toy_scores import DIVERSITY_PROMPTS, SHEET_COLUMNS
+from evaluation.images.generate import ImageMaker, RealImages
+from evaluation.images.samples import PipelineImages, load_pipeline
+from evaluation.metrics.caption_accuracy import CaptionAccuracy
+from evaluation.metrics.diversity import diversity
+from evaluation.metrics.estimates import share_estimate
+from evaluation.protocols.protocols import Protocol, get_protocol
+from evaluation.reports.grids import sheet
+from evaluation.reports.markdown import spread
+from evaluation.runner.machine import where
+from evaluation.runner.scores import ProtocolNetworks
+from evaluation.user_errors import as_user_errors
+from sdxs_lightning.core.model_hash import hash_model, hash_weights
+from sdxs_lightning.networks.lora_files import hash_lora, lora_file
+
+if TYPE_CHECKING:
+    from evaluation.benchmarks.tables import LoraOptions
+
+PLAIN = "plain"
+SCORES = ("style_accuracy", "caption_accuracy", "diversity")
+
+
+class LoraScorer:
+    """Scores image makers; loads the judges once.
+
+    Args:
+        protocol: prompts, noise, and the judges of captions and diversity.
+        style: name of the style that is looked for.
+        classifier: folder of the style classifier.
+        batch_size: images at once.
+    """
+
+    def __init__(self, protocol: Protocol, style: str, classifier: Path, batch_size: int) -> None:
+        self.protocol, self.batch_size = protocol, batch_size
+        self.networks = ProtocolNetworks.load(protocol)
+        self.classifier = StyleClassifier.from_pretrained(classifier)
+        if style not in STYLES:
+            raise ValueError(f"--style is '{style}', accepted are {', '.join(s for s in STYLES if s)}.")
+        self.style = STYLES.index(style)
+
+    def __call__(self, maker: ImageMaker) -> dict[str, Any]:
+        """Share of images in the style, share with all stated attributes right (both with intervals), and diversity."""
+        prompts = self.protocol.captions()
+        captions, styled = CaptionAccuracy(self.networks.classifier), []
+        for ids in torch.arange(len(prompts)).split(self.batch_size):
+            texts = [prompts[number] for number in ids.tolist()]
+            images = maker(texts, ids)
+            captions.update(images, texts)
+            styled.append(self.classifier.predict(images) == self.style)
+        accuracy, style = captions.estimate()["caption_accuracy"], share_estimate(torch.cat(styled))
+        return {
+            "style_accuracy": style.value,
+            "caption_accuracy": accuracy.value,
+            "diversity": diversity(maker, prompts[:DIVERSITY_PROMPTS], self.networks.clip),
+            "intervals": {
+                "style_accuracy": [style.low, style.high],
+                "caption_accuracy": [accuracy.low, accuracy.high],
+            },
+        }
+
+
+@as_user_errors()
+def lora(options: LoraOptions) -> str:
+    """Scores the plain student, and it with each LoRA at each scale; existing scores of the same files are kept."""
+    protocol = get_protocol(options.protocol, samples=options.samples)
+    scorer = LoraScorer(protocol, options.style, options.classifier, options.batch_size)
+    settings = {
+        "student_sha256": hash_model(options.student),
+        "style": options.style,
+        "classifier_sha256": hash_weights(options.classifier),
+        "protocol": protocol.describe(),
+    }
+    stored = read_scores(options.out) if options.out.is_file() else {}
+    known = stored.get("runs", {}) if all(stored.get(key) == value for key, value in settings.items()) else {}
+    runs: dict[str, dict[str, Any]] = {}
+    for name, source, scale, seed in _runs(options):
+        digest = None if source is None else hash_lora(source)
+        key = f"{name}, seed {seed}" if source else name
+        if known.get(key, {}).get("lora_sha256", "") != digest:
+            pipeline = _pipeline(options.student, source, scale)
+            known[key] = {"row": name, "seed": seed, "lora_sha256": digest, **scorer(pipeline)}
+            sys.stderr.write(f"{key}: {known[key]}\n")
+        runs[key] = known[key]
+        write_scores(
+            options.out, {**settings, "rows": _rows(runs), "runs": runs, **where(torch.device("cpu"))}
+        )
+    if options.sheet is not None:
+        _sheet(options, protocol).save(options.sheet)
+    return write_scores(
+        options.out, {**settings, "rows": _rows(runs), "runs": runs, **where(torch.device("cpu"))}
+    )
+
+
+def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:
+    """(row, LoRA, scale, seed); the first LoRA is measured at every scale, the others at 1."""
+    found: list[tuple[str, str | None, float, int]] = [(PLAIN, None, 0.0, 0)]
+    for index, argument in enumerate(options.lora):
+        name, _, folder = argument.partition("=")
+        if not (name and folder):
+            raise ValueError(
+                f"--lora takes NAME=FOLDER, such as score=outputs/lora/seed{{seed}}/lora, got '{argument}'."
+            )
+        for scale in options.scales if index == 0 else (1.0,):
+            row = name if scale == 1.0 else f"{name}, scale {scale:g}"
+            found += [(row, folder.replace("{seed}", str(seed)), scale, seed) for seed in options.seeds]
+    return found
+
+
+def _pipeline(student: str, source: str | None, scale: float) -> PipelineImages:
+    pipeline = load_pipeline(student).to("cpu", torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if source is not None:
+        pipeline.load_lora_weights(str(lora_file(source).parent), adapter_name="style")
+        pipeline.set_adapters(["style"], [scale])
+    return PipelineImages(pipeline, steps=1, guidance_scale=1.0, seed=0)
+
+
+def _rows(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for run in runs.values():
+        rows.setdefault(run["row"], []).append(run)
+    return {
+        name: {"seeds": [one["seed"] for one in found]}
+        | {
+            key: spread([one[key] for one in found]) | {"values": [one[key] for one in found]}
+            for key in SCORES
+        }
+        for name, found in rows.items()
+    }
+
+
+def _sheet(options: LoraOptions, protocol: Protocol) -> Image.Image:
+    """Real images of the style, then a row for each row of the table, first seed; the same prompts and noise."""
+    prompts, ids = protocol.captions()[:SHEET_COLUMNS], torch.arange(SHEET_COLUMNS)
+    images = {
+        "real": RealImages(protocol.split)(prompts, ids),
+        "real\nstyle": _styled(options, protocol, ids),
+    }
+    seen: Sequence[tuple[str, str | None, float, int]] = [
+        run for run in _runs(options) if run[3] in (0, options.seeds[0])
+    ]
+    for name, source, scale, _ in seen:
+        images.setdefault(name.replace(", ", "\n"), _pipeline(options.student, source, scale)(prompts, ids))
+    return sheet(images, prompts)
+
+
+def _styled(options: LoraOptions, protocol: Protocol, ids: torch.Tensor) -> torch.Tensor:
+    from data.toy.rendered import render_batch
+
+    return render_batch(protocol.split, len(ids), 0, [options.style])  # type: ignore[list-item]

@@ -1,0 +1,203 @@
+"""The model card of a run, in the hub's format."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from sdxs_lightning.publishing.calling import DECODER_STEPS, Snippet
+from sdxs_lightning.publishing.runs import Kind, Run
+from sdxs_lightning.publishing.scores import Number
+
+WHAT: dict[Kind, str] = {
+    "pipeline": "A one-step text-to-image student",
+    "lora": "A style LoRA for a one-step text-to-image student",
+    "controlnet": "A ControlNet for a one-step text-to-image student",
+    "decoder": "A tiny image decoder",
+}
+NAMES = {
+    "creativeml-openrail-m": "CreativeML Open RAIL-M",
+    "openrail++": "CreativeML Open RAIL++-M",
+    "apache-2.0": "Apache License 2.0",
+}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card is written from."""
+
+    run: Run
+    name: str
+    """Hub id of the model."""
+    base_model: str | None
+    """Hub id of the base, or of the student for a LoRA or ControlNet; None leaves the field out."""
+    partner: str
+    """Name of the pipeline that a LoRA, ControlNet or decoder is used with."""
+    licence: str
+    """In the hub's spelling."""
+    numbers: Sequence[Number]
+    snippet: Snippet
+    samples: Sequence[tuple[str, str]]
+    """File and prompt of each sample."""
+    resolution: tuple[int, int]
+    """Height and width of the training images, pixels."""
+    steps: int
+    scale: float
+    """Of a LoRA or ControlNet."""
+
+
+def write_card(facts: Facts) -> str:
+    """The text of README.md."""
+    parts = [
+        f"---\n{_header(facts)}---",
+        f"# {facts.name.rpartition('/')[2]}",
+        _opening(facts),
+        "## How to call it",
+        f"```python\n{facts.snippet.code}```",
+        _calling(facts),
+        "## Samples",
+        "| | prompt |\n|---|---|\n"
+        + "\n".join(f"| ![]({file}) | {prompt} |" for file, prompt in facts.samples),
+        "## Measured",
+        _measured(facts),
+        "## Made from",
+        _made_from(facts),
+        "## Licence",
+        _licence(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _header(facts: Facts) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    run = facts.run
+    results = [
+        EvalResult(
+            task_type="text-to-image",
+            dataset_type=number.protocol,
+            dataset_name=number.protocol,
+            metric_type=number.metric,
+            metric_name=number.title,
+            metric_value=number.value,
+            metric_args={
+                "hash": number.hash,
+                "samples": number.samples,
+                "low": number.low,
+                "high": number.high,
+            },
+        )
+        for number in facts.numbers
+    ]
+    relation = {"lora": "adapter", "controlnet": "adapter"}.get(run.kind, "finetune")
+    tags = ["sdxs", "one-step", "stable-diffusion-xl" if run.is_sdxl else "stable-diffusion"]
+    tags += {"lora": ["lora"], "controlnet": ["controlnet"], "decoder": ["autoencoder"]}.get(run.kind, [])
+    settings: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": relation}
+    data = ModelCardData(
+        license=facts.licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=tags,
+        model_name=facts.name.rpartition("/")[2],
+        eval_results=results or None,
+        **(settings if facts.base_model else {}),
+    )
+    text: str = yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def _opening(facts: Facts) -> str:
+    run = facts.run
+    more = {
+        "pipeline": f", distilled from `{run.base}`. It draws in {_steps(facts.steps)}, without guidance.",
+        "lora": f", for `{facts.partner}`, which stays one-step: trained by score distillation towards its base with a style.",
+        "controlnet": f", for `{facts.partner}`.",
+        "decoder": f" (`AutoencoderTiny`) for the latents of `{run.base}`.",
+    }[run.kind]
+    return f"{WHAT[run.kind]}{more} Made with sdxs-lightning, stage `{run.stage}`."
+
+
+def _calling(facts: Facts) -> str:
+    height, width = facts.resolution
+    lines = [f"- Size: {width}x{height} px. Others near by run, with falling quality."]
+    if facts.run.kind == "decoder":
+        lines += [
+            f"- Use it as `vae` of any pipeline with these latents; the code above draws in {DECODER_STEPS} steps."
+        ]
+        return "\n".join(lines)
+    lines += [
+        f"- Steps: {facts.steps}. More do not make it better.",
+        "- `guidance_scale=0`: guidance is trained in. A negative prompt does nothing.",
+        '- On a GPU: `.to("cuda", torch.float16)` after `from_pretrained`.',
+    ]
+    if facts.run.kind == "lora":
+        lines += [
+            f"- Scale: {facts.scale:g} by default; 0 is the student itself, values above 1 exaggerate the style.",
+            "- `kohya/lora.safetensors` has kohya's names, for other programs.",
+        ]
+    if facts.run.kind == "controlnet":
+        lines += [f"- `controlnet_conditioning_scale`: {facts.scale:g} in the code above; lower is freer."]
+    return "\n".join(lines)
+
+
+def _measured(facts: Facts) -> str:
+    if not facts.numbers:
+        return "Nothing was measured."
+    rows = "\n".join(number.row() for number in facts.numbers)
+    return (
+        "95 % intervals; numbers of another hash are not comparable. The score files are in `scores/`.\n\n"
+        "| metric | value | 95 % interval | images | protocol | hash |\n|---|---|---|---|---|---|\n" + rows
+    )
+
+
+def _made_from(facts: Facts) -> str:
+    run, origin = facts.run, facts.run.origin
+    rows = [
+        (
+            "base",
+            f"`{run.base}`"
+            + (
+                f" ([{facts.base_model}](https://huggingface.co/{facts.base_model}))"
+                if facts.base_model
+                else ""
+            ),
+        )
+    ]
+    if run.kind in ("lora", "controlnet"):
+        rows += [("student", f"`{run.student}`, used here as `{facts.partner}`")]
+    style = run.settings.get("style")
+    if style:
+        rows += [("style", f"`{style['path']}`, scale {style.get('scale', 1.0):g}, in the real score only")]
+    versions = ", ".join(f"{name} {version}" for name, version in (origin.get("versions") or {}).items())
+    commit = origin.get("commit")
+    changed = " with uncommitted changes" if origin.get("changed") else ""
+    rows += [
+        ("data", run.data),
+        ("configuration", "`config.yaml`, resolved"),
+        ("code", f"commit `{commit}`{changed}" if commit else "commit unknown"),
+        ("versions", versions or "unknown"),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _licence(facts: Facts) -> str:
+    name = NAMES.get(facts.licence, facts.licence)
+    text = (
+        f"The base `{facts.run.base}` is under the {name} (`{facts.licence}`); what was made from it is a derivative and "
+        "carries its terms."
+    )
+    if "openrail" in facts.licence:
+        text += (
+            " It may be used, sold and changed, but not for the uses that its attachment A forbids (harm to minors, illegal "
+            "acts, disinformation meant to harm, discrimination, medical advice, and others: read it). Whoever passes on "
+            "this model or something made from it, also as a service, has to pass these restrictions on as enforceable "
+            "terms, and a copy of the licence, and to say what was changed."
+        )
+    return text + " Captions and images of the training data keep the terms of their source."
+
+
+def _steps(count: int) -> str:
+    return "one step" if count == 1 else f"{count} steps"

@@ -1,0 +1,143 @@
+"""What a finished run says of itself: what it made, from what, on which data, with which code."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sdxs_lightning.callbacks.run_folder import ORIGIN
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.families.folders import read_json
+
+Kind = Literal["pipeline", "lora", "controlnet", "decoder"]
+KINDS: tuple[Kind, ...] = ("pipeline", "lora", "controlnet", "decoder")
+"""What stages export, and the name of the folder in the run."""
+
+LICENCES = {
+    "stable-diffusion-v1-5": "creativeml-openrail-m",
+    "stable-diffusion-v1-4": "creativeml-openrail-m",
+    "stable-diffusion-2-1": "openrail++",
+    "stable-diffusion-2-1-base": "openrail++",
+    "stable-diffusion-xl-base-1.0": "openrail++",
+}
+"""Licences of the usual bases, in the hub's spelling, by the last part of their hub id."""
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    kind: Kind
+    config: dict[str, Any]
+    """config.yaml, resolved."""
+    origin: dict[str, Any]
+    """Commit and versions; empty for a run of an older version."""
+
+    @property
+    def exported(self) -> Path:
+        """The folder with what the run made."""
+        return self.folder / self.kind
+
+    @property
+    def stage(self) -> str:
+        """Class of the stage, without its module."""
+        return str(self.config["model"]["class_path"]).rpartition(".")[2]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments of the stage."""
+        return dict(self.config["model"]["init_args"])
+
+    @property
+    def base(self) -> str:
+        """The base as the run named it: folder, file or hub id."""
+        return str(self.settings["family"]["init_args"]["base"])
+
+    @property
+    def is_sdxl(self) -> bool:
+        return str(self.settings["family"]["class_path"]).endswith("StableDiffusionXL")
+
+    @property
+    def student(self) -> str | None:
+        """Folder or hub id of the student that a LoRA or ControlNet was trained for."""
+        student = self.settings.get("student") or {}
+        weights = student.get("init_args", {}).get("weights") if isinstance(student, dict) else None
+        return None if weights is None else str(weights)
+
+    @property
+    def data(self) -> str:
+        """The data in a few words."""
+        arguments = self.config["data"].get("init_args", {})
+        where = arguments.get("shards") or arguments.get("cache") or "unnamed"
+        kind = str(self.config["data"]["class_path"]).rpartition(".")[2]
+        if kind == "ToyDataModule":
+            style = f", style {arguments['style']}" if arguments.get("style") else ""
+            return (
+                f"the toy world of this project, first {arguments.get('train_images')} training images{style}"
+            )
+        return f"{where} ({kind})"
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        UserError: for a folder without run, or a run that has not exported anything that can be published.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"'{folder}' is no run (config.yaml is missing); give the folder that train.py wrote, trainer.default_root_dir."
+        )
+    kind = next((kind for kind in KINDS if (folder / kind).is_dir()), None)
+    if kind is None:
+        names = ", ".join(f"{kind}/" for kind in KINDS)
+        pruned = (
+            " A pruned U-Net (unet/) is a step on the way: publish its student." * (folder / "unet").is_dir()
+        )
+        raise UserError(
+            f"'{folder}' has none of {names}, so the run is not finished or was told to export elsewhere; finish it with "
+            f"--ckpt_path auto.{pruned}"
+        )
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"'{folder}': {str(error).splitlines()[0]}") from error
+    if not isinstance(config, dict) or "family" not in (config.get("model") or {}).get("init_args", {}):
+        raise UserError(f"'{folder / 'config.yaml'}' is not the configuration of a stage of this project.")
+    return Run(folder, kind, config, origin)
+
+
+def licence_of(run: Run, base_model: str | None, given: str | None) -> str:
+    """The licence of the base, in the hub's spelling.
+
+    Raises:
+        UserError: if it is not known.
+    """
+    if given is not None:
+        return given
+    card = Path(run.base) / "README.md"
+    if card.is_file():
+        header = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+        found = yaml.safe_load(header[1]).get("license") if header else None
+        if isinstance(found, str):
+            return found
+    for name in (base_model, run.base):
+        known = LICENCES.get(Path(name).name) if name else None
+        if known:
+            return known
+    raise UserError(
+        f"the licence of the base '{run.base}' is not known, and what was made from it carries it on; read its model card and "
+        f"give --licence, such as {' or '.join(sorted(set(LICENCES.values())))}."
+    )
+
+
+def hub_id(name: str | None) -> str | None:
+    """A name if it has the form of a hub id and is no folder here."""
+    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None

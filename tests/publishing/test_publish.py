@@ -1,0 +1,287 @@
+"""`python -m sdxs_lightning.publish`: the folder, the card's header, numbers and code, and the upload."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import create_autospec
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from PIL import Image
+
+from sdxs_lightning.publish import main
+from sdxs_lightning.publishing.runs import Kind
+from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl
+from tests.publishing.finished_run import PROMPTS, finished_run, write_scores
+
+LICENCE = ("--licence", "creativeml-openrail-m")
+SHORT = (*LICENCE, "--prompts", *PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each kind, and a published student."""
+    folder = tmp_path_factory.mktemp("publish")
+    base = save_tiny_sd(folder / "base" / "sd-epsilon")
+    student = finished_run(folder / "student", "pipeline", base) / "pipeline"
+    for kind in ("lora", "controlnet", "decoder"):
+        finished_run(folder / kind, kind, base, student)
+    main([str(folder / "student"), "--out", str(folder / "hub"), *SHORT])
+    return folder
+
+
+@pytest.fixture
+def mine(world: Path, tmp_path: Path) -> Path:
+    """A copy of the student's run and of its published folder."""
+    shutil.copytree(world / "student", tmp_path / "student")
+    shutil.copytree(world / "hub", tmp_path / "hub")
+    return tmp_path
+
+
+def header_of(folder: Path) -> ModelCardData:
+    """The card's header, as the hub's library reads it."""
+    data = ModelCard.load(folder / "README.md").data
+    assert isinstance(data, ModelCardData)
+    return data
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The sentence with which it ends."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1, said
+    return said
+
+
+def run_of_card(text: str, names: dict[str, Path]) -> Image.Image:
+    """Executes the card's Python code, with folders instead of hub ids."""
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for name, folder in names.items():
+        assert f'"{name}"' in code
+        code = code.replace(f'"{name}"', f'"{folder}"')
+    scope: dict[str, Image.Image] = {}
+    exec(code, scope)
+    return scope["image"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_the_header_is_the_hubs_and_has_the_runs_numbers(world: Path) -> None:
+    data = header_of(world / "hub")
+    assert (data.license, data.library_name, data.pipeline_tag) == (
+        "creativeml-openrail-m",
+        "diffusers",
+        "text-to-image",
+    )
+    scores = json.loads((world / "student" / "scores.json").read_text())["metrics"]
+    assert data.eval_results is not None
+    assert {result.metric_type: result.metric_value for result in data.eval_results} == {
+        name: one["value"] for name, one in scores.items()
+    }
+    for result in data.eval_results:
+        one = scores[result.metric_type]
+        assert result.metric_args == {key: one[key] for key in ("hash", "samples", "low", "high")}
+
+
+def test_the_text_says_how_to_call_it_and_what_it_is_from(world: Path) -> None:
+    text = (world / "hub" / "README.md").read_text()
+    for said in (
+        "| FID | 31.25 | 29.5 to 33 | 40 | clean | `",
+        "A negative prompt does nothing",
+        "guidance_scale=0",
+        "Steps: 1.",
+        "Size: 32x32 px",
+        "attachment A",
+        "enforceable terms",
+        str(world / "base" / "sd-epsilon"),
+        "datasets/things (ShardDataModule)",
+    ):
+        assert said in text, said
+    origin = json.loads((world / "student" / "origin.json").read_text())
+    assert f"commit `{origin['commit']}`" in text and f"torch {origin['versions']['torch']}" in text
+    names = {
+        path.relative_to(world / "hub").as_posix() for path in (world / "hub").rglob("*") if path.is_file()
+    }
+    assert {"config.yaml", "origin.json", "scores/scores.json", "samples/0.png", "samples/1.png"} <= names
+
+
+def test_the_students_code_gives_the_stored_image_bit_by_bit(world: Path) -> None:
+    image = run_of_card((world / "hub" / "README.md").read_text(), {"your-name/student": world / "hub"})
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(world / "hub" / "samples" / "0.png")))
+
+
+@pytest.mark.parametrize("kind", ["lora", "controlnet", "decoder"])
+def test_the_code_of_what_is_used_with_a_pipeline(
+    world: Path, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "hub"
+    partner = "--base_model" if kind == "decoder" else "--student"
+    main([str(world / kind), "--out", str(out), partner, "me/partner", *SHORT])
+    text = (out / "README.md").read_text()
+    here = world / "base" / "sd-epsilon" if kind == "decoder" else world / "student" / "pipeline"
+    monkeypatch.chdir(out)  # for the condition image
+    image = run_of_card(text, {"me/partner": here, f"your-name/{kind}": out})
+    stored = np.asarray(Image.open(out / "samples" / "0.png"))
+    assert np.array_equal(np.asarray(image), stored)
+    card = ModelCard(text).data
+    assert card.to_dict()["base_model"] == "me/partner"
+    assert card.to_dict()["base_model_relation"] == ("finetune" if kind == "decoder" else "adapter")
+    if kind != "decoder":  # it does something
+        plain = np.asarray(Image.open(world / "hub" / "samples" / "0.png"))
+        assert not np.array_equal(plain, stored)
+    if kind == "lora":
+        assert (out / "kohya" / "lora.safetensors").is_file()
+        assert "`styles/ink.safetensors`, scale 1, in the real score only" in text
+
+
+def test_sdxl(tmp_path: Path) -> None:
+    base = save_tiny_sdxl(tmp_path / "sdxl-epsilon")
+    run = finished_run(tmp_path / "run", "pipeline", base)
+    main([str(run), "--out", str(tmp_path / "hub"), *SHORT])
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "StableDiffusionXLPipeline" in text
+    image = run_of_card(text, {"your-name/run": tmp_path / "hub"})
+    assert np.array_equal(np.asarray(image), np.asarray(Image.open(tmp_path / "hub" / "samples" / "0.png")))
+
+
+def test_a_run_without_scores_says_so(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine / "student" / "scores.json").unlink()
+    main([str(mine / "student"), "--out", str(mine / "new"), *SHORT])
+    assert "Nothing was measured." in (mine / "new" / "README.md").read_text()
+    assert "0 numbers; measure with python -m evaluation.evaluate" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------------- altered numbers
+
+
+def in_scores(**changes: object) -> Callable[[Path], None]:
+    def alter(folder: Path) -> None:
+        path = folder / "student" / "scores.json"
+        content = json.loads(path.read_text())
+        for key, value in changes.items():
+            if key.startswith("fid_"):
+                content["metrics"]["fid"][key.removeprefix("fid_")] = value
+            else:
+                content[key] = value
+        path.write_text(json.dumps(content))
+
+    return alter
+
+
+def in_card(before: str, after: str) -> Callable[[Path], None]:
+    def alter(folder: Path) -> None:
+        path = folder / "hub" / "README.md"
+        assert before in path.read_text()
+        path.write_text(path.read_text().replace(before, after))
+
+    return alter
+
+
+def other_weights(folder: Path) -> None:
+    path = next((folder / "hub").glob("unet/*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        (in_scores(fid=30.0), "two values of fid, 30.0 and 31.25"),
+        (in_scores(fid=20.0, fid_value=20.0), "outside its interval 29.5 to 33"),
+        (in_scores(fid_settings={"network": "other"}), "do not have its hash"),
+        (in_scores(model_sha256="0123456789abcdef"), "scores of a pipeline with hash 0123456789abcdef"),
+        (in_scores(metrics={"fid": {"value": 1}}), "lacks a value, samples, hash or settings"),
+        (
+            in_card("| FID | 31.25 |", "| FID | 21.25 |"),
+            "a row that the run's scores do not have: | FID | 21.25",
+        ),
+        (in_card("| 29.5 to 33 |", "| 31.2 to 31.3 |"), "a row that the run's scores do not have"),
+        (in_card("value: 31.25", "value: 21.25"), "gives fid 21.25 under the hash"),
+        (in_card("license:", "license: ["), "the header of README.md cannot be parsed"),
+        (other_weights, "are not those that were written there"),
+    ],
+)
+def test_what_was_altered_is_refused(
+    mine: Path, alter: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alter(mine)
+    assert message in refusal([str(mine / "student"), "--out", str(mine / "hub")], capsys)
+
+
+def test_a_folder_can_be_edited_and_is_checked_again(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    in_card("## Samples", "More words of mine.\n\n## Samples")(mine)
+    main([str(mine / "student"), "--out", str(mine / "hub")])
+    assert "checked: " in capsys.readouterr().out
+    assert "More words of mine." in (mine / "hub" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{new}", "--out", "{out}"], "is no run (config.yaml is missing)"),
+        (["{student}", "--out", "{student}"], "exists and is not a folder of this command"),
+        (["{student}", "--out", "{out}"], "the licence of the base"),
+        (["{student}", "--out", "{hub}", "--repo_id", "me"], "--repo_id is 'me'; it has the form org/name"),
+        (["{student}", "--out", "{hub}", "--repo_id", "me/other"], "the card's code calls your-name/student"),
+        (["{unfinished}", "--out", "{out}"], "so the run is not finished"),
+    ],
+)
+def test_refusals(mine: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (mine / "new").mkdir()
+    shutil.copytree(mine / "student", mine / "unfinished", ignore=shutil.ignore_patterns("pipeline"))
+    places = {name: mine / name for name in ("new", "out", "student", "hub", "unfinished")}
+    assert message in refusal([one.format(**places) for one in arguments], capsys)
+    assert not (mine / "out").exists()
+
+
+def test_a_known_base_needs_no_licence(mine: Path) -> None:
+    name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    main([str(mine / "student"), "--out", str(mine / "new"), "--base_model", name, "--prompts", PROMPTS[0]])
+    data = header_of(mine / "new")
+    assert (data.license, data.base_model) == ("creativeml-openrail-m", name)
+
+
+# --------------------------------------------------------------------------------------------------------------- upload
+
+
+def test_upload_calls_the_hubs_own_interface(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(mine / "hub")
+    api = create_autospec(HfApi, instance=True)  # refuses arguments that the real methods do not take
+    api.upload_folder.return_value = "https://huggingface.co/me/student/commit/1"
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
+    main([str(mine / "student"), "--out", str(mine / "hub"), "--repo_id", "me/student", "--private", *SHORT])
+    api.create_repo.assert_called_once_with(
+        repo_id="me/student", repo_type="model", private=True, exist_ok=True
+    )
+    (call,) = api.upload_folder.call_args_list
+    assert (call.kwargs["repo_id"], call.kwargs["folder_path"]) == ("me/student", mine / "hub")
+    assert "uploaded: https://huggingface.co/me/student/commit/1" in capsys.readouterr().out
+    assert '"me/student"' in (mine / "hub" / "README.md").read_text()
+
+
+def test_without_network_the_folder_stays_and_the_message_says_how(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", "none")
+    said = refusal(
+        [str(mine / "student"), "--out", str(mine / "new"), "--repo_id", "me/student", *SHORT], capsys
+    )
+    assert "the hub did not take 'me/student'" in said and "The folder is complete" in said
+    assert (mine / "new" / "README.md").is_file()
+
+
+def test_scores_of_another_model_are_refused(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_scores(mine / "student", model_sha256="0" * 16)
+    assert "measure the exported one again" in refusal(
+        [str(mine / "student"), "--out", str(mine / "x"), *SHORT], capsys
+    )
