@@ -17,6 +17,7 @@ ROOMS = {
     "training": {"core", "networks"},
     "pairs": {"core", "families", "networks"},
     "export": {"core", "families", "networks"},
+    "inference": {"core", "families", "networks", "export"},
     "stages": {"core", "families", "surgery", "networks", "objectives", "training", "pairs", "export"},
 }
 """Folders of sdxs_lightning, and which others each may import, beside itself."""
@@ -32,6 +33,9 @@ TOP = {
     "environment_values",
     "config_reference",
     "lora",
+    "demo",
+    "export_runtime",
+    "generate",
     "prune",
     "publish",
     "publishing",

@@ -1,0 +1,1 @@
+"""How fast students are, on which backend: `python -m evaluation.latency`."""

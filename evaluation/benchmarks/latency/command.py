@@ -1,0 +1,227 @@
+"""Implementation of `evaluation.latency`."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from data.prepare.common.machine import choose_device
+from evaluation.benchmarks.latency.random_models import random_model
+from evaluation.benchmarks.latency.report import chart, table
+from evaluation.benchmarks.latency.subjects import Subject, serve
+from evaluation.runner.machine import where
+from evaluation.user_errors import as_user_errors
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.inference.exporting.export import export_runtime
+from sdxs_lightning.inference.exporting.graphs import Adapted
+
+if TYPE_CHECKING:
+    from evaluation.latency import LatencyOptions
+
+PAPER = {"paper-512": ("sdxs-512", "sd15", 16), "paper-1024": ("sdxs-1024", "sdxl", 32)}
+"""Student, base and its steps of SDXS's table, arXiv:2403.16627."""
+
+
+@as_user_errors()
+def latency(options: LatencyOptions) -> str:
+    """Measures, writes the files, returns the table."""
+    options = _resolved(options)
+    with ExitStack() as stack:
+        work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latency-")))
+        work.mkdir(parents=True, exist_ok=True)
+        subjects = _subjects(options, work)
+        rows = measure(subjects, options.batch_sizes, options.repetitions)
+    result = {
+        "command": "python -m evaluation.latency " + " ".join(sys.argv[1:]),
+        "clock": options.clock,
+        "threads": options.threads,
+        "repetitions": options.repetitions,
+        **where(torch.device(choose_device(options.device))),
+        "rows": with_ratios(rows, options.ratios_only),
+    }
+    page = table(result)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.with_suffix(".md").write_text(page + "\n")
+        chart(result, options.out.with_suffix(".png"))
+    return page
+
+
+def _resolved(options: LatencyOptions) -> LatencyOptions:
+    """With the values of a preset."""
+    if options.preset is None:
+        return options
+    student, base, steps = PAPER[options.preset]
+    return replace(options, preset=None, random_weights=student, baseline=base, steps=steps)
+
+
+def _subjects(options: LatencyOptions, work: Path) -> list[Subject]:
+    """Everything to measure; writes random models and exports."""
+    folder = options.model or str(random_model(str(options.random_weights), work))
+    common: dict[str, Any] = {
+        "dtype": options.dtype,
+        "device": choose_device(options.device),
+        "size_px": options.size_px,
+        "threads": options.threads,
+        "clock": options.clock,
+    }
+    subjects = [Subject("student, diffusers", "stock", folder, **common)]
+    if (Path(folder) / "vae_large").is_dir():
+        subjects.insert(
+            0, Subject("student, diffusers, KL decoder", "stock", folder, kl_decoder=True, **common)
+        )
+    subjects += [_student(name, folder, options, work, common) for name in options.backend]
+    if options.baseline is not None:
+        found = options.baseline
+        base = found if (Path(found) / "model_index.json").is_file() else str(random_model(found, work))
+        guided = f", guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else ""
+        name = f"base, {options.steps} steps{guided}"
+        more = {"steps": options.steps, "guidance_scale": options.guidance_scale}
+        subjects.append(Subject(name, "base", base, composed=options.composed_baseline, **more, **common))
+    return subjects
+
+
+def _student(name: str, folder: str, options: LatencyOptions, work: Path, common: dict[str, Any]) -> Subject:
+    backend, _, kind = name.partition("-")
+    if backend == "torch":
+        return Subject(
+            f"student, {name}",
+            "generator",
+            folder,
+            compiled=kind == "compiled",
+            controlnet=options.controlnet,
+            **common,
+        )
+    precision = kind or "fp32"
+    export = work / f"{Path(folder).name}-{backend}-{precision}{'-control' if options.controlnet else ''}"
+    if not export.is_dir():
+        runtime: Any = backend
+        chosen: Any = precision
+        export_runtime(
+            folder, export, runtime, chosen, Adapted(options.controlnet), check_size=options.size_px
+        )
+    named: Any = backend
+    return Subject(f"student, {backend} {precision}", "generator", str(export), backend=named, **common)
+
+
+def measure(
+    subjects: Sequence[Subject], batch_sizes: Sequence[int], repetitions: int
+) -> list[dict[str, Any]]:
+    """Rows of seconds: one for each subject and batch size, calls of all subjects in turn.
+
+    Raises:
+        UserError: if a subject fails.
+    """
+    context = multiprocessing.get_context("spawn")
+    processes, pipes = [], []
+    times: dict[tuple[int, int], list[dict[str, float]]] = {}
+    peaks: list[float] = []
+    try:
+        for subject in subjects:
+            ours, theirs = context.Pipe()
+            with _thread_limit(subject.threads):
+                process = context.Process(target=serve, args=(subject, theirs), daemon=True)
+                process.start()
+            processes.append(process)
+            pipes.append(ours)
+            _answer(ours, subject)  # loaded one after the other, so that their peaks do not add up
+        for batch_size in batch_sizes:
+            for repetition in range(repetitions + 1):
+                for i, (subject, pipe) in enumerate(zip(subjects, pipes, strict=True)):
+                    pipe.send(batch_size)
+                    found = _answer(pipe, subject)
+                    if repetition:  # the first call compiles and allocates
+                        times.setdefault((i, batch_size), []).append(found)
+        for subject, pipe in zip(subjects, pipes, strict=True):
+            pipe.send(None)
+            peaks.append(_answer(pipe, subject))
+    finally:
+        for process in processes:
+            process.terminate()
+    return [_row(subjects[i], size, calls, peaks[i]) for (i, size), calls in sorted(times.items())]
+
+
+class _thread_limit:  # noqa: N801 (a context manager)
+    """OMP_NUM_THREADS of processes that are started in the block."""
+
+    def __init__(self, threads: int | None) -> None:
+        self._threads = threads
+        self._before = os.environ.get("OMP_NUM_THREADS")
+
+    def __enter__(self) -> None:
+        if self._threads is not None:
+            os.environ["OMP_NUM_THREADS"] = str(self._threads)
+
+    def __exit__(self, *_: object) -> None:
+        os.environ.pop("OMP_NUM_THREADS", None)
+        if self._before is not None:
+            os.environ["OMP_NUM_THREADS"] = self._before
+
+
+def _answer(pipe: Any, subject: Subject) -> Any:
+    try:
+        found = pipe.recv()
+    except EOFError as error:
+        raise UserError(f"{subject.name}: its process ended; is there enough memory?") from error
+    if isinstance(found, str) and found != "ready":
+        raise UserError(f"{subject.name}: {found}")
+    return found
+
+
+def _row(subject: Subject, batch_size: int, calls: list[dict[str, float]], peak: float) -> dict[str, Any]:
+    totals = sorted(one["end_to_end"] for one in calls)
+    names = [name for name in calls[0] if name != "end_to_end"]
+    low, high = (totals[0], totals[-1]) if len(totals) < 4 else _quartiles(totals)
+    median = statistics.median(totals)
+    return {
+        "subject": subject.name,
+        "batch_size": batch_size,
+        "seconds": median,
+        "low": low,
+        "high": high,
+        "components": {name: statistics.median(one[name] for one in calls) for name in names},
+        "images_per_second": batch_size / median,
+        "peak_megabytes": peak,
+        **({"composed": True} if subject.composed else {}),
+    }
+
+
+def _quartiles(values: list[float]) -> tuple[float, float]:
+    first, _, third = statistics.quantiles(values, n=4)
+    return first, third
+
+
+def with_ratios(rows: list[dict[str, Any]], ratios_only: bool) -> list[dict[str, Any]]:
+    """Adds how many times faster than the first row of its batch size, and than the base, each row is.
+
+    With `ratios_only` all seconds are divided by those of the first row, and images per second are left out.
+    """
+    result = []
+    for row in rows:
+        group = [one for one in rows if one["batch_size"] == row["batch_size"]]
+        first = group[0]["seconds"]
+        base = next((one["seconds"] for one in group if one["subject"].startswith("base")), None)
+        added = {"times_faster_than_first": first / row["seconds"]}
+        if base is not None:
+            added["times_faster_than_base"] = base / row["seconds"]
+        changed = dict(row)
+        if ratios_only:
+            for key in ("seconds", "low", "high"):
+                changed[key] = row[key] / first
+            changed["components"] = {name: one / first for name, one in row["components"].items()}
+            del changed["images_per_second"]
+            changed["relative"] = True
+        result.append(changed | added)
+    return result

@@ -1,0 +1,1 @@
+"""A web demo of a student: `python -m sdxs_lightning.demo`."""

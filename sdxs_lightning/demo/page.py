@@ -1,0 +1,245 @@
+"""The page: tabs, their inputs, and what happens when one changes."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.demo.studio import Made, Studio
+
+EXAMPLES = (
+    "a red circle above a blue square",
+    "a large green star",
+    "a small yellow triangle left of a purple circle",
+    "a white square on a gray background",
+)
+"""Of the toy world."""
+CANVAS_PX = 256
+CSS = """
+.pictures { display: flex; flex-wrap: wrap; gap: 8px; min-height: 128px; }
+.pictures figure { margin: 0; flex: 1 1 128px; max-width: 384px; }
+.pictures img { width: 100%; image-rendering: pixelated; border-radius: 6px; display: block; }
+.pictures figcaption { font-size: 0.85em; opacity: 0.8; }
+.status { font-variant-numeric: tabular-nums; min-height: 1.5em; }
+"""
+_LIVE: dict[str, Any] = {
+    "trigger_mode": "always_last",  # while one is in progress, the last input waits and the others are dropped
+    "show_progress": "hidden",
+    "concurrency_limit": None,
+    "api_visibility": "private",
+}
+_Handler = Callable[..., tuple[Any, Any]]
+
+
+def theme() -> Any:
+    """Gradio's plain theme with the system's fonts: the default one loads fonts from the network."""
+    return gr.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """The page of a studio."""
+    steps = len(studio.generator.plan.steps)
+    with gr.Blocks(title="sdxs-lightning", analytics_enabled=False, delete_cache=(600, 600)) as page:
+        gr.Markdown(f"# {'One step' if steps == 1 else f'{steps} steps'} from noise to image")
+        with gr.Tab("Text", id="text"):
+            _text_tab(studio)
+        with gr.Tab("Sketch", id="sketch"):
+            _sketch_tab(studio)
+        with gr.Tab("Image", id="image"):
+            _image_tab(studio)
+        with gr.Tab("Style", id="style"):
+            _style_tab(studio)
+        with gr.Tab("Beside the base", id="base"):
+            _base_tab(studio)
+    return page
+
+
+def _text_tab(studio: Studio) -> None:
+    prompt, seed = _prompt("text"), _seed()
+    count = gr.Slider(1, 8, value=1, step=1, label="Images", elem_id="text-count")
+    pictures, status = _outputs("text")
+    handler = _handler(lambda visitor, *given: studio.text(visitor, *given), "text")
+    _on_change([prompt, seed, count], handler, [pictures, status])
+    _examples(prompt)
+
+
+def _sketch_tab(studio: Studio) -> None:
+    if not studio.generator.networks.has_control:
+        gr.Markdown("This needs a ControlNet: start the demo with `--controlnet DIR`.")
+        return
+    with gr.Row():
+        with gr.Column():
+            canvas = gr.ImageEditor(
+                type="numpy",
+                sources=(),
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(default_size=10, colors=["#000000"], color_mode="fixed"),
+                canvas_size=(CANVAS_PX, CANVAS_PX),
+                fixed_canvas=True,
+                label="Draw here",
+                elem_id="sketch-canvas",
+            )
+            prompt, seed = _prompt("sketch"), _seed()
+            scale = gr.Slider(0, 2, value=1, step=0.05, label="Weight of the sketch", elem_id="sketch-scale")
+        with gr.Column():
+            pictures, status = _outputs("sketch")
+
+    def make(visitor: str, drawing: Any, prompt: str, seed: int, scale: float) -> Made | None:
+        if drawing is None or drawing.get("composite") is None:
+            return studio.text(visitor, prompt, seed, 1)
+        return studio.sketch(visitor, prompt, seed, drawing["composite"], scale)
+
+    _on_change([canvas, prompt, seed, scale], _handler(make, "sketch"), [pictures, status])
+    _examples(prompt)
+
+
+def _image_tab(studio: Studio) -> None:
+    ways = ["Partial noise"] + (["Condition (ControlNet)"] if studio.condition is not None else [])
+    with gr.Row():
+        with gr.Column():
+            image = gr.Image(
+                sources=["upload", "webcam"],
+                type="numpy",
+                streaming=False,
+                label="Image",
+                elem_id="image-input",
+            )
+            webcam = gr.Image(
+                sources=["webcam"], type="numpy", streaming=True, label="Webcam, live", elem_id="image-webcam"
+            )
+            prompt, seed = _prompt("image"), _seed()
+            way = gr.Radio(ways, value=ways[0], label="Keep of the image", elem_id="image-way")
+            strength = gr.Slider(0.05, 1, value=0.5, step=0.05, label="Strength", elem_id="image-strength")
+            scale = gr.Slider(
+                0, 2, value=1, step=0.05, label="Weight of the condition", visible=len(ways) > 1
+            )
+        with gr.Column():
+            pictures, status = _outputs("image")
+
+    def make(
+        visitor: str, image: Any, prompt: str, seed: int, way: str, strength: float, scale: float
+    ) -> Made | None:
+        if image is None:
+            raise UserError("Choose an image, or start the webcam.")
+        return studio.image(visitor, prompt, seed, image, strength, way != ways[0], scale)
+
+    handler = _handler(make, "image")
+    rest = [prompt, seed, way, strength, scale]
+    _on_change([image, *rest], handler, [pictures, status])
+    webcam.stream(
+        handler,
+        [webcam, *rest],
+        [pictures, status],
+        stream_every=0.1,
+        time_limit=300,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        concurrency_limit=None,
+    )
+
+
+def _style_tab(studio: Studio) -> None:
+    if not studio.has_lora:
+        gr.Markdown("This needs a LoRA: start the demo with `--lora FILE`.")
+        return
+    prompt, seed = _prompt("style"), _seed()
+    scale = gr.Slider(0, 1.5, value=1, step=0.05, label="Weight of the style", elem_id="style-scale")
+    pictures, status = _outputs("style")
+    handler = _handler(lambda visitor, *given: studio.styled(visitor, *given), "style")
+    _on_change([prompt, seed, scale], handler, [pictures, status])
+    _examples(prompt)
+
+
+def _base_tab(studio: Studio) -> None:
+    if studio.base is None:
+        gr.Markdown("This needs the base: start the demo with `--base DIR`.")
+        return
+    prompt, seed = _prompt("base"), _seed()
+    button = gr.Button("Draw with both", elem_id="base-run")
+    with gr.Row():
+        with gr.Column():
+            gr.Markdown("Student")
+            pictures, status = _outputs("base-student")
+        with gr.Column():
+            gr.Markdown(f"Base, {studio.base_title}")
+            base_pictures, base_status = _outputs("base-base")
+    student = _handler(lambda visitor, prompt, seed: studio.text(visitor, prompt, seed, 1), "base-student")
+    _on_change([prompt, seed], student, [pictures, status])
+    base = _handler(lambda visitor, prompt, seed: studio.by_base(visitor, prompt, seed), "base-base")
+    button.click(student, [prompt, seed], [pictures, status], **_LIVE)
+    button.click(base, [prompt, seed], [base_pictures, base_status], **_LIVE)
+
+
+def _prompt(tab: str) -> Any:
+    return gr.Textbox(
+        value=EXAMPLES[0], label="Prompt", max_length=400, elem_id=f"{tab}-prompt", autofocus=tab == "text"
+    )
+
+
+def _seed() -> Any:
+    return gr.Number(value=0, precision=0, label="Seed", minimum=0, maximum=2**31 - 1)
+
+
+def _outputs(tab: str) -> tuple[Any, Any]:
+    """Images as data in the page, so that none is stored in a file or served as one; and a line on how long they took."""
+    pictures = gr.HTML(value='<div class="pictures"></div>', elem_id=f"{tab}-pictures")
+    status = gr.HTML(value='<div class="status" role="status"></div>', elem_id=f"{tab}-status")
+    return pictures, status
+
+
+def _examples(prompt: Any) -> None:
+    gr.Examples([[example] for example in EXAMPLES], [prompt], cache_examples=False)
+
+
+def _on_change(inputs: Sequence[Any], handler: _Handler, outputs: Sequence[Any]) -> None:
+    """Calls the handler whenever an input changes, by a visitor's hand or otherwise."""
+    for one in inputs:
+        one.change(handler, list(inputs), list(outputs), **_LIVE)
+
+
+def _handler(make: Callable[..., Made | None], tab: str) -> _Handler:
+    """The event handler around a function of (visitor, inputs)."""
+
+    def handle(request: gr.Request, *given: Any) -> tuple[Any, Any]:
+        try:
+            made = make(f"{request.session_hash}/{tab}", *given)
+        except UserError as error:
+            return gr.skip(), _status(html.escape(str(error)))
+        if made is None:
+            return gr.skip(), gr.skip()
+        count = len(made.images)
+        rate = f"{1000 * made.seconds:.0f} ms, {count / made.seconds:.1f} images/s"
+        text = next((str(one) for one in given if isinstance(one, str) and one), "")
+        return _pictures(made, text), _status(rate)
+
+    return handle
+
+
+def _status(text: str) -> str:
+    return f'<div class="status" role="status">{text}</div>'
+
+
+def _pictures(made: Made, prompt: str) -> str:
+    alt = html.escape(prompt, quote=True)
+    figures = [
+        f'<figure><img class="result" alt="{alt}" src="{_data(image)}"></figure>' for image in made.images
+    ]
+    figures += [
+        f'<figure><img alt="condition" src="{_data(image)}"><figcaption>what the ControlNet sees</figcaption></figure>'
+        for image in made.inputs
+    ]
+    return f'<div class="pictures">{"".join(figures)}</div>'
+
+
+def _data(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,218 @@
+"""What the demo's pages call: a student, its base, and the rule that the newest input wins."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.inference.generator import OneStepGenerator
+
+Result = TypeVar("Result")
+Condition = Callable[[Any], Any]
+MAX_PIXELS = 16_000_000
+"""Of an uploaded image."""
+_VISITORS = 1000
+
+
+@dataclass(frozen=True)
+class Made:
+    """Images and how long they took."""
+
+    images: list[Image.Image]
+    seconds: float
+    inputs: tuple[Image.Image, ...] = ()
+    """The condition that the ControlNet saw."""
+
+
+class NewestWins:
+    """Runs one piece of work at a time, and of each visitor's waiting ones only the newest.
+
+    With a queue, an image would appear for each letter typed, ever later. Here a visitor has at most one piece of work in
+    progress and one that waits; older ones are dropped. Several visitors take turns.
+    """
+
+    def __init__(self) -> None:
+        self._newest: OrderedDict[str, int] = OrderedDict()
+        self._tickets = threading.Lock()
+        self._turn = threading.Lock()
+
+    def run(self, visitor: str, work: Callable[[], Result]) -> Result | None:
+        """The result of `work`, or None if a newer one of the same visitor came while it waited."""
+        with self._tickets:
+            ticket = self._newest[visitor] = self._newest.get(visitor, 0) + 1
+            self._newest.move_to_end(visitor)
+            if len(self._newest) > _VISITORS:
+                self._newest.popitem(last=False)
+        with self._turn:
+            if self._newest.get(visitor, ticket) != ticket:
+                return None
+            return work()
+
+
+class Studio:
+    """A student and what belongs to it.
+
+    Args:
+        generator: the student.
+        condition: makes a condition image of an image (H, W, 3) uint8; None without ControlNet.
+        has_lora: whether the generator has a LoRA.
+        base: makes an image of the base from (prompt, seed); None without base.
+        base_title: what the base is called on the page.
+    """
+
+    def __init__(
+        self,
+        generator: OneStepGenerator,
+        condition: Condition | None = None,
+        has_lora: bool = False,
+        base: Callable[[str, int], Image.Image] | None = None,
+        base_title: str = "",
+    ) -> None:
+        self.generator = generator
+        self.condition = condition if generator.networks.has_control else None
+        self.has_lora = has_lora
+        self.base = base
+        self.base_title = base_title
+        self._newest_wins = NewestWins()
+        self._lora_scale = 0.0
+        if has_lora:
+            generator.set_lora_scale(0.0)
+
+    def text(self, visitor: str, prompt: str, seed: int, count: int) -> Made | None:
+        """Images of a prompt; None where a newer request came."""
+        seeds = range(int(seed), int(seed) + int(count))
+        return self._make(visitor, [prompt] * len(seeds), seeds)
+
+    def sketch(self, visitor: str, prompt: str, seed: int, drawing: Any, scale: float) -> Made | None:
+        """An image along a drawing (H, W, 4 or 3) uint8, whose strokes are dark on white or on nothing."""
+        lines = self._resized(Image.fromarray(strokes(drawing)))
+        return self._make(visitor, [prompt], [seed], (lines,), control_images=lines, control_scale=scale)
+
+    def image(
+        self,
+        visitor: str,
+        prompt: str,
+        seed: int,
+        image: Any,
+        strength: float,
+        controlled: bool,
+        scale: float,
+    ) -> Made | None:
+        """An image like another: from its noisy latents, or, `controlled`, along its condition."""
+        picture = self._resized(Image.fromarray(np.asarray(image)[..., :3]))
+        if not controlled:
+            return self._make(visitor, [prompt], [seed], (), image=picture, strength=strength)
+        if self.condition is None:
+            raise UserError("the demo runs without a ControlNet; start it with --controlnet DIR.")
+        lines = Image.fromarray(self.condition(np.asarray(picture)))
+        return self._make(visitor, [prompt], [seed], (lines,), control_images=lines, control_scale=scale)
+
+    def styled(self, visitor: str, prompt: str, seed: int, scale: float) -> Made | None:
+        """An image with the LoRA at a scale."""
+        return self._make(visitor, [prompt], [seed], (), lora_scale=scale)
+
+    def by_base(self, visitor: str, prompt: str, seed: int) -> Made | None:
+        """The base's image of a prompt."""
+        base = self.base
+        if base is None:
+            raise UserError("the demo runs without a base; start it with --base DIR.")
+
+        def work() -> Made:
+            started = time.perf_counter()
+            image = base(prompt, seed)
+            return Made([image], time.perf_counter() - started)
+
+        return self._newest_wins.run(visitor, work)
+
+    def _make(
+        self,
+        visitor: str,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        inputs: tuple[Image.Image, ...] = (),
+        lora_scale: float = 0.0,
+        **given: Any,
+    ) -> Made | None:
+        def work() -> Made:
+            if self.has_lora and lora_scale != self._lora_scale:
+                self.generator.set_lora_scale(lora_scale)
+                self._lora_scale = lora_scale
+            started = time.perf_counter()
+            images = self.generator.generate(list(prompts), [int(seed) for seed in seeds], **given)
+            seconds = time.perf_counter() - started
+            frames = images.permute(0, 2, 3, 1).numpy()
+            return Made([Image.fromarray(frame) for frame in frames], seconds, inputs)
+
+        return self._newest_wins.run(visitor, work)
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        """At the student's size, the middle of it where the shape differs."""
+        if image.width * image.height > MAX_PIXELS:
+            raise UserError(
+                f"the image has {image.width}x{image.height} pixels; up to {MAX_PIXELS // 1_000_000} million are accepted."
+            )
+        height, width = self.generator.model.size
+        scale = max(width / image.width, height / image.height)
+        wide = image.convert("RGB").resize(
+            (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
+            Image.Resampling.LANCZOS,
+        )
+        left, top = (wide.width - width) // 2, (wide.height - height) // 2
+        return wide.crop((left, top, left + width, top + height))
+
+
+def strokes(drawing: Any) -> Any:
+    """White lines on black, (H, W, 3) uint8, from dark strokes on white or on a transparent canvas."""
+    pixels = np.asarray(drawing).astype(np.float32)
+    shade = pixels[..., :3].mean(-1)
+    opacity = pixels[..., 3] / 255 if pixels.shape[-1] == 4 else 1.0
+    ink = ((255 - shade) * opacity).round().clip(0, 255).astype(np.uint8)
+    return np.repeat(ink[..., None], 3, axis=-1)
+
+
+def stock_base(
+    folder: str, steps: int, guidance_scale: float, device: torch.device, dtype: torch.dtype
+) -> Callable[[str, int], Image.Image]:
+    """The base in its own diffusers pipeline.
+
+    Raises:
+        UserError: for a folder that diffusers cannot load.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder,
+            torch_dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"--base '{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(device)
+
+    def draw(prompt: str, seed: int) -> Image.Image:
+        noise = torch.Generator().manual_seed(seed)
+        made = pipeline(
+            prompt,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=noise,
+            output_type="pil",
+        )
+        image: Image.Image = made.images[0]
+        return image
+
+    return draw

@@ -1,0 +1,163 @@
+"""Makes images: `python -m sdxs_lightning.generate --model DIR --prompt "a red circle" --out image.png`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from sdxs_lightning.inference.generator import OneStepGenerator
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Height and width, from "512" or "512x768".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    sides = text.lower().split("x")
+    if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
+        raise ValueError("must be a side in pixels, 512, or height and width, 512x768")
+    return int(sides[0]), int(sides[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """Makes images with a one-step or few-step student.
+
+    The same seed and prompt give the same image as the model's stock diffusers pipeline with guidance_scale=0.
+    """
+
+    EXAMPLES: ClassVar[str] = """\
+python -m sdxs_lightning.generate --model outputs/quickstart/pipeline --prompt "a red circle" --out image.png
+python -m sdxs_lightning.generate --model exports/student-openvino --backend openvino --prompt "a cat" "a dog" --out images/
+python -m sdxs_lightning.generate --model student/ --controlnet canny/ --control_image edges.png --prompt "house" --out a.png
+python -m sdxs_lightning.generate --model student/ --image photo.png --strength 0.5 --prompt "in winter" --out winter.png"""
+
+    model: Annotated[str, Option(metavar="DIR")]
+    """Diffusers folder of a student, or its export for --backend."""
+    prompt: tuple[str, ...]
+    """What to draw; several make several images."""
+    out: Annotated[Path, Option(metavar="PATH")]
+    """A .png file for one image, or a folder."""
+    seed: int = 0
+    """Of the first image; the next ones count on."""
+    images_per_prompt: Annotated[int, Option(at_least=1)] = 1
+    """Images of each prompt, with different seeds."""
+    size: Annotated[tuple[int, int] | None, Option(parse=parse_size, metavar="HEIGHTxWIDTH")] = None
+    """Size in pixels, multiples of 8; by default that of the training."""
+    backend: Literal["torch", "onnx", "openvino"] = "torch"
+    """What runs the model."""
+    device: str = "auto"
+    """auto, cpu, cuda, or another device of the backend."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the networks (torch)."""
+    controlnet: Annotated[str | None, Option(metavar="DIR")] = None
+    """ControlNet (torch; exports have theirs inside)."""
+    control_image: Annotated[Path | None, Option(metavar="FILE")] = None
+    """Condition of the ControlNet: edges, a sketch, depth; scaled to the output's size."""
+    control_scale: float = 1.0
+    """Weight of the ControlNet."""
+    lora: Annotated[str | None, Option(metavar="FILE")] = None
+    """LoRA (torch; exports have it merged)."""
+    lora_scale: float = 1.0
+    """Weight of the LoRA."""
+    image: Annotated[Path | None, Option(metavar="FILE")] = None
+    """Image to change; scaled to the output's size. Needs --strength."""
+    strength: float | None = None
+    """How much of --image is replaced, above 0 and at most 1."""
+    steps: Annotated[int | None, Option(at_least=1)] = None
+    """Of a student of several steps; by default all that its scheduler has."""
+    batch_size: Annotated[int, Option(at_least=1)] = 4
+    """Images at once."""
+
+    def __post_init__(self) -> None:
+        if (self.image is None) != (self.strength is None):
+            raise ValueError("--image and --strength belong together.")
+        count = len(self.prompt) * self.images_per_prompt
+        if count > 1 and self.out.suffix == ".png":
+            raise ValueError(f"--out is '{self.out}', one file, for {count} images; give a folder.")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command; exit codes as in `sdxs_lightning.core.errors`."""
+    run_command("python -m sdxs_lightning.generate", GenerateOptions, run, arguments)
+
+
+def run(options: GenerateOptions) -> str:
+    """Makes the images; returns what was written.
+
+    Raises:
+        UserError: for an unusable model, adapter or image.
+        CheckpointNotWritten: if an image cannot be written.
+    """
+    # Imported here, so that --help and refused options do not wait for torch.
+    from sdxs_lightning.inference.generator import OneStepGenerator
+
+    generator = OneStepGenerator.load(
+        options.model,
+        options.backend,
+        options.controlnet,
+        options.lora,
+        options.device,
+        options.dtype,
+        options.lora_scale,
+        options.steps,
+    )
+    prompts = [prompt for prompt in options.prompt for _ in range(options.images_per_prompt)]
+    single = options.out.suffix == ".png"
+    files = [options.out if single else options.out / f"{i:05d}.png" for i in range(len(prompts))]
+    try:
+        files[0].parent.mkdir(parents=True, exist_ok=True)
+        for start in range(0, len(prompts), options.batch_size):
+            batch = slice(start, start + options.batch_size)
+            for image, file in zip(
+                _images(generator, options, prompts[batch], start), files[batch], strict=True
+            ):
+                image.save(file)
+    except OSError as error:
+        raise CheckpointNotWritten(f"--out '{options.out}' could not be written: {error}") from error
+    return f"{len(files)} image(s): {files[0]}" + (f" ... {files[-1]}" if len(files) > 1 else "")
+
+
+def _images(
+    generator: OneStepGenerator, options: GenerateOptions, prompts: list[str], start: int
+) -> list[Image.Image]:
+    from PIL import Image
+
+    from sdxs_lightning.inference.inputs import image_size
+
+    size = image_size(options.size, generator.model.size, generator.multiple)
+    given: dict[str, Any] = {}
+    if options.control_image is not None:
+        given |= {
+            "control_images": _read(options.control_image, "--control_image", size),
+            "control_scale": options.control_scale,
+        }
+    if options.image is not None:
+        given |= {"image": _read(options.image, "--image", size), "strength": options.strength}
+    seeds = range(options.seed + start, options.seed + start + len(prompts))
+    images = generator.generate(prompts, list(seeds), size=size, **given)
+    return [Image.fromarray(frame) for frame in images.permute(0, 2, 3, 1).numpy()]
+
+
+def _read(file: Path, option: str, size: tuple[int, int]) -> Image.Image:
+    """The image at a size (height, width)."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise UserError(f"{option} '{file}' cannot be read as an image ({error}).") from error
+
+
+if __name__ == "__main__":
+    main()

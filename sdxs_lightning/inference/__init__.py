@@ -1,0 +1,1 @@
+"""One generator for evaluation, callbacks, the demo and the shell, with several backends."""

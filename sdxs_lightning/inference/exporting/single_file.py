@@ -1,0 +1,206 @@
+"""Exports a student as files that stable-diffusion.cpp, ComfyUI and diffusers' single-file loader read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.export import new_folder
+from sdxs_lightning.inference.exporting.graphs import Adapted
+from sdxs_lightning.inference.exporting.original_names import (
+    COMPLETE_LAYERS,
+    original_clip,
+    original_open_clip,
+    original_unet,
+    original_vae,
+    taesd,
+)
+from sdxs_lightning.inference.model_folder import ModelFolder
+from sdxs_lightning.inference.torch_networks import load_part
+
+MODEL, WITH_GAPS = "model.safetensors", "model_sd_cpp.safetensors"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+
+
+def export_single_file(
+    folder: str | Path, out: Path, dtype: str, adapted: Adapted | None = None
+) -> list[str]:
+    """Writes model.safetensors, for a pruned SD student model_sd_cpp.safetensors, and a tiny decoder in TAESD's layout.
+
+    Args:
+        folder: diffusers folder of a student.
+        out: folder to write, completely or not at all; an existing one is replaced.
+        dtype: "fp16" or "fp32".
+        adapted: LoRA to merge.
+
+    Returns:
+        What a user has to know of these files.
+
+    Raises:
+        UserError: for an unusable model, or one that the original layout cannot express.
+        OSError: if the files cannot be written.
+    """
+    model = ModelFolder.read(folder, "torch")
+    try:
+        unet: Any = load_part(model, "unet")
+        if adapted is not None and adapted.lora is not None:
+            from sdxs_lightning.inference.adapters import ScaledAdapter
+
+            ScaledAdapter.load(adapted.lora, unet, adapted.lora_scale).start()
+        others = _vae(model) | _text_encoders(model)
+        tiny = _tiny(model)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
+    weights = dict(unet.state_dict())
+    named = original_unet(unet.config, weights)
+    gaps = needs_gaps(unet.config)
+    with new_folder(out) as written:
+        written.mkdir()
+        _save(named | others, written / MODEL, dtype)
+        if gaps:
+            with_gaps = original_unet(unet.config, weights, gaps=True)
+            _save(with_gaps | others, written / WITH_GAPS, dtype)
+        for name, tensors in tiny.items():
+            _save(tensors, written / f"{name}.safetensors", dtype)
+        notes = _notes(model, unet.config, gaps, bool(tiny), others)
+        (written / "README.txt").write_text("\n".join(notes) + "\n")
+    return notes
+
+
+def needs_gaps(config: Mapping[str, Any]) -> bool:
+    """Whether stable-diffusion.cpp numbers the blocks otherwise than the other programs: for SD U-Nets of one layer."""
+    return config["layers_per_block"] != COMPLETE_LAYERS and config["addition_embed_type"] is None
+
+
+def _vae(model: ModelFolder) -> dict[str, Tensor]:
+    """The KL VAE; a student with a tiny one keeps it in vae_large."""
+    from sdxs_lightning.families.folders import kl_folder
+
+    folder = kl_folder(model.path)
+    if folder is None:
+        raise UserError(
+            f"'{model.path}' has a tiny autoencoder and no vae_large, and a single file holds a KL VAE; add the base's VAE as "
+            "vae_large, or export for onnx or openvino."
+        )
+    vae: Any = load_part(model, folder.name)
+    return original_vae(len(vae.config.block_out_channels), vae.state_dict())
+
+
+def _text_encoders(model: ModelFolder) -> dict[str, Tensor]:
+    first = load_part(model, "text_encoder").state_dict()
+    if model.has_pooled_prompts:
+        second = load_part(model, "text_encoder_2").state_dict()
+        tensors = original_clip("conditioner.embedders.0.transformer.", first)
+        return tensors | original_open_clip("conditioner.embedders.1.model.", second)
+    if is_open_clip(model):
+        return original_open_clip("cond_stage_model.model.", first)
+    return original_clip("cond_stage_model.transformer.", first)
+
+
+def is_open_clip(model: ModelFolder) -> bool:
+    """Whether an SD text encoder is SD-2.x's, which single files keep in open_clip's layout: it has gelu, SD-1.x quick_gelu."""
+    config = json.loads((model.path / "text_encoder" / "config.json").read_text())
+    return str(config.get("hidden_act", "quick_gelu")) == "gelu"
+
+
+def _tiny(model: ModelFolder) -> dict[str, dict[str, Tensor]]:
+    """Tiny decoder, and encoder if it was trained, by file name."""
+    vae: Any = load_part(model, "vae")
+    if type(vae).__name__ != "AutoencoderTiny":
+        return {}
+    weights = vae.state_dict()
+    files = {"taesd_decoder": taesd(weights, "decoder")}
+    encoder = taesd(weights, "encoder")
+    if all(bool(one.isfinite().all()) for one in encoder.values()):
+        files["taesd_encoder"] = encoder
+    return files
+
+
+def _save(tensors: Mapping[str, Tensor], file: Path, dtype: str) -> None:
+    from safetensors.torch import save_file
+
+    chosen = DTYPES[dtype]
+    # Contiguous, as stable-diffusion.cpp requires, and never two names for one memory, which safetensors refuses.
+    cast = {
+        name: (value.to(chosen) if value.is_floating_point() else value).contiguous().clone()
+        for name, value in tensors.items()
+    }
+    save_file(cast, file, metadata={"format": "pt"})
+
+
+def _notes(
+    model: ModelFolder, config: Mapping[str, Any], gaps: bool, tiny: bool, others: Mapping[str, Tensor]
+) -> list[str]:
+    steps = len(model.plan.steps)
+    notes = [
+        f"{MODEL}: original layout, for ComfyUI and diffusers' from_single_file. Sample {steps} step(s) from timestep "
+        f"{model.plan.steps[0].timestep}, prediction type {model.plan.prediction_type}, CFG 1."
+    ]
+    if gaps:
+        notes.append(
+            f"{WITH_GAPS}: the same with the block numbers that stable-diffusion.cpp expects of pruned U-Nets; run it "
+            f"with --cfg-scale 1 --steps {steps}."
+        )
+    if tiny:
+        notes.append(
+            "taesd_decoder.safetensors: the tiny decoder in TAESD's layout (ComfyUI: models/vae_approx). stable-diffusion.cpp "
+            "takes the file in the model's folder vae/ as --taesd."
+        )
+    width = _prompt_width(others)
+    taken, real = sd_cpp_version(config, width), sd_cpp_topology(config)
+    if taken is not None and taken != real:
+        notes.append(
+            f"warning: stable-diffusion.cpp recognises models by the names of their tensors and takes this one for {taken}, "
+            f"whose blocks differ ({_blocks(config)} here); it will not run there."
+        )
+    return notes
+
+
+def _prompt_width(others: Mapping[str, Tensor]) -> int:
+    return next(
+        value.shape[1] for name, value in others.items() if name.endswith(("token_embedding.weight",))
+    )
+
+
+def sd_cpp_version(config: Mapping[str, Any], prompt_width: int) -> str | None:
+    """What stable-diffusion.cpp takes an SD student for, by its published rule; None for SDXL students and complete U-Nets.
+
+    Source: leejet/stable-diffusion.cpp, `ModelLoader::get_sd_version`: no tensor middle_block.1 is a pruned U-Net; of these, no
+    output_blocks.7.1 is SDXS (for text encoders of width 768; of width 1024 all are SD-2's tiny U-Net).
+    """
+    if config["addition_embed_type"] is not None or config["mid_block_type"] == "UNetMidBlock2DCrossAttn":
+        return None
+    if prompt_width == 1024:
+        return "SD-2.x with a tiny U-Net"
+    kinds = config["up_block_types"]
+    # output_blocks.7 is the second layer of the third up stage.
+    attends = len(kinds) > 2 and "CrossAttn" in kinds[2]
+    return "SD-1.x with a tiny U-Net" if attends else "SDXS-512"
+
+
+def sd_cpp_topology(config: Mapping[str, Any]) -> str | None:
+    """Which of its pruned models a U-Net is in fact: three stages of one layer, attention in all or not in the first."""
+    if (
+        config["layers_per_block"] != 1
+        or len(config["block_out_channels"]) != 3
+        or config["mid_block_type"] is not None
+    ):
+        return None
+    attends = ["CrossAttn" in kind for kind in config["down_block_types"]]
+    if attends == [False, True, True]:
+        return "SDXS-512"
+    if all(attends):
+        version = 2 if config["cross_attention_dim"] == 1024 else 1
+        return f"SD-{version}.x with a tiny U-Net"
+    return None
+
+
+def _blocks(config: Mapping[str, Any]) -> str:
+    mid = config["mid_block_type"] or "no mid block"
+    return f"{', '.join(config['down_block_types'])}; {mid}; {config['layers_per_block']} layer(s) a stage"

@@ -1,0 +1,309 @@
+"""Images of a student, by PyTorch, ONNX Runtime or OpenVINO: the one way to sample outside training.
+
+    generator = OneStepGenerator.load("outputs/quickstart/pipeline")
+    images = generator.generate(["a red circle above a blue square"], seeds=[0])   # (1, 3, H, W), uint8
+
+Equal to the stock diffusers pipeline of the same folder with num_inference_steps as the student has, guidance_scale=0 and
+generator=[torch.Generator().manual_seed(seed), ...], without its scheduler object, its second text encoding and its copies.
+A student has guidance 0, so a negative prompt would change nothing, and there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.inference.inputs import (
+    Images,
+    draw,
+    image_size,
+    image_tensor,
+    noise_generators,
+    seed_list,
+    to_device,
+)
+from sdxs_lightning.inference.model_folder import Backend, ModelFolder
+from sdxs_lightning.inference.networks import Control, Networks, Prompts
+from sdxs_lightning.inference.plan import SamplingPlan
+from sdxs_lightning.inference.prompts import PromptEncoder
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs of the tensor part of sampling."""
+
+    latents: Tensor
+    """(B, C, h, w): noise, or noisy latents of an image."""
+    noises: tuple[Tensor, ...]
+    """(B, C, h, w) for each step but the first."""
+    prompts: Prompts
+    time_ids: Tensor | None
+    """(B, 6) for SDXL: height, width, 0, 0, height, width."""
+    control: Control | None
+
+
+def sample_images(networks: Networks, plan: SamplingPlan, sample: Sample) -> Tensor:
+    """Noise to images (B, 3, H, W), about [-1, 1]: tensors only, which can be compiled as a whole."""
+    latents = sample.latents
+    for i, step in enumerate(plan.steps):
+        if i:
+            latents = plan.renoise(step, latents, sample.noises[i - 1])
+        output = networks.predict(latents, step.timestep, sample.prompts, sample.time_ids, sample.control)
+        latents = plan.pred_x0(step, latents, output)
+    return networks.decode(latents)
+
+
+class OneStepGenerator:
+    """A student of one or a few steps that makes images; see `load`.
+
+    Args:
+        model: its folder.
+        networks: its networks on a backend.
+        compiled: whether to compile the tensor part for each shape (backend torch).
+    """
+
+    def __init__(self, model: ModelFolder, networks: Networks, compiled: bool = False) -> None:
+        self.model = model
+        self.networks = networks
+        self.plan = model.plan
+        self._encode = PromptEncoder(model, networks)
+        self._sample: Callable[[Networks, SamplingPlan, Sample], Tensor] = sample_images
+        if compiled:
+            self._sample = _compiled(networks.device)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        backend: Backend = "torch",
+        controlnet: str | Path | None = None,
+        lora: str | Path | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "fp32",
+        lora_scale: float = 1.0,
+        steps: int | None = None,
+        compiled: bool = False,
+        **options: Any,
+    ) -> OneStepGenerator:
+        """Loads a student.
+
+        Args:
+            folder: a diffusers folder for the backend torch, or its export by `sdxs_lightning.export_runtime`.
+            backend: "torch", "onnx" or "openvino".
+            controlnet: folder of a ControlNet (torch; the other backends have it in their export).
+            lora: file or folder of a LoRA (torch; the other backends have it merged at export).
+            device: "auto", "cpu", "cuda", or any device of torch; for the other backends "auto" or "cpu" and "cuda"
+                ("GPU" or "NPU" for OpenVINO).
+            dtype: "fp32", "fp16" or "bf16", of all networks (torch; an export has its own).
+            lora_scale: weight of the LoRA; `set_lora_scale` changes it later.
+            steps: of a student of several steps whose scheduler could take more; None is right for exports of this project.
+            compiled: torch.compile the step from noise to pixels, with CUDA graphs on a GPU: the first image of each shape
+                takes a minute.
+            options: of the backend: `providers` (onnx), `threads` (onnx, openvino), `static_shapes` (openvino).
+
+        Raises:
+            UserError: for a folder of another kind, a missing extra, or adapters that do not fit.
+        """
+        model = ModelFolder.read(folder, backend, steps)
+        chosen = torch_dtype(dtype)
+        if backend == "torch":
+            from sdxs_lightning.inference.torch_networks import TorchNetworks
+
+            place = _torch_device(device)
+            networks: Networks = TorchNetworks.load(model, place, chosen, controlnet, lora, lora_scale)
+            return cls(model, networks, compiled)
+        for name, value in (("controlnet", controlnet), ("lora", lora)):
+            if value is not None:
+                raise UserError(
+                    f"{name} is '{value}', but an export has its adapters inside; give them to "
+                    f"sdxs_lightning.export_runtime (--{name}), or take backend torch."
+                )
+        if compiled:
+            raise UserError(f"compiled is for the backend torch; {backend} compiles its own graph.")
+        if backend == "onnx":
+            from sdxs_lightning.inference.onnx_networks import OnnxNetworks
+
+            return cls(model, OnnxNetworks(model, str(device), **options))
+        from sdxs_lightning.inference.openvino_networks import OpenVinoNetworks
+
+        return cls(model, OpenVinoNetworks(model, str(device), **options))
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] | None = None,
+        control_images: Images | None = None,
+        image: Images | None = None,
+        strength: float | None = None,
+        size: int | tuple[int, int] | None = None,
+        control_scale: float = 1.0,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Makes an image for each prompt.
+
+        Args:
+            prompts: one prompt or B.
+            seeds: one for each prompt; a single number counts on from there, None from 0.
+            control_images: for the ControlNet: one for each prompt, or one for all; PIL images, uint8 arrays (H, W, 3) or a
+                uint8 tensor (B, 3, H, W), of the output's size.
+            image: image to change instead of noise, likewise.
+            strength: how much of it is replaced, above 0 and at most 1; see `SamplingPlan.from_strength`. Needs `image`.
+            size: side, or (height, width), multiples of 8; None is the size of the training, or that of `image`.
+            control_scale: weight of the ControlNet.
+            latents: (B, C, h, w), N(0, 1), instead of the first noise of the seeds, which then give that of later steps only.
+
+        Returns:
+            (B, 3, H, W), uint8, on the CPU; NaN, from an overflow in half precision, is black.
+
+        Raises:
+            UserError: for inputs that do not fit the model or each other.
+        """
+        return to_uint8(
+            self.sample(prompts, seeds, control_images, image, strength, size, control_scale)
+        ).cpu()
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: str | Sequence[str],
+        seeds: int | Sequence[int] | None = None,
+        control_images: Images | None = None,
+        image: Images | None = None,
+        strength: float | None = None,
+        size: int | tuple[int, int] | None = None,
+        control_scale: float = 1.0,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Like `generate`, before rounding: (B, 3, H, W), about [-1, 1], on the backend's device."""
+        listed = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not listed:
+            raise UserError("there is no prompt; give at least one.")
+        if (image is None) != (strength is None):
+            missing = "strength" if strength is None else "image"
+            raise UserError(f"image and strength belong together, and {missing} is missing.")
+        pixels = image_size(size, self.model.size, self.multiple)
+        plan = self.plan if strength is None else self.plan.from_strength(strength)
+        generators = noise_generators(seed_list(seeds, len(listed)))
+        start = None if image is None else self._encoded(image, pixels, generators)
+        noises = self._noises(plan, generators, pixels, latents)
+        if start is not None:
+            noises[0] = plan.renoise(plan.steps[0], start, noises[0])
+        sample = Sample(
+            noises[0],
+            tuple(noises[1:]),
+            self._encode(listed),
+            self._time_ids(len(listed), pixels),
+            self._control(control_images, control_scale, len(listed), pixels),
+        )
+        return self._sample(self.networks, plan, sample)
+
+    @property
+    def multiple(self) -> int:
+        """Of which heights and widths must be multiples."""
+        return max(8, self.model.factor)
+
+    def set_lora_scale(self, scale: float) -> None:
+        """Changes the weight of the LoRA.
+
+        Raises:
+            UserError: without a LoRA.
+        """
+        set_scale = getattr(self.networks, "set_lora_scale", None)
+        if set_scale is None:
+            raise UserError("this export has no LoRA whose scale could change; take backend torch.")
+        set_scale(scale)
+
+    def _control(
+        self, images: Images | None, scale: float, count: int, pixels: tuple[int, int]
+    ) -> Control | None:
+        if images is None:
+            return None
+        if not self.networks.has_control:
+            raise UserError(
+                "control_images were given and the model was loaded without ControlNet; give one as controlnet."
+            )
+        stacked = image_tensor(images, count, pixels, "control_images")
+        values = to_device(stacked, self.networks.device).float() / 255
+        return Control(values.to(self.networks.dtype), float(scale))
+
+    def _encoded(
+        self, images: Images, pixels: tuple[int, int], generators: Sequence[torch.Generator]
+    ) -> Tensor:
+        stacked = from_uint8(image_tensor(images, len(generators), pixels, "image"))
+        on_device = to_device(stacked.to(self.networks.dtype), self.networks.device)
+        parts = [
+            self.networks.encode_image(one[None], generator)
+            for one, generator in zip(on_device, generators, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _noises(
+        self,
+        plan: SamplingPlan,
+        generators: Sequence[torch.Generator],
+        pixels: tuple[int, int],
+        latents: Tensor | None,
+    ) -> list[Tensor]:
+        """The noise of each step, in the order in which a pipeline draws it."""
+        dtype, device = self.networks.dtype, self.networks.device
+        shape = (self.model.latent_channels, *(side // self.model.factor for side in pixels))
+        given = []
+        if latents is not None:
+            if tuple(latents.shape) != (len(generators), *shape):
+                wanted = (len(generators), *shape)
+                raise UserError(
+                    f"latents have shape {tuple(latents.shape)}, and images of {pixels} need {wanted}."
+                )
+            given = [latents.to(device, dtype)]
+        return given + [draw(generators, shape, dtype, device) for _ in plan.steps[len(given) :]]
+
+    def _time_ids(self, count: int, pixels: tuple[int, int]) -> Tensor | None:
+        """SDXL's size conditioning, (B, 6)."""
+        if not self.model.has_pooled_prompts:
+            return None
+        ids = torch.tensor([[*pixels, 0, 0, *pixels]], dtype=self.networks.dtype)
+        return to_device(ids.expand(count, -1).contiguous(), self.networks.device)
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its short name.
+
+    Raises:
+        UserError: for another name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is '{dtype}', but must be one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def _torch_device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(
+            f"device is '{device}', but must be auto, cpu, cuda or another device of torch."
+        ) from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda and this machine has no GPU that torch can use; give cpu.")
+    return found
+
+
+def _compiled(device: torch.device) -> Callable[[Networks, SamplingPlan, Sample], Tensor]:
+    """One graph for each shape; on a GPU replayed as a CUDA graph."""
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    compiled: Callable[[Networks, SamplingPlan, Sample], Tensor]
+    compiled = torch.compile(sample_images, dynamic=False, mode=mode)
+    return compiled

@@ -1,0 +1,140 @@
+"""What a model folder says of itself: a diffusers pipeline of a student, or its export for a runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.families.folders import Layout, latent_scale, read_json, vae_factor
+from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.families.sdxl import StableDiffusionXL
+from sdxs_lightning.inference.plan import SamplingPlan
+
+Backend = Literal["torch", "onnx", "openvino"]
+MANIFEST = "sdxs_runtime.json"
+"""In exports for a runtime: what it is, and what a caller must know."""
+LAYOUTS: Mapping[str, tuple[Layout, float]] = {
+    kind.layout.pipeline_class: (kind.layout, kind.kl_scaling_factor)
+    for kind in (StableDiffusion, StableDiffusionXL)
+}
+"""Layout and default scaling factor by pipeline class."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked model folder; reads JSON files only."""
+
+    path: Path
+    pipeline_class: str
+    plan: SamplingPlan
+    manifest: Mapping[str, Any] | None
+    """None for a diffusers folder."""
+
+    @classmethod
+    def read(cls, folder: str | Path, backend: Backend, steps: int | None = None) -> ModelFolder:
+        """Reads and checks a folder.
+
+        Args:
+            folder: of the model.
+            backend: what is to run it.
+            steps: as in `SamplingPlan.from_scheduler`.
+
+        Raises:
+            UserError: for a missing or incomplete folder, one for another backend, or another kind of model.
+        """
+        path = Path(folder)
+        if not (path / "model_index.json").is_file():
+            raise UserError(
+                f"there is no model in '{folder}' (model_index.json is missing); give a diffusers folder that a training or "
+                "sdxs_lightning.export wrote, or an export of sdxs_lightning.export_runtime."
+            )
+        try:
+            kind = str(read_json(path / "model_index.json").get("_class_name"))
+            manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+            scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from error
+        kind = manifest["pipeline_class"] if manifest else kind
+        if kind not in LAYOUTS:
+            raise UserError(f"'{folder}' holds a {kind}, accepted are {', '.join(LAYOUTS)}.")
+        found = manifest["runtime"] if manifest else "torch"
+        if found != backend:
+            raise UserError(f"'{folder}' {_ways(found, backend, path)}.")
+        model = cls(path, kind, SamplingPlan.from_scheduler(scheduler, str(folder), steps), manifest)
+        needed = model.layout.components if manifest is None else ("unet", "vae_decoder", *model.encoders)
+        missing = [name for name in needed if not (path / name).is_dir()]
+        if missing:
+            raise UserError(f"'{folder}' lacks the component folder(s) {', '.join(missing)}.")
+        return model
+
+    @property
+    def layout(self) -> Layout:
+        """Files of a model of this kind."""
+        return LAYOUTS[self.pipeline_class][0]
+
+    @property
+    def encoders(self) -> tuple[str, ...]:
+        """Folders of the text encoders."""
+        return tuple(name for name in self.layout.components if name.startswith("text_encoder"))
+
+    @property
+    def has_pooled_prompts(self) -> bool:
+        """Whether the U-Net also takes a pooled embedding and size conditioning (SDXL)."""
+        return len(self.encoders) > 1
+
+    @cached_property
+    def unet_config(self) -> dict[str, Any]:
+        """Config of the U-Net."""
+        return read_json(self.path / "unet" / "config.json")
+
+    @cached_property
+    def vae_config(self) -> dict[str, Any]:
+        """Config of the decoder's autoencoder."""
+        return read_json(self.path / ("vae" if self.manifest is None else "vae_decoder") / "config.json")
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.unet_config["in_channels"])
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent and side."""
+        return vae_factor(self.vae_config)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the training images, pixels."""
+        side = self.unet_config["sample_size"]
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        return int(height) * self.factor, int(width) * self.factor
+
+    def scale_of(self, vae: str) -> float:
+        """scaling_factor of a VAE folder, "vae" or "vae_large"; what pipelines multiply and divide latents by."""
+        tiny = read_json(self.path / vae / "config.json").get("_class_name") == "AutoencoderTiny"
+        return float(latent_scale(self.path / vae, 1.0 if tiny else LAYOUTS[self.pipeline_class][1])[0])
+
+
+def is_student(folder: str | Path, steps: int) -> bool:
+    """Whether a diffusers folder is a student of so many steps, which the backend torch can load."""
+    try:
+        return len(ModelFolder.read(folder, "torch", steps).plan.steps) == steps
+    except UserError:
+        return False
+
+
+def _ways(found: str, backend: str, path: Path) -> str:
+    """How to come from what a folder is to what runs it."""
+    if found == "torch":
+        return (
+            f"is a diffusers folder, which the backend torch runs; for {backend} export it first: python -m "
+            f"sdxs_lightning.export_runtime {path} --to {backend}"
+        )
+    accepted = (
+        f"the export for {backend}" if backend != "torch" else "the diffusers folder that it was made from"
+    )
+    return f"is an export for {found}, got backend {backend}; give backend {found}, or {accepted}"

@@ -1,0 +1,71 @@
+"""Tokenizes and embeds prompts, each once."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sdxs_lightning.inference.model_folder import ModelFolder
+from sdxs_lightning.inference.networks import Networks, Prompts
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+CAPACITY = 256
+"""Embedded prompts that are kept: 40 MB for SD in half precision, 85 MB for SDXL."""
+
+
+class PromptEncoder:
+    """Embeds prompts like diffusers' pipelines: padded, truncated, no attention mask; the last used ones are kept.
+
+    Args:
+        model: whose tokenizers are read.
+        networks: whose text encoders run.
+    """
+
+    def __init__(self, model: ModelFolder, networks: Networks) -> None:
+        from transformers import CLIPTokenizer
+
+        folders = [model.path / name.replace("text_encoder", "tokenizer") for name in model.encoders]
+        self._tokenizers: list[CLIPTokenizer] = [
+            CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders
+        ]
+        self._networks = networks
+        self._kept: OrderedDict[str, Prompts] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> Prompts:
+        """Embeds B prompts."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
+        if new:
+            embedded = self._networks.encode_prompts(self._token_ids(new))
+            for i, prompt in enumerate(new):
+                pooled = None if embedded.pooled is None else embedded.pooled[i : i + 1].clone()
+                self._kept[prompt] = Prompts(embedded.embeds[i : i + 1].clone(), pooled)
+        found = [self._kept[prompt] for prompt in prompts]
+        for prompt in prompts:
+            self._kept.move_to_end(prompt)
+        while len(self._kept) > CAPACITY:
+            self._kept.popitem(last=False)
+        embeds = torch.cat([one.embeds for one in found])
+        pooled_rows = [one.pooled for one in found if one.pooled is not None]
+        return Prompts(embeds, torch.cat(pooled_rows) if pooled_rows else None)
+
+    def forget(self) -> None:
+        """Drops what is kept."""
+        self._kept.clear()
+
+    def _token_ids(self, prompts: list[str]) -> list[Tensor]:
+        return [
+            tokenizer(
+                prompts,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            for tokenizer in self._tokenizers
+        ]

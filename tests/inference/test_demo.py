@@ -1,0 +1,133 @@
+"""The demo without a browser: the newest input wins, what the pages call, what it refuses. In a browser: tests/browser."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.demo.__main__ import DemoOptions
+from sdxs_lightning.demo.serve import condition_named, studio
+from sdxs_lightning.demo.studio import NewestWins, Studio, strokes
+from sdxs_lightning.inference.generator import OneStepGenerator
+from tests.helpers.students import PROMPTS, condition
+from tests.helpers.tiny_run import ROOT
+
+Students = Callable[[str], Path]
+
+
+def test_the_newest_input_wins_and_visitors_take_turns() -> None:
+    newest, begun, go_on = NewestWins(), threading.Event(), threading.Event()
+    done: list[str] = []
+    results: dict[str, str | None] = {}
+
+    def work(name: str) -> str:
+        if name == "a1":
+            begun.set()
+            assert go_on.wait(10)
+        done.append(name)
+        return name
+
+    def ask(visitor: str, name: str) -> None:
+        results[name] = newest.run(visitor, lambda: work(name))
+
+    first = threading.Thread(target=ask, args=("a", "a1"))
+    first.start()
+    assert begun.wait(10)
+    threads = []
+    for visitor, name in (("a", "a2"), ("b", "b1"), ("a", "a3"), ("a", "a4"), ("b", "b2")):
+        threads.append(threading.Thread(target=ask, args=(visitor, name)))
+        threads[-1].start()
+        while newest._newest[visitor] != int(name[1:]):
+            pass
+    go_on.set()
+    for thread in (first, *threads):
+        thread.join(10)
+    # What is in progress ends, of what waited only the newest of each visitor is done.
+    assert done[0] == "a1" and sorted(done[1:]) == ["a4", "b2"]
+    assert results == {"a1": "a1", "a2": None, "b1": None, "a3": None, "a4": "a4", "b2": "b2"}
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+def test_pages_show_the_generators_images(student: Students) -> None:
+    folder = student("sd")
+    made = OneStepGenerator.load(
+        folder, controlnet=f"{folder}-controlnet", lora=f"{folder}-lora", device="cpu"
+    )
+    plain = OneStepGenerator.load(folder, controlnet=f"{folder}-controlnet", device="cpu")
+    room = Studio(made, condition_named("canny"), has_lora=True)
+    text = room.text("v", PROMPTS[0], 4, 2)
+    assert text is not None and text.seconds > 0 and len(text.images) == 2
+    assert torch.equal(
+        torch.stack([pixels(one) for one in text.images]), plain.generate([PROMPTS[0]] * 2, [4, 5])
+    )
+    styled = room.styled("v", PROMPTS[0], 4, 1.0)
+    assert styled is not None and not torch.equal(pixels(styled.images[0]), pixels(text.images[0]))
+    again = room.text("v", PROMPTS[0], 4, 1)  # the style of one page is not in the others
+    assert again is not None and torch.equal(pixels(again.images[0]), pixels(text.images[0]))
+    drawing = np.zeros((64, 64, 4), np.uint8)
+    drawing[20:40, 30:34] = (0, 0, 0, 255)
+    sketch = room.sketch("v", PROMPTS[0], 4, drawing, 1.0)
+    assert sketch is not None
+    lines = sketch.inputs[0]
+    assert lines.size == (32, 32) and pixels(lines).float().mean() < 20 and pixels(lines).max() > 200
+    expected = plain.generate(PROMPTS[0], 4, control_images=lines)
+    assert torch.equal(pixels(sketch.images[0]), expected[0])
+    photo = condition(1, (48, 64))[0].permute(1, 2, 0).numpy()
+    near = room.image("v", PROMPTS[0], 4, photo, 0.5, False, 1.0)
+    along = room.image("v", PROMPTS[0], 4, photo, 0.5, True, 1.0)
+    assert near is not None and along is not None and along.inputs[0].size == (32, 32)
+
+
+def test_strokes_are_white_on_black() -> None:
+    paper = np.full((4, 4, 3), 255, np.uint8)
+    paper[1] = 0
+    assert strokes(paper)[1].min() == 255 and strokes(paper)[0].max() == 0
+    clear = np.zeros((4, 4, 4), np.uint8)
+    clear[2, :, 3] = 255
+    assert strokes(clear)[2].min() == 255 and strokes(clear)[0].max() == 0
+
+
+def test_the_shipped_student_is_the_default() -> None:
+    room = studio(DemoOptions(base_steps=1, device="cpu"))
+    made = room.text("v", "a red circle", 0, 1)
+    assert made is not None and made.images[0].size == (32, 32)
+    base = room.by_base("v", "a red circle", 0)
+    assert base is not None and base.images[0].size == (32, 32)
+    new = [
+        file.stat().st_size
+        for file in (ROOT / "data" / "toy" / "student").rglob("*")
+        if file.is_file()
+        and not _same(
+            file, ROOT / "data" / "toy" / "base" / file.relative_to(ROOT / "data" / "toy" / "student")
+        )
+    ]
+    assert sum(new) <= 6_000_000
+
+
+def _same(file: Path, other: Path) -> bool:
+    return other.is_file() and other.read_bytes() == file.read_bytes()
+
+
+def test_what_the_demo_refuses(student: Students) -> None:
+    room = Studio(OneStepGenerator.load(student("sd"), device="cpu"))
+    photo = np.zeros((32, 32, 3), np.uint8)
+    with pytest.raises(UserError, match="start it with --controlnet"):
+        room.image("v", "a", 0, photo, 0.5, True, 1.0)
+    with pytest.raises(UserError, match="start it with --base"):
+        room.by_base("v", "a", 0)
+    with pytest.raises(UserError, match="5000x4000 pixels; up to 16 million are accepted"):
+        room.image("v", "a", 0, np.zeros((4000, 5000, 3), np.uint8), 0.5, False, 1.0)
+    with pytest.raises(UserError, match="--condition 'edges' is none of canny, sketch, soft_edge, depth"):
+        condition_named("edges")
+    with pytest.raises(UserError, match="there is no model in 'nowhere'"):
+        studio(DemoOptions(model="nowhere"))

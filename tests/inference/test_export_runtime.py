@@ -1,0 +1,305 @@
+"""Exports for ONNX Runtime and OpenVINO: equal to PyTorch for any batch and size, in optimum's layout, complete or absent."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import openvino
+import pytest
+import torch
+
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.export_runtime import main
+from sdxs_lightning.inference.exporting import export as exporting
+from sdxs_lightning.inference.exporting.export import export_runtime
+from sdxs_lightning.inference.exporting.graphs import Adapted, parts
+from sdxs_lightning.inference.exporting.onnx_files import write_onnx
+from sdxs_lightning.inference.generator import OneStepGenerator
+from sdxs_lightning.inference.model_folder import MANIFEST, ModelFolder
+from tests.helpers.students import PROMPTS, SEEDS, condition
+from tests.helpers.tiny_run import ROOT
+
+SIZES = [(32, 32), (24, 40), (48, 32), (40, 40)]
+Students = Callable[[str], Path]
+
+
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.float() - other.float()).abs().max()) / 2  # of pixels in [0, 1]
+
+
+@pytest.fixture(scope="module")
+def exported(student: Students, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """An export with ControlNet and merged LoRA; made once."""
+    root = tmp_path_factory.mktemp("exports")
+
+    def folder(name: str, runtime: Any, precision: Any = "fp32", adapted: bool = True) -> Path:
+        out = root / f"{name}-{runtime}-{precision}-{adapted}"
+        if not out.is_dir():
+            model = student(name)
+            chosen = Adapted(f"{model}-controlnet", f"{model}-lora", 0.5) if adapted else Adapted()
+            export_runtime(model, out, runtime, precision, chosen)
+        return out
+
+    return folder
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd-midless", "sdxl-midless", "sd-4-steps"])
+def test_equals_pytorch(name: str, runtime: Any, student: Students, exported: Callable[..., Path]) -> None:
+    model = student(name)
+    torch_made = OneStepGenerator.load(
+        model, controlnet=f"{model}-controlnet", lora=f"{model}-lora", lora_scale=0.5, device="cpu"
+    )
+    found = OneStepGenerator.load(exported(name, runtime), backend=runtime, device="cpu")
+    ways: list[dict[str, Any]] = [
+        {"control_images": condition(2, SIZES[0]), "control_scale": 0.7},
+        {"image": condition(1, SIZES[1]), "strength": 0.5},
+        {"control_images": condition(1, SIZES[2])},
+        {},
+    ]
+    for size, count, given in zip(SIZES, (2, 1, 1, 2), ways, strict=True):
+        given |= {"prompts": PROMPTS[:count], "seeds": SEEDS[:count], "size": size}
+        assert difference(found.sample(**given), torch_made.sample(**given)) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("runtime", "precision", "bound"),
+    [("onnx", "fp16", 0.02), ("openvino", "fp16", 0.01), ("openvino", "int8", 0.1)],
+)
+@pytest.mark.parametrize("name", ["sd-midless", "sdxl"])
+def test_smaller_weights(
+    name: str, runtime: Any, precision: Any, bound: float, student: Students, exported: Callable[..., Path]
+) -> None:
+    folder = exported(name, runtime, precision, adapted=False)
+    expected = OneStepGenerator.load(student(name), device="cpu").sample(PROMPTS, SEEDS)
+    found = OneStepGenerator.load(folder, backend=runtime, device="cpu").sample(PROMPTS, SEEDS)
+    assert 0 < difference(found, expected) <= bound
+    file = "model.onnx" if runtime == "onnx" else "openvino_model.bin"
+    complete = exported(name, runtime, "fp32", adapted=False) / "unet" / file
+    share = (folder / "unet" / file).stat().st_size / complete.stat().st_size
+    assert share < {"fp16": 0.8, "int8": 0.6}[precision]  # of these tiny networks the graph itself is a part
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert 0 < manifest["largest_difference"] <= bound and manifest["dtype"] == precision
+
+
+def test_layout_and_names_of_optimum(exported: Callable[..., Path]) -> None:
+    folder = exported("sdxl", "onnx", adapted=False)
+    index = json.loads((folder / "model_index.json").read_text())
+    networks = {"text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"}
+    assert networks <= index.keys() and "vae" not in index
+    assert (
+        index["unet"] == ["diffusers", "OnnxRuntimeModel"]
+        and index["_class_name"] == "StableDiffusionXLPipeline"
+    )
+    assert all((folder / name / "config.json").is_file() for name in networks)
+    assert {"tokenizer", "tokenizer_2", "scheduler"} <= {path.name for path in folder.iterdir()}
+    session = onnxruntime.InferenceSession(folder / "unet" / "model.onnx")
+    names = [one.name for one in session.get_inputs()]
+    assert names == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]
+    assert [one.name for one in session.get_outputs()] == ["out_sample"]
+    decoder = json.loads((folder / "vae_decoder" / "config.json").read_text())
+    assert decoder["scaling_factor"] == 1.0  # optimum divides by it, and the graph has done so
+    second = onnxruntime.InferenceSession(folder / "text_encoder_2" / "model.onnx")
+    assert [one.name for one in second.get_outputs()][:2] == ["text_embeds", "last_hidden_state"]
+    graph = openvino.Core().read_model(
+        exported("sd", "openvino", adapted=False) / "unet" / "openvino_model.xml"
+    )
+    assert {one.get_any_name() for one in graph.inputs} == {"sample", "timestep", "encoder_hidden_states"}
+    assert [one.get_any_name() for one in graph.outputs] == ["out_sample"]
+
+
+def test_manifest_and_residuals(exported: Callable[..., Path], student: Students) -> None:
+    folder = exported("sd-midless", "onnx")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert (manifest["steps"], manifest["timesteps"], manifest["guidance_scale"]) == (1, [999], 0)
+    assert (manifest["height"], manifest["size_multiple"], manifest["latent_factor"]) == (32, 8, 2)
+    assert manifest["lora_scale"] == 0.5 and manifest["largest_difference"] <= 1e-4
+    assert "licence of the base" in manifest["licence"]
+    # Three stages of one layer: a student has 6 + 1, where SD-1.5 has 12 + 1.
+    assert len(manifest["control_residuals"]) == 7
+    inputs = [one.name for one in onnx.load(folder / "unet" / "model.onnx").graph.input]
+    assert inputs[3:] == [name for name, _, _ in manifest["control_residuals"]]
+    # Scaling is inside the graph of a KL decoder (0.5 here), and there is none in a tiny one.
+    latents = torch.randn(1, 4, 16, 16)
+    for name in ("sd", "sd-midless"):
+        session = onnxruntime.InferenceSession(
+            exported(name, "onnx", adapted=name != "sd") / "vae_decoder" / "model.onnx"
+        )
+        found = torch.from_numpy(session.run(None, {"latent_sample": latents.numpy()})[0])
+        networks = OneStepGenerator.load(student(name), device="cpu").networks
+        assert difference(found, networks.decode(latents)) <= 1e-5
+
+
+def test_weights_beside_the_graph(student: Students, tmp_path: Path) -> None:
+    model = ModelFolder.read(student("sd"), "torch")
+    part = next(one for one in parts(model, Adapted(), torch.float32) if one.name == "unet")
+    for limit, name in ((0, "beside"), (10**9, "inside")):
+        (tmp_path / name).mkdir()
+        write_onnx(part, tmp_path / name, inline_bytes=limit)
+    assert [file.name for file in (tmp_path / "inside").iterdir()] == ["model.onnx"]
+    assert (tmp_path / "beside" / "model.onnx").stat().st_size < (
+        tmp_path / "inside" / "model.onnx"
+    ).stat().st_size
+    inputs = {
+        name: torch.randn_like(one).numpy() if one.ndim > 1 else one.numpy()
+        for name, one in part.inputs.items()
+    }
+    outputs = [
+        onnxruntime.InferenceSession(tmp_path / name / "model.onnx").run(None, inputs)[0]
+        for name in ("beside", "inside")
+    ]
+    assert (outputs[0] == outputs[1]).all()
+    onnx.checker.check_model(tmp_path / "beside" / "model.onnx")
+
+
+MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from torch import nn
+from sdxs_lightning.inference.exporting.graphs import Part
+from sdxs_lightning.inference.exporting.onnx_files import write_onnx
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def part(width):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(16)])
+        def forward(self, x): return (self.layers(x),)
+    return Part("unet", Net(), {"x": torch.zeros(1, width)}, ["y"], {}, {})
+folder = Path(sys.argv[1])
+write_onnx(part(8), folder)  # imports and caches
+large = part(2048)  # 16 x 16.8 MB
+before = peak()
+write_onnx(large, folder, inline_bytes=0)
+print((peak() - before) / (16 * 2048 * 2048 * 4))
+"""
+
+
+def test_memory_is_bounded_by_the_weights(tmp_path: Path) -> None:
+    """Tracing and writing 268 MB of weights takes less than a quarter of that on top of the network itself."""
+    run = [sys.executable, "-W", "ignore", "-c", MEMORY, str(tmp_path)]
+    done = subprocess.run(
+        run, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 0.25
+    assert (tmp_path / "model.onnx_data").stat().st_size >= 16 * 2048 * 2048 * 4
+
+
+def test_an_interrupted_export_leaves_nothing(
+    student: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "export"
+    out.mkdir()
+    (out / "old.txt").write_text("an earlier export")
+    written: list[str] = []
+    write_part = exporting._write_part
+
+    def killed(part: Any, *given: Any) -> None:
+        write_part(part, *given)
+        written.append(part.name)
+        if part.name == "unet":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(exporting, "_write_part", killed)
+    with pytest.raises(SystemExit) as stop:
+        main([str(student("sd")), "--to", "onnx", "--out", str(out)])
+    assert stop.value.code == 143 and written == ["text_encoder", "unet"]
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+    assert [path.name for path in out.iterdir()] == ["old.txt"]
+
+
+def test_an_export_that_differs_is_not_written(
+    student: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(part: Any, folder: Path, *given: Any) -> None:
+        with torch.no_grad():
+            for one in part.module.parameters():
+                one.mul_(1.01)
+        write_onnx(part, folder)
+
+    monkeypatch.setattr(exporting, "_write_part", wrong)
+    with pytest.raises(
+        UserError, match=r"the fp32 export differs from PyTorch by up to .* so nothing was written"
+    ):
+        export_runtime(student("sd"), tmp_path / "export", "onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--to", "onnx", "--dtype", "int8"], "--dtype int8 is for --to openvino"),
+        (["--to", "single-file", "--controlnet", "x"], "--controlnet is for onnx and openvino"),
+        (["--to", "onnx", "--controlnet", "nowhere"], "there is no ControlNet in 'nowhere'"),
+        (["--to", "onnx", "--lora", "nowhere"], "there is no file or folder 'nowhere'"),
+        (["--to", "tensorrt"], "--to is 'tensorrt', but must be one of onnx, openvino, single-file"),
+    ],
+)
+def test_messages(
+    line: list[str], message: str, student: Students, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([str(student("sd")), *line, "--out", "never"])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not Path("never").exists()
+
+
+def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], student: Students) -> None:
+    folder = exported("sd", "onnx", adapted=False)
+    with pytest.raises(
+        UserError, match="is an export for onnx, got backend torch; give backend onnx, or the diffusers"
+    ):
+        OneStepGenerator.load(folder)
+    with pytest.raises(UserError, match="lora is 'x', but an export has its adapters inside"):
+        OneStepGenerator.load(folder, backend="onnx", lora="x")
+    with pytest.raises(UserError, match="compiled is for the backend torch"):
+        OneStepGenerator.load(folder, backend="onnx", compiled=True)
+    generator = OneStepGenerator.load(folder, backend="onnx")
+    with pytest.raises(UserError, match="this export has no LoRA whose scale could change"):
+        generator.set_lora_scale(0.5)
+    with pytest.raises(UserError, match="loaded without ControlNet"):
+        generator.generate(PROMPTS, control_images=condition(2, (32, 32)))
+    with pytest.raises(UserError, match="is an export for onnx, got backend torch"):
+        export_runtime(folder, folder.with_name("again"), "onnx")
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("onnxruntime", "onnx"), ("openvino", "openvino"), ("onnx", "onnx")]
+)
+def test_a_missing_extra_is_named(
+    module: str, extra: str, student: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *given: Any) -> Any:
+        if name == module:
+            raise ImportError(name)
+        return imported(name, *given)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    runtime: Any = "openvino" if extra == "openvino" else "onnx"
+    with pytest.raises(UserError, match=f"uv sync --extra {extra}"):
+        export_runtime(student("sd"), tmp_path / "out", runtime)
+
+
+def test_static_shapes_of_openvino(exported: Callable[..., Path]) -> None:
+    folder = exported("sd", "openvino", adapted=False)
+    static = OneStepGenerator.load(folder, backend="openvino", static_shapes=True, threads=1)
+    dynamic = OneStepGenerator.load(folder, backend="openvino", threads=1)
+    for size in SIZES[:2]:
+        assert (
+            difference(static.sample(PROMPTS, SEEDS, size=size), dynamic.sample(PROMPTS, SEEDS, size=size))
+            <= 1e-4
+        )

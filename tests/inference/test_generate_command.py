@@ -1,0 +1,83 @@
+"""python -m sdxs_lightning.generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdxs_lightning.generate import main
+from sdxs_lightning.inference.generator import OneStepGenerator
+from tests.helpers.students import PROMPTS, condition
+
+Students = Callable[[str], Path]
+
+
+def read(file: Path) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(Image.open(file)).copy()).permute(2, 0, 1)
+
+
+def test_writes_the_generators_images(
+    student: Students, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = str(student("sd-midless"))
+    line = [
+        "--model",
+        model,
+        "--prompt",
+        *PROMPTS,
+        "--images_per_prompt",
+        "2",
+        "--seed",
+        "5",
+        "--batch_size",
+        "3",
+    ]
+    main([*line, "--out", str(tmp_path / "images"), "--size", "24x40", "--device", "cpu"])
+    assert "4 image(s)" in capsys.readouterr().out
+    generator = OneStepGenerator.load(model, device="cpu")
+    expected = generator.generate([PROMPTS[0]] * 2 + [PROMPTS[1]] * 2, 5, size=(24, 40))
+    found = torch.stack([read(tmp_path / "images" / f"{i:05d}.png") for i in range(4)])
+    assert found.shape == (4, 3, 24, 40)
+    assert int((found.int() - expected.int()).abs().max()) <= 1
+
+
+def test_control_and_image(student: Students, tmp_path: Path) -> None:
+    model = student("sd")
+    edges = condition(1, (32, 32))
+    Image.fromarray(edges[0].permute(1, 2, 0).numpy()).save(tmp_path / "edges.png")
+    line = ["--model", str(model), "--prompt", PROMPTS[0], "--device", "cpu", "--out"]
+    control = ["--controlnet", f"{model}-controlnet", "--control_image", str(tmp_path / "edges.png")]
+    main([*line, str(tmp_path / "one.png"), *control, "--control_scale", "0.5"])
+    generator = OneStepGenerator.load(model, controlnet=f"{model}-controlnet", device="cpu")
+    assert torch.equal(
+        read(tmp_path / "one.png"), generator.generate(PROMPTS[0], 0, edges, control_scale=0.5)[0]
+    )
+    main([*line, str(tmp_path / "two.png"), "--image", str(tmp_path / "edges.png"), "--strength", "0.5"])
+    assert torch.equal(
+        read(tmp_path / "two.png"), generator.generate(PROMPTS[0], 0, image=edges, strength=0.5)[0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["--image", "a.png"], "--image and --strength belong together"),
+        (["--images_per_prompt", "2"], "one file, for 2 images; give a folder"),
+        (["--size", "12x"], "--size is '12x', but must be a side in pixels"),
+        (["--size", "30"], "size is 30x30, but height and width must be multiples of 8"),
+        (["--image", "missing.png", "--strength", "0.5"], "--image 'missing.png' cannot be read as an image"),
+        (["--model", "nowhere"], "there is no model in 'nowhere'"),
+    ],
+)
+def test_messages(
+    line: list[str], message: str, student: Students, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usual = ["--model", str(student("sd")), "--prompt", "a", "--out", "one.png"]
+    with pytest.raises(SystemExit) as stop:
+        main([*usual, *line])
+    assert stop.value.code == 2 and message in capsys.readouterr().err

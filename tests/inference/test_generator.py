@@ -1,0 +1,233 @@
+"""The generator on PyTorch: equal to diffusers' pipelines of the same folder, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from evaluation.images.samples import ModelSamples, PipelineImages, StudentImages, load_pipeline
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.latents import to_uint8
+from sdxs_lightning.inference.generator import OneStepGenerator
+from tests.helpers.students import KINDS, PROMPTS, SEEDS, condition, stock_images
+
+SIZES = [(32, 32), (24, 40), (48, 32), (40, 40)]
+Students = Callable[[str], Path]
+
+
+def pixels(generator: OneStepGenerator, **given: Any) -> Tensor:
+    return (generator.sample(PROMPTS, SEEDS, **given).float() / 2 + 0.5).clamp(0, 1)
+
+
+def largest(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_equals_the_stock_pipeline(name: str, student: Students) -> None:
+    generator = OneStepGenerator.load(student(name), device="cpu")
+    assert len(generator.plan.steps) == (4 if "4" in name else 1)
+    for size in SIZES:
+        expected = stock_images(student(name), size)
+        assert largest(pixels(generator, size=size), expected) <= 1e-5
+    images = generator.generate(PROMPTS, SEEDS, size=size)
+    assert images.dtype == torch.uint8 and torch.equal(images, to_uint8(expected * 2 - 1))
+    assert float(expected.std()) > 0.05  # not all black or grey
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd-midless", "sdxl-4-steps"])
+def test_equals_the_stock_pipeline_in_half_precision(name: str, student: Students) -> None:
+    generator = OneStepGenerator.load(student(name), device="cpu", dtype="fp16")
+    expected = stock_images(student(name), dtype=torch.float16)
+    assert largest(pixels(generator), expected) <= 2e-2
+    assert float((pixels(generator) - expected).abs().mean()) <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd-midless", "sdxl-4-steps"])
+def test_controlnet_equals_the_stock_pipeline(name: str, student: Students) -> None:
+    folder = student(name)
+    generator = OneStepGenerator.load(folder, controlnet=f"{folder}-controlnet", device="cpu")
+    without = pixels(generator, size=(24, 40))
+    for scale in (1.0, 0.4):
+        images = condition(2, (24, 40))
+        expected = stock_images(folder, (24, 40), control_images=images, control_scale=scale)
+        found = pixels(generator, control_images=images, control_scale=scale, size=(24, 40))
+        assert largest(found, expected) <= 1e-5
+        assert largest(found, without) > 0.02
+    assert largest(without, pixels(OneStepGenerator.load(folder, device="cpu"), size=(24, 40))) == 0
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl-midless"])
+def test_lora_equals_the_stock_pipeline_at_every_scale(name: str, student: Students) -> None:
+    folder = student(name)
+    plain = pixels(OneStepGenerator.load(folder, device="cpu"))
+    generator = OneStepGenerator.load(folder, lora=f"{folder}-lora", device="cpu", lora_scale=0.5)
+    for scale in (0.5, 1.0, 0.0):
+        generator.set_lora_scale(scale)
+        expected = stock_images(folder, lora_scale=scale)
+        assert largest(pixels(generator), expected) <= 1e-5
+    assert torch.equal(pixels(generator), plain)  # scale 0 restores the weights bit by bit
+    generator.set_lora_scale(1.0)
+    assert largest(pixels(generator), plain) > 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "strength"),
+    [
+        ("sd", 0.5),
+        ("sdxl", 0.25),
+        ("sd-midless", 0.5),
+        ("sd-4-steps", 0.5),
+        ("sdxl-4-steps", 0.75),
+        ("sd", 1.0),
+    ],
+)
+def test_image_to_image_equals_the_stock_pipeline(name: str, strength: float, student: Students) -> None:
+    image = condition(2, (32, 32))
+    generator = OneStepGenerator.load(student(name), device="cpu")
+    expected = stock_images(student(name), image=image, strength=strength)
+    assert largest(pixels(generator, image=image, strength=strength), expected) <= 1e-5
+    one = pixels(generator, image=Image.fromarray(image[0].permute(1, 2, 0).numpy()), strength=strength)
+    assert torch.allclose(one[0], expected[0], atol=1e-5)  # one image for all prompts
+    assert largest(pixels(generator, image=condition(2, (32, 32), 9), strength=strength), expected) > 1e-3
+
+
+def test_an_image_is_a_function_of_its_prompt_and_seed(student: Students) -> None:
+    generator = OneStepGenerator.load(student("sd-4-steps"), device="cpu")
+    both = generator.generate(PROMPTS, SEEDS)
+    for i in (0, 1):
+        assert int((generator.generate(PROMPTS[i], SEEDS[i])[0].int() - both[i].int()).abs().max()) <= 1
+    assert torch.equal(generator.generate(PROMPTS, 3), generator.generate(PROMPTS, [3, 4]))
+    array = np.asarray(condition(1, (32, 32))[0].permute(1, 2, 0))
+    given = generator.generate(PROMPTS, SEEDS, image=array, strength=0.5)
+    assert torch.equal(given, generator.generate(PROMPTS, SEEDS, image=condition(1, (32, 32)), strength=0.5))
+
+
+def test_evaluate_samples_students_with_it(student: Students) -> None:
+    """The images that the metrics of an exported student see are those of its stock pipeline, from evaluation's noise."""
+    for name, steps in (("sd-midless", 1), ("sdxl-4-steps", 4)):
+        samples = ModelSamples(str(student(name)), tuple(PROMPTS), steps=steps, seed=5)
+        maker = samples.maker(torch.device("cpu"))
+        assert isinstance(maker, StudentImages)
+        pipeline = load_pipeline(student(name))
+        pipeline.set_progress_bar_config(disable=True)
+        expected = PipelineImages(pipeline, steps, 1.0, 5)(PROMPTS, torch.tensor([4, 9]))
+        found = maker(PROMPTS, torch.tensor([4, 9]))
+        assert int((found.int() - expected.int()).abs().max()) <= 1
+        assert float((found != expected).float().mean()) < 1e-3
+    guided = ModelSamples(str(student("sd")), tuple(PROMPTS), steps=2, guidance_scale=2.0)
+    assert isinstance(guided.maker(torch.device("cpu")), PipelineImages)
+
+
+def test_prompts_are_embedded_once(student: Students) -> None:
+    generator = OneStepGenerator.load(student("sdxl"), device="cpu")
+    calls: list[int] = []
+    encode = generator.networks.encode_prompts
+    generator.networks.encode_prompts = lambda ids: calls.append(len(ids[0])) or encode(ids)  # type: ignore
+    first = generator.generate([*PROMPTS, PROMPTS[0]], 0)
+    assert calls == [2]
+    assert torch.equal(generator.generate([*PROMPTS, PROMPTS[0]], 0), first) and calls == [2]
+
+
+def test_the_compiled_step_is_one_graph(student: Students, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From noise to pixels, for each shape; the C++ compiler, which takes minutes, is left out."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    folder = student("sd-midless")
+    generator = OneStepGenerator.load(folder, device="cpu", compiled=True)
+    for size in ((32, 32), (24, 40), (32, 32)):
+        expected = pixels(OneStepGenerator.load(folder, device="cpu"), size=size)
+        assert largest(pixels(generator, size=size), expected) <= 1e-5
+    assert len(graphs) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"size": 36}, r"size is 36x36, but height and width must be multiples of 8; the nearest is 32x32"),
+        ({"size": (32, 4)}, "size is 32x4"),
+        ({"seeds": [1]}, r"1 seeds for 2 prompt\(s\)"),
+        ({"image": condition(2, (32, 32))}, "image and strength belong together, and strength is missing"),
+        ({"strength": 0.5}, "and image is missing"),
+        (
+            {"image": condition(2, (32, 32)), "strength": 1.5},
+            "strength is 1.5, but must be above 0 and at most 1",
+        ),
+        ({"image": condition(2, (24, 32)), "strength": 0.5}, r"image\[0\] is 24x32, and the output 32x32"),
+        ({"control_images": condition(2, (32, 32))}, "loaded without ControlNet; give one as controlnet"),
+    ],
+)
+def test_inputs_that_do_not_fit(given: dict[str, Any], message: str, student: Students) -> None:
+    generator = OneStepGenerator.load(student("sd"), device="cpu")
+    with pytest.raises(UserError, match=message):
+        generator.generate(PROMPTS, **given)
+    with pytest.raises(UserError, match="there is no prompt"):
+        generator.generate([])
+
+
+def test_wrong_number_and_kind_of_control_images(student: Students) -> None:
+    folder = student("sd")
+    generator = OneStepGenerator.load(folder, controlnet=f"{folder}-controlnet", device="cpu")
+    with pytest.raises(
+        UserError, match=r"control_images has 3 image\(s\) for 2 prompt\(s\); give one for each, or one"
+    ):
+        generator.generate(PROMPTS, control_images=condition(3, (32, 32)))
+    with pytest.raises(
+        UserError, match=r"control_images\[0\] is torch.float32 of shape \(3, 32, 32\), expected uint8"
+    ):
+        generator.generate(PROMPTS, control_images=condition(2, (32, 32)) / 255)
+    with pytest.raises(UserError, match=r"control_images\[0\] has shape \(32, 32\)"):
+        generator.generate(PROMPTS, control_images=[np.zeros((32, 32), np.uint8)])
+
+
+def test_strength_of_few_steps(student: Students) -> None:
+    plan = OneStepGenerator.load(student("sd-4-steps"), device="cpu").plan
+    assert [step.timestep for step in plan.from_strength(0.5).steps] == [499, 249]
+    with pytest.raises(
+        UserError, match="strength 0.2 leaves none of the model's 4 steps; give at least 0.25"
+    ):
+        plan.from_strength(0.2)
+
+
+def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no model in .*model_index.json is missing"):
+        OneStepGenerator.load(tmp_path)
+    with pytest.raises(
+        UserError, match=r"is a diffusers folder, which the backend torch runs; for onnx export it first"
+    ):
+        OneStepGenerator.load(student("sd"), backend="onnx")
+    broken = tmp_path / "copy"
+    shutil.copytree(student("sd"), broken)
+    scheduler = broken / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps(config | {"_class_name": "EulerDiscreteScheduler"}))
+    with pytest.raises(
+        UserError, match="has a EulerDiscreteScheduler, and students have a DDIMScheduler or LCM"
+    ):
+        OneStepGenerator.load(broken)
+    scheduler.write_text(json.dumps(config | {"timestep_spacing": "leading"}))
+    with pytest.raises(UserError, match="timestep_spacing leading"):
+        OneStepGenerator.load(broken)
+    with pytest.raises(UserError, match="is a student of one step, got steps 4"):
+        OneStepGenerator.load(student("sd"), steps=4)
+    with pytest.raises(UserError, match="dtype is 'half', but must be one of fp32, fp16, bf16"):
+        OneStepGenerator.load(student("sd"), dtype="half")
+    with pytest.raises(UserError, match="down residuals of widths|reads prompts of width"):
+        OneStepGenerator.load(student("sdxl"), controlnet=f"{student('sd')}-controlnet")
+    with pytest.raises(UserError, match="trained for another base"):
+        OneStepGenerator.load(student("sdxl"), lora=f"{student('sd')}-lora")
