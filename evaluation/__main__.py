@@ -9,10 +9,12 @@ from sdxs_lightning.command_line import Command, run_subcommand
 COMMANDS = (
     Command("evaluate", "evaluation.evaluate.EvaluateOptions", "evaluation.runner.commands.evaluate"),
     Command("compare", "evaluation.compare.CompareOptions", "evaluation.compare.compare"),
+    Command("latency", "evaluation.latency.LatencyOptions", "evaluation.benchmarks.latency.command.latency"),
     Command("reference", "evaluation.reference.ReferenceOptions", "evaluation.runner.commands.reference"),
 )
 DESCRIPTION = """FID, CLIP score and other metrics of text-to-image models, under named protocols (evaluation/README.md).
-Benchmarks: python -m evaluation.benchmarks.NAME with NAME one of tables, throughput, coverage, start_up, gpu."""
+Benchmarks: python -m evaluation.benchmarks.NAME with NAME one of tables, throughput, coverage, start_up, gpu,
+runtime_exports."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

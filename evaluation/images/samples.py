@@ -207,15 +207,10 @@ class ModelSamples:
         self.check()
         for library in (diffusers_logging, transformers_logging):
             library.disable_progress_bar()  # it would break the command's own progress bar
-        as_trained = self.scheduler is None and not self.timesteps and self.guidance_scale <= 1
-        if as_trained and is_student(self.model, self.steps):
+        changed = self.scheduler is not None or self.timesteps or self.lora is not None
+        if not changed and self.guidance_scale <= 1 and is_student(self.model, self.steps):
             generator = OneStepGenerator.load(
-                self.model,
-                lora=self.lora,
-                device=device,
-                dtype=self.precision,
-                lora_scale=self.lora_scale,
-                steps=self.steps,
+                self.model, device=device, dtype=self.precision, steps=self.steps
             )
             if self.image_px is not None and self.image_px % generator.multiple:
                 raise UserError(f"--image_px {self.image_px} is no multiple of {generator.multiple}.")

@@ -16,9 +16,9 @@ from sdxs_lightning.demo.studio import Made, Studio
 
 EXAMPLES = (
     "a red circle above a blue square",
-    "a large green star",
-    "a small yellow triangle left of a purple circle",
-    "a white square on a gray background",
+    "a large orange cross on a navy background",
+    "a pink ring below a blue heart",
+    "a small yellow square on a gray background",
 )
 """Of the toy world."""
 CANVAS_PX = 256
@@ -141,7 +141,6 @@ def _image_tab(studio: Studio) -> None:
         stream_every=0.1,
         time_limit=300,
         show_progress="hidden",
-        trigger_mode="always_last",
         concurrency_limit=None,
     )
 

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from evaluation import compare, evaluate, reference
+from evaluation import compare, evaluate, latency, reference
 from evaluation.__main__ import main
 from evaluation.benchmarks import coverage, tables, throughput
 
@@ -36,7 +36,7 @@ def ends(main, line, code):
     assert ended == code, (line, ended, refused.getvalue())
     assert code or len(said.getvalue()) > 200, line
 
-for command in (evaluate, reference, compare, coverage):
+for command in (evaluate, reference, compare, coverage, latency):
     ends(command.main, "--help", 0)
     ends(command.main, "--no_such_option 3", 2)
 for program in (main, tables.main, throughput.main):

@@ -75,15 +75,14 @@ def save_student(
 
 
 def random_controlnet(unet: Any) -> Any:
-    """A ControlNet whose residuals are not 0."""
+    """A ControlNet whose residuals are not 0, and depend on the condition."""
     controlnet = controlnet_from_unet(unet, stem_widths=(8, 8))
     noise = torch.Generator().manual_seed(1)
+    zero = (controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block)
     with torch.no_grad():
-        for one in (
-            *controlnet.controlnet_down_blocks.parameters(),
-            *controlnet.controlnet_mid_block.parameters(),
-        ):
-            one.normal_(0, 0.1, generator=noise)
+        for module in (*zero, controlnet.controlnet_cond_embedding.conv_out):
+            for one in module.parameters():
+                one.normal_(0, 0.1, generator=noise)
     return controlnet
 
 

@@ -64,6 +64,10 @@ def test_controlnet_equals_the_stock_pipeline(name: str, student: Students) -> N
         found = pixels(generator, control_images=images, control_scale=scale, size=(24, 40))
         assert largest(found, expected) <= 1e-5
         assert largest(found, without) > 0.02
+        other = pixels(
+            generator, control_images=condition(2, (24, 40), 7), control_scale=scale, size=(24, 40)
+        )
+        assert largest(found, other) > 1e-3
     assert largest(without, pixels(OneStepGenerator.load(folder, device="cpu"), size=(24, 40))) == 0
 
 
