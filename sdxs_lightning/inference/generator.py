@@ -167,9 +167,8 @@ class OneStepGenerator:
         Raises:
             UserError: for inputs that do not fit the model or each other.
         """
-        return to_uint8(
-            self.sample(prompts, seeds, control_images, image, strength, size, control_scale)
-        ).cpu()
+        images = self.sample(prompts, seeds, control_images, image, strength, size, control_scale, latents)
+        return to_uint8(images.nan_to_num(-1.0)).cpu()
 
     @torch.inference_mode()
     def sample(

@@ -170,19 +170,22 @@ def load_part(model: ModelFolder, name: str) -> nn.Module:
         FileNotFoundError: without weights.
         ValueError: for unreadable ones.
     """
+    import transformers
     from diffusers import UNet2DConditionModel
 
     from sdxs_lightning.families.sd import StableDiffusion
     from sdxs_lightning.families.sdxl import StableDiffusionXL
 
     folder = model.path / name
-    classes: dict[str, Any] = {"unet": UNet2DConditionModel}
-    if name.startswith("vae"):
-        classes[name] = vae_class(folder)
+    network: Any
+    if name == "unet":
+        network = UNet2DConditionModel
+    elif name.startswith("vae"):
+        network = vae_class(folder)
     else:
         family = StableDiffusionXL if model.has_pooled_prompts else StableDiffusion
-        classes |= family.encoder_classes
-    loaded: nn.Module = load_network(classes[name], folder)
+        network = getattr(transformers, family.encoder_classes[name])
+    loaded: nn.Module = load_network(network, folder)
     return loaded.eval().requires_grad_(False)
 
 

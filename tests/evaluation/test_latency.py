@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
+from evaluation.benchmarks.latency import command
 from evaluation.benchmarks.latency.command import with_ratios
 from evaluation.benchmarks.latency.random_models import random_model, unet_config
 from evaluation.benchmarks.latency.report import table
+from evaluation.benchmarks.latency.subjects import serve
 from evaluation.latency import LatencyOptions, main
 from sdxs_lightning.inference.generator import OneStepGenerator
 
@@ -45,7 +49,21 @@ def test_ratios() -> None:
     assert line == "| student, torch | 1 | 0.1250 (0.1250 to 0.1250) | 0.0625 | 1 | 8.00 | 100.0 |"
 
 
-def test_measures_a_student_against_its_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+class _Threads:
+    """Stands in for multiprocessing's context: processes would each spend ten seconds on importing torch and diffusers."""
+
+    Pipe = staticmethod(multiprocessing.Pipe)
+
+    class Process(threading.Thread):
+        def terminate(self) -> None:
+            self.join(60)
+
+
+def test_measures_a_student_against_its_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.multiprocessing, "get_context", lambda kind: _Threads)
+    monkeypatch.setattr(command, "serve_quietly", serve)
     line = "--random_weights tiny --baseline tiny --steps 3 --guidance_scale 2 --composed_baseline --backend torch onnx"
     more = (
         f"--batch_sizes 1 2 --repetitions 1 --threads 1 --clock cpu --device cpu --work {tmp_path / 'work'}"

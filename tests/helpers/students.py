@@ -82,7 +82,7 @@ def random_controlnet(unet: Any) -> Any:
     with torch.no_grad():
         for module in (*zero, controlnet.controlnet_cond_embedding.conv_out):
             for one in module.parameters():
-                one.normal_(0, 0.1, generator=noise)
+                one.normal_(0, 0.1 if one.shape[-1] == 1 or one.ndim == 1 else 1.0, generator=noise)
     return controlnet
 
 

@@ -19,7 +19,7 @@ import torch
 from data.prepare.common.machine import choose_device
 from evaluation.benchmarks.latency.random_models import random_model
 from evaluation.benchmarks.latency.report import chart, table
-from evaluation.benchmarks.latency.subjects import Subject, serve
+from evaluation.benchmarks.latency.subjects import Subject, serve_quietly
 from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.errors import UserError
@@ -132,7 +132,7 @@ def measure(
         for subject in subjects:
             ours, theirs = context.Pipe()
             with _thread_limit(subject.threads):
-                process = context.Process(target=serve, args=(subject, theirs), daemon=True)
+                process = context.Process(target=serve_quietly, args=(subject, theirs), daemon=True)
                 process.start()
             processes.append(process)
             pipes.append(ours)

@@ -42,12 +42,17 @@ class Subject:
     clock: Literal["wall", "cpu"] = "wall"
 
 
+def serve_quietly(subject: Subject, connection: Connection) -> None:
+    """Body of a process: `serve` without the progress bars of libraries."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    serve(subject, connection)
+
+
 def serve(subject: Subject, connection: Connection) -> None:
-    """Body of a process: loads the subject, then times a call for each batch size that it is sent, until None comes.
+    """Loads the subject, then times a call for each batch size that it is sent, until None comes.
 
     Sends "ready" or the text of an error, then one dict for each call: seconds by component, and `end_to_end`.
     """
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (progress bars of libraries)
     try:
         if subject.threads is not None:
             import torch
