@@ -84,7 +84,7 @@ def _sketch_tab(studio: Studio) -> None:
                 brush=gr.Brush(default_size=10, colors=["#000000"], color_mode="fixed"),
                 canvas_size=(CANVAS_PX, CANVAS_PX),
                 fixed_canvas=True,
-                label="Draw here",
+                label="Draw here with the brush",
                 elem_id="sketch-canvas",
             )
             prompt, seed = _prompt("sketch"), _seed()

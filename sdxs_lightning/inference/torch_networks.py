@@ -111,7 +111,8 @@ class TorchNetworks:
             vae.float()
         encoded = vae.encode(image.float() if upcast else image)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.sample(generator)
-        return scale * latents.to(self.dtype)
+        scaled: Tensor = scale * latents.to(self.dtype)
+        return scaled
 
     def predict(
         self,

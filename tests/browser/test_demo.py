@@ -165,6 +165,7 @@ def test_a_stroke_changes_the_picture(browser: Any, demo: str) -> None:
     before = visitor.shows("sketch", "a blue square")
     canvas = visitor.page.locator("#sketch-canvas canvas").first
     canvas.scroll_into_view_if_needed()
+    visitor.page.locator("#sketch-canvas").get_by_role("button", name="Brush").click()
     place = canvas.bounding_box()
     mouse = visitor.page.mouse
     for at in (0.3, 0.5, 0.7):

@@ -62,7 +62,7 @@ class _Threads:
 def test_measures_a_student_against_its_base(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command.multiprocessing, "get_context", lambda kind: _Threads)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: _Threads)
     monkeypatch.setattr(command, "serve_quietly", serve)
     line = "--random_weights tiny --baseline tiny --steps 3 --guidance_scale 2 --composed_baseline --backend torch onnx"
     more = (

@@ -87,7 +87,7 @@ def test_smaller_weights(
     file = "model.onnx" if runtime == "onnx" else "openvino_model.bin"
     complete = exported(name, runtime, "fp32", adapted=False) / "unet" / file
     share = (folder / "unet" / file).stat().st_size / complete.stat().st_size
-    assert share < {"fp16": 0.8, "int8": 0.6}[precision]  # of these tiny networks the graph itself is a part
+    assert share < {"fp16": 0.9, "int8": 0.6}[precision]  # of these tiny networks the graph itself is a part
     manifest = json.loads((folder / MANIFEST).read_text())
     assert 0 < manifest["largest_difference"] <= bound and manifest["dtype"] == precision
 

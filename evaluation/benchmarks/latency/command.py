@@ -88,7 +88,7 @@ def _subjects(options: LatencyOptions, work: Path) -> list[Subject]:
         base = found if (Path(found) / "model_index.json").is_file() else str(random_model(found, work))
         guided = f", guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else ""
         name = f"base, {options.steps} steps{guided}"
-        more = {"steps": options.steps, "guidance_scale": options.guidance_scale}
+        more: dict[str, Any] = {"steps": options.steps, "guidance_scale": options.guidance_scale}
         subjects.append(Subject(name, "base", base, composed=options.composed_baseline, **more, **common))
     return subjects
 

@@ -56,6 +56,7 @@ def _spread(row: Mapping[str, Any], relative: bool) -> str:
 def chart(result: Mapping[str, Any], file: Path) -> None:
     """Horizontal bars: left the time, logarithmic, right what share of it each component has."""
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
     rows = result["rows"][::-1]
     relative = bool(rows[0].get("relative"))
@@ -74,9 +75,7 @@ def chart(result: Mapping[str, Any], file: Path) -> None:
     times.margins(x=0.2)
     times.set_xlabel(f"time{', first row = 1' if relative else ', seconds'} (logarithmic)")
     shares.set_xlabel("share of the time, %")
-    handles = [
-        plt.Rectangle((0, 0), 1, 1, color=_COLOURS.get(name, _OTHER)) for name in (*COMPONENTS, "not split")
-    ]
+    handles = [Patch(color=_COLOURS.get(name, _OTHER)) for name in (*COMPONENTS, "not split")]
     figure.legend(handles, [*COMPONENTS, "not split"], loc="outside upper right", ncols=6, fontsize=8)
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -236,7 +236,7 @@ def _pipeline(subject: Subject) -> Any:
 
     from evaluation.images.samples import DTYPES
 
-    dtype: torch.dtype = DTYPES[subject.dtype]  # type: ignore[index]
+    dtype: torch.dtype = DTYPES[subject.dtype]
     given: dict[str, Any] = {}
     if subject.kl_decoder:
         given["vae"] = AutoencoderKL.from_pretrained(Path(subject.folder) / "vae_large", torch_dtype=dtype)

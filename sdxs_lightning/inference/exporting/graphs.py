@@ -158,9 +158,10 @@ class _ControlNet(nn.Module):
 class _Decoder(nn.Module):
     """Scaled latents to images; in float32 inside, where half precision overflows."""
 
-    def __init__(self, vae: nn.Module, scale: float, float32: bool) -> None:
+    def __init__(self, vae: Any, scale: float, float32: bool) -> None:
         super().__init__()
-        self.vae, self.scale, self.float32 = vae, scale, float32
+        self.vae: Any = vae
+        self.scale, self.float32 = scale, float32
 
     def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
         latents = latent_sample.float() if self.float32 else latent_sample
@@ -171,9 +172,10 @@ class _Decoder(nn.Module):
 class _Encoder(nn.Module):
     """Images to scaled latents (tiny), or to their means and log variances (KL), scaled likewise."""
 
-    def __init__(self, vae: nn.Module, scale: float, float32: bool) -> None:
+    def __init__(self, vae: Any, scale: float, float32: bool) -> None:
         super().__init__()
-        self.vae, self.scale, self.float32 = vae, scale, float32
+        self.vae: Any = vae
+        self.scale, self.float32 = scale, float32
 
     def forward(self, sample: Tensor) -> tuple[Tensor]:
         encoded = self.vae.encode(sample.float() if self.float32 else sample)
