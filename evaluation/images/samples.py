@@ -24,9 +24,9 @@ from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families.folders import check_libraries
-from sdxs_lightning.networks.lora_files import add_to_weights, hash_lora, lora_file, read_lora
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.model_folder import is_student
+from sdxs_lightning.networks.lora_files import add_to_weights, hash_lora, lora_file, read_lora
 
 Reader = Callable[[Sequence[int]], list[Image.Image]]
 """Maps image numbers to images."""

@@ -44,7 +44,7 @@ def write_onnx(part: Part, folder: Path, inline_bytes: int = INLINE_BYTES) -> No
         torch.onnx.export(
             part.module.eval(),
             tuple(part.inputs.values()),
-            traced,  # type: ignore[arg-type] (any stream, whatever its annotation says)
+            traced,  # type: ignore[arg-type]
             input_names=list(part.inputs),
             output_names=list(part.outputs),
             dynamic_axes={name: dict(axes) for name, axes in part.axes.items()},
