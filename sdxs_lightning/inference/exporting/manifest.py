@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import sdxs_lightning
 from sdxs_lightning.inference.exporting.graphs import Adapted
 from sdxs_lightning.inference.graph_networks import DOWN_RESIDUAL, MID_RESIDUAL
 from sdxs_lightning.inference.model_folder import ModelFolder
@@ -48,10 +48,15 @@ def manifest(
         "lora": None if adapted.lora is None else Path(adapted.lora).name,
         "lora_scale": None if adapted.lora is None else adapted.lora_scale,
         "licence": licence or licence_of(model.path),
-        "library": f"sdxs-lightning {sdxs_lightning.__version__}"
-        if hasattr(sdxs_lightning, "__version__")
-        else "sdxs-lightning",
+        "library": f"sdxs-lightning {_version()}",
     }
+
+
+def _version() -> str:
+    try:
+        return version("sdxs-lightning")
+    except PackageNotFoundError:  # used from a clone without installation
+        return "from a clone"
 
 
 def residual_inputs(unet: Any) -> list[Residual]:
