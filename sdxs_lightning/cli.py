@@ -32,6 +32,7 @@ from sdxs_lightning.config_files import MergedArguments, read_arguments, refuse_
 from sdxs_lightning.config_nulls import refuse_nulls
 from sdxs_lightning.core.errors import Interrupted, RankLost, RunStopped, UserError
 from sdxs_lightning.environment_values import EnvironmentValues
+from sdxs_lightning.training.csv_log import RunCSVLogger
 from sdxs_lightning.trust import CODE_LOADERS, Trust, texts
 
 os.environ.setdefault(
@@ -229,6 +230,9 @@ class TrainingCLI(LightningCLI):
                     callback.resume = resume
             # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
             self.trainer.ckpt_path = path
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunCSVLogger):
+                    logger.resumed = path is not None
             self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
             self._report_nothing_done(path)
         finally:

@@ -17,7 +17,7 @@ import fsspec
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
-_HOW = "set data.shards to a folder of shards, a glob, or a pattern like 'set/{00000..00009}.tar', local or as a URL"
+_HOW = "shards are named by a folder, a glob, or a pattern like 'set/{00000..00009}.tar', local or as a URL"
 
 
 class Stamp(NamedTuple):
@@ -96,7 +96,7 @@ def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None =
             )
     if not found:
         raise FileNotFoundError(
-            "No shards were named: data.shards takes a folder, a glob, or a pattern like "
+            "No shards were named: give a folder, a glob, or a pattern like "
             "'set/{00000..00009}.tar'."
         )
     return list(found)

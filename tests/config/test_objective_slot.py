@@ -121,8 +121,8 @@ def config(
         "default_root_dir": str(tmp_path / "run"),
         "log_every_n_steps": 1,
         "logger": {
-            "class_path": "lightning.pytorch.loggers.CSVLogger",
-            "init_args": {"save_dir": str(tmp_path), "name": "logs", "version": 0},
+            "class_path": "sdxs_lightning.training.csv_log.RunCSVLogger",
+            "init_args": {"save_dir": str(tmp_path)},
         },
     }
     yield changed
@@ -153,7 +153,7 @@ def stage(*configs: dict[str, Any], flags: tuple[str, ...] = ()) -> OneStepDisti
 
 def rows(folder: Path = Path()) -> list[dict[str, str]]:
     """Of the log."""
-    with (folder / "logs" / "version_0" / "metrics.csv").open() as file:
+    with (folder / "logs" / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -247,12 +247,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: dict[str, Any], tmp_p
     assert main(files(config)) == 0
     arguments["update_schedule"]["max_student_updates"] = 4
     assert main([*files(config), "--ckpt_path", "last"]) == 0
-    resumed = weights_of_newest(Path("run"))
+    resumed, resumed_rows = weights_of_newest(Path("run")), rows()
     config["trainer"]["default_root_dir"] = str(tmp_path / "whole")
     assert main(files(config)) == 0
     whole = weights_of_newest(Path("whole"))
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    # One curve: the log of both starts is that of one, and the new run did not write over it.
+    assert len(resumed_rows) == 4 and resumed_rows == rows()
+    assert Path("logs/metrics-1.csv").is_file()
 
 
 def test_the_memory_plan_runs_it(config: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
