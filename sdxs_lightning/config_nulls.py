@@ -81,7 +81,7 @@ def _parameters(owner: Any) -> dict[str, tuple[Any, Any]]:
         try:
             annotated: Any = described
             if not dataclasses.is_dataclass(described):
-                annotated = described.__init__
+                annotated = described.__init__  # type: ignore[misc]  # of the class, not of an instance
             hints = typing.get_type_hints(annotated)
             parameters = inspect.signature(described).parameters.values()
         except (NameError, TypeError, ValueError):

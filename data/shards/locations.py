@@ -96,8 +96,7 @@ def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None =
             )
     if not found:
         raise FileNotFoundError(
-            "No shards were named: give a folder, a glob, or a pattern like "
-            "'set/{00000..00009}.tar'."
+            "No shards were named: give a folder, a glob, or a pattern like 'set/{00000..00009}.tar'."
         )
     return list(found)
 

@@ -97,7 +97,8 @@ def test_a_trusted_one_is(trust: tuple[str, ...], plain: dict[str, Any], folder:
     (folder / "overlay.yaml").write_text("trainer: {callbacks+: [{class_path: evil.Evil}]}")
     files = ("--config", "tiny.yaml", "--config", "overlay.yaml")
     cli = _build([*files, *trust])
-    assert "Evil" in [type(callback).__name__ for callback in cli.trainer.callbacks]
+    callbacks: list[object] = cli.trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
+    assert "Evil" in [type(callback).__name__ for callback in callbacks]
     with pytest.raises(UserError, match="add --trust evil"):  # of this process, but not of this command line
         _build(files)
 

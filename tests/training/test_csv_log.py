@@ -1,12 +1,13 @@
 """One metrics.csv for a run that is resumed."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 from sdxs_lightning.training.csv_log import RunCSVLogger
 
 
-def logged(folder: Path, steps: dict[int, dict[str, float]], resumed: bool) -> None:
+def logged(folder: Path, steps: Mapping[int, dict[str, float]], resumed: bool) -> None:
     logger = RunCSVLogger(str(folder))
     logger.resumed = resumed
     for step, scalars in steps.items():
