@@ -46,7 +46,7 @@ class ConditionConsistency(StudentTerm):
 
     The KL divergence of the joint distributions of image x and condition c falls apart into one of the images, whose real
     score is the plain base's and whose fake score sees c, and E[-log p(c | x)]: this term. So the base needs no ControlNet.
-    Samples whose condition image is black (dropped, or empty) are left out.
+    Samples whose condition image is black (dropped, or empty) count as 0.
 
     Args:
         reader: the differentiable network that reads the condition.
@@ -111,5 +111,6 @@ class ConditionConsistency(StudentTerm):
             )
         distances = condition_distance(self.read(sample.latents), wanted, self.distance)
         given = wanted.flatten(1).amax(dim=1) > 0
-        loss = (distances * given).sum() / given.sum().clamp_min(1)
+        # Over all samples: a mean over those given would depend on how the batch is split over ranks.
+        loss = (distances * given).mean()
         return self.weight * loss, {"condition_consistency": loss}
