@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from data.conditions import Canny
 from data.toy.attributes import CLASSES, NOT_STATED, attributes_of
+from data.toy.datamodule import ToyDataModule
 from data.toy.rendered import RenderedSplit, render_batch
 from data.toy.tokenizer import build_tokenizer, words
 from data.toy.world import (
@@ -161,3 +164,18 @@ def test_the_tokenizer_is_the_same_in_every_call() -> None:
 def _centre(mask: np.ndarray) -> np.ndarray:
     rows, columns = np.nonzero(mask)
     return np.array([columns.mean(), rows.mean()])
+
+
+def test_bars_state_the_background_beside_each_latent(tmp_path: Path) -> None:
+    data = ToyDataModule(train_images=6, cache=str(tmp_path), batch_size=6, background_bar=True)
+    data.prepare_data()
+    batch = next(iter(data.train_dataloader()))
+    assert batch.latents is not None and batch.control_images is not None
+    lengths = (batch.control_images[:, 0, 16] > 0.5).sum(dim=1).tolist()
+    positions = [int(name.rpartition("/")[2]) for name in batch.sample_ids]
+    expected = [6 * (1 + list(BACKGROUNDS).index(scene_at("train", i).background or "")) for i in positions]
+    assert lengths == expected and len(set(expected)) > 1
+    with pytest.raises(
+        ValueError, match=r"data\.condition and data\.background_bar both make condition images"
+    ):
+        ToyDataModule(condition=Canny(), background_bar=True)
