@@ -10,7 +10,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from evaluation.metrics.estimates import difference
 from evaluation.protocols.names import CAPTION_METRICS
 from evaluation.reports.markdown import LOWER_IS_BETTER, interval, markdown_table, number, title
 from evaluation.user_errors import as_user_errors
@@ -175,6 +174,9 @@ def differences(results: Mapping[str, Mapping[str, Any]], metrics: Sequence[str]
 
     Sample i of one is paired with sample i of the other: of models they share prompt and noise.
     """
+    # Imports torch: here, so that --help and refusals do not wait for it.
+    from evaluation.metrics.estimates import difference
+
     (label, first), *others = results.items()
     rows = []
     for other_label, other in others:

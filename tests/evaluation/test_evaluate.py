@@ -19,7 +19,7 @@ from data.shards.writer import ShardWriter
 from evaluation import reference
 from evaluation.evaluate import main
 from evaluation.images.generate import SampledImages
-from evaluation.images.samples import ModelSamples, load_pipeline, stacked
+from evaluation.images.samples import ModelSamples, PipelineImages, load_pipeline, stacked
 from evaluation.metrics.diversity import diversity
 from evaluation.metrics.estimates import mean_estimate
 from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
@@ -224,6 +224,7 @@ def test_scheduler_and_timesteps_are_those_that_were_asked_for(tmp_path: Path) -
     prompts, cpu = tuple(CAPTIONS[:2]), torch.device("cpu")
     asked = ModelSamples(base, prompts, 2, 2.0, scheduler="euler", timesteps=(900, 300))
     maker = asked.maker(cpu)
+    assert isinstance(maker, PipelineImages)
     assert type(maker.pipeline.scheduler) is EulerDiscreteScheduler
     own = load_pipeline(base).scheduler.config
     for name in ("num_train_timesteps", "beta_schedule", "prediction_type"):

@@ -3,11 +3,12 @@
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sdxs_lightning.training.csv_log import RunCSVLogger
 
 
-def logged(folder: Path, steps: Mapping[int, dict[str, float]], resumed: bool) -> None:
+def logged(folder: Path, steps: Mapping[int, dict[str, Any]], resumed: bool) -> None:
     logger = RunCSVLogger(str(folder))
     logger.resumed = resumed
     for step, scalars in steps.items():
