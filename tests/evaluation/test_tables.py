@@ -14,7 +14,7 @@ from torch.nn.functional import avg_pool2d, interpolate
 
 from data.prepare.pairs.options import PairOptions
 from data.toy.rendered import render_batch
-from evaluation.benchmarks import recipe_runs, toy_scores
+from evaluation.benchmarks import recipe_runs, toy_lora, toy_scores
 from evaluation.benchmarks.recipe_runs import (
     MODEL,
     PRUNED,
@@ -35,12 +35,16 @@ from sdxs_lightning.cli import TrainingCLI
 from sdxs_lightning.command_line import parse_options
 from sdxs_lightning.core.errors import RunStopped
 from sdxs_lightning.core.model_hash import hash_weights
+from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.lora import LoRA, add_lora
+from sdxs_lightning.networks.lora_files import live_adapters, write_lora
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
 from tests.helpers.tiny_run import ROOT
+from tests.networks.test_lora import move
 
 RESULTS = ROOT / "evaluation" / "results"
 
@@ -221,6 +225,38 @@ def test_the_default_teacher_is_that_of_run_reports() -> None:
         TEACHER_RESULTS,
         GUIDANCE_SCALE,
     )
+
+
+def test_loras_are_scored_by_scale_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy_lora, "DIVERSITY_PROMPTS", 1)
+    base, out = ROOT / "data" / "toy" / "base", tmp_path / "lora.json"
+    unet = add_lora(StableDiffusion(str(base)).load_unet(), LoRA(rank=1))
+    move(unet, 0.1)
+    (tmp_path / "seed3").mkdir()
+    write_lora(tmp_path / "seed3", live_adapters(unet.state_dict(), None))
+    arguments = [
+        "lora",
+        "--student",
+        str(base),
+        "--lora",
+        f"mine={tmp_path}/seed{{seed}}",
+        "--seeds",
+        "3",
+        "--samples",
+        "4",
+    ]
+    main([*arguments, "--scales", "0", "1", "--out", str(out)])
+    first = json.loads(out.read_text())
+    assert list(first["rows"]) == ["plain", "mine, scale 0", "mine"]
+    plain, zero, styled = (first["rows"][row] for row in first["rows"])
+    assert [plain[key]["mean"] for key in toy_lora.SCORES] == [zero[key]["mean"] for key in toy_lora.SCORES]
+    assert plain["diversity"]["mean"] != styled["diversity"]["mean"]
+    first["runs"]["mine, seed 3"]["diversity"] = 77.0
+    out.write_text(json.dumps(first))
+    main([*arguments, "--out", str(out)])
+    assert (
+        json.loads(out.read_text())["rows"]["mine"]["diversity"]["mean"] == 77.0
+    )  # the same file is not measured again
 
 
 def test_sharpness_falls_with_the_original_size() -> None:
