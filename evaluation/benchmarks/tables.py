@@ -151,7 +151,7 @@ class SizeConditioningOptions(Measuring):
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions(Measuring):
-    """Scores style LoRAs of a one-step student of the toy world: style, caption accuracy, diversity."""
+    """Scores style LoRAs of a student of the toy world, or of its base: style, caption accuracy, diversity."""
 
     EXAMPLES: ClassVar[str] = f"""
     {PROGRAM} lora --student outputs/toy-distill/pipeline --lora score=outputs/toy-lora/seed{{seed}}/lora \\
@@ -159,13 +159,19 @@ class LoraOptions(Measuring):
     """
 
     student: str
-    """Pipeline folder of the student."""
+    """Pipeline folder of the student, or of the base."""
     lora: Annotated[tuple[str, ...], Option(metavar="NAME=FOLDER")]
     """LoRAs; {seed} in a folder stands for each seed."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the trainings."""
     scales: tuple[float, ...] = (1.0,)
     """Scales of the first LoRA; the others are measured at 1."""
+    steps: Count = 1
+    """Sampling steps; 1 is a one-step student's."""
+    guidance_scale: Guidance = 1.0
+    """Guidance of the sampler; 1 means none."""
+    diversity_prompts: Count = 50
+    """Prompts of the diversity, each with eight images."""
     style: str = "textured"
     """The style that is looked for."""
     classifier: Path = Path("data/toy/style")

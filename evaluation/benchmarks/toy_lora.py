@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.toy.training.style_classifier import STYLES, StyleClassifier
 from evaluation.benchmarks.score_files import read_scores, write_scores
-from evaluation.benchmarks.toy_scores import DIVERSITY_PROMPTS, SHEET_COLUMNS
+from evaluation.benchmarks.toy_scores import SHEET_COLUMNS
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages, load_pipeline
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
@@ -42,10 +42,13 @@ class LoraScorer:
         style: name of the style that is looked for.
         classifier: folder of the style classifier.
         batch_size: images at once.
+        diversity_prompts: prompts of the diversity.
     """
 
-    def __init__(self, protocol: Protocol, style: str, classifier: Path, batch_size: int) -> None:
-        self.protocol, self.batch_size = protocol, batch_size
+    def __init__(
+        self, protocol: Protocol, style: str, classifier: Path, batch_size: int, diversity_prompts: int
+    ) -> None:
+        self.protocol, self.batch_size, self.diversity_prompts = protocol, batch_size, diversity_prompts
         self.networks = ProtocolNetworks.load(protocol)
         self.classifier = StyleClassifier.from_pretrained(classifier)
         if style not in STYLES:
@@ -65,7 +68,7 @@ class LoraScorer:
         return {
             "style_accuracy": style.value,
             "caption_accuracy": accuracy.value,
-            "diversity": diversity(maker, prompts[:DIVERSITY_PROMPTS], self.networks.clip),
+            "diversity": diversity(maker, prompts[: self.diversity_prompts], self.networks.clip),
             "intervals": {
                 "style_accuracy": [style.low, style.high],
                 "caption_accuracy": [accuracy.low, accuracy.high],
@@ -77,11 +80,15 @@ class LoraScorer:
 def lora(options: LoraOptions) -> str:
     """Scores the plain student, and it with each LoRA at each scale; existing scores of the same files are kept."""
     protocol = get_protocol(options.protocol, samples=options.samples)
-    scorer = LoraScorer(protocol, options.style, options.classifier, options.batch_size)
+    judging = options.style, options.classifier, options.batch_size, options.diversity_prompts
+    scorer = LoraScorer(protocol, *judging)
     settings = {
         "student_sha256": hash_model(options.student),
         "style": options.style,
         "classifier_sha256": hash_weights(options.classifier),
+        "nfe": options.steps,
+        "guidance_scale": options.guidance_scale,
+        "diversity_prompts": options.diversity_prompts,
         "protocol": protocol.describe(),
     }
     stored = read_scores(options.out) if options.out.is_file() else {}
@@ -91,7 +98,7 @@ def lora(options: LoraOptions) -> str:
         digest = None if source is None else hash_lora(source)
         key = f"{name}, seed {seed}" if source else name
         if known.get(key, {}).get("lora_sha256", "") != digest:
-            pipeline = _pipeline(options.student, source, scale)
+            pipeline = _pipeline(options, source, scale)
             known[key] = {"row": name, "seed": seed, "lora_sha256": digest, **scorer(pipeline)}
             sys.stderr.write(f"{key}: {known[key]}\n")
         runs[key] = known[key]
@@ -120,13 +127,13 @@ def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:
     return found
 
 
-def _pipeline(student: str, source: str | None, scale: float) -> PipelineImages:
-    pipeline = load_pipeline(student).to("cpu", torch.float32)
+def _pipeline(options: LoraOptions, source: str | None, scale: float) -> PipelineImages:
+    pipeline = load_pipeline(options.student).to("cpu", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if source is not None:
         pipeline.load_lora_weights(str(lora_file(source).parent), adapter_name="style")
         pipeline.set_adapters(["style"], [scale])
-    return PipelineImages(pipeline, steps=1, guidance_scale=1.0, seed=0)
+    return PipelineImages(pipeline, steps=options.steps, guidance_scale=options.guidance_scale, seed=0)
 
 
 def _rows(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -154,7 +161,7 @@ def _sheet(options: LoraOptions, protocol: Protocol) -> Image.Image:
         run for run in _runs(options) if run[3] in (0, options.seeds[0])
     ]
     for name, source, scale, _ in seen:
-        images.setdefault(name.replace(", ", "\n"), _pipeline(options.student, source, scale)(prompts, ids))
+        images.setdefault(name.replace(", ", "\n"), _pipeline(options, source, scale)(prompts, ids))
     return sheet(images, prompts)
 
 

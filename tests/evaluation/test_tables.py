@@ -227,8 +227,7 @@ def test_the_default_teacher_is_that_of_run_reports() -> None:
     )
 
 
-def test_loras_are_scored_by_scale_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toy_lora, "DIVERSITY_PROMPTS", 1)
+def test_loras_are_scored_by_scale_and_kept(tmp_path: Path) -> None:
     base, out = ROOT / "data" / "toy" / "base", tmp_path / "lora.json"
     unet = add_lora(StableDiffusion(str(base)).load_unet(), LoRA(rank=1))
     move(unet, 0.1)
@@ -242,6 +241,8 @@ def test_loras_are_scored_by_scale_and_kept(tmp_path: Path, monkeypatch: pytest.
         f"mine={tmp_path}/seed{{seed}}",
         "--seeds",
         "3",
+        "--diversity_prompts",
+        "1",
         "--samples",
         "4",
     ]
