@@ -54,12 +54,13 @@ def test_classifier_checks_stated_attributes_and_their_binding() -> None:
 def test_the_style_classifier_is_right_on_real_and_reconstructed_images() -> None:
     classifier = StyleClassifier.from_pretrained(BASE / "style")
     autoencoder = AutoencoderKL.from_pretrained(BASE / "base" / "vae", torch_dtype=torch.float32).eval()
-    for number, style in enumerate(STYLES[:2]):
-        images = render_batch("val", 200, 0, [style])
+    textured = STYLES.index("textured")
+    for style, least, most in ((None, 0.0, 0.03), ("textured", 0.95, 1.0)):
+        images = render_batch("val", 200, 0, [style])  # type: ignore[list-item]
         with torch.no_grad():
             again = to_uint8(autoencoder.decode(encode(autoencoder, images)).sample)
         for shown in (images, again):
-            assert float((classifier.predict(shown) == number).float().mean()) > 0.97
+            assert least <= float((classifier.predict(shown) == textured).float().mean()) <= most
     with pytest.raises(FileNotFoundError, match="style_classifier.yaml"):
         StyleClassifier.from_pretrained(BASE / "none")
 
