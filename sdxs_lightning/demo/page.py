@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from PIL import Image
 
 from sdxs_lightning.core.errors import UserError
@@ -21,7 +22,44 @@ EXAMPLES = (
     "a small yellow square on a gray background",
 )
 """Of the toy world."""
-CANVAS_PX = 256
+PAPER_PX = 256
+MAX_DRAWING = 1_000_000
+"""Characters of a drawing that is sent."""
+PAPER = f"""
+<canvas id="sketch-paper" width="{PAPER_PX}" height="{PAPER_PX}" tabindex="0" aria-label="Paper to draw on"
+ style="width: 100%; max-width: {2 * PAPER_PX}px; background: white; border: 1px solid #999; touch-action: none;"></canvas>"""
+SCRIPT = """<script>
+(() => {
+  let last = null, waiting = false;
+  const paper = () => document.getElementById("sketch-paper");
+  const at = (event) => {
+    const box = paper().getBoundingClientRect();
+    return [(event.clientX - box.left) * paper().width / box.width, (event.clientY - box.top) * paper().height / box.height];
+  };
+  const send = () => {
+    waiting = false;
+    const field = document.querySelector("#sketch-data textarea, #sketch-data input");
+    field.value = paper().dataset.drawn ? paper().toDataURL("image/png") : "";
+    field.dispatchEvent(new Event("input", { bubbles: true }));
+  };
+  const soon = () => { if (!waiting) { waiting = true; setTimeout(send, 50); } };
+  document.addEventListener("pointerdown", (event) => { if (event.target === paper()) last = at(event); });
+  document.addEventListener("pointerup", () => { if (last) { last = null; soon(); } });
+  document.addEventListener("pointermove", (event) => {
+    if (!last) return;
+    const pen = paper().getContext("2d"), next = at(event);
+    pen.lineWidth = 10; pen.lineCap = "round"; pen.strokeStyle = "#000000";
+    pen.beginPath(); pen.moveTo(...last); pen.lineTo(...next); pen.stroke();
+    last = next; paper().dataset.drawn = "1"; soon();
+  });
+  window.clearPaper = () => {
+    paper().getContext("2d").clearRect(0, 0, paper().width, paper().height);
+    delete paper().dataset.drawn; soon();
+  };
+})();
+</script>"""
+"""A plain canvas: gradio's image editor needs WebGL, which takes seconds for a stroke where no GPU draws it. What is drawn goes
+into a hidden text field as data."""
 CSS = """
 .pictures { display: flex; flex-wrap: wrap; gap: 8px; min-height: 128px; }
 .pictures figure { margin: 0; flex: 1 1 128px; max-width: 384px; }
@@ -76,28 +114,23 @@ def _sketch_tab(studio: Studio) -> None:
         return
     with gr.Row():
         with gr.Column():
-            canvas = gr.ImageEditor(
-                type="numpy",
-                sources=(),
-                transforms=(),
-                layers=False,
-                brush=gr.Brush(default_size=10, colors=["#000000"], color_mode="fixed"),
-                canvas_size=(CANVAS_PX, CANVAS_PX),
-                fixed_canvas=True,
-                label="Draw here with the brush",
-                elem_id="sketch-canvas",
-            )
+            gr.HTML(PAPER, label="Draw here", elem_id="sketch-canvas")
+            drawing = gr.Textbox(visible="hidden", elem_id="sketch-data", label="drawing")
+            clear = gr.Button("Clear the paper", size="sm")
+            clear.click(None, None, None, js="() => { window.clearPaper(); }")
             prompt, seed = _prompt("sketch"), _seed()
             scale = gr.Slider(0, 2, value=1, step=0.05, label="Weight of the sketch", elem_id="sketch-scale")
         with gr.Column():
             pictures, status = _outputs("sketch")
 
-    def make(visitor: str, drawing: Any, prompt: str, seed: int, scale: float) -> Made | None:
-        if drawing is None or drawing.get("composite") is None:
+    def make(visitor: str, drawing: str, prompt: str, seed: int, scale: float) -> Made | None:
+        if not drawing:
             return studio.text(visitor, prompt, seed, 1)
-        return studio.sketch(visitor, prompt, seed, drawing["composite"], scale)
+        return studio.sketch(visitor, prompt, seed, drawn(drawing), scale)
 
-    _on_change([canvas, prompt, seed, scale], _handler(make, "sketch"), [pictures, status])
+    _on_change(
+        [drawing, prompt, seed, scale], _handler(make, "sketch", drawing_first=True), [pictures, status]
+    )
     _examples(prompt)
 
 
@@ -204,7 +237,7 @@ def _on_change(inputs: Sequence[Any], handler: _Handler, outputs: Sequence[Any])
         one.change(handler, list(inputs), list(outputs), **_LIVE)
 
 
-def _handler(make: Callable[..., Made | None], tab: str) -> _Handler:
+def _handler(make: Callable[..., Made | None], tab: str, drawing_first: bool = False) -> _Handler:
     """The event handler around a function of (visitor, inputs)."""
 
     def handle(request: gr.Request, *given: Any) -> tuple[Any, Any]:
@@ -216,10 +249,29 @@ def _handler(make: Callable[..., Made | None], tab: str) -> _Handler:
             return gr.skip(), gr.skip()
         count = len(made.images)
         rate = f"{1000 * made.seconds:.0f} ms, {count / made.seconds:.1f} images/s"
-        text = next((str(one) for one in given if isinstance(one, str) and one), "")
+        words = [one for one in given[drawing_first:] if isinstance(one, str)]
+        text = words[0] if words else ""
         return _pictures(made, text), _status(rate)
 
     return handle
+
+
+def drawn(data: str) -> Any:
+    """The pixels (H, W, 4), uint8, of a drawing that the page sent as data.
+
+    Raises:
+        UserError: for anything else.
+    """
+    head, _, body = data.partition(",")
+    try:
+        if head != "data:image/png;base64" or len(data) > MAX_DRAWING:
+            raise ValueError(head[:40])
+        with Image.open(io.BytesIO(base64.b64decode(body, validate=True)), formats=["PNG"]) as image:
+            if image.size != (PAPER_PX, PAPER_PX):
+                raise ValueError(f"{image.size}")
+            return np.asarray(image.convert("RGBA"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"this is no drawing of the page ({error}).") from error
 
 
 def _status(text: str) -> str:

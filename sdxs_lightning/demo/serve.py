@@ -53,7 +53,7 @@ def launch(options: DemoOptions) -> Any:
         raise UserError(
             "the demo needs gradio; install it with `uv sync --extra demo` or pip install sdxs-lightning[demo]."
         ) from error
-    from sdxs_lightning.demo.page import CSS, build, theme
+    from sdxs_lightning.demo.page import CSS, SCRIPT, build, theme
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
     app = build(studio(options))
@@ -71,6 +71,7 @@ def launch(options: DemoOptions) -> Any:
             footer_links=[],
             theme=theme(),
             css=CSS,
+            head=SCRIPT,
         )
     except OSError as error:
         raise UserError(
