@@ -186,9 +186,9 @@ def render(scene: Scene, rng: np.random.Generator, style: Style | None = None) -
         canvas = canvas + 0.3 * checks[..., None] * (canvas + 40)  # + 40: visible on black too
     for thing, centre, radius in _places(scene, rng):
         rotation = rng.uniform(-0.15, 0.15)
-        shadow = _mask(thing.shape, x, y, centre - 1.3 * light, radius, rotation)
+        shadow = shape_mask(thing.shape, x, y, centre - 1.3 * light, radius, rotation)
         canvas = np.where(shadow[..., None], canvas * 0.72, canvas)
-        body = _mask(thing.shape, x, y, centre, radius, rotation)
+        body = shape_mask(thing.shape, x, y, centre, radius, rotation)
         lit = 1 + 0.18 * ((x - centre[0]) * light[0] + (y - centre[1]) * light[1]) / radius
         colour = np.array(COLOURS[thing.colour], dtype=np.float32) * lit[..., None]
         canvas = np.where(body[..., None], colour, canvas)
@@ -236,7 +236,7 @@ def _places(scene: Scene, rng: np.random.Generator) -> list[tuple[Thing, NDArray
     return placed
 
 
-def _mask(
+def shape_mask(
     shape: str,
     x: NDArray[np.float32],
     y: NDArray[np.float32],

@@ -14,8 +14,8 @@ from evaluation.user_errors import as_user_errors
 if TYPE_CHECKING:
     from evaluation.benchmarks.tables import PairedOptions, SeedsOptions, ShowOptions
 
-REPORTED = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy")
-COMPARED = ("fid", "clip_score", "caption_accuracy", "diversity")
+REPORTED = ("shape_score", "clean_images", "fid", "clip_score", "caption_accuracy", "attribute_accuracy")
+COMPARED = ("shape_score", "clean_images", "fid", "clip_score", "caption_accuracy", "diversity")
 SHARED = ("base_sha256", "teacher_guidance_scale", "student_updates")
 """Keys, besides the protocol, in which reports of one setting must agree."""
 

@@ -102,6 +102,31 @@ class TeacherOptions(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QualityOptions(Measuring):
+    """Scores real images, a base in many and few steps, and one-step students, all with 95 % intervals.
+
+    Shape score, caption accuracy, and KID, precision and recall in the attribute classifier's features.
+    """
+
+    EXAMPLES: ClassVar[str] = f"""
+    {PROGRAM} quality --student late=outputs/quickstart/pipeline --out toy_quality.json
+    """
+
+    base: str = "data/toy/base"
+    """Diffusers folder."""
+    steps: Counts = (50, 8, 4, 2, 1)
+    """Numbers of sampler steps."""
+    student: Annotated[tuple[str, ...], Option(metavar="NAME=FOLDER")] = ()
+    """Pipeline folders, sampled in one step."""
+    samples: Annotated[int | None, Option(at_least=2)] = 2000
+    """Number of images, and of real ones to compare with."""
+    guidance_scale: Guidance = 1.5
+    """Guidance of the base's sampler; 1 means none."""
+    out: Path
+    """Score file to write or to extend."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderOptions:
     """Compares a tiny decoder with its base's own on latents of real images.
 
@@ -232,6 +257,7 @@ COMMANDS = tuple(
         ("recipes", "Recipes", "toy_scores"),
         ("unets", "UNets", "toy_scores"),
         ("teacher", "Teacher", "toy_scores"),
+        ("quality", "Quality", "quality"),
         ("decoder", "Decoder", "decoder_quality"),
         ("size_conditioning", "SizeConditioning", "size_conditioning"),
         ("lora", "Lora", "toy_lora"),

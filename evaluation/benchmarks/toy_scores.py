@@ -35,7 +35,16 @@ if TYPE_CHECKING:
     from evaluation.benchmarks.tables import Measuring, RecipesOptions, TeacherOptions, UNetsOptions
 
 DIVERSITY_PROMPTS, SHEET_COLUMNS = 50, 10
-SUMMARISED = ("fid", "clip_score", "caption_accuracy", "attribute_accuracy", "diversity", "cpu_seconds")
+SUMMARISED = (
+    "shape_score",
+    "clean_images",
+    "fid",
+    "clip_score",
+    "caption_accuracy",
+    "attribute_accuracy",
+    "diversity",
+    "cpu_seconds",
+)
 
 
 class Scorer:

@@ -18,6 +18,7 @@ from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import SampledMetric
+from evaluation.metrics.shape_score import ShapeScore, ToyRenderer
 from evaluation.networks.aesthetic import AestheticPredictor
 from evaluation.networks.clip_models import load_clip
 from evaluation.networks.frozen_clip import FrozenClip
@@ -46,7 +47,7 @@ class NetworkCache:
 
     Networks are named KIND:NAME, where KIND is `inception`, `inception_logits`, `dinov2`, `clip_image` (unnormalised features),
     `clip_unit` (L2-normalised features of images resized without keeping the aspect ratio), `clip_text`, `pickscore`, `hpsv2`,
-    `aesthetic` or `attributes`.
+    `aesthetic`, `attributes` or `renderer`.
     """
 
     weights: Mapping[str, str] = field(default_factory=dict)
@@ -97,6 +98,8 @@ class NetworkCache:
             return ClipScore(network)
         if name == "caption_accuracy":
             return CaptionAccuracy(network)
+        if name == "shape_score":
+            return ShapeScore()
         return PreferenceScore(network, scale=1.0 if name == "hpsv2" else None, name=name)
 
     def require_fit(
@@ -194,6 +197,10 @@ def _attributes(name: str, path: str | None) -> AttributeClassifier:
     return AttributeClassifier.from_pretrained(_place(name, path))
 
 
+def _renderer(name: str, path: str | None) -> ToyRenderer:
+    return ToyRenderer()
+
+
 def _place(name: str, path: str | None) -> Path:
     """Resolve a path: a protocol's relative to the repository, a user's relative to the working directory."""
     return Path(path) if path is not None else REPOSITORY / name
@@ -210,4 +217,5 @@ _LOADERS: dict[str, Callable[[str, str | None], Any]] = {
     "hpsv2": _clip,
     "aesthetic": _aesthetic,
     "attributes": _attributes,
+    "renderer": _renderer,
 }

@@ -24,7 +24,7 @@ FEATURE_SET_METRICS = ("kid", "precision_recall", "cmmd")
 REFERENCE_METRICS = (*FRECHET_METRICS, *FEATURE_SET_METRICS)
 """Metrics that need a reference."""
 
-CAPTION_METRICS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy")
+CAPTION_METRICS = ("clip_score", "pickscore", "hpsv2", "caption_accuracy", "shape_score")
 """Metrics that need captions."""
 
 METRIC_NAMES = (*REFERENCE_METRICS, *CAPTION_METRICS, "aesthetic", "inception_score", "diversity")

@@ -70,7 +70,7 @@ class Protocol:
         settings |= {
             "reference_origin": self.reference_origin(),
             "classifier_sha256": hash_weights(self.path(self.classifier)),
-            "version": 1,
+            "version": 2,  # 2: with the shape score
         }
         return _digest(json.dumps(settings, sort_keys=True).encode())[:12]
 

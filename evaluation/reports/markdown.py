@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 TITLES = {
@@ -106,6 +107,8 @@ def _percent(share: float) -> str:
 
 
 FORMATS: dict[str, Callable[[float], str]] = {
+    "shape_score": "{:.3f}".format,
+    "clean_images": _percent,
     "fid": "{:.2f}".format,
     "clip_score": "{:.1f}".format,
     "caption_accuracy": _percent,
@@ -158,6 +161,7 @@ def score_file_markdown(content: Mapping[str, Any]) -> str:
         ("pairs", _paired_markdown),
         ("fid_ratio", _report_markdown),
         ("psnr_db", _decoder_markdown),
+        ("ordered_by", _estimates_markdown),
         ("rows", _rows_markdown),
         ("toy", _teachers_markdown),
     )
@@ -210,6 +214,31 @@ def _rows_markdown(content: Mapping[str, Any]) -> str:
             relative = cost["mean"] / unit["mean"] if cost and unit else None
             rows[label] = {**scores, "relative_cost": relative}
     return score_table(rows)
+
+
+def _estimates_markdown(content: Mapping[str, Any]) -> str:
+    """Markdown of rows of estimates with intervals, and which neighbours these do not tell apart."""
+    rows, score = content["rows"], content["ordered_by"]
+    names = list(next(iter(rows.values()))["estimates"])
+    table = markdown_table(
+        ["", *(title(name) for name in names)],
+        [[label, *(_with_interval(row["estimates"][name]) for name in names)] for label, row in rows.items()],
+    )
+    ranked = sorted(rows, key=lambda label: -rows[label]["estimates"][score]["value"])
+    ends = {label: rows[label]["estimates"][score] for label in ranked}
+    overlapping = [
+        f"{better} / {worse}"
+        for better, worse in pairwise(ranked)
+        if ends[better]["low"] <= ends[worse]["high"]
+    ]
+    return (
+        f"{table}\nNeighbours whose {title(score)} intervals overlap: {', '.join(overlapping) or 'none'}.\n"
+    )
+
+
+def _with_interval(estimate: Mapping[str, float]) -> str:
+    value = f"{estimate['value']:.4f}"
+    return f"{value} ({estimate['low']:.4f} to {estimate['high']:.4f})" if "low" in estimate else value
 
 
 def _decoder_markdown(content: Mapping[str, Any]) -> str:

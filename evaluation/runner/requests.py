@@ -42,6 +42,7 @@ def as_image_protocol(protocol: Protocol) -> ImageProtocol:
             Measurement("fid", f"clip_image:{protocol.clip}"),
             Measurement("clip_score", f"clip_text:{protocol.clip}"),
             Measurement("caption_accuracy", f"attributes:{protocol.classifier}"),
+            Measurement("shape_score", "renderer:toy"),
         ),
         samples=protocol.samples,
         seed=protocol.seed,

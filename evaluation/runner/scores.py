@@ -14,6 +14,7 @@ from evaluation.images.generate import ImageMaker, RealImages, rank_batches
 from evaluation.metrics.caption_accuracy import CaptionAccuracy, Classifier
 from evaluation.metrics.clip_score import ClipScore
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
+from evaluation.metrics.shape_score import ShapeScore
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.protocols.protocols import Protocol
 
@@ -30,6 +31,10 @@ class Scores:
     """Share of images with all stated attributes correct, in [0, 1]."""
     attribute_accuracy: float
     """Share of stated attributes that are correct, in [0, 1]."""
+    shape_score: float
+    """Mean similarity of the objects with the renderer's masks of the stated shapes, in [0, 1]."""
+    clean_images: float
+    """Share of images with every object cleanly drawn, in [0, 1]."""
 
     def as_dict(self) -> dict[str, float]:
         """Dict for JSON and loggers."""
@@ -66,21 +71,25 @@ class ToyMetrics:
         self.fid = FrechetDistance(clip.image_features, clip.dimensions, networks.reference).to(device)
         self.clip_score = ClipScore(clip).to(device)
         self.caption_accuracy = CaptionAccuracy(networks.classifier).to(device)
+        self.shape_score = ShapeScore().to(device)
 
     def update(self, images_uint8: Tensor, captions: Sequence[str]) -> None:
         """Add images with their captions."""
         self.fid.update(images_uint8)
         self.clip_score.update(images_uint8, captions)
         self.caption_accuracy.update(images_uint8, captions)
+        self.shape_score.update(images_uint8, captions)
 
     def compute(self) -> Scores:
         """Scores over all ranks; collective."""
-        accuracy = self.caption_accuracy.compute()
+        accuracy, shapes = self.caption_accuracy.compute(), self.shape_score.compute()
         return Scores(
             fid=float(self.fid.compute()),
             clip_score=float(self.clip_score.compute()),
             caption_accuracy=float(accuracy["all"]),
             attribute_accuracy=float(accuracy["attributes"]),
+            shape_score=float(shapes["shape_score"]),
+            clean_images=float(shapes["clean_images"]),
         )
 
 

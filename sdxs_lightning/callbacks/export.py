@@ -38,6 +38,8 @@ class Export(Checkpoint):
         folder: output folder; None is `pipeline`, `unet` or `decoder` in the run's folder (`trainer.default_root_dir`).
         average: whether to export the averaged weights instead of the current ones.
         dtype: dtype of the exported weights.
+        fake_score: whether a distillation also writes its fake score, a U-Net folder `fake_score` beside the student's, from
+            which a later stage can go on (`weights` of a `FakeScore`).
         vae: for a pipeline, folder of a tiny autoencoder to decode with instead of the base's VAE; see `export_pipeline`.
     """
 
@@ -47,18 +49,20 @@ class Export(Checkpoint):
         average: bool = True,
         dtype: Literal["float16", "float32"] = "float16",
         vae: str | None = None,
+        fake_score: bool = False,
     ) -> None:
         self.folder = folder
         self.average = average
         self.dtype: torch.dtype = getattr(torch, dtype)
         self.vae = vae
+        self.fake_score = fake_score
         self.ranks = Ranks()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks that the stage can be exported.
 
         Raises:
-            UserError: for a stage without an export, or `vae` with a stage that exports no pipeline.
+            UserError: for a stage without an export, `vae` with a stage that exports no pipeline, or `fake_score` without one.
         """
         name = type(pl_module).__name__
         if not isinstance(pl_module, Exportable):
@@ -67,6 +71,10 @@ class Export(Checkpoint):
             raise UserError(
                 f"vae of the callback Export is '{self.vae}', but {name} exports a {pl_module.export_name}, which has no VAE; "
                 "set vae to null."
+            )
+        if self.fake_score and getattr(pl_module, "fake_score", None) is None:
+            raise UserError(
+                f"fake_score of the callback Export is true, and {name} has no fake score; set it to false."
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,7 +85,9 @@ class Export(Checkpoint):
         """
         assert isinstance(pl_module, Exportable)
         folder = Path(self.folder or Path(trainer.default_root_dir) / pl_module.export_name)
-        options = {} if self.vae is None else {"vae": self.vae}
+        options: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
+        if self.fake_score:
+            options["fake_score"] = folder.parent / "fake_score"
         problem = None
         try:
             pl_module.write_export(folder, average=self.average, dtype=self.dtype, **options)

@@ -27,6 +27,10 @@ class TimestepRange:
                 "`timesteps` of the objective."
             )
 
+    def contains(self, timesteps: Tensor) -> Tensor:
+        """Whether each timestep is in the range: bool, of the shape of timesteps."""
+        return (timesteps >= self.low) & (timesteps <= self.high)
+
     def draw(self, seed: int, stream: int, positions: Tensor) -> Tensor:
         """Draws one timestep per sample.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.noise_schedule import add_noise
-from sdxs_lightning.core.seeding import Stream, fingerprint_values, integers, normal
+from sdxs_lightning.core.seeding import Stream, fingerprint_values, normal
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.network import no_param_grad
 
@@ -79,40 +79,31 @@ def sample_in_steps(
 
 
 def simulated_sample(
-    denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timesteps: Sequence[int]
+    denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timesteps: Sequence[int], step: int
 ) -> Tensor:
-    """The student's prediction at one of its steps, drawn per sample; used in training.
+    """The student's prediction at one of its steps; used in training.
 
-    The steps before it run under no_grad, exactly as in `sample_in_steps`. All n - 1 of them run for every sample, whichever
-    step was drawn: skipping some would synchronise with the device, and ranks that share a sharded network have to call it
-    equally often. With one timestep this is `one_step`.
+    The steps before it run under no_grad, exactly as in `sample_in_steps`; the first step has none.
 
     Args:
         denoiser: the student's network.
-        noise: (B, C, h, w), N(0, 1); it also determines which step is drawn.
+        noise: (B, C, h, w), N(0, 1).
         conditioning: of B prompts.
         timesteps: one per step, decreasing.
+        step: index of the step, counted from 0; the same on all ranks, which call a sharded network equally often.
 
     Returns:
-        (B, C, h, w), float32, scaled latents, with the graph of the drawn step only.
+        (B, C, h, w), float32, scaled latents, with the graph of that step only.
 
-    Source: DMD2, arXiv:2405.14867, section 4.5. A departure: there one step is drawn per batch.
+    Source: DMD2, arXiv:2405.14867, section 4.5.
     """
-    if len(timesteps) == 1:
-        return one_step(denoiser, noise, conditioning, timesteps[0])
-    drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, len(timesteps))
-    chosen, chosen_timesteps = noise.float(), torch.full_like(drawn, timesteps[0])
+    noisy = noise
     # no_param_grad: under no_grad, autocast would cache graph-less casts of the weights and reuse them in the pass below.
     with torch.no_grad(), no_param_grad(denoiser):
-        noisy = noise
-        for step, timestep in enumerate(timesteps[1:], start=1):
-            latents = one_step(denoiser, noisy, conditioning, timesteps[step - 1])
-            noisy = _renoise(denoiser, latents, fresh_noise(noise, step), timestep)
-            here = drawn == step
-            chosen = torch.where(here.view(-1, 1, 1, 1), noisy, chosen)
-            chosen_timesteps = torch.where(here, timestep, chosen_timesteps)
-    pred_x0: Tensor = denoiser(chosen, chosen_timesteps, conditioning).pred_x0
-    return pred_x0
+        for index in range(step):
+            latents = one_step(denoiser, noisy, conditioning, timesteps[index])
+            noisy = _renoise(denoiser, latents, fresh_noise(noise, index + 1), timesteps[index + 1])
+    return one_step(denoiser, noisy, conditioning, timesteps[step])
 
 
 def check_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> None:

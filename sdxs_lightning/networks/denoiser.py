@@ -71,6 +71,15 @@ class Denoiser(nn.Module):
         output = self.guided_output(noisy_latents, timesteps, conditioning, guidance_scale)
         return self._interpret(output, noisy_latents, timesteps)
 
+    def unguided_pair(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> tuple[Prediction, Prediction]:
+        """The predictions with and without the prompt, both halves as one batch of 2B."""
+        twice = torch.cat([noisy_latents, noisy_latents]), torch.cat([timesteps, timesteps])
+        uncond, cond = self._call(self.unet, *twice, conditioning.doubled()).chunk(2)
+        known = noisy_latents, timesteps
+        return self._interpret(cond, *known), self._interpret(uncond, *known)
+
     def guided_output(
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
     ) -> Tensor:

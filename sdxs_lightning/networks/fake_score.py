@@ -28,9 +28,11 @@ class FakeScore(Network):
             smaller optimizer state; None trains all weights of a copy.
         gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
         compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
+        alignment: share of the way to the student's weights that the weights move after each student update (SenseFlow's
+            implicit distribution alignment, 1 - lambda there); needs a student of the base's architecture. 0 is DMD2.
 
     Raises:
-        ValueError: if both weights and lora are set.
+        ValueError: if both weights and lora are set; for an alignment outside [0, 1), or with lora.
     """
 
     denoiser: Denoiser
@@ -45,8 +47,16 @@ class FakeScore(Network):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
+        alignment: float = 0.0,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
+        if not 0 <= alignment < 1:
+            raise ValueError(f"fake_score.alignment must be in [0, 1), got {alignment}.")
+        if alignment and lora is not None:
+            raise ValueError(
+                f"fake_score.alignment is {alignment} and moves all weights, of which fake_score.lora trains none; set "
+                "alignment to 0, or lora to null."
+            )
         if weights is not None and lora is not None:
             raise ValueError(
                 f"fake_score.lora learns on the base's own weights, and fake_score.weights is '{weights}'; set one of them to "
@@ -54,6 +64,7 @@ class FakeScore(Network):
             )
         self._weights = weights
         self.lora = lora
+        self.alignment = alignment
         self._switches = gradient_checkpointing, compile_blocks
 
     def build(self, family: Family) -> None:
@@ -75,6 +86,25 @@ class FakeScore(Network):
             return None
         cast_base(self.denoiser.unet, dtype)
         return BaseView(self.denoiser)
+
+    def check_alignment(self, student: Network) -> None:
+        """Raises ValueError if the weights are to be aligned with those of a student of another architecture."""
+        own, other = ({n: p.shape for n, p in each.named_parameters()} for each in (self, student))
+        if self.alignment and own != other:
+            unlike = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+            raise ValueError(
+                f"fake_score.alignment is {self.alignment}, and {len(unlike)} tensors of the student differ from the fake "
+                f"score's, such as {unlike[0]}; set alignment to 0, or train a student of the base's architecture without lora."
+            )
+
+    @torch.no_grad()
+    def align(self, student: Network) -> None:
+        """Moves the weights towards the student's by the share `alignment`.
+
+        Source: SenseFlow, arXiv:2506.00523, section 3.1.
+        """
+        if self.alignment:
+            torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), self.alignment)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the noise prediction (B, C, h, w), float32."""

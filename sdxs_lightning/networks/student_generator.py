@@ -92,6 +92,6 @@ class StudentGenerator(Network):
         """Maps noise (B, C, h, w) to clean latents pred_x0 (B, C, h, w), float32, through all steps."""
         return sample_in_steps(self.denoiser, noise, conditioning, self.timesteps)
 
-    def simulate(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """The training counterpart of `forward`: each sample's prediction at a randomly drawn step (`simulated_sample`)."""
-        return simulated_sample(self.denoiser, noise, conditioning, self.timesteps)
+    def simulate(self, noise: Tensor, conditioning: Conditioning, step: int = 0) -> Tensor:
+        """The training counterpart of `forward`: the prediction at the step of this index (`simulated_sample`)."""
+        return simulated_sample(self.denoiser, noise, conditioning, self.timesteps, step)

@@ -37,8 +37,13 @@ class Denoising(ObjectiveSettings):
     timesteps: TimestepRange = TimestepRange(0, 999)
     """Timesteps to train on; all, as in DMD2."""
 
+    caption_dropout: float = 0.0
+    """Probability of training on the unconditional prompt, for `distribution_matching.fake_guidance_scale`; 0 is DMD2."""
+
     def __post_init__(self) -> None:
         check_weight("Denoising", weight=self.weight)
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"denoising.caption_dropout must be in [0, 1), got {self.caption_dropout}.")
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Weighted `denoising_loss`: (), float32."""

@@ -67,3 +67,28 @@ def score_stats(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> dict[str, 
         "relative_score_gap": gap / (distance + tiny),
         "fake_score_lag": (fake_error + tiny) / (real_error + tiny),
     }
+
+
+@torch.no_grad()
+def guidance_stats(real_x0: Tensor, cond_x0: Tensor, fake_x0: Tensor) -> dict[str, Tensor]:
+    """The two parts of the score difference: guidance (real_x0 - cond_x0) and matching (cond_x0 - fake_x0).
+
+    Args:
+        real_x0: (B, 4, h, w), float, the guided real score's estimate of the clean latents.
+        cond_x0: same shape, without guidance.
+        fake_x0: same shape, the fake score's.
+
+    Returns:
+        `guidance_share`, the norm of the first over the sum of both norms, and `guidance_cosine` between them, each
+        (), float32. Empty without guidance.
+
+    Source: Decoupled DMD, arXiv:2511.22677, which finds that the first drives few-step distillation.
+    """
+    if real_x0 is cond_x0:
+        return {}
+    guidance, matching = (real_x0 - cond_x0).float().flatten(), (cond_x0 - fake_x0).float().flatten()
+    one, other = guidance.norm(), matching.norm()
+    return {
+        "guidance_share": one / (one + other).clamp_min(1e-20),
+        "guidance_cosine": torch.dot(guidance, matching) / (one * other).clamp_min(1e-20),
+    }

@@ -10,13 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.guidance import guide, rescaled
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
-from sdxs_lightning.objectives.diagnostics import score_stats
+from sdxs_lightning.objectives.diagnostics import guidance_stats, score_stats
 from sdxs_lightning.objectives.f_divergence import FDivergence
-from sdxs_lightning.objectives.term import DistillationContext, LatentSample, Scalars, StudentTerm
+from sdxs_lightning.objectives.term import (
+    DistillationContext,
+    LatentSample,
+    NoisyLatents,
+    Scalars,
+    StudentTerm,
+)
 
 
 def distribution_matching_gradient(pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
@@ -80,6 +87,15 @@ class DistributionMatching(StudentTerm):
     """Guidance scale of the real score. DMD2: 1.75 for SD-1.5, chosen for FID (more looks better); 8 for SDXL."""
     timesteps: TimestepRange = TimestepRange(20, 980)
     """Timesteps at which the scores are compared; as in DMD2, without the two ends."""
+    guidance_rescale: float = 0.0
+    """Share, 0 to 1, by which the guided estimate is rescaled to the standard deviation of the unguided one, against
+    over-saturation at large scales (arXiv:2305.08891, eq. 15 and 16); 0 is DMD2."""
+    guidance_timesteps: TimestepRange | None = None
+    """Timesteps at which the real score is guided; at the others it is unguided (decoupled guidance, arXiv:2511.22677). null
+    guides at all, as DMD2 does."""
+    fake_guidance_scale: float = 1.0
+    """Guidance scale of the fake score, which then has to learn without prompts too, by `denoising.caption_dropout` (long and
+    short guidance, SiD-LSG, arXiv:2406.01561). 1 means none, as in DMD2."""
     f_divergence: FDivergence | None = None
     """Another divergence than the reverse KL, with the density ratio of a diffusion GAN's discriminator; null is DMD2."""
 
@@ -90,6 +106,19 @@ class DistributionMatching(StudentTerm):
         check_weight("DistributionMatching", weight=self.weight)
         scale = read_guidance_scale("distribution_matching.guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", scale)
+        fake_scale = read_guidance_scale(
+            "distribution_matching.fake_guidance_scale", self.fake_guidance_scale
+        )
+        object.__setattr__(self, "fake_guidance_scale", fake_scale)
+        if fake_scale != 1.0 and self.f_divergence is not None:
+            raise ValueError(
+                f"distribution_matching.fake_guidance_scale is {fake_scale}, but f_divergence reads the discriminator in an "
+                "unguided pass of the fake score; set fake_guidance_scale to 1, or f_divergence to null."
+            )
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"distribution_matching.guidance_rescale must be in [0, 1], got {self.guidance_rescale}."
+            )
 
     @property
     def needs_discriminator(self) -> bool:  # type: ignore[override]
@@ -103,8 +132,8 @@ class DistributionMatching(StudentTerm):
             )
             fake_logits = None
             if self.f_divergence is None:
-                fake_x0 = context.fake_score.predict(
-                    noisy.latents, noisy.timesteps, sample.conditioning
+                fake_x0 = context.fake_score.denoiser.guided(
+                    noisy.latents, noisy.timesteps, sample.conditioning, self.fake_guidance_scale
                 ).pred_x0
             else:  # the density ratio comes from the same noisy samples and the same pass
                 assert context.discriminator is not None
@@ -112,11 +141,28 @@ class DistributionMatching(StudentTerm):
                     noisy.latents, noisy.timesteps, sample.conditioning
                 )
                 fake_logits = context.discriminator(features)
-            real_x0 = context.real_score.guided(
-                noisy.latents, noisy.timesteps, sample.conditioning, self.guidance_scale
-            ).pred_x0
+            real_x0, cond_x0 = self._real_x0(noisy, sample, context)
         loss = self.loss(sample.latents, real_x0, fake_x0, fake_logits)
-        return loss, {"distribution_matching": loss, **score_stats(sample.latents, real_x0, fake_x0)}
+        stats = score_stats(sample.latents, real_x0, fake_x0) | guidance_stats(real_x0, cond_x0, fake_x0)
+        return loss, {"distribution_matching": loss, **stats}
+
+    def _real_x0(
+        self, noisy: NoisyLatents, sample: LatentSample, context: DistillationContext
+    ) -> tuple[Tensor, Tensor]:
+        """The real score's estimate of the clean latents with guidance and without."""
+        assert context.real_score is not None
+        known = noisy.latents, noisy.timesteps, sample.conditioning
+        if self.guidance_scale == 1.0:
+            cond_x0 = context.real_score(*known).pred_x0
+            return cond_x0, cond_x0
+        cond, uncond = context.real_score.unguided_pair(*known)
+        guided = guide(cond.pred_x0, uncond.pred_x0, self.guidance_scale)
+        if self.guidance_rescale:
+            guided = rescaled(guided, cond.pred_x0, self.guidance_rescale)
+        if self.guidance_timesteps is not None:
+            inside = self.guidance_timesteps.contains(noisy.timesteps).view(-1, 1, 1, 1)
+            guided = torch.where(inside, guided, cond.pred_x0)
+        return guided, cond.pred_x0
 
     def loss(
         self, pred_x0: Tensor, real_x0: Tensor, fake_x0: Tensor, fake_logits: Tensor | None = None

@@ -60,17 +60,28 @@ class LatentSample:
     images: Tensor | None = None
     """(B, 3, H, W), float32, in [-1, 1]: the batch's images, for terms with `needs_images`. If the sample comes from a pair,
     they belong to other prompts."""
+    use: int = 0
+    """How often the sample has been used for an update of the fake score; each use draws its own noise and timesteps."""
 
     def detach(self) -> LatentSample:
         """Returns the sample detached from the student's graph."""
         return replace(self, latents=self.latents.detach())
 
+    def used(self, times: int) -> LatentSample:
+        """Returns the sample for its use of this number, counted from 0."""
+        return replace(self, use=times)
+
+    @property
+    def drawing_seed(self) -> int:
+        """Seed of what is drawn for this use of the sample."""
+        return self.seed + (self.use << 40)  # no run's seed
+
     def renoise(
         self, schedule: NoiseSchedule, timesteps: TimestepRange, timestep_stream: Stream, noise_stream: Stream
     ) -> NoisyLatents:
         """Forward diffusion to a random timestep per sample; differentiable in `latents`."""
-        drawn = timesteps.draw(self.seed, timestep_stream, self.positions)
-        noise = normal(self.seed, noise_stream, self.positions, tuple(self.latents.shape[1:]))
+        drawn = timesteps.draw(self.drawing_seed, timestep_stream, self.positions)
+        noise = normal(self.drawing_seed, noise_stream, self.positions, tuple(self.latents.shape[1:]))
         return NoisyLatents(add_noise(self.latents, noise, drawn, schedule), drawn, noise)
 
 

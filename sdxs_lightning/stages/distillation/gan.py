@@ -35,6 +35,8 @@ class RealBatch(NamedTuple):
     """Encoded captions of the batch."""
     seed: int
     """Seed of the run."""
+    use: int = 0
+    """As in `LatentSample`."""
 
 
 class Gan(StudentTerm):
@@ -144,6 +146,7 @@ class DiffusionGan(Gan):
             conditioning=real.conditioning,
             positions=batch.positions,
             seed=real.seed,
+            use=real.use,
         )
 
 
@@ -176,4 +179,24 @@ def check_f_divergence(
         raise ValueError(
             f"distribution_matching.f_divergence reads the discriminator at timesteps {needed.low} to {needed.high}, and it "
             f"learns at {trained.low} to {trained.high} only; widen adversarial.timesteps."
+        )
+
+
+def check_caption_dropout(
+    denoising: Denoising,
+    distribution_matching: DistributionMatching | None,
+    adversarial: DiffusionAdversarial | None,
+) -> None:
+    """Raises ValueError unless the fake score learns without prompts exactly where that is used and does no harm."""
+    dropout = denoising.caption_dropout
+    guided = distribution_matching is not None and distribution_matching.fake_guidance_scale != 1.0
+    if guided and not dropout:
+        raise ValueError(
+            "distribution_matching.fake_guidance_scale guides the fake score, which learns no unconditional prompt: set "
+            "denoising.caption_dropout, such as to 0.1, or fake_guidance_scale to 1."
+        )
+    if dropout and adversarial is not None and adversarial.features == "fake_score":
+        raise ValueError(
+            f"denoising.caption_dropout is {dropout}, and the discriminator reads the denoising pass, where it would tell "
+            "samples from data by their missing prompts: set adversarial.features to real_score, or caption_dropout to 0."
         )

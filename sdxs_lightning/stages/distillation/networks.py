@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxs_lightning.core.frozen import Frozen
-from sdxs_lightning.export import export_pipeline, gathered_unet
+from sdxs_lightning.export import export_pipeline, gathered_unet, write_unet
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.discriminator import Discriminator
@@ -124,6 +124,7 @@ class DistillationNetworks(ManualOptimization):
         self.student.build(self.family)
         if self.fake_score is not None:
             self.fake_score.build(self.family)
+            self.fake_score.check_alignment(self.student)
         self.ema = StudentEma(self.student, self.ema_decay)
         if self._needs_real_score:
             self.real_score = Frozen(self._load_real_score()).to(dtype=self.real_score_dtype)
@@ -231,14 +232,25 @@ class DistillationNetworks(ManualOptimization):
             latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
         return self.family.decode(latents)
 
-    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
-        """Writes a diffusers pipeline folder; `export_pipeline` documents `vae`."""
+    def write_export(
+        self,
+        folder: Path,
+        average: bool,
+        dtype: torch.dtype,
+        vae: str | None = None,
+        fake_score: Path | None = None,
+    ) -> None:
+        """Writes a diffusers pipeline folder; `export_pipeline` documents `vae`. `fake_score` is a folder for its U-Net."""
         assert self.ema is not None
         source = self.ema if average else self.student
         with source.applied() if isinstance(source, StudentEma) else nullcontext():
             unet = gathered_unet(source.denoiser.unet, first_rank=self.global_rank == 0)
         if unet is not None:
             export_pipeline(unet, self.family, folder, dtype=dtype, vae=vae, timesteps=source.timesteps)
+        if fake_score is not None and self.fake_score is not None:
+            its_unet = gathered_unet(self.fake_score.denoiser.unet, first_rank=self.global_rank == 0)
+            if its_unet is not None:
+                write_unet(its_unet, fake_score, dtype)
 
     def plan_networks(self) -> list[PlannedNetwork]:
         networks = [

@@ -15,7 +15,7 @@ from torch import Tensor
 from sdxs_lightning.core.batch import Conditioning, TrainingBatch
 from sdxs_lightning.core.frozen import Dtype
 from sdxs_lightning.core.noise_schedule import target_of
-from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.core.seeding import Stream, integers, normal, uniform
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.fake_score import FakeScore
@@ -34,8 +34,10 @@ from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 from sdxs_lightning.objectives.term import LatentSample, StudentTerm, compare_gradients, term_gradients
 from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.data_sample import without_prompts
 from sdxs_lightning.stages.distillation.gan import (
     RealBatch,
+    check_caption_dropout,
     check_discriminator_timesteps,
     check_f_divergence,
 )
@@ -91,7 +93,8 @@ class OneStepDistillation(DistillationNetworks):
     Source: DMD2, arXiv:2405.14867, algorithm 1 and its released code; SDXS, arXiv:2403.16627, section 3.2, for the warm-up
         and the segmented mode. Departures: fake score and discriminator have one optimizer each; the discriminator's fake
         half is read from the denoising pass (noise and timesteps have the same distribution there, so one pass serves both);
-        the averaged student; the loss of a v-prediction base is in v.
+        the real half of the discriminator's batch has the captions of the fake half, where DMD2 reads data with prompts of its
+        own; the averaged student; the loss of a v-prediction base is in v.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class OneStepDistillation(DistillationNetworks):
     ) -> None:
         check_discriminator_timesteps(adversarial, denoising)
         check_f_divergence(distribution_matching, adversarial)
+        check_caption_dropout(denoising, distribution_matching, adversarial)
         gan = gan_of(discriminator, adversarial, pixel_adversarial, image_features)
         super().__init__(
             family=family,
@@ -139,6 +143,8 @@ class OneStepDistillation(DistillationNetworks):
             real_score_dtype=getattr(torch, real_score_dtype),
         )
         self.denoising = denoising
+        self._kept_samples: list[tuple[LatentSample, TrainingBatch]] = []
+        """The iteration's samples, if the fake score is updated on them more than once."""
 
     def training_step(self, batch: TrainingBatch, batch_idx: int) -> None:
         """One micro-batch: sample, update the student, then update fake score and discriminator."""
@@ -162,12 +168,21 @@ class OneStepDistillation(DistillationNetworks):
             return {}
         return self.terms.warmup if updates.warmup else self.terms.distillation
 
-    def _sample(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> LatentSample:
+    def _step_index(self) -> int:
+        """The step that a student of several steps trains in this iteration: the same for all ranks and micro-batches."""
+        steps = len(self.student.timesteps)
+        drawn = integers(self.seed, Stream.STEP_INDEX, torch.tensor([self.iterations]), 0, steps)
+        return int(drawn)  # on the CPU, so nothing waits for the device
+
+    def _sample(
+        self, batch: TrainingBatch, terms: Mapping[str, StudentTerm], step: int | None = None
+    ) -> LatentSample:
         """Generates with the student: from pairs' noise and prompts if a term needs them, else from the batch's prompts.
 
         Args:
             batch: the training batch.
             terms: the student's loss terms; without any, the sample has no graph.
+            step: index of the step of a student of several; None draws it.
 
         Raises:
             ValueError: if a term needs images and the batch has none.
@@ -180,7 +195,7 @@ class OneStepDistillation(DistillationNetworks):
                 f"{needing_images[0]} to null."
             )
         with torch.set_grad_enabled(bool(terms)):
-            latents = self.student.simulate(noise, conditioning)
+            latents = self.student.simulate(noise, conditioning, self._step_index() if step is None else step)
         data = None if batch.latents is None else self.family.scale_latents(batch.latents)
         self.note("student/", **latent_stats(latents, data))
         return LatentSample(
@@ -209,6 +224,8 @@ class OneStepDistillation(DistillationNetworks):
             self.student_updates += 1
             assert self.ema is not None
             self.ema.update(self.student)
+            if self.fake_score is not None:
+                self.fake_score.align(self.student)
 
     def _student_backward(self, sample: LatentSample, terms: Mapping[str, StudentTerm]) -> None:
         """Accumulates the student's gradients; fake score and discriminator accumulate none."""
@@ -224,23 +241,39 @@ class OneStepDistillation(DistillationNetworks):
     def _fake_score_and_discriminator_update(self, fake: LatentSample, batch: TrainingBatch) -> None:
         """Updates the fake score on its denoising loss, and the discriminator on its own."""
         self._fake_score_and_discriminator_backward(fake, batch)
-        if self.iteration_is_ending:
-            self.apply_update("fake_score")
-            if self.discriminator is not None:
-                self.apply_update("discriminator")
+        uses = self.update_schedule.fake_score_updates_per_sample
+        if uses > 1:
+            self._kept_samples.append((fake, batch))
+        if not self.iteration_is_ending:
+            return
+        self._step_fake_score_and_discriminator()
+        for use in range(1, uses):
+            for sample, its_batch in self._kept_samples:
+                self._fake_score_and_discriminator_backward(sample.used(use), its_batch)
+            self._step_fake_score_and_discriminator()
+        self._kept_samples.clear()
+
+    def _step_fake_score_and_discriminator(self) -> None:
+        self.apply_update("fake_score")
+        if self.discriminator is not None:
+            self.apply_update("discriminator")
 
     def _fake_score_and_discriminator_backward(self, fake: LatentSample, batch: TrainingBatch) -> None:
         """Accumulates the gradients of fake score and discriminator."""
         assert self.fake_score is not None  # checked in setup.py
         schedule, prediction_type = self.family.schedule, self.family.prediction_type
         noisy = fake.renoise(schedule, self.denoising.timesteps, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
+        conditioning = fake.conditioning
+        if self.denoising.caption_dropout:
+            drawn = uniform(fake.drawing_seed, Stream.DROPOUT, fake.positions)
+            conditioning = without_prompts(conditioning, drawn < self.denoising.caption_dropout)
         fake_features = None
         if self.gan is not None and self.gan.reads_denoising_pass:
             prediction, fake_features = self.fake_score.predict_with_features(
-                noisy.latents, noisy.timesteps, fake.conditioning
+                noisy.latents, noisy.timesteps, conditioning
             )
         else:
-            prediction = self.fake_score.predict(noisy.latents, noisy.timesteps, fake.conditioning)
+            prediction = self.fake_score.predict(noisy.latents, noisy.timesteps, conditioning)
         target = target_of(prediction_type, fake.latents, noisy.noise, noisy.timesteps, schedule)
         loss = self.denoising.loss(prediction.output, target)
         self.note("fake_score/", loss=loss)
@@ -254,7 +287,7 @@ class OneStepDistillation(DistillationNetworks):
     def _real_batch(self, batch: TrainingBatch, fake: LatentSample) -> RealBatch:
         """The batch with its encoded prompts, which equal the sample's unless that was made from a pair."""
         own = fake.conditioning if fake.target is None else self.family.encode_prompts(batch.captions)
-        return RealBatch(batch, own, self.seed)
+        return RealBatch(batch, own, self.seed, fake.use)
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
         """An iteration that updates every network, after the warm-up if the run goes on."""
@@ -263,7 +296,7 @@ class OneStepDistillation(DistillationNetworks):
             if self.pairs.plan(real_score):
                 yield PlannedPhase("making the pairs", ())
         terms = self.terms.distillation if self.update_schedule.distils else self.terms.warmup
-        sample = self._sample(batch, terms)
+        sample = self._sample(batch, terms, len(self.student.timesteps) - 1)
         self._student_backward(sample, terms)
         yield PlannedPhase("student's iteration", ("student",))
         if self.update_schedule.distils:

@@ -21,13 +21,17 @@ class Updates(NamedTuple):
 class UpdateSchedule:
     """Warm-up; then fake score and discriminator only; then these on every iteration, and the student on every r-th.
 
-    An iteration is `accumulate_grad_batches` micro-batches.
+    An iteration is `accumulate_grad_batches` micro-batches. With `fake_score_updates_per_sample` k it updates fake score and
+    discriminator k times, and the student on every r/k-th.
     """
 
     max_student_updates: int
     """Number of student updates, including the warm-up's, after which the run ends."""
     fake_score_updates_per_student_update: int = 5
     """The ratio r: 10 for SD-1.5 and 5 for SDXL in DMD2."""
+    fake_score_updates_per_sample: int = 1
+    """Updates of fake score and discriminator on one batch of the student's samples, each with its own noise and timesteps;
+    divides the ratio. The student does not change between them, so its pass, and the prompts', are saved."""
     warmup_updates: int = 0
     """Student updates on the warm-up's terms, usually on the target sampler's pairs; no other network is updated."""
     fake_score_only_iterations: int = 0
@@ -42,6 +46,12 @@ class UpdateSchedule:
             raise ValueError(
                 f"update_schedule.fake_score_updates_per_student_update must be 1 or more, got "
                 f"{self.fake_score_updates_per_student_update}."
+            )
+        uses = self.fake_score_updates_per_sample
+        if uses < 1 or self.fake_score_updates_per_student_update % uses:
+            raise ValueError(
+                f"update_schedule.fake_score_updates_per_sample must divide fake_score_updates_per_student_update "
+                f"({self.fake_score_updates_per_student_update}), got {uses}."
             )
         if self.max_student_updates < max(1, self.warmup_updates):
             raise ValueError(
@@ -67,6 +77,5 @@ class UpdateSchedule:
         index -= self.fake_score_only_iterations
         if index < 0:
             return Updates(student=False, fake_score=True, warmup=False)
-        return Updates(
-            student=index % self.fake_score_updates_per_student_update == 0, fake_score=True, warmup=False
-        )
+        every = self.fake_score_updates_per_student_update // self.fake_score_updates_per_sample
+        return Updates(student=index % every == 0, fake_score=True, warmup=False)

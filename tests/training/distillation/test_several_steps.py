@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sdxs_lightning.callbacks.export import Export
-from sdxs_lightning.core.seeding import Stream, fingerprint_values, integers, normal
+from sdxs_lightning.core.seeding import Stream, integers, normal
 from sdxs_lightning.memory_plan.hardware import read_hardware
 from sdxs_lightning.memory_plan.planner import Planner
 from sdxs_lightning.networks.backward_simulation import sample_in_steps
@@ -25,11 +25,33 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 STEPS = [999, 499]
 
 
+def drawn(seed: int, iteration: int) -> int:
+    """Index of the step that an iteration trains."""
+    return int(integers(seed, Stream.STEP_INDEX, torch.tensor([iteration]), 0, len(STEPS)))
+
+
+def test_the_step_is_drawn_once_an_iteration(base: Base, shards: Path) -> None:
+    """1.5 passes on average for two steps, the same step for both micro-batches, by seed and iteration alone."""
+    module = built(
+        distillation(
+            base("sd-epsilon"), student=StudentGenerator(SGD, timesteps=STEPS), accumulate_grad_batches=2
+        )
+    )
+    calls: list[int] = []
+    module.student.denoiser.unet.register_forward_pre_hook(lambda m, inputs: calls.append(int(inputs[1][0])))
+    fit(module, shards, batches=12, batch_size=2)
+    assert module.iterations == 6
+    expected = [STEPS[: drawn(0, iteration) + 1] for iteration in range(6) for _ in range(2)]
+    assert calls == [timestep for steps in expected for timestep in steps]
+    assert {len(steps) for steps in expected} == {1, 2}
+
+
 @pytest.mark.parametrize("kind", ["sd-v_prediction", "sdxl-epsilon"])
-def test_every_network_learns_from_samples_of_all_steps(
+def test_every_network_learns_from_samples_of_a_later_step(
     base: Base, shards: Path, kind: str, tmp_path: Path
 ) -> None:
-    module = built(distillation(base(kind), student=StudentGenerator(SGD, timesteps=STEPS)))
+    seed = next(seed for seed in range(9) if drawn(seed, 0) == 1)
+    module = built(distillation(base(kind), student=StudentGenerator(SGD, timesteps=STEPS), seed=seed))
     before = weights(module)
     calls: list[tuple[bool, list[int]]] = []
     module.student.denoiser.unet.register_forward_pre_hook(
@@ -39,11 +61,9 @@ def test_every_network_learns_from_samples_of_all_steps(
     trainer = fit(module, shards, batches=1, batch_size=8)
     export.on_train_end(trainer, module)
     for role in ("student", "ema", "fake_score", "discriminator"):
-        assert moved(before, module, role) == pytest.approx(1.0, abs=0.01)
-    noise = normal(0, Stream.STUDENT_NOISE, torch.arange(8), LATENT_SHAPE)
-    drawn = integers(0, Stream.STEP_INDEX, fingerprint_values(noise), 0, 2)
-    assert calls == [(False, [999] * 8), (True, [STEPS[step] for step in drawn.tolist()])]
-    assert set(drawn.tolist()) == {0, 1}
+        assert moved(before, module, role) > 0.94  # a bias may have a gradient below rounding
+    noise = normal(seed, Stream.STUDENT_NOISE, torch.arange(8), LATENT_SHAPE)
+    assert calls == [(False, [999] * 8), (True, [499] * 8)]
 
     captions = tiny_batch(2).captions
     conditioning = module.family.encode_prompts(captions)

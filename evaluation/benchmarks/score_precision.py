@@ -1,0 +1,144 @@
+"""Error of the score difference in bfloat16, by timestep: `python -m evaluation.benchmarks.score_precision`.
+
+The gradient of distribution matching is a difference of two estimates that approach each other as the student improves, so
+rounding of either may swamp it. DMD2 runs the real score in bfloat16, and fake score and text encoders in float32.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from sdxs_lightning.command_line import Option, run_command
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sdxs_lightning.core.batch import Conditioning
+    from sdxs_lightning.networks.denoiser import Denoiser
+
+PROGRAM = "python -m evaluation.benchmarks.score_precision"
+TIMESTEPS = (20, 100, 250, 400, 550, 700, 850, 980)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorePrecisionOptions:
+    """Compares the score difference in bfloat16 with that in float32, on the samples of a student.
+
+    Errors are relative to the norm of the float32 difference over the batch.
+    """
+
+    EXAMPLES: ClassVar[str] = (
+        f"{PROGRAM} --student outputs/toy-distill/pipeline --fake_score outputs/toy-distill/fake_score --out precision.json"
+    )
+
+    base: str = "data/toy/base"
+    """Diffusers folder: the real score."""
+    student: str
+    """Pipeline or U-Net folder of a one-step student."""
+    fake_score: str
+    """U-Net folder of its fake score (`fake_score: true` of the callback Export)."""
+    conditioning_timestep: Annotated[int, Option(at_least=0)] = 699
+    """Timestep of the student."""
+    guidance_scale: float = 1.5
+    """Guidance of the real score."""
+    samples: Annotated[int, Option(at_least=2)] = 128
+    """Prompts, of the toy world's val split."""
+    out: Path | None = None
+    """JSON file to write."""
+
+
+VARIANTS: Mapping[str, tuple[bool, bool, bool]] = {
+    "real score in bf16 (DMD2)": (True, False, False),
+    "real and fake score in bf16": (True, True, False),
+    "real score, fake score and prompts in bf16": (True, True, True),
+}
+"""By name: whether real score, fake score and text encoders are bfloat16."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point."""
+    run_command(PROGRAM, ScorePrecisionOptions, run, arguments)
+
+
+def run(options: ScorePrecisionOptions) -> str:
+    """Measures, and returns the table."""
+    from evaluation.reports.markdown import markdown_table
+
+    rows = measure(options)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        settings = {"guidance_scale": options.guidance_scale, "samples": options.samples}
+        options.out.write_text(json.dumps({"relative_error": rows, **settings}, indent=2) + "\n")
+    cells = [[name, *(f"{row[str(t)]:.2%}" for t in TIMESTEPS)] for name, row in rows.items()]
+    return markdown_table(["timestep", *map(str, TIMESTEPS)], cells)
+
+
+def measure(options: ScorePrecisionOptions) -> dict[str, dict[str, float]]:
+    """Relative error of the score difference by variant and timestep."""
+    import torch
+
+    from data.toy.world import captions
+    from sdxs_lightning.core.noise_schedule import add_noise
+    from sdxs_lightning.core.seeding import Stream, normal
+    from sdxs_lightning.families.detect import detect_family
+    from sdxs_lightning.networks.backward_simulation import one_step
+    from sdxs_lightning.networks.denoiser import Denoiser
+
+    family = detect_family(options.base)
+
+    def denoiser(folder: str | None) -> Denoiser:
+        unet = family.load_unet(folder).eval().requires_grad_(False)
+        return Denoiser(unet, family.schedule, family.prediction_type)
+
+    real, fake, student = denoiser(None), denoiser(options.fake_score), denoiser(options.student)
+    prompts, positions = captions("val", options.samples), torch.arange(options.samples)
+    exact = family.encode_prompts(prompts)
+    rounded = exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)
+    with torch.no_grad():
+        noise = normal(0, Stream.STUDENT_NOISE, positions, family.latent_shape())
+        latents = one_step(student, noise, exact, options.conditioning_timestep)
+        again = normal(0, Stream.SCORE_NOISE, positions, family.latent_shape())
+        found: dict[str, dict[str, float]] = {name: {} for name in VARIANTS}
+        for timestep in TIMESTEPS:
+            timesteps = torch.full_like(positions, timestep)
+            noisy = add_noise(latents, again, timesteps, family.schedule)
+            call = noisy, timesteps, options.guidance_scale
+            reference = _difference(real, fake, exact, *call)
+            for name, (real_bf16, fake_bf16, prompts_bf16) in VARIANTS.items():
+                conditioning = rounded if prompts_bf16 else exact
+                difference = _difference(real, fake, conditioning, *call, real_bf16, fake_bf16)
+                found[name][str(timestep)] = float((difference - reference).norm() / reference.norm())
+    return found
+
+
+def _difference(
+    real: Denoiser,
+    fake: Denoiser,
+    conditioning: Conditioning,
+    noisy: Tensor,
+    timesteps: Tensor,
+    guidance_scale: float,
+    real_bf16: bool = False,
+    fake_bf16: bool = False,
+) -> Tensor:
+    """fake_x0 - real_x0, (B, 4, h, w), float32, each network in float32 or under bfloat16 autocast."""
+    with _precision(fake_bf16):
+        fake_x0: Tensor = fake(noisy, timesteps, conditioning).pred_x0
+    with _precision(real_bf16):
+        real_x0: Tensor = real.guided(noisy, timesteps, conditioning, guidance_scale).pred_x0
+    return fake_x0 - real_x0
+
+
+def _precision(bf16: bool) -> Any:
+    import torch
+
+    return torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Applies each mutation to a copy of the repository, and requires that its test fails: `python -m tests.mutations`.
+
+    python -m tests.mutations                       # all; minutes
+    python -m tests.mutations --only "ratio off by one"
+    python -m tests.mutations --out mutations.json
+
+Exit code 1 if a mutation survives, or if a test fails without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.mutations.catalogue import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSED, FAILED = 0, 1
+"""Exit codes of pytest: all passed, some failed. Others are errors of usage or collection."""
+
+
+def copy_repository(folder: Path) -> None:
+    """The tracked and new files; large ones as links."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        source, target = ROOT / name, folder / name
+        if not source.is_file():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.suffix == ".py":
+            shutil.copyfile(source, target)
+        else:
+            target.symlink_to(source)
+
+
+def run_tests(folder: Path, tests: Sequence[str]) -> int:
+    """Exit code of pytest in the copy."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n0", "-p", "no:cacheprovider", *tests]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
+
+
+def caught(mutation: Mutation, folder: Path) -> bool:
+    """Whether the test fails under a mutation; the file is restored.
+
+    Raises:
+        ValueError: unless the right text occurs once.
+    """
+    file = folder / mutation.file
+    source = file.read_text()
+    if source.count(mutation.right) != 1:
+        raise ValueError(
+            f"{mutation.name}: {mutation.file} has its line {source.count(mutation.right)} times, not once; update "
+            "tests/mutations/catalogue.py."
+        )
+    file.write_text(source.replace(mutation.right, mutation.wrong))
+    try:
+        return run_tests(folder, [mutation.test]) == FAILED
+    finally:
+        file.write_text(source)
+
+
+def main() -> int:
+    """Runs the mutations; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", metavar="NAME", action="append", help="a mutation of the catalogue; may be repeated"
+    )
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    chosen = [one for one in MUTATIONS if options.only is None or one.name in options.only]
+    if not chosen:
+        parser.error(f"no mutation is named {', '.join(options.only)}; see tests/mutations/catalogue.py")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        copy_repository(folder)
+        tests = sorted({one.test for one in chosen})
+        if run_tests(folder, tests) != PASSED:
+            sys.stderr.write("the tests fail without any mutation:\n" + "\n".join(tests) + "\n")
+            return 1
+        rows = []
+        for one in chosen:
+            started = time.monotonic()
+            found = caught(one, folder)
+            rows.append({"name": one.name, "file": one.file, "test": one.test, "caught": found})
+            print(
+                f"{'caught  ' if found else 'SURVIVED'}  {time.monotonic() - started:3.0f} s  {one.name}",
+                flush=True,
+            )
+    survived = [row["name"] for row in rows if not row["caught"]]
+    print(f"{len(rows) - len(survived)} of {len(rows)} mutations are caught")
+    if options.out is not None:
+        options.out.write_text(
+            json.dumps({"caught": len(rows) - len(survived), "mutations": rows}, indent=2) + "\n"
+        )
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""The mutations: one wrong line each, with the test that has to notice it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CORE, NETWORKS, OBJECTIVES = "sdxs_lightning/core", "sdxs_lightning/networks", "sdxs_lightning/objectives"
+DISTILLATION, TRAINING = "sdxs_lightning/stages/distillation", "sdxs_lightning/training"
+STEP_BY_HAND = (
+    "tests/training/distillation/test_training_step.py::test_an_iteration_equals_the_same_step_in_plain_torch"
+)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A wrong line."""
+
+    name: str
+    file: str
+    right: str
+    """Text of the file, found exactly once."""
+    wrong: str
+    """What replaces it."""
+    test: str
+    """Test that must fail: a node of pytest, as short as possible."""
+
+
+MUTATIONS = (
+    Mutation(
+        "sign of the score difference",
+        f"{OBJECTIVES}/distribution_matching.py",
+        "gradient = (fake_x0.float() - real_x0) / distance",
+        "gradient = (real_x0 - fake_x0.float()) / distance",
+        "tests/objectives/test_objectives.py::test_a_step_against_the_gradient_moves_from_fake_to_real",
+    ),
+    Mutation(
+        "alphas off by one",
+        f"{CORE}/noise_schedule.py",
+        "return self._at(self.alpha, timesteps)",
+        "return self._at(self.alpha, (timesteps - 1).clamp_min(0))",
+        "tests/parity/test_noise_schedule_parity.py::test_add_noise_and_velocity_equal_ddpm",
+    ),
+    Mutation(
+        "missing detach in the distribution matching loss",
+        f"{OBJECTIVES}/distribution_matching.py",
+        "target = (pred_x0 - gradient.float()).detach()",
+        "target = pred_x0 - gradient.float()",
+        "tests/parity/test_objectives_parity.py::test_distribution_matching",
+    ),
+    Mutation(
+        "guidance on the wrong branch",
+        f"{CORE}/guidance.py",
+        "return cond + (guidance_scale - 1.0) * (cond - uncond)",
+        "return uncond + (guidance_scale - 1.0) * (uncond - cond)",
+        "tests/core/test_small_pure_parts.py::test_guidance",
+    ),
+    Mutation(
+        "unconditional half from the wrong prompt",
+        f"{CORE}/batch.py",
+        "            prompt_embeds=self.negative_prompt_embeds,\n            pooled",
+        "            prompt_embeds=self.prompt_embeds.roll(1, 0),\n            pooled",
+        "tests/core/test_batch.py::test_doubled_is_the_unconditional_half_then_the_conditional",
+    ),
+    Mutation(
+        "average not updated",
+        f"{DISTILLATION}/step.py",
+        "            self.ema.update(self.student)\n",
+        "",
+        "tests/training/distillation/test_training_step.py::test_average_follows_student_updates_only",
+    ),
+    Mutation(
+        "last timestep of a range never drawn",
+        f"{CORE}/timesteps.py",
+        "return integers(seed, stream, positions, self.low, self.high + 1)",
+        "return integers(seed, stream, positions, self.low, self.high)",
+        "tests/core/test_small_pure_parts.py::test_a_range_draws_both_ends_and_nothing_else",
+    ),
+    Mutation(
+        "GAN labels flipped",
+        f"{OBJECTIVES}/adversarial.py",
+        "return softplus(fake_logits.float()).mean() + softplus(-real_logits.float()).mean()",
+        "return softplus(-fake_logits.float()).mean() + softplus(real_logits.float()).mean()",
+        "tests/objectives/test_objectives.py::test_the_gan_at_indifference_and_its_directions",
+    ),
+    Mutation(
+        "time ids swapped",
+        "sdxs_lightning/families/sdxl.py",
+        "return torch.cat([original, corner, target], dim=1)",
+        "return torch.cat([corner, original, target], dim=1)",
+        "tests/parity/test_families_parity.py::test_sdxl_time_ids_are_those_of_the_samples_own_size_and_crop",
+    ),
+    Mutation(
+        "epsilon as the target of a v-prediction base",
+        f"{CORE}/noise_schedule.py",
+        "return schedule.alpha_t(timesteps) * noise.float() - schedule.sigma_t(timesteps) * latents.float()",
+        "return noise.float()",
+        "tests/core/test_noise_schedule.py::test_the_target_decodes_to_the_latents_and_the_noise",
+    ),
+    Mutation(
+        "clipping before averaging over ranks",
+        f"{TRAINING}/manual_optimization.py",
+        "        optimizer, network = self._optimizer_of(role), self.networks[role]\n",
+        "        optimizer, network = self._optimizer_of(role), self.networks[role]\n"
+        "        clip_gradients(network.parameters(), self.gradient_clip_norm)\n",
+        "tests/training/distillation/test_distributed.py::test_same_weights_as_one_process",
+    ),
+    Mutation(
+        "optimizer of the wrong network",
+        f"{TRAINING}/manual_optimization.py",
+        "return optimizers[list(self.networks).index(role)]",
+        "return optimizers[0]",
+        STEP_BY_HAND,
+    ),
+    Mutation(
+        "ratio off by one",
+        f"{DISTILLATION}/update_schedule.py",
+        "student=index % every == 0",
+        "student=index % (every + 1) == 0",
+        "tests/training/distillation/test_training_step.py::test_run_ends_after_the_last_student_update",
+    ),
+    Mutation(
+        "student trained by the discriminator's loss",
+        f"{DISTILLATION}/step.py",
+        "self._fake_score_and_discriminator_update(sample.detach(), batch)",
+        "self._fake_score_and_discriminator_update(sample, batch)",
+        "tests/training/distillation/test_training_step.py::test_which_networks_move",
+    ),
+    Mutation(
+        "features of the fake half without graph",
+        f"{DISTILLATION}/gan.py",
+        "self.discriminator(torch.cat([fake_features, real_features]))",
+        "self.discriminator(torch.cat([fake_features.detach(), real_features]))",
+        STEP_BY_HAND,
+    ),
+    Mutation(
+        "GAN weight ignored",
+        f"{OBJECTIVES}/adversarial.py",
+        "return self.student_weight * generator_loss(fake_logits)",
+        "return generator_loss(fake_logits)",
+        "tests/objectives/test_objectives.py::test_weights_multiply",
+    ),
+    Mutation(
+        "accumulated gradients summed",
+        f"{TRAINING}/manual_optimization.py",
+        "self.manual_backward(loss / self.accumulate_grad_batches)",
+        "self.manual_backward(loss)",
+        "tests/training/distillation/test_training_step.py::test_two_micro_batches_are_one_batch_of_twice_the_size",
+    ),
+    Mutation(
+        "one seed for all streams",
+        f"{CORE}/seeding.py",
+        "_GOLDEN * (int(stream) + 1)",
+        "_GOLDEN",
+        "tests/core/test_seeding.py::test_streams_seeds_positions_and_elements_are_independent",
+    ),
+    Mutation(
+        "guidance applied twice",
+        f"{OBJECTIVES}/distribution_matching.py",
+        "guided = guide(cond.pred_x0, uncond.pred_x0, self.guidance_scale)",
+        "guided = guide(guide(cond.pred_x0, uncond.pred_x0, self.guidance_scale), uncond.pred_x0, self.guidance_scale)",
+        STEP_BY_HAND,
+    ),
+    Mutation(
+        "x_0 from another timestep",
+        f"{NETWORKS}/denoiser.py",
+        "known = noisy_latents, timesteps, self.schedule, self.prediction_type",
+        "known = noisy_latents, timesteps // 2, self.schedule, self.prediction_type",
+        STEP_BY_HAND,
+    ),
+    Mutation(
+        "a sample used again at the same noise",
+        f"{OBJECTIVES}/term.py",
+        "return self.seed + (self.use << 40)",
+        "return self.seed",
+        "tests/training/distillation/test_cheaper_updates.py::test_a_sample_used_twice_draws_new_noise_and_timesteps",
+    ),
+    Mutation(
+        "alignment in the wrong direction",
+        f"{NETWORKS}/fake_score.py",
+        "torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), self.alignment)",
+        "torch._foreach_lerp_(list(student.parameters()), list(self.parameters()), self.alignment)",
+        "tests/training/distillation/test_cheaper_updates.py::test_alignment_moves_the_fake_score_by_its_share_after_a_student_update",
+    ),
+)
+"""Twenty of the distillation's classical mistakes, and two of its own settings."""
