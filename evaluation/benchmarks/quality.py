@@ -122,7 +122,7 @@ class Measurer:
         metrics: list[SampledMetric] = [
             ShapeScore(),
             CaptionAccuracy(self.classifier),
-            KernelDistance(self.features, real, subsets=50, subset_size=subset),
+            KernelDistance(self.features, real, subsets=20, subset_size=subset),
             PrecisionRecall(self.features, real),
         ]
         for numbers in torch.arange(len(prompts)).split(self.batch_size):

@@ -40,17 +40,43 @@ def _finish_of(row: str) -> Recipe:
 
 
 PRUNED = "outputs/toy-miniaturise/unet"
+_NO_GAN = (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")
+_RATIO = f"{MODEL}update_schedule.fake_score_updates_per_student_update"
+_ALIGNED = (
+    *_NO_GAN,
+    f"{_RATIO}=1",
+    f"{MODEL}fake_score.init_args.alignment=0.05",
+    f"{MODEL}student.init_args.optimizer.init_args.lr=1.0e-4",
+    f"{MODEL}update_schedule.fake_score_only_iterations=10",
+    f"{MODEL}update_schedule.max_student_updates=330",  # the time of 120 at ratio 5
+)
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 RECIPES: dict[str, Recipe] = {
     "regression": Recipe(WARMUP, flags=_NO_FEATURES),
     "warmup": Recipe(WARMUP),
     "segmented": Recipe(SEGMENTED, "warmup"),
-    "dmd2_no_gan": Recipe((DISTILL,), "warmup", (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")),
+    "dmd2_no_gan": Recipe((DISTILL,), "warmup", _NO_GAN),
     "dmd2": Recipe((DISTILL,), "warmup"),
     "dmd2_jensen_shannon": Recipe(
         (DISTILL,), "warmup", (f"{MODEL}distribution_matching.f_divergence.divergence=jensen_shannon",)
     ),
     "dmd2_lora_fake": Recipe((DISTILL,), "warmup", (f"{MODEL}fake_score.init_args.lora.rank=32",)),
+    "dmd2_samples_used_5_times": Recipe(
+        (DISTILL,), "warmup", (f"{MODEL}update_schedule.fake_score_updates_per_sample=5",)
+    ),
+    "dmd2_aligned": Recipe((DISTILL,), "warmup", _ALIGNED),
+    "dmd2_rescaled_guidance": Recipe(
+        (DISTILL,), "warmup", (f"{MODEL}distribution_matching.guidance_rescale=0.7",)
+    ),
+    "dmd2_long_and_short_guidance": Recipe(
+        (DISTILL,),
+        "warmup",
+        (
+            *_NO_GAN,
+            f"{MODEL}denoising.caption_dropout=0.1",
+            f"{MODEL}distribution_matching.fake_guidance_scale=1.5",
+        ),
+    ),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),

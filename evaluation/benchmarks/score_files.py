@@ -89,7 +89,11 @@ def summarise_scores(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]
     if len(set(found)) < len(found):
         raise ValueError(f"the reports have the seeds {found}; give one report for each seed.")
     rows = {
-        row: {key: spread([report[row][key] for report in reports.values()]) for key in REPORTED}
+        row: {
+            key: spread([report[row][key] for report in reports.values()])
+            for key in REPORTED
+            if all(key in report[row] for report in reports.values())  # older reports have fewer scores
+        }
         for row in ("student_before", "student")
     }
     ratios = {
@@ -123,7 +127,10 @@ def mean_differences(
         ValueError: for fewer than two differences.
     """
     result = {}
+    named = {name for pair in pairs for name in pair}
     for score in COMPARED:
+        if any(name in rows and score not in rows[name] for name in named):
+            continue  # an older table has fewer scores
         found = seed_differences(rows, pairs, score)
         if len(found) < 2:
             raise ValueError(f"{score}: a standard error needs at least two differences, got {len(found)}")

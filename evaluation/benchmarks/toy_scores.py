@@ -130,7 +130,7 @@ def over_seeds(by_seed: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "parameters": next(iter(by_seed.values()))["parameters"],
     }
     for key in SUMMARISED:
-        values = [scores[key] for scores in by_seed.values()]
+        values = [scores.get(key) for scores in by_seed.values()]  # None: not measured
         known = [value for value in values if value is not None]
         summary[key] = spread(known) | {"values": values} if known else None
     return summary

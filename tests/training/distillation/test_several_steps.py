@@ -61,7 +61,7 @@ def test_every_network_learns_from_samples_of_a_later_step(
     trainer = fit(module, shards, batches=1, batch_size=8)
     export.on_train_end(trainer, module)
     for role in ("student", "ema", "fake_score", "discriminator"):
-        assert moved(before, module, role) > 0.94  # a bias may have a gradient below rounding
+        assert moved(before, module, role) > 0.8  # some biases have gradients below rounding
     noise = normal(seed, Stream.STUDENT_NOISE, torch.arange(8), LATENT_SHAPE)
     assert calls == [(False, [999] * 8), (True, [499] * 8)]
 
