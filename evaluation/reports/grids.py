@@ -82,7 +82,7 @@ def progress_curves(
             markersize=3,
             label="one-step student",
         )
-        if teacher is not None:
+        if teacher is not None and key in teacher:
             axes.axhline(factor * teacher[key], color="gray", linestyle="--", label=teacher_label)
         axes.set(xlabel="minutes", ylabel=title)
         axes.grid(alpha=0.3)

@@ -64,8 +64,18 @@ def phrases() -> list[str]:
     covered = [100 * each["coverage"] for metrics_at in trials for each in metrics_at.values()]
     assert f"{cost['segmented'] / cost['dmd2']:.1f}" == "0.8"  # four fifths
     assert finish["fid"]["mean"] < 0 < paired["fid"]["mean"]
+    passes = {
+        name: row["passes"] for name, row in result("passes")["passes_per_student_update"]["sd15"].items()
+    }
+    pruned_passes = passes["pruned student"]
     real = result("quickstart_seed0")["real_vs_real"]["fid"]
     return [
+        f"DMD2's settings take {passes['DMD2, stage 1']:.1f} without the GAN and {passes['DMD2, stage 2 (GAN)']:.1f} with it",
+        f"as student {pruned_passes:.1f} and {passes['pruned student, GAN']:.1f}",
+        f"saves {pruned_passes - passes['samples used 10 times']:.1f} passes",
+        f"fake score save {pruned_passes - passes['LoRA fake score']:.1f}, ratio 5 instead of 10 saves "
+        f"{pruned_passes - passes['ratio 5']:.1f}",
+        f"real images have {entry['real_vs_real']['shape_score']:.3f})",
         f"real images score {real:.2f} against real images",
         f"known to ± {(fid['high'] - fid['low']) / 2:.2f} (95 %",
         f"{seeds['student_updates']} student updates per run",
