@@ -15,7 +15,7 @@ from evaluation.__main__ import COMMANDS
 from evaluation.benchmarks import tables, throughput
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
-from sdxs_lightning.command_line import parse_options
+from sdxs_lightning.command_line import Command, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "evaluation" / "results"
@@ -137,6 +137,9 @@ def test_every_command_line_is_accepted(line: str) -> None:
         assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
         return
     programs = {f"evaluation.{command.name}": (command, words[2:]) for command in COMMANDS}
+    for name in ("Passes", "ScorePrecision"):
+        module = f"evaluation.benchmarks.{re.sub('(?<!^)(?=[A-Z])', '_', name).lower()}"
+        programs[module] = (Command(name, f"{module}.{name}Options", ""), words[2:])
     for program in (tables, throughput):
         name = program.__name__.rpartition("benchmarks.")[2]
         for command in program.COMMANDS:
