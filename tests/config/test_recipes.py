@@ -7,6 +7,7 @@ run just ends nearer to where it began.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from tests.config.test_resolved import resolve, stacks
 
-AVERAGE_AT_LEAST = 0.9
+AVERAGE_AT_LEAST = 0.85
 """Share of the exported average that the run itself must have made: 1 - ema_decay^updates."""
 RATE_AT_LEAST = 0.3
 """Mean learning rate over that of the optimizer; a cosine decay to a fifth has 0.6."""
@@ -23,31 +24,42 @@ RAMP_AT_MOST = 0.05
 """Share of the updates below 90 % of the rate that the schedule then reaches."""
 
 
+@cache
+def resolved(stack: str) -> dict[str, Any]:
+    """The settings of a stack of files, read once."""
+    return resolve(stack)
+
+
 def nested(settings: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
 
 
-def factors(settings: Mapping[str, Any], role: str, updates: int) -> list[float]:
+def factors(settings: Mapping[str, Any], role: str, updates: int) -> tuple[float, ...]:
     """The learning rate of a role at each of its updates, over its optimizer's."""
-    network = nested(settings, f"model.init_args.{role}.init_args.")
-    name, lr = network.get("lr_scheduler.class_path"), network["optimizer.init_args.lr"]
-    if name is None:
-        return [1.0] * updates
+    network = nested(settings, f"model.init_args.{role}.init_args.lr_scheduler.")
+    name, arguments = network.get("class_path"), nested(network, "init_args.")
+    return (1.0,) * updates if name is None else scheduled(name, tuple(sorted(arguments.items())), updates)
+
+
+@cache
+def scheduled(name: str, arguments: tuple[tuple[str, Any], ...], updates: int) -> tuple[float, ...]:
+    """Factors of a schedule; most configurations share theirs."""
     module, _, class_name = name.rpartition(".")
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
-    arguments = nested(network, "lr_scheduler.init_args.")
-    scheduler = getattr(import_module(module), class_name)(optimizer, **arguments)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = getattr(import_module(module), class_name)(optimizer, **dict(arguments))
     found = []
     for _ in range(updates):
-        found.append(optimizer.param_groups[0]["lr"] / lr)
+        found.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
-    return found
+    return tuple(found)
 
 
 def distillations() -> list[str]:
     return [
-        stack for stack in stacks() if "model.init_args.update_schedule.max_student_updates" in resolve(stack)
+        stack
+        for stack in stacks()
+        if "model.init_args.update_schedule.max_student_updates" in resolved(stack)
     ]
 
 
@@ -61,7 +73,7 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
     counts = {"student": total}
     if settings.get("model.init_args.fake_score.class_path"):
         ratio = schedule.get("fake_score_updates_per_student_update", 5)
-        counts["fake_score"] = ratio * (total - warmup)
+        counts["fake_score"] = min(ratio * (total - warmup), 2000)  # its schedules only rise, at the start
     for role, updates in counts.items():
         rates = factors(settings, role, updates)
         # The warm-up stage has rates of its own; each phase is compared with what it reaches itself.
@@ -80,7 +92,7 @@ def problems(settings: Mapping[str, Any]) -> list[str]:
 
 @pytest.mark.parametrize("stack", distillations())
 def test_a_distillation_trains_at_its_rate_and_exports_what_it_trained(stack: str) -> None:
-    assert not problems(resolve(stack))
+    assert not problems(resolved(stack))
 
 
 def test_dmd2s_numbers_of_updates() -> None:
@@ -91,13 +103,13 @@ def test_dmd2s_numbers_of_updates() -> None:
         "sdxl/distill.yaml": 24_000,
         "sdxl/distill.yaml sdxl/distill_4step.yaml": 19_000,
     }.items():
-        schedule = nested(resolve(stack), "model.init_args.update_schedule.")
+        schedule = nested(resolved(stack), "model.init_args.update_schedule.")
         student = schedule["max_student_updates"] - schedule.get("warmup_updates", 0)
         assert student * schedule["fake_score_updates_per_student_update"] == updates, stack
 
 
 def test_stage_2_goes_on_from_stage_1() -> None:
-    first, second = resolve("sd15/distill.yaml"), resolve("sd15/distill.yaml sd15/distill_gan.yaml")
+    first, second = resolved("sd15/distill.yaml"), resolved("sd15/distill.yaml sd15/distill_gan.yaml")
     folder = first["trainer.default_root_dir"]
     assert second["model.init_args.student.init_args.weights"] == f"{folder}/pipeline"
     assert second["model.init_args.fake_score.init_args.weights"] == f"{folder}/fake_score"
@@ -107,7 +119,7 @@ def test_stage_2_goes_on_from_stage_1() -> None:
 
 def test_what_the_bounds_are_for() -> None:
     """The recipes that prompted this test: a ramp of 500 of 3 900 updates, and an average of 0.999 over 200."""
-    old = resolve("sd15/distill.yaml") | {
+    old = resolved("sd15/distill.yaml") | {
         "model.init_args.student.init_args.lr_scheduler.init_args.total_iters": 500,
         "model.init_args.ema_decay": 0.9999,
     }
