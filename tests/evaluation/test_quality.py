@@ -34,7 +34,7 @@ def test_rows_are_measured_once_and_printed_with_intervals(
 
 
 def test_passes_are_those_that_one_counts_by_hand(tmp_path: Path) -> None:
-    """A forward pass is 1, a backward pass 2, less what needs no gradient: noise, and prompts, which weigh much at this size."""
+    """A forward pass is 1, a backward pass 2, less what needs no gradient: noise and prompts, which weigh much here."""
     base = config_folder("sd15", tmp_path, tiny=True)
     unit = Counting(stage_of(base, None, Setting(1))).base_forward()
 
