@@ -85,12 +85,12 @@ class Export(Checkpoint):
         """
         assert isinstance(pl_module, Exportable)
         folder = Path(self.folder or Path(trainer.default_root_dir) / pl_module.export_name)
-        options: dict[str, Any] = {} if self.vae is None else {"vae": self.vae}
-        if self.fake_score:
-            options["fake_score"] = folder.parent / "fake_score"
+        options = {} if self.vae is None else {"vae": self.vae}
         problem = None
         try:
             pl_module.write_export(folder, average=self.average, dtype=self.dtype, **options)
+            if self.fake_score:
+                pl_module.write_fake_score(folder.parent / "fake_score", self.dtype)  # type: ignore[attr-defined]
         except Exception as error:
             problem = write_failure(error)
             if problem is None:

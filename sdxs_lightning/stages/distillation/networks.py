@@ -232,25 +232,21 @@ class DistillationNetworks(ManualOptimization):
             latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
         return self.family.decode(latents)
 
-    def write_export(
-        self,
-        folder: Path,
-        average: bool,
-        dtype: torch.dtype,
-        vae: str | None = None,
-        fake_score: Path | None = None,
-    ) -> None:
-        """Writes a diffusers pipeline folder; `export_pipeline` documents `vae`. `fake_score` is a folder for its U-Net."""
+    def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
+        """Writes a diffusers pipeline folder; `export_pipeline` documents `vae`."""
         assert self.ema is not None
         source = self.ema if average else self.student
         with source.applied() if isinstance(source, StudentEma) else nullcontext():
             unet = gathered_unet(source.denoiser.unet, first_rank=self.global_rank == 0)
         if unet is not None:
             export_pipeline(unet, self.family, folder, dtype=dtype, vae=vae, timesteps=source.timesteps)
-        if fake_score is not None and self.fake_score is not None:
-            its_unet = gathered_unet(self.fake_score.denoiser.unet, first_rank=self.global_rank == 0)
-            if its_unet is not None:
-                write_unet(its_unet, fake_score, dtype)
+
+    def write_fake_score(self, folder: Path, dtype: torch.dtype) -> None:
+        """Writes the fake score as a U-Net folder, for `weights` of a `FakeScore`; all ranks call it."""
+        assert self.fake_score is not None
+        unet = gathered_unet(self.fake_score.denoiser.unet, first_rank=self.global_rank == 0)
+        if unet is not None:
+            write_unet(unet, folder, dtype)
 
     def plan_networks(self) -> list[PlannedNetwork]:
         networks = [
