@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,23 @@ def test_a_linked_folder_and_other_formats_are_not_left_out_silently(given: Path
     (given / "sub").symlink_to("../secret")
     with pytest.raises(UserError, match="sub' is a link to a folder"):
         FolderSource(given)
+
+
+def test_a_member_that_unpacks_to_more_than_an_image_is_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "set.zip"
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "a.bmp")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.write(tmp_path / "a.bmp", "a.bmp")
+    assert open_images(str(path)).read(0).size == (64, 64)
+    monkeypatch.setattr(
+        "evaluation.images.image_sets.MAX_IMAGE_BYTES", 10_000
+    )  # the file has 12 kB, packed 50 bytes
+    with pytest.raises(
+        UserError, match=r"a\.bmp': cannot be read \(it unpacks to 12,342 bytes, more than 10,000\)"
+    ):
+        open_images(str(path)).read(0)
 
 
 def test_prompts_of_a_folder_are_its_own(given: Path) -> None:

@@ -10,11 +10,13 @@ Squared MMD to exact samples, with two sets of exact samples at 0.000; for seeds
     150, Jensen-Shannon by the discriminator's ratio    0.025 0.025
     150, GAN alone                                      0.037 0.039
     150, fake score that stands still                   0.135
-    150, target not detached                            0.302
-    150, sign of the score difference turned            0.675
-    150, normaliser without absolute value              0.675
-    150, GAN, student's sign turned                     0.704
-    150, fake score with the wrong target               1.669
+    60                                                  0.181
+    60, GAN alone                                       0.209
+    60, target not detached                             0.302
+    60, normaliser without absolute value               0.665
+    60, sign of the score difference turned             0.675
+    60, fake score with the wrong target                0.472
+    60, GAN, student's sign turned                      1.218
 
 Other wrong normalisers (of the whole batch, multiplied instead of divided, by the fake score's estimate) only weigh samples
 otherwise, and distil as well as the right one; the numbers in test_gaussian_world.py refuse them.
@@ -63,6 +65,8 @@ BATCH_SIZE, UPDATES, BOUND = 256, 400, 0.015
 """Squared MMD that `UPDATES` student updates reach. A smooth ring is at 0.018, seven of the eight modes at 0.031."""
 SHORT_UPDATES, SHORT_BOUND = 150, 0.06
 """The same for runs that are compared with broken ones; one Gaussian of the right variance is at 0.11."""
+BROKEN_UPDATES, BROKEN_BOUND = 60, 0.25
+"""What the right losses are below after so few updates, and broken ones are not."""
 
 true_gradient = matching.distribution_matching_gradient
 ADAM = partial(torch.optim.AdamW, betas=(0.0, 0.99), weight_decay=0.0, fused=True)
@@ -185,7 +189,7 @@ BROKEN: dict[str, tuple[str, Callable[..., Tensor]]] = {
 def test_broken_distribution_matching_misses_the_bound(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, function = BROKEN[what]
     monkeypatch.setattr(matching, name, function)
-    assert distilled() > 1.5 * SHORT_BOUND
+    assert distilled(BROKEN_UPDATES) > BROKEN_BOUND
 
 
 def test_a_fake_score_that_stands_still_misses_the_bound() -> None:
@@ -195,7 +199,7 @@ def test_a_fake_score_that_stands_still_misses_the_bound() -> None:
 def test_a_fake_score_that_learns_the_wrong_target_misses_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     right = denoising.denoising_loss
     monkeypatch.setattr(denoising, "denoising_loss", lambda output, target: right(output, -target))
-    assert distilled() > 1.5 * SHORT_BOUND
+    assert distilled(BROKEN_UPDATES) > BROKEN_BOUND
 
 
 def test_a_sample_that_is_not_detached_for_the_fake_score_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,4 +211,4 @@ def test_a_sample_that_is_not_detached_for_the_fake_score_is_refused(monkeypatch
 def test_a_gan_whose_student_wants_to_be_recognised_misses_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     right = adversarial.generator_loss
     monkeypatch.setattr(adversarial, "generator_loss", lambda logits: right(-logits))
-    assert distilled(**gan_alone()) > 1.5 * SHORT_BOUND
+    assert distilled(BROKEN_UPDATES, **gan_alone()) > BROKEN_BOUND
