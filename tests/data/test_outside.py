@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data.prepare.images.sources import FolderSource, open_source
+from data.shards.images import UndecodableImageError, decode_pil, decode_pixels
 from evaluation.images.image_sets import open_images
 from evaluation.images.prompt_files import read_prompts
 from sdxs_lightning.core.errors import UserError
@@ -101,6 +102,22 @@ def test_a_member_that_unpacks_to_more_than_an_image_is_not_unpacked(
         UserError, match=r"a\.bmp': cannot be read \(it unpacks to 12,342 bytes, more than 10,000\)"
     ):
         open_images(str(path)).read(0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"), [("MAX_IMAGE_BYTES", "its file has"), ("MAX_PIXELS", "it has 64 x 64 pixels")]
+)
+def test_an_image_above_the_limits_is_not_decoded(
+    limit: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.png"
+    Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(path)
+    content = path.read_bytes()
+    assert decode_pixels(content).shape == (64, 64, 3)
+    monkeypatch.setattr(f"data.shards.images.{limit}", 1000)
+    for decode in (decode_pixels, decode_pil):
+        with pytest.raises(UndecodableImageError, match=f"{message}.* more than 1,000"):
+            decode(content)
 
 
 def test_prompts_of_a_folder_are_its_own(given: Path) -> None:
