@@ -15,7 +15,6 @@ from tests.helpers.distributed_worker import (
     CASES,
     GRADIENT_CLIP_NORM,
     ITERATIONS,
-    MEASURED,
     SGD_LR,
     STRATEGIES,
     arrived,
@@ -53,13 +52,13 @@ def one_process(base: Callable[[str], Path], shards: Path) -> dict[str, dict[str
     torch.set_num_threads(1)  # as in each of the two: the order of sums depends on it
     for name, case in CASES.items():
         module = module_for(base("sd-v_prediction"), case, 1)
-        callbacks: list[Callback] = [health_of()] if name == MEASURED else []
+        callbacks: list[Callback] = [health_of()] if name == "two_steps" else []
         trainer = fit(
             module, shards, ITERATIONS, batch_size=4, callbacks=callbacks, contents=contents_of(case)
         )
         results[name] = arrived(module)
         if callbacks:
-            results["diversity"] = {"measured": trainer.callback_metrics["student/diversity"]}
+            results["diversity"] = {"of two_steps": trainer.callback_metrics["student/diversity"]}
     torch.set_num_threads(threads)
     return results
 
@@ -104,9 +103,9 @@ def test_same_weights_as_one_process(
 def test_diversity_is_that_of_one_process(
     two_processes: Path, one_process: dict[str, dict[str, torch.Tensor]], strategy: str
 ) -> None:
-    found = load(two_processes, strategy, MEASURED)["diversity"]
+    found = load(two_processes, strategy, "two_steps")["diversity"]
     assert float(found) > 0.1
-    torch.testing.assert_close(found, one_process["diversity"]["measured"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(found, one_process["diversity"]["of two_steps"], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
