@@ -166,13 +166,14 @@ class Layers(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.width = width
         self.layers = nn.Sequential(*[nn.Linear(width, width, bias=False) for _ in range(16)])
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
         return (self.layers(x),)
 
     def part(self) -> Part:
-        return Part("unet", self, {"x": torch.zeros(1, self.layers[0].in_features)}, ["y"], {}, {})
+        return Part("unet", self, {"x": torch.zeros(1, self.width)}, ["y"], {}, {})
 
 
 def resident_peak(reset: bool = False) -> int:
