@@ -108,7 +108,7 @@ def count_all(base: Literal["sd15", "sdxl"] | str) -> dict[str, dict[str, float]
     from sdxs_lightning.surgery.presets import PRESETS
 
     with tempfile.TemporaryDirectory() as temporary:
-        folder = save_configs(base, Path(temporary))  # type: ignore[arg-type]
+        folder = save_configs(base, Path(temporary))
         pruned = Path(temporary) / "pruned"
         pruned.mkdir()
         topology = PRESETS["sdxs-512" if base == "sd15" else "sdxs-1024"]
@@ -147,7 +147,7 @@ def stage_of(base: Path, student: Path | None, setting: Setting) -> OneStepDisti
     adamw = partial(torch.optim.AdamW, lr=1e-5)
     gan: dict[str, Any] = {"discriminator": Discriminator(adamw), "adversarial": DiffusionAdversarial()}
     return OneStepDistillation(
-        family=WeightlessFamily(detect_family(str(base))),  # type: ignore[arg-type]
+        family=WeightlessFamily(detect_family(str(base))),
         student=StudentGenerator(adamw, weights=None if student is None else str(student)),
         fake_score=FakeScore(adamw, lora=LoRA(rank=64) if setting.lora else None),
         update_schedule=UpdateSchedule(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,10 +19,11 @@ from evaluation.metrics.kernel_distance import KernelDistance
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.metrics.shape_score import ShapeScore
-from evaluation.protocols.protocols import Protocol, get_protocol, hash_weights
+from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.runner.machine import where
 from evaluation.runner.teacher_scores import Teacher
 from evaluation.user_errors import as_user_errors
+from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.families.sd import StableDiffusion
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def makers(
             raise ValueError(
                 f"--student takes NAME=FOLDER, such as late=outputs/quickstart/pipeline, got '{argument}'."
             )
-        found[name] = hash_weights(folder), student_images(folder, protocol, device), prompts
+        found[name] = hash_weights(folder), student_images(Path(folder), protocol, device), prompts
     return found
 
 

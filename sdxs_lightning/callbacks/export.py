@@ -26,6 +26,14 @@ class Exportable(Protocol):
         """Writes the folder atomically on rank 0; all ranks must call it, since weights are gathered."""
 
 
+@runtime_checkable
+class FakeScoreExportable(Protocol):
+    """A stage with a fake score that a later one can go on from."""
+
+    def write_fake_score(self, folder: Path, dtype: torch.dtype) -> None:
+        """Writes a U-Net folder on rank 0; all ranks must call it."""
+
+
 class Export(Checkpoint):
     """Exports the result of a stage at the end of the training, after the last checkpoint.
 
@@ -90,7 +98,8 @@ class Export(Checkpoint):
         try:
             pl_module.write_export(folder, average=self.average, dtype=self.dtype, **options)
             if self.fake_score:
-                pl_module.write_fake_score(folder.parent / "fake_score", self.dtype)  # type: ignore[attr-defined]
+                assert isinstance(pl_module, FakeScoreExportable)
+                pl_module.write_fake_score(folder.parent / "fake_score", self.dtype)
         except Exception as error:
             problem = write_failure(error)
             if problem is None:

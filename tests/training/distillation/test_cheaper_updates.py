@@ -65,7 +65,7 @@ def test_a_sample_used_twice_draws_new_noise_and_timesteps(base: Base, shards: P
         gradients = torch.autograd.grad(loss, list(fake.parameters()))
         with torch.no_grad():
             for parameter, gradient in zip(fake.parameters(), gradients, strict=True):
-                parameter -= 0.1 * gradient
+                parameter.sub_(gradient, alpha=0.1)
     assert not torch.equal(*seen)
     for found, wanted in zip(module.fake_score.denoiser.parameters(), fake.parameters(), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
