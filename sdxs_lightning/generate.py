@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+from sdxs_lightning.core.image_formats import readable_formats
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -153,7 +154,7 @@ def _read(file: Path, option: str, size: tuple[int, int]) -> Image.Image:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=readable_formats()) as image:
             return image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{option} '{file}' cannot be read as an image ({error}).") from error

@@ -17,15 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from data.shards.order.sample_order import Draw, draw
+from sdxs_lightning.core.image_formats import FORMATS, readable_formats
 
 MAX_PIXELS = 100_000_000
 """Limit on decoded images, since a file of a few kB can claim any size; 10,000 x 10,000 exceeds any training image."""
 
 MAX_IMAGE_BYTES = 1 << 28
 """Maximum size of an image file, about that of an uncompressed image of MAX_PIXELS."""
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
-"""Pillow's names of accepted formats; its other decoders (EPS runs Ghostscript) are never called."""
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 """File extensions of FORMATS."""
@@ -45,12 +43,6 @@ Pixels = NDArray[np.uint8]
 
 class UndecodableImageError(ValueError):
     """Bytes that are not an image, or a truncated or too large one."""
-
-
-@lru_cache(maxsize=1)
-def _formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]  # Pillow can be built without AVIF
 
 
 @lru_cache(maxsize=1)
@@ -146,7 +138,7 @@ def open_image(content: Bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # MAX_PIXELS below is our own limit; damaged EXIF is ignored
-            opened = Image.open(io.BytesIO(content), formats=_formats())
+            opened = Image.open(io.BytesIO(content), formats=readable_formats())
     except UnidentifiedImageError as error:
         raise UndecodableImageError(f"it is no file of {', '.join(FORMATS)}") from error
     except (

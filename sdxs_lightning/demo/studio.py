@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.families.folders import check_libraries, read_json
 from sdxs_lightning.inference.generator import OneStepGenerator
 
 Result = TypeVar("Result")
@@ -190,6 +192,7 @@ def stock_base(
     from diffusers import DiffusionPipeline
 
     try:
+        check_libraries(Path(folder), read_json(Path(folder) / "model_index.json"))
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
             torch_dtype=dtype,

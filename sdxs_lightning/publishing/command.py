@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sdxs_lightning.callbacks.run_folder import ORIGIN
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+from sdxs_lightning.core.image_formats import readable_formats
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.publishing.calling import CONDITION, partner_folder, prompts_of, snippet_of
 from sdxs_lightning.publishing.card import Facts, write_card
@@ -147,7 +148,9 @@ def _add_condition(condition: Path | None, folder: Path, resolution: tuple[int, 
     height, width = resolution
     if condition is not None:
         try:
-            Image.open(condition).convert("RGB").resize((width, height)).save(folder / CONDITION)
+            Image.open(condition, formats=readable_formats()).convert("RGB").resize((width, height)).save(
+                folder / CONDITION
+            )
         except (FileNotFoundError, UnidentifiedImageError) as error:
             raise UserError(f"--condition '{condition}' is no image ({error}).") from error
         return
