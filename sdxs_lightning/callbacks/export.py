@@ -38,12 +38,13 @@ class Export(Checkpoint):
     """Exports the result of a stage at the end of the training, after the last checkpoint.
 
     Distillation stages write a diffusers pipeline, `PrunedUNetDistillation` a U-Net folder (`weights` of a
-    `StudentGenerator`), and `DecoderDistillation` an AutoencoderTiny folder (`vae` of this class). An existing folder is
-    replaced. The class derives from Lightning's `Checkpoint` to run after other callbacks; list it after
-    `Checkpointing`, so that a full disk affects the export only.
+    `StudentGenerator`), `DecoderDistillation` an AutoencoderTiny folder (`vae` of this class), the stages of ControlNets and
+    style LoRAs a folder of these. An existing folder is replaced. The class derives from Lightning's `Checkpoint` to run after
+    other callbacks; list it after `Checkpointing`, so that a full disk affects the export only.
 
     Args:
-        folder: output folder; None is `pipeline`, `unet` or `decoder` in the run's folder (`trainer.default_root_dir`).
+        folder: output folder; None is the stage's (`pipeline`, `unet`, `decoder`, `lora`, ...) in the run's folder
+            (`trainer.default_root_dir`).
         average: whether to export the averaged weights instead of the current ones.
         dtype: dtype of the exported weights.
         fake_score: whether a distillation also writes its fake score, a U-Net folder `fake_score` beside the student's, from

@@ -310,5 +310,5 @@ def test_a_stage_runs_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathF
     overrides = [f"--{key}={value}" for key, value in flags.items()]
     assert main([*stack(name), "--config", str(CONFIGS / "hardware/cpu.yaml"), *overrides]) == 0
     run = folder / name.replace("/", "-")
-    assert (run / "config.yaml").is_file()
+    assert (run / "config.yaml").is_file() and (run / "origin.json").is_file()
     assert (run / "unet" / "config.json").is_file() == name.endswith("miniaturise.yaml")

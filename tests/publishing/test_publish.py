@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import create_autospec
@@ -12,12 +13,15 @@ from unittest.mock import create_autospec
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image
 
+from sdxs_lightning.callbacks.run_folder import origin
 from sdxs_lightning.publish import main
 from sdxs_lightning.publishing.runs import Kind
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl
+from tests.helpers.tiny_run import ROOT
 from tests.publishing.finished_run import PROMPTS, finished_run, write_scores
 
 LICENCE = ("--licence", "creativeml-openrail-m")
@@ -69,6 +73,20 @@ def run_of_card(text: str, names: dict[str, Path]) -> Image.Image:
     scope: dict[str, Image.Image] = {}
     exec(code, scope)
     return scope["image"]
+
+
+def test_a_runs_origin_is_this_repositorys_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = origin()
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    assert (
+        found["commit"] == subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    )
+    assert (
+        isinstance(found["changed"], bool)
+        and found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    )
+    monkeypatch.setenv("PATH", "")  # no git
+    assert origin() | {"versions": {}} == {"commit": None, "changed": None, "versions": {}}
 
 
 # ------------------------------------------------------------------------------------------------------------- the folder
