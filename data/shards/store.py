@@ -1,5 +1,6 @@
 """Reads bytes of shards: local files by pread, remote ones by range requests or through the cache."""
 
+import contextlib
 import hashlib
 import os
 import queue
@@ -16,6 +17,7 @@ from data.shards.patience import Patience
 from data.shards.shard_cache import UNKNOWN, ShardCache
 from data.shards.tar_headers import BrokenShardError, TarMember, members_of, tar_members
 
+_FETCHES = 10  # of a shard whose copy is removed before it is opened
 _SCAN_BYTES = 1 << 20  # read-ahead while scanning the headers of a remote tar
 
 
@@ -69,7 +71,10 @@ class RemoteFile(ShardFile):
 
     def read_into(self, buffer: memoryview, start: int) -> int:
         if self._local is None and (path := self._find()) is not None:
-            self._local = LocalFile(path)
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # removed since, for want of room: read from the server
+                self._local = LocalFile(path)
         if self._local is not None:
             count = self._local.read_into(buffer, start)
             if count == len(buffer) or self._find() is not None:
@@ -151,8 +156,7 @@ class ShardStore:
             return tar_members(Path(location))
         stamp = self.stamp(location) if stamp is None else stamp
         if self.cache is not None or is_pipe(location):
-            path = self._fetched(location, stamp)
-            return tar_members(path, f"{location} (its copy {path})")
+            return self._cached_members(location, stamp)
         return self._remote_members(location, stamp)
 
     def open(self, location: str, stamp: Stamp | None = None) -> ShardFile:
@@ -194,6 +198,17 @@ class ShardStore:
         path = self.patience.retry(lambda: cache.fetch(location, stamp), location)
         assert path is not None
         return path
+
+    def _cached_members(self, location: str, stamp: Stamp) -> Iterator[TarMember]:
+        for _ in range(_FETCHES):
+            path = self._fetched(location, stamp)
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # removed since, for the room of what another thread fetched
+                return iter(list(tar_members(path, f"{location} (its copy {path})")))
+        raise OSError(
+            f"'{location}' was removed from the cache {_FETCHES} times before it was read; raise data.cache_gb."
+        )
 
     def _remote_members(self, url: str, stamp: Stamp) -> Iterator[TarMember]:
         yield from members_of(url, _Ranges(url, stamp.size, self.patience), stamp.size)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from evaluation.metrics.collectives import all_gather_rows, collective_device, gather_rows, global_rank
-from evaluation.metrics.estimates import Estimate
+from evaluation.metrics.estimates import GROUPS, Estimate
 from evaluation.metrics.sampled import SampledMetric
 
 
@@ -74,12 +74,12 @@ class FeatureSetMetric(SampledMetric):
     def _broadcast(self) -> dict[str, Estimate]:
         """Compute on the first rank and broadcast."""
         blank = float("nan")
-        table = torch.full((len(self.names), 5), blank, dtype=torch.float64)
+        table = torch.full((len(self.names), 5 + GROUPS), blank, dtype=torch.float64)
         if dist.get_rank(self.process_group) == 0:
             for row, each in enumerate(self._between()):
-                cells = (each.value, each.samples, each.low, each.high, each.infinity)
+                cells = (each.value, each.samples, each.low, each.high, each.infinity, *(each.left_out or ()))
                 filled = [blank if cell is None else float(cell) for cell in cells]
-                table[row] = torch.tensor(filled, dtype=torch.float64)
+                table[row, : len(filled)] = torch.tensor(filled, dtype=torch.float64)
         table = table.to(collective_device(self.device, self.process_group))
         dist.broadcast(table, src=global_rank(0, self.process_group), group=self.process_group)
         return {name: _estimate(row) for name, row in zip(self.names, table.tolist(), strict=True)}
@@ -95,5 +95,6 @@ class FeatureSetMetric(SampledMetric):
 
 def _estimate(row: list[float]) -> Estimate:
     value, samples, *rest = row
-    low, high, infinity = (None if cell != cell else cell for cell in rest)
-    return Estimate(value, int(samples), low, high, infinity)
+    low, high, infinity = (None if cell != cell else cell for cell in rest[:3])
+    left_out = None if rest[3] != rest[3] else tuple(rest[3:])
+    return Estimate(value, int(samples), low, high, infinity, left_out)

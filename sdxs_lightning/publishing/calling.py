@@ -81,7 +81,7 @@ def snippet_of(
         steps: of the student.
         scale: of a ControlNet or LoRA.
     """
-    kind = "StableDiffusionXL" if run.is_sdxl else "StableDiffusion"
+    kind = run.family_name
     folders = {name: folder.resolve()}
     arguments = f"num_inference_steps={steps}, guidance_scale=0"
     if run.kind == "pipeline":

@@ -24,6 +24,9 @@ NAMES = {
     "apache-2.0": "Apache License 2.0",
 }
 
+TAGS = {"StableDiffusion": "stable-diffusion", "StableDiffusionXL": "stable-diffusion-xl"}
+"""The hub's tag of each family."""
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -93,7 +96,7 @@ def _header(facts: Facts) -> str:
         for number in facts.numbers
     ]
     relation = {"lora": "adapter", "controlnet": "adapter"}.get(run.kind, "finetune")
-    tags = ["sdxs", "one-step", "stable-diffusion-xl" if run.is_sdxl else "stable-diffusion"]
+    tags = ["sdxs", "one-step", TAGS[run.family_name]]
     tags += {"lora": ["lora"], "controlnet": ["controlnet"], "decoder": ["autoencoder"]}.get(run.kind, [])
     settings: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": relation}
     data = ModelCardData(

@@ -60,8 +60,9 @@ class Run:
         return str(self.settings["family"]["init_args"]["base"])
 
     @property
-    def is_sdxl(self) -> bool:
-        return str(self.settings["family"]["class_path"]).endswith("StableDiffusionXL")
+    def family_name(self) -> str:
+        """Class of the base's family; with "Pipeline" behind it, diffusers' class."""
+        return str(self.settings["family"]["class_path"]).rpartition(".")[2]
 
     @property
     def student(self) -> str | None:

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, set_parsing_settings
 from numpy.typing import NDArray
 from PIL import Image
 from scipy import ndimage
@@ -202,6 +202,8 @@ class Negative:
 def test_yaml_names_them_by_class_path(
     path: str, arguments: dict[str, object], expected: ImageCondition
 ) -> None:
+    # As `--trust` does: jsonargparse's settings are those of the process, and another test may have limited them.
+    set_parsing_settings(import_path_allowlist=["data", "sdxs_lightning", __name__])
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ShardDataModule, "data", instantiate=False)
     config = parser.parse_object(

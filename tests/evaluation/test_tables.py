@@ -368,7 +368,7 @@ def test_paired_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "| FID | +3.5000 |" in capsys.readouterr().out
     for pair, message in (
         ("a:nobody", "there are no values of 'nobody' by seed; there are a, b, c"),
-        ("a:c", "fid: a standard error needs at least two differences, got 1"),
+        ("a:c", "shape_score: a standard error needs at least two differences, got 1"),
         ("a", "--pairs takes ROW:ROW, got 'a'"),
     ):
         assert f"tables paired: {message}" in refusal(main, ["paired", str(table), "--pairs", pair], capsys)

@@ -167,7 +167,7 @@ def test_find_shards(tmp_path: Path) -> None:
 
 
 def test_no_shards(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"holds no \.tar file; set data\.shards to"):
+    with pytest.raises(FileNotFoundError, match=r"holds no \.tar file; shards are named by"):
         find_shards(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"There is no shard or folder '.*nowhere'"):
         find_shards(tmp_path / "nowhere")

@@ -75,15 +75,14 @@ class _Segments(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, OneStepDistillation) and pl_module.real_score is not None
-        denoiser, guided = pl_module.real_score.module, pl_module.real_score.module.guided
+        denoiser, pair = pl_module.real_score.module, pl_module.real_score.module.unguided_pair
 
-        def spy(latents: Tensor, timesteps: Tensor, conditioning: Any, guidance_scale: float) -> Any:
-            if guidance_scale == 1.75:  # of score distillation; the pairs' sampler has another
-                self.timesteps.append(timesteps)
-                self.progress.append(pl_module.progress)
-            return guided(latents, timesteps, conditioning, guidance_scale)
+        def spy(latents: Tensor, timesteps: Tensor, conditioning: Any) -> Any:  # of score distillation alone
+            self.timesteps.append(timesteps)
+            self.progress.append(pl_module.progress)
+            return pair(latents, timesteps, conditioning)
 
-        denoiser.guided = spy  # type: ignore[method-assign,assignment]
+        denoiser.unguided_pair = spy  # type: ignore[method-assign,assignment]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         logged = trainer.callback_metrics
