@@ -29,6 +29,7 @@ from sdxs_lightning.inference.model_folder import MANIFEST, ModelFolder
 from tests.helpers.students import PROMPTS, SEEDS, condition
 
 SIZES = [(32, 32), (24, 40), (48, 32), (40, 40)]
+ROOT = Path(__file__).parents[2]
 Students = Callable[[str], Path]
 
 
@@ -184,17 +185,27 @@ def resident_peak(reset: bool = False) -> int:
     return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])  # type: ignore[index]
 
 
-def test_memory_is_bounded_by_the_weights(tmp_path: Path) -> None:
-    """Tracing and writing 268 MB of weights makes no copy of them."""
-    write_onnx(Layers(8).part(), tmp_path)  # imports and caches
+def print_memory(folder: Path) -> None:
+    """Writes 268 MB of weights beside the graph, then inside; prints by how much the resident peak grew, over the weights."""
+    write_onnx(Layers(8).part(), folder)  # imports and caches
     part = Layers(2048).part()
     size = 16 * 2048 * 2048 * 4
     before = resident_peak(reset=True)
-    write_onnx(part, tmp_path, inline_bytes=0)
-    assert resident_peak() - before < 0.75 * size
-    assert (tmp_path / "model.onnx_data").stat().st_size >= size
-    write_onnx(part, tmp_path, inline_bytes=10**9)
-    assert resident_peak() - before > size  # what is measured is seen: inside the file they are copied
+    for inline_bytes in (0, 10**9):
+        write_onnx(part, folder, inline_bytes=inline_bytes)
+        print((resident_peak() - before) / size)
+
+
+def test_memory_is_bounded_by_the_weights(tmp_path: Path) -> None:
+    """Tracing and writing makes no copy of the weights."""
+    # In a process of its own: in that of other tests the allocator returns pages of theirs at any moment.
+    code = "import sys; from tests.inference.test_export_runtime import *; print_memory(Path(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    beside, inside = map(float, done.stdout.split()[-2:])
+    assert beside < 0.8  # parts of them pass through, but never a copy
+    assert inside > 1  # what is measured is seen: inside the file they are copied
 
 
 KILLED = """
