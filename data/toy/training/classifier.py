@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -15,13 +13,15 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from data.toy.attributes import CLASS_COUNTS, NOT_STATED, attribute_table
 from data.toy.rendered import CaptionedImages
 from data.toy.training.fitting import ToyTraining
+from data.toy.training.shipped_classifier import ShippedClassifier
 from data.toy.world import parse_caption
 
-WEIGHTS_FILE = "attribute_classifier.safetensors"
 
-
-class AttributeClassifier(nn.Module):
+class AttributeClassifier(ShippedClassifier):
     """A small convolutional network with one softmax head per attribute."""
+
+    weights_file = "attribute_classifier.safetensors"
+    config = "configs/toy/classifier.yaml"
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,29 +65,6 @@ class AttributeClassifier(nn.Module):
         logits = self(images_uint8.float() / 127.5 - 1)
         predicted = torch.stack([head.argmax(dim=1) for head in logits], dim=1)
         return (predicted == targets) | (targets == NOT_STATED)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> AttributeClassifier:
-        """Loads the classifier, in fp32 and eval mode.
-
-        Raises:
-            FileNotFoundError: if the folder has no weights.
-        """
-        path = Path(folder) / WEIGHTS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no attribute classifier at {path}; train one with `python train.py --config configs/toy/classifier.yaml`"
-            )
-        classifier = cls()
-        classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-        return classifier.eval()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the weights as fp16 safetensors."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.half().contiguous() for k, v in self.state_dict().items()}, Path(folder) / WEIGHTS_FILE
-        )
 
 
 def _stage(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.toy.rendered import CaptionedImages
 from data.toy.training.classifier import degrade
 from data.toy.training.fitting import ToyTraining
+from data.toy.training.shipped_classifier import ShippedClassifier
 from data.toy.world import Style
 
 STYLES: tuple[Style | None, ...] = (None, "textured", "outlined")
 """The classes in order; None is the plain drawing."""
-WEIGHTS_FILE = "style_classifier.safetensors"
 
 
-class StyleClassifier(nn.Module):
+class StyleClassifier(ShippedClassifier):
     """A small convolutional network; textures are local, so its features are averaged over the image."""
+
+    weights_file = "style_classifier.safetensors"
+    config = "configs/toy/style_classifier.yaml"
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,29 +50,6 @@ class StyleClassifier(nn.Module):
         """Index into `STYLES` of each image: (B,) int64, from (B, 3, 32, 32) uint8."""
         styles: Tensor = self(images_uint8.float() / 127.5 - 1).argmax(dim=1)
         return styles
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> StyleClassifier:
-        """Loads the classifier, in fp32 and eval mode.
-
-        Raises:
-            FileNotFoundError: if the folder has no weights.
-        """
-        path = Path(folder) / WEIGHTS_FILE
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no style classifier at {path}; train one with `python train.py --config configs/toy/style_classifier.yaml`"
-            )
-        classifier = cls()
-        classifier.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()})
-        return classifier.eval()
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the weights as fp16 safetensors."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        save_file(
-            {k: v.half().contiguous() for k, v in self.state_dict().items()}, Path(folder) / WEIGHTS_FILE
-        )
 
 
 class StyleClassifierTraining(ToyTraining):
