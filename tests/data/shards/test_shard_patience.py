@@ -143,7 +143,7 @@ def test_a_file_that_is_not_there_and_a_server_that_is_not_there(server: tuple[s
 @pytest.mark.parametrize("status", [400, 401, 403, 410])
 def test_an_answer_that_stays_is_not_asked_for_again(server: tuple[str, type[Server]], status: int) -> None:
     url, handler = server
-    store = ShardStore(patience=Patience(timeout_s=5.0, retry_s=60.0))
+    store = ShardStore(patience=Patience(timeout_s=5.0, retry_s=3.0))
     file = store.open(url)
     handler.faults[:] = [status] * 50
     handler.seen.clear()

@@ -266,6 +266,28 @@ def test_a_cache_below_one_window_is_refused(folder: Path, tmp_path: Path) -> No
     epoch(shards, shuffle_window_shards=1, **options)
 
 
+def test_a_copy_that_is_removed_before_it_is_opened_is_fetched_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that index shards share a cache with room for fewer: one's copy may go for the room of another's."""
+    store, url = ShardStore(ShardCache(tmp_path / "cache", 1)), f"file://{folder}/00000.tar"
+    fetched, paths = store._fetched, list[Path]()
+
+    def removing(location: str, stamp: Any, times: int) -> Path:
+        paths.append(fetched(location, stamp))
+        if len(paths) <= times:
+            paths[-1].unlink()
+        return paths[-1]
+
+    monkeypatch.setattr(store, "_fetched", lambda location, stamp: removing(location, stamp, 2))
+    expected = [one.name for one in ShardStore().members(f"{folder}/00000.tar")]
+    assert [one.name for one in store.members(url)] == expected and len(paths) == 3
+    paths.clear()
+    monkeypatch.setattr(store, "_fetched", lambda location, stamp: removing(location, stamp, 99))
+    with pytest.raises(OSError, match=r"removed from the cache 10 times .* raise data\.cache_gb"):
+        store.members(url)
+
+
 def fetch(folder: Path, log: Path, urls: list[str]) -> None:
     cache = ShardCache(folder, 1)
     for url in urls:
