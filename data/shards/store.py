@@ -202,9 +202,8 @@ class ShardStore:
     def _cached_members(self, location: str, stamp: Stamp) -> Iterator[TarMember]:
         for _ in range(_FETCHES):
             path = self._fetched(location, stamp)
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # removed since, for the room of what another thread fetched
+            # The copy may be gone again, for the room of what another thread fetched.
+            with contextlib.suppress(FileNotFoundError):
                 return iter(list(tar_members(path, f"{location} (its copy {path})")))
         raise OSError(
             f"'{location}' was removed from the cache {_FETCHES} times before it was read; raise data.cache_gb."
