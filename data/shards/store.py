@@ -71,9 +71,8 @@ class RemoteFile(ShardFile):
 
     def read_into(self, buffer: memoryview, start: int) -> int:
         if self._local is None and (path := self._find()) is not None:
-            with contextlib.suppress(
-                FileNotFoundError
-            ):  # removed since, for want of room: read from the server
+            # The copy may be gone again, for want of room; then the server is read.
+            with contextlib.suppress(FileNotFoundError):
                 self._local = LocalFile(path)
         if self._local is not None:
             count = self._local.read_into(buffer, start)
