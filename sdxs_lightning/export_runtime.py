@@ -12,6 +12,9 @@ from typing import Annotated, ClassVar, Literal
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
+EXPORTED = ("sdxs_runtime.json", "README.txt")
+"""Files by which an earlier export is known: a manifest, or the notes of a single file."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRuntimeOptions:
@@ -41,7 +44,7 @@ python -m sdxs_lightning.export_runtime outputs/student/pipeline --to single-fil
     lora_scale: float = 1.0
     """Weight of the LoRA."""
     out: Annotated[Path | None, Option(metavar="DIR")] = None
-    """Folder to write; an existing one is replaced. By default MODEL-onnx, MODEL-openvino-fp16, ... beside the model."""
+    """Folder to write; an earlier export there is replaced. By default MODEL-onnx, ... beside the model."""
     licence: str | None = None
     """Licence for the manifest; by default that of the model card."""
     steps: Annotated[int | None, Option(at_least=1)] = None
@@ -56,6 +59,10 @@ python -m sdxs_lightning.export_runtime outputs/student/pipeline --to single-fil
             raise ValueError(
                 "--controlnet is for onnx and openvino; programs that read single files load a ControlNet's own file."
             )
+        given = {"--licence": self.licence, "--steps": self.steps, "--check_size_px": self.check_size_px}
+        unused = [name for name, value in given.items() if value is not None]
+        if self.to == "single-file" and unused:
+            raise ValueError(f"{unused[0]} is for onnx and openvino; a single file holds weights alone.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,8 +78,7 @@ def run(options: ExportRuntimeOptions) -> str:
         CheckpointNotWritten: if the disk refuses.
     """
     out = options.out or _default_out(options)
-    if out.resolve() == Path(options.model).resolve():
-        raise UserError(f"--out '{out}' is the model itself; give another folder.")
+    _check_replaceable(out, (options.model, options.controlnet, options.lora))
     from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 
     try:
@@ -83,6 +89,22 @@ def run(options: ExportRuntimeOptions) -> str:
         if problem is None:
             raise UserError(str(error)) from error
         raise CheckpointNotWritten(f"--out '{out}' could not be written: {problem}.") from error
+
+
+def _check_replaceable(out: Path, sources: Sequence[str | None]) -> None:
+    """Refuses to replace what is no earlier export, or holds what is read or the working folder.
+
+    Raises:
+        UserError: if it would.
+    """
+    if not out.exists():
+        return
+    kept = [Path(one) for one in sources if one is not None and Path(one).exists()] + [Path.cwd()]
+    for one in kept:
+        if out.resolve() in (one.resolve(), *one.resolve().parents):
+            raise UserError(f"--out '{out}' would be replaced, and '{one}' is in it; give another folder.")
+    if not out.is_dir() or (any(out.iterdir()) and not any((out / name).is_file() for name in EXPORTED)):
+        raise UserError(f"--out '{out}' exists and is no earlier export; remove it, or give another folder.")
 
 
 def _default_out(options: ExportRuntimeOptions) -> Path:

@@ -14,6 +14,8 @@ from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
+    from sdxs_lightning.networks.lora_files import LoraFile
+
 PROGRAM = "python -m sdxs_lightning.lora"
 Dtype = Literal["float16", "float32"]
 Form = Literal["diffusers", "peft", "kohya"]
@@ -110,13 +112,9 @@ def merge(options: MergeOptions) -> str:
         with _refused():
             found = read_lora(source, unet, "--lora")
         add_to_weights(unet, found.adapters, scale)
-        text = (
-            f"; {found.text_encoder_layers} layers of text encoders left out"
-            if found.text_encoder_layers
-            else ""
-        )
         lines.append(
-            f"{source}: {len(found.adapters)} layers, {parameter_count(found.adapters):,} weights, scale {scale}{text}"
+            f"{source}: {len(found.adapters)} layers, {parameter_count(found.adapters):,} weights, scale {scale}"
+            f"{_left_out(found)}"
         )
     folder, dtype = resolve_unet(options.model, "--model"), getattr(torch, options.dtype)
     with _written(options.out):
@@ -156,7 +154,12 @@ def convert(options: ConvertOptions) -> str:
     with _refused():
         found = read_lora(options.lora, unet, "--lora")
     path = _write(options, found.adapters)
-    return f"{len(found.adapters)} layers, {parameter_count(found.adapters):,} weights\nwritten to {path}"
+    return f"{len(found.adapters)} layers, {parameter_count(found.adapters):,} weights{_left_out(found)}\nwritten to {path}"
+
+
+def _left_out(found: LoraFile) -> str:
+    layers = found.text_encoder_layers
+    return f"; {layers} layers of text encoders left out" if layers else ""
 
 
 def _write(options: ExtractOptions | ConvertOptions, adapters: object) -> Path:

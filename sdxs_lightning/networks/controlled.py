@@ -47,6 +47,10 @@ class ControlNetSource:
     takes the first of diffusers' [16, 32, 96, 256], as many as the base's VAE needs."""
     mid_block: Literal["as_unet", "added"] = "as_unet"
     """"added" gives the ControlNet of a U-Net without mid block one all the same, as the released sketch ControlNet has."""
+    stem_init: Literal["zero", "he"] = "zero"
+    """How the stem of a new ControlNet starts. "zero" is diffusers' own: the condition reaches the encoder only once the
+    residuals' convolutions have moved. "he" (arXiv:1502.01852) shows it from the first update. Residuals start at zero with
+    either."""
     lora: LoRA | None = None
     """Trains adapters on the copied encoder, and the new parts whole; null trains all weights."""
     seed: int = 0
@@ -92,7 +96,9 @@ class ControlNetSource:
         else:
             widths = self.stem_widths or STEM_WIDTHS[: factor.bit_length()]
             channels = self.conditioning_channels
-            controlnet = controlnet_from_unet(unet, widths, channels, self.mid_block, self.seed)
+            controlnet = controlnet_from_unet(
+                unet, widths, channels, self.mid_block, self.stem_init, self.seed
+            )
         check_fits(controlnet, unet, f"{option}.weights '{self.weights}'")
         found = controlnet.config["conditioning_embedding_out_channels"]
         if 2 ** (len(found) - 1) != factor:

@@ -29,6 +29,11 @@ MidBlock = Literal["as_unet", "added"]
 """The ControlNet's mid block: the U-Net's (none if it has none), or a new cross-attention one, as in the released sketch
 ControlNet of sdxs-512-dreamshaper, whose U-Net has none."""
 
+StemInit = Literal["zero", "he"]
+"""Weights of a new ControlNet's stem, the convolutions that read the condition image. "zero": diffusers' own, whose last one is
+zero, so that the condition reaches the encoder only once the residuals' convolutions have moved. "he": all by He et al.
+(arXiv:1502.01852), so that the encoder sees it from the first update. The residuals start at zero with either."""
+
 STEM_WIDTHS = (16, 32, 96, 256)
 """Widths of diffusers' stem, the convolutions that bring a condition image to the size of the latents: one factor of 2 between
 two of them, so 8 in all."""
@@ -159,6 +164,7 @@ def controlnet_from_unet(
     stem_widths: Sequence[int] = STEM_WIDTHS,
     conditioning_channels: int = 3,
     mid_block: MidBlock = "as_unet",
+    stem_init: StemInit = "zero",
     seed: int = 0,
 ) -> ControlNetModel:
     """A ControlNet whose encoder is a copy of the U-Net's; all its residuals are 0.
@@ -168,10 +174,13 @@ def controlnet_from_unet(
         stem_widths: as in `controlnet_config`.
         conditioning_channels: channels of the condition images.
         mid_block: where the ControlNet's mid block comes from.
+        stem_init: how the stem starts.
         seed: of the stem's weights, and of those of an added mid block.
     """
     config = controlnet_config(unet.config, stem_widths, conditioning_channels, mid_block)
     controlnet = build_controlnet(config, seed)
+    if stem_init == "he":
+        _he_init(controlnet.controlnet_cond_embedding, seed)
     # Adapters of the U-Net start at zero; peft keeps the weight under them as base_layer.
     weights = {name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items()}
     copied = {name: weights[name] for name in controlnet.state_dict() if name in weights}
@@ -180,6 +189,14 @@ def controlnet_from_unet(
     left_out = [name for name in report.missing_keys if not name.startswith(new)]
     assert not left_out, f"not copied from the U-Net: {left_out}"
     return controlnet
+
+
+def _he_init(stem: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in stem.modules():
+        if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:
+            nn.init.kaiming_normal_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
 
 
 def load_controlnet(source: str | Path) -> ControlNetModel:

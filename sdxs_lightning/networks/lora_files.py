@@ -35,6 +35,8 @@ _METADATA = "lora_adapter_metadata"
 """Entry of a safetensors header in which diffusers stores ranks and alphas."""
 _OTHER_KINDS = ("dora_scale", "lora_magnitude_vector", "hada_", "lokr_", "lora_mid", "oft_", ".diff")
 """Parts of tensor names that mark adapters which are not of the form above (DoRA, LoHa, LoKr, CP, OFT, full differences)."""
+_TEXT = ("text_encoder", "lora_te")
+"""Beginnings of the names of text encoders' layers, in every format."""
 _PART = re.compile(
     r"^(?P<layer>.+?)(?:\.|_)(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)(?:\.default)?\.weight$"
 )
@@ -94,12 +96,15 @@ def read_lora(source: str | Path, unet: UNet2DConditionModel, option: str = "lor
     tensors, metadata = _read_tensors(path, option)
     named = f"{option} '{path}'"
     _check_kind(tensors, named)
+    text = {name for name in tensors if name.startswith(_TEXT)}
+    others = len({match["layer"] for name in text if (match := _PART.match(name))})
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in text}
     if any(
         f"{block}_" in name for name in tensors for block in ("input_blocks", "middle_block", "output_blocks")
     ):
         tensors = _from_original_names(tensors, unet, named)
     layers = {name: module for name, module in unet.named_modules() if _is_layer(module)}
-    adapters, others = _grouped(tensors, layers, named)
+    adapters = _grouped(tensors, layers, named)
     alphas = _alphas(tensors, metadata, path, layers)
     found: Adapters = {}
     for name, (down, up) in adapters.items():
@@ -174,7 +179,12 @@ def _from_original_names(
 
     try:
         converted, alphas = StableDiffusionXLPipeline.lora_state_dict(dict(tensors), unet_config=unet.config)
-    except (ValueError, IndexError, KeyError) as error:
+    except (
+        ValueError,
+        IndexError,
+        KeyError,
+        TypeError,
+    ) as error:  # TypeError: where stages have unlike numbers of layers
         raise ValueError(f"{named}: its layer names cannot be read ({_first_line(error)}).") from error
     named_alphas: dict[str, Tensor] = {name: torch.tensor(alpha) for name, alpha in (alphas or {}).items()}
     return {**converted, **named_alphas}
@@ -193,20 +203,17 @@ def _flat(name: str) -> str:
 
 def _grouped(
     tensors: Mapping[str, Tensor], layers: Mapping[str, nn.Module], named: str
-) -> tuple[dict[str, tuple[Tensor, Tensor]], int]:
-    """(down, up) by layer, and the number of layers of text encoders."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(down, up) by layer."""
     names = {_flat(name): name for name in layers}
     parts: dict[str, dict[str, Tensor]] = {}
-    text, unknown = set(), []
+    unknown = []
     for key, tensor in tensors.items():
         if key.endswith("alpha"):
             continue
         match = _PART.match(key)
         if match is None:
             raise ValueError(f"{named} has the tensor '{key}', which is no part of a LoRA.")
-        if key.startswith(("text_encoder", "lora_te")):
-            text.add(match["layer"])
-            continue
         flat = _flat(match["layer"])
         layer = names.get(flat) or names.get(f"{flat}_0")  # diffusers once wrote to_out for to_out.0
         if layer is None:
@@ -222,7 +229,7 @@ def _grouped(
     for layer, found in parts.items():
         if len(found) != 2:
             raise ValueError(f"{named} has only one of the two matrices of {layer}; was the file cut off?")
-    return {layer: (found["down"], found["up"]) for layer, found in parts.items()}, len(text)
+    return {layer: (found["down"], found["up"]) for layer, found in parts.items()}
 
 
 def _alphas(
@@ -231,9 +238,7 @@ def _alphas(
     """Alphas by layer, from tensors (kohya), the header (diffusers) or the config beside the file (PEFT)."""
     names = {_flat(name): name for name in layers}
     found = {
-        _flat(_ALPHA.sub("", key)): float(tensor)
-        for key, tensor in tensors.items()
-        if key.endswith("alpha") and not key.startswith(("text_encoder", "lora_te"))
+        _flat(_ALPHA.sub("", key)): float(tensor) for key, tensor in tensors.items() if key.endswith("alpha")
     }
     by_tensor = {names.get(flat) or names.get(f"{flat}_0", flat): value for flat, value in found.items()}
     settings: dict[str, Any] = {}
@@ -245,16 +250,20 @@ def _alphas(
     if "lora_alpha" not in settings:
         return by_tensor
     pattern = settings.get("alpha_pattern") or {}
-    by_config = {name: float(settings["lora_alpha"]) for name in layers}
-    for key, value in pattern.items():
-        matching = re.compile(rf"(.*\.)?({key.removeprefix('^').removesuffix('$')})$")
-        by_config |= {name: float(value) for name in layers if matching.match(name)}
+    by_config = {name: _by_pattern(pattern, name, float(settings["lora_alpha"])) for name in layers}
     if settings.get("use_rslora"):  # scaled by alpha / sqrt(rank), which is alpha' / rank for this alpha'
         ranks = {
             _flat(m["layer"]): len(t) for k, t in tensors.items() if (m := _PART.match(k)) and "lora_A" in k
         }
         by_config = {n: a * ranks[_flat(n)] ** 0.5 for n, a in by_config.items() if _flat(n) in ranks}
     return by_config | by_tensor
+
+
+def _by_pattern(pattern: Mapping[str, float], layer: str, usual: float) -> float:
+    """The value of the first pattern that a layer's name ends with, as PEFT reads `alpha_pattern`."""
+    return next(
+        (float(value) for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer)), usual
+    )
 
 
 def _checked(
@@ -355,9 +364,15 @@ def write_lora(
             tensors[f"{prefix}.{layer}.lora_A.weight"], tensors[f"{prefix}.{layer}.lora_B.weight"] = down, up
     names = {"diffusers": DIFFUSERS_FILE, "peft": PEFT_FILE, "kohya": KOHYA_FILE}
     path = folder / names[form]
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    metadata, settings = {"format": "pt"}, _peft_config(adapters)
+    if form == "diffusers":
+        # Without it, diffusers before 0.40 takes the first layer's rank for every layer's alpha.
+        metadata[_METADATA] = json.dumps(
+            {f"unet.{key}": value for key, value in settings.items()}, sort_keys=True
+        )
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     if form == "peft":
-        (folder / PEFT_CONFIG).write_text(json.dumps(_peft_config(adapters), indent=2) + "\n")
+        (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
     return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -229,7 +230,7 @@ main(sys.argv[1:])
 def test_an_interrupted_export_leaves_nothing(student: Students, tmp_path: Path) -> None:
     out = tmp_path / "export"
     out.mkdir()
-    (out / "old.txt").write_text("an earlier export")
+    (out / MANIFEST).write_text("an earlier export")
     # In a process of its own: signals reach the main thread, and a worker of pytest may run tests in another.
     arguments = [str(student("sd")), "--to", "onnx", "--out", str(out)]
     done = subprocess.run(
@@ -238,7 +239,7 @@ def test_an_interrupted_export_leaves_nothing(student: Students, tmp_path: Path)
     assert done.returncode == 143, done.stderr[-2000:]
     assert done.stdout.split() == ["text_encoder", "unet"]
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
-    assert [path.name for path in out.iterdir()] == ["old.txt"]
+    assert [path.name for path in out.iterdir()] == [MANIFEST]
 
 
 def test_an_export_that_differs_is_not_written(
@@ -265,6 +266,7 @@ def test_an_export_that_differs_is_not_written(
         (["--to", "single-file", "--controlnet", "x"], "--controlnet is for onnx and openvino"),
         (["--to", "onnx", "--controlnet", "nowhere"], "there is no ControlNet in 'nowhere'"),
         (["--to", "onnx", "--lora", "nowhere"], "there is no file or folder 'nowhere'"),
+        (["--to", "single-file", "--steps", "1"], "--steps is for onnx and openvino"),
         (["--to", "tensorrt"], "--to is 'tensorrt', but must be one of onnx, openvino, single-file"),
     ],
 )
@@ -275,6 +277,30 @@ def test_messages(
         main([str(student("sd")), *line, "--out", "never"])
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not Path("never").exists()
+
+
+def test_only_an_earlier_export_is_replaced(
+    student: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "run" / "pipeline"
+    shutil.copytree(student("sd"), model)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("years")
+    monkeypatch.chdir(tmp_path)
+    for out, reason in (
+        (model, "is in it"),
+        (tmp_path / "run", "is in it"),
+        (tmp_path, "is in it"),
+        (tmp_path / "notes", "is no earlier export"),
+        (tmp_path / "notes" / "thesis.txt", "is no earlier export"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([str(model), "--to", "single-file", "--out", str(out)])
+        assert stop.value.code == 2 and reason in capsys.readouterr().err
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "years" and (model / "unet").is_dir()
+    for _ in range(2):  # its own files it does replace
+        main([str(model), "--to", "single-file", "--out", str(tmp_path / "out")])
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], student: Students) -> None:

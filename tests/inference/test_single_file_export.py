@@ -113,7 +113,14 @@ def test_presets_satisfy_the_published_detection_rule() -> None:
     # Blocks at the places of the complete network's: three numbers a stage.
     blocks = {key.split(".")[3] for key in keys if ".input_blocks." in key}
     assert blocks == {"0", "1", "3", "4", "6", "7"}
-    assert {key.split(".")[3] for key in keys if ".output_blocks." in key} == {"0", "1", "3", "4", "6", "7"}
+    outputs = {key.split(".", 2)[2].rpartition(".")[0] for key in keys if ".output_blocks." in key}
+    assert {name.split(".")[1] for name in outputs} == {"0", "1", "2", "3", "4", "5", "6", "7"}
+    # What diffusers' script writes and stable-diffusion.cpp's constructor asks for: the third place of each stage, after an
+    # attention layer except in the first stage, whether there is one or not.
+    assert {name for name in outputs if name.endswith(".conv")} == {
+        "output_blocks.2.1.conv",
+        "output_blocks.5.2.conv",
+    }
     assert {key.split(".")[3] for key in keys_of(pruned, False) if ".input_blocks." in key} == set("012345")
     tiny = keys_of(prune_config(complete["sd15"], PRESETS["bk-tiny"]), True)
     assert any(key.startswith("model.diffusion_model.output_blocks.7.1") for key in tiny)

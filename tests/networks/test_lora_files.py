@@ -17,6 +17,7 @@ from diffusers import (
 )
 from diffusers.utils import convert_state_dict_to_kohya
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from sdxs_lightning.networks.lora_files import (
     DIFFUSERS_FILE,
     PEFT_CONFIG,
     Adapters,
+    LowRank,
     add_to_weights,
     live_adapters,
     parameter_count,
@@ -224,11 +226,13 @@ def of_kohya(unet: UNet2DConditionModel, folder: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in converted.items()}, folder / "style.safetensors")
 
 
+ALPHAS = {"conv1": 3, "down_blocks.0.resnets.0.conv1": 12, "ff.net.2": 12}
+"""The first that fits counts."""
+
+
 def of_peft(unet: UNet2DConditionModel, folder: Path) -> None:
     plain = unet_of("sdxl" if unet.config.addition_embed_type else "sd")
-    config = LoraConfig(
-        r=3, lora_alpha=6, target_modules=list(TARGETS), alpha_pattern={"conv1": 3, "ff.net.2": 12}
-    )
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=list(TARGETS), alpha_pattern=ALPHAS)
     model = PeftModel(plain, config)
     state = get_peft_model_state_dict(model)
     generator = torch.Generator().manual_seed(2)
@@ -284,11 +288,33 @@ def test_kohyas_names_of_the_original_unet_are_read(tmp_path: Path) -> None:
             update.up,
         )
         tensors[f"{original}.alpha"] = torch.tensor(1.5)
+    for text in ("lora_te1", "lora_te2"):  # as most files of SDXL have them
+        layer = f"{text}_text_model_encoder_layers_0_mlp_fc1"
+        tensors |= {
+            f"{layer}.lora_down.weight": torch.ones(3, 32),
+            f"{layer}.lora_up.weight": torch.ones(64, 3),
+        }
+        tensors[f"{layer}.alpha"] = torch.tensor(3.0)
     save_file(tensors, tmp_path / "sgm.safetensors")
-    found = read_lora(tmp_path, unet_of("sdxl")).adapters
-    assert found.keys() == adapters.keys()
+    found, text_layers = read_lora(tmp_path, unet_of("sdxl"))
+    assert found.keys() == adapters.keys() and text_layers == 2
     for name, update in adapters.items():
         torch.testing.assert_close(found[name].delta(), update.delta() * 1.5 / 3)
+
+
+def test_ranks_that_differ_by_layer_load_at_their_scale(tmp_path: Path) -> None:
+    adapters = adapters_of(trained("sd"))
+    for name in list(adapters)[::2]:
+        adapters[name] = LowRank(adapters[name].down[:1], adapters[name].up[:, :1], 2.0)
+    write_lora(tmp_path, adapters, "diffusers", torch.float32)
+    with safe_open(tmp_path / DIFFUSERS_FILE, "pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert len(settings["unet.rank_pattern"]) == len(list(adapters)[::2])
+    pipeline = pipeline_of("sd", tmp_path / "base")
+    pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(
+        output_of(pipeline.unet), output_of(merged("sd", adapters)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_layers_of_text_encoders_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from sdxs_lightning.inference.model_folder import MANIFEST, ModelFolder
 Runtime = Literal["onnx", "openvino"]
 Precision = Literal["fp32", "fp16", "int8"]
 PROMPTS = ("a red circle above a blue square", "a photo of a cat", "a large green star on a white background")
-LIMITS: Mapping[str, tuple[float, float]] = {"fp32": (1e-3, 1e-4), "fp16": (0.5, 0.02), "int8": (1.0, 0.05)}
+LIMITS: Mapping[str, tuple[float, float]] = {"fp32": (1e-3, 1e-4), "fp16": (0.5, 0.02), "int8": (0.75, 0.05)}
 """Largest and mean difference from PyTorch in float32, of pixels in [0, 1], beyond which an export is broken. Its graphs have
 the same operations; float32 leaves about 1e-6 of difference, multiplied by sigma / alpha = 14.6 at timestep 999."""
 

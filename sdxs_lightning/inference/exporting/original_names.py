@@ -5,7 +5,7 @@ and value in one matrix. Pruned U-Nets are numbered in two ways:
 
 - consecutively, as the original code would number a network of fewer blocks: diffusers' single-file loader and ComfyUI read it;
 - at the places of the complete network's blocks (three numbers a stage), with gaps: stable-diffusion.cpp reads it, since its
-  users convert with a script that numbers so.
+  users convert with diffusers' script convert_diffusers_to_original_stable_diffusion.py, which numbers so.
 """
 
 from __future__ import annotations
@@ -66,12 +66,12 @@ def original_unet(
     attends = ["CrossAttn" in kind for kind in config["up_block_types"]]
     width = (COMPLETE_LAYERS if gaps else layers) + 1
     return {
-        f"model.diffusion_model.{_unet_name(name, layers, width, attends)}": value
+        f"model.diffusion_model.{_unet_name(name, layers, width, attends, gaps)}": value
         for name, value in weights.items()
     }
 
 
-def _unet_name(name: str, layers: int, width: int, attends: list[bool]) -> str:
+def _unet_name(name: str, layers: int, width: int, attends: list[bool], gaps: bool) -> str:
     """The original name; `width` numbers a stage."""
     for ours, theirs in _UNET_TOP.items():
         if name.startswith(f"{ours}."):
@@ -92,7 +92,9 @@ def _unet_name(name: str, layers: int, width: int, attends: list[bool]) -> str:
     if kind == "downsamplers":
         return f"input_blocks.{first + width}.0.op.{rest.removeprefix('conv.')}"
     if kind == "upsamplers":
-        return f"output_blocks.{first + layers}.{2 if attends[stage] else 1}.{rest}"
+        # Of the complete network only the first up stage has no attention before its upsampler.
+        place, after = (first + width - 1, stage > 0) if gaps else (first + layers, attends[stage])
+        return f"output_blocks.{place}.{2 if after else 1}.{rest}"
     return f"{'input' if block['side'] == 'down' else 'output'}_blocks.{first + layer + (block['side'] == 'down')}.{inner}"
 
 

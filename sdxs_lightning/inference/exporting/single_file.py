@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,38 @@ def export_single_file(
     with new_folder(out) as written:
         written.mkdir()
         _save(named | others, written / MODEL, dtype)
+        _check_read_back(written / MODEL, unet, dtype)
         if gaps:
             with_gaps = original_unet(unet.config, weights, gaps=True)
             _save(with_gaps | others, written / WITH_GAPS, dtype)
         for name, tensors in tiny.items():
             _save(tensors, written / f"{name}.safetensors", dtype)
-        notes = _notes(model, unet.config, gaps, bool(tiny), others)
+        notes = _notes(model, unet.config, gaps, list(tiny), others)
         (written / "README.txt").write_text("\n".join(notes) + "\n")
     return notes
+
+
+def _check_read_back(file: Path, unet: Any, dtype: str) -> None:
+    """Checks that diffusers' own reader of such files finds the U-Net in it bit by bit.
+
+    Raises:
+        UserError: if it does not.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    from safetensors.torch import load_file
+
+    found = convert_ldm_unet_checkpoint(load_file(file), config=dict(unet.config))
+    wanted = unet.state_dict()
+    wrong = [
+        name
+        for name, value in wanted.items()
+        if name not in found or not found[name].equal(value.to(DTYPES[dtype]))
+    ]
+    if wrong or len(found) != len(wanted):
+        raise UserError(
+            f"the single file was read back with {len(found)} tensors of the U-Net's {len(wanted)}, {len(wrong)} of them "
+            f"different ({', '.join(wrong[:3])}), so nothing was written; export this student for onnx or openvino."
+        )
 
 
 def needs_gaps(config: Mapping[str, Any]) -> bool:
@@ -115,10 +139,11 @@ def _tiny(model: ModelFolder) -> dict[str, dict[str, Tensor]]:
     if type(vae).__name__ != "AutoencoderTiny":
         return {}
     weights = vae.state_dict()
-    files = {"taesd_decoder": taesd(weights, "decoder")}
+    kind = "taesdxl" if model.has_pooled_prompts else "taesd"  # the names by which ComfyUI finds them
+    files = {f"{kind}_decoder": taesd(weights, "decoder")}
     encoder = taesd(weights, "encoder")
     if all(bool(one.isfinite().all()) for one in encoder.values()):
-        files["taesd_encoder"] = encoder
+        files[f"{kind}_encoder"] = encoder
     return files
 
 
@@ -135,22 +160,38 @@ def _save(tensors: Mapping[str, Tensor], file: Path, dtype: str) -> None:
 
 
 def _notes(
-    model: ModelFolder, config: Mapping[str, Any], gaps: bool, tiny: bool, others: Mapping[str, Tensor]
+    model: ModelFolder,
+    config: Mapping[str, Any],
+    gaps: bool,
+    tiny: Sequence[str],
+    others: Mapping[str, Tensor],
 ) -> list[str]:
-    steps = len(model.plan.steps)
+    steps, first = len(model.plan.steps), model.plan.steps[0].timestep
     notes = [
         f"{MODEL}: original layout, for ComfyUI and diffusers' from_single_file. Sample {steps} step(s) from timestep "
-        f"{model.plan.steps[0].timestep}, prediction type {model.plan.prediction_type}, CFG 1."
+        f"{first}, prediction type {model.plan.prediction_type}, CFG 1."
     ]
-    if gaps:
+    if first != 999:
+        step = model.plan.steps[0]
+        notes.append(
+            f"warning: the samplers of ComfyUI and stable-diffusion.cpp begin at timestep 999, and this student at {first}: "
+            f"give ComfyUI's SamplerCustom the sigmas {step.sigma / step.alpha:.4f}, 0; stable-diffusion.cpp cannot run it."
+        )
+    if model.plan.prediction_type != "epsilon":
+        notes.append(
+            "warning: programs that guess the prediction type from the blocks of the U-Net take a pruned one for epsilon; set "
+            f"{model.plan.prediction_type} by hand (ComfyUI: ModelSamplingDiscrete)."
+        )
+    if gaps and first == 999:
         notes.append(
             f"{WITH_GAPS}: the same with the block numbers that stable-diffusion.cpp expects of pruned U-Nets; run it "
             f"with --cfg-scale 1 --steps {steps}."
         )
     if tiny:
         notes.append(
-            "taesd_decoder.safetensors: the tiny decoder in TAESD's layout (ComfyUI: models/vae_approx). stable-diffusion.cpp "
-            "takes the file in the model's folder vae/ as --taesd."
+            f"{', '.join(f'{name}.safetensors' for name in tiny)}: the tiny autoencoder in TAESD's layout (ComfyUI: models/"
+            "vae_approx; without the encoder beside it, it serves previews only). stable-diffusion.cpp takes the decoder in "
+            "the model's folder vae/ as --taesd."
         )
     width = _prompt_width(others)
     taken, real = sd_cpp_version(config, width), sd_cpp_topology(config)
