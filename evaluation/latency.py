@@ -46,8 +46,8 @@ SDXS-1024 against SDXL at 32 steps with guidance, as in the table of arXiv:2403.
     """The paper's comparison."""
     baseline: Annotated[str | None, Option(metavar="DIR|NAME")] = None
     """Diffusers folder of the base, or the name of an architecture as for --random_weights."""
-    steps: Annotated[int, Option(at_least=1)] = 16
-    """Steps of the base."""
+    steps: Annotated[int | None, Option(at_least=1)] = None
+    """Steps of the base; by default 16. A student knows its own."""
     guidance_scale: Annotated[float, Option(at_least=0)] = 7.5
     """Guidance of the base; 1 is none."""
     backend: Annotated[tuple[str, ...], Option(choices=BACKENDS)] = ("torch",)
@@ -55,7 +55,9 @@ SDXS-1024 against SDXL at 32 steps with guidance, as in the table of arXiv:2403.
     batch_sizes: Annotated[tuple[int, ...], Option(at_least=1)] = (1,)
     """Images at once."""
     controlnet: Annotated[str | None, Option(metavar="DIR")] = None
-    """ControlNet of the student."""
+    """ControlNet of the student, with which it runs everywhere; speed does not depend on the condition, which is noise."""
+    baseline_controlnet: Annotated[str | None, Option(metavar="DIR")] = None
+    """ControlNet of the base; required where --controlnet is compared with one."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Of all networks."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
@@ -82,6 +84,22 @@ SDXS-1024 against SDXL at 32 steps with guidance, as in the table of arXiv:2403.
         given = [one for one in (self.model, self.random_weights, self.preset) if one is not None]
         if len(given) != 1:
             raise ValueError(f"give one of --model, --random_weights and --preset, got {len(given)}.")
+        if self.preset is not None and (self.steps is not None or self.baseline is not None):
+            raise ValueError(
+                "--preset names the base and its steps; leave out --baseline and --steps, or give --random_weights instead."
+            )
+        based = self.preset is not None or self.baseline is not None
+        if not based and (
+            self.steps is not None or self.baseline_controlnet is not None or self.composed_baseline
+        ):
+            raise ValueError(
+                "--steps, --baseline_controlnet and --composed_baseline are of the base; give --baseline or --preset."
+            )
+        if based and (self.controlnet is None) != (self.baseline_controlnet is None):
+            missing = "--baseline_controlnet" if self.controlnet else "--controlnet"
+            raise ValueError(
+                f"student and base are compared with a ControlNet each or without any; {missing} is missing."
+            )
         if self.clock == "cpu" and self.device == "cuda":
             raise ValueError("--clock cpu counts processor time, and a GPU's work is none; use wall.")
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from evaluation.latency import MODELS
 from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.errors import UserError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -42,7 +43,7 @@ python -m evaluation.benchmarks.runtime_exports --random_weights sdxs-512 --cont
     work: Annotated[Path | None, Option(metavar="DIR")] = None
     """Folder that keeps the model."""
     out: Annotated[Path | None, Option(metavar="FILE.json")] = None
-    """Result; entries of other models in it are kept."""
+    """Result; entries of other models and exports in it are kept."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,16 +56,30 @@ def run(options: RuntimeExportsOptions) -> str:
     """Exports in a process each, so that peaks are its own; returns a table."""
     from evaluation.benchmarks.latency.random_models import random_model
 
+    known = _known(options.out)
     with ExitStack() as stack:
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="exports-")))
         work.mkdir(parents=True, exist_ok=True)
         model = random_model(options.random_weights, work)
         controlnet = _random_controlnet(model) if options.controlnet else None
-        rows = [_exported(name, model, controlnet, work, options.check_size_px) for name in options.exports]
-    if options.out is not None:
-        known = json.loads(options.out.read_text()) if options.out.is_file() else {}
-        options.out.write_text(json.dumps(known | {options.random_weights: rows}, indent=1) + "\n")
-    return table(rows)
+        rows = {row["export"]: row for row in known.get(options.random_weights, [])}
+        for name in options.exports:
+            rows[name] = _exported(name, model, controlnet, work, options.check_size_px)
+            if (
+                options.out is not None
+            ):  # after each, since one takes minutes and the next may need more memory
+                result = known | {options.random_weights: list(rows.values())}
+                options.out.write_text(json.dumps(result, indent=1) + "\n")
+    return table(list(rows.values()))
+
+
+def _known(out: Path | None) -> dict[str, Any]:
+    """What the result file has; makes its folder, so that a wrong path stops before the exports."""
+    if out is None:
+        return {}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = json.loads(out.read_text()) if out.is_file() else {}
+    return found
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -111,14 +126,32 @@ def _exported(
     process = context.Process(target=_export, args=(name, model, controlnet, work, size, theirs))
     process.start()
     theirs.close()
-    row: dict[str, Any] = ours.recv()
+    try:
+        found: dict[str, Any] | str = ours.recv()
+    except EOFError as error:
+        process.join()
+        raise UserError(
+            f"the export {name} of '{model}' ended with exit code {process.exitcode} and without a result; is there enough "
+            "memory? Exports before it are kept, and --exports names which to make."
+        ) from error
     process.join()
-    return row
+    if isinstance(found, str):
+        raise UserError(f"the export {name} of '{model}' failed: {found}")
+    return found
 
 
 def _export(
     name: str, model: Path, controlnet: Path | None, work: Path, size: int | None, connection: Connection
 ) -> None:
+    try:
+        connection.send(_measured_export(name, model, controlnet, work, size))
+    except Exception as error:
+        connection.send(f"{type(error).__name__}: {error}")
+
+
+def _measured_export(
+    name: str, model: Path, controlnet: Path | None, work: Path, size: int | None
+) -> dict[str, Any]:
     from sdxs_lightning.inference.exporting.export import export_runtime
     from sdxs_lightning.inference.exporting.graphs import Adapted
     from sdxs_lightning.inference.exporting.single_file import export_single_file
@@ -145,8 +178,7 @@ def _export(
     )
     stored += sum(file.stat().st_size for file in (controlnet or work / "none").glob("*.safetensors"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row |= {"megabytes": sizes, "peak_over_weights": peak / (2 * stored)}  # stored in half precision
-    connection.send(row)
+    return row | {"megabytes": sizes, "peak_over_weights": peak / (2 * stored)}  # stored in half precision
 
 
 if __name__ == "__main__":

@@ -311,8 +311,13 @@ class StoredSamples:
         return apply_steps(image, still_to_do(steps, from_jpeg, image.size))
 
 
-def load_pipeline(folder: str | Path) -> Any:
-    """Load a pipeline without safety checker, which returns black images, and without SDXL's watermark."""
+def load_pipeline(folder: str | Path, **given: Any) -> Any:
+    """Load a pipeline without safety checker, which returns black images, and without SDXL's watermark.
+
+    Args:
+        folder: of the pipeline.
+        **given: of its `from_pretrained`.
+    """
     from diffusers import DiffusionPipeline
 
     named = json.loads((Path(folder) / "model_index.json").read_text())
@@ -322,9 +327,18 @@ def load_pipeline(folder: str | Path) -> Any:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     if "StableDiffusionXL" in str(named.get("_class_name")):
         options["add_watermarker"] = False
-    pipeline = DiffusionPipeline.from_pretrained(str(folder), **options)
+    pipeline = DiffusionPipeline.from_pretrained(str(folder), **options, **given)
     assert getattr(pipeline, "safety_checker", None) is None and getattr(pipeline, "watermark", None) is None
     return pipeline
+
+
+def with_controlnet(pipeline: Any, controlnet: Any) -> Any:
+    """The ControlNet pipeline of diffusers with the components of a plain one."""
+    kind = type(pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
+    parts = dict(pipeline.components)
+    if "safety_checker" in parts:
+        parts["requires_safety_checker"] = False
+    return getattr(diffusers, kind)(**parts, controlnet=controlnet)
 
 
 def make_scheduler(name: str, config: Any) -> Any:

@@ -212,7 +212,7 @@ def load_controlnet(source: str | Path) -> ControlNetModel:
         FileNotFoundError: if there is no such folder.
         ValueError: for another network, pickles or unreadable weights.
     """
-    folder = _folder(source)
+    folder = controlnet_folder(source)
     config = read_json(folder / "config.json")
     if config.get("_class_name") not in ("ControlNetModel", "StudentControlNet"):
         raise ValueError(
@@ -343,7 +343,12 @@ def _parameters(network: type[nn.Module]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
-def _folder(source: str | Path) -> Path:
+def controlnet_folder(source: str | Path) -> Path:
+    """The folder of a ControlNet, fetched if it is on the hub.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
     path = Path(source)
     if (path / "config.json").is_file():
         return path

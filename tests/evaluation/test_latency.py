@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import threading
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
-from evaluation.benchmarks.latency import command
+from evaluation.benchmarks import runtime_exports
+from evaluation.benchmarks.latency import command, subjects
 from evaluation.benchmarks.latency.command import with_ratios
 from evaluation.benchmarks.latency.random_models import random_model, unet_config
 from evaluation.benchmarks.latency.report import table
-from evaluation.benchmarks.latency.subjects import serve
+from evaluation.benchmarks.latency.stopwatch import Stopwatch
+from evaluation.benchmarks.latency.subjects import Subject, serve
 from evaluation.latency import LatencyOptions, main
+from sdxs_lightning.command_line import parse_options
+from sdxs_lightning.core.model_hash import hash_model
+from sdxs_lightning.families.weights import load_network
 from sdxs_lightning.inference.generator import OneStepGenerator
+from sdxs_lightning.networks.controlnet import StudentControlNet, controlnet_from_unet, save_controlnet
 
 
 def row(subject: str, seconds: float, **components: float) -> dict[str, Any]:
@@ -106,12 +117,117 @@ def test_architectures_are_the_published_ones() -> None:
         ("--random_weights sdxs", "--random_weights is 'sdxs', but must be one of sdxs-512"),
         ("--model a --backend tensorrt", "--backend is 'tensorrt', but must be one of torch"),
         ("--preset paper-512 --clock cpu --device cuda", "counts processor time"),
+        (
+            "--preset paper-512 --steps 8",
+            "--preset names the base and its steps; leave out --baseline and --steps",
+        ),
+        (
+            "--preset paper-512 --baseline b",
+            "--preset names the base and its steps; leave out --baseline and --steps",
+        ),
+        ("--model a --steps 8", "are of the base; give --baseline or --preset"),
+        ("--model a --baseline b --controlnet c", "any; --baseline_controlnet is missing"),
+        ("--preset paper-512 --baseline_controlnet c", "any; --controlnet is missing"),
     ],
 )
 def test_messages(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(line.split())
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+class _Event:
+    """Stands in for torch.cuda.Event; each record takes a second."""
+
+    def __init__(self, log: list[str], enable_timing: bool) -> None:
+        assert enable_timing
+        self._log = log
+
+    def record(self) -> None:
+        self._log.append("event")
+        self.second = self._log.count("event")
+
+    def elapsed_time(self, end: _Event) -> float:
+        return 1000.0 * (end.second - self.second)
+
+
+def test_on_a_gpu_nothing_waits_inside_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: _Event(log, enable_timing))
+    watch = Stopwatch("cuda", "wall")
+    unet = watch.watch(lambda: log.append("unet"), "unet")
+
+    def call() -> None:
+        unet()
+        with watch.part("copy"):
+            log.append("copy")
+        unet()
+
+    found = watch.timed(call)
+    plain = ["unet", "copy", "unet"]
+    events = ["event", "unet", "event", "event", "copy", "event", "event", "unet", "event"]
+    assert log == ["wait", *plain, "wait", *events, "wait"]
+    assert found.pop("end_to_end") < 1 and found == {"unet": 2.0, "copy": 1.0}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random student of four steps, with its ControlNet in NAME-controlnet."""
+    folder = random_model("tiny", tmp_path_factory.mktemp("students"))
+    index, file = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
+    index.write_text(index.read_text().replace("DDIMScheduler", "LCMScheduler"))
+    kept = {name: json.loads(file.read_text())[name] for name in ("beta_start", "beta_end", "beta_schedule")}
+    several = {"_class_name": "LCMScheduler", "original_inference_steps": 4, **kept}
+    file.write_text(json.dumps(several | {"steps_offset": 1, "clip_sample": False}))
+    save_controlnet(
+        controlnet_from_unet(load_network(UNet2DConditionModel, folder / "unet")), f"{folder}-controlnet"
+    )
+    return folder
+
+
+def test_student_and_stock_take_the_same_steps_with_the_same_controlnet(
+    student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    for kind in (UNet2DConditionModel, StudentControlNet):
+        forward = kind.forward
+
+        def counted(self: Any, *given: Any, _forward: Any = forward, **named: Any) -> Any:
+            calls.append(type(self).__name__)
+            return _forward(self, *given, **named)
+
+        monkeypatch.setattr(kind, "forward", counted)
+    controlnet = f"{student}-controlnet"
+    line = f"--model {student} --controlnet {controlnet} --device cpu --size_px 32"
+    options = parse_options(LatencyOptions, line.split(), "latency")
+    for subject in command._subjects(options, student.parent):
+        calls.clear()
+        assert subject.controlnet == controlnet
+        found = subjects._prepared(subject)(2)
+        assert calls == ["StudentControlNet", "UNet2DConditionModel"] * 4, subject.name
+        assert {"text", "controlnet", "unet", "decoder", "end_to_end"} <= found.keys()
+
+
+def test_a_composed_base_multiplies_what_every_step_repeats(student: Path) -> None:
+    subject = Subject("base", "base", str(student), controlnet=f"{student}-controlnet", steps=100, size_px=32)
+    found = subjects._prepared(replace(subject, composed=True))(1)
+    repeated = found["unet"] + found["controlnet"]
+    once = found["end_to_end"] - repeated
+    assert found["text"] + found["decoder"] < once < repeated
+
+
+def test_a_kept_export_is_that_of_the_same_networks(student: Path, tmp_path: Path) -> None:
+    other = tmp_path / student.name
+    shutil.copytree(student, other)
+    controlnet = f"{student}-controlnet"
+    name = command.export_name(str(student), "onnx", "fp16", None)
+    assert command.export_name(str(other), "onnx", "fp16", None) == name
+    config = other / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"norm_eps": 1e-4}))
+    assert command.export_name(str(other), "onnx", "fp16", None) != name
+    controlled = command.export_name(str(student), "onnx", "fp16", controlnet)
+    assert controlled.startswith(f"{name}-control-") and controlled.endswith(hash_model(controlnet))
 
 
 def test_presets_resolve() -> None:
@@ -124,3 +240,35 @@ def test_presets_resolve() -> None:
         32,
         7.5,
     )
+
+
+def test_a_dead_export_is_named_and_the_ones_before_it_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "exports.json"
+
+    def export(name: str, *_: Any) -> dict[str, Any]:
+        if name == "onnx-fp16":
+            raise SystemExit(9)  # no answer, as of a process that the system ends
+        return {"export": name, "megabytes": {"unet": 1.0}, "peak_over_weights": 2.0}
+
+    class Process(threading.Thread):
+        exitcode = -9
+
+        def start(self) -> None:
+            with suppress(SystemExit):
+                self.run()
+
+        def join(self, timeout: float | None = None) -> None:
+            pass
+
+    monkeypatch.setattr(_Threads, "Process", Process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: _Threads)
+    monkeypatch.setattr(runtime_exports, "_measured_export", export)
+    line = f"--random_weights tiny --work {tmp_path} --out {out} --exports"
+    with pytest.raises(SystemExit):
+        runtime_exports.main([*line.split(), "onnx-fp32", "onnx-fp16"])
+    assert "the export onnx-fp16 of" in (message := capsys.readouterr().err) and "exit code -9" in message
+    assert [row["export"] for row in json.loads(out.read_text())["tiny"]] == ["onnx-fp32"]
+    runtime_exports.main([*line.split(), "openvino-fp16"])
+    assert [row["export"] for row in json.loads(out.read_text())["tiny"]] == ["onnx-fp32", "openvino-fp16"]

@@ -23,8 +23,11 @@ from evaluation.benchmarks.latency.subjects import Subject, serve_quietly
 from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.inference.exporting.export import export_runtime
 from sdxs_lightning.inference.exporting.graphs import Adapted
+from sdxs_lightning.inference.model_folder import ModelFolder
+from sdxs_lightning.networks.controlnet import controlnet_folder
 
 if TYPE_CHECKING:
     from evaluation.latency import LatencyOptions
@@ -60,11 +63,13 @@ def latency(options: LatencyOptions) -> str:
 
 
 def _resolved(options: LatencyOptions) -> LatencyOptions:
-    """With the values of a preset."""
-    if options.preset is None:
-        return options
-    student, base, steps = PAPER[options.preset]
-    return replace(options, preset=None, random_weights=student, baseline=base, steps=steps)
+    """With the values of a preset, and default steps of a base."""
+    if options.preset is not None:
+        student, base, steps = PAPER[options.preset]
+        return replace(options, preset=None, random_weights=student, baseline=base, steps=steps)
+    if options.baseline is not None and options.steps is None:
+        return replace(options, steps=16)
+    return options
 
 
 def _subjects(options: LatencyOptions, work: Path) -> list[Subject]:
@@ -77,20 +82,35 @@ def _subjects(options: LatencyOptions, work: Path) -> list[Subject]:
         "threads": options.threads,
         "clock": options.clock,
     }
-    subjects = [Subject("student, diffusers", "stock", folder, **common)]
+    steps = len(ModelFolder.read(folder, "torch").plan.steps)
+    stock: dict[str, Any] = {"steps": steps, "controlnet": options.controlnet, **common}
+    subjects = [Subject("student, diffusers", "stock", folder, **stock)]
     if (Path(folder) / "vae_large").is_dir():
         subjects.insert(
-            0, Subject("student, diffusers, KL decoder", "stock", folder, kl_decoder=True, **common)
+            0, Subject("student, diffusers, KL decoder", "stock", folder, kl_decoder=True, **stock)
         )
     subjects += [_student(name, folder, options, work, common) for name in options.backend]
     if options.baseline is not None:
-        found = options.baseline
-        base = found if (Path(found) / "model_index.json").is_file() else str(random_model(found, work))
-        guided = f", guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else ""
-        name = f"base, {options.steps} steps{guided}"
-        more: dict[str, Any] = {"steps": options.steps, "guidance_scale": options.guidance_scale}
-        subjects.append(Subject(name, "base", base, composed=options.composed_baseline, **more, **common))
+        subjects.append(_base(options, work, common))
     return subjects
+
+
+def _base(options: LatencyOptions, work: Path, common: dict[str, Any]) -> Subject:
+    assert options.baseline is not None and options.steps is not None
+    folder = options.baseline
+    if not (Path(folder) / "model_index.json").is_file():
+        folder = str(random_model(folder, work))
+    guided = f", guidance {options.guidance_scale:g}" if options.guidance_scale > 1 else ""
+    return Subject(
+        f"base, {options.steps} steps{guided}",
+        "base",
+        folder,
+        composed=options.composed_baseline,
+        controlnet=options.baseline_controlnet,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        **common,
+    )
 
 
 def _student(name: str, folder: str, options: LatencyOptions, work: Path, common: dict[str, Any]) -> Subject:
@@ -105,15 +125,20 @@ def _student(name: str, folder: str, options: LatencyOptions, work: Path, common
             **common,
         )
     precision = kind or "fp32"
-    export = work / f"{Path(folder).name}-{backend}-{precision}{'-control' if options.controlnet else ''}"
+    runtime: Any = backend
+    chosen: Any = precision
+    export = work / export_name(folder, backend, precision, options.controlnet)
     if not export.is_dir():
-        runtime: Any = backend
-        chosen: Any = precision
         export_runtime(
             folder, export, runtime, chosen, Adapted(options.controlnet), check_size=options.size_px
         )
-    named: Any = backend
-    return Subject(f"student, {backend} {precision}", "generator", str(export), backend=named, **common)
+    return Subject(f"student, {backend} {precision}", "generator", str(export), backend=runtime, **common)
+
+
+def export_name(folder: str, backend: str, precision: str, controlnet: str | None) -> str:
+    """Name of an export in --work; it contains the hashes of its networks, since every training calls its folder `pipeline`."""
+    name = f"{Path(folder).resolve().name}-{hash_model(folder)}-{backend}-{precision}"
+    return name if controlnet is None else f"{name}-control-{hash_model(controlnet_folder(controlnet))}"
 
 
 def measure(

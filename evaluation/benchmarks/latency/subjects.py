@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import resource
 import sys
-import time
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
+
+from evaluation.benchmarks.latency.stopwatch import Stopwatch
 
 Kind = Literal["generator", "stock", "base"]
 PROMPTS = ("a red circle above a blue square", "a green star", "a small yellow triangle", "a white square")
@@ -31,9 +31,11 @@ class Subject:
     device: str = "cpu"
     compiled: bool = False
     controlnet: str | None = None
+    """Folder of a ControlNet; None where an export has it inside."""
     kl_decoder: bool = False
     """Stock: decode with the VAE in vae_large."""
     steps: int = 1
+    """Of a pipeline; a generator knows its own."""
     guidance_scale: float = 0.0
     composed: bool = False
     """Base: multiply one step."""
@@ -76,39 +78,6 @@ def peak_megabytes(device: str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
 
 
-class Stopwatch:
-    """Sums seconds by component."""
-
-    def __init__(self, device: str, clock: str) -> None:
-        self.seconds: dict[str, float] = {}
-        self._device = device
-        self._clock: Callable[[], float] = time.perf_counter if clock == "wall" else time.process_time
-
-    def now(self) -> float:
-        """Seconds, after what the device was given before."""
-        if self._device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        return self._clock()
-
-    @contextmanager
-    def part(self, name: str) -> Any:
-        """Adds the time of a block to a component."""
-        started = self.now()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
-
-    def watch(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """The function with its time added to a component."""
-
-        def watched(*given: Any, **named: Any) -> Any:
-            with self.part(name):
-                return function(*given, **named)
-
-        return watched
-
-
 def _prepared(subject: Subject) -> Callable[[int], dict[str, float]]:
     if subject.kind == "generator":
         return _generator(subject)
@@ -134,24 +103,19 @@ def _generator(subject: Subject) -> Callable[[int], dict[str, float]]:
         **options,
     )
     watch = Stopwatch(subject.device, subject.clock)
-    if not (subject.compiled or subject.device == "cuda"):
+    if not subject.compiled:  # one graph has no parts, and a wrapper would break it
         watch_components(generator.networks, watch)
     call = _Calls()
 
-    def measure(batch_size: int) -> dict[str, float]:
-        prompts = call.prompts(batch_size)
+    def draw(batch_size: int) -> None:
         given: dict[str, Any] = {"size": subject.size_px}
         if generator.networks.has_control:
             given["control_images"] = call.images(subject.size_px or generator.model.size[0])
-        watch.seconds.clear()
-        started = watch.now()
-        images = generator.sample(prompts, 0, **given)
+        images = generator.sample(call.prompts(batch_size), 0, **given)
         with watch.part("copy"):
             to_uint8(images).cpu()
-        total = watch.now() - started
-        return {**watch.seconds, "end_to_end": total}
 
-    return measure
+    return lambda batch_size: watch.timed(lambda: draw(batch_size))
 
 
 def watch_components(networks: Any, watch: Stopwatch) -> None:
@@ -174,89 +138,88 @@ def watch_components(networks: Any, watch: Stopwatch) -> None:
 
 
 def _stock(subject: Subject) -> Callable[[int], dict[str, float]]:
-    pipeline = _pipeline(subject)
     watch = Stopwatch(subject.device, subject.clock)
-    _watch_pipeline(pipeline, watch)
-    call = _Calls()
-
-    def measure(batch_size: int) -> dict[str, float]:
-        import torch
-
-        watch.seconds.clear()
-        started = watch.now()
-        generators = [torch.Generator().manual_seed(i) for i in range(batch_size)]
-        pipeline(
-            call.prompts(batch_size),
-            num_inference_steps=subject.steps,
-            guidance_scale=subject.guidance_scale,
-            generator=generators,
-            height=subject.size_px,
-            width=subject.size_px,
-            output_type="pil",
-        )
-        return {**watch.seconds, "end_to_end": watch.now() - started}
-
-    return measure
+    draw = _pipeline_call(subject, watch, subject.steps)
+    return lambda batch_size: watch.timed(lambda: draw(batch_size))
 
 
 def _base(subject: Subject) -> Callable[[int], dict[str, float]]:
     if not subject.composed:
         return _stock(subject)
-    pipeline = _pipeline(subject)
     watch = Stopwatch(subject.device, subject.clock)
-    call = _Calls()
+    draw = _pipeline_call(subject, watch, steps=1)
 
     def measure(batch_size: int) -> dict[str, float]:
-        """As the pipeline, but with one of its steps: its scheduler takes the first of N."""
-        import torch
-
-        found: dict[str, float] = {}
-        pipeline.set_progress_bar_config(disable=True)
-        _watch_pipeline(pipeline, watch)
-        watch.seconds.clear()
-        pipeline(
-            call.prompts(batch_size),
-            num_inference_steps=1,
-            guidance_scale=subject.guidance_scale,
-            generator=[torch.Generator().manual_seed(i) for i in range(batch_size)],
-            height=subject.size_px,
-            width=subject.size_px,
-            output_type="pt",
-        )
-        found = {**watch.seconds}
-        found["unet"] *= subject.steps
-        return {**found, "end_to_end": sum(found.values())}
+        """Of a call with one step, what each step repeats is multiplied: its scheduler takes the first of N."""
+        found = watch.timed(lambda: draw(batch_size))
+        for name in {"unet", "controlnet"} & found.keys():
+            found["end_to_end"] += (subject.steps - 1) * found[name]
+            found[name] *= subject.steps
+        return found
 
     return measure
 
 
-def _pipeline(subject: Subject) -> Any:
+def _pipeline_call(subject: Subject, watch: Stopwatch, steps: int) -> Callable[[int], None]:
+    """A call of the pipeline from prompts to images on the CPU."""
     import torch
-    from diffusers import AutoencoderKL, DiffusionPipeline
 
-    from evaluation.images.samples import DTYPES
+    pipeline = _pipeline(subject)
+    _watch_pipeline(pipeline, watch)
+    side = subject.size_px or pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    call = _Calls()
 
-    dtype: torch.dtype = DTYPES[subject.dtype]
-    given: dict[str, Any] = {}
+    def draw(batch_size: int) -> None:
+        given: dict[str, Any] = {}
+        if subject.controlnet is not None:
+            given["image"] = call.images(side).float() / 255
+        pipeline(
+            call.prompts(batch_size),
+            num_inference_steps=steps,
+            guidance_scale=subject.guidance_scale,
+            generator=[torch.Generator().manual_seed(i) for i in range(batch_size)],
+            height=side,
+            width=side,
+            output_type="pil",
+            **given,
+        )
+
+    return draw
+
+
+def _pipeline(subject: Subject) -> Any:
+    import diffusers
+    from torch import nn
+
+    from evaluation.images.samples import load_pipeline, with_controlnet
+    from sdxs_lightning.inference.generator import torch_dtype
+    from sdxs_lightning.networks.controlnet import check_fits, load_controlnet
+
+    dtype = torch_dtype(subject.dtype)
+    given: dict[str, Any] = {"torch_dtype": dtype}
     if subject.kl_decoder:
-        given["vae"] = AutoencoderKL.from_pretrained(Path(subject.folder) / "vae_large", torch_dtype=dtype)
-    pipeline = DiffusionPipeline.from_pretrained(
-        subject.folder, torch_dtype=dtype, local_files_only=True, **given
-    )
+        large = Path(subject.folder) / "vae_large"
+        given["vae"] = diffusers.AutoencoderKL.from_pretrained(large, torch_dtype=dtype)
+    pipeline = load_pipeline(subject.folder, **given)
+    if subject.controlnet is not None:
+        controlnet = load_controlnet(subject.controlnet)
+        check_fits(controlnet, pipeline.unet, f"controlnet '{subject.controlnet}'")
+        nn.Module.to(controlnet, dtype=dtype)
+        pipeline = with_controlnet(pipeline, controlnet)
     pipeline.to(subject.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 def _watch_pipeline(pipeline: Any, watch: Stopwatch) -> None:
-    """Times the networks of a pipeline, once."""
-    if getattr(pipeline, "_watched", None) is watch:
-        return
-    pipeline._watched = watch
+    """Times the networks of a pipeline."""
     for name, component in pipeline.components.items():
         if name.startswith("text_encoder"):
             component.forward = watch.watch(component.forward, "text")
-    pipeline.unet.forward = watch.watch(pipeline.unet.forward, "unet")
+    for name in ("unet", "controlnet"):
+        if name in pipeline.components:
+            network = pipeline.components[name]
+            network.forward = watch.watch(network.forward, name)
     pipeline.vae.decode = watch.watch(pipeline.vae.decode, "decoder")
 
 
