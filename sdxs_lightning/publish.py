@@ -24,6 +24,7 @@ class PublishOptions:
     EXAMPLES: ClassVar[str] = f"""\
 {PROGRAM} outputs/sd15-distill --out hub/student --base_model stable-diffusion-v1-5/stable-diffusion-v1-5
 {PROGRAM} outputs/sd15-lora --out hub/ink --student me/sdxs-student --licence creativeml-openrail-m --repo_id me/ink-lora
+{PROGRAM} outputs/sd15-style-lora --out hub/ink --partner models/sd15 --steps 25 --guidance_scale 7.5
 {PROGRAM} outputs/sd15-distill --out hub/student --repo_id me/sdxs-student --private"""
 
     run: Annotated[Path, Option(positional=True)]
@@ -37,7 +38,13 @@ class PublishOptions:
     base_model: str | None = None
     """Hub id of the base, for the card; by default the run's base if that is a hub id."""
     student: str | None = None
-    """Hub id of the student that a LoRA or ControlNet is used with, for the card's code; by default its folder."""
+    """Hub id of the student that a LoRA or ControlNet was made for, for the card's code; by default its folder."""
+    partner: Annotated[Path | None, Option(metavar="DIR")] = None
+    """Pipeline here that a LoRA, ControlNet or decoder is used with; by default the run's student, or its base."""
+    steps: Annotated[int | None, Option(at_least=1)] = None
+    """Steps of a base that is used with a LoRA, ControlNet or decoder (25); students have their own."""
+    guidance_scale: Annotated[float | None, Option(at_least=0)] = None
+    """Its guidance (7.5)."""
     licence: str | None = None
     """Licence of the base in the hub's spelling; by default that of the base's own card, or of a known base."""
     prompts: tuple[str, ...] = ()

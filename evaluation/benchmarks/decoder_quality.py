@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ from torch.nn import functional as F
 from data.toy.world import image_at
 from evaluation.benchmarks.score_files import write_scores
 from evaluation.images.image_sets import open_images
+from evaluation.metrics.estimates import Estimate, mean_estimate
 from evaluation.networks.network_features import full_precision
+from evaluation.protocols.image_protocol import metric_hash
 from evaluation.reports.grids import sheet
 from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
@@ -99,7 +101,21 @@ def decoder(options: DecoderOptions) -> str:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         page = sheet(rows, [""] * len(rows["real"]))
         page.save(options.out.with_suffix(".png"), optimize=True)
-    means = {pair: torch.cat(values).mean().item() for pair, values in psnr.items()}
+    values = {pair: torch.cat(found) for pair, found in psnr.items()}
+    apart = {pair: torch.cat(found) for pair, found in distances.items()}
+    means = {pair: found.mean().item() for pair, found in values.items()}
+    estimates = {
+        "psnr_db": mean_estimate(values["tiny_real"]),
+        "psnr_loss_db": mean_estimate(values["kl_real"] - values["tiny_real"]),
+        "feature_distance": mean_estimate(apart["tiny_real"].double()),
+    }
+    source = "toy:test" if options.source is None else open_images(options.source).digest()
+    settings = {
+        "vae_sha256": hash_weights(family.folder / "vae"),
+        "source": source,
+        "side_px": family.resolution,
+    }
+    features = {"features": options.features}
     result = {
         "base": options.base,
         "vae_sha256": hash_weights(family.folder / "vae"),
@@ -107,9 +123,14 @@ def decoder(options: DecoderOptions) -> str:
         "decoder_sha256": hash_weights(options.decoder),
         "images": sum(map(len, psnr["kl_real"])),
         "source": options.source or "toy world, test split",
+        "protocol": {"name": "decoder"},
+        "metrics": {
+            name: _entry(name, one, {**settings, **(features if name == "feature_distance" else {})})
+            for name, one in estimates.items()
+        },
         "psnr_db": means,
-        "psnr_loss_db": means["kl_real"] - means["tiny_real"],
-        "feature_distance": {pair: torch.cat(values).mean().item() for pair, values in distances.items()},
+        "psnr_loss_db": estimates["psnr_loss_db"].value,
+        "feature_distance": {pair: found.mean().item() for pair, found in apart.items()},
         "features": options.features,
         "parameters": {
             "kl": _parameters(kl.decoder)
@@ -120,6 +141,19 @@ def decoder(options: DecoderOptions) -> str:
         **where(device),
     }
     return write_scores(options.out, result)
+
+
+def _entry(name: str, estimate: Estimate, settings: dict[str, Any]) -> dict[str, Any]:
+    """A metric as in the files of `evaluation.evaluate`."""
+    hashed = {"metric": name, "images": estimate.samples, **settings}
+    return {
+        "value": estimate.value,
+        "samples": estimate.samples,
+        "low": estimate.low,
+        "high": estimate.high,
+        "hash": metric_hash(hashed),
+        "settings": hashed,
+    }
 
 
 def feature_network(text: str) -> ImageFeatures:

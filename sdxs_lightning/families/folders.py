@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from sdxs_lightning.families.weights import check_not_pickled, load_network, weight_files
 
@@ -264,3 +267,19 @@ def pipeline_variant(folder: Path) -> str | None:
     """Returns the `variant` for loading a complete pipeline: "fp16" if some component has only such files."""
     found = (weight_files(path.name for path in one.iterdir()) for one in folder.iterdir() if one.is_dir())
     return next((files.variant for files in found if files is not None and files.variant), None)
+
+
+def card_licence(folder: Path) -> str | None:
+    """The licence in the header of a model card (README.md), in the hub's spelling; None where none can be read."""
+    card = folder / "README.md"
+    header = (
+        re.match(r"---\s*?\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
+        if card.is_file()
+        else None
+    )
+    try:
+        found = yaml.safe_load(header[1]) if header else None
+    except yaml.YAMLError:
+        return None
+    licence = found.get("license") if isinstance(found, dict) else None
+    return licence if isinstance(licence, str) else None

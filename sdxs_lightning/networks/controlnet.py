@@ -196,6 +196,7 @@ def _he_init(stem: nn.Module, seed: int) -> None:
     for layer in stem.modules():
         if isinstance(layer, nn.Conv2d) and not layer.weight.is_meta:
             nn.init.kaiming_normal_(layer.weight, generator=generator)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import json
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.publishing.runs import Run
+from sdxs_lightning.inference.model_folder import ModelFolder
+from sdxs_lightning.publishing.runs import Kind, Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,7 +30,17 @@ TOY_PROMPTS = (
     "a small orange triangle on a navy background",
 )
 CONDITION = "condition.png"
-DECODER_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the published model is called."""
+
+    steps: int
+    guidance_scale: float
+    """0 for a student; above 1 for a base."""
+    scale: float | None
+    """Of a ControlNet or LoRA."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,8 @@ class Snippet:
 
     code: str
     """With the names under which a reader loads the models; it leaves the image in `image`."""
-    folders: Mapping[str, Path]
-    """The folders here that stand for these names."""
+    local_code: str
+    """The same with the folders here."""
 
     def run(self) -> Image:
         """Executes the code on the folders here, without network.
@@ -46,13 +58,10 @@ class Snippet:
         Raises:
             UserError: if it fails.
         """
-        code = self.code
-        for name, folder in self.folders.items():
-            code = code.replace(f'"{name}"', repr(str(folder)))
         scope: dict[str, Any] = {}
         try:
             with redirect_stderr(io.StringIO()):  # the libraries' progress bars
-                exec(compile(code, "<the card's code>", "exec"), scope)  # our own text, made below
+                exec(compile(self.local_code, "<the card's code>", "exec"), scope)  # our own text, made below
         except Exception as error:
             raise UserError(
                 f"the card's code fails on this run ({type(error).__name__}: {error})."
@@ -67,70 +76,136 @@ def prompts_of(run: Run) -> tuple[str, ...]:
 
 
 def snippet_of(
-    run: Run, folder: Path, name: str, partner: str, prompt: str, seed: int, steps: int, scale: float
+    run: Run,
+    names: tuple[str, str],
+    folders: tuple[Path, Path],
+    prompt: str,
+    seed: int,
+    settings: Settings,
 ) -> Snippet:
     """The card's code.
 
     Args:
         run: the run.
-        folder: the published folder here.
-        name: hub id of the published model.
-        partner: hub id (or folder) of the student or base that a LoRA, ControlNet or decoder is used with.
+        names: hub ids (or folders) of the published model, and of the student or base that a LoRA, ControlNet or decoder is
+            used with; for a pipeline the same.
+        folders: the published folder here, and that of the student or base.
         prompt: of the image.
         seed: of its noise.
-        steps: of the student.
-        scale: of a ControlNet or LoRA.
+        settings: of the call.
     """
+    here, there = str(folders[0].resolve()), str(folders[1].resolve())
+    condition = str(folders[0].resolve() / CONDITION)
+    return Snippet(
+        _code(run, *names, CONDITION, prompt, seed, settings),
+        _code(run, here, there, condition, prompt, seed, settings),
+    )
+
+
+def _code(
+    run: Run, name: str, partner: str, condition: str, prompt: str, seed: int, settings: Settings
+) -> str:
     kind = run.family_name
-    folders = {name: folder.resolve()}
-    arguments = f"num_inference_steps={steps}, guidance_scale=0"
-    if run.kind == "pipeline":
-        imports = f"from diffusers import {kind}Pipeline"
-        load = f'pipeline = {kind}Pipeline.from_pretrained("{name}")'
-    elif run.kind == "lora":
-        imports = f"from diffusers import {kind}Pipeline"
-        load = (
-            f'pipeline = {kind}Pipeline.from_pretrained("{partner}")\n'
-            f'pipeline.load_lora_weights("{name}", weight_name="pytorch_lora_weights.safetensors", adapter_name="style")\n'
-            f'pipeline.set_adapters(["style"], [{scale}])  # 0 is the student without the style'
-        )
-    elif run.kind == "controlnet":
-        stock = '"ControlNetModel"' in (run.exported / "config.json").read_text()
-        imports = f"from diffusers import {kind}ControlNetPipeline{', ControlNetModel' if stock else ''}\n"
-        imports += "from diffusers.utils import load_image"
-        imports += "" if stock else "\nfrom sdxs_lightning.networks.controlnet import load_controlnet"
-        make = "ControlNetModel.from_pretrained" if stock else "load_controlnet"
-        load = (
-            f'pipeline = {kind}ControlNetPipeline.from_pretrained("{partner}", controlnet={make}("{name}"))\n'
-            f'condition = load_image("{CONDITION}")'
-        )
-        folders[CONDITION] = (folder / CONDITION).resolve()
-        arguments = f"image=condition, {arguments}, controlnet_conditioning_scale={scale}"
-    else:
-        imports = f"from diffusers import AutoencoderTiny, {kind}Pipeline"
-        load = f'pipeline = {kind}Pipeline.from_pretrained("{partner}", vae=AutoencoderTiny.from_pretrained("{name}"))'
-        arguments = f"num_inference_steps={DECODER_STEPS}"
-    if run.kind != "pipeline":
-        here = Path(partner_folder(run)).resolve()
-        folders = {partner: here, **folders}
-    code = (
+    imports, load = _LOADING[run.kind](run, kind, quoted(name), quoted(partner), settings)
+    arguments = f"num_inference_steps={settings.steps}, guidance_scale={settings.guidance_scale:g}"
+    if run.kind == "controlnet":
+        imports += "\nfrom diffusers.utils import load_image"
+        load += f"\ncondition = load_image({quoted(condition)})"
+        arguments = f"image=condition, {arguments}, controlnet_conditioning_scale={settings.scale}"
+    return (
         f"import torch\n{imports}\n\n{load}\n"
         f"generator = torch.Generator().manual_seed({seed})\n"
-        f"image = pipeline({prompt!r}, {arguments}, generator=generator).images[0]\n"
+        f"image = pipeline({quoted(prompt)}, {arguments}, generator=generator).images[0]\n"
     )
-    return Snippet(code, folders)
 
 
-def partner_folder(run: Run) -> str:
-    """The student or base here that a LoRA, ControlNet or decoder is used with.
+def quoted(text: str) -> str:
+    """A Python string literal in double quotes, on one line."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _pipeline(run: Run, kind: str, name: str, partner: str, settings: Settings) -> tuple[str, str]:
+    return f"from diffusers import {kind}Pipeline", f"pipeline = {kind}Pipeline.from_pretrained({name})"
+
+
+def _lora(run: Run, kind: str, name: str, partner: str, settings: Settings) -> tuple[str, str]:
+    plain = "base" if run.for_base else "student"
+    return f"from diffusers import {kind}Pipeline", (
+        f"pipeline = {kind}Pipeline.from_pretrained({partner})\n"
+        f'pipeline.load_lora_weights({name}, weight_name="pytorch_lora_weights.safetensors", adapter_name="style")\n'
+        f'pipeline.set_adapters(["style"], [{settings.scale}])  # 0 is the {plain} without the style'
+    )
+
+
+def _controlnet(run: Run, kind: str, name: str, partner: str, settings: Settings) -> tuple[str, str]:
+    stock = '"ControlNetModel"' in (run.exported / "config.json").read_text()
+    imports = f"from diffusers import {kind}ControlNetPipeline{', ControlNetModel' if stock else ''}"
+    imports += "" if stock else "\nfrom sdxs_lightning.networks.controlnet import load_controlnet"
+    make = "ControlNetModel.from_pretrained" if stock else "load_controlnet"
+    return (
+        imports,
+        f"pipeline = {kind}ControlNetPipeline.from_pretrained({partner}, controlnet={make}({name}))",
+    )
+
+
+def _decoder(run: Run, kind: str, name: str, partner: str, settings: Settings) -> tuple[str, str]:
+    return (
+        f"from diffusers import AutoencoderTiny, {kind}Pipeline",
+        f"pipeline = {kind}Pipeline.from_pretrained({partner}, vae=AutoencoderTiny.from_pretrained({name}))",
+    )
+
+
+_LOADING: dict[Kind, Callable[[Run, str, str, str, Settings], tuple[str, str]]] = {
+    "pipeline": _pipeline,
+    "lora": _lora,
+    "controlnet": _controlnet,
+    "decoder": _decoder,
+}
+"""Imports and loading of each kind."""
+
+
+def partner_folder(run: Run, given: Path | None) -> Path:
+    """The student or base here that a LoRA, ControlNet or decoder is used with; a pipeline itself.
 
     Raises:
-        UserError: if the run names none, or not a pipeline folder.
+        UserError: if there is no such pipeline folder.
     """
-    found = run.base if run.kind == "decoder" else run.student
-    if found is None or not (Path(found) / "model_index.json").is_file():
+    if run.kind == "pipeline":
+        return run.exported
+    found = Path(run.partner) if given is None else given
+    if not (found / "model_index.json").is_file():
+        named = f"the run names '{run.partner}'" if given is None else f"--partner is '{given}'"
         raise UserError(
-            f"the samples of a {run.kind} need the pipeline that it is used with, and the run names '{found}', which is no "
-            "pipeline folder here; run this command where it is."
+            f"the samples of a {run.kind} need the pipeline that it is used with, and {named}, which is no pipeline folder "
+            "here; give one as --partner."
         )
     return found
+
+
+def settings_of(
+    run: Run, partner: Path, steps: int | None, guidance_scale: float | None, scale: float | None
+) -> Settings:
+    """How the card's code calls the model.
+
+    Args:
+        run: the run.
+        partner: as from `partner_folder`.
+        steps: of a base; None is 25.
+        guidance_scale: of a base; None is 7.5.
+        scale: of a LoRA or ControlNet; None is 1 for a LoRA and 0.8 for a ControlNet.
+
+    Raises:
+        UserError: for settings that the model does not have.
+    """
+    if scale is not None and run.kind in ("pipeline", "decoder"):
+        raise UserError(f"--scale is of LoRAs and ControlNets, and the run made a {run.kind}.")
+    scales = {"lora": 1.0, "controlnet": 0.8}
+    scale = scales.get(run.kind) if scale is None else scale
+    if run.for_base:
+        guided = 7.5 if guidance_scale is None else guidance_scale
+        return Settings(steps or 25, guided, scale)
+    if steps is not None or guidance_scale is not None:
+        raise UserError(
+            "a student has its own number of steps and no guidance; --steps and --guidance_scale are of what a base uses."
+        )
+    return Settings(len(ModelFolder.read(partner, "torch").plan.steps), 0.0, scale)

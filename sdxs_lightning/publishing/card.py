@@ -8,14 +8,14 @@ from typing import Any
 
 import yaml
 
-from sdxs_lightning.publishing.calling import DECODER_STEPS, Snippet
+from sdxs_lightning.publishing.calling import Settings, Snippet
 from sdxs_lightning.publishing.runs import Kind, Run
-from sdxs_lightning.publishing.scores import Number
+from sdxs_lightning.publishing.scores import SECTION, Number, table
 
 WHAT: dict[Kind, str] = {
-    "pipeline": "A one-step text-to-image student",
-    "lora": "A style LoRA for a one-step text-to-image student",
-    "controlnet": "A ControlNet for a one-step text-to-image student",
+    "pipeline": "A {steps} text-to-image student",
+    "lora": "A style LoRA for a {model}",
+    "controlnet": "A ControlNet for a {model}",
     "decoder": "A tiny image decoder",
 }
 NAMES = {
@@ -36,7 +36,7 @@ class Facts:
     name: str
     """Hub id of the model."""
     base_model: str | None
-    """Hub id of the base, or of the student for a LoRA or ControlNet; None leaves the field out."""
+    """Hub id of the base, or of the student for its LoRA or ControlNet; None leaves the field out."""
     partner: str
     """Name of the pipeline that a LoRA, ControlNet or decoder is used with."""
     licence: str
@@ -47,9 +47,8 @@ class Facts:
     """File and prompt of each sample."""
     resolution: tuple[int, int]
     """Height and width of the training images, pixels."""
-    steps: int
-    scale: float
-    """Of a LoRA or ControlNet."""
+    settings: Settings
+    """Of the call."""
 
 
 def write_card(facts: Facts) -> str:
@@ -63,8 +62,8 @@ def write_card(facts: Facts) -> str:
         _calling(facts),
         "## Samples",
         "| | prompt |\n|---|---|\n"
-        + "\n".join(f"| ![]({file}) | {prompt} |" for file, prompt in facts.samples),
-        "## Measured",
+        + "\n".join(f"| ![]({file}) | {_cell(prompt)} |" for file, prompt in facts.samples),
+        SECTION,
         _measured(facts),
         "## Made from",
         _made_from(facts),
@@ -75,28 +74,12 @@ def write_card(facts: Facts) -> str:
 
 
 def _header(facts: Facts) -> str:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
     run = facts.run
-    results = [
-        EvalResult(
-            task_type="text-to-image",
-            dataset_type=number.protocol,
-            dataset_name=number.protocol,
-            metric_type=number.metric,
-            metric_name=number.title,
-            metric_value=number.value,
-            metric_args={
-                "hash": number.hash,
-                "samples": number.samples,
-                "low": number.low,
-                "high": number.high,
-            },
-        )
-        for number in facts.numbers
-    ]
+    results = [number.result() for number in facts.numbers]
     relation = {"lora": "adapter", "controlnet": "adapter"}.get(run.kind, "finetune")
-    tags = ["sdxs", "one-step", TAGS[run.family_name]]
+    tags = [*([] if run.for_base else ["sdxs", "one-step"]), TAGS[run.family_name]]
     tags += {"lora": ["lora"], "controlnet": ["controlnet"], "decoder": ["autoencoder"]}.get(run.kind, [])
     settings: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": relation}
     data = ModelCardData(
@@ -114,45 +97,56 @@ def _header(facts: Facts) -> str:
 
 def _opening(facts: Facts) -> str:
     run = facts.run
+    steps = "one-step" if facts.settings.steps == 1 else f"{facts.settings.steps}-step"
+    model = "text-to-image base in its many steps" if run.for_base else f"{steps} text-to-image student"
+    style = (
+        "trained with its denoising loss on images of the style"
+        if run.for_base
+        else f"which stays {steps}: trained by score distillation towards its base with a style"
+    )
     more = {
-        "pipeline": f", distilled from `{run.base}`. It draws in {_steps(facts.steps)}, without guidance.",
-        "lora": f", for `{facts.partner}`, which stays one-step: trained by score distillation towards its base with a style.",
+        "pipeline": f", distilled from `{run.base}`. It draws in {_steps(facts.settings.steps)}, without guidance.",
+        "lora": f", for `{facts.partner}`, {style}.",
         "controlnet": f", for `{facts.partner}`.",
         "decoder": f" (`AutoencoderTiny`) for the latents of `{run.base}`.",
     }[run.kind]
-    return f"{WHAT[run.kind]}{more} Made with sdxs-lightning, stage `{run.stage}`."
+    what = WHAT[run.kind].format(steps=steps, model=model)
+    return f"{what}{more} Made with sdxs-lightning, stage `{run.stage}`."
 
 
 def _calling(facts: Facts) -> str:
     height, width = facts.resolution
+    run, settings = facts.run, facts.settings
     lines = [f"- Size: {width}x{height} px. Others near by run, with falling quality."]
-    if facts.run.kind == "decoder":
+    if run.kind == "decoder":
+        lines += ["- Use it as `vae` of any pipeline with these latents."]
+    if run.for_base:
         lines += [
-            f"- Use it as `vae` of any pipeline with these latents; the code above draws in {DECODER_STEPS} steps."
+            f"- Steps and guidance are those of the base: {settings.steps} and {settings.guidance_scale:g} in the code above."
         ]
-        return "\n".join(lines)
-    lines += [
-        f"- Steps: {facts.steps}. More do not make it better.",
-        "- `guidance_scale=0`: guidance is trained in. A negative prompt does nothing.",
-        '- On a GPU: `.to("cuda", torch.float16)` after `from_pretrained`.',
-    ]
-    if facts.run.kind == "lora":
+    else:
         lines += [
-            f"- Scale: {facts.scale:g} by default; 0 is the student itself, values above 1 exaggerate the style.",
+            f"- Steps: {settings.steps}. More do not make it better.",
+            "- `guidance_scale=0`: guidance is trained in. A negative prompt does nothing.",
+        ]
+    lines += ['- On a GPU: `.to("cuda", torch.float16)` after `from_pretrained`.']
+    if run.kind == "lora":
+        plain = "base" if run.for_base else "student"
+        lines += [
+            f"- Scale: {settings.scale:g} by default; 0 is the {plain} itself, values above 1 exaggerate the style.",
             "- `kohya/lora.safetensors` has kohya's names, for other programs.",
         ]
-    if facts.run.kind == "controlnet":
-        lines += [f"- `controlnet_conditioning_scale`: {facts.scale:g} in the code above; lower is freer."]
+    if run.kind == "controlnet":
+        lines += [f"- `controlnet_conditioning_scale`: {settings.scale:g} in the code above; lower is freer."]
     return "\n".join(lines)
 
 
 def _measured(facts: Facts) -> str:
     if not facts.numbers:
         return "Nothing was measured."
-    rows = "\n".join(number.row() for number in facts.numbers)
     return (
         "95 % intervals; numbers of another hash are not comparable. The score files are in `scores/`.\n\n"
-        "| metric | value | 95 % interval | images | protocol | hash |\n|---|---|---|---|---|---|\n" + rows
+        + table(facts.numbers)
     )
 
 
@@ -170,7 +164,8 @@ def _made_from(facts: Facts) -> str:
         )
     ]
     if run.kind in ("lora", "controlnet"):
-        rows += [("student", f"`{run.student}`, used here as `{facts.partner}`")]
+        partner = "used with" if run.for_base else "student"
+        rows += [(partner, f"`{run.partner}`, used here as `{facts.partner}`")]
     style = run.settings.get("style")
     if style:
         rows += [("style", f"`{style['path']}`, scale {style.get('scale', 1.0):g}, in the real score only")]
@@ -204,3 +199,8 @@ def _licence(facts: Facts) -> str:
 
 def _steps(count: int) -> str:
     return "one step" if count == 1 else f"{count} steps"
+
+
+def _cell(text: str) -> str:
+    """Text that a row of a Markdown table can hold."""
+    return " ".join(text.split()).replace("|", "\\|")

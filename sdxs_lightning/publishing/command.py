@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,17 +14,25 @@ from sdxs_lightning.callbacks.run_folder import ORIGIN
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 from sdxs_lightning.core.image_formats import readable_formats
 from sdxs_lightning.families.folders import read_json
-from sdxs_lightning.publishing.calling import CONDITION, partner_folder, prompts_of, snippet_of
+from sdxs_lightning.publishing.calling import (
+    CONDITION,
+    Settings,
+    partner_folder,
+    prompts_of,
+    settings_of,
+    snippet_of,
+)
 from sdxs_lightning.publishing.card import Facts, write_card
 from sdxs_lightning.publishing.runs import Run, hub_id, licence_of, read_run
-from sdxs_lightning.publishing.scores import Number, check_card, hash_of_export, read_numbers
+from sdxs_lightning.publishing.scores import Number, check_card, read_scores
 
 if TYPE_CHECKING:
     from sdxs_lightning.publish import PublishOptions
 
 MANIFEST = "publish.json"
-"""Marks a folder that this command wrote: its name, its run, and the hashes of its weights."""
-_REPO_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+"""Marks a folder that this command wrote: its name, how its code calls it, and the hashes of its files."""
+ADDED = {"", ".md", ".txt", ".png", ".jpg", ".webp", ".gif"}
+"""Kinds of files that may be added to a folder by hand: the licence, pictures for the card."""
 
 
 def publish(options: PublishOptions) -> str:
@@ -33,31 +42,55 @@ def publish(options: PublishOptions) -> str:
         UserError: for an unfinished run, a number that is not the run's, an unknown licence, or a refusal of the hub.
         CheckpointNotWritten: if the disk refuses.
     """
-    if options.repo_id is not None and not _REPO_ID.fullmatch(options.repo_id):
-        raise UserError(f"--repo_id is '{options.repo_id}'; it has the form org/name.")
+    _check_repo_id(options.repo_id)
     run = read_run(options.run)
-    numbers = read_numbers(run, hash_of_export(run))
     known = (options.out / MANIFEST).is_file()
     if options.out.exists() and not known and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(
             f"--out '{options.out}' exists and is not a folder of this command; remove it or give another one."
         )
+    partner = partner_folder(run, options.partner)
+    settings = (
+        _stored_settings(options.out)
+        if known
+        else settings_of(run, partner, options.steps, options.guidance_scale, options.scale)
+    )
+    scores = read_scores(run, settings, partner)
     if not known:
-        write_folder(run, numbers, options)
-    check_folder(options.out, run, numbers, options.repo_id)
+        write_folder(run, scores.numbers, settings, partner, options)
+    check_folder(options.out, run, scores.numbers, options.repo_id)
+    count = len(scores.numbers)
+    hint = f"; measure with python -m evaluation.evaluate --out {run.folder / 'scores.json'}"
     lines = [
-        f"{'checked' if known else 'written'}: {options.out} ({run.kind}, {len(numbers)} numbers"
-        f"{'' if numbers else '; measure with python -m evaluation.evaluate --out ' + str(run.folder / 'scores.json')})"
+        f"{'checked' if known else 'written'}: {options.out} ({run.kind}, {count} numbers{'' if count else hint})"
     ]
+    if scores.skipped:
+        lines.append(f"not read as scores, without metrics and hashes: {', '.join(scores.skipped)}")
     if options.repo_id is not None:
         lines.append(f"uploaded: {upload(options.out, options.repo_id, options.private)}")
     return "\n".join(lines)
 
 
+def _check_repo_id(repo_id: str | None) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    if repo_id is None:
+        return
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--repo_id is '{repo_id}': {' '.join(str(error).split())}") from error
+    if "/" not in repo_id:
+        raise UserError(f"--repo_id is '{repo_id}'; it has the form org/name.")
+
+
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def write_folder(run: Run, numbers: list[Number], options: PublishOptions) -> None:
+def write_folder(
+    run: Run, numbers: Sequence[Number], settings: Settings, partner: Path, options: PublishOptions
+) -> None:
     """Writes the folder, completely or not at all."""
     from safetensors import SafetensorError
 
@@ -65,39 +98,41 @@ def write_folder(run: Run, numbers: list[Number], options: PublishOptions) -> No
     from sdxs_lightning.export import new_folder
 
     licence = licence_of(run, options.base_model, options.licence)
-    if run.kind != "pipeline":
-        partner_folder(run)
     try:
         with new_folder(options.out) as written:
             shutil.copytree(run.exported, written)
-            _add(run, numbers, options, written, licence)
+            _add(run, numbers, settings, partner, options, written, licence)
     except (OSError, SafetensorError) as error:
         problem = write_failure(error) or str(error)
         raise CheckpointNotWritten(f"--out '{options.out}' could not be written: {problem}.") from error
 
 
-def _add(run: Run, numbers: list[Number], options: PublishOptions, folder: Path, licence: str) -> None:
+def _add(
+    run: Run,
+    numbers: Sequence[Number],
+    settings: Settings,
+    partner: Path,
+    options: PublishOptions,
+    folder: Path,
+    licence: str,
+) -> None:
     """Everything beside the exported weights."""
-    shutil.copy(run.folder / "config.yaml", folder)
-    if (run.folder / ORIGIN).is_file():
-        shutil.copy(run.folder / ORIGIN, folder)
-    for source in {number.source for number in numbers}:
-        (folder / "scores").mkdir(exist_ok=True)
-        shutil.copy(run.folder / source, folder / "scores" / Path(source).name)
+    for name, source in _copies(run, numbers).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(source, folder / name)
     if run.kind == "lora":
-        _add_kohya(run, folder)
+        _add_kohya(run, partner, folder)
     name = options.repo_id or f"your-name/{run.folder.resolve().name}"
-    partner = options.student if run.kind in ("lora", "controlnet") else options.base_model or run.base
-    partner = partner or partner_folder(run) if run.kind != "pipeline" else name
-    assert partner is not None
-    resolution = _resolution(run)
+    # A LoRA or ControlNet of a student is one of the student for the hub too; all else is made from the base.
+    of_student = run.kind in ("lora", "controlnet") and not run.for_base
+    used = options.student if of_student else options.base_model or hub_id(run.base)
+    partner_name = name if run.kind == "pipeline" else used or str(partner)
+    resolution = _resolution(partner)
     if run.kind == "controlnet":
         _add_condition(options.condition, folder, resolution)
     prompts = options.prompts or prompts_of(run)
-    steps = len(_timesteps(run))
-    scale = options.scale if options.scale is not None else (0.8 if run.kind == "controlnet" else 1.0)
     snippets = [
-        snippet_of(run, folder, name, partner, prompt, seed, steps, scale)
+        snippet_of(run, (name, partner_name), (folder, partner), prompt, seed, settings)
         for seed, prompt in enumerate(prompts)
     ]
     samples = []
@@ -106,30 +141,43 @@ def _add(run: Run, numbers: list[Number], options: PublishOptions, folder: Path,
         file = f"samples/{index}.png"
         snippet.run().save(folder / file)
         samples.append((file, prompt))
-    adapted = options.student if run.kind in ("lora", "controlnet") else None
     facts = Facts(
         run=run,
         name=name,
-        base_model=hub_id(adapted or options.base_model or run.base) or adapted or options.base_model,
-        partner=partner,
+        base_model=(hub_id(options.student) if of_student else None)
+        or hub_id(options.base_model or run.base),
+        partner=partner_name,
         licence=licence,
         numbers=numbers,
         snippet=snippets[0],
         samples=samples,
         resolution=resolution,
-        steps=steps,
-        scale=scale,
+        settings=settings,
     )
     (folder / "README.md").write_text(write_card(facts))
-    (folder / MANIFEST).write_text(
-        json.dumps(
-            {"name": name, "kind": run.kind, "partner": partner, "weights": _weights(folder)}, indent=2
-        )
-        + "\n"
-    )
+    content = {"name": name, "kind": run.kind, "partner": partner_name, "calling": asdict(settings)}
+    content |= {"files": _files(folder)}
+    (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _add_kohya(run: Run, folder: Path) -> None:
+def _copies(run: Run, numbers: Sequence[Number]) -> dict[str, Path]:
+    """Files of the run that stand in the folder as they are: name there, file here.
+
+    Raises:
+        UserError: for two score files of one name.
+    """
+    found = {name: run.folder / name for name in ("config.yaml", ORIGIN) if (run.folder / name).is_file()}
+    for source in sorted({number.source for number in numbers}):
+        name = f"scores/{Path(source).name}"
+        if name in found:
+            raise UserError(
+                f"'{found[name]}' and '{run.folder / source}' have one name, and the folder has one place for it; rename one."
+            )
+        found[name] = run.folder / source
+    return found
+
+
+def _add_kohya(run: Run, partner: Path, folder: Path) -> None:
     """The same LoRA under kohya's names."""
     from diffusers import UNet2DConditionModel
 
@@ -137,7 +185,7 @@ def _add_kohya(run: Run, folder: Path) -> None:
     from sdxs_lightning.families.weights import load_network
     from sdxs_lightning.networks.lora_files import read_lora, write_lora
 
-    unet = load_network(UNet2DConditionModel, resolve_unet(partner_folder(run)))
+    unet = load_network(UNet2DConditionModel, resolve_unet(str(partner)))
     (folder / "kohya").mkdir()
     write_lora(folder / "kohya", read_lora(run.exported, unet).adapters, "kohya")
 
@@ -160,43 +208,52 @@ def _add_condition(condition: Path | None, folder: Path, resolution: tuple[int, 
     image.save(folder / CONDITION)
 
 
-def _resolution(run: Run) -> tuple[int, int]:
+def _resolution(pipeline: Path) -> tuple[int, int]:
     """Height and width, pixels, of the pipeline that is called."""
     from sdxs_lightning.families.folders import vae_factor
 
-    pipeline = run.exported if run.kind == "pipeline" else Path(partner_folder(run))
     side = read_json(pipeline / "unet" / "config.json")["sample_size"]
     height, width = side if isinstance(side, list) else (side, side)
     factor = vae_factor(read_json(pipeline / "vae" / "config.json"))
     return height * factor, width * factor
 
 
-def _timesteps(run: Run) -> list[int]:
-    """Timesteps of a student of several steps; one entry for a one-step student."""
-    student = run.settings.get("student")
-    arguments = student.get("init_args", {}) if isinstance(student, dict) else {}
-    return list(arguments.get("timesteps") or [0])
-
-
 # ------------------------------------------------------------------------------------------------- checking, uploading
 
 
-def check_folder(folder: Path, run: Run, numbers: list[Number], repo_id: str | None) -> None:
+def _stored_settings(folder: Path) -> Settings:
+    """How the card's code in a folder of this command calls the model.
+
+    Raises:
+        UserError: for a folder of an older version.
+    """
+    found = read_json(folder / MANIFEST)
+    if "files" not in found or "calling" not in found:
+        raise UserError(
+            f"'{folder}' is of an older version of this command, which noted less; remove it and run again."
+        )
+    return Settings(**found["calling"])
+
+
+def check_folder(folder: Path, run: Run, numbers: Sequence[Number], repo_id: str | None) -> None:
     """Checks a folder of this command against its run.
 
     Raises:
-        UserError: for other weights than the run's, a number that is not the run's, or another name than the card's.
+        UserError: for other files than were written or than the run's, a number that is not the run's, or another name than
+            the card's.
     """
     manifest = read_json(folder / MANIFEST)
-    if manifest["weights"] != _weights(folder):
-        raise UserError(
-            f"the weights in '{folder}' are not those that were written there; remove the folder and run again."
-        )
-    exported = {file.relative_to(run.exported).as_posix() for file in run.exported.rglob("*.safetensors")}
-    for name in exported:
-        if manifest["weights"].get(name) != _digest(run.exported / name):
+    written, found = manifest["files"], _files(folder)
+    for name in sorted(written.keys() | found.keys()):
+        added = name not in written and Path(name).suffix in ADDED and not name.startswith("scores/")
+        if written.get(name) != found.get(name) and not added:
+            what = "is missing" if name not in found else "is not what was written there"
+            raise UserError(f"'{folder / name}' {what}; remove the folder and run again.")
+    of_run = {path.relative_to(run.exported).as_posix(): path for path in _paths(run.exported)}
+    for name, file in (of_run | _copies(run, numbers)).items():
+        if found.get(name) != _digest(file):
             raise UserError(
-                f"'{folder / name}' is not what the run '{run.folder}' exported; remove the folder and run again."
+                f"'{folder / name}' is not what is in the run '{run.folder}'; remove the folder and run again."
             )
     if repo_id is not None and manifest["name"] != repo_id:
         raise UserError(
@@ -213,7 +270,12 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
         UserError: without network or token, or if the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     api = HfApi()
     try:
@@ -225,7 +287,13 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
             commit_message="Upload model",
             ignore_patterns=[".*"],
         )
-    except (HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        OfflineModeIsEnabled,
+        OSError,
+    ) as error:
         raise UserError(
             f"the hub did not take '{repo_id}' ({str(error).strip().splitlines()[0]}); log in with `hf auth login`, or see "
             "HF_TOKEN and HF_HUB_OFFLINE. The folder is complete: the same command uploads it."
@@ -233,9 +301,18 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
     return str(commit)
 
 
-def _weights(folder: Path) -> dict[str, str]:
-    files = sorted(folder.rglob("*.safetensors"))
-    return {file.relative_to(folder).as_posix(): _digest(file) for file in files}
+def _files(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file but the card, which may be edited, and the list itself; hidden ones are not uploaded."""
+    named = {path.relative_to(folder).as_posix(): path for path in _paths(folder)}
+    return {name: _digest(path) for name, path in named.items() if name not in ("README.md", MANIFEST)}
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The files of a folder, without hidden ones."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def _digest(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,8 @@ import yaml
 
 from sdxs_lightning.callbacks.run_folder import ORIGIN
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.families.folders import read_json
+from sdxs_lightning.core.hub_ids import is_hub_id
+from sdxs_lightning.families.folders import card_licence, read_json
 
 Kind = Literal["pipeline", "lora", "controlnet", "decoder"]
 KINDS: tuple[Kind, ...] = ("pipeline", "lora", "controlnet", "decoder")
@@ -25,7 +25,6 @@ LICENCES = {
     "stable-diffusion-xl-base-1.0": "openrail++",
 }
 """Licences of the usual bases, in the hub's spelling, by the last part of their hub id."""
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,18 @@ class Run:
         student = self.settings.get("student") or {}
         weights = student.get("init_args", {}).get("weights") if isinstance(student, dict) else None
         return None if weights is None else str(weights)
+
+    @property
+    def for_base(self) -> bool:
+        """Whether it made something that a base uses in many steps: a decoder, or the LoRA or ControlNet of a base."""
+        return self.kind == "decoder" or (self.kind != "pipeline" and self.student is None)
+
+    @property
+    def partner(self) -> str:
+        """Folder or hub id of the pipeline that a LoRA, ControlNet or decoder was made for."""
+        if self.kind == "decoder":
+            return self.base
+        return self.student or self.settings.get("weights") or self.base
 
     @property
     def data(self) -> str:
@@ -123,12 +134,9 @@ def licence_of(run: Run, base_model: str | None, given: str | None) -> str:
     """
     if given is not None:
         return given
-    card = Path(run.base) / "README.md"
-    if card.is_file():
-        header = re.match(r"---\n(.*?)\n---", card.read_text(errors="replace"), re.DOTALL)
-        found = yaml.safe_load(header[1]).get("license") if header else None
-        if isinstance(found, str):
-            return found
+    found = card_licence(Path(run.base))
+    if found is not None:
+        return found
     for name in (base_model, run.base):
         known = LICENCES.get(Path(name).name) if name else None
         if known:
@@ -140,5 +148,7 @@ def licence_of(run: Run, base_model: str | None, given: str | None) -> str:
 
 
 def hub_id(name: str | None) -> str | None:
-    """A name if it has the form of a hub id and is no folder here."""
-    return name if name and _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    """The repository of a name that is a hub id and no folder here."""
+    if name is None or Path(name).exists() or not is_hub_id(name):
+        return None
+    return name.partition("@")[0]

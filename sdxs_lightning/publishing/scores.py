@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sdxs_lightning.callbacks.run_folder import ORIGIN
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from sdxs_lightning.networks.lora_files import hash_lora
+from sdxs_lightning.publishing.calling import Settings
 from sdxs_lightning.publishing.runs import Kind, Run
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 HASH_KEYS: dict[Kind, str] = {
     "pipeline": "model_sha256",
@@ -22,6 +26,12 @@ HASH_KEYS: dict[Kind, str] = {
     "decoder": "decoder_sha256",
 }
 """Entry of a score file with the hash of what it measured."""
+PARTNER_KEYS: dict[Kind, str] = {
+    "lora": "model_sha256",
+    "controlnet": "model_sha256",
+    "decoder": "vae_sha256",
+}
+"""Entry with the hash of the pipeline (or, for a decoder, of the VAE) that it was measured with."""
 TITLES = {
     "fid": "FID",
     "clip_score": "CLIP score",
@@ -30,7 +40,12 @@ TITLES = {
     "kid": "KID",
     "diversity": "diversity",
     "style_accuracy": "style accuracy",
+    "psnr_db": "PSNR, dB",
+    "psnr_loss_db": "PSNR lost to the base's decoder, dB",
 }
+SECTION = "## Measured"
+HEAD = ("metric", "value", "95 % interval", "images", "steps", "guidance", "scale", "protocol", "hash")
+"""Of the card's table in that section."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +60,14 @@ class Number:
     protocol: str
     hash: str
     """Of the metric's settings: numbers with another hash are not comparable."""
+    steps: int | None
+    """Of the sampler; None for a decoder, which was measured without one."""
+    guidance_scale: float | None
+    """Of the sampler; at most 1 is none."""
+    scale: float | None
+    """Of a LoRA or ControlNet."""
+    partner_hash: str | None
+    """Of the pipeline that a LoRA or ControlNet was measured with, or of the VAE whose latents a decoder decoded."""
     source: str
     """Score file, relative to the run."""
 
@@ -57,44 +80,128 @@ class Number:
         """The 95 % interval, as printed."""
         return "none" if self.low is None or self.high is None else f"{self.low:.4g} to {self.high:.4g}"
 
-    def row(self) -> str:
+    def cells(self) -> tuple[str, ...]:
         """Row of the card's table."""
-        cells = (
+        guided = "" if self.guidance_scale is None else f"{self.guidance_scale:g}"
+        return (
             self.title,
             f"{self.value:.6g}",
             self.interval,
             str(self.samples),
+            "" if self.steps is None else str(self.steps),
+            "none" if self.guidance_scale is not None and self.guidance_scale <= 1 else guided,
+            "" if self.scale is None else f"{self.scale:g}",
             self.protocol,
             f"`{self.hash}`",
         )
-        return f"| {' | '.join(cells)} |"
+
+    def result(self) -> EvalResult:
+        """Entry of the card's header."""
+        from huggingface_hub import EvalResult
+
+        names = ("hash", "samples", "low", "high", "steps", "guidance_scale", "scale", "partner_hash")
+        found = asdict(self)
+        return EvalResult(
+            task_type="text-to-image",
+            dataset_type=self.protocol,
+            dataset_name=self.protocol,
+            metric_type=self.metric,
+            metric_name=self.title,
+            metric_value=self.value,
+            metric_args={name: found[name] for name in names if name in names[:4] or found[name] is not None},
+        )
 
 
-def read_numbers(run: Run, model_hash: str) -> list[Number]:
+def table(numbers: Sequence[Number]) -> str:
+    """The card's table, Markdown."""
+    rows = [HEAD, ("---",) * len(HEAD), *(number.cells() for number in numbers)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What was measured of a run."""
+
+    numbers: Sequence[Number]
+    skipped: Sequence[str]
+    """JSON files beside the score files that have no `metrics`."""
+
+
+def read_scores(run: Run, settings: Settings, partner: Path) -> Scores:
     """Reads the score files of a run, which `python -m evaluation.evaluate --out RUN/NAME.json` writes.
 
     Args:
         run: score files are *.json in its folder and in `scores/`, if they have `metrics` with hashes.
-        model_hash: of what the numbers must be of, `hash_of_export`.
+        settings: of the card's code, which the numbers must have.
+        partner: folder of the pipeline that a LoRA, ControlNet or decoder is used with there.
 
     Raises:
-        UserError: for a number that contradicts its own file: of other weights, outside its interval, changed settings.
+        UserError: for a number that contradicts its own file or the card's code: of other weights, another student or base,
+            other steps, outside its interval, changed settings.
     """
-    numbers = []
+    exported, paired = hash_of_export(run), hash_of_partner(run, partner)
+    numbers, skipped = [], []
     for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("scores/*.json")]):
+        source = path.relative_to(run.folder).as_posix()
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise UserError(f"'{path}' cannot be read as JSON ({error}).") from error
-        if isinstance(content, dict) and isinstance(content.get("metrics"), dict):
-            found = content.get(HASH_KEYS[run.kind])
-            if found != model_hash:
-                raise UserError(
-                    f"'{path}' has scores of a {run.kind} with hash {found}, and this run exported {model_hash}; measure the "
-                    "exported one again, or remove the file."
-                )
-            numbers += _numbers_of(content, path, path.relative_to(run.folder).as_posix())
-    return numbers
+        if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
+            skipped += [source] * (source != ORIGIN)
+            continue
+        found = content.get(HASH_KEYS[run.kind])
+        if found != exported:
+            raise UserError(
+                f"'{path}' has scores of a {run.kind} with hash {found}, and this run exported {exported}; measure the "
+                "exported one again, or remove the file."
+            )
+        _check_alone(content, run, path)
+        for number in _numbers_of(content, run.kind, path, source):
+            _check_called(number, run, settings, paired, path)
+            numbers.append(number)
+    return Scores(numbers, skipped)
+
+
+def hash_of_partner(run: Run, partner: Path) -> str | None:
+    """Hash of the pipeline that a LoRA or ControlNet is used with, or of the VAE that a decoder replaces."""
+    if run.kind == "pipeline":
+        return None
+    return hash_weights(partner / "vae") if run.kind == "decoder" else hash_model(partner)
+
+
+def _check_alone(content: dict[str, Any], run: Run, path: Path) -> None:
+    """Raises UserError if something else was measured together with what the run made."""
+    others = {HASH_KEYS["lora"], HASH_KEYS["controlnet"]} - {HASH_KEYS[run.kind]}
+    found = sorted(name.removesuffix("_sha256") for name in others if content.get(name) is not None)
+    if found:
+        raise UserError(
+            f"'{path}' has scores of the {run.kind} together with a {found[0]}, which are not its own; move the file away."
+        )
+
+
+def _check_called(number: Number, run: Run, settings: Settings, partner_hash: str | None, path: Path) -> None:
+    """Raises UserError if a number is of another call than the card's code."""
+    if number.partner_hash != partner_hash:
+        what = "the VAE" if run.kind == "decoder" else "the pipeline"
+        raise UserError(
+            f"'{path}': {number.metric} was measured with {what} {number.partner_hash}, and the card's code uses "
+            f"{partner_hash}; measure with that one, or name the other as --partner."
+        )
+    if number.steps is None or number.guidance_scale is None:
+        return
+    guided = number.guidance_scale if number.guidance_scale > 1 else 0.0
+    called = settings.guidance_scale if settings.guidance_scale > 1 else 0.0
+    if (number.steps, guided) != (settings.steps, called):
+        more = (
+            "; give these as --steps and --guidance_scale, or measure again"
+            if run.for_base
+            else "; measure again"
+        )
+        raise UserError(
+            f"'{path}': {number.metric} was measured with {number.steps} step(s) and guidance {number.guidance_scale:g}, and "
+            f"the card's code has {settings.steps} and {settings.guidance_scale:g}{more}."
+        )
 
 
 def hash_of_export(run: Run) -> str:
@@ -104,12 +211,17 @@ def hash_of_export(run: Run) -> str:
     return hash_model(run.exported) if run.kind == "pipeline" else hash_weights(run.exported)
 
 
-def _numbers_of(content: dict[str, Any], path: Path, source: str) -> list[Number]:
+def _numbers_of(content: dict[str, Any], kind: Kind, path: Path, source: str) -> list[Number]:
     protocol = content.get("protocol", {})
     name = str(protocol.get("name") if isinstance(protocol, dict) else protocol)
+    sampled = kind != "decoder"
     numbers = []
     for metric, one in content["metrics"].items():
         try:
+            settings = one["settings"]
+            scale = content["lora_scale"] if kind == "lora" else None
+            if kind == "controlnet":  # a file has several
+                scale = settings["conditioning_scale"]
             number = Number(
                 metric,
                 float(one["value"]),
@@ -118,12 +230,16 @@ def _numbers_of(content: dict[str, Any], path: Path, source: str) -> list[Number
                 int(one["samples"]),
                 name,
                 one["hash"],
+                int(content["nfe"]) if sampled else None,
+                float(content["guidance_scale"]) if sampled else None,
+                None if scale is None else float(scale),
+                content[PARTNER_KEYS[kind]] if kind in PARTNER_KEYS else None,
                 source,
             )
-            settings = one["settings"]
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(
-                f"'{path}': {metric} lacks a value, samples, hash or settings ({error!r})."
+                f"'{path}': {metric} lacks a value, samples, hash or settings, or the file what it was measured with "
+                f"({error!r})."
             ) from error
         _check(number, content.get(metric), settings, path)
         numbers.append(number)
@@ -132,7 +248,7 @@ def _numbers_of(content: dict[str, Any], path: Path, source: str) -> list[Number
 
 def _check(number: Number, top: Any, settings: dict[str, Any], path: Path) -> None:
     """Raises UserError if a number contradicts the rest of its file."""
-    if top is not None and float(top) != number.value:
+    if isinstance(top, int | float) and float(top) != number.value:
         raise UserError(
             f"'{path}' has two values of {number.metric}, {top} and {number.value}: the file was altered, measure again."
         )
@@ -153,14 +269,11 @@ def hash_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-_ROW = re.compile(r"^\|.*\| `[0-9a-f]{12}` \|$", re.MULTILINE)
-
-
 def check_card(text: str, numbers: Sequence[Number]) -> None:
-    """Checks that each number of a card is one of the run's, under the same hash.
+    """Checks that each number of a card is one of the run's, with all that it depends on.
 
     Args:
-        text: the card: its table, and the results in its header.
+        text: the card: the table of its section "Measured", and the results in its header.
         numbers: those of the run's score files.
 
     Raises:
@@ -168,11 +281,13 @@ def check_card(text: str, numbers: Sequence[Number]) -> None:
     """
     from huggingface_hub import ModelCard, ModelCardData
 
-    rows = {number.row() for number in numbers}
-    for row in _ROW.findall(text):
-        if row not in rows:
+    if numbers and SECTION not in [line.strip() for line in text.splitlines()]:
+        raise UserError(f"README.md has no section '{SECTION}' for the run's numbers; write the card again.")
+    known = {_plain(number.cells()) for number in numbers} | {HEAD, ("---",) * len(HEAD)}
+    for row in _rows(text):
+        if _plain(row.strip().strip("|").split("|")) not in known:
             raise UserError(
-                f"README.md has a row that the run's scores do not have: {row}. Write the card again, or measure again."
+                f"README.md has a row that the run's scores do not have: {row.strip()}. Write the card again, or measure again."
             )
     try:
         data = ModelCard(text, ignore_metadata_errors=False).data
@@ -181,11 +296,30 @@ def check_card(text: str, numbers: Sequence[Number]) -> None:
         raise UserError(
             f"the header of README.md cannot be parsed ({' '.join(str(error).split())})."
         ) from error
-    known = {(number.metric, number.hash, number.value) for number in numbers}
+    expected = [number.result() for number in numbers]
     for result in results:
-        key = result.metric_type, (result.metric_args or {}).get("hash"), result.metric_value
-        if key not in known:
+        if result not in expected:
             raise UserError(
-                f"the header of README.md gives {key[0]} {key[2]} under the hash {key[1]}, which the run's scores do not have. "
-                "Write the card again, or measure again."
+                f"the header of README.md gives {result.metric_type} {result.metric_value} with {result.metric_args}, which "
+                "the run's scores do not have. Write the card again, or measure again."
             )
+
+
+def _rows(text: str) -> list[str]:
+    """Lines of tables in the section "Measured", and elsewhere those with a cell like a hash."""
+    found, inside = [], False
+    for line in text.splitlines():
+        if line.lstrip().startswith("#"):
+            inside = line.strip() == SECTION
+        hashed = line.lstrip().startswith("|") and any(_is_hash(cell) for cell in _plain(line.split("|")))
+        if hashed or (inside and "|" in line):
+            found.append(line)
+    return found
+
+
+def _plain(cells: Sequence[str]) -> tuple[str, ...]:
+    return tuple(cell.strip().strip("`").strip() for cell in cells)
+
+
+def _is_hash(cell: str) -> bool:
+    return len(cell) == 12 and set(cell) <= set("0123456789abcdef")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,9 @@ from data.toy.world import image_at
 from evaluation.benchmarks.decoder_quality import feature_distance, psnr_db, stored_images, toy_images
 from evaluation.benchmarks.tables import main
 from sdxs_lightning.networks.image_features import FeatureNetwork
+from sdxs_lightning.publishing.calling import Settings
+from sdxs_lightning.publishing.runs import Run
+from sdxs_lightning.publishing.scores import read_scores
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny import save_tiny_sd
 from tests.helpers.tiny_decoding import save_tiny_autoencoder
@@ -88,6 +92,15 @@ def test_command(folders: tuple[str, str], tmp_path: Path, capsys: pytest.Captur
     assert result["psnr_loss_db"] == pytest.approx(loss)
     assert set(result["time_kl_over_tiny"]) == {"1", "4"} and result["time_kl_over_tiny"]["4"] > 0
     assert f"| tiny against real | {result['psnr_db']['tiny_real']:.1f} |" in capsys.readouterr().out
+    found = result["metrics"]["psnr_db"]
+    assert found["value"] == pytest.approx(result["psnr_db"]["tiny_real"])
+    assert found["low"] < found["value"] < found["high"] and found["samples"] == 5
+    run = Run(tmp_path / "new", "decoder", {}, {})
+    shutil.copytree(tiny, run.exported)  # what publish reads of the file
+    scores = read_scores(run, Settings(4, 3.0, None), Path(base))
+    assert {one.metric: one.value for one in scores.numbers} == {
+        name: one["value"] for name, one in result["metrics"].items()
+    }
     with Image.open(out.with_suffix(".png")) as page:
         assert page.width > 3 * 112 and page.height > 4 * 112
 

@@ -7,7 +7,6 @@ import multiprocessing
 import shutil
 import threading
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -209,12 +208,16 @@ def test_student_and_stock_take_the_same_steps_with_the_same_controlnet(
         assert {"text", "controlnet", "unet", "decoder", "end_to_end"} <= found.keys()
 
 
-def test_a_composed_base_multiplies_what_every_step_repeats(student: Path) -> None:
-    subject = Subject("base", "base", str(student), controlnet=f"{student}-controlnet", steps=100, size_px=32)
-    found = subjects._prepared(replace(subject, composed=True))(1)
-    repeated = found["unet"] + found["controlnet"]
-    once = found["end_to_end"] - repeated
-    assert found["text"] + found["decoder"] < once < repeated
+def test_a_composed_base_multiplies_what_every_step_repeats(
+    student: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {"text": 1.0, "unet": 2.0, "controlnet": 0.5, "decoder": 3.0, "end_to_end": 7.0}
+    monkeypatch.setattr(Stopwatch, "timed", lambda self, call: dict(seconds))
+    subject = Subject(
+        "base", "base", str(student), controlnet=f"{student}-controlnet", steps=100, composed=True
+    )
+    found = subjects._prepared(subject)(1)
+    assert found == seconds | {"unet": 200.0, "controlnet": 50.0, "end_to_end": 7.0 + 99 * 2.5}
 
 
 def test_a_kept_export_is_that_of_the_same_networks(student: Path, tmp_path: Path) -> None:

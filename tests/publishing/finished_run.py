@@ -17,8 +17,8 @@ from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.controlnet import controlnet_from_unet, save_controlnet
 from sdxs_lightning.networks.lora import LoRA, add_lora
 from sdxs_lightning.networks.lora_files import live_adapters, write_lora
-from sdxs_lightning.publishing.runs import Kind, read_run
-from sdxs_lightning.publishing.scores import HASH_KEYS, hash_of_export
+from sdxs_lightning.publishing.runs import Kind, Run, read_run
+from sdxs_lightning.publishing.scores import HASH_KEYS, PARTNER_KEYS, hash_of_export, hash_of_partner
 from tests.helpers.tiny_distillation import family_of
 from tests.helpers.tiny_releases import tiny_decoder
 from tests.networks.test_lora import move
@@ -33,20 +33,22 @@ def finished_run(folder: Path, kind: Kind, base: Path, student: Path | None = No
         folder: of the run, made.
         kind: what it exported.
         base: folder of a tiny base.
-        student: an exported pipeline, for a LoRA or ControlNet.
+        student: an exported pipeline, for a LoRA or ControlNet; without one they are the base's.
     """
     folder.mkdir(parents=True)
     family = family_of(base)
     _EXPORTS[kind](folder / kind, family)
-    classes = {"pipeline": "OneStepDistillation", "lora": "StyleDistillation"}
+    classes = {"pipeline": "OneStepDistillation", "lora": "StyleDistillation" if student else "DenoisingLoRA"}
     arguments: dict[str, Any] = {
         "family": {
             "class_path": f"sdxs_lightning.families.{type(family).__name__}",
             "init_args": {"base": str(base)},
         },
-        "student": {"class_path": "S", "init_args": {"weights": None if student is None else str(student)}},
     }
-    if kind == "lora":
+    if student is not None or kind == "pipeline":
+        weights = None if student is None else str(student)
+        arguments["student"] = {"class_path": "S", "init_args": {"weights": weights}}
+    if kind == "lora" and student is not None:
         arguments["style"] = {"path": "styles/ink.safetensors", "scale": 1.0}
     config = {
         "model": {"class_path": f"stages.{classes.get(kind, 'Other')}", "init_args": arguments},
@@ -61,18 +63,32 @@ def finished_run(folder: Path, kind: Kind, base: Path, student: Path | None = No
 def write_scores(folder: Path, **changes: Any) -> None:
     """A score file in the layout of `python -m evaluation.evaluate`."""
     run = read_run(folder)
-    settings = {"network": "inception", "samples": 40, "resize": "clean"}
+    settings = {"network": "inception", "samples": 40, "resize": "clean", "conditioning_scale": 0.8}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
     fid = {"value": 31.25, "samples": 40, "low": 29.5, "high": 33.0, "hash": digest, "settings": settings}
-    toy = {"fingerprint": "b2c1b46eb900"}
+    toy = {"fingerprint": "b2c1b46eb900", "conditioning_scale": 0.8}
     clip = {"value": 0.75, "samples": 40, "low": 0.5, "high": 1.0, "hash": "b2c1b46eb900", "settings": toy}
     content = {
         HASH_KEYS[run.kind]: hash_of_export(run),
+        **measured_with(run),
         "fid": 31.25,
         "protocol": {"name": "clean"},
         "metrics": {"fid": fid, "clip_score": clip},
     }
     (folder / "scores.json").write_text(json.dumps(content | changes))
+
+
+def measured_with(run: Run) -> dict[str, Any]:
+    """Entries of a score file about the sampler and the pipeline of a LoRA, ControlNet or decoder."""
+    if run.kind == "decoder":
+        return {PARTNER_KEYS[run.kind]: hash_of_partner(run, Path(run.partner))}
+    found = {"nfe": 4, "guidance_scale": 3.0} if run.for_base else {"nfe": 1, "guidance_scale": 1.0}
+    if run.kind == "lora":
+        found["lora_scale"] = 0.75
+    partner = (
+        {} if run.kind == "pipeline" else {PARTNER_KEYS[run.kind]: hash_of_partner(run, Path(run.partner))}
+    )
+    return found | partner
 
 
 def _pipeline(folder: Path, family: StableDiffusion | StableDiffusionXL) -> None:

@@ -34,8 +34,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("publish")
     base = save_tiny_sd(folder / "base" / "sd-epsilon")
     student = finished_run(folder / "student", "pipeline", base) / "pipeline"
-    for kind in ("lora", "controlnet", "decoder"):
+    kinds: tuple[Kind, ...] = ("lora", "controlnet", "decoder")
+    for kind in kinds:
         finished_run(folder / kind, kind, base, student)
+        if kind != "decoder":
+            finished_run(folder / f"base-{kind}", kind, base)
     main([str(folder / "student"), "--out", str(folder / "hub"), *SHORT])
     return folder
 
@@ -106,13 +109,14 @@ def test_the_header_is_the_hubs_and_has_the_runs_numbers(world: Path) -> None:
     }
     for result in data.eval_results:
         one = scores[result.metric_type]
-        assert result.metric_args == {key: one[key] for key in ("hash", "samples", "low", "high")}
+        args = {key: one[key] for key in ("hash", "samples", "low", "high")}
+        assert result.metric_args == args | {"steps": 1, "guidance_scale": 1.0}
 
 
 def test_the_text_says_how_to_call_it_and_what_it_is_from(world: Path) -> None:
     text = (world / "hub" / "README.md").read_text()
     for said in (
-        "| FID | 31.25 | 29.5 to 33 | 40 | clean | `",
+        "| FID | 31.25 | 29.5 to 33 | 40 | 1 | none |  | clean | `",
         "A negative prompt does nothing",
         "guidance_scale=0",
         "Steps: 1.",
@@ -142,7 +146,8 @@ def test_the_code_of_what_is_used_with_a_pipeline(
 ) -> None:
     out = tmp_path / "hub"
     partner = "--base_model" if kind == "decoder" else "--student"
-    main([str(world / kind), "--out", str(out), partner, "me/partner", *SHORT])
+    sampler = ["--steps", "4", "--guidance_scale", "3"] if kind == "decoder" else []
+    main([str(world / kind), "--out", str(out), partner, "me/partner", *sampler, *SHORT])
     text = (out / "README.md").read_text()
     here = world / "base" / "sd-epsilon" if kind == "decoder" else world / "student" / "pipeline"
     monkeypatch.chdir(out)  # for the condition image
@@ -158,6 +163,79 @@ def test_the_code_of_what_is_used_with_a_pipeline(
     if kind == "lora":
         assert (out / "kohya" / "lora.safetensors").is_file()
         assert "`styles/ink.safetensors`, scale 1, in the real score only" in text
+
+
+@pytest.mark.parametrize("kind", ["lora", "controlnet"])
+def test_what_was_made_for_a_base_is_called_with_the_base(
+    world: Path,
+    kind: Kind,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, run = tmp_path / "hub", world / f"base-{kind}"
+    arguments = [str(run), "--out", str(out), "--base_model", "org/base", *SHORT]
+    said = refusal(arguments, capsys)
+    assert (
+        "was measured with 4 step(s) and guidance 3, and the card's code has 25 and 7.5; give these as"
+        in said
+    )
+    main([*arguments, "--steps", "4", "--guidance_scale", "3"])
+    text = (out / "README.md").read_text()
+    monkeypatch.chdir(out)
+    names = {"org/base": world / "base" / "sd-epsilon", f"your-name/base-{kind}": out}
+    assert np.array_equal(
+        np.asarray(run_of_card(text, names)), np.asarray(Image.open(out / "samples" / "0.png"))
+    )
+    assert "num_inference_steps=4, guidance_scale=3" in text and "| 40 | 4 | 3 | 0." in text
+    assert "one-step" not in text and "negative prompt" not in text and "base in its many steps" in text
+    header = header_of(out)
+    assert header.base_model == "org/base" and header.tags is not None and "sdxs" not in header.tags
+    main([str(run), "--out", str(out)])  # the second call reads steps and guidance from the folder
+    assert "checked: " in capsys.readouterr().out
+
+
+def test_an_explicit_partner(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run whose student is gone, or has moved."""
+    shutil.copytree(world / "lora", tmp_path / "lora")
+    config = tmp_path / "lora" / "config.yaml"
+    config.write_text(config.read_text().replace(str(world / "student" / "pipeline"), "gone/pipeline"))
+    arguments = [str(tmp_path / "lora"), "--out", str(tmp_path / "hub"), *SHORT]
+    assert (
+        "the run names 'gone/pipeline', which is no pipeline folder here; give one as --partner"
+        in refusal(arguments, capsys)
+    )
+    said = refusal([*arguments, "--partner", str(world / "base" / "sd-epsilon")], capsys)
+    assert "DDIMScheduler" in said or "student" in said
+    main([*arguments, "--partner", str(world / "student" / "pipeline")])
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert f'from_pretrained("{world / "student" / "pipeline"}")' in text
+    assert "base_model" not in text.partition("---\n#")[0]  # a folder here is no hub id
+
+
+def test_names_and_prompts_are_quoted(world: Path, tmp_path: Path) -> None:
+    """They come from the command line and go into code that is executed."""
+    prompt = 'a "red" circle\n```\n| 0123456789ab |\n'
+    where = tmp_path / 'q"uote\\'
+    main(
+        [str(world / "lora"), "--out", str(where / "hub"), *LICENCE, "--prompts", prompt, "--student", 'a"b']
+    )
+    text = (where / "hub" / "README.md").read_text()
+    assert 'from_pretrained("a\\"b")' in text and 'pipeline("a \\"red\\" circle\\n```' in text
+    assert '| ![](samples/0.png) | a "red" circle ``` \\| 0123456789ab \\| |' in text
+
+
+def test_a_header_of_the_base_that_cannot_be_parsed(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = mine / "student" / "config.yaml"
+    (mine / "base").mkdir()
+    found = re.search(r"base: (\S+)", config.read_text())
+    assert found is not None
+    config.write_text(config.read_text().replace(found[1], str(mine / "base")))
+    (mine / "base" / "README.md").write_text("---\nlicense: [\n---\n")
+    assert "the licence of the base" in refusal([str(mine / "student"), "--out", str(mine / "new")], capsys)
+    (mine / "base" / "README.md").write_text("---\r\nlicense: mit\r\n---\r\n")
+    main([str(mine / "student"), "--out", str(mine / "new"), "--prompts", PROMPTS[0]])
+    assert header_of(mine / "new").license == "mit"
 
 
 def test_sdxl(tmp_path: Path) -> None:
@@ -203,6 +281,20 @@ def in_card(before: str, after: str) -> Callable[[Path], None]:
     return alter
 
 
+def in_file(name: str) -> Callable[[Path], None]:
+    def alter(folder: Path) -> None:
+        with (folder / "hub" / name).open("ab") as file:
+            file.write(b" ")
+
+    return alter
+
+
+def other_line_ends(folder: Path) -> None:
+    path = folder / "hub" / "README.md"
+    text = path.read_text().replace("| FID | 31.25 |", "| FID | 21.25 |")
+    path.write_bytes(text.replace("\n", "\r\n").encode())
+
+
 def other_weights(folder: Path) -> None:
     path = next((folder / "hub").glob("unet/*.safetensors"))
     path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
@@ -221,9 +313,26 @@ def other_weights(folder: Path) -> None:
             "a row that the run's scores do not have: | FID | 21.25",
         ),
         (in_card("| 29.5 to 33 |", "| 31.2 to 31.3 |"), "a row that the run's scores do not have"),
-        (in_card("value: 31.25", "value: 21.25"), "gives fid 21.25 under the hash"),
+        (in_card("value: 31.25", "value: 21.25"), "gives fid 21.25 with"),
+        (in_card("samples: 40", "samples: 4000"), "gives fid 31.25 with"),
+        (in_card("high: 33.0", "high: 31.3"), "gives fid 31.25 with"),
+        (in_card("type: clean", "type: coco2014-30k-256"), "gives fid 31.25 with"),
+        (in_card("| FID | 31.25 | 29.5 to 33 | 40", "| FID | 31.25 | 29.5 to 33 | 4000"), "a row that"),
+        (in_card("| clean | `", "| coco2014 | `"), "a row that the run's scores do not have"),
+        (in_card("` |\n| CLIP", "` | \n| FID | 2 | | | | | | |  \n| CLIP"), "a row that"),
+        (in_card("## Licence", "| FID | 3 | 2 to 4 | b2c1b46eb900 |\n\n## Licence"), "a row that"),
+        (in_card("## Measured", "## Numbers"), "has no section '## Measured'"),
+        (other_line_ends, "a row that the run's scores do not have: | FID | 21.25"),
+        (in_scores(nfe=4), "fid was measured with 4 step(s) and guidance 1, and the card's code has 1 and 0"),
+        (in_scores(guidance_scale=4.5), "was measured with 1 step(s) and guidance 4.5"),
+        (in_scores(lora_sha256="a" * 16), "scores of the pipeline together with a lora"),
+        (in_file("scores/scores.json"), "scores.json' is not what was written there"),
+        (in_file("config.yaml"), "config.yaml' is not what was written there"),
+        (in_file("samples/0.png"), "0.png' is not what was written there"),
+        (in_file("scores/other.json"), "other.json' is not what was written there"),
+        (in_scores(seconds=1.0), "scores/scores.json' is not what is in the run"),
         (in_card("license:", "license: ["), "the header of README.md cannot be parsed"),
-        (other_weights, "are not those that were written there"),
+        (other_weights, ".safetensors' is not what was written there"),
     ],
 )
 def test_what_was_altered_is_refused(
@@ -234,9 +343,12 @@ def test_what_was_altered_is_refused(
 
 
 def test_a_folder_can_be_edited_and_is_checked_again(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    in_card("## Samples", "More words of mine.\n\n## Samples")(mine)
+    in_card("## Samples", "More words of mine.\n\n| a | b |\n|---|---|\n\n## Samples")(mine)
+    (mine / "hub" / "LICENSE").write_text("terms")
+    (mine / "student" / "report.json").write_text("{}")
     main([str(mine / "student"), "--out", str(mine / "hub")])
-    assert "checked: " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "checked: " in said and "not read as scores, without metrics and hashes: report.json" in said
     assert "More words of mine." in (mine / "hub" / "README.md").read_text()
 
 
@@ -247,6 +359,12 @@ def test_a_folder_can_be_edited_and_is_checked_again(mine: Path, capsys: pytest.
         (["{student}", "--out", "{student}"], "exists and is not a folder of this command"),
         (["{student}", "--out", "{out}"], "the licence of the base"),
         (["{student}", "--out", "{hub}", "--repo_id", "me"], "--repo_id is 'me'; it has the form org/name"),
+        (["{student}", "--out", "{hub}", "--repo_id", "me/a--b"], "--repo_id is 'me/a--b': "),
+        (
+            ["{student}", "--out", "{out}", "--steps", "4"],
+            "--steps and --guidance_scale are of what a base uses",
+        ),
+        (["{student}", "--out", "{out}", "--scale", "4"], "--scale is of LoRAs and ControlNets"),
         (["{student}", "--out", "{hub}", "--repo_id", "me/other"], "the card's code calls your-name/student"),
         (["{unfinished}", "--out", "{out}"], "so the run is not finished"),
     ],
@@ -303,3 +421,25 @@ def test_scores_of_another_model_are_refused(mine: Path, capsys: pytest.CaptureF
     assert "measure the exported one again" in refusal(
         [str(mine / "student"), "--out", str(mine / "x"), *SHORT], capsys
     )
+
+
+def test_scores_of_a_lora_are_of_its_student(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "lora"
+    shutil.copytree(world / "lora", run)
+    arguments = [str(run), "--out", str(tmp_path / "hub"), *LICENCE, "--prompts", PROMPTS[0]]
+    main(arguments)
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "| 40 | 1 | none | 0.75 | clean |" in text and "scale: 0.75" in text
+    for changes, message in (
+        (
+            {"model_sha256": "0" * 16},
+            "fid was measured with the pipeline 0000000000000000, and the card's code uses",
+        ),
+        ({"lora_scale": "unknown"}, "or the file what it was measured with"),
+        ({"controlnet_sha256": "0" * 16}, "scores of the lora together with a controlnet"),
+        ({"lora_scale": 0.5}, "scores/scores.json' is not what is in the run"),
+    ):
+        write_scores(run, **changes)
+        assert message in refusal(arguments, capsys)

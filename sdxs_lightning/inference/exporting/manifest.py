@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from sdxs_lightning.families.folders import card_licence
 from sdxs_lightning.inference.exporting.graphs import Adapted
 from sdxs_lightning.inference.graph_networks import DOWN_RESIDUAL, MID_RESIDUAL
 from sdxs_lightning.inference.model_folder import ModelFolder
@@ -47,7 +48,7 @@ def manifest(
         "control_images": "[0, 1], RGB" if residuals else None,
         "lora": None if adapted.lora is None else Path(adapted.lora).name,
         "lora_scale": None if adapted.lora is None else adapted.lora_scale,
-        "licence": licence or licence_of(model.path),
+        "licence": licence or card_licence(model.path) or "not stated; the licence of the base applies",
         "library": f"sdxs-lightning {_version()}",
     }
 
@@ -71,13 +72,3 @@ def residual_inputs(unet: Any) -> list[Residual]:
             found.append((channels, halvings))
     named = [(f"{DOWN_RESIDUAL}{i}", *one) for i, one in enumerate(found)]
     return [*named, (MID_RESIDUAL, *found[-1])]
-
-
-def licence_of(folder: Path) -> str:
-    """The licence that a model card names; what a base's licence asks of derivatives is in configs/README.md."""
-    card = folder / "README.md"
-    if card.is_file():
-        for line in card.read_text(errors="replace").splitlines():
-            if line.startswith("license:"):
-                return line.partition(":")[2].strip()
-    return "not stated; the licence of the base applies"
