@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,20 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
         if (self.image is None) != (self.strength is None):
             raise ValueError("--image and --strength belong together.")
         count = len(self.prompt) * self.images_per_prompt
-        if count > 1 and self.out.suffix == ".png":
+        if (
+            re.fullmatch(r"\.[A-Za-z]\w{1,4}", self.out.suffix)
+            and not _is_file(self.out)
+            and not self.out.is_dir()
+        ):
+            raise ValueError(
+                f"--out is '{self.out}', and images are written as .png; give such a file, or a folder."
+            )
+        if count > 1 and _is_file(self.out):
             raise ValueError(f"--out is '{self.out}', one file, for {count} images; give a folder.")
+
+
+def _is_file(out: Path) -> bool:
+    return out.suffix.lower() == ".png"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -113,7 +126,7 @@ def run(options: GenerateOptions) -> str:
         options.steps,
     )
     prompts = [prompt for prompt in options.prompt for _ in range(options.images_per_prompt)]
-    single = options.out.suffix == ".png"
+    single = _is_file(options.out)
     files = [options.out if single else options.out / f"{i:05d}.png" for i in range(len(prompts))]
     try:
         files[0].parent.mkdir(parents=True, exist_ok=True)

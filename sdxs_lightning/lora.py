@@ -33,7 +33,7 @@ class MergeOptions:
 {PROGRAM} merge --model models/sdxl --lora ink.safetensors grain.safetensors --scale 1 0.5 --out models/sdxl-ink"""
 
     model: str
-    """Pipeline folder, U-Net folder, or hub id of either."""
+    """Pipeline folder, U-Net folder, or hub id of a pipeline, all of which is fetched."""
     lora: tuple[str, ...]
     """LoRA files or folders: diffusers, PEFT or kohya."""
     scale: tuple[float, ...] = (1.0,)
@@ -101,7 +101,7 @@ def merge(options: MergeOptions) -> str:
     import torch
 
     from sdxs_lightning.export import new_folder, write_unet
-    from sdxs_lightning.families.sources import resolve_unet
+    from sdxs_lightning.families.sources import pipeline_folder
     from sdxs_lightning.networks.lora_files import add_to_weights, parameter_count, read_lora
 
     _check_new(options.out)
@@ -116,11 +116,13 @@ def merge(options: MergeOptions) -> str:
             f"{source}: {len(found.adapters)} layers, {parameter_count(found.adapters):,} weights, scale {scale}"
             f"{_left_out(found)}"
         )
-    folder, dtype = resolve_unet(options.model, "--model"), getattr(torch, options.dtype)
+    dtype = getattr(torch, options.dtype)
+    with _refused():
+        pipeline = pipeline_folder(options.model, "--model")
     with _written(options.out):
-        if folder != Path(options.model) and (folder.parent / "model_index.json").is_file():
+        if pipeline is not None:
             with new_folder(options.out) as written:
-                shutil.copytree(folder.parent, written, ignore=shutil.ignore_patterns("unet"))
+                shutil.copytree(pipeline, written, ignore=shutil.ignore_patterns("unet"))
                 write_unet(unet, written / "unet", dtype)
         else:
             write_unet(unet, options.out, dtype)

@@ -23,15 +23,15 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.core.seeding import Stream, normal
-from sdxs_lightning.families.folders import check_libraries
+from sdxs_lightning.families.folders import check_libraries, pipeline_variant
 from sdxs_lightning.inference.generator import OneStepGenerator
+from sdxs_lightning.inference.inputs import torch_dtype
 from sdxs_lightning.inference.model_folder import is_student
 from sdxs_lightning.networks.lora_files import add_to_weights, hash_lora, lora_file, read_lora
 
 Reader = Callable[[Sequence[int]], list[Image.Image]]
 """Maps image numbers to images."""
 Precision = Literal["fp32", "fp16", "bf16"]
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 WITH_TIMESTEPS = (
@@ -223,7 +223,7 @@ class ModelSamples:
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error
-        pipeline.to(device, DTYPES[self.precision])
+        pipeline.to(device, torch_dtype(self.precision))
         pipeline.set_progress_bar_config(disable=True)
         if self.image_px is not None and self.image_px % pipeline.vae_scale_factor:
             raise UserError(f"--image_px {self.image_px} is no multiple of {pipeline.vae_scale_factor}.")
@@ -323,6 +323,7 @@ def load_pipeline(folder: str | Path, **given: Any) -> Any:
     named = json.loads((Path(folder) / "model_index.json").read_text())
     check_libraries(Path(folder), named)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    options["variant"] = pipeline_variant(Path(folder))
     if "safety_checker" in named:
         options |= {"safety_checker": None, "requires_safety_checker": False}
     if "StableDiffusionXL" in str(named.get("_class_name")):

@@ -25,7 +25,7 @@ from evaluation.images.control_sets import (
     adherence_of,
     made_by,
 )
-from evaluation.images.samples import DTYPES, load_pipeline
+from evaluation.images.samples import load_pipeline, with_controlnet
 from evaluation.metrics.control_adherence import ControlAdherence
 from evaluation.metrics.sampled import SampledMetric
 from evaluation.protocols.image_protocol import Measurement
@@ -40,6 +40,7 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.inference.inputs import torch_dtype
 
 if TYPE_CHECKING:
     from evaluation.evaluate import EvaluateOptions
@@ -165,8 +166,6 @@ class ControlledPipeline:
         Raises:
             UserError: if one of them is missing.
         """
-        import diffusers
-
         from sdxs_lightning.networks.controlnet import check_fits, load_controlnet
 
         assert options.model is not None and options.controlnet is not None
@@ -176,12 +175,8 @@ class ControlledPipeline:
             check_fits(controlnet, plain.unet, f"--controlnet '{options.controlnet}'")
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
-        kind = type(plain).__name__.replace("Pipeline", "ControlNetPipeline")
-        parts = dict(plain.components)
-        if "safety_checker" in parts:
-            parts["requires_safety_checker"] = False
-        pipeline = getattr(diffusers, kind)(**parts, controlnet=controlnet)
-        pipeline.to(device, DTYPES[options.precision])
+        pipeline = with_controlnet(plain, controlnet)
+        pipeline.to(device, torch_dtype(options.precision))
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, options.steps, options.guidance_scale, seed, 1.0)
 

@@ -22,7 +22,19 @@ EXAMPLES = (
     "a small yellow square on a gray background",
 )
 """Of the toy world."""
+NEEDS_CONTROLNET = """This needs a ControlNet of this student: start the demo with `--controlnet DIR`.
+
+One of the toy student is trained by `python train.py --config configs/toy/control_reader.yaml`, then
+`python train.py --config configs/toy/controlnet_joint.yaml --model.student.weights data/toy/student`, and is in
+`outputs/toy-controlnet-joint/controlnet`. Those of other students: `configs/sd15/controlnet_joint.yaml` and its neighbours."""
+NEEDS_LORA = """This needs a style LoRA of this student: start the demo with `--lora FILE`.
+
+One of the toy student is trained by
+`python train.py --config configs/toy/distill.yaml --config configs/toy/lora.yaml --model.student.weights data/toy/student`, and
+is in `outputs/toy-lora/lora`. Those of other students: `configs/sd15/lora.yaml` and its neighbours."""
 PAPER_PX = 256
+MAX_PROMPT = 400
+"""Characters of a prompt; the rest is cut."""
 MAX_DRAWING = 1_000_000
 """Characters of a drawing that is sent."""
 PAPER = f"""
@@ -110,7 +122,7 @@ def _text_tab(studio: Studio) -> None:
 
 def _sketch_tab(studio: Studio) -> None:
     if not studio.generator.networks.has_control:
-        gr.Markdown("This needs a ControlNet: start the demo with `--controlnet DIR`.")
+        gr.Markdown(NEEDS_CONTROLNET)
         return
     with gr.Row():
         with gr.Column():
@@ -175,12 +187,13 @@ def _image_tab(studio: Studio) -> None:
         time_limit=300,
         show_progress="hidden",
         concurrency_limit=None,
+        api_visibility="private",
     )
 
 
 def _style_tab(studio: Studio) -> None:
     if not studio.has_lora:
-        gr.Markdown("This needs a LoRA: start the demo with `--lora FILE`.")
+        gr.Markdown(NEEDS_LORA)
         return
     prompt, seed = _prompt("style"), _seed()
     scale = gr.Slider(0, 1.5, value=1, step=0.05, label="Weight of the style", elem_id="style-scale")
@@ -212,7 +225,11 @@ def _base_tab(studio: Studio) -> None:
 
 def _prompt(tab: str) -> Any:
     return gr.Textbox(
-        value=EXAMPLES[0], label="Prompt", max_length=400, elem_id=f"{tab}-prompt", autofocus=tab == "text"
+        value=EXAMPLES[0],
+        label="Prompt",
+        max_length=MAX_PROMPT,
+        elem_id=f"{tab}-prompt",
+        autofocus=tab == "text",
     )
 
 
@@ -240,7 +257,9 @@ def _on_change(inputs: Sequence[Any], handler: _Handler, outputs: Sequence[Any])
 def _handler(make: Callable[..., Made | None], tab: str, drawing_first: bool = False) -> _Handler:
     """The event handler around a function of (visitor, inputs)."""
 
-    def handle(request: gr.Request, *given: Any) -> tuple[Any, Any]:
+    def handle(request: gr.Request, *sent: Any) -> tuple[Any, Any]:
+        drawing, rest = sent[:drawing_first], sent[drawing_first:]
+        given = [*drawing, *(one[:MAX_PROMPT] if isinstance(one, str) else one for one in rest)]
         try:
             made = make(f"{request.session_hash}/{tab}", *given)
         except UserError as error:

@@ -15,14 +15,13 @@ import torch
 from PIL import Image
 
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.families.folders import check_libraries, read_json
+from sdxs_lightning.families.folders import check_libraries, pipeline_variant, read_json
 from sdxs_lightning.inference.generator import OneStepGenerator
 
 Result = TypeVar("Result")
 Condition = Callable[[Any], Any]
 MAX_PIXELS = 16_000_000
 """Of an uploaded image."""
-_VISITORS = 1000
 
 
 @dataclass(frozen=True)
@@ -39,25 +38,35 @@ class NewestWins:
     """Runs one piece of work at a time, and of each visitor's waiting ones only the newest.
 
     With a queue, an image would appear for each letter typed, ever later. Here a visitor has at most one piece of work in
-    progress and one that waits; older ones are dropped. Several visitors take turns.
+    progress and one that waits; older ones are dropped. Several visitors take turns in the order in which they came.
     """
 
     def __init__(self) -> None:
-        self._newest: OrderedDict[str, int] = OrderedDict()
-        self._tickets = threading.Lock()
-        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._line: OrderedDict[str, object] = OrderedDict()
+        """The newest waiting work of each visitor; `threading.Lock` would not keep their order."""
+        self._busy = False
 
     def run(self, visitor: str, work: Callable[[], Result]) -> Result | None:
         """The result of `work`, or None if a newer one of the same visitor came while it waited."""
-        with self._tickets:
-            ticket = self._newest[visitor] = self._newest.get(visitor, 0) + 1
-            self._newest.move_to_end(visitor)
-            if len(self._newest) > _VISITORS:
-                self._newest.popitem(last=False)
-        with self._turn:
-            if self._newest.get(visitor, ticket) != ticket:
+        ticket = object()
+        with self._changed:
+            self._line[visitor] = ticket  # in the place of an older one, which now goes
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._line.get(visitor) is not ticket or self._is_first(visitor))
+            if self._line.get(visitor) is not ticket:
                 return None
+            del self._line[visitor]
+            self._busy = True
+        try:
             return work()
+        finally:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _is_first(self, visitor: str) -> bool:
+        return not self._busy and next(iter(self._line)) == visitor
 
 
 class Studio:
@@ -85,6 +94,7 @@ class Studio:
         self.base = base
         self.base_title = base_title
         self._newest_wins = NewestWins()
+        self._base_turns = NewestWins()  # its own, since its many steps would stop everyone's live images
         self._lora_scale = 0.0
         if has_lora:
             generator.set_lora_scale(0.0)
@@ -133,7 +143,7 @@ class Studio:
             image = base(prompt, seed)
             return Made([image], time.perf_counter() - started)
 
-        return self._newest_wins.run(visitor, work)
+        return self._base_turns.run(visitor, work)
 
     def _make(
         self,
@@ -196,6 +206,7 @@ def stock_base(
         pipeline = DiffusionPipeline.from_pretrained(
             folder,
             torch_dtype=dtype,
+            variant=pipeline_variant(Path(folder)),
             local_files_only=True,
             use_safetensors=True,
             safety_checker=None,

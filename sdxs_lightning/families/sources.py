@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from sdxs_lightning.core.hub_ids import is_hub_id
+from sdxs_lightning.core.model_hash import NOT_MEASURED
 from sdxs_lightning.families import hub, single_file
-from sdxs_lightning.families.folders import Layout, check_base, unet_folder
+from sdxs_lightning.families.folders import Layout, check_base, read_json, unet_folder
 from sdxs_lightning.families.weights import PICKLES
 
 
@@ -63,6 +64,33 @@ def resolve_unet(weights: str, option: str = "weights") -> Path:
             f"{named} is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json); and "
             f"{error}"
         ) from error
+
+
+def pipeline_folder(name: str, option: str) -> Path | None:
+    """The folder of a complete pipeline, with every component that its model_index.json names; None for a U-Net folder.
+
+    Args:
+        name: a pipeline folder, a U-Net folder, or the hub id of a pipeline.
+        option: name of the option, for the error message.
+
+    Raises:
+        FileNotFoundError: for a pipeline without one of its components.
+        ValueError: for a component on the hub that has only pickled weights.
+    """
+    folder = Path(name)
+    on_hub = not folder.exists() and is_hub_id(name)
+    if on_hub:
+        folder = hub.fetch(name, "model_index.json", ())
+    if not (folder / "model_index.json").is_file():
+        return None
+    index = read_json(folder / "model_index.json")
+    named = [part for part, value in index.items() if isinstance(value, list) and value[0] is not None]
+    if on_hub:
+        folder = hub.fetch(name, "model_index.json", (*named, "vae_large"))
+    missing = [part for part in named if part not in NOT_MEASURED and not (folder / part).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{option} '{name}' lacks the component folder(s) {', '.join(missing)}.")
+    return folder
 
 
 def _configs(base: str, config: str | None, layout: Layout) -> Path:

@@ -52,7 +52,7 @@ class ScaledAdapter:
         if text_encoder_layers:
             raise UserError(
                 f"lora '{source}' also changes {text_encoder_layers} layers of text encoders, which prompts that are embedded "
-                "once cannot follow; give a LoRA of the U-Net alone, or run this one in diffusers."
+                "once cannot follow; `python -m sdxs_lightning.lora convert` writes it without them, or run it in diffusers."
             )
         return cls([(unet.get_submodule(name), update) for name, update in adapters.items()], scale)
 

@@ -10,8 +10,8 @@ A student has guidance 0, so a negative prompt would change nothing, and there i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,22 @@ from sdxs_lightning.inference.inputs import (
     noise_generators,
     seed_list,
     to_device,
+    torch_dtype,
 )
 from sdxs_lightning.inference.model_folder import Backend, ModelFolder
 from sdxs_lightning.inference.networks import Control, Networks, Prompts
-from sdxs_lightning.inference.plan import SamplingPlan
+from sdxs_lightning.inference.plan import SamplingPlan, Step
 from sdxs_lightning.inference.prompts import PromptEncoder
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "torch": (),
+    "onnx": ("providers", "threads"),
+    "openvino": ("threads", "static_shapes"),
+}
+"""Further arguments of `OneStepGenerator.load` by backend."""
+GRAPHS = 64
+"""Compiled graphs, one for each combination of batch size, image size and kind of inputs; torch's own limit is 8, beyond which
+it goes on uncompiled, without a word."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +122,12 @@ class OneStepGenerator:
         Raises:
             UserError: for a folder of another kind, a missing extra, or adapters that do not fit.
         """
+        unknown = sorted(options.keys() - set(OPTIONS[backend]))
+        if unknown:
+            accepted = ", ".join(OPTIONS[backend]) or "none"
+            raise UserError(
+                f"{unknown[0]} is no argument of load; further ones of the backend {backend}: {accepted}."
+            )
         model = ModelFolder.read(folder, backend, steps)
         chosen = torch_dtype(dtype)
         if backend == "torch":
@@ -273,19 +288,6 @@ class OneStepGenerator:
         return to_device(ids.expand(count, -1).contiguous(), self.networks.device)
 
 
-def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype by its short name.
-
-    Raises:
-        UserError: for another name.
-    """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise UserError(f"dtype is '{dtype}', but must be one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
-
-
 def _torch_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -302,7 +304,48 @@ def _torch_device(device: str | torch.device) -> torch.device:
 
 def _compiled(device: torch.device) -> Callable[[Networks, SamplingPlan, Sample], Tensor]:
     """One graph for each shape; on a GPU replayed as a CUDA graph."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     mode = "reduce-overhead" if device.type == "cuda" else None
-    compiled: Callable[[Networks, SamplingPlan, Sample], Tensor]
-    compiled = torch.compile(sample_images, dynamic=False, mode=mode)
-    return compiled
+    graph = torch.compile(sample_images, dynamic=False, mode=mode)
+
+    def run(networks: Networks, plan: SamplingPlan, sample: Sample) -> Tensor:
+        limits: dict[str, Any] = {"recompile_limit": GRAPHS, "fail_on_recompile_limit_hit": True}
+        plan, sample = _numbers_as_tensors(plan, sample, device)
+        try:
+            with torch._dynamo.config.patch(**limits):
+                images: Tensor = graph(networks, plan, sample)
+        except FailOnRecompileLimitHit as error:
+            raise UserError(
+                f"more than {GRAPHS} combinations of batch size, image size and inputs were asked for, and each is compiled; "
+                "use fewer, or load without compiled."
+            ) from error
+        return images.clone()  # the next replay of a CUDA graph writes to the same memory
+
+    return run
+
+
+def _numbers_as_tensors(
+    plan: SamplingPlan, sample: Sample, device: torch.device
+) -> tuple[SamplingPlan, Sample]:
+    """Timesteps, alphas, sigmas and the ControlNet's scale as tensors: a graph holds a Python number as a constant.
+
+    Alpha and sigma are float32 of shape (1, 1, 1, 1), so that half precision is not rounded in between.
+    """
+
+    def placed(value: float, dtype: torch.dtype, *shape: int) -> Any:
+        return to_device(torch.full(shape, value, dtype=dtype), device)
+
+    one = (1, 1, 1, 1)
+    steps = tuple(
+        Step(
+            placed(step.timestep, torch.int64),
+            placed(step.alpha, torch.float32, *one),
+            placed(step.sigma, torch.float32, *one),
+        )
+        for step in plan.steps
+    )
+    control = sample.control
+    if control is not None:
+        control = replace(control, scale=placed(control.scale, torch.float32))
+    return replace(plan, steps=steps), replace(sample, control=control)

@@ -67,14 +67,14 @@ class GraphNetworks(ABC):
     def predict(
         self,
         latents: Tensor,
-        timestep: int,
+        timestep: int | Tensor,
         prompts: Prompts,
         time_ids: Tensor | None,
         control: Control | None,
     ) -> Tensor:
         inputs = {
             "sample": latents.numpy(),
-            "timestep": np.array(timestep, dtype=np.int64),
+            "timestep": np.array(int(timestep), dtype=np.int64),
             "encoder_hidden_states": prompts.embeds.numpy(),
         }
         if time_ids is not None and prompts.pooled is not None:

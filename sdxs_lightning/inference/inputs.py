@@ -15,6 +15,22 @@ from sdxs_lightning.core.errors import UserError
 Images = Sequence[Any] | Tensor | np.ndarray[Any, Any] | Image.Image
 """One image or several: PIL, uint8 arrays (H, W, 3), or a uint8 tensor (B, 3, H, W)."""
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Of networks, by the names of command lines."""
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its short name.
+
+    Raises:
+        UserError: for another name.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is '{dtype}', but must be one of {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
 
 def image_size(
     size: int | tuple[int, int] | None, trained: tuple[int, int], multiple: int

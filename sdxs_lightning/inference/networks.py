@@ -51,12 +51,20 @@ class Networks(Protocol):
     def predict(
         self,
         latents: Tensor,
-        timestep: int,
+        timestep: int | Tensor,
         prompts: Prompts,
         time_ids: Tensor | None,
         control: Control | None,
     ) -> Tensor:
-        """The U-Net's output (B, C, h, w) for noisy latents; time_ids (B, 6) for SDXL."""
+        """The U-Net's output (B, C, h, w) for noisy latents.
+
+        Args:
+            latents: (B, C, h, w).
+            timestep: a number, or int64 () on the device.
+            prompts: embedded.
+            time_ids: (B, 6) for SDXL.
+            control: input of the ControlNet.
+        """
 
     def decode(self, latents: Tensor) -> Tensor:
         """Decodes latents to images (B, 3, H, W), not clamped."""

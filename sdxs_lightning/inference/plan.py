@@ -22,7 +22,7 @@ _KEPT = ("clip_sample", "thresholding")
 
 @dataclass(frozen=True)
 class Step:
-    """One call of the U-Net."""
+    """One call of the U-Net; the generator gives compiled graphs the same numbers as tensors."""
 
     timestep: int
     alpha: float
@@ -44,14 +44,14 @@ class SamplingPlan:
     def pred_x0(self, step: Step, latents: Tensor, output: Tensor) -> Tensor:
         """The clean latents that the U-Net's output implies; as DDIMScheduler.step with a last step to alpha 1."""
         if self.prediction_type == "epsilon":
-            return (latents - step.sigma * output) / step.alpha
+            return ((latents - step.sigma * output) / step.alpha).to(latents.dtype)
         if self.prediction_type == "v_prediction":
-            return step.alpha * latents - step.sigma * output
+            return (step.alpha * latents - step.sigma * output).to(latents.dtype)
         return output
 
     def renoise(self, step: Step, latents: Tensor, noise: Tensor) -> Tensor:
         """Noisy latents at a step: alpha * latents + sigma * noise."""
-        return step.alpha * latents + step.sigma * noise
+        return (step.alpha * latents + step.sigma * noise).to(latents.dtype)
 
     def from_strength(self, strength: float) -> SamplingPlan:
         """The steps that change an image by a strength in (0, 1].

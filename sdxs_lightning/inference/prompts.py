@@ -54,10 +54,6 @@ class PromptEncoder:
         pooled_rows = [one.pooled for one in found if one.pooled is not None]
         return Prompts(embeds, torch.cat(pooled_rows) if pooled_rows else None)
 
-    def forget(self) -> None:
-        """Drops what is kept."""
-        self._kept.clear()
-
     def _token_ids(self, prompts: list[str]) -> list[Tensor]:
         return [
             tokenizer(

@@ -41,6 +41,7 @@ class TorchNetworks:
         self.parts = parts
         self._model = model
         self._adapter = adapter
+        self._timesteps: dict[int, Tensor] = {}
         self._encoders = [parts[name] for name in model.encoders]
         self._decoder_scale = model.scale_of("vae")
         # As in diffusers' SDXL pipelines; their SD pipelines take the dtype that they were given.
@@ -117,18 +118,19 @@ class TorchNetworks:
     def predict(
         self,
         latents: Tensor,
-        timestep: int,
+        timestep: int | Tensor,
         prompts: Prompts,
         time_ids: Tensor | None,
         control: Control | None,
     ) -> Tensor:
         unet = self.parts["unet"]
+        placed = self._placed(timestep)
         added = None if time_ids is None else {"text_embeds": prompts.pooled, "time_ids": time_ids}
         residuals: dict[str, Any] = {}
         if control is not None:
             down, mid = self.parts["controlnet"](
                 latents,
-                timestep,
+                placed,
                 encoder_hidden_states=prompts.embeds,
                 controlnet_cond=control.images,
                 conditioning_scale=control.scale,
@@ -138,13 +140,21 @@ class TorchNetworks:
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
         output: Tensor = unet(
             latents,
-            timestep,
+            placed,
             encoder_hidden_states=prompts.embeds,
             added_cond_kwargs=added,
             return_dict=False,
             **residuals,
         )[0]
         return output
+
+    def _placed(self, timestep: int | Tensor) -> Tensor:
+        """The timestep on the device, copied there once: a copy for each call would make the host wait for the device."""
+        if isinstance(timestep, Tensor):
+            return timestep
+        if timestep not in self._timesteps:
+            self._timesteps[timestep] = torch.tensor(timestep, device=self.device)
+        return self._timesteps[timestep]
 
     def decode(self, latents: Tensor) -> Tensor:
         if self._decodes_in_float32:

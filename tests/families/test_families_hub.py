@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,12 +14,17 @@ from urllib.parse import unquote
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.families.hub import needed_files
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
+from sdxs_lightning.lora import MergeOptions, merge
+from sdxs_lightning.networks.lora_files import write_lora
+from tests.helpers.students import random_lora
 from tests.helpers.tiny_releases import only_fp16, save_release
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -253,3 +259,21 @@ def test_what_is_needed_of_a_listing() -> None:
 def test_what_is_a_hub_id() -> None:
     assert is_hub_id("stabilityai/stable-diffusion-2-1") and is_hub_id("org/name@refs/pr/2")
     assert not any(is_hub_id(name) for name in ("name", "./a/b", "/a/b", "a/b/c", "org/name@"))
+
+
+def test_merge_fetches_the_whole_pipeline(hub: Hub, models: dict[str, Path], tmp_path: Path) -> None:
+    """Not only the U-Net that the LoRA changes: the written folder is a pipeline."""
+    unet = StableDiffusion(str(models["org/sd"])).load_unet()
+    (tmp_path / "lora").mkdir()
+    write_lora(tmp_path / "lora", random_lora(unet), dtype=torch.float32)
+    out = tmp_path / "merged"
+    merge(MergeOptions(model="org/sd", lora=(str(tmp_path / "lora"),), out=out))
+    DiffusionPipeline.from_pretrained(out, safety_checker=None)
+    index = json.loads((out / "model_index.json").read_text())
+    parts = {name for name, value in index.items() if isinstance(value, list) and value[0] is not None}
+    assert parts >= {"text_encoder", "tokenizer", "vae", "scheduler", "unet"}
+    assert {path.name for path in out.iterdir() if path.is_dir()} == parts
+    incomplete = tmp_path / "incomplete"
+    shutil.copytree(models["org/sd"], incomplete, ignore=shutil.ignore_patterns("vae", "*.fp16.*", "*.bin"))
+    with pytest.raises(UserError, match=r"--model '.*incomplete' lacks the component folder\(s\) vae"):
+        merge(MergeOptions(model=str(incomplete), lora=(str(tmp_path / "lora"),), out=tmp_path / "never"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,10 @@ from PIL import Image
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.demo.__main__ import DemoOptions
 from sdxs_lightning.demo.serve import condition_named, studio
-from sdxs_lightning.demo.studio import NewestWins, Studio, strokes
+from sdxs_lightning.demo.studio import Made, NewestWins, Studio, stock_base, strokes
 from sdxs_lightning.inference.generator import OneStepGenerator
 from tests.helpers.students import PROMPTS, condition
+from tests.helpers.tiny import save_tiny_sdxl
 from tests.helpers.tiny_run import ROOT
 
 Students = Callable[[str], Path]
@@ -41,17 +43,88 @@ def test_the_newest_input_wins_and_visitors_take_turns() -> None:
     first.start()
     assert begun.wait(10)
     threads = []
-    for visitor, name in (("a", "a2"), ("b", "b1"), ("a", "a3"), ("a", "a4"), ("b", "b2")):
+    for visitor, name in (("b", "b1"), ("a", "a2"), ("c", "c1"), ("b", "b2"), ("a", "a3"), ("a", "a4")):
+        before = newest._line.get(visitor)
         threads.append(threading.Thread(target=ask, args=(visitor, name)))
         threads[-1].start()
-        while newest._newest[visitor] != int(name[1:]):
+        while newest._line.get(visitor) is before:
             pass
     go_on.set()
     for thread in (first, *threads):
         thread.join(10)
-    # What is in progress ends, of what waited only the newest of each visitor is done.
-    assert done[0] == "a1" and sorted(done[1:]) == ["a4", "b2"]
-    assert results == {"a1": "a1", "a2": None, "b1": None, "a3": None, "a4": "a4", "b2": "b2"}
+    # What is in progress ends, of what waited only the newest of each visitor is done, in the order of the visitors.
+    assert done == ["a1", "b2", "a4", "c1"]
+    assert results == {
+        one: one if one in done else None for one in ("a1", "a2", "b1", "a3", "a4", "b2", "c1")
+    }
+    with pytest.raises(ZeroDivisionError):
+        newest.run("a", lambda: 1 / 0)
+    assert newest.run("b", lambda: "after an error") == "after an error"
+
+
+class Base:
+    """Stands in for a base: takes its time until it is told to end."""
+
+    def __init__(self) -> None:
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, prompt: str, seed: int) -> Image.Image:
+        self.begun.set()
+        assert self.go_on.wait(60)
+        return Image.new("RGB", (32, 32))
+
+
+def test_the_bases_many_steps_do_not_stop_live_images(student: Students) -> None:
+    base = Base()
+    room = Studio(OneStepGenerator.load(student("sd"), device="cpu"), base=base)
+    drawing = threading.Thread(target=room.by_base, args=("a/base", PROMPTS[0], 0))
+    drawing.start()
+    assert base.begun.wait(10)
+    made: list[object] = []
+    live = threading.Thread(target=lambda: made.append(room.text("b/text", PROMPTS[0], 0, 1)))
+    live.start()
+    live.join(20)
+    still = drawing.is_alive()
+    base.go_on.set()
+    drawing.join(10)
+    assert still and made and made[0] is not None
+
+
+def test_a_base_with_half_precision_files_only(tmp_path: Path) -> None:
+    """SDXL repositories often have nothing else."""
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(save_tiny_sdxl(tmp_path / "whole"))
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    assert not list((tmp_path / "half").rglob("diffusion_pytorch_model.safetensors"))
+    draw = stock_base(str(tmp_path / "half"), 1, 1.0, torch.device("cpu"), torch.float32)
+    assert draw(PROMPTS[0], 0).size == (32, 32)
+
+
+def test_what_a_page_sends_is_cut(student: Students) -> None:
+    """A browser's limits do not bind who calls without one."""
+    gradio = pytest.importorskip("gradio")
+    from sdxs_lightning.demo import page
+
+    seen: list[object] = []
+
+    def make(visitor: str, *given: object) -> Made:
+        seen.extend(given)
+        return Made([Image.new("RGB", (8, 8))], 1.0)
+
+    request = gradio.Request(session_hash="s")
+    page._handler(make, "text")(request, "a" * 10_000, 1)
+    page._handler(make, "sketch", drawing_first=True)(request, "d" * 10_000, "b" * 10_000)
+    assert seen == ["a" * 400, 1, "d" * 10_000, "b" * 400]
+    with page.build(Studio(OneStepGenerator.load(student("sd"), device="cpu"))) as built:
+        shown = [block.value for block in built.blocks.values() if isinstance(block, gradio.Markdown)]
+    assert page.NEEDS_CONTROLNET in shown and page.NEEDS_LORA in shown
+    for config in re.findall(r"configs/\S+?\.yaml", page.NEEDS_CONTROLNET + page.NEEDS_LORA):
+        assert (ROOT / config).is_file()
+    public = [
+        one.api_name for one in built.fns.values() if one.api_visibility != "private" and one.fn is not None
+    ]
+    assert not [name for name in public if name == "handle"], public
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

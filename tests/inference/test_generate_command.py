@@ -68,6 +68,10 @@ def test_control_and_image(student: Students, tmp_path: Path) -> None:
     [
         (["--image", "a.png"], "--image and --strength belong together"),
         (["--images_per_prompt", "2"], "one file, for 2 images; give a folder"),
+        (
+            ["--out", "one.jpg"],
+            "--out is 'one.jpg', and images are written as .png; give such a file, or a folder",
+        ),
         (["--size", "12x"], "--size is '12x', but must be a side in pixels"),
         (["--size", "30"], "size is 30x30, but height and width must be multiples of 8"),
         (["--image", "missing.png", "--strength", "0.5"], "--image 'missing.png' cannot be read as an image"),

@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from evaluation.images.samples import ModelSamples, PipelineImages, StudentImages, load_pipeline
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
-from sdxs_lightning.inference.generator import OneStepGenerator
+from sdxs_lightning.inference.generator import OneStepGenerator, sample_images
+from sdxs_lightning.lora import ConvertOptions, convert
 from tests.helpers.students import KINDS, PROMPTS, SEEDS, condition, stock_images
 
 SIZES = [(32, 32), (24, 40), (48, 32), (40, 40)]
@@ -153,11 +155,58 @@ def test_the_compiled_step_is_one_graph(student: Students, monkeypatch: pytest.M
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     folder = student("sd-midless")
-    generator = OneStepGenerator.load(folder, device="cpu", compiled=True)
-    expected = pixels(OneStepGenerator.load(folder, device="cpu"))
-    for _ in range(2):
-        assert largest(pixels(generator), expected) <= 1e-5
+    controlnet = f"{folder}-controlnet"
+    generator = OneStepGenerator.load(folder, controlnet=controlnet, device="cpu", compiled=True)
+    plain = OneStepGenerator.load(folder, controlnet=controlnet, device="cpu")
+    images = condition(2, (32, 32))
+    for i, strength in enumerate(
+        (1.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9)
+    ):  # torch's own limit is 8 graphs
+        given: dict[str, Any] = {
+            "image": images,
+            "strength": strength,
+            "control_images": images,
+            "control_scale": i / 8,
+        }
+        assert largest(pixels(generator, **given), pixels(plain, **given)) <= 1e-5
     assert len(graphs) == 1
+    monkeypatch.setattr("sdxs_lightning.inference.generator.GRAPHS", 1)
+    with pytest.raises(UserError, match="more than 1 combinations of batch size, image size and inputs"):
+        generator.sample(PROMPTS, SEEDS, size=24)
+
+
+def test_a_compiled_image_stays_what_it_is(student: Students, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs write every image to the same memory."""
+    memory: list[Tensor] = []
+
+    def replayed(*given: Any) -> Tensor:
+        image = sample_images(*given)
+        if not memory:
+            memory.append(image)
+        return memory[0].copy_(image)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: replayed)
+    generator = OneStepGenerator.load(student("sd"), device="cpu", compiled=True)
+    first = generator.sample(PROMPTS, SEEDS)
+    kept = first.clone()
+    generator.sample(PROMPTS, 20)
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("name", ["sd-4-steps", "sdxl-4-steps"])
+def test_timesteps_are_copied_to_the_device_once(
+    name: str, student: Students, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers makes a tensor of a Python number at each call, and a host waits for that copy."""
+    folder = student(name)
+    generator = OneStepGenerator.load(folder, controlnet=f"{folder}-controlnet", device="cpu")
+    given: dict[str, Any] = {"control_images": condition(2, (32, 32))}
+    expected = generator.sample(PROMPTS, SEEDS, **given)
+    made: list[Any] = []
+    make = torch.tensor
+    monkeypatch.setattr(torch, "tensor", lambda *one, **named: made.append(one) or make(*one, **named))  # type: ignore
+    assert torch.equal(generator.sample(PROMPTS, SEEDS, **given), expected)
+    assert len(made) == ("sdxl" in name)  # SDXL's size conditioning, of the caller's size
 
 
 @pytest.mark.parametrize(
@@ -227,6 +276,12 @@ def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
     scheduler.write_text(json.dumps(config | {"timestep_spacing": "leading"}))
     with pytest.raises(UserError, match="timestep_spacing leading"):
         OneStepGenerator.load(broken)
+    with pytest.raises(
+        UserError, match="lora_scal is no argument of load; further ones of the backend torch: none"
+    ):
+        OneStepGenerator.load(student("sd"), lora_scal=0.3)
+    with pytest.raises(UserError, match="static_shapes is no .* of the backend onnx: providers, threads"):
+        OneStepGenerator.load(student("sd"), "onnx", static_shapes=True)
     with pytest.raises(UserError, match="is a student of one step, got steps 4"):
         OneStepGenerator.load(student("sd"), steps=4)
     with pytest.raises(UserError, match="dtype is 'half', but must be one of fp32, fp16, bf16"):
@@ -235,3 +290,28 @@ def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
         OneStepGenerator.load(student("sdxl"), controlnet=f"{student('sd')}-controlnet")
     with pytest.raises(UserError, match="trained for another base"):
         OneStepGenerator.load(student("sdxl"), lora=f"{student('sd')}-lora")
+
+
+def test_a_lora_of_text_encoders_too(student: Students, tmp_path: Path) -> None:
+    shutil.copy(
+        student("sd").with_name("sd-lora") / "pytorch_lora_weights.safetensors", tmp_path / "a.safetensors"
+    )
+    tensors = load_file(tmp_path / "a.safetensors")
+    layer = "text_encoder.text_model.encoder.layers.0.mlp.fc1"
+    tensors |= {f"{layer}.lora_A.weight": torch.ones(2, 32), f"{layer}.lora_B.weight": torch.ones(64, 2)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(
+        UserError, match=r"1 layers of text encoders.*sdxs_lightning.lora convert` writes it without"
+    ):
+        OneStepGenerator.load(student("sd"), lora=tmp_path / "a.safetensors", device="cpu")
+    out = tmp_path / "converted"
+    convert(
+        ConvertOptions(
+            lora=str(tmp_path / "a.safetensors"), model=str(student("sd")), out=out, dtype="float32"
+        )
+    )
+    expected = OneStepGenerator.load(student("sd"), lora=f"{student('sd')}-lora", device="cpu").generate(
+        PROMPTS
+    )
+    found = OneStepGenerator.load(student("sd"), lora=out, device="cpu").generate(PROMPTS)
+    assert int((found.int() - expected.int()).abs().max()) <= 1

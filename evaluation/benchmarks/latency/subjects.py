@@ -192,7 +192,7 @@ def _pipeline(subject: Subject) -> Any:
     from torch import nn
 
     from evaluation.images.samples import load_pipeline, with_controlnet
-    from sdxs_lightning.inference.generator import torch_dtype
+    from sdxs_lightning.inference.inputs import torch_dtype
     from sdxs_lightning.networks.controlnet import check_fits, load_controlnet
 
     dtype = torch_dtype(subject.dtype)

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sdxs_lightning.core.errors import UserError
@@ -21,11 +20,11 @@ from sdxs_lightning.inference.exporting.original_names import (
     original_vae,
     taesd,
 )
+from sdxs_lightning.inference.inputs import DTYPES
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.inference.torch_networks import load_part
 
 MODEL, WITH_GAPS = "model.safetensors", "model_sd_cpp.safetensors"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 def export_single_file(
