@@ -51,6 +51,8 @@ class Stream(IntEnum):
     REDRAWN_NOISE = 18
     CONDITION_DROPOUT = 19
     REDRAWN_SAMPLES = 20
+    READER_NOISE = 21
+    READER_NOISE_STRENGTH = 22
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.families.foreign import check_transformers
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "condition_reader.safetensors"
@@ -178,6 +179,25 @@ class ReaderNetwork(nn.Module):
             json.dumps({"channels": self.channels, "widths": self.widths}) + "\n"
         )
         save_file({name: v.contiguous() for name, v in self.state_dict().items()}, folder / WEIGHTS_FILE)
+
+
+def diffused(images: Tensor, noise: float, seed: int, positions: Tensor) -> Tensor:
+    """Images sqrt(1 - sigma^2) x + sigma n, with a sigma for each that is uniform in [0, noise].
+
+    A reader of such images knows the condition at every level of the diffusion, so that its gradient changes what is seen and
+    not single pixels, and is not flat where a clean image leaves no doubt.
+
+    Args:
+        images: (B, 3, H, W), float, about [-1, 1].
+        noise: largest sigma, below 1; 0 changes nothing.
+        seed: of the run.
+        positions: (B,), int64, of the samples in the run.
+    """
+    if noise == 0:
+        return images
+    drawn = normal(seed, Stream.READER_NOISE, positions, tuple(images.shape[1:]))
+    sigma = noise * uniform(seed, Stream.READER_NOISE_STRENGTH, positions)[:, None, None, None]
+    return (1 - sigma.square()).sqrt() * images + sigma * drawn
 
 
 def _layer(channels_in: int, channels_out: int, stride: int = 1) -> nn.Sequential:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sdxs_lightning.core.frozen import Frozen
 from sdxs_lightning.families import Family
-from sdxs_lightning.networks.condition_readers import ConditionReader
+from sdxs_lightning.networks.condition_readers import ConditionReader, diffused
 from sdxs_lightning.networks.decoded_image_features import PixelDecoder
 from sdxs_lightning.networks.network import without_autocast
 from sdxs_lightning.objectives.checks import check_same_shape, check_weight
@@ -53,11 +53,13 @@ class ConditionConsistency(StudentTerm):
         reader: the differentiable network that reads the condition.
         weight: weight of the loss.
         distance: for p(c | x) a Bernoulli, Gaussian or Laplace distribution of each pixel.
+        noise: largest sigma of the noise with which images are diffused before they are read, as when the reader was trained;
+            drawn uniformly for each sample. Without it the student finds small changes of pixels that fool the reader.
         decoder: folder of an AutoencoderTiny; None uses the base's VAE, which is slow and needs much memory with a graph.
         phase: phase in which it acts.
 
     Raises:
-        ValueError: for a negative weight, or an unknown distance.
+        ValueError: for a negative weight or noise, or an unknown distance.
 
     Source: joint distribution matching, arXiv:2503.06652, section 3.
     """
@@ -67,10 +69,12 @@ class ConditionConsistency(StudentTerm):
         reader: ConditionReader,
         weight: float = 1.0,
         distance: Distance = "cross_entropy",
+        noise: float = 0.0,
         decoder: str | None = None,
         phase: Phase = "always",
     ) -> None:
-        check_weight("ConditionConsistency", weight=weight)
+        check_weight("ConditionConsistency", weight=weight, noise=noise)
+        self.noise = noise
         self.reader, self.weight, self.distance, self.phase = reader, weight, distance, phase
         self.decode = PixelDecoder(decoder, "ConditionConsistency.decoder")
         self._network: Frozen[nn.Module] | None = None
@@ -96,11 +100,13 @@ class ConditionConsistency(StudentTerm):
             if one is not None and any(True for _ in one.parameters())
         }
 
-    def read(self, latents: Tensor) -> Tensor:
-        """The condition images (B, C, H, W) in [0, 1] of scaled latents; differentiable."""
+    def read(self, sample: LatentSample) -> Tensor:
+        """The condition images (B, C, H, W) in [0, 1] of a sample; differentiable in its latents."""
         assert self._network is not None
-        with without_autocast(latents.device):
-            read: Tensor = self._network(self.decode(latents).clamp(-1.1, 1.1))
+        with without_autocast(sample.latents.device):
+            images = self.decode(sample.latents).clamp(-1.1, 1.1)
+            images = diffused(images, self.noise, sample.seed, sample.positions)
+            read: Tensor = self._network(images)
         return read
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
@@ -110,7 +116,7 @@ class ConditionConsistency(StudentTerm):
                 "ConditionConsistency needs condition images, and the sample has none: use it in the stage controlnet "
                 "(sdxs_lightning.stages.controlnet.distillation.ControlNetDistillation), or set it to null."
             )
-        distances = condition_distance(self.read(sample.latents), wanted, self.distance)
+        distances = condition_distance(self.read(sample), wanted, self.distance)
         given = wanted.flatten(1).amax(dim=1) > 0
         # Over all samples: a mean over those given would depend on how the batch is split over ranks.
         loss = (distances * given).mean()

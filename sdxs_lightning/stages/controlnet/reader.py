@@ -14,10 +14,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Dtype
-from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.export import new_folder
 from sdxs_lightning.families import Family
-from sdxs_lightning.networks.condition_readers import ReaderNetwork
+from sdxs_lightning.networks.condition_readers import ReaderNetwork, diffused
 from sdxs_lightning.stages.controlnet.control_images import control_images_of
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
@@ -26,8 +25,8 @@ from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
 class ConditionReaderTraining(AveragedTraining):
     """Trains a `ReaderNetwork` to predict the condition image from the image, by cross-entropy per pixel.
 
-    The images are what the base's VAE makes of the data's latents, since the reader will judge decoded samples; noise of a
-    random strength is added to them, so that small changes of pixels cannot fool it.
+    The images are what the base's VAE makes of the data's latents, since the reader will judge decoded samples, diffused to a
+    random level, so that small changes of pixels cannot fool it.
 
     Args:
         family: the base, whose VAE decodes the latents.
@@ -35,7 +34,7 @@ class ConditionReaderTraining(AveragedTraining):
         lr_scheduler: stepped once per optimizer step; None keeps the rate constant.
         channels: channels of the condition images.
         widths: as in `ReaderNetwork`.
-        noise: largest standard deviation of the added noise, for pixels in [-1, 1].
+        noise: largest sigma of the noise with which images are diffused, drawn uniformly; give ConditionConsistency the same.
         ema_decay: decay per optimizer step of the averaged reader, which is exported.
         seed: seed of weights and noise.
         real_score_dtype: dtype of the family's frozen networks but the VAE, which stays float32; the hardware overlays set it.
@@ -51,14 +50,14 @@ class ConditionReaderTraining(AveragedTraining):
         lr_scheduler: LRSchedulerCallable | None = None,
         channels: int = 3,
         widths: tuple[int, ...] = (16, 32, 64, 96),
-        noise: float = 0.2,
+        noise: float = 0.95,
         ema_decay: float = 0.99,
         seed: int = 0,
         real_score_dtype: Dtype = "float32",
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
-        if not noise >= 0:
-            raise ValueError(f"noise must be 0 or more, got {noise}.")
+        if not 0 <= noise < 1:
+            raise ValueError(f"noise is a sigma in [0, 1), got {noise}; images become sqrt(1 - sigma^2) x + sigma n.")
         self.family, self.noise, self.seed = family, noise, seed
         self.real_score_dtype: torch.dtype = getattr(torch, real_score_dtype)
         self.reader = ReaderNetwork(channels, tuple(widths), seed)
@@ -94,9 +93,7 @@ class ConditionReaderTraining(AveragedTraining):
             raise ValueError(
                 "this stage needs latents or images in every batch, and got neither; let data.contents name one of them."
             )
-        drawn = normal(self.seed, Stream.AUGMENTATION, batch.positions, tuple(images.shape[1:]))
-        strength = self.noise * uniform(self.seed, Stream.DROPOUT, batch.positions)
-        return images + strength[:, None, None, None] * drawn
+        return diffused(images, self.noise, self.seed, batch.positions)
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
         """Writes the reader's folder, for `LearnedReader`."""
