@@ -6,9 +6,9 @@ counting a view's parameters does not touch them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,15 @@ class _View(Denoiser):
         yield
 
     def _call(
-        self, unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+        self,
+        unet: UNet2DConditionModel,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        residuals: Mapping[str, Any] | None = None,
     ) -> Tensor:
         with self.applied(), _evaluated(self.unet):
-            return super()._call(unet, noisy_latents, timesteps, conditioning)
+            return super()._call(unet, noisy_latents, timesteps, conditioning, residuals)
 
 
 class BaseView(_View):

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.network_types import ControlNetModel, UNet2DConditionModel
-from sdxs_lightning.networks.denoiser import Denoiser, Prediction
+from sdxs_lightning.networks.adapter_views import BaseView
+from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.lora import LoRA, add_lora
 from sdxs_lightning.networks.network import frozen_fingerprint, save_adapters_only
@@ -116,7 +117,49 @@ class ControlNetSource:
         return controlnet.train()
 
 
-class ControlledDenoiser(Denoiser):
+class _WithControlNet(Denoiser):
+    """Adds the residuals of `controlnet` where the conditioning has control images."""
+
+    controlnet: ControlNetModel
+    conditioning_scale: float
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        return [self.unet, self.controlnet]
+
+    def encoder_features(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, blocks: Sequence[str]
+    ) -> dict[str, Tensor]:
+        # Residuals are added after the encoder, so its blocks do not depend on the condition.
+        plain = replace(conditioning, control_images=None)
+        return super().encoder_features(noisy_latents, timesteps, plain, blocks)
+
+    def _residuals(
+        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> dict[str, Any]:
+        if conditioning.control_images is None:
+            return {}
+        own, unets = (next(one.parameters()).dtype for one in (self.controlnet, self.unet))
+        given = conditioning.to(dtype=own)
+        down, mid = self.controlnet(
+            noisy_latents.to(own),
+            timesteps,
+            controlnet_cond=given.control_images,
+            conditioning_scale=self.conditioning_scale,
+            return_dict=False,
+            **given.unet_kwargs(),
+        )
+        return {
+            "down_block_additional_residuals": [residual.to(unets) for residual in down],
+            "mid_block_additional_residual": mid.to(unets),
+        }
+
+    def _hide(self, name: str) -> None:
+        """Makes a module a plain attribute of the same name, which parameters() and state_dict() do not see."""
+        self.__dict__[name] = self._modules.pop(name)
+
+
+class ControlledDenoiser(_WithControlNet):
     """A U-Net with a ControlNet, which acts where the conditioning has control images.
 
     A frozen part is not among the parameters, and so not in checkpoints, optimizers and averages; it moves with the module.
@@ -127,8 +170,6 @@ class ControlledDenoiser(Denoiser):
         conditioning_scale: factor of the residuals.
         frozen: the part that is not trained; None trains both.
     """
-
-    controlnet: ControlNetModel
 
     def __init__(
         self,
@@ -143,60 +184,42 @@ class ControlledDenoiser(Denoiser):
         self._hidden: tuple[FrozenPart, ...] = () if frozen is None else (frozen,)
         for name in self._hidden:
             getattr(self, name).requires_grad_(False)
-            # A plain attribute of the same name, which parameters() and state_dict() do not see.
-            self.__dict__[name] = self._modules.pop(name)
-        self._mid_residual: Tensor | None = None
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        return [self.unet, self.controlnet]
+            self._hide(name)
 
     def copy_for_average(self) -> Self:
-        """A copy with the same frozen part."""
-        shared = {id(part): part for part in (self.__dict__[name] for name in self._hidden)}
-        return copy.deepcopy(self, shared)
-
-    def with_features(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
-    ) -> tuple[Prediction, Tensor]:
-        """As `Denoiser`'s, with the ControlNet's residual added to the bottleneck, as in `features`."""
-        prediction, features = super().with_features(noisy_latents, timesteps, conditioning)
-        mid, self._mid_residual = self._mid_residual, None
-        return prediction, features if mid is None else features + mid
-
-    def encoder_features(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, blocks: Sequence[str]
-    ) -> dict[str, Tensor]:
-        # Residuals are added after the encoder, so its blocks do not depend on the condition.
-        plain = replace(conditioning, control_images=None)
-        return super().encoder_features(noisy_latents, timesteps, plain, blocks)
-
-    def _residuals(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
-    ) -> dict[str, Any]:
-        self._mid_residual = None
-        if conditioning.control_images is None:
-            return {}
-        own, unets = (next(one.parameters()).dtype for one in (self.controlnet, self.unet))
-        given = conditioning.to(dtype=own)
-        down, mid = self.controlnet(
-            noisy_latents.to(own),
-            timesteps,
-            controlnet_cond=given.control_images,
-            conditioning_scale=self.conditioning_scale,
-            return_dict=False,
-            **given.unet_kwargs(),
-        )
-        self._mid_residual = mid.to(unets)
-        return {
-            "down_block_additional_residuals": [residual.to(unets) for residual in down],
-            "mid_block_additional_residual": self._mid_residual,
-        }
+        """A copy with the same frozen part, and the same frozen weights under adapters."""
+        frozen: list[Any] = [self.__dict__[name] for name in self._hidden]
+        frozen += [one for one in self.parameters() if not one.requires_grad]
+        return copy.deepcopy(self, {id(one): one for one in frozen})
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         for name in self._hidden:
             self.__dict__[name]._apply(fn, recurse)
+        return self
+
+
+class ControlledBaseView(_WithControlNet, BaseView):
+    """The base inside a network with adapters, with the base's ControlNet: a real score that shares the fake score's U-Net.
+
+    It owns neither: freezing, moving or counting its parameters touches no adapter.
+
+    Args:
+        denoiser: a denoiser with adapters.
+        controlnet: frozen.
+        conditioning_scale: factor of the residuals.
+    """
+
+    def __init__(self, denoiser: Denoiser, controlnet: ControlNetModel, conditioning_scale: float) -> None:
+        super().__init__(denoiser)
+        self.controlnet = controlnet.requires_grad_(False)
+        self.conditioning_scale = conditioning_scale
+        self._hide("controlnet")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # It may be nobody else's.
+        self.controlnet._apply(fn, recurse)
         return self
 
 
@@ -307,5 +330,5 @@ class ControlledFakeScore(FakeScore):
         self.denoiser = ControlledDenoiser(
             self.denoiser, controlnet, source.conditioning_scale, None if source.train else "controlnet"
         )
-        if source.lora is not None and self.lora is None:
+        if source.lora is not None:
             save_adapters_only(self)

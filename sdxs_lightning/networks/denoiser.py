@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
@@ -94,9 +94,13 @@ class Denoiser(nn.Module):
         self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
     ) -> tuple[Prediction, Tensor]:
         """Denoises without guidance and also returns the bottleneck features (B, C', h', w') of the same pass."""
+        residuals = self._residuals(noisy_latents, timesteps, conditioning)
         with FeatureTap(self.unet) as tap:
-            prediction = self(noisy_latents, timesteps, conditioning)
-        return prediction, tap.features
+            output = self._call(self.unet, noisy_latents, timesteps, conditioning, residuals)
+        # As `features` has it, whose encoder ends after a ControlNet's residual.
+        mid = residuals.get("mid_block_additional_residual")
+        features = tap.features if mid is None else tap.features + mid
+        return self._interpret(output, noisy_latents, timesteps), features
 
     def features(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Bottleneck features (B, C', h', w') only; runs the encoder and mid block, not the decoder."""
@@ -116,11 +120,19 @@ class Denoiser(nn.Module):
             return {block: tap[block] for block in blocks}
 
     def _call(
-        self, unet: UNet2DConditionModel, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+        self,
+        unet: UNet2DConditionModel,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        residuals: Mapping[str, Any] | None = None,
     ) -> Tensor:
+        """Raw output of the U-Net or its encoder; None computes the residuals."""
         dtype = next(self.unet.parameters()).dtype
         arguments = conditioning.to(dtype=dtype).unet_kwargs()
-        arguments |= self._residuals(noisy_latents, timesteps, conditioning)
+        if residuals is None:
+            residuals = self._residuals(noisy_latents, timesteps, conditioning)
+        arguments |= residuals
         output: Tensor = unet(noisy_latents.to(dtype), timesteps, **arguments).sample
         return output
 
@@ -136,8 +148,9 @@ class Denoiser(nn.Module):
         return [self.unet]
 
     def copy_for_average(self) -> Self:
-        """A copy whose parameters are those that an average of the weights follows."""
-        return copy.deepcopy(self)
+        """A copy with the same frozen weights; an average follows the others."""
+        frozen = {id(one): one for one in self.parameters() if not one.requires_grad}
+        return copy.deepcopy(self, frozen)
 
     def _interpret(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Prediction:
         output, noisy_latents = output.float(), noisy_latents.float()

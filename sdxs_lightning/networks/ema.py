@@ -13,6 +13,7 @@ from sdxs_lightning.networks.adapter_views import AveragedView
 from sdxs_lightning.networks.backward_simulation import sample_in_steps
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.lora import lora_parameters
+from sdxs_lightning.networks.network import save_without
 from sdxs_lightning.networks.student_generator import StudentGenerator
 
 
@@ -20,7 +21,8 @@ class DenoiserEma(nn.Module):
     """Exponential moving average of a denoiser, initialised as a copy of it.
 
     ema <- decay * ema + (1 - decay) * weights, once per optimizer step. A registered submodule, so that checkpoints include
-    it and FSDP2 can shard it. In a network with adapters only these are averaged; the frozen weights are shared.
+    it and FSDP2 can shard it. In a network with adapters only what is trained is averaged; the frozen weights are shared, and
+    in no checkpoint.
 
     Args:
         denoiser: the trained network.
@@ -37,14 +39,20 @@ class DenoiserEma(nn.Module):
         self.decay = decay
         adapted = bool(lora_parameters(denoiser.unet))
         self.denoiser: Denoiser = AveragedView(denoiser) if adapted else denoiser.copy_for_average()
+        frozen = {name for name, parameter in denoiser.named_parameters() if not parameter.requires_grad}
         self.denoiser.eval().requires_grad_(False)
+        own = [name for name, _ in self.denoiser.named_parameters()]
+        self._averaged = [name for name in own if name not in frozen]
+        save_without(self, [f"denoiser.{name}" for name in own if name in frozen])
 
     @torch.no_grad()
     def follow(self, denoiser: Denoiser) -> None:
         """Updates the average; works on local shards if both networks are sharded."""
-        averaged: list[Tensor] = list(self.parameters())
-        adapters = lora_parameters(denoiser) if isinstance(self.denoiser, AveragedView) else {}
-        current: list[Tensor] = list((adapters or dict(denoiser.named_parameters())).values())
+        own, others = dict(self.denoiser.named_parameters()), dict(denoiser.named_parameters())
+        averaged: list[Tensor] = [own[name] for name in self._averaged]
+        current: list[Tensor] = [others[name] for name in self._averaged]
+        if isinstance(self.denoiser, AveragedView):
+            current = list(lora_parameters(denoiser).values())
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
 
     def after_sharding(self) -> None:

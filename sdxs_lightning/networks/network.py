@@ -59,20 +59,32 @@ class Network(LightningModule):
 def save_adapters_only(network: nn.Module) -> None:
     """Excludes a network's frozen weights from its `state_dict()`, and so from checkpoints.
 
+    Args:
+        network: built, with adapters.
+    """
+    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    save_without(network, frozen)
+
+
+def save_without(network: nn.Module, names: Collection[str]) -> None:
+    """Excludes parameters from a network's `state_dict()`, and so from checkpoints.
+
     Loading a checkpoint leaves them unchanged and is strict about everything else.
 
     Args:
-        network: built, with adapters; two hooks are registered on it.
+        network: two hooks are registered on it.
+        names: of the parameters.
     """
-    frozen = [name for name, parameter in network.named_parameters() if not parameter.requires_grad]
+    if not names:
+        return
 
     def drop(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-        for name in frozen:
+        for name in names:
             state.pop(prefix + name, None)
 
     def keep(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
         own = dict(module.named_parameters())
-        state.update({prefix + name: own[name].detach() for name in frozen})
+        state.update({prefix + name: own[name].detach() for name in names})
 
     network.register_state_dict_post_hook(drop)
     network.register_load_state_dict_pre_hook(keep)
@@ -163,7 +175,7 @@ def frozen_fingerprint(network: nn.Module) -> str | None:
 def check_frozen_weights(
     checkpoint: Mapping[str, Any], now: Mapping[str, str | None], options: Mapping[str, str]
 ) -> None:
-    """Checks that adapters go on with the frozen weights that they were trained on.
+    """Checks that adapters, or a ControlNet, go on with the frozen weights that they were trained on.
 
     Args:
         checkpoint: may hold fingerprints by role under "frozen_weights".
@@ -178,7 +190,7 @@ def check_frozen_weights(
         if before != found:
             option = options.get(role, "family.init_args.base")
             raise ValueError(
-                f"the checkpoint's {role} is adapters on weights with fingerprint {before}, and this run loaded weights "
+                f"the checkpoint's {role} was trained on frozen weights with fingerprint {before}, and this run loaded weights "
                 f"with {found}; set {option} (or the base) to what the run began with, or start a new run."
             )
 

@@ -246,7 +246,9 @@ def test_a_frozen_part_is_no_parameter_but_moves_along(frozen: Any) -> None:
         for network in controlled.networks
         for parameter in network.parameters()
     )
-    copied = controlled.copy_for_average()
+    prompts = Conditioning(prompt_embeds=torch.zeros(1, 4, 32), control_images=torch.ones(1, 3, 32, 32))
+    controlled.with_features(torch.zeros(1, 4, 16, 16), torch.tensor([9]), prompts)
+    copied = controlled.copy_for_average()  # a forward pass leaves nothing behind
     hidden, shown = ("unet", "controlnet") if frozen == "unet" else ("controlnet", "unet")
     assert getattr(copied, hidden) is getattr(controlled, hidden)
     assert getattr(copied, shown) is not getattr(controlled, shown)

@@ -20,14 +20,18 @@ from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.networks.condition_readers import LearnedReader, ReaderNetwork, SoftEdgeReader
 from sdxs_lightning.networks.controlled import (
+    ControlledBaseView,
     ControlledDenoiser,
     ControlledFakeScore,
     ControlledStudent,
     ControlNetSource,
 )
 from sdxs_lightning.networks.controlnet import controlnet_from_unet, load_controlnet, save_controlnet
+from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.lora import LoRA
+from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.condition_consistency import ConditionConsistency, condition_distance
 from sdxs_lightning.objectives.knowledge_distillation import FeatureDistillation, OutputDistillation
 from sdxs_lightning.objectives.regression import Regression
@@ -87,16 +91,17 @@ def joint(base: Path, make: Any = SGD, **settings: Any) -> ControlNetDistillatio
     return ControlNetDistillation(family=family_of(base), ema_decay=0.9, **settings)
 
 
-def sdxs(base: Path, pretrained: Path, make: Any = SGD, **settings: Any) -> ControlNetDistillation:
-    """Way `pretrained`."""
+def sdxs(
+    base: Path, pretrained: Path, make: Any = SGD, lora: LoRA | None = None, **settings: Any
+) -> ControlNetDistillation:
+    """Way `pretrained`, with the fake score as adapters on the base or as a copy of it."""
     folder = str(pretrained)
     return joint(
         base,
         make,
-        fake_score=ControlledFakeScore(make, controlnet=ControlNetSource(folder, train=False)),
-        control=ControlSettings(base_controlnet=folder),
+        fake_score=ControlledFakeScore(make, lora=lora, controlnet=ControlNetSource(folder, train=False)),
         objectives=None,
-        **settings,
+        **{"control": ControlSettings(base_controlnet=folder)} | settings,
     )
 
 
@@ -136,6 +141,47 @@ def test_the_pretrained_controlnet_is_frozen_shared_and_in_no_checkpoint(
     assert owners == {"student.denoiser.controlnet", "fake_score.denoiser.unet", "ema.denoiser.controlnet"}
 
 
+def test_adapters_of_the_fake_score_share_the_base_with_a_real_score_that_has_the_controlnet(
+    base: Base, shards: Path, pretrained: Path, tmp_path: Path
+) -> None:
+    module = sdxs(base("sd-v_prediction"), pretrained, ADAMW, lora=LoRA(rank=2, targets=("to_q", "conv1")))
+    module.configure_model()
+    assert module.real_score is not None and isinstance(module.fake_score, ControlledFakeScore)
+    real, fake = module.real_score.module, module.fake_score.denoiser
+    assert isinstance(real, ControlledBaseView)
+    assert real.unet is fake.unet and real.controlnet is fake.controlnet
+    adapters = {name for name, p in module.fake_score.named_parameters() if p.requires_grad}
+    assert adapters and all("lora_" in name for name in adapters)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in module.fake_score.named_parameters():
+            if name in adapters:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    batch = _batch(2)
+    conditioning = module.family.encode_prompts(batch.captions)
+    conditioning = replace(conditioning, control_images=batch.control_images)
+    noisy = normal(0, Stream.SCORE_NOISE, batch.positions, LATENT_SHAPE), torch.tensor([100, 500])
+    plain = Denoiser(module.family.load_unet(), module.family.schedule, module.family.prediction_type).eval()
+    alone = ControlledDenoiser(plain, load_controlnet(pretrained).eval())
+    with torch.no_grad():
+        expected, found = alone(*noisy, conditioning).output, real(*noisy, conditioning).output
+        adapted = fake(*noisy, conditioning).output
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert (adapted - expected).abs().max() > 1e-2
+    before, locked = weights(module), weights(fake.controlnet)
+    trainer = fit(module, shards, batches=2, contents=CONTENTS)
+    now = dict(module.named_parameters())
+    assert {
+        n for n in adapters if not torch.equal(before[f"fake_score.{n}"], now[f"fake_score.{n}"])
+    } == adapters
+    still = {n for n in before if n.startswith("fake_score.")} - {f"fake_score.{n}" for n in adapters}
+    assert all(torch.equal(before[name], now[name]) for name in still)
+    assert all(torch.equal(locked[name], value) for name, value in weights(fake.controlnet).items())
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    state = torch.load(tmp_path / "checkpoint", weights_only=False)["state_dict"]
+    assert {name.removeprefix("fake_score.") for name in state if name.startswith("fake_score.")} == adapters
+
+
 def test_lora_trains_adapters_and_the_new_parts_and_is_merged_on_export(
     base: Base, shards: Path, tmp_path: Path
 ) -> None:
@@ -146,12 +192,20 @@ def test_lora_trains_adapters_and_the_new_parts_and_is_merged_on_export(
     trained = {name for name, p in module.student.named_parameters() if p.requires_grad}
     assert all("lora_" in name or ".controlnet_" in name for name in trained) and len(trained) > 20
     frozen = {n: p.detach().clone() for n, p in module.student.named_parameters() if n not in trained}
+    starting = weights(module)
+    assert module.fake_score is not None and module.ema is not None
     trainer = fit(module, shards, batches=2, contents=CONTENTS)
     now = dict(module.student.named_parameters())
     assert all(torch.equal(value, now[name]) for name, value in frozen.items())
     trainer.save_checkpoint(tmp_path / "checkpoint")
     state = torch.load(tmp_path / "checkpoint", weights_only=False)["state_dict"]
     assert {name.removeprefix("student.") for name in state if name.startswith("student.")} == trained
+    averaged = {name.removeprefix("ema.") for name in state if name.startswith("ema.")}
+    assert averaged == trained  # the frozen weights under the adapters are neither copied nor saved
+    assert len(state) == len(averaged) + len(trained) + len(weights(module.fake_score))
+    own, average = (dict(one.denoiser.named_parameters()) for one in (module.student, module.ema))
+    assert all((average[name] is own[name]) == (f"denoiser.{name}" not in trained) for name in own)
+    assert moved(starting, module, "ema") > 0.5
     module.write_export(tmp_path / "controlnet", average=False, dtype=torch.float32)
     loaded = load_controlnet(tmp_path / "controlnet")
     assert not any("lora" in name for name in loaded.state_dict())
@@ -232,6 +286,23 @@ def test_the_export_is_the_controlnet(base: Base, shards: Path, tmp_path: Path, 
     assert source.unet is module.student.denoiser.unet  # the average shares the frozen student
 
 
+def test_an_exported_fake_score_has_its_controlnet(base: Base, pretrained: Path, tmp_path: Path) -> None:
+    module = built(joint(base("sd-v_prediction")))
+    assert isinstance(module.fake_score, ControlledFakeScore)
+    with torch.no_grad():
+        for parameter in module.fake_score.parameters():
+            parameter.add_(0.01)
+    module.write_fake_score(tmp_path / "run" / "fake_score", torch.float32)
+    controlnet = ControlNetSource(str(tmp_path / "run" / "fake_score_controlnet"))
+    again = ControlledFakeScore(SGD, weights=str(tmp_path / "run" / "fake_score"), controlnet=controlnet)
+    again.build(module.family)
+    expected = weights(module.fake_score)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(again).items())
+    # A pretrained one stays where it is.
+    built(sdxs(base("sd-v_prediction"), pretrained)).write_fake_score(tmp_path / "other", torch.float32)
+    assert [one.name for one in sorted(tmp_path.iterdir())] == ["other", "run"]
+
+
 # -------------------------------------------------------------------------------------- the condition reaches the networks
 
 
@@ -297,6 +368,23 @@ def test_dropped_conditions_are_black() -> None:
     assert 0.18 < float(dropped.float().mean()) < 0.32
     again = with_some_dropped(controls[:100], 0.25, 0, torch.arange(100)).flatten(1).amax(dim=1) == 0
     assert torch.equal(again, dropped[:100])
+
+
+def test_both_halves_of_the_discriminator_lose_the_same_conditions(base: Base) -> None:
+    module = built(
+        joint(
+            base("sd-v_prediction"),
+            discriminator=Discriminator(SGD),
+            adversarial=DiffusionAdversarial(),
+            control=ControlSettings(condition_dropout=0.5),
+            seed=3,
+        )
+    )
+    batch = _batch(16)
+    fake = module._sample(batch, {})
+    real = module._real_batch(batch, fake).conditioning
+    black = [one.control_images.flatten(1).amax(dim=1) == 0 for one in (fake.conditioning, real)]  # type: ignore[union-attr]
+    assert torch.equal(*black) and 0 < int(black[0].sum()) < 16
 
 
 # --------------------------------------------------------------------------------------------------------------- readers
@@ -375,6 +463,24 @@ def test_denoising_moves_the_controlnet_alone(base: Base, shards: Path, tmp_path
     assert all(torch.equal(value, loaded[name]) for name, value in own.items())
 
 
+def test_a_controlnet_goes_on_with_the_u_net_that_it_was_trained_for(
+    base: Base, shards: Path, tmp_path: Path
+) -> None:
+    module = ControlNetTraining(family_of(base("sd-v_prediction")), SGD)
+    trainer = fit(module, shards, 1, contents=CONTENTS)  # type: ignore[arg-type]
+    trainer.save_checkpoint(tmp_path / "checkpoint")
+    shaken = module.family.load_unet()
+    with torch.no_grad():
+        shaken.conv_in.weight.add_(0.1)
+    shaken.save_pretrained(tmp_path / "unet")
+    other = ControlNetTraining(module.family, SGD, weights=str(tmp_path / "unet"))
+    with pytest.raises(
+        ValueError,
+        match="the checkpoint's controlnet was trained on frozen weights .* set model.init_args.weights",
+    ):
+        fit(other, shards, 2, contents=CONTENTS, ckpt_path=str(tmp_path / "checkpoint"))  # type: ignore[arg-type]
+
+
 def test_fitting_has_no_loss_where_student_and_base_are_one(base: Base, pretrained: Path) -> None:
     folder = str(pretrained)
 
@@ -419,6 +525,14 @@ def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
         ControlSettings(noise_redrawn=2.0)
     with pytest.raises(ValueError, match=r"student\.controlnet\.train is false"):
         ControlledStudent(SGD, controlnet=ControlNetSource("x", train=False))
+    pairs, schedule = PairSettings("on_the_fly"), {"update_schedule": MIXED, "regression": Regression()}
+    with pytest.raises(ValueError, match="pairs.source is 'on_the_fly', and condition is null"):
+        joint(base("sd-v_prediction"), pairs=pairs, **schedule)
+    joint(base("sd-v_prediction"), pairs=PairSettings("batch"), **schedule)  # stored pairs bring their own
+    with pytest.raises(
+        ValueError, match=r"conditioning_scale is 1.0 and control.conditioning_scale 0.8, of one"
+    ):
+        sdxs(base("sd-v_prediction"), Path("x"), control=ControlSettings("x", conditioning_scale=0.8))
     family = family_of(base("sd-v_prediction"))
     with pytest.raises(ValueError, match="base_controlnet goes together with output_distillation"):
         ControlNetTraining(family, SGD, output_distillation=OutputDistillation())

@@ -16,7 +16,9 @@ from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.image_condition import ImageCondition
 from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.families import Family
+from sdxs_lightning.networks.adapter_views import BaseView
 from sdxs_lightning.networks.controlled import (
+    ControlledBaseView,
     ControlledDenoiser,
     ControlledFakeScore,
     ControlledStudent,
@@ -48,7 +50,7 @@ class ControlSettings:
     """Folder or hub id of the base's pretrained ControlNet, attached, frozen, to the real score (way `pretrained`; name it as
     fake_score.init_args.controlnet.weights too); null leaves the real score plain (way `joint`)."""
     conditioning_scale: float = 1.0
-    """Factor of the base ControlNet's residuals."""
+    """Factor of the base ControlNet's residuals, on the fake score too where that has the same."""
     noise_redrawn: float = 0.5
     """Share of the samples made from pairs whose noise is drawn anew: else the layout follows from the noise, and the condition
     need not be read. SDXS has it, but not its share."""
@@ -99,6 +101,7 @@ class ControlNetDistillation(OneStepDistillation):
     ) -> None:
         super().__init__(family, student, fake_score, update_schedule, **settings)
         self.control, self.condition = control, condition
+        self._check_settings()
         if self.pairs is not None and condition is not None:
             self.pairs.extract = lambda images: extracted(condition, images)
 
@@ -119,14 +122,41 @@ class ControlNetDistillation(OneStepDistillation):
         named = self.control.base_controlnet
         if named is None:
             return plain
-        fake = self.fake_score
-        shared = isinstance(fake, ControlledFakeScore) and not fake.controlnet_source.train
-        if shared and fake.controlnet_source.weights == named:  # type: ignore[union-attr]
-            controlnet = fake.denoiser.controlnet  # type: ignore[union-attr]
+        fake = self._fake_score_with_the_base_controlnet
+        if fake is not None:
+            controlnet = fake.denoiser.controlnet
         else:
             source = ControlNetSource(named, train=False)
             controlnet = source.make(plain.unet, self.family, "control.base_controlnet").eval()
-        return ControlledDenoiser(plain, controlnet, self.control.conditioning_scale, "controlnet")
+        scale = self.control.conditioning_scale
+        if isinstance(plain, BaseView):  # the fake score's U-Net, whose adapters the real score leaves alone
+            return ControlledBaseView(plain, controlnet, scale)
+        return ControlledDenoiser(plain, controlnet, scale, "controlnet")
+
+    @property
+    def _fake_score_with_the_base_controlnet(self) -> ControlledFakeScore | None:
+        """The fake score, if it has the base's ControlNet, frozen."""
+        fake, named = self.fake_score, self.control.base_controlnet
+        if named is None or not isinstance(fake, ControlledFakeScore) or fake.controlnet_source.train:
+            return None
+        return fake if fake.controlnet_source.weights == named else None
+
+    def _check_settings(self) -> None:
+        pairs = None if self.pairs is None else self.pairs.settings
+        if pairs is not None and pairs.samples and self.condition is None:
+            raise ValueError(
+                f"pairs.source is '{pairs.source}', and condition is null: the target sampler's images would get conditions of "
+                "other images, and the ControlNet would learn to ignore them. Set model.init_args.condition to what makes the "
+                "data's conditions (data.conditions, or a class of your own), or pairs.source to batch, for pairs with "
+                "condition images."
+            )
+        fake = self._fake_score_with_the_base_controlnet
+        scale = self.control.conditioning_scale
+        if fake is not None and fake.controlnet_source.conditioning_scale != scale:
+            raise ValueError(
+                f"fake_score.controlnet.conditioning_scale is {fake.controlnet_source.conditioning_scale} and "
+                f"control.conditioning_scale {scale}, of one ControlNet: both scores have it, so set them to the same."
+            )
 
     def _inputs(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> StudentInputs:
         """As the distillation's, with condition images; some of the pairs' noise is drawn anew."""
@@ -167,7 +197,9 @@ class ControlNetDistillation(OneStepDistillation):
 
     def _real_batch(self, batch: TrainingBatch, fake: LatentSample) -> RealBatch:
         real = super()._real_batch(batch, fake)
+        # Dropped as in the fake half, or the discriminator would tell the halves apart by their black conditions.
         controls = self._control_images(batch)
+        controls = with_some_dropped(controls, self.control.condition_dropout, self.seed, batch.positions)
         return real._replace(conditioning=replace(real.conditioning, control_images=controls))
 
     @torch.no_grad()
@@ -197,6 +229,20 @@ class ControlNetDistillation(OneStepDistillation):
             with new_folder(folder) as written:
                 save_controlnet(controlnet, written, dtype)
 
+    def write_fake_score(self, folder: Path, dtype: torch.dtype) -> None:
+        """Writes the fake score's U-Net, and its ControlNet to `<folder>_controlnet` if it was trained; all ranks call it."""
+        from sdxs_lightning.export import gathered_controlnet, new_folder
+        from sdxs_lightning.networks.controlnet import save_controlnet
+
+        super().write_fake_score(folder, dtype)
+        fake = self.fake_score
+        if not isinstance(fake, ControlledFakeScore) or not fake.controlnet_source.train:
+            return
+        controlnet = gathered_controlnet(fake.denoiser.controlnet, first_rank=self.global_rank == 0)
+        if controlnet is not None:
+            with new_folder(folder.with_name(f"{folder.name}_controlnet")) as written:
+                save_controlnet(controlnet, written, dtype)
+
     def plan_networks(self) -> list[PlannedNetwork]:
         networks = super().plan_networks()
         networks.append(PlannedNetwork("student_unet", self.student.denoiser.unet, "frozen"))
@@ -205,6 +251,6 @@ class ControlNetDistillation(OneStepDistillation):
         frozen = {
             id(one.controlnet): one.controlnet
             for one in (real, fake)
-            if isinstance(one, ControlledDenoiser) and "controlnet" in one.__dict__
+            if isinstance(one, ControlledDenoiser | ControlledBaseView) and "controlnet" in one.__dict__
         }
         return networks + [PlannedNetwork("base_controlnet", one, "frozen") for one in frozen.values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -21,7 +22,12 @@ from sdxs_lightning.networks.controlled import ControlledDenoiser, ControlNetSou
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.ema import DenoiserEma
 from sdxs_lightning.networks.feature_taps import FeatureTap
-from sdxs_lightning.networks.network import frozen_fingerprint, prepare_unet, save_adapters_only
+from sdxs_lightning.networks.network import (
+    check_frozen_weights,
+    frozen_fingerprint,
+    prepare_unet,
+    save_adapters_only,
+)
 from sdxs_lightning.objectives.knowledge_distillation import (
     FeatureDistillation,
     OutputDistillation,
@@ -222,6 +228,16 @@ class ControlNetTraining(AveragedTraining):
         if controlnet is not None:
             with new_folder(folder) as written:
                 save_controlnet(controlnet, written, dtype)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds a fingerprint of the frozen weights, which checkpoints do not hold."""
+        checkpoint["frozen_weights"] = {"controlnet": self.frozen_fingerprint}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError if the ControlNet was trained on another frozen U-Net than the one loaded."""
+        check_frozen_weights(
+            checkpoint, {"controlnet": self.frozen_fingerprint}, {"controlnet": "model.init_args.weights"}
+        )
 
     def on_fit_start(self) -> None:
         """Moves the frozen networks, which Lightning does not know about."""

@@ -142,7 +142,9 @@ def test_a_checkpoint_has_adapters_only_and_resumes_exactly(base: Base, shards: 
     unet.save_pretrained(tmp_path / "other" / "unet")
     built(make()).on_load_checkpoint(contents[0])
     moved = built(with_adapters(tmp_path / "other", ADAMW, discriminator=Discriminator(ADAMW)))
-    with pytest.raises(ValueError, match="checkpoint's student is adapters on weights with fingerprint"):
+    with pytest.raises(
+        ValueError, match="checkpoint's student was trained on frozen weights with fingerprint"
+    ):
         moved.on_load_checkpoint(contents[0])
 
 
