@@ -170,6 +170,16 @@ class Depth:
         found: _Floats = resized[0, 0].cpu().numpy()
         return found
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """The depth network.
+
+        Raises:
+            UnloadableConditionError: if there is none.
+        """
+        network: torch.nn.Module = self._loaded[1]
+        return network
+
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         # Here, because importing takes seconds and no other condition needs it.

@@ -89,12 +89,12 @@ class EvaluateOptions(ComputeOptions):
     controlnet: Annotated[str | None, Option(metavar="DIR")] = None
     """With --control: folder of the ControlNet."""
     condition: Annotated[str | None, Option(metavar="NAME")] = None
-    """With --control: how the condition is read off the output: canny, soft_edge, sketch, depth:FOLDER, reader:FOLDER, or
-    background_bar of the toy world."""
+    """With --control: how the condition is read off the output: canny, soft_edge, sketch, depth:FOLDER, reader:FOLDER (not the
+    reader that the ControlNet was trained with), or background_bar of the toy world."""
     make_conditions: bool = False
     """With --control: make the conditions of the set's images instead of reading cond.png."""
     conditioning_scales: tuple[float, ...] = (0.5, 1.0, 1.5)
-    """With --control: factors of the ControlNet's residuals."""
+    """With --control: factors of the ControlNet's residuals. `metrics` of FILE.json are those at 1, or at the last one."""
     steps: Count = 1
     """Sampling steps of the model."""
     scheduler: Annotated[str | None, Option(choices=tuple(SCHEDULERS))] = None
@@ -124,6 +124,8 @@ class EvaluateOptions(ComputeOptions):
             raise ValueError("give either --model, a pipeline folder, or --images, a set of images.")
         if self.control is not None and None in (self.model, self.controlnet, self.condition):
             raise ValueError("--control needs --model, --controlnet and --condition.")
+        if self.control is not None:
+            self._check_control()
         if self.control is None and (self.controlnet is not None or self.condition is not None):
             raise ValueError("--controlnet and --condition go with --control, the set of conditions.")
         if (self.scheduler or self.timesteps) and self.model is None:
@@ -141,6 +143,20 @@ class EvaluateOptions(ComputeOptions):
             raise ValueError(
                 "--save_images keeps what a --model makes; with --images there is nothing to save."
             )
+
+    def _check_control(self) -> None:
+        for name in ("captions", "save_images", "work", "processes"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"--{name} does not go with --control, which measures in one process the images that its set has prompts "
+                    "for; leave it out."
+                )
+        if self.control == "toy" and self.image_px is not None:
+            raise ValueError(
+                "--image_px does not go with --control toy, whose images have their size; leave it out."
+            )
+        if not self.conditioning_scales:
+            raise ValueError("--conditioning_scales is empty; name at least one, such as 1.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -23,7 +24,8 @@ _HIDDEN_LENGTH = 4
 """A shorter value would be replaced in the middle of words."""
 
 Place = tuple[str, ...]
-"""Path of a setting without `init_args`, which flags may leave out."""
+"""Path of a setting without `init_args`, which flags may leave out. `callbacks+`, a list that starts the parser's own, is
+`callbacks`."""
 
 
 class EnvironmentValues:
@@ -77,7 +79,7 @@ class EnvironmentValues:
         if not isinstance(node, list):
             entries = list((vars(node) if isinstance(node, Namespace) else node).items())
         for name, value in entries:
-            here = place if name == "init_args" else (*place, str(name))
+            here = _below(place, name)
             if isinstance(value, Namespace | dict | list):
                 self._restore(value, here)
             elif here in self._written and _equal(value, self._written[here][1]):
@@ -87,7 +89,7 @@ class EnvironmentValues:
 def _resolved(node: Any, place: Place, used: list[str]) -> Iterator[tuple[Place, str, str]]:
     """Place, text and value of every interpolation below a container that reads the environment."""
     for name in range(len(node)) if isinstance(node, ListConfig) else list(node):
-        here = place if name == "init_args" else (*place, str(name))
+        here = _below(place, name)
         text: Any = node._get_node(name)
         if not OmegaConf.is_interpolation(node, name):
             if isinstance(text, DictConfig | ListConfig) and not text._is_none():
@@ -99,6 +101,10 @@ def _resolved(node: Any, place: Place, used: list[str]) -> Iterator[tuple[Place,
             yield from _resolved(value, here, used)
         elif len(used) > count:
             yield here, str(text._value()), str(value)
+
+
+def _below(place: Place, name: Any) -> Place:
+    return place if name == "init_args" else (*place, str(name).removesuffix("+"))
 
 
 def _flags(arguments: list[str]) -> Iterator[tuple[str, str]]:
@@ -116,7 +122,16 @@ def _nested(names: list[str], value: str, settings: Any) -> Settings:
     if isinstance(settings, dict) and "class_path" in settings and name not in ("class_path", "init_args"):
         return {"init_args": _nested(names, value, settings.get("init_args"))}
     below = settings.get(name) if isinstance(settings, dict) else None
-    return {name: _nested(rest, value, below) if rest else value}
+    return {name: _nested(rest, value, below) if rest else _read(value)}
+
+
+def _read(value: str) -> Any:
+    """A flag's value: the mapping or list in it, or its text."""
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:  # "${oc.env:NAME}" alone is no YAML
+        return value
+    return read if isinstance(read, dict | list) else value
 
 
 def _equal(value: Any, text: str) -> bool:

@@ -14,7 +14,6 @@ from torch import Tensor
 from data.shards.datamodule import ShardDataModule
 from data.shards.dataset import Content
 from data.shards.writer import Member, ShardWriter, encode_latents
-from data.toy.background_bar import bar_at
 from data.toy.original_sizes import vary_original_sizes
 from data.toy.rendered import render_batch
 from data.toy.world import Style, captions
@@ -40,11 +39,7 @@ class ToyDataModule(ShardDataModule):
         original_sizes: some of the images have half the size or are cropped, and batches hold their sizes (SDXL).
         images: batches hold the images in addition to their latents.
         condition: makes condition images of the images, which batches then hold too.
-        background_bar: batches hold condition images that no detector makes: see `data.toy.background_bar`.
         style: how the images are drawn; null is the plain drawing.
-
-    Raises:
-        ValueError: for both kinds of condition images.
     """
 
     def __init__(
@@ -58,20 +53,17 @@ class ToyDataModule(ShardDataModule):
         original_sizes: bool = False,
         images: bool = False,
         condition: ImageCondition | None = None,
-        background_bar: bool = False,
         style: Style | None = None,
     ) -> None:
-        if condition is not None and background_bar:
-            raise ValueError("data.condition and data.background_bar both make condition images; set one.")
         stored = images or condition is not None
         name = f"{train_images}-{_weights_digest(Path(base) / 'vae')}"
-        name += "-sizes" * original_sizes + "-images" * stored + "-bar" * background_bar
+        name += "-sizes" * original_sizes + "-images" * stored
         name += f"-{style}" if style else ""
         folder = Path(cache) / name
         contents: list[Content] = ["latents"]
         contents += ["sizes"] if original_sizes else []
         contents += ["images"] if images else []
-        contents += ["control_images"] if condition is not None or background_bar else []
+        contents += ["control_images"] if condition is not None else []
         super().__init__(
             shards=str(folder),
             batch_size=batch_size,
@@ -81,14 +73,14 @@ class ToyDataModule(ShardDataModule):
             condition=condition,
         )
         self.base, self.train_images, self.folder = base, train_images, folder
-        self.original_sizes, self.images, self.background_bar = original_sizes, stored, background_bar
+        self.original_sizes, self.images = original_sizes, stored
         self.style = style
 
     def prepare_data(self) -> None:
         """Renders and encodes the images unless the shards are complete; an incomplete folder is written again."""
         finished = self.folder / "complete"
         if not finished.exists():
-            extras = self.original_sizes, self.images, self.background_bar, self.style
+            extras = self.original_sizes, self.images, self.style
             write_latent_shards(self.base, self.train_images, self.folder, *extras)
             finished.touch()
         super().prepare_data()
@@ -100,10 +92,9 @@ def write_latent_shards(
     folder: Path,
     original_sizes: bool = False,
     with_images: bool = False,
-    with_bars: bool = False,
     style: Style | None = None,
 ) -> None:
-    """Renders `count` train images and writes VAE means, unscaled, with captions and, on request, sizes, images and bars."""
+    """Renders `count` train images and writes VAE means, unscaled, with captions and, on request, sizes and images."""
     from diffusers import AutoencoderKL
 
     autoencoder = AutoencoderKL.from_pretrained(Path(base) / "vae", torch_dtype=torch.float32).eval()
@@ -116,8 +107,7 @@ def write_latent_shards(
             if original_sizes:
                 images, heights, crops = vary_original_sizes(images, torch.arange(start, start + size))
                 sizes = [_size_fields(*row) for row in torch.cat([heights, crops], dim=1).tolist()]
-            for index, caption, sample, fields, image in zip(
-                range(start, start + size),
+            for caption, sample, fields, image in zip(
                 captions("train", size, start),
                 encode(autoencoder, images),
                 sizes,
@@ -127,7 +117,6 @@ def write_latent_shards(
                 members: dict[str, Member] = {"latent.safetensors": encode_latents(sample), "txt": caption}
                 members |= {"json": fields} if fields else {}
                 members |= {"png": png(image)} if with_images else {}
-                members |= {"cond.png": png(bar_at("train", index))} if with_bars else {}
                 writer.write(members)
 
 

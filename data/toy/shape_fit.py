@@ -67,12 +67,9 @@ def nearest_background(image: Tensor) -> str:
     """The background whose colour is nearest to the image's edge pixels, whatever the light: (3, 32, 32), 0 to 255."""
     edge = torch.ones(IMAGE_PX, IMAGE_PX, dtype=torch.bool)
     edge[1:-1, 1:-1] = False
-    pixels = image[:, edge].T
-    distances = []
-    for colour in BACKGROUNDS.values():
-        lit = torch.tensor(BACKGROUND_LIGHT)[:, None] * torch.tensor(colour).float()
-        distances.append(float(torch.cdist(pixels, lit).min(dim=1).values.median()))
-    return list(BACKGROUNDS)[int(np.argmin(distances))]
+    lit = torch.tensor(BACKGROUND_LIGHT)[:, None, None] * torch.tensor(list(BACKGROUNDS.values())).float()
+    distances = torch.cdist(image[:, edge].T, lit.flatten(0, 1)).view(-1, *lit.shape[:2])
+    return list(BACKGROUNDS)[int(distances.amin(dim=1).median(dim=0).values.argmin())]
 
 
 def coverage(image: Tensor, background: Tensor, colour: Tensor) -> Tensor:

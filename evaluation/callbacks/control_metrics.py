@@ -15,15 +15,21 @@ from evaluation.images.control_sets import (
     CONDITIONS,
     ControlledPrompts,
     ControlSet,
+    ReadCondition,
     ShardControlSet,
     ToyControlSet,
     adherence_of,
+    description_of,
     made_by,
+    measurable,
+    network_of,
 )
 from evaluation.images.generate import rank_batches
 from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
-from evaluation.runner.control import Board, ControlledMaker, QualityMetrics, control_sheet
+from evaluation.runner.control import Board, ControlledMaker, control_sheet
+from evaluation.runner.control_quality import QualityMetrics
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.image_condition import ImageCondition
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation
@@ -32,35 +38,30 @@ from sdxs_lightning.stages.distillation.step import OneStepDistillation
 GRID_COLUMNS = 8
 
 
-_NAMES = {"Canny": "canny", "SoftEdge": "soft_edge", "Sketch": "sketch"}
-
-
-def condition_of(datamodule: Any) -> str:
-    """Name of the condition that a DataModule makes.
+def condition_of(datamodule: Any) -> ImageCondition:
+    """The condition that a DataModule makes.
 
     Raises:
         UserError: if its conditions come from files.
     """
-    if getattr(datamodule, "background_bar", False):
-        return "background_bar"
-    made = type(getattr(getattr(datamodule, "settings", None), "condition", None)).__name__
-    if made not in _NAMES:
+    made = getattr(getattr(datamodule, "settings", None), "condition", None)
+    if made is None:
         raise UserError(
             "ControlMetrics: the data's conditions are not made by data.condition, so say how to read them off an image: "
             f"condition of the callback, one of {', '.join(CONDITIONS)}."
         )
-    return _NAMES[made]
+    return made  # type: ignore[no-any-return]
 
 
 class ControlMetrics(ScoreCurve):
     """Does the averaged student follow the condition? Logged as `val/...`, appended to scores.jsonl, and drawn as a grid.
 
-    Beside each adherence stand `..._chance`, of the student without control, and `..._ceiling`, of the autoencoder's
+    Beside each score stand `..._chance`, of the student without control, and `..._ceiling`, of the autoencoder's
     reconstruction of the image that the condition belongs to; both are measured once.
 
     Args:
-        condition: how the condition is read off an image, as `--condition` of `python -m evaluation.evaluate`; None is what the
-            data's own condition is.
+        condition: how the condition is read off an image, as `--condition` of `python -m evaluation.evaluate`; None is the
+            data's own condition, with its settings. A trained reader must not be the one that the ControlNet is trained with.
         control: shards with images and cond.png, or "toy" for the toy world's own images.
         make_conditions: make the conditions of the set's images instead of reading cond.png.
         every_n_student_updates: measuring interval.
@@ -85,7 +86,8 @@ class ControlMetrics(ScoreCurve):
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
         self._named, self.control, self.protocol = condition, control, protocol
-        self.condition = condition or ""
+        self.condition: ImageCondition | None = None
+        """How it is read, known since the setup."""
         self.make_conditions, self.samples = make_conditions, samples
         self.batch_size, self.resolution = batch_size, resolution
         self.bounds: dict[str, float] = {}
@@ -102,7 +104,8 @@ class ControlMetrics(ScoreCurve):
             )
         if self._set is not None:
             return
-        self.condition = self._named or condition_of(getattr(trainer, "datamodule", None))
+        data = getattr(trainer, "datamodule", None)
+        self.condition = measurable(condition_of(data) if self._named is None else made_by(self._named))
         self._quality = QualityMetrics(self.protocol, pl_module.device)
         found = find_protocol(self.protocol)
         if self.control == "toy":
@@ -110,8 +113,9 @@ class ControlMetrics(ScoreCurve):
             split = get_protocol(self.protocol, samples=self.samples).split
             self._set = ToyControlSet(split, self.samples, self.condition)
         else:
-            made = self.make_conditions and self.condition.partition(":")[0] != "reader"
-            condition = made_by(self.condition) if made else None
+            # What a reader sees in the images is not what was asked for.
+            made = self.make_conditions and not isinstance(self.condition, ReadCondition)
+            condition = self.condition if made else None
             self._set = ShardControlSet(self.control, self.resolution, self.samples, condition)
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
@@ -133,8 +137,8 @@ class ControlMetrics(ScoreCurve):
         self._quality.device = module.device
         scores = self._measure(trainer, makers)
         if not self.bounds:
-            name = next(iter(scores[""]))
-            self.bounds = {f"{name}{which}": scores[which][name] for which in ("_chance", "_ceiling")}
+            bounds = {which: scores[which] for which in ("_chance", "_ceiling")}
+            self.bounds = {f"{name}{which}": one for which in bounds for name, one in bounds[which].items()}
         self._draw_grid(trainer, module, makers[""], lambda prompts, ids: drawn(prompts, ids, 0.0))
         return scores[""] | self.bounds
 
@@ -142,7 +146,7 @@ class ControlMetrics(ScoreCurve):
         self, trainer: pl.Trainer, makers: dict[str, ControlledMaker]
     ) -> dict[str, dict[str, float]]:
         """Figures of each maker; collective."""
-        assert self._quality is not None and self._set is not None
+        assert self._quality is not None and self._set is not None and self.condition is not None
         classifier: Any = None if self._quality.toy is None else self._quality.toy.classifier
         boards = {name: Board(adherence_of(self.condition, classifier), self._quality) for name in makers}
         ranks = trainer.global_rank, trainer.world_size
@@ -162,19 +166,22 @@ class ControlMetrics(ScoreCurve):
         assert self._set is not None
         ids = torch.arange(min(GRID_COLUMNS, self._set.count))
         prompts = self._set.batch(ids.tolist())
-        rows = {"output": own(prompts, ids).cpu(), "without\ncontrol": plain(prompts, ids).cpu()}
+        output, plain_output = own(prompts, ids).cpu(), plain(prompts, ids).cpu()
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir) / "control"
             folder.mkdir(parents=True, exist_ok=True)
             updates = student_updates_of(module)
-            control_sheet(prompts, rows).save(folder / f"update_{updates:08d}.png")
+            control_sheet(prompts, output, plain_output).save(folder / f"update_{updates:08d}.png")
 
     def protocol_id(self) -> dict[str, Any]:
-        return {"protocol": self.protocol, "control": self.control, "condition": self.condition}
+        assert self.condition is not None
+        condition = description_of(self.condition)
+        return {"protocol": self.protocol, "control": self.control, "condition": condition}
 
     def networks(self) -> list[Any]:
         toy = None if self._quality is None else self._quality.toy
-        return [] if toy is None else [toy.clip, toy.classifier]
+        reader = None if self.condition is None else network_of(self.condition)
+        return [*([] if toy is None else [toy.clip, toy.classifier]), *([] if reader is None else [reader])]
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "bounds": self.bounds}

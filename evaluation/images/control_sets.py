@@ -13,7 +13,7 @@ from torch import Tensor
 from data.conditions import Canny, Depth, Sketch, SoftEdge
 from data.shards.datamodule import ShardDataModule
 from data.toy.attributes import CLASSES
-from data.toy.background_bar import background_bar, bar_at
+from data.toy.background_bar import BackgroundBar, background_bar
 from data.toy.training.classifier import AttributeClassifier
 from data.toy.world import Split, captions, image_at
 from evaluation.metrics.control_adherence import (
@@ -26,12 +26,17 @@ from evaluation.metrics.control_adherence import (
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.image_condition import ImageCondition
 from sdxs_lightning.core.latents import from_uint8, to_uint8
-from sdxs_lightning.networks.condition_readers import LearnedReader
+from sdxs_lightning.networks.condition_readers import ReaderNetwork
 
 CONDITIONS = ("canny", "soft_edge", "sketch", "depth:FOLDER", "reader:FOLDER", "background_bar")
 """What `--condition` takes: how the condition is read off an image, to be compared with the one that was asked for."""
 
-_MADE: dict[str, Callable[[], ImageCondition]] = {"canny": Canny, "soft_edge": SoftEdge, "sketch": Sketch}
+_MADE: dict[str, Callable[[], ImageCondition]] = {
+    "canny": Canny,
+    "soft_edge": SoftEdge,
+    "sketch": Sketch,
+    "background_bar": BackgroundBar,
+}
 
 
 class ControlledPrompts(NamedTuple):
@@ -59,19 +64,15 @@ class ToyControlSet:
     Args:
         split: "val" or "test".
         count: number of samples.
-        condition: one of CONDITIONS.
+        condition: makes the condition images.
     """
 
-    def __init__(self, split: Split, count: int, condition: str) -> None:
+    def __init__(self, split: Split, count: int, condition: ImageCondition) -> None:
         self.split, self.count, self.condition = split, count, condition
-        self._make = None if condition == "background_bar" else made_by(condition)
 
     def batch(self, sample_ids: Sequence[int]) -> ControlledPrompts:
         frames = [image_at(self.split, number) for number in sample_ids]
-        if self._make is None:
-            controls = torch.stack([bar_at(self.split, number) for number in sample_ids])
-        else:
-            controls = _stacked([self._make(frame) for frame in frames])
+        controls = _stacked([self.condition(frame) for frame in frames])
         texts = [captions(self.split, 1, number)[0] for number in sample_ids]
         return ControlledPrompts(texts, _stacked(frames), controls)
 
@@ -132,13 +133,14 @@ class ReadCondition:
         self.folder = folder
 
     @cached_property
-    def _reader(self) -> torch.nn.Module:
-        return LearnedReader(self.folder).load()
+    def network(self) -> ReaderNetwork:
+        """The reader, on the CPU."""
+        return ReaderNetwork.from_pretrained(self.folder)
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> np.ndarray:
         images = from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
-        read: Tensor = self._reader(images)[0]
+        read: Tensor = self.network(images)[0]
         pixels = (read * 255).round().to(torch.uint8).permute(1, 2, 0)
         return pixels.expand(-1, -1, 3).numpy()
 
@@ -158,7 +160,7 @@ class ClassifiedBar:
         images = from_uint8(torch.from_numpy(image).permute(2, 0, 1)[None])
         names = list(CLASSES)
         seen = int(self._classifier(images)[names.index("background")].argmax())
-        return background_bar(CLASSES["background"][seen]).permute(1, 2, 0).numpy()
+        return background_bar(CLASSES["background"][seen])
 
 
 def made_by(condition: str) -> ImageCondition:
@@ -175,30 +177,50 @@ def made_by(condition: str) -> ImageCondition:
     raise UserError(f"--condition '{condition}' is none of {', '.join(CONDITIONS)}.")
 
 
+def measurable(condition: ImageCondition) -> ImageCondition:
+    """A condition for measuring: Canny's thresholds do not vary, since those of an output are not those of its target."""
+    if isinstance(condition, Canny) and condition.vary:
+        return Canny(condition.low, condition.high)
+    return condition
+
+
+def description_of(condition: ImageCondition) -> str:
+    """Name and settings of a condition, for result files: "Canny(low=10, high=30, vary=0.0)"."""
+    settings = {
+        name: value for name, value in vars(condition).items() if isinstance(value, int | float | str)
+    }
+    return f"{type(condition).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+
+
+def network_of(condition: ImageCondition) -> torch.nn.Module | None:
+    """The network that reads a condition; None if it is no network."""
+    if isinstance(condition, ReadCondition):
+        return condition.network
+    return condition.network if isinstance(condition, Depth) else None
+
+
 def adherence_of(
-    condition: str, classifier: AttributeClassifier | None, tolerance_px: int = 1
+    condition: ImageCondition, classifier: AttributeClassifier | None, tolerance_px: int = 1
 ) -> ControlAdherence:
     """The metric that compares the condition of the output with the one that was asked for.
 
     Args:
-        condition: one of CONDITIONS.
+        condition: reads it; of a class of your own, the metric is the root mean square difference.
         classifier: the toy world's, for background_bar.
         tolerance_px: of edges: the decoder moves them by a pixel.
 
     Raises:
-        UserError: for an unknown name, or background_bar outside the toy world.
+        UserError: for background_bar outside the toy world.
     """
-    if condition == "background_bar":
+    if isinstance(condition, BackgroundBar):
         if classifier is None:
             raise UserError("--condition background_bar is the toy world's; use it with a toy protocol.")
         return BarAdherence(ClassifiedBar(classifier))
-    read = made_by(condition)
-    kind = condition.partition(":")[0]
-    if kind == "depth":
-        return DepthAdherence(read)
-    if kind == "reader":
-        return ReaderAdherence(read)
-    return EdgeAdherence(read, tolerance_px)
+    if isinstance(condition, Depth):
+        return DepthAdherence(condition)
+    if isinstance(condition, Canny | SoftEdge | Sketch):
+        return EdgeAdherence(condition, tolerance_px)
+    return ReaderAdherence(condition)
 
 
 def _stacked(frames: Sequence[np.ndarray]) -> Tensor:

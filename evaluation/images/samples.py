@@ -215,6 +215,19 @@ class ModelSamples:
             if self.image_px is not None and self.image_px % generator.multiple:
                 raise UserError(f"--image_px {self.image_px} is no multiple of {generator.multiple}.")
             return StudentImages(generator, self.seed, self.image_px)
+        pipeline = self.pipeline(device)
+        if self.image_px is not None and self.image_px % pipeline.vae_scale_factor:
+            raise UserError(f"--image_px {self.image_px} is no multiple of {pipeline.vae_scale_factor}.")
+        return PipelineImages(
+            pipeline, self.steps, self.guidance_scale, self.seed, self.image_px, self.timesteps
+        )
+
+    def pipeline(self, device: torch.device) -> Any:
+        """The folder's pipeline, with the LoRA, the scheduler and the precision of these settings.
+
+        Raises:
+            UserError: if the folder has none, or for a LoRA or timesteps that do not fit it.
+        """
         pipeline = load_pipeline(self.model)
         if self.lora is not None:
             try:
@@ -225,15 +238,11 @@ class ModelSamples:
                 raise UserError(str(error)) from error
         pipeline.to(device, torch_dtype(self.precision))
         pipeline.set_progress_bar_config(disable=True)
-        if self.image_px is not None and self.image_px % pipeline.vae_scale_factor:
-            raise UserError(f"--image_px {self.image_px} is no multiple of {pipeline.vae_scale_factor}.")
         if self.scheduler is not None:
             pipeline.scheduler = make_scheduler(self.scheduler, pipeline.scheduler.config)
         if self.timesteps:
             self._check_timesteps(pipeline.scheduler)
-        return PipelineImages(
-            pipeline, self.steps, self.guidance_scale, self.seed, self.image_px, self.timesteps
-        )
+        return pipeline
 
     def _check_timesteps(self, scheduler: Any) -> None:
         last = scheduler.config.num_train_timesteps - 1

@@ -109,10 +109,10 @@ class DepthAdherence(ControlAdherence):
 
 
 class ReaderAdherence(DepthAdherence):
-    """Root mean square difference of the condition that a trained reader reads, in grey levels of 0..255.
+    """Root mean square difference of the condition that a reader reads, in grey levels of 0..255.
 
     Args:
-        condition: the reader.
+        condition: a trained reader, or a condition of the user's own.
         name: name of the metric.
     """
 

@@ -6,9 +6,10 @@ the image that the condition was made from, beyond which no output can go.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,27 +21,26 @@ from data.prepare.common.machine import choose_device
 from evaluation.images.control_sets import (
     ControlledPrompts,
     ControlSet,
+    ReadCondition,
     ShardControlSet,
     ToyControlSet,
     adherence_of,
+    description_of,
     made_by,
+    network_of,
 )
-from evaluation.images.samples import load_pipeline, with_controlnet
+from evaluation.images.controlled_pipeline import ControlledPipeline
+from evaluation.images.prompt_files import captions_digest
+from evaluation.images.samples import ModelSamples
 from evaluation.metrics.control_adherence import ControlAdherence
-from evaluation.metrics.sampled import SampledMetric
-from evaluation.protocols.image_protocol import Measurement
-from evaluation.protocols.metric_table import NetworkCache
-from evaluation.protocols.names import REFERENCE_METRICS, parse_weights
+from evaluation.protocols.image_protocol import metric_hash
 from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
-from evaluation.protocols.references import Reference, read_reference
 from evaluation.reports.grids import sheet
+from evaluation.runner.control_quality import Estimates, QualityMetrics
 from evaluation.runner.machine import where
-from evaluation.runner.scores import ProtocolNetworks, ToyMetrics
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.core.latents import from_uint8, to_uint8
-from sdxs_lightning.core.model_hash import hash_model
-from sdxs_lightning.core.seeding import Stream, normal
-from sdxs_lightning.inference.inputs import torch_dtype
+from sdxs_lightning.core.image_condition import ImageCondition
+from sdxs_lightning.core.model_hash import hash_weights
 
 if TYPE_CHECKING:
     from evaluation.evaluate import EvaluateOptions
@@ -67,152 +67,25 @@ class Board:
         found = self.adherence.estimates()
         return {name: one.value for name, one in found.items()} | self.quality.compute()
 
-
-class QualityMetrics:
-    """The metrics of a protocol, started anew for each set of images.
-
-    Args:
-        protocol: a toy protocol measures its own metrics, an image protocol those of `metrics`.
-        device: of the networks.
-        metrics: names of an image protocol's metrics.
-        reference: npz of the real images, for metrics that need one.
-        weights: `KIND=PATH` of metric networks.
-
-    Raises:
-        UserError: for a metric without its reference.
-    """
-
-    def __init__(
-        self,
-        protocol: str,
-        device: torch.device,
-        metrics: Sequence[str] = (),
-        reference: str | None = None,
-        weights: Sequence[str] = (),
-    ) -> None:
-        self.device = device
-        found = find_protocol(protocol)
-        self.toy = ProtocolNetworks.load(found) if isinstance(found, Protocol) else None
-        self._measurements: list[Measurement] = []
-        self._references: dict[str, Reference] = {}
-        self._networks = NetworkCache(dict(parse_weights(text) for text in weights))
-        if not isinstance(found, Protocol):
-            self._measurements = [found.measurement(name) for name in metrics]
-        for one in self._measurements:
-            if one.metric not in REFERENCE_METRICS:
-                continue
-            if reference is None or not reference.endswith(".npz"):
-                raise UserError(f"{one.metric} with --control needs --reference FILE.npz, got {reference}.")
-            identity = self._networks.identity(one)
-            self._references[one.metric] = read_reference(Path(reference), one, identity)
-
-    def start(self) -> ToyQuality | ImageQuality:
-        """Empty metrics."""
-        if self.toy is not None:
-            return ToyQuality(ToyMetrics(self.toy, self.device))
-        metrics = [
-            self._networks.metric(one, self._references.get(one.metric)).to(self.device)
-            for one in self._measurements
-        ]
-        return ImageQuality(self._measurements, metrics)
+    def estimates(self) -> Estimates:
+        """All figures by name, with their intervals."""
+        return self.adherence.estimates() | self.quality.estimates()
 
 
 @dataclass(frozen=True)
-class ToyQuality:
-    """FID, CLIP score and caption accuracy of the toy world."""
+class ControlFigures:
+    """What was measured over a control set."""
 
-    metrics: ToyMetrics
+    estimates: dict[str, Estimates]
+    """By maker and metric."""
+    captions: str
+    """Digest of the captions."""
+    targets: str
+    """Digest of captions, condition images, and images that these belong to."""
 
-    def update(self, images_uint8: Tensor, captions: Sequence[str], sample_ids: Tensor) -> None:
-        self.metrics.update(images_uint8, captions)
-
-    def compute(self) -> dict[str, float]:
-        return self.metrics.compute().as_dict()
-
-
-@dataclass(frozen=True)
-class ImageQuality:
-    """Metrics of an image protocol; none are measured unless `--metrics` names some."""
-
-    measurements: Sequence[Measurement]
-    metrics: Sequence[SampledMetric]
-
-    def update(self, images_uint8: Tensor, captions: Sequence[str], sample_ids: Tensor) -> None:
-        from evaluation.callbacks.image_metrics import add_images
-
-        add_images(self.measurements, self.metrics, images_uint8, captions, sample_ids)
-
-    def compute(self) -> dict[str, float]:
-        return {name: one.value for metric in self.metrics for name, one in metric.estimates().items()}
-
-
-@dataclass(frozen=True)
-class ControlledPipeline:
-    """Images of a student's pipeline with a ControlNet, by diffusers' own pipelines."""
-
-    pipeline: Any
-    """Of class StableDiffusionControlNetPipeline or StableDiffusionXLControlNetPipeline."""
-    steps: int
-    guidance_scale: float
-    seed: int
-    """Seed of the noise, which is that of `evaluation.evaluate` without `--control`."""
-    conditioning_scale: float
-    """Factor of the residuals; 0 is the student without control."""
-
-    @classmethod
-    def load(cls, options: EvaluateOptions, seed: int, device: torch.device) -> ControlledPipeline:
-        """Loads the student's folder and the ControlNet's.
-
-        Raises:
-            UserError: if one of them is missing.
-        """
-        from sdxs_lightning.networks.controlnet import check_fits, load_controlnet
-
-        assert options.model is not None and options.controlnet is not None
-        try:
-            controlnet = load_controlnet(options.controlnet)
-            plain = load_pipeline(options.model)
-            check_fits(controlnet, plain.unet, f"--controlnet '{options.controlnet}'")
-        except (OSError, ValueError) as error:
-            raise UserError(str(error)) from error
-        pipeline = with_controlnet(plain, controlnet)
-        pipeline.to(device, torch_dtype(options.precision))
-        pipeline.set_progress_bar_config(disable=True)
-        return cls(pipeline, options.steps, options.guidance_scale, seed, 1.0)
-
-    def at(self, conditioning_scale: float) -> ControlledPipeline:
-        """The same with another conditioning scale."""
-        return ControlledPipeline(
-            self.pipeline, self.steps, self.guidance_scale, self.seed, conditioning_scale
-        )
-
-    @torch.no_grad()
-    def __call__(self, prompts: ControlledPrompts, sample_ids: Tensor) -> Tensor:
-        pipeline = self.pipeline
-        controls = prompts.controls_uint8.to(pipeline.device).float() / 255
-        side = controls.shape[-1] // pipeline.vae_scale_factor
-        shape = pipeline.unet.config.in_channels, controls.shape[-2] // pipeline.vae_scale_factor, side
-        noise = normal(self.seed, Stream.EVALUATION, sample_ids.to(pipeline.device), shape)
-        images: Tensor = pipeline(
-            prompt=list(prompts.captions),
-            image=controls.to(pipeline.unet.dtype),
-            latents=noise.to(pipeline.unet.dtype),
-            num_inference_steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            controlnet_conditioning_scale=self.conditioning_scale,
-            generator=[torch.Generator().manual_seed(number) for number in sample_ids.tolist()],
-            output_type="pt",
-        ).images
-        return to_uint8(images.float().nan_to_num(0.0) * 2 - 1)
-
-    @torch.no_grad()
-    def reconstructed(self, prompts: ControlledPrompts, sample_ids: Tensor) -> Tensor:
-        """The targets through the pipeline's autoencoder: the ceiling."""
-        vae = self.pipeline.vae
-        images = from_uint8(prompts.targets_uint8.to(vae.device)).to(vae.dtype)
-        encoded = vae.encode(images)
-        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-        return to_uint8(vae.decode(latents).sample.float())
+    def values(self, maker: str) -> dict[str, float]:
+        """The figures of a maker without their intervals."""
+        return {name: one.value for name, one in self.estimates[maker].items()}
 
 
 def measure_control(
@@ -221,7 +94,7 @@ def measure_control(
     adherence: Callable[[], ControlAdherence],
     quality: QualityMetrics,
     batch_size: int,
-) -> dict[str, dict[str, float]]:
+) -> ControlFigures:
     """Figures of each maker over the set.
 
     Args:
@@ -232,36 +105,52 @@ def measure_control(
         batch_size: images at once.
     """
     boards = {name: Board(adherence(), quality) for name in makers}
+    captions: list[str] = []
+    digest = hashlib.sha256()
     for sample_ids in torch.arange(control_set.count).split(batch_size):
         prompts = control_set.batch(sample_ids.tolist())
+        captions += prompts.captions
+        for caption, *images in zip(*prompts, strict=True):
+            digest.update(f"{caption}\0".encode())
+            for image in images:
+                digest.update(image.contiguous().numpy().tobytes())
         for name, maker in makers.items():
             boards[name].update(maker(prompts, sample_ids), prompts, sample_ids)
-    return {name: board.compute() for name, board in boards.items()}
+    found = {name: board.estimates() for name, board in boards.items()}
+    return ControlFigures(found, captions_digest(captions), digest.hexdigest()[:12])
 
 
-def control_sheet(prompts: ControlledPrompts, rows: dict[str, Tensor]) -> Any:
+def control_sheet(prompts: ControlledPrompts, output: Tensor, without: Tensor) -> Any:
     """The grid condition | output | target | without control, one column per prompt."""
-    pages = {"condition": prompts.controls_uint8, "target": prompts.targets_uint8}
-    order = {"condition": pages["condition"], **rows, "target": pages["target"]}
-    return sheet(order, prompts.captions)
+    rows = {
+        "condition": prompts.controls_uint8,
+        "output": output,
+        "target": prompts.targets_uint8,
+        "without\ncontrol": without,
+    }
+    return sheet(rows, prompts.captions)
 
 
-def open_control_set(options: EvaluateOptions) -> tuple[ControlSet, int]:
+def open_control_set(options: EvaluateOptions, condition: ImageCondition) -> tuple[ControlSet, int]:
     """The set of `--control`, and the seed of its protocol.
 
     Raises:
         UserError: for options that contradict each other.
     """
-    assert options.control is not None and options.condition is not None
+    assert options.control is not None
     protocol = find_protocol(options.protocol)
     if options.control == "toy":
         if not isinstance(protocol, Protocol):
             raise UserError(f"--control toy goes with --protocol toy or toy-val, got {options.protocol}.")
         toy = get_protocol(options.protocol, samples=options.samples)
-        return ToyControlSet(toy.split, toy.samples, options.condition), toy.seed
-    made = options.condition != "background_bar" and options.condition.partition(":")[0] != "reader"
-    condition = made_by(options.condition) if options.make_conditions and made else None
-    found = ShardControlSet(options.control, options.image_px, options.samples, condition)
+        return ToyControlSet(toy.split, toy.samples, condition), toy.seed
+    if options.make_conditions and isinstance(condition, ReadCondition):
+        raise UserError(
+            "--make_conditions makes the conditions that are asked for, and a reader only guesses them; leave it out, so that "
+            "cond.png is read."
+        )
+    made = condition if options.make_conditions else None
+    found = ShardControlSet(options.control, options.image_px, options.samples, made)
     return found, protocol.seed
 
 
@@ -269,33 +158,57 @@ def evaluate_control(options: EvaluateOptions) -> str:
     """Measures, writes FILE.json, FILE.md and FILE.png, and returns the table."""
     started = time.perf_counter()
     device = torch.device(choose_device(options.device))
-    control_set, seed = open_control_set(options)
-    seed = seed if options.seed is None else options.seed
+    assert options.condition is not None and options.controlnet is not None and options.model is not None
+    condition = made_by(options.condition)
+    control_set, seed = open_control_set(options, condition)
+    samples = ModelSamples(
+        options.model,
+        (),
+        len(options.timesteps) or options.steps,
+        options.guidance_scale,
+        seed if options.seed is None else options.seed,
+        options.image_px,
+        options.precision,
+        options.scheduler,
+        options.timesteps,
+        options.lora,
+        options.lora_scale,
+    )
     quality = QualityMetrics(options.protocol, device, options.metrics, options.reference, options.weights)
     classifier: Any = None if quality.toy is None else quality.toy.classifier
-    assert options.condition is not None and options.controlnet is not None and options.model is not None
-    condition = options.condition
-    adherence_of(condition, classifier)  # raises before any image is made
-    pipeline = ControlledPipeline.load(options, seed, device)
+    metric = adherence_of(condition, classifier)  # raises before any image is made
+    pipeline = ControlledPipeline.load(samples, options.controlnet, device)
     makers: dict[str, ControlledMaker] = {"chance": pipeline.at(0.0), "ceiling": pipeline.reconstructed}
     makers |= {f"{scale:g}": pipeline.at(scale) for scale in options.conditioning_scales}
     figures = measure_control(
         makers, control_set, lambda: adherence_of(condition, classifier), quality, options.batch_size
     )
-    chance, ceiling = figures.pop("chance"), figures.pop("ceiling")
+    full = 1.0 if 1.0 in options.conditioning_scales else options.conditioning_scales[-1]
+    settings = {
+        "control": {"condition": _identity(condition), "set": figures.targets, "conditioning_scale": full}
+    }
+    of_quality = quality.settings(control_set.count, figures.captions)
+    of_adherence = {"tolerance_px": getattr(metric, "tolerance_px", None), "samples": control_set.count}
+    entries = {}
+    for name, estimate in figures.estimates[f"{full:g}"].items():
+        whole = {"metric": name, **of_quality.get(name, of_adherence), **settings}
+        entries[name] = {**estimate.as_dict(), "hash": metric_hash(whole), "settings": whole}
+    origin = samples.origin()
+    del origin["prompts_sha256"]  # of no prompts; `captions_sha256` has them
     result = {
         "model": options.model,
         "controlnet": options.controlnet,
-        "model_sha256": hash_model(options.model),
-        "condition": condition,
+        **origin,
+        "controlnet_sha256": hash_weights(options.controlnet),
+        "captions_sha256": figures.captions,
+        "condition": options.condition,
         "control": options.control,
         "samples": control_set.count,
-        "nfe": options.steps,
-        "seed": seed,
-        "chance": chance,
-        "ceiling": ceiling,
-        "conditioning_scale": figures,
+        "chance": figures.values("chance"),
+        "ceiling": figures.values("ceiling"),
+        "conditioning_scale": {f"{one:g}": figures.values(f"{one:g}") for one in options.conditioning_scales},
         "protocol": {"name": options.protocol},
+        "metrics": entries,
         **where(device),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -306,10 +219,19 @@ def evaluate_control(options: EvaluateOptions) -> str:
         options.out.with_suffix(".md").write_text(page + "\n")
         ids = torch.arange(min(GRID_COLUMNS, control_set.count))
         prompts = control_set.batch(ids.tolist())
-        full = options.conditioning_scales[-1] if 1.0 not in options.conditioning_scales else 1.0
-        rows = {"output": pipeline.at(full)(prompts, ids), "without\ncontrol": pipeline.at(0.0)(prompts, ids)}
-        control_sheet(prompts, rows).save(options.out.with_suffix(".png"))
+        pictures = [pipeline.at(scale)(prompts, ids) for scale in (full, 0.0)]
+        control_sheet(prompts, *pictures).save(options.out.with_suffix(".png"))
     return page
+
+
+def _identity(condition: ImageCondition) -> dict[str, str]:
+    """How a condition is read: class and settings, with the weights of a network in place of its folder."""
+    network = network_of(condition)
+    if network is None:
+        return {"read_by": description_of(condition)}
+    named = str(getattr(condition, "folder", None) or getattr(condition, "model", None))
+    weights = hash_weights(named) if Path(named).is_dir() else named  # else a hub id
+    return {"read_by": type(condition).__name__, "weights_sha256": weights}
 
 
 def control_markdown(result: dict[str, Any]) -> str:

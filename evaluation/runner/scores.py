@@ -13,6 +13,7 @@ from data.toy.training.classifier import AttributeClassifier
 from evaluation.images.generate import ImageMaker, RealImages, rank_batches
 from evaluation.metrics.caption_accuracy import CaptionAccuracy, Classifier
 from evaluation.metrics.clip_score import ClipScore
+from evaluation.metrics.estimates import Estimate
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
 from evaluation.metrics.shape_score import ShapeScore
 from evaluation.networks.frozen_clip import FrozenClip
@@ -91,6 +92,11 @@ class ToyMetrics:
             shape_score=float(shapes["shape_score"]),
             clean_images=float(shapes["clean_images"]),
         )
+
+    def estimates(self) -> dict[str, Estimate]:
+        """The scores over all ranks with their intervals, by name; collective."""
+        metrics = self.fid, self.clip_score, self.caption_accuracy, self.shape_score
+        return {name: one for metric in metrics for name, one in metric.estimates().items()}
 
 
 def score_images(

@@ -52,8 +52,7 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
 def _contents(data: Mapping[str, Any]) -> list[str]:
     """Contents of the batches besides captions; the toy world's data names them by switches."""
     contents = [*(data.get("contents") or ["latents"]), *(["images"] if data.get("images") else [])]
-    controlled = data.get("condition") is not None or data.get("background_bar")
-    return [*contents, *(["control_images"] if controlled else [])]
+    return [*contents, *(["control_images"] if data.get("condition") is not None else [])]
 
 
 def _callbacks_decode(callbacks: Any) -> bool:

@@ -30,8 +30,8 @@ OVERLAYS = {
     "metrics/coco2014.yaml": ["sd15/distill.yaml"],
     "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
     "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
-    "toy/condition_background_bar.yaml": ["toy/controlnet_joint.yaml"],
-    "toy/condition_sketch.yaml": ["toy/controlnet_joint.yaml"],
+    "toy/condition_background_bar.yaml": ["toy/controlnet_pretrained.yaml"],
+    "toy/condition_sketch.yaml": ["toy/controlnet_pretrained.yaml"],
     "toy/control_metrics.yaml": ["toy/controlnet_joint.yaml"],
     **{
         f"{base}/controlnet_{size}.yaml": [f"{base}/controlnet_denoising.yaml"]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 from sdxs_lightning.cli import _build, main
+from sdxs_lightning.config_files import read_arguments
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.environment_values import EnvironmentValues
 from sdxs_lightning.train_command import main as train
 from sdxs_lightning.trust import CODE_LOADERS, TRUSTED, Trust
 from tests.helpers.tiny_run import tiny_config, write_config
@@ -176,6 +180,27 @@ def test_nor_for_the_commands_that_prepare(
     assert stop.value.code == 2
     assert not (folder / "ran").exists()
     assert "are a shell command; to let it run, add --trust pipe:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("base", [None, [{"class_path": "a.B"}]])
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_an_appended_list_keeps_values_of_the_environment_as_written(
+    monkeypatch: pytest.MonkeyPatch, base: list[Any] | None, by_flag: bool
+) -> None:
+    monkeypatch.setenv("RUN_TOKEN", "hunter2hunter2")
+    added = {"class_path": "a.Notify", "init_args": {"token": "${oc.env:RUN_TOKEN}"}}
+    settings = {"trainer": {} if base is None else {"callbacks": base}}
+    arguments = ["--config", json.dumps(settings)]
+    if by_flag:
+        arguments += [f"--trainer.callbacks+={json.dumps(added)}"]
+    else:
+        arguments += ["--config", json.dumps({"trainer": {"callbacks+": [added]}})]
+    token = Namespace(token="hunter2hunter2")
+    parsed = [*(Namespace(one) for one in base or []), Namespace(class_path="a.Notify", init_args=token)]
+    config = Namespace(trainer=Namespace(callbacks=parsed))
+    written = EnvironmentValues(read_arguments(arguments)).as_written(config)
+    assert written.trainer.callbacks[-1].init_args.token == "${oc.env:RUN_TOKEN}"
+    assert "hunter2" not in str(written)
 
 
 def test_values_of_the_environment_are_saved_as_written(

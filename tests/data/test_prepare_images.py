@@ -354,12 +354,18 @@ def test_condition_images_are_made_or_given(
     found = members(tmp_path / "set")
     control = Image.open(io.BytesIO(found["000000002"]["cond.png"]))
     assert np.array_equal(np.asarray(control), np.asarray(render(SIZES[2], 7)))
-    (given / "2.png").unlink()
+    (given / "2.png").rename(given / "2.1.png")  # that of 2.1.jpg
+    (given / "2.json").write_text("{}")
     (given / "3.png").write_bytes(encoded(render((8, 8), 0), "PNG"))
+    (given / "4.WEBP").write_bytes((given / "4.png").read_bytes())
     main(command(photos, tmp_path / "lacking", "--condition", f"given:{given}"))
     faults = json.loads((tmp_path / "lacking" / "summary.json").read_text())["faults"]
     assert faults[0] == ["000000002", f"2.jpg: there is no condition image for it in '{given}'"]
     assert faults[1] == ["000000003", "3.jpg: the condition image is 8x8 and its image 20x20"]
+    assert faults[2] == [
+        "000000004",
+        f"4.png: there are 2 condition images for it in '{given}': 4.WEBP, 4.png",
+    ]
     wrong = command(photos, tmp_path / "no", "--condition", "hed")
     assert "--condition 'hed' is none of canny, soft_edge, sketch, depth:MODEL, given:FOLDER" in refused(
         wrong, capsys

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from data.prepare.__main__ import main as prepare
-from data.toy.background_bar import bar_at
+from data.toy.background_bar import BackgroundBar
 from data.toy.world import captions, image_at
 from evaluation.evaluate import main as evaluate
 from sdxs_lightning.cli import main as train
@@ -50,7 +50,7 @@ def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for i, caption in enumerate(captions("val", PHOTOS)):
         Image.fromarray(image_at("val", i)).save(f"photos/{i}.png")
         Path(f"photos/{i}.txt").write_text(caption)
-        Image.fromarray(bar_at("val", i).permute(1, 2, 0).numpy()).save(f"conditions/{i}.png")
+        Image.fromarray(BackgroundBar()(image_at("val", i))).save(f"conditions/{i}.png")
     family = StableDiffusion("data/toy/base", 699)
     export_pipeline(family.load_unet(), family, "outputs/quickstart/pipeline")
 

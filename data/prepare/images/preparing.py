@@ -15,7 +15,7 @@ from data.prepare.common.shard_files import LeftOutSample, PreparedSample
 from data.prepare.images.image_files import DecodedImage, UnreadableImageError, encode_image, read_image
 from data.prepare.images.options import ImageOptions
 from data.prepare.images.sources import SampleFaultError, SourceSample
-from data.shards.images import UndecodableImageError, decode_deep_grey
+from data.shards.images import SUFFIXES, UndecodableImageError, decode_deep_grey
 from data.shards.locations import leaves
 from sdxs_lightning.core.errors import UserError
 
@@ -117,9 +117,17 @@ class SamplePreparer:
         if self._given is None:
             assert sample.control is not None
             return sample.control
-        found = sorted(self._given.glob(f"{_escaped(Path(sample.where).with_suffix('').as_posix())}.*"))
+        stem = Path(sample.where).with_suffix("")
+        # photo.jpg's is photo.png, not photo.1.png, which is that of photo.1.jpg, nor photo.json.
+        near = (self._given / stem.parent).glob(f"{_escaped(stem.name)}.*")
+        found = sorted(path for path in near if path.stem == stem.name and path.suffix.lower() in SUFFIXES)
         if not found:
             raise SampleFaultError(f"there is no condition image for it in '{self._given}'")
+        if len(found) > 1:
+            names = ", ".join(path.name for path in found)
+            raise SampleFaultError(
+                f"there are {len(found)} condition images for it in '{self._given}': {names}"
+            )
         if found[0].is_symlink() and leaves(found[0], self._given):
             raise UserError(
                 f"--condition: '{found[0]}' is a link to a file outside '{self._given}', which is not followed."

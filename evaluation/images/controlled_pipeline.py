@@ -1,0 +1,91 @@
+"""Images of a student with a ControlNet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evaluation.images.control_sets import ControlledPrompts
+from evaluation.images.samples import ModelSamples, with_controlnet
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.inference.inputs import torch_dtype
+
+
+@dataclass(frozen=True)
+class ControlledPipeline:
+    """Images of a student's pipeline with a ControlNet, by diffusers' own pipelines."""
+
+    pipeline: Any
+    """Of class StableDiffusionControlNetPipeline or StableDiffusionXLControlNetPipeline."""
+    steps: int
+    guidance_scale: float
+    seed: int
+    """Seed of the noise, which is that of `evaluation.evaluate` without `--control`."""
+    timesteps: tuple[int, ...] = ()
+    """Timesteps of the sampling steps, descending; () leaves them to the scheduler."""
+    conditioning_scale: float = 1.0
+    """Factor of the residuals; 0 is the student without control."""
+
+    @classmethod
+    def load(cls, samples: ModelSamples, folder: str, device: torch.device) -> ControlledPipeline:
+        """Loads the student and the ControlNet.
+
+        Args:
+            samples: the student, with its LoRA, scheduler and precision.
+            folder: of the ControlNet.
+            device: where they run.
+
+        Raises:
+            UserError: if one of them is missing, or does not fit the other.
+        """
+        from sdxs_lightning.networks.controlnet import check_fits, load_controlnet
+
+        samples.check()
+        try:
+            controlnet = load_controlnet(folder)
+            plain = samples.pipeline(device)
+            check_fits(controlnet, plain.unet, f"--controlnet '{folder}'")
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
+        pipeline = with_controlnet(plain, controlnet)
+        pipeline.to(device, torch_dtype(samples.precision))
+        pipeline.set_progress_bar_config(disable=True)
+        return cls(pipeline, samples.steps, samples.guidance_scale, samples.seed, samples.timesteps)
+
+    def at(self, conditioning_scale: float) -> ControlledPipeline:
+        """The same with another conditioning scale."""
+        return replace(self, conditioning_scale=conditioning_scale)
+
+    @torch.no_grad()
+    def __call__(self, prompts: ControlledPrompts, sample_ids: Tensor) -> Tensor:
+        pipeline = self.pipeline
+        controls = prompts.controls_uint8.to(pipeline.device).float() / 255
+        side = controls.shape[-1] // pipeline.vae_scale_factor
+        shape = pipeline.unet.config.in_channels, controls.shape[-2] // pipeline.vae_scale_factor, side
+        noise = normal(self.seed, Stream.EVALUATION, sample_ids.to(pipeline.device), shape)
+        images: Tensor = pipeline(
+            prompt=list(prompts.captions),
+            image=controls.to(pipeline.unet.dtype),
+            latents=noise.to(pipeline.unet.dtype),
+            num_inference_steps=self.steps,
+            **({"timesteps": list(self.timesteps)} if self.timesteps else {}),
+            guidance_scale=self.guidance_scale,
+            controlnet_conditioning_scale=self.conditioning_scale,
+            generator=[torch.Generator().manual_seed(number) for number in sample_ids.tolist()],
+            output_type="pt",
+        ).images
+        return to_uint8(images.float().nan_to_num(0.0) * 2 - 1)
+
+    @torch.no_grad()
+    def reconstructed(self, prompts: ControlledPrompts, sample_ids: Tensor) -> Tensor:
+        """The targets through the pipeline's autoencoder: the ceiling."""
+        vae = self.pipeline.vae
+        images = from_uint8(prompts.targets_uint8.to(vae.device)).to(vae.dtype)
+        encoded = vae.encode(images)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        return to_uint8(vae.decode(latents).sample.float())
