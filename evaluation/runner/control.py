@@ -184,14 +184,12 @@ def evaluate_control(options: EvaluateOptions) -> str:
         makers, control_set, lambda: adherence_of(condition, classifier), quality, options.batch_size
     )
     full = 1.0 if 1.0 in options.conditioning_scales else options.conditioning_scales[-1]
-    settings = {
-        "control": {"condition": _identity(condition), "set": figures.targets, "conditioning_scale": full}
-    }
+    asked = {"condition": _identity(condition), "set_sha256": figures.targets, "conditioning_scale": full}
     of_quality = quality.settings(control_set.count, figures.captions)
     of_adherence = {"tolerance_px": getattr(metric, "tolerance_px", None), "samples": control_set.count}
     entries = {}
     for name, estimate in figures.estimates[f"{full:g}"].items():
-        whole = {"metric": name, **of_quality.get(name, of_adherence), **settings}
+        whole = {"metric": name, **of_quality.get(name, of_adherence), **asked}
         entries[name] = {**estimate.as_dict(), "hash": metric_hash(whole), "settings": whole}
     origin = samples.origin()
     del origin["prompts_sha256"]  # of no prompts; `captions_sha256` has them

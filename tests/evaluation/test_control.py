@@ -32,7 +32,7 @@ from evaluation.runner.control import control_markdown, measure_control
 from evaluation.runner.control_quality import QualityMetrics
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8, to_uint8
-from sdxs_lightning.core.model_hash import hash_weights
+from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.export import export_pipeline, write_adapters
 from sdxs_lightning.families.sd import StableDiffusion
@@ -42,7 +42,7 @@ from sdxs_lightning.networks.controlnet import controlnet_from_unet, save_contro
 from sdxs_lightning.networks.lora import LoRA, add_lora, lora_parameters
 from sdxs_lightning.networks.lora_files import hash_lora
 from sdxs_lightning.objectives.condition_consistency import ConditionConsistency
-from sdxs_lightning.publishing.scores import hash_of
+from sdxs_lightning.publishing.scores import _numbers_of
 from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny_distillation import family_of, fit, save_base, save_shards
@@ -224,10 +224,12 @@ def test_the_command_measures_what_it_was_told(tmp_path: Path, monkeypatch: pyte
     assert plain["controlnet_sha256"] == hash_weights(tmp_path / "controlnet")
     assert (plain["guidance_scale"], plain["precision"], plain["nfe"]) == (1.0, "fp32", 1)
     assert {"edge_f1", "fid", "clip_score", "caption_accuracy"} <= set(plain["metrics"])
-    for name, entry in plain["metrics"].items():
-        assert entry["value"] == plain["conditioning_scale"]["1"][name] and entry["samples"] == 2
-        assert entry["hash"] == hash_of(entry["settings"])
-        assert entry["settings"]["control"]["conditioning_scale"] == 1.0
+    numbers = _numbers_of(plain, "controlnet", Path("control.json"), "control.json")  # what a card reads
+    assert {one.metric for one in numbers} == set(plain["conditioning_scale"]["1"])
+    for one in numbers:
+        assert one.value == plain["conditioning_scale"]["1"][one.metric]
+        assert (one.samples, one.steps, one.guidance_scale, one.scale) == (2, 1, 1.0, 1.0)
+        assert one.partner_hash == hash_model(tmp_path / "student") and one.protocol == "toy-val"
     changed = measured(
         *("--conditioning_scales", "0.5", "--lora", str(tmp_path / "lora"), "--lora_scale", "0.7"),
         *("--timesteps", "600", "300", "--scheduler", "ddpm", "--guidance_scale", "2"),
