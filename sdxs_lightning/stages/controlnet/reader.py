@@ -57,7 +57,9 @@ class ConditionReaderTraining(AveragedTraining):
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         if not 0 <= noise < 1:
-            raise ValueError(f"noise is a sigma in [0, 1), got {noise}; images become sqrt(1 - sigma^2) x + sigma n.")
+            raise ValueError(
+                f"noise is a sigma in [0, 1), got {noise}; images become sqrt(1 - sigma^2) x + sigma n."
+            )
         self.family, self.noise, self.seed = family, noise, seed
         self.real_score_dtype: torch.dtype = getattr(torch, real_score_dtype)
         self.reader = ReaderNetwork(channels, tuple(widths), seed)
