@@ -91,10 +91,47 @@ def export_pipeline(
             nn.Module.to(network, dtype=dtype)  # the override of diffusers warns about every cast
     with new_folder(folder) as written:
         pipeline.save_pretrained(written, safe_serialization=True)
+        for tokenizer in written.glob("tokenizer*"):
+            add_vocabulary(tokenizer)
+        for encoder in written.glob("text_encoder*/model.safetensors"):
+            _name_as_published(encoder)
         if vae is not None:
             base_vae.save_pretrained(written / "vae_large", safe_serialization=True)
         _load_in_float32(written)
     return folder
+
+
+def add_vocabulary(tokenizer: Path) -> None:
+    """Writes vocab.json and merges.txt of a tokenizer folder's tokenizer.json, unless they are there.
+
+    transformers from version 5 on writes tokenizer.json alone, and earlier versions, which other programs pin, need these two
+    for a CLIPTokenizer.
+    """
+    if (tokenizer / "vocab.json").exists() or not (tokenizer / "tokenizer.json").is_file():
+        return
+    model = read_json(tokenizer / "tokenizer.json")["model"]
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    (tokenizer / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+
+
+def _name_as_published(encoder: Path) -> None:
+    """Gives the tensors of a CLIP text encoder the names of the published bases.
+
+    transformers from version 5 on leaves `text_model.` out and reads both; earlier versions would start such an encoder from
+    random weights, with a warning alone.
+    """
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(encoder)
+    named = {
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": value
+        for name, value in weights.items()
+    }
+    if named.keys() != weights.keys():
+        renamed = encoder.with_suffix(".renamed")  # the tensors may still be read from the file itself
+        save_file(named, renamed, metadata={"format": "pt"})
+        os.replace(renamed, encoder)
 
 
 def absorb_shift(vae: AutoencoderKL) -> None:

@@ -9,6 +9,8 @@ import diffusers
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from safetensors import safe_open
+from transformers import CLIPTokenizer
 
 from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.core.errors import UserError
@@ -65,6 +67,27 @@ def test_export_halves_files_and_leaves_the_student(tmp_path: Path) -> None:
     half = (tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     complete = (tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert half < 0.7 * complete
+
+
+@pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
+def test_earlier_transformers_find_what_they_read(tmp_path: Path, sdxl: bool) -> None:
+    """Names of the published bases: before version 5, others mean a text encoder of random weights, and no tokenizer."""
+    save, family_class = (save_tiny_sdxl, StableDiffusionXL) if sdxl else (save_tiny_sd, StableDiffusion)
+    family = family_class(str(save(tmp_path / "base")))
+    folder = export_pipeline(family.load_unet(), family, tmp_path / "out", dtype=torch.float32)
+    for encoder in sorted(folder.glob("text_encoder*")):
+        with safe_open(encoder / "model.safetensors", "pt") as file:
+            names, metadata = list(file.keys()), file.metadata()
+        assert {name.partition(".")[0] for name in names} <= {"text_model", "text_projection"}
+        assert "text_model.embeddings.token_embedding.weight" in names and metadata == {"format": "pt"}
+    for tokenizer in sorted(folder.glob("tokenizer*")):
+        expected = CLIPTokenizer.from_pretrained(tokenizer)(CAPTIONS).input_ids
+        assert {"vocab.json", "merges.txt"} <= {path.name for path in tokenizer.iterdir()}
+        (tokenizer / "tokenizer.json").unlink()
+        assert CLIPTokenizer.from_pretrained(tokenizer)(CAPTIONS).input_ids == expected
+    again = family_class(str(folder), conditioning_timestep=family.conditioning_timestep)
+    found, wanted = again.encode_prompts(CAPTIONS), family.encode_prompts(CAPTIONS)
+    assert torch.equal(found.prompt_embeds, wanted.prompt_embeds)
 
 
 def test_halved_files_run_without_naming_a_dtype(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_what_a_page_sends_is_cut(student: Students) -> None:
     public = [
         one.api_name for one in built.fns.values() if one.api_visibility != "private" and one.fn is not None
     ]
-    assert not [name for name in public if name == "handle"], public
+    assert not [name for name in public if str(name).startswith("handle")], public
 
 
 def pixels(image: Image.Image) -> torch.Tensor:

@@ -104,6 +104,7 @@ def test_layout_and_names_of_optimum(exported: Callable[..., Path]) -> None:
     )
     assert all((folder / name / "config.json").is_file() for name in networks)
     assert {"tokenizer", "tokenizer_2", "scheduler"} <= {path.name for path in folder.iterdir()}
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (folder / "tokenizer_2").iterdir()}
     session = onnxruntime.InferenceSession(folder / "unet" / "model.onnx")
     names = [one.name for one in session.get_inputs()]
     assert names == ["sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -328,26 +329,60 @@ def test_layers_of_text_encoders_are_counted_and_left_out(tmp_path: Path) -> Non
     assert found.text_encoder_layers == 1 and found.adapters.keys() == adapters_of(trained("sd")).keys()
 
 
-def test_the_released_anime_adapter_has_this_layout() -> None:
-    with torch.device("meta"):
-        config = {
-            "block_out_channels": [320, 640, 1280, 1280],
-            "cross_attention_dim": 768,
-            "attention_head_dim": 8,
-            "sample_size": 64,
-        }
-        student = prune(UNet2DConditionModel(**config), PRESETS["sdxs-512"], transfer=False)[0]
-    layers = [
-        module
-        for name, module in student.named_modules()
-        if any(f".{name}".endswith(f".{target}") for target in TARGETS)
+def released_layers() -> set[str]:
+    """Layers of SDXS-512's U-Net in the 14 kinds that the released anime adapter has, spelled out from its topology.
+
+    Three stages of one ResNet down, none in the middle, two up; transformers of depth 1 at the two deeper resolutions.
+    """
+    attention = [
+        f"transformer_blocks.0.attn{i}.{part}"
+        for i in (1, 2)
+        for part in ("to_q", "to_k", "to_v", "to_out.0")
     ]
-    count = 0
-    for layer in layers:
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        count += 64 * (weight.shape[0] + weight[0].numel())
-    assert round(count / 1e6, 2) == 27.07  # METHOD: 27.07 M
+    transformer = [
+        "proj_in",
+        "proj_out",
+        *attention,
+        *(f"transformer_blocks.0.ff.net.{i}" for i in ("0.proj", "2")),
+    ]
+    resnet = ["conv1", "conv2", "time_emb_proj"]
+    found = set()
+    for stage, attends, widens in ((0, False, False), (1, True, True), (2, True, True)):
+        place = f"down_blocks.{stage}"
+        found |= {f"{place}.resnets.0.{one}" for one in [*resnet, *["conv_shortcut"] * widens]}
+        found |= {f"{place}.attentions.0.{one}" for one in transformer * attends}
+        found |= {f"{place}.downsamplers.0.conv"} if stage < 2 else set()
+    for stage, attends in ((0, True), (1, True), (2, False)):
+        place = f"up_blocks.{stage}"
+        for i in (0, 1):  # every ResNet there takes a skip connection, so its input is wider than its output
+            found |= {f"{place}.resnets.{i}.{one}" for one in [*resnet, "conv_shortcut"]}
+            found |= {f"{place}.attentions.{i}.{one}" for one in transformer * attends}
+        found |= {f"{place}.upsamplers.0.conv"} if stage < 2 else set()
+    return found
+
+
+def test_the_released_anime_adapter_has_this_layout(tmp_path: Path) -> None:
+    """Rank 64 on 14 kinds of layers, 27.07 M weights, PEFT's names with `unet.` in front: what is known of the file."""
+    config = {
+        "block_out_channels": [320, 640, 1280, 1280],
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "sample_size": 64,
+    }
+    with torch.device("meta"):
+        student = prune(UNet2DConditionModel(**config), PRESETS["sdxs-512"], transfer=False)[0]
+        add_lora(student, LoRA())
+    state = student.state_dict().items()
+    weights = {name: torch.zeros(one.shape, dtype=torch.float16) for name, one in state if ADAPTER in name}
+    adapters = live_adapters(weights, None)
+    with safe_open(write_lora(tmp_path, adapters), "pt") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    layers = released_layers()
+    assert shapes.keys() == {f"unet.{layer}.lora_{side}.weight" for layer in layers for side in "AB"}
+    kinds = {next(target for target in TARGETS if f".{layer}".endswith(f".{target}")) for layer in layers}
+    assert len(kinds) == 14
+    assert all(shape[0 if "lora_A" in name else 1] == 64 for name, shape in shapes.items())
+    assert round(sum(math.prod(shape) for shape in shapes.values()) / 1e6, 2) == 27.07
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

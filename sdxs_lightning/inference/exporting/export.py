@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.export import new_folder
+from sdxs_lightning.export import add_vocabulary, new_folder
 from sdxs_lightning.inference.exporting.graphs import Adapted, Part, parts
 from sdxs_lightning.inference.exporting.manifest import manifest, residual_inputs
 from sdxs_lightning.inference.exporting.onnx_files import write_onnx
@@ -163,6 +163,7 @@ def _write_rest(model: ModelFolder, written: Path, runtime: Runtime, content: Ma
     """Tokenizers, scheduler, model_index.json and manifest."""
     for name in ("scheduler", *(one.replace("text_encoder", "tokenizer") for one in model.encoders)):
         shutil.copytree(model.path / name, written / name)
+        add_vocabulary(written / name)
     index: dict[str, Any] = json.loads((model.path / "model_index.json").read_text())
     network = ["diffusers", "OnnxRuntimeModel"] if runtime == "onnx" else ["optimum", "OVModel"]
     for name in ("vae", "unet", *model.encoders):
