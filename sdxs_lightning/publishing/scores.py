@@ -178,6 +178,12 @@ def _check_alone(content: dict[str, Any], run: Run, path: Path) -> None:
         raise UserError(
             f"'{path}' has scores of the {run.kind} together with a {found[0]}, which are not its own; move the file away."
         )
+    changed = [name for name in ("scheduler", "timesteps") if content.get(name)]
+    if changed:
+        raise UserError(
+            f"'{path}' was measured with {changed[0]} {content[changed[0]]}, and the card's code has the pipeline's own; "
+            "measure again, or move the file away."
+        )
 
 
 def _check_called(number: Number, run: Run, settings: Settings, partner_hash: str | None, path: Path) -> None:

@@ -32,6 +32,9 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.networks.lora import LoRA, add_lora
 from sdxs_lightning.networks.lora_files import hash_lora, live_adapters, write_lora
+from sdxs_lightning.publishing.calling import Settings
+from sdxs_lightning.publishing.runs import Run
+from sdxs_lightning.publishing.scores import read_scores
 from tests.helpers.metric_networks import random_images
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
@@ -123,6 +126,12 @@ def test_an_exported_student_scores_as_it_did_in_training(
     assert {entry["hash"] for entry in exported["metrics"].values()} == {protocol.fingerprint()}
     assert exported["ms_per_image"] > 0
     assert "| FID ↓ |" in capsys.readouterr().out
+    card = read_scores(
+        Run(tmp_path, "pipeline", {}, {}), Settings(1, 0.0, None), folder
+    )  # what publish reads
+    assert {one.metric: one.value for one in card.numbers} == {
+        name: entry["value"] for name, entry in exported["metrics"].items()
+    }
     said = refusal(main, ["--model", folder, "--captions", "x.txt"], capsys)
     assert "protocol toy is the toy world's own: " in said and "leave out --captions" in said
     assert "it measures a --model" in refusal(main, ["--images", folder], capsys)

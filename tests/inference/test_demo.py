@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from evaluation.images.samples import load_pipeline
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.demo.__main__ import DemoOptions
 from sdxs_lightning.demo.serve import condition_named, studio
@@ -99,6 +100,7 @@ def test_a_base_with_half_precision_files_only(tmp_path: Path) -> None:
     assert not list((tmp_path / "half").rglob("diffusion_pytorch_model.safetensors"))
     draw = stock_base(str(tmp_path / "half"), 1, 1.0, torch.device("cpu"), torch.float32)
     assert draw(PROMPTS[0], 0).size == (32, 32)
+    assert load_pipeline(tmp_path / "half").unet.dtype == torch.float32  # as evaluate does
 
 
 def test_what_a_page_sends_is_cut(student: Students) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.export_runtime import main
 from sdxs_lightning.inference.exporting import export as exporting
-from sdxs_lightning.inference.exporting.export import export_runtime
+from sdxs_lightning.inference.exporting.export import _write_rest, export_runtime
 from sdxs_lightning.inference.exporting.graphs import Adapted, Part, parts
 from sdxs_lightning.inference.exporting.onnx_files import write_onnx
 from sdxs_lightning.inference.generator import OneStepGenerator
@@ -118,6 +118,13 @@ def test_layout_and_names_of_optimum(exported: Callable[..., Path]) -> None:
     )
     assert {one.get_any_name() for one in graph.inputs} == {"sample", "timestep", "encoder_hidden_states"}
     assert [one.get_any_name() for one in graph.outputs] == ["out_sample"]
+
+
+def test_tokenizers_of_earlier_exports_get_their_vocabulary(tmp_path: Path) -> None:
+    """The shipped student has tokenizer.json alone, which optimum's transformers does not read."""
+    model = ModelFolder.read(ROOT / "data" / "toy" / "student", "torch")
+    _write_rest(model, tmp_path, "onnx", {})
+    assert {"vocab.json", "merges.txt"} <= {path.name for path in (tmp_path / "tokenizer").iterdir()}
 
 
 def test_manifest_and_residuals(exported: Callable[..., Path], student: Students) -> None:

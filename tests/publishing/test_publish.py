@@ -326,6 +326,10 @@ def other_weights(folder: Path) -> None:
         (in_scores(nfe=4), "fid was measured with 4 step(s) and guidance 1, and the card's code has 1 and 0"),
         (in_scores(guidance_scale=4.5), "was measured with 1 step(s) and guidance 4.5"),
         (in_scores(lora_sha256="a" * 16), "scores of the pipeline together with a lora"),
+        (
+            in_scores(timesteps=[600]),
+            "was measured with timesteps [600], and the card's code has the pipeline's own",
+        ),
         (in_file("scores/scores.json"), "scores.json' is not what was written there"),
         (in_file("config.yaml"), "config.yaml' is not what was written there"),
         (in_file("samples/0.png"), "0.png' is not what was written there"),
