@@ -1,7 +1,8 @@
 """Differentiable networks that read a condition off an image, for losses that compare it with the one that was asked for.
 
 A config names a *source*, which is cheap to construct and reads files only in `load`. The loaded network maps images
-(B, 3, H, W) in [-1, 1] to condition images (B, C, H, W) in [0, 1] and passes gradients on to the images.
+(B, 3, H, W) in [-1, 1] to condition images (B, C, H, W) in [0, 1] and passes gradients on to the images. One that reads
+probabilities has a method `logits`, the same before the sigmoid, for the cross entropy.
 """
 
 from __future__ import annotations

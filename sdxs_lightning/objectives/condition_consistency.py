@@ -1,6 +1,6 @@
 """Condition consistency: the condition that a network reads off the student's image is the one that was asked for."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ def condition_distance(read: Tensor, wanted: Tensor, distance: Distance) -> Tens
     """Mean distance of condition images per sample.
 
     Args:
-        read: (B, C, H, W), float, in [0, 1], read off the student's images, with their graph.
-        wanted: same shape, what was asked for.
+        read: (B, C, H, W), float, read off the student's images, with their graph: in [0, 1], or logits for "cross_entropy".
+        wanted: same shape, in [0, 1], what was asked for.
         distance: "cross_entropy" is -log p(wanted | read) of a Bernoulli variable for each pixel.
 
     Returns:
@@ -34,9 +34,8 @@ def condition_distance(read: Tensor, wanted: Tensor, distance: Distance) -> Tens
     check_same_shape(read=read, wanted=wanted)
     read, wanted = read.float(), wanted.detach().float()
     if distance == "cross_entropy":
-        # A reader that is sure must not give an infinite loss for a pixel; beyond the clamp there is no gradient either, so it
-        # is close to float32's resolution at 1: trained readers reach 1e-5.
-        values = F.binary_cross_entropy(read.clamp(1e-6, 1 - 1e-6), wanted, reduction="none")
+        # Of logits: where a reader is sure and wrong, a probability has rounded to 0 or 1 and its logarithm has no gradient.
+        values = F.binary_cross_entropy_with_logits(read, wanted, reduction="none")
     else:
         values = (read - wanted).abs() if distance == "l1" else (read - wanted).square()
     return values.flatten(1).mean(dim=1)
@@ -52,14 +51,15 @@ class ConditionConsistency(StudentTerm):
     Args:
         reader: the differentiable network that reads the condition.
         weight: weight of the loss.
-        distance: for p(c | x) a Bernoulli, Gaussian or Laplace distribution of each pixel.
+        distance: for p(c | x) a Bernoulli, Gaussian or Laplace distribution of each pixel; "cross_entropy" needs a reader of
+            probabilities, whose network has `logits` (`LearnedReader`). None is "cross_entropy" for these, "mse" for others.
         noise: largest sigma of the noise with which images are diffused before they are read, as when the reader was trained;
             drawn uniformly for each sample. Without it the student finds small changes of pixels that fool the reader.
         decoder: folder of an AutoencoderTiny; None uses the base's VAE, which is slow and needs much memory with a graph.
         phase: phase in which it acts.
 
     Raises:
-        ValueError: for a negative weight or noise, or an unknown distance.
+        ValueError: for a negative weight or noise; in `build`, for "cross_entropy" with a reader without logits.
 
     Source: joint distribution matching, arXiv:2503.06652, section 3.
     """
@@ -68,7 +68,7 @@ class ConditionConsistency(StudentTerm):
         self,
         reader: ConditionReader,
         weight: float = 1.0,
-        distance: Distance = "cross_entropy",
+        distance: Distance | None = None,
         noise: float = 0.0,
         decoder: str | None = None,
         phase: Phase = "always",
@@ -81,8 +81,16 @@ class ConditionConsistency(StudentTerm):
 
     def build(self, family: Family, context: DistillationContext) -> None:
         self.decode.build(family)
-        if self._network is None:
-            self._network = Frozen(self.reader.load())
+        if self._network is not None:
+            return
+        self._network = Frozen(self.reader.load())
+        reads_probabilities = hasattr(self._network.module, "logits")
+        if self.distance == "cross_entropy" and not reads_probabilities:
+            raise ValueError(
+                f"ConditionConsistency.distance is cross_entropy, which needs the logits of a reader, and "
+                f"{type(self.reader).__name__} has none; set distance to mse or l1, or to null for mse."
+            )
+        self.distance = self.distance or ("cross_entropy" if reads_probabilities else "mse")
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         # Float32, like the decoder: the gradient goes through both into single pixels.
@@ -101,12 +109,14 @@ class ConditionConsistency(StudentTerm):
         }
 
     def read(self, sample: LatentSample) -> Tensor:
-        """The condition images (B, C, H, W) in [0, 1] of a sample; differentiable in its latents."""
+        """The condition images (B, C, H, W) of a sample, as `condition_distance` takes them; differentiable in its latents."""
         assert self._network is not None
+        network: Any = self._network.module
+        reader = network.logits if self.distance == "cross_entropy" else network
         with without_autocast(sample.latents.device):
             images = self.decode(sample.latents).clamp(-1.1, 1.1)
             images = diffused(images, self.noise, sample.seed, sample.positions)
-            read: Tensor = self._network(images)
+            read: Tensor = reader(images)
         return read
 
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
@@ -116,6 +126,7 @@ class ConditionConsistency(StudentTerm):
                 "ConditionConsistency needs condition images, and the sample has none: use it in the stage controlnet "
                 "(sdxs_lightning.stages.controlnet.distillation.ControlNetDistillation), or set it to null."
             )
+        assert self.distance is not None  # since build
         distances = condition_distance(self.read(sample), wanted, self.distance)
         given = wanted.flatten(1).amax(dim=1) > 0
         # Over all samples: a mean over those given would depend on how the batch is split over ranks.

@@ -400,25 +400,57 @@ def test_the_soft_edge_reader_is_the_condition(base: Base) -> None:
     assert expected.std() > 0.1
 
 
-def test_condition_consistency_pulls_towards_the_condition(base: Base) -> None:
-    term = ConditionConsistency(SoftEdgeReader(), distance="mse")
+class ReaderOf:
+    """Source of a network that exists already."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
+
+    def load(self) -> torch.nn.Module:
+        return self.network
+
+
+@pytest.mark.parametrize("distance", ["mse", "cross_entropy"])
+def test_a_step_against_the_gradient_of_condition_consistency_brings_the_image_nearer(
+    base: Base, distance: str
+) -> None:
+    reader = SoftEdgeReader() if distance == "mse" else ReaderOf(ReaderNetwork(widths=(4, 4)))
+    term = ConditionConsistency(reader, weight=2.0)
     module = built(joint(base("sd-v_prediction"), objectives={"condition": term}))
-    batch = _batch(2)
-    images = from_uint8((batch.control_images * 255).to(torch.uint8))
-    wanted = term.read(module.family.encode(images)).detach()
-    other = torch.zeros(2, *LATENT_SHAPE, requires_grad=True)
-    loss = condition_distance(term.read(other + normal(0, 0, batch.positions, LATENT_SHAPE)), wanted, "mse")
-    (gradient,) = torch.autograd.grad(loss.sum(), other)
-    assert gradient.isfinite().all() and gradient.abs().max() > 0
-    exact = condition_distance(wanted, wanted, "mse")
-    assert exact.abs().max() == 0 and loss.min() > 0
+    assert term.distance == distance
+    sample, controls = sample_of(module), _batch(3).control_images.clone()
+    controls[1] = 0.0  # dropped: no condition, no loss
+    conditioning = replace(sample.conditioning, control_images=controls)
+
+    def loss_at(latents: Tensor) -> Tensor:
+        loss, scalars = term(replace(sample, latents=latents, conditioning=conditioning), module.context)
+        assert float(loss.detach()) == pytest.approx(2 * float(scalars["condition_consistency"].detach()))
+        return loss
+
+    latents = sample.latents.detach().requires_grad_()
+    loss = loss_at(latents)
+    (gradient,) = torch.autograd.grad(loss, latents)
+    read = term.read(replace(sample, latents=latents))
+    per_sample = condition_distance(read, controls, term.distance).detach()  # type: ignore[arg-type]
+    assert float(loss.detach()) == pytest.approx(2 * float(per_sample[0] + per_sample[2]) / 3)
+    assert gradient[1].abs().max() == 0 and gradient[0].abs().max() > 0 < gradient[2].abs().max()
+    step = 1e-2 / float(gradient.norm())
+    assert loss_at((latents - step * gradient).detach()) < loss.detach()
+
+
+def test_a_reader_that_is_sure_and_wrong_gives_a_gradient(base: Base) -> None:
+    wanted = torch.ones(2, 3, 32, 32)
+    logits = torch.full_like(wanted, -60.0, requires_grad=True)  # its sigmoid is 0 in float32
+    (gradient,) = torch.autograd.grad(condition_distance(logits, wanted, "cross_entropy").sum(), logits)
+    torch.testing.assert_close(gradient, torch.full_like(wanted, -1 / wanted[0].numel()))
 
 
 def test_distances_are_the_formulas() -> None:
     read, wanted = torch.tensor([[[[0.25, 0.9]]]]), torch.tensor([[[[0.0, 1.0]]]])
     entropy = -(np.log(0.75) + np.log(0.9)) / 2
     for distance, value in (("cross_entropy", entropy), ("mse", (0.0625 + 0.01) / 2), ("l1", 0.175)):
-        assert float(condition_distance(read, wanted, distance)) == pytest.approx(value, rel=1e-5)  # type: ignore[arg-type]
+        given = read.logit() if distance == "cross_entropy" else read
+        assert float(condition_distance(given, wanted, distance)) == pytest.approx(value, rel=1e-5)  # type: ignore[arg-type]
 
 
 def test_a_reader_learns_its_pairs_and_is_loaded_again(base: Base, shards: Path, tmp_path: Path) -> None:
@@ -538,6 +570,10 @@ def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
         ControlNetTraining(family, SGD, output_distillation=OutputDistillation())
     with pytest.raises(ValueError, match="the ControlNet has no objective"):
         ControlNetTraining(family, SGD, task=None)
+    refused = ConditionConsistency(SoftEdgeReader(), distance="cross_entropy")
+    module = joint(base("sd-v_prediction"), objectives={"condition": refused})
+    with pytest.raises(ValueError, match="cross_entropy, which needs the logits .* SoftEdgeReader has none"):
+        module.configure_model()
     term = ConditionConsistency(SoftEdgeReader())
     module = built(joint(base("sd-v_prediction"), objectives={"condition": term}, fake_score=FakeScore(SGD)))
     with pytest.raises(
