@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -57,8 +58,8 @@ class DepthReader:
     """Relative depth, near white and far black, by a network of transformers, as `data.conditions.Depth` makes it.
 
     Args:
-        model: folder of the network with its preprocessor_config.json; safetensors only.
-        size_px: side that images are resized to; a multiple of the network's patches.
+        model: folder of the network with its preprocessor_config.json, which says to what size images are resized: a smaller
+            one there saves memory. Safetensors only.
         metric: the network predicts distances, which are negated, rather than inverse depth.
 
     Raises:
@@ -66,8 +67,8 @@ class DepthReader:
         ValueError: in `load`, for a folder with pickled weights or with code.
     """
 
-    def __init__(self, model: str, size_px: int = 252, metric: bool = False) -> None:
-        self.model, self.size_px, self.metric = model, size_px, metric
+    def __init__(self, model: str, metric: bool = False) -> None:
+        self.model, self.metric = model, metric
 
     def load(self) -> nn.Module:
         from transformers import AutoImageProcessor, AutoModelForDepthEstimation  # slow to import
@@ -82,7 +83,7 @@ class DepthReader:
         network = AutoModelForDepthEstimation.from_pretrained(
             self.model, use_safetensors=True, dtype=torch.float32, local_files_only=True
         )
-        return _Depth(network, processor.image_mean, processor.image_std, self.size_px, self.metric)
+        return _Depth(network, processor, self.metric)
 
 
 class LearnedReader:
@@ -242,23 +243,41 @@ class _SoftEdge(nn.Module):
 
 
 class _Depth(nn.Module):
-    def __init__(
-        self, network: nn.Module, mean: list[float], std: list[float], size_px: int, metric: bool
-    ) -> None:
+    """Does in float, with a graph, what the processor does with bytes: resize, then normalise."""
+
+    def __init__(self, network: nn.Module, processor: Any, metric: bool) -> None:
         super().__init__()
-        self.network, self.size_px, self.metric = network, size_px, metric
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.network, self.processor, self.metric = network, processor, metric
+        self.resampling = {0: "nearest", 2: "bilinear"}.get(int(processor.resample), "bicubic")
+        """Of Pillow's numbers; the rest are bicubic and its like."""
+        self._sizes: dict[tuple[int, int], tuple[int, int]] = {}
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(processor, f"image_{name}")).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
 
     mean: Tensor
     std: Tensor
 
     def forward(self, images: Tensor) -> Tensor:
-        side = self.size_px, self.size_px
-        resized = F.interpolate((images.float() + 1) / 2, side, mode="bicubic", antialias=True)
-        normalised = ((resized - self.mean.float()) / self.std.float()).to(self.mean.dtype)
+        size = images.shape[-2], images.shape[-1]
+        smooth = self.resampling != "nearest"
+        resized = F.interpolate(
+            (images.float() + 1) / 2, self.size_of(size), mode=self.resampling, antialias=smooth
+        )
+        # Bytes cannot overshoot.
+        normalised = ((resized.clamp(0, 1) - self.mean.float()) / self.std.float()).to(self.mean.dtype)
         depth = self.network(pixel_values=normalised).predicted_depth[:, None].float()
-        depth = F.interpolate(depth, images.shape[-2:], mode="bicubic", align_corners=False)
+        depth = F.interpolate(depth, size, mode="bicubic", align_corners=False)
         depth = -depth if self.metric else depth
         low, high = depth.amin((1, 2, 3), keepdim=True), depth.amax((1, 2, 3), keepdim=True)
-        return ((depth - low) / (high - low).clamp_min(1e-6)).expand(-1, 3, -1, -1)
+        scale = torch.where(high > low, high - low, 1.0)
+        return ((depth - low) / scale).expand(-1, 3, -1, -1)
+
+    def size_of(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width to which the processor resizes images of a size."""
+        if size not in self._sizes:
+            with torch.device("cpu"):
+                blank = self.processor(images=np.zeros((*size, 3), np.uint8), return_tensors="pt")
+            height, width = blank["pixel_values"].shape[-2:]
+            self._sizes[size] = height, width
+        return self._sizes[size]

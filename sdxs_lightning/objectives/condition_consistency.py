@@ -59,7 +59,8 @@ class ConditionConsistency(StudentTerm):
         phase: phase in which it acts.
 
     Raises:
-        ValueError: for a negative weight or noise; in `build`, for "cross_entropy" with a reader without logits.
+        ValueError: for a negative weight, or a noise outside [0, 1); in `build`, for "cross_entropy" with a reader that has no
+            logits.
 
     Source: joint distribution matching, arXiv:2503.06652, section 3.
     """
@@ -73,7 +74,11 @@ class ConditionConsistency(StudentTerm):
         decoder: str | None = None,
         phase: Phase = "always",
     ) -> None:
-        check_weight("ConditionConsistency", weight=weight, noise=noise)
+        check_weight("ConditionConsistency", weight=weight)
+        if not 0 <= noise < 1:
+            raise ValueError(
+                f"ConditionConsistency.noise is a sigma in [0, 1), got {noise}; give it the reader's own."
+            )
         self.noise = noise
         self.reader, self.weight, self.distance, self.phase = reader, weight, distance, phase
         self.decode = PixelDecoder(decoder, "ConditionConsistency.decoder")

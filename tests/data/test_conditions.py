@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import shutil
 from pathlib import Path
 
 import cv2
@@ -25,6 +26,8 @@ from data.conditions import Canny, Depth, ImageCondition, Sketch, SoftEdge
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.latents import from_uint8
+from sdxs_lightning.networks.condition_readers import DepthReader
 
 FILTERS = [Canny(), SoftEdge(), Sketch()]
 
@@ -135,6 +138,29 @@ def test_depth_is_the_networks(depth_folder: Path) -> None:
     # The network stays behind: each process loads its own.
     sent = pickle.dumps(condition)
     assert len(sent) < 500 and np.array_equal(pickle.loads(sent)(image), made)
+
+
+@pytest.mark.parametrize("size", [(56, 56), (48, 64), (224, 160)])
+@pytest.mark.parametrize("keep_aspect_ratio", [False, True])
+def test_the_depth_reader_reads_what_the_condition_has(
+    depth_folder: Path, tmp_path: Path, size: tuple[int, int], keep_aspect_ratio: bool
+) -> None:
+    folder = Path(shutil.copytree(depth_folder, tmp_path / "depth"))
+    processor = DPTImageProcessor(
+        size={"height": 70, "width": 70}, keep_aspect_ratio=keep_aspect_ratio, ensure_multiple_of=14
+    )
+    processor.save_pretrained(folder)
+    coarse = np.random.default_rng(0).integers(0, 256, (2, size[0] // 8, size[1] // 8, 3))
+    frames = coarse.repeat(8, 1).repeat(8, 2).astype(np.uint8)
+    images = from_uint8(torch.from_numpy(frames).permute(0, 3, 1, 2)).requires_grad_()
+    for metric in (False, True):
+        made = np.stack([Depth(str(folder), metric=metric)(frame) for frame in frames])
+        read = DepthReader(str(folder), metric).load()(images)
+        expected = torch.from_numpy(made).permute(0, 3, 1, 2).float() / 255
+        assert expected.std() > 0.1
+        assert (read - expected).abs().max() < 4.5 / 255  # the processor resizes bytes
+    (gradient,) = torch.autograd.grad(read.square().mean(), images)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize(

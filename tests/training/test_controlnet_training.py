@@ -431,7 +431,7 @@ def test_a_step_against_the_gradient_of_condition_consistency_brings_the_image_n
     loss = loss_at(latents)
     (gradient,) = torch.autograd.grad(loss, latents)
     read = term.read(replace(sample, latents=latents))
-    per_sample = condition_distance(read, controls, term.distance).detach()  # type: ignore[arg-type]
+    per_sample = condition_distance(read, controls, term.distance).detach()
     assert float(loss.detach()) == pytest.approx(2 * float(per_sample[0] + per_sample[2]) / 3)
     assert gradient[1].abs().max() == 0 and gradient[0].abs().max() > 0 < gradient[2].abs().max()
     step = 1e-2 / float(gradient.norm())
