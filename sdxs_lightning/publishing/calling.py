@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.families.folders import pipeline_variant
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.publishing.runs import Kind, Run
 
@@ -96,17 +97,28 @@ def snippet_of(
     """
     here, there = str(folders[0].resolve()), str(folders[1].resolve())
     condition = str(folders[0].resolve() / CONDITION)
+    dtype = _base_arguments(folders[1]) if run.for_base else ""
     return Snippet(
-        _code(run, *names, CONDITION, prompt, seed, settings),
-        _code(run, here, there, condition, prompt, seed, settings),
+        _code(run, quoted(names[0]), quoted(names[1]) + dtype, CONDITION, prompt, seed, settings),
+        _code(run, quoted(here), quoted(there) + dtype, condition, prompt, seed, settings),
     )
+
+
+def _base_arguments(base: Path) -> str:
+    """Further arguments of a base's `from_pretrained`.
+
+    Without a dtype, transformers 5 loads text encoders in that of their config, float16 in many bases, and diffusers its own
+    networks in float32, and the first product fails. Our own exports say float32.
+    """
+    variant = pipeline_variant(base)
+    return ", torch_dtype=torch.float32" + (f", variant={quoted(variant)}" if variant else "")
 
 
 def _code(
     run: Run, name: str, partner: str, condition: str, prompt: str, seed: int, settings: Settings
 ) -> str:
     kind = run.family_name
-    imports, load = _LOADING[run.kind](run, kind, quoted(name), quoted(partner), settings)
+    imports, load = _LOADING[run.kind](run, kind, name, partner, settings)
     arguments = f"num_inference_steps={settings.steps}, guidance_scale={settings.guidance_scale:g}"
     if run.kind == "controlnet":
         imports += "\nfrom diffusers.utils import load_image"

@@ -187,6 +187,7 @@ def test_what_was_made_for_a_base_is_called_with_the_base(
     assert np.array_equal(
         np.asarray(run_of_card(text, names)), np.asarray(Image.open(out / "samples" / "0.png"))
     )
+    assert 'from_pretrained("org/base", torch_dtype=torch.float32' in text
     assert "num_inference_steps=4, guidance_scale=3" in text and "| 40 | 4 | 3 | 0." in text
     assert "one-step" not in text and "negative prompt" not in text and "base in its many steps" in text
     header = header_of(out)

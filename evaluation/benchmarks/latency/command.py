@@ -173,7 +173,10 @@ def measure(
             pipe.send(None)
             peaks.append(_answer(pipe, subject))
     finally:
+        for pipe in pipes:
+            pipe.close()  # ends a process that waits for its next call
         for process in processes:
+            process.join(5)
             process.terminate()
     return [_row(subjects[i], size, calls, peaks[i]) for (i, size), calls in sorted(times.items())]
 
