@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from sdxs_lightning.inference.exporting import export as exporting
 from sdxs_lightning.inference.exporting.export import _write_rest, export_runtime
 from sdxs_lightning.inference.exporting.graphs import Adapted, Part, parts
 from sdxs_lightning.inference.exporting.onnx_files import write_onnx
+from sdxs_lightning.inference.exporting.openvino_files import write_openvino
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.model_folder import MANIFEST, ModelFolder
 from tests.helpers.students import PROMPTS, SEEDS, condition
@@ -91,6 +93,26 @@ def test_smaller_weights(
     assert share < {"fp16": 0.9, "int8": 0.6}[precision]  # of these tiny networks the graph itself is a part
     manifest = json.loads((folder / MANIFEST).read_text())
     assert 0 < manifest["largest_difference"] <= bound and manifest["dtype"] == precision
+
+
+def test_nothing_is_reported_to_the_makers(
+    student: Students, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from openvino_telemetry import main as telemetry
+
+    started: list[str] = []
+    monkeypatch.setattr(telemetry.Telemetry, "init", lambda self, *given, **options: started.append("init"))
+    monkeypatch.setattr(
+        telemetry.Telemetry, "send_event", lambda self, *given, **options: started.append("event")
+    )
+    monkeypatch.setattr(
+        telemetry.Telemetry, "start_session", lambda self, *given, **options: started.append("session")
+    )
+    part = next(one for one in parts(ModelFolder.read(student("sd"), "torch"), Adapted(), torch.float32))
+    write_openvino(part, tmp_path, "int8")
+    assert (tmp_path / "openvino_model.bin").is_file()
+    assert not started
+    assert os.environ["NNCF_CI"] == "1"  # pytest alone silences NNCF too
 
 
 def test_layout_and_names_of_optimum(exported: Callable[..., Path]) -> None:
