@@ -315,7 +315,7 @@ def _rows(text: str) -> list[str]:
     """Lines of tables in the section "Measured", and elsewhere those with a cell like a hash."""
     found, inside = [], False
     for line in text.splitlines():
-        if line.lstrip().startswith("#"):
+        if line.lstrip().startswith(("# ", "## ")):
             inside = line.strip() == SECTION
         hashed = line.lstrip().startswith("|") and any(_is_hash(cell) for cell in _plain(line.split("|")))
         if hashed or (inside and "|" in line):

@@ -322,6 +322,7 @@ def other_weights(folder: Path) -> None:
         (in_card("| clean | `", "| coco2014 | `"), "a row that the run's scores do not have"),
         (in_card("` |\n| CLIP", "` | \n| FID | 2 | | | | | | |  \n| CLIP"), "a row that"),
         (in_card("## Licence", "| FID | 3 | 2 to 4 | b2c1b46eb900 |\n\n## Licence"), "a row that"),
+        (in_card("## Made from", "### More\n\n| FID | 2 |\n\n## Made from"), "a row that the run's scores"),
         (in_card("## Measured", "## Numbers"), "has no section '## Measured'"),
         (other_line_ends, "a row that the run's scores do not have: | FID | 21.25"),
         (in_scores(nfe=4), "fid was measured with 4 step(s) and guidance 1, and the card's code has 1 and 0"),
