@@ -48,7 +48,8 @@ class Export(Checkpoint):
         average: whether to export the averaged weights instead of the current ones.
         dtype: dtype of the exported weights.
         fake_score: whether a distillation also writes its fake score, a U-Net folder `fake_score` beside the student's, from
-            which a later stage can go on (`weights` of a `FakeScore`).
+            which a later stage can go on (`weights` of a `FakeScore`); with a ControlNet of its own this is in
+            `fake_score_controlnet`.
         vae: for a pipeline, folder of a tiny autoencoder to decode with instead of the base's VAE; see `export_pipeline`.
     """
 

@@ -293,11 +293,13 @@ class ControlledFakeScore(FakeScore):
         weights: U-Net or pipeline folder to start from; None starts from the base.
         lora: trains adapters on the base's U-Net; None trains all weights of a copy.
         controlnet: the base's pretrained one, frozen (`train: false`), as in SDXS; or one that is trained, for bases without.
+        controlnet_lr: learning rate of a ControlNet that is trained, in place of the optimizer's: a new one has farther to go
+            than the base's U-Net, which a large rate would spoil. None is the optimizer's.
         gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
         compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
 
     Raises:
-        ValueError: if both weights and lora are set.
+        ValueError: if both weights and lora are set, or a rate for a frozen ControlNet.
     """
 
     denoiser: ControlledDenoiser
@@ -309,11 +311,25 @@ class ControlledFakeScore(FakeScore):
         weights: str | None = None,
         lora: LoRA | None = None,
         controlnet: ControlNetSource = ControlNetSource(),
+        controlnet_lr: float | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
     ) -> None:
         super().__init__(optimizer, lr_scheduler, weights, lora, gradient_checkpointing, compile_blocks)
-        self.controlnet_source = controlnet
+        if controlnet_lr is not None and not controlnet.train:
+            raise ValueError(
+                f"fake_score.controlnet_lr is {controlnet_lr} and fake_score.controlnet.train false; set one of them back."
+            )
+        self.controlnet_source, self.controlnet_lr = controlnet, controlnet_lr
+
+    def groups(self, trainable: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """The ControlNet in a group of its own, if it has its own learning rate."""
+        if self.controlnet_lr is None:
+            return trainable
+        own = {id(parameter) for parameter in self.denoiser.controlnet.parameters()}
+        unet = [parameter for parameter in trainable if id(parameter) not in own]
+        controlnet = [parameter for parameter in trainable if id(parameter) in own]
+        return [{"params": unet}, {"params": controlnet, "lr": self.controlnet_lr}]
 
     def build(self, family: Family) -> None:
         """Loads the networks. Idempotent."""

@@ -41,6 +41,10 @@ class Network(LightningModule):
         """Factory that maps parameters to the configured optimizer."""
         return self._optimizer
 
+    def groups(self, trainable: list[nn.Parameter]) -> list[nn.Parameter] | list[dict[str, Any]]:
+        """What the optimizer is called with: the trainable parameters, or groups of them with settings of their own."""
+        return trainable
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimizer, and its lr scheduler if any.
 
@@ -50,7 +54,7 @@ class Network(LightningModule):
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         if not trainable:
             raise RuntimeError(f"{type(self).__name__}: nothing to optimise; call build(...) first.")
-        optimizer = self._optimizer(trainable)
+        optimizer = self._optimizer(self.groups(trainable))
         if self._lr_scheduler is None:
             return {"optimizer": optimizer}
         return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}

@@ -17,13 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 from data.shards.layout import Content
 from sdxs_lightning.callbacks.health import Health
 from sdxs_lightning.networks.condition_readers import SoftEdgeReader
-from sdxs_lightning.networks.controlled import ControlledFakeScore, ControlledStudent
+from sdxs_lightning.networks.controlled import ControlledFakeScore, ControlledStudent, ControlNetSource
 from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.condition_consistency import ConditionConsistency
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation, ControlSettings
+from sdxs_lightning.stages.controlnet.training import ControlNetTraining
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training import gradients
@@ -33,6 +35,7 @@ from tests.helpers.tiny_decoding import pixel_gan
 from tests.helpers.tiny_distillation import batches_of, distillation, family_of, fit
 
 ITERATIONS = 6
+DENOISING_UPDATES = 3
 SAVED_AFTER = 4
 SGD_LR = 0.02
 ADAMW_LR = 1e-3
@@ -117,6 +120,14 @@ def controlled(base: Path, make: Any) -> OneStepDistillation:
     )
 
 
+def denoising(base: Path) -> ControlNetTraining:
+    """A ControlNet of the base by denoising: Lightning's automatic optimisation, and adapters with frozen weights below."""
+    source = ControlNetSource(lora=LoRA(rank=2, targets=("to_q", "conv1")))
+    return ControlNetTraining(
+        family_of(base), OPTIMIZERS["sgd"], controlnet=source, condition_dropout=0.3, ema_decay=0.5
+    )
+
+
 def contents_of(case: Case) -> list[Content]:
     """What the data of a case holds."""
     return ["latents", "control_images"] if case.control else ["latents"]
@@ -127,7 +138,7 @@ def health_of() -> Health:
     return Health(4, prompts=["a red circle"], samples_per_prompt=4)
 
 
-def arrived(module: OneStepDistillation) -> dict[str, torch.Tensor]:
+def arrived(module: LightningModule) -> dict[str, torch.Tensor]:
     """All parameters, whole; every rank has to call it."""
     whole = {}
     for name, parameter in module.named_parameters():
@@ -170,6 +181,20 @@ class SaveAfter(Callback):
 def train_everything(base: Path, shards: Path, out: Path) -> None:
     """Every case under every strategy, and with AdamW, whose state is worth restoring, a resume on the way."""
     for strategy in STRATEGIES:
+        training = denoising(base)
+        fit(
+            training,  # type: ignore[arg-type]
+            shards,
+            DENOISING_UPDATES,
+            batch_size=2,
+            devices=2,
+            strategy=strategy_of(strategy),
+            contents=["latents", "control_images"],
+        )
+        whole = arrived(training)
+        if training.global_rank == 0:
+            sharded = isinstance(next(training.controlled.parameters()), DTensor)
+            torch.save({"straight": whole, "sharded": sharded}, out / f"{strategy}-denoising.pt")
         for name, case in CASES.items():
             checkpoint = out / f"{strategy}-{name}.ckpt"
             micro = case.micro_batches

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 CORE, NETWORKS, OBJECTIVES = "sdxs_lightning/core", "sdxs_lightning/networks", "sdxs_lightning/objectives"
 DISTILLATION, TRAINING = "sdxs_lightning/stages/distillation", "sdxs_lightning/training"
+CONTROLNET, CONTROLNET_TESTS = (
+    "sdxs_lightning/stages/controlnet",
+    "tests/training/test_controlnet_training.py",
+)
 STEP_BY_HAND = (
     "tests/training/distillation/test_training_step.py::test_an_iteration_equals_the_same_step_in_plain_torch"
 )
@@ -181,5 +185,40 @@ MUTATIONS = (
         "torch._foreach_lerp_(list(student.parameters()), list(self.parameters()), self.alignment)",
         "tests/training/distillation/test_cheaper_updates.py::test_alignment_moves_the_fake_score_by_its_share_after_a_student_update",
     ),
+    Mutation(
+        "adapters on in a controlled real score",
+        f"{CONTROLNET}/distillation.py",
+        "if isinstance(plain, BaseView):",
+        "if False:",
+        f"{CONTROLNET_TESTS}::test_adapters_of_the_fake_score_share_the_base_with_a_real_score_that_has_the_controlnet",
+    ),
+    Mutation(
+        "conditions dropped in one half of the GAN",
+        f"{CONTROLNET}/distillation.py",
+        "        controls = self._control_images(batch)\n        controls = with_some_dropped(",
+        "        controls = self._control_images(batch)\n        with_some_dropped(",
+        f"{CONTROLNET_TESTS}::test_both_halves_of_the_discriminator_lose_the_same_conditions",
+    ),
+    Mutation(
+        "condition term pushes away",
+        f"{OBJECTIVES}/condition_consistency.py",
+        "return self.weight * loss,",
+        "return -self.weight * loss,",
+        f"{CONTROLNET_TESTS}::test_a_step_against_the_gradient_of_condition_consistency_brings_the_image_nearer",
+    ),
+    Mutation(
+        "noise of pairs never redrawn",
+        f"{CONTROLNET}/distillation.py",
+        "noise = torch.where(redrawn[:, None, None, None], fresh, noise)",
+        "noise = torch.where(redrawn[:, None, None, None], noise, noise)",
+        f"{CONTROLNET_TESTS}::test_pairs_bring_the_condition_of_their_target_and_some_new_noise",
+    ),
+    Mutation(
+        "features of a discriminator without the ControlNet's residual",
+        f"{NETWORKS}/denoiser.py",
+        "features = tap.features if mid is None else tap.features + mid",
+        "features = tap.features",
+        f"{CONTROLNET_TESTS}::test_who_sees_the_condition",
+    ),
 )
-"""Twenty of the distillation's classical mistakes, and two of its own settings."""
+"""Twenty of the distillation's classical mistakes, two of its own settings, and what is easily wrong with a ControlNet."""

@@ -66,15 +66,22 @@ def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             exec(text, names)
     assert names["image"].size == (32, 32)
     assert Path("control.json").is_file() and Path("control.png").is_file()
-    before = names["student"](
-        "a red circle above a blue square",
-        height=32,
-        width=32,
-        num_inference_steps=1,
-        guidance_scale=0,
-        generator=torch.Generator().manual_seed(0),
-    ).images[0]
-    assert np.asarray(before).shape == np.asarray(names["image"]).shape
+    settings: dict[str, Any] = {"height": 32, "width": 32, "num_inference_steps": 1, "guidance_scale": 0}
+
+    def drawn(pipeline: Any, **more: Any) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        prompt = "a red circle above a blue square"
+        image = pipeline(prompt, **settings, **more, generator=generator).images[0]
+        return np.asarray(image).astype(int)
+
+    condition = Image.open("conditions/0.png").convert("RGB")
+    before, pipeline = drawn(names["student"]), names["pipeline"]
+    assert np.abs(drawn(pipeline, image=condition) - np.asarray(names["image"])).max() == 0
+    with torch.no_grad():
+        for parameter in pipeline.controlnet.controlnet_mid_block.parameters():
+            parameter.add_(1.0)
+    assert np.abs(drawn(pipeline, image=condition, controlnet_conditioning_scale=0.0) - before).max() == 0
+    assert np.abs(drawn(pipeline, image=condition) - before).max() > 20
 
 
 def run(command: list[str]) -> None:

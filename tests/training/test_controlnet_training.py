@@ -513,6 +513,23 @@ def test_a_controlnet_goes_on_with_the_u_net_that_it_was_trained_for(
         fit(other, shards, 2, contents=CONTENTS, ckpt_path=str(tmp_path / "checkpoint"))  # type: ignore[arg-type]
 
 
+def test_training_by_denoising_resumes_bit_exact(base: Base, shards: Path, tmp_path: Path) -> None:
+    def module() -> ControlNetTraining:
+        family, shares = (
+            family_of(base("sd-v_prediction")),
+            {"caption_dropout": 0.5, "condition_dropout": 0.3},
+        )
+        return ControlNetTraining(family, ADAMW, ema_decay=0.5, **shares)  # type: ignore[arg-type]
+
+    straight, resumed = module(), module()
+    save = [SaveAt(2, tmp_path / "checkpoint")]
+    fit(straight, shards, 4, contents=CONTENTS, callbacks=save)  # type: ignore[arg-type,type-var]
+    fit(resumed, shards, 4, contents=CONTENTS, ckpt_path=str(tmp_path / "checkpoint"))  # type: ignore[arg-type]
+    expected = weights(straight)
+    assert len(expected) > 80  # the ControlNet and its average
+    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
+
+
 def test_fitting_has_no_loss_where_student_and_base_are_one(base: Base, pretrained: Path) -> None:
     folder = str(pretrained)
 
@@ -532,6 +549,21 @@ def test_fitting_has_no_loss_where_student_and_base_are_one(base: Base, pretrain
 
     assert all(float(loss.detach()) < 1e-10 for loss in losses(folder).values())
     assert all(float(loss.detach()) > 1e-6 for loss in losses(None).values())
+
+
+def test_a_new_controlnet_of_the_fake_score_has_its_own_rate(base: Base) -> None:
+    fake_score = ControlledFakeScore(partial(torch.optim.AdamW, lr=1e-5), controlnet_lr=1e-3)
+    fake_score.build(family_of(base("sd-v_prediction")))
+    start = weights(fake_score)
+    made: Any = fake_score.configure_optimizers()
+    for parameter in fake_score.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    made["optimizer"].step()
+    moves = {n: float((p.detach() - start[n]).abs().max()) for n, p in fake_score.named_parameters()}
+    for name, moved_by in moves.items():  # AdamW's first step is about lr
+        assert moved_by == pytest.approx(1e-3 if ".controlnet." in name else 1e-5, rel=0.05), name
+    with pytest.raises(ValueError, match=r"controlnet_lr is 0.1 and fake_score.controlnet.train false"):
+        ControlledFakeScore(SGD, controlnet=ControlNetSource("x", train=False), controlnet_lr=0.1)
 
 
 # -------------------------------------------------------------------------------------------------------------- messages

@@ -13,12 +13,14 @@ from lightning.pytorch import Callback
 from tests.helpers.distributed_worker import (
     ADAMW_LR,
     CASES,
+    DENOISING_UPDATES,
     GRADIENT_CLIP_NORM,
     ITERATIONS,
     SGD_LR,
     STRATEGIES,
     arrived,
     contents_of,
+    denoising,
     health_of,
     module_for,
     train_everything,
@@ -97,6 +99,30 @@ def test_same_weights_as_one_process(
     start = arrived(built(module_for(base("sd-v_prediction"), CASES[case], 1)))
     moved = max(float((expected[name] - value).abs().max()) / allowed[name] for name, value in start.items())
     assert moved > 100, "the bound would hide a wrong update"
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_controlnet_of_the_base_is_that_of_one_process(
+    two_processes: Path, base: Callable[[str], Path], shards: Path, strategy: str
+) -> None:
+    results = load(two_processes, strategy, "denoising")
+    assert results["sharded"] == (strategy == "fsdp2")
+    module = denoising(base("sd-v_prediction"))
+    module.configure_model()
+    start = arrived(module)
+    contents: Any = ["latents", "control_images"]
+    fit(module, shards, DENOISING_UPDATES, batch_size=4, contents=contents)  # type: ignore[arg-type]
+    expected = arrived(module)
+    # Sharding ends the sharing of frozen weights with the average, whose names are then listed too.
+    assert expected.keys() <= results["straight"].keys()
+    moved = 0.0
+    for name, value in results["straight"].items():
+        alone = expected[name if name in expected else name.replace("ema.denoiser.", "controlled.")]
+        atol = tolerance_of(alone, "sgd", SGD_LR, DENOISING_UPDATES, GRADIENT_CLIP_NORM)
+        torch.testing.assert_close(value, alone, rtol=0, atol=atol, msg=name)
+        if name in start:
+            moved = max(moved, float((alone - start[name]).abs().max()) / atol)
+    assert moved > 20, "the bound would hide a wrong update"
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
