@@ -329,7 +329,8 @@ class ControlledFakeScore(FakeScore):
         own = {id(parameter) for parameter in self.denoiser.controlnet.parameters()}
         unet = [parameter for parameter in trainable if id(parameter) not in own]
         controlnet = [parameter for parameter in trainable if id(parameter) in own]
-        return [{"params": unet}, {"params": controlnet, "lr": self.controlnet_lr}]
+        of_controlnet: dict[str, Any] = {"params": controlnet, "lr": self.controlnet_lr}
+        return [{"params": unet}, of_controlnet]
 
     def build(self, family: Family) -> None:
         """Loads the networks. Idempotent."""

@@ -523,7 +523,7 @@ def test_training_by_denoising_resumes_bit_exact(base: Base, shards: Path, tmp_p
 
     straight, resumed = module(), module()
     save = [SaveAt(2, tmp_path / "checkpoint")]
-    fit(straight, shards, 4, contents=CONTENTS, callbacks=save)  # type: ignore[arg-type,type-var]
+    fit(straight, shards, 4, contents=CONTENTS, callbacks=save)  # type: ignore[arg-type]
     fit(resumed, shards, 4, contents=CONTENTS, ckpt_path=str(tmp_path / "checkpoint"))  # type: ignore[arg-type]
     expected = weights(straight)
     assert len(expected) > 80  # the ControlNet and its average
