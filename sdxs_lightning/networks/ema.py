@@ -50,9 +50,10 @@ class DenoiserEma(nn.Module):
         """Updates the average; works on local shards if both networks are sharded."""
         own, others = dict(self.denoiser.named_parameters()), dict(denoiser.named_parameters())
         averaged: list[Tensor] = [own[name] for name in self._averaged]
-        current: list[Tensor] = [others[name] for name in self._averaged]
         if isinstance(self.denoiser, AveragedView):
-            current = list(lora_parameters(denoiser).values())
+            current: list[Tensor] = list(lora_parameters(denoiser).values())
+        else:
+            current = [others[name] for name in self._averaged]
         torch._foreach_lerp_(averaged, current, 1 - self.decay)
 
     def after_sharding(self) -> None:
