@@ -76,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 LONG_FILES = (
     "test_distributed.py",
     "test_method.py",
+    "test_export_runtime.py",
     "test_mixture.py",
     "test_interruption.py",
     "test_plan_command.py",
