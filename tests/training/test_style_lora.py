@@ -340,7 +340,7 @@ def test_a_resumed_denoising_is_the_uninterrupted_one(base: Base, shards: Path, 
         assert torch.equal(value, dict(resumed.named_parameters())[name]), name
     content = torch.load(tmp_path / "cut.ckpt", weights_only=False)
     content["frozen_weights"]["lora"] = "another"
-    with pytest.raises(ValueError, match="adapters on weights with fingerprint another"):
+    with pytest.raises(ValueError, match="on frozen weights with fingerprint another"):
         resumed.on_load_checkpoint(content)
 
 
