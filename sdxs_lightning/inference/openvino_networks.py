@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import sys
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class OpenVinoNetworks(GraphNetworks):
         static_shapes: bool = False,
     ) -> None:
         super().__init__(model)
-        self._core = import_openvino().Core()
+        self._core = openvino_core()
         self._device = "CPU" if device in ("auto", "cpu") else device
         if self._device.split(".")[0] not in {one.split(".")[0] for one in self._core.available_devices}:
             known = ", ".join(self._core.available_devices)
@@ -62,12 +63,28 @@ class OpenVinoNetworks(GraphNetworks):
         return self._core.compile_model(network, self._device, self._settings).create_infer_request()
 
 
+@cache
+def openvino_core() -> Any:
+    """The process's one Core, which lives as long as the process.
+
+    A Core that loads the CPU's plugin gives the main thread a stack for signal handlers, and puts the one before back when it
+    ends. Of two that end in the order of their creation the second puts back one that is gone, and the next signal with a
+    handler (a child that ends, SIGTERM, a timer) kills the process.
+
+    Raises:
+        UserError: without OpenVINO.
+    """
+    return import_openvino().Core()
+
+
 def import_openvino() -> Any:
     """The module.
 
     Raises:
         UserError: without it.
     """
+    # With this package OpenVINO and NNCF report imports and conversions to their maker, from forked processes.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
     except ImportError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +10,7 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.inference.exporting.graphs import Part
 from sdxs_lightning.inference.exporting.onnx_files import FILE, write_onnx
 from sdxs_lightning.inference.openvino_networks import FILE as IR_FILE
-from sdxs_lightning.inference.openvino_networks import import_openvino
+from sdxs_lightning.inference.openvino_networks import import_openvino, openvino_core
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -30,8 +29,7 @@ def write_openvino(part: Part, folder: Path, precision: Precision) -> None:
     openvino = import_openvino()
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".onnx-") as temporary:
         write_onnx(part, Path(temporary))
-        # Not openvino.convert_model: it reports each call to its maker, from a forked process in a thread.
-        network = openvino.Core().read_model(Path(temporary) / FILE)
+        network = openvino_core().read_model(Path(temporary) / FILE)
         _name_ends_only(network)
         if precision == "int8":
             network = compressed(network)
@@ -52,8 +50,6 @@ def compressed(network: Any) -> Any:
     Raises:
         UserError: without NNCF.
     """
-    # Without it NNCF reports its calls to its maker.
-    os.environ.setdefault("NNCF_CI", "1")
     try:
         import nncf
     except ImportError as error:
