@@ -45,6 +45,8 @@ from tests.networks.test_lora import move
 
 Base = Callable[[str], Path]
 FEW = ("to_q", "ff.net.2", "conv1")
+SGD = partial(torch.optim.SGD, lr=1.0)
+"""For comparisons of processes: Adam would make of a gradient that is rounding an update of full size."""
 ADAMW = partial(torch.optim.AdamW, lr=1e-2, eps=1e-8, weight_decay=0)
 ALWAYS = Regression(phase="always")
 RATIO_1 = UpdateSchedule(max_student_updates=10**6, fake_score_updates_per_student_update=1)
@@ -361,10 +363,10 @@ def test_the_plan_counts_adapters_and_needs_no_style_file(base: Base, tmp_path: 
 def two_ranks(base: Path, shards: Path, style: Path, out: Path) -> None:
     """In each of two processes: both stages, sharded, with their exports."""
     two: dict[str, Any] = {"batch_size": 2, "devices": 2, "strategy": strategy_of("fsdp2")}
-    module = stage(base, style)
+    module = stage(base, style, SGD)
     trainer = fit(module, shards, 2, **two)
     Export(str(out / "two-style"), dtype="float32").on_train_end(trainer, module)
-    other = denoising(base)
+    other = denoising(base, SGD)
     two["strategy"] = strategy_of("fsdp2")
     trainer = train(other, shards, 2, use_distributed_sampler=False, **two)
     Export(str(out / "two-denoising"), dtype="float32").on_train_end(trainer, other)
@@ -377,7 +379,7 @@ def test_two_processes_export_what_one_does(
     folder, styled = base("sd-epsilon"), style("sd-epsilon")
     ended = in_ranks(two_ranks, (folder, shards, styled, tmp_path), tmp_path)
     assert [rank.code for rank in ended] == [0, 0], [rank.said[-3000:] for rank in ended]
-    one, other = stage(folder, styled), denoising(folder)
+    one, other = stage(folder, styled, SGD), denoising(folder, SGD)
     Export(str(tmp_path / "one-style"), dtype="float32").on_train_end(fit(one, shards, 2), one)
     Export(str(tmp_path / "one-denoising"), dtype="float32").on_train_end(train(other, shards, 2), other)
     unet = family_of(folder).load_unet()
@@ -385,4 +387,7 @@ def test_two_processes_export_what_one_does(
         expected, found = (read_lora(tmp_path / f"{count}-{name}", unet).adapters for count in ("one", "two"))
         assert found.keys() == expected.keys()
         for layer, update in expected.items():
-            torch.testing.assert_close(found[layer].delta(), update.delta(), rtol=0.05, atol=2e-4, msg=layer)
+            size = float(update.delta().abs().max())
+            assert size > 1e-8, (name, layer)
+            # Halves of a batch are summed in another order: rounding of float32, relative to the whole layer's update.
+            assert float((found[layer].delta() - update.delta()).abs().max()) < 1e-3 * size, (name, layer)
