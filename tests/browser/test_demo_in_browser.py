@@ -174,7 +174,8 @@ def test_a_stroke_changes_the_picture(browser: Any, demo: str) -> None:
         before = visitor.changed("sketch", before)  # while the button is still down
         mouse.up()
     seen = pixels(str(visitor.page.locator('#sketch-pictures img[alt="condition"]').get_attribute("src")))
-    assert 5 < seen.mean() < 200 and seen.max() > 200  # white strokes on black
+    # White strokes on black; the second may be under way still when its first picture comes.
+    assert 1 < seen.mean() < 200 and seen.max() > 200
     visitor.page.get_by_role("button", name="Clear the paper").click()
     visitor.page.wait_for_function("!document.querySelector('#sketch-pictures img[alt=condition]')")
     assert same(visitor.source("sketch"), expected("a blue square"))
