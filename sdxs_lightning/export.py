@@ -198,13 +198,22 @@ def gathered_unet(unet: UNet2DConditionModel, first_rank: bool) -> UNet2DConditi
     return plain_unet(unet, weights) if first_rank else None
 
 
-def gathered_controlnet(controlnet: ControlNetModel, first_rank: bool) -> ControlNetModel | None:
-    """As `gathered_unet`, of a ControlNet."""
-    from sdxs_lightning.networks.controlnet import plain_controlnet
+def write_controlnet(controlnet: ControlNetModel, folder: Path, dtype: torch.dtype, first_rank: bool) -> None:
+    """Writes a ControlNet in diffusers' layout. A collective: every rank calls it.
+
+    Args:
+        controlnet: may be sharded by FSDP2, and have adapters, which are merged.
+        folder: written completely or not at all; an existing one is replaced.
+        dtype: of the weights.
+        first_rank: whether this rank writes.
+    """
+    from sdxs_lightning.networks.controlnet import plain_controlnet, save_controlnet
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = cast(dict[str, Tensor], get_model_state_dict(controlnet, options=options))
-    return plain_controlnet(controlnet, weights) if first_rank else None
+    if first_rank:
+        with new_folder(folder) as written:
+            save_controlnet(plain_controlnet(controlnet, weights), written, dtype)
 
 
 def write_adapters(

@@ -12,9 +12,6 @@ from typing import Annotated, ClassVar, Literal
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
-EXPORTED = ("sdxs_runtime.json", "README.txt")
-"""Files by which an earlier export is known: a manifest, or the notes of a single file."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRuntimeOptions:
@@ -103,7 +100,9 @@ def _check_replaceable(out: Path, sources: Sequence[str | None]) -> None:
     for one in kept:
         if out.resolve() in (one.resolve(), *one.resolve().parents):
             raise UserError(f"--out '{out}' would be replaced, and '{one}' is in it; give another folder.")
-    if not out.is_dir() or (any(out.iterdir()) and not any((out / name).is_file() for name in EXPORTED)):
+    from sdxs_lightning.inference.model_folder import MANIFEST
+
+    if not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).is_file()):
         raise UserError(f"--out '{out}' exists and is no earlier export; remove it, or give another folder.")
 
 

@@ -118,7 +118,7 @@ def decoder(options: DecoderOptions) -> str:
     features = {"features": options.features}
     result = {
         "base": options.base,
-        "vae_sha256": hash_weights(family.folder / "vae"),
+        "vae_sha256": settings["vae_sha256"],
         "decoder": options.decoder,
         "decoder_sha256": hash_weights(options.decoder),
         "images": sum(map(len, psnr["kl_real"])),

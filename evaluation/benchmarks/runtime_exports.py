@@ -65,9 +65,8 @@ def run(options: RuntimeExportsOptions) -> str:
         rows = {row["export"]: row for row in known.get(options.random_weights, [])}
         for name in options.exports:
             rows[name] = _exported(name, model, controlnet, work, options.check_size_px)
-            if (
-                options.out is not None
-            ):  # after each, since one takes minutes and the next may need more memory
+            # After each, since one takes minutes and the next may need more memory.
+            if options.out is not None:
                 result = known | {options.random_weights: list(rows.values())}
                 options.out.write_text(json.dumps(result, indent=1) + "\n")
     return table(list(rows.values()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,6 +68,14 @@ def tiny_control(latents: Tensor) -> NDArray[np.uint8]:
     """A condition image (32, 32, 3) that depends on the latents: white where the first channel is positive."""
     mask = (latents[0] > 0).numpy().repeat(2, 0).repeat(2, 1)
     return np.repeat(mask[:, :, None].astype(np.uint8) * 255, 3, axis=2)
+
+
+def control_batch(size: int) -> Any:
+    """A batch with the condition images of its latents."""
+    batch = tiny_batch(size)
+    assert batch.latents is not None
+    controls = torch.stack([torch.from_numpy(tiny_control(one)).permute(2, 0, 1) for one in batch.latents])
+    return replace(batch, control_images=controls.float() / 255)
 
 
 def family_of(base: Path) -> StableDiffusion | StableDiffusionXL:

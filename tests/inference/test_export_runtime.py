@@ -335,6 +335,7 @@ def test_only_an_earlier_export_is_replaced(
     shutil.copytree(student("sd"), model)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.txt").write_text("years")
+    (tmp_path / "notes" / "README.txt").write_text("of another program")
     monkeypatch.chdir(tmp_path)
     for out, reason in (
         (model, "is in it"),

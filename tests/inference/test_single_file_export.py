@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderTiny,
+    DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -20,6 +23,7 @@ from evaluation.benchmarks.full_size import sd15_unet_config, sd21_unet_config, 
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.export_runtime import main
 from sdxs_lightning.families.detect import detect_family
+from sdxs_lightning.inference.exporting import single_file
 from sdxs_lightning.inference.exporting.original_names import original_unet, taesd
 from sdxs_lightning.inference.exporting.single_file import (
     export_single_file,
@@ -32,6 +36,8 @@ from sdxs_lightning.surgery.presets import PRESETS
 from tests.helpers.ldm_layout import ldm_unet, ldm_vae
 from tests.helpers.students import save_student
 from tests.helpers.tiny_releases import save_release
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +60,6 @@ def test_round_trip_through_the_own_loader(name: str, tmp_path: Path) -> None:
     export_single_file(student, tmp_path / "out", "fp32")
     configs = student
     if name == "sdxs":  # the loader wants configs whose VAE is the file's
-        import json
-        import shutil
-
         configs = tmp_path / "configs"
         shutil.copytree(student, configs)
         shutil.rmtree(configs / "vae")
@@ -152,6 +155,7 @@ def test_a_student_with_tiny_decoder(tmp_path: Path, capsys: pytest.CaptureFixtu
         "taesd_decoder.safetensors",
         "taesd_encoder.safetensors",
         "README.txt",
+        "sdxs_runtime.json",
     }
     decoder = load_file(tmp_path / "out" / "taesd_decoder.safetensors")
     weights = AutoencoderTiny.from_pretrained(student / "vae").state_dict()
@@ -161,6 +165,38 @@ def test_a_student_with_tiny_decoder(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(decoder) == sum(name.startswith("decoder.") for name in weights)
     encoder = load_file(tmp_path / "out" / "taesd_encoder.safetensors")
     assert torch.equal(encoder["0.weight"], weights["encoder.layers.0.weight"].half())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_what_other_programs_guess_wrongly_is_said(prediction: str, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(ROOT / "data" / "toy" / "student", student)  # of timestep 699
+    scheduler = student / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text()) | {"prediction_type": prediction}
+    scheduler.write_text(json.dumps(config))
+    notes = "\n".join(export_single_file(student, tmp_path / "out", "fp16"))
+    kept = DDIMScheduler.from_config(config).alphas_cumprod[699].item()
+    sigma = ((1 - kept) / kept) ** 0.5
+    assert f"this student at 699: give ComfyUI's SamplerCustom the sigmas {sigma:.4f}, 0;" in notes
+    assert "--cfg-scale" not in notes  # stable-diffusion.cpp would begin at 999
+    assert ("set v_prediction by hand" in notes) == (prediction == "v_prediction")
+
+
+def test_a_file_that_reads_back_otherwise_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = save_student(tmp_path, "midless", mid=None, tiny=True)
+
+    def swapped(config: Any, weights: dict[str, Any], gaps: bool = False) -> dict[str, Any]:
+        named = original_unet(config, weights, gaps)
+        one, other = (f"model.diffusion_model.time_embed.{layer}.bias" for layer in (0, 2))
+        named[one], named[other] = named[other], named[one]
+        return named
+
+    monkeypatch.setattr(single_file, "original_unet", swapped)
+    with pytest.raises(UserError, match=r"2 of them different \(time_embedding.linear_1.bias"):
+        export_single_file(student, tmp_path / "out", "fp16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_that_differ_by_stage_have_no_numbers() -> None:

@@ -204,7 +204,7 @@ MUTATIONS = (
         f"{OBJECTIVES}/condition_consistency.py",
         "return self.weight * loss,",
         "return -self.weight * loss,",
-        f"{CONTROLNET_TESTS}::test_a_step_against_the_gradient_of_condition_consistency_brings_the_image_nearer",
+        "tests/training/test_condition_consistency.py::test_a_step_against_the_gradient_of_condition_consistency_brings_the_image_nearer",
     ),
     Mutation(
         "noise of pairs never redrawn",

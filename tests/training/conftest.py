@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.helpers.tiny_distillation import save_base, save_shards
+from tests.helpers.tiny_distillation import family_of, save_base, save_shards
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +22,18 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of latent shards."""
     return save_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="session")
+def pretrained(base: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a ControlNet of the tiny SD base that does something."""
+    from sdxs_lightning.networks.controlnet import controlnet_from_unet, save_controlnet
+
+    folder = tmp_path_factory.mktemp("pretrained")
+    controlnet = controlnet_from_unet(family_of(base("sd-v_prediction")).load_unet(), (16, 32))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in controlnet.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    save_controlnet(controlnet, folder, torch.float32)
+    return folder

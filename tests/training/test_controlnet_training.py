@@ -12,13 +12,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
-from data.conditions import SoftEdge
 from sdxs_lightning.callbacks.export import Exportable
-from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.core.seeding import Stream, normal
-from sdxs_lightning.networks.condition_readers import LearnedReader, ReaderNetwork, SoftEdgeReader
+from sdxs_lightning.networks.condition_readers import SoftEdgeReader
 from sdxs_lightning.networks.controlled import (
     ControlledBaseView,
     ControlledDenoiser,
@@ -26,30 +23,29 @@ from sdxs_lightning.networks.controlled import (
     ControlledStudent,
     ControlNetSource,
 )
-from sdxs_lightning.networks.controlnet import controlnet_from_unet, load_controlnet, save_controlnet
+from sdxs_lightning.networks.controlnet import load_controlnet
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
-from sdxs_lightning.objectives.condition_consistency import ConditionConsistency, condition_distance
-from sdxs_lightning.objectives.knowledge_distillation import FeatureDistillation, OutputDistillation
+from sdxs_lightning.objectives.condition_consistency import ConditionConsistency
+from sdxs_lightning.objectives.knowledge_distillation import OutputDistillation
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.controlnet.control_images import control_images_of, with_some_dropped
 from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation, ControlSettings
-from sdxs_lightning.stages.controlnet.reader import ConditionReaderTraining
 from sdxs_lightning.stages.controlnet.training import ControlNetTraining
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import (
     batches_of,
     built,
+    control_batch,
     family_of,
     fit,
     moved,
     sample_of,
-    tiny_control,
     weights,
 )
 
@@ -66,19 +62,6 @@ class Inverted:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         return 255 - image
-
-
-@pytest.fixture(scope="module")
-def pretrained(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a ControlNet of the tiny SD base that does something."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    controlnet = controlnet_from_unet(family_of(base("sd-v_prediction")).load_unet(), (16, 32))
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in controlnet.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    save_controlnet(controlnet, folder, torch.float32)
-    return folder
 
 
 def joint(base: Path, make: Any = SGD, **settings: Any) -> ControlNetDistillation:
@@ -157,7 +140,7 @@ def test_adapters_of_the_fake_score_share_the_base_with_a_real_score_that_has_th
         for name, parameter in module.fake_score.named_parameters():
             if name in adapters:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    batch = _batch(2)
+    batch = control_batch(2)
     conditioning = module.family.encode_prompts(batch.captions)
     conditioning = replace(conditioning, control_images=batch.control_images)
     noisy = normal(0, Stream.SCORE_NOISE, batch.positions, LATENT_SHAPE), torch.tensor([100, 500])
@@ -214,7 +197,7 @@ def test_lora_trains_adapters_and_the_new_parts_and_is_merged_on_export(
 
 def _differs(module: ControlNetDistillation, controlnet: Any) -> float:
     """Largest difference of the student's latents with the exported ControlNet in place of its own."""
-    batch = _batch(3)
+    batch = control_batch(3)
     noise = normal(0, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
     conditioning = module.family.encode_prompts(batch.captions)
     conditioning = replace(conditioning, control_images=batch.control_images)
@@ -225,13 +208,6 @@ def _differs(module: ControlNetDistillation, controlnet: Any) -> float:
         found = module.student(noise, conditioning)
         own.controlnet = kept
     return float((found - expected).abs().max())
-
-
-def _batch(size: int) -> Any:
-    batch = tiny_batch(size)
-    assert batch.latents is not None
-    controls = torch.stack([torch.from_numpy(tiny_control(one)).permute(2, 0, 1) for one in batch.latents])
-    return replace(batch, control_images=controls.float() / 255)
 
 
 # ------------------------------------------------------------------------------------------------------ resume, export
@@ -308,7 +284,7 @@ def test_an_exported_fake_score_has_its_controlnet(base: Base, pretrained: Path,
 
 def test_who_sees_the_condition(base: Base, pretrained: Path) -> None:
     plain, attached = built(joint(base("sd-v_prediction"))), built(sdxs(base("sd-v_prediction"), pretrained))
-    batch = _batch(2)
+    batch = control_batch(2)
     conditioning = plain.family.encode_prompts(batch.captions)
     black, white = (
         replace(conditioning, control_images=torch.full((2, 3, 32, 32), value)) for value in (0.0, 1.0)
@@ -344,7 +320,7 @@ def test_pairs_bring_the_condition_of_their_target_and_some_new_noise(base: Base
     )
     assert module.pairs is not None and module.real_score is not None
     module.pairs.start(module.real_score.module, _Captions())
-    batch = _batch(64)
+    batch = control_batch(64)
     inputs = module._inputs(batch, module.terms.warmup)
     assert inputs.target is not None and inputs.conditioning.control_images is not None
     images = module.family.decode(inputs.target)
@@ -380,175 +356,11 @@ def test_both_halves_of_the_discriminator_lose_the_same_conditions(base: Base) -
             seed=3,
         )
     )
-    batch = _batch(16)
+    batch = control_batch(16)
     fake = module._sample(batch, {})
     real = module._real_batch(batch, fake).conditioning
     black = [one.control_images.flatten(1).amax(dim=1) == 0 for one in (fake.conditioning, real)]  # type: ignore[union-attr]
     assert torch.equal(*black) and 0 < int(black[0].sum()) < 16
-
-
-# --------------------------------------------------------------------------------------------------------------- readers
-
-
-def test_the_soft_edge_reader_is_the_condition(base: Base) -> None:
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 256, (4, 8, 8, 3)).repeat(8, 1).repeat(8, 2).astype(np.uint8)
-    read = SoftEdgeReader(1.5).load()(from_uint8(torch.from_numpy(coarse).permute(0, 3, 1, 2)))
-    made = np.stack([SoftEdge(1.5)(one) for one in coarse])
-    expected = torch.from_numpy(made).permute(0, 3, 1, 2).float() / 255
-    assert (read - expected).abs().max() < 1.5 / 255  # the rounding to bytes
-    assert expected.std() > 0.1
-
-
-class ReaderOf:
-    """Source of a network that exists already."""
-
-    def __init__(self, network: torch.nn.Module) -> None:
-        self.network = network
-
-    def load(self) -> torch.nn.Module:
-        return self.network
-
-
-@pytest.mark.parametrize("distance", ["mse", "cross_entropy"])
-def test_a_step_against_the_gradient_of_condition_consistency_brings_the_image_nearer(
-    base: Base, distance: str
-) -> None:
-    reader = SoftEdgeReader() if distance == "mse" else ReaderOf(ReaderNetwork(widths=(4, 4)))
-    term = ConditionConsistency(reader, weight=2.0)
-    module = built(joint(base("sd-v_prediction"), objectives={"condition": term}))
-    assert term.distance == distance
-    sample, controls = sample_of(module), _batch(3).control_images.clone()
-    controls[1] = 0.0  # dropped: no condition, no loss
-    conditioning = replace(sample.conditioning, control_images=controls)
-
-    def loss_at(latents: Tensor) -> Tensor:
-        loss, scalars = term(replace(sample, latents=latents, conditioning=conditioning), module.context)
-        assert float(loss.detach()) == pytest.approx(2 * float(scalars["condition_consistency"].detach()))
-        return loss
-
-    latents = sample.latents.detach().requires_grad_()
-    loss = loss_at(latents)
-    (gradient,) = torch.autograd.grad(loss, latents)
-    read = term.read(replace(sample, latents=latents))
-    per_sample = condition_distance(read, controls, term.distance).detach()
-    assert float(loss.detach()) == pytest.approx(2 * float(per_sample[0] + per_sample[2]) / 3)
-    assert gradient[1].abs().max() == 0 and gradient[0].abs().max() > 0 < gradient[2].abs().max()
-    step = 1e-2 / float(gradient.norm())
-    assert loss_at((latents - step * gradient).detach()) < loss.detach()
-
-
-def test_a_reader_that_is_sure_and_wrong_gives_a_gradient(base: Base) -> None:
-    wanted = torch.ones(2, 3, 32, 32)
-    logits = torch.full_like(wanted, -60.0, requires_grad=True)  # its sigmoid is 0 in float32
-    (gradient,) = torch.autograd.grad(condition_distance(logits, wanted, "cross_entropy").sum(), logits)
-    torch.testing.assert_close(gradient, torch.full_like(wanted, -1 / wanted[0].numel()))
-
-
-def test_distances_are_the_formulas() -> None:
-    read, wanted = torch.tensor([[[[0.25, 0.9]]]]), torch.tensor([[[[0.0, 1.0]]]])
-    entropy = -(np.log(0.75) + np.log(0.9)) / 2
-    for distance, value in (("cross_entropy", entropy), ("mse", (0.0625 + 0.01) / 2), ("l1", 0.175)):
-        given = read.logit() if distance == "cross_entropy" else read
-        assert float(condition_distance(given, wanted, distance)) == pytest.approx(value, rel=1e-5)  # type: ignore[arg-type]
-
-
-def test_a_reader_learns_its_pairs_and_is_loaded_again(base: Base, shards: Path, tmp_path: Path) -> None:
-    training = ConditionReaderTraining(
-        family_of(base("sd-v_prediction")),
-        partial(torch.optim.Adam, lr=1e-2),
-        widths=(8, 8),
-        noise=0.0,
-        ema_decay=0.5,
-    )
-    losses: list[float] = []
-
-    class Watch(Callback):
-        def on_train_batch_end(
-            self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
-        ) -> None:
-            losses.append(float(outputs["loss"]))
-
-    fit(training, shards, 60, batch_size=8, contents=CONTENTS, callbacks=[Watch()])  # type: ignore[arg-type]
-    training.write_export(tmp_path / "reader", average=True, dtype=torch.float32)
-    assert np.mean(losses[-5:]) < 0.9 * losses[0]
-    loaded = LearnedReader(str(tmp_path / "reader")).load()
-    images = normal(0, 0, torch.arange(2), (3, 32, 32))
-    assert torch.equal(loaded(images), training.ema.module(images))
-    with pytest.raises(FileNotFoundError, match="there is no condition reader in 'nowhere'"):
-        ReaderNetwork.from_pretrained("nowhere")
-
-
-# -------------------------------------------------------------------------------------------- the base's ControlNet
-
-
-def test_denoising_moves_the_controlnet_alone(base: Base, shards: Path, tmp_path: Path) -> None:
-    module = ControlNetTraining(family_of(base("sd-v_prediction")), ADAMW, ema_decay=0.5)
-    module.configure_model()
-    before, frozen = weights(module), weights(module.controlled.unet)
-    fit(module, shards, 3, contents=CONTENTS)  # type: ignore[arg-type]
-    module.write_export(tmp_path / "controlnet", average=False, dtype=torch.float32)
-    assert moved(before, module, "controlled") > 0.95 and moved(before, module, "ema") > 0.95
-    assert all(torch.equal(frozen[name], value) for name, value in weights(module.controlled.unet).items())
-    loaded = load_controlnet(tmp_path / "controlnet").state_dict()
-    own = module.controlled.controlnet.state_dict()
-    assert all(torch.equal(value, loaded[name]) for name, value in own.items())
-
-
-def test_a_controlnet_goes_on_with_the_u_net_that_it_was_trained_for(
-    base: Base, shards: Path, tmp_path: Path
-) -> None:
-    module = ControlNetTraining(family_of(base("sd-v_prediction")), SGD)
-    trainer = fit(module, shards, 1, contents=CONTENTS)  # type: ignore[arg-type]
-    trainer.save_checkpoint(tmp_path / "checkpoint")
-    shaken = module.family.load_unet()
-    with torch.no_grad():
-        shaken.conv_in.weight.add_(0.1)
-    shaken.save_pretrained(tmp_path / "unet")
-    other = ControlNetTraining(module.family, SGD, weights=str(tmp_path / "unet"))
-    with pytest.raises(
-        ValueError,
-        match="the checkpoint's controlnet was trained on frozen weights .* set model.init_args.weights",
-    ):
-        fit(other, shards, 2, contents=CONTENTS, ckpt_path=str(tmp_path / "checkpoint"))  # type: ignore[arg-type]
-
-
-def test_training_by_denoising_resumes_bit_exact(base: Base, shards: Path, tmp_path: Path) -> None:
-    def module() -> ControlNetTraining:
-        family, shares = (
-            family_of(base("sd-v_prediction")),
-            {"caption_dropout": 0.5, "condition_dropout": 0.3},
-        )
-        return ControlNetTraining(family, ADAMW, ema_decay=0.5, **shares)  # type: ignore[arg-type]
-
-    straight, resumed = module(), module()
-    save = [SaveAt(2, tmp_path / "checkpoint")]
-    fit(straight, shards, 4, contents=CONTENTS, callbacks=save)  # type: ignore[arg-type]
-    fit(resumed, shards, 4, contents=CONTENTS, ckpt_path=str(tmp_path / "checkpoint"))  # type: ignore[arg-type]
-    expected = weights(straight)
-    assert len(expected) > 80  # the ControlNet and its average
-    assert all(torch.equal(value, expected[name]) for name, value in weights(resumed).items())
-
-
-def test_fitting_has_no_loss_where_student_and_base_are_one(base: Base, pretrained: Path) -> None:
-    folder = str(pretrained)
-
-    def losses(weights: str | None) -> dict[str, Tensor]:
-        module = ControlNetTraining(
-            family_of(base("sd-v_prediction")),
-            SGD,
-            controlnet=ControlNetSource(weights),
-            task=None,
-            base_controlnet=folder,
-            output_distillation=OutputDistillation(),
-            feature_distillation=FeatureDistillation(),
-        )
-        module.configure_model()
-        assert module.taps == {f"up_blocks.{i}": f"up_blocks.{i}" for i in range(3)}
-        return module._terms(_batch(2))
-
-    assert all(float(loss.detach()) < 1e-10 for loss in losses(folder).values())
-    assert all(float(loss.detach()) > 1e-6 for loss in losses(None).values())
 
 
 def test_a_new_controlnet_of_the_fake_score_has_its_own_rate(base: Base) -> None:
@@ -575,13 +387,13 @@ def test_batches_without_conditions_or_with_others_are_refused(base: Base) -> No
         ValueError, match=r"needs condition images, and the batch has none: let data\.contents"
     ):
         control_images_of(tiny_batch(2), family, 3)
-    batch = replace(_batch(2), control_images=torch.zeros(2, 3, 16, 16))
+    batch = replace(control_batch(2), control_images=torch.zeros(2, 3, 16, 16))
     with pytest.raises(ValueError, match="condition images have 16x16 pixels and its images 32x32"):
         control_images_of(batch, family, 3)
     with pytest.raises(
         ValueError, match="condition images have 3 channels, and 1 are expected; change conditioning_channels"
     ):
-        control_images_of(_batch(2), family, 1)
+        control_images_of(control_batch(2), family, 1)
 
 
 def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:

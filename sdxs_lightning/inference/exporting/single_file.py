@@ -21,7 +21,7 @@ from sdxs_lightning.inference.exporting.original_names import (
     taesd,
 )
 from sdxs_lightning.inference.inputs import DTYPES
-from sdxs_lightning.inference.model_folder import ModelFolder
+from sdxs_lightning.inference.model_folder import MANIFEST, ModelFolder
 from sdxs_lightning.inference.torch_networks import load_part
 
 MODEL, WITH_GAPS = "model.safetensors", "model_sd_cpp.safetensors"
@@ -70,6 +70,10 @@ def export_single_file(
             _save(tensors, written / f"{name}.safetensors", dtype)
         notes = _notes(model, unet.config, gaps, list(tiny), others)
         (written / "README.txt").write_text("\n".join(notes) + "\n")
+        # By which the folder is known as an export, that the next one may replace.
+        (written / MANIFEST).write_text(
+            json.dumps({"pipeline_class": model.pipeline_class, "runtime": "single-file"}) + "\n"
+        )
     return notes
 
 

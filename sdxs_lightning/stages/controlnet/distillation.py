@@ -218,30 +218,22 @@ class ControlNetDistillation(OneStepDistillation):
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:
         """Writes a ControlNet folder in diffusers' layout, which has no VAE (the callback `Export` refuses one)."""
-        from sdxs_lightning.export import gathered_controlnet, new_folder
-        from sdxs_lightning.networks.controlnet import save_controlnet
+        from sdxs_lightning.export import write_controlnet
 
         assert self.ema is not None and vae is None
         denoiser = self.ema.denoiser if average else self.student.denoiser
         assert isinstance(denoiser, ControlledDenoiser)
-        controlnet = gathered_controlnet(denoiser.controlnet, first_rank=self.global_rank == 0)
-        if controlnet is not None:
-            with new_folder(folder) as written:
-                save_controlnet(controlnet, written, dtype)
+        write_controlnet(denoiser.controlnet, folder, dtype, first_rank=self.global_rank == 0)
 
     def write_fake_score(self, folder: Path, dtype: torch.dtype) -> None:
         """Writes the fake score's U-Net, and its ControlNet to `<folder>_controlnet` if it was trained; all ranks call it."""
-        from sdxs_lightning.export import gathered_controlnet, new_folder
-        from sdxs_lightning.networks.controlnet import save_controlnet
+        from sdxs_lightning.export import write_controlnet
 
         super().write_fake_score(folder, dtype)
         fake = self.fake_score
-        if not isinstance(fake, ControlledFakeScore) or not fake.controlnet_source.train:
-            return
-        controlnet = gathered_controlnet(fake.denoiser.controlnet, first_rank=self.global_rank == 0)
-        if controlnet is not None:
-            with new_folder(folder.with_name(f"{folder.name}_controlnet")) as written:
-                save_controlnet(controlnet, written, dtype)
+        if isinstance(fake, ControlledFakeScore) and fake.controlnet_source.train:
+            beside = folder.with_name(f"{folder.name}_controlnet")
+            write_controlnet(fake.denoiser.controlnet, beside, dtype, first_rank=self.global_rank == 0)
 
     def plan_networks(self) -> list[PlannedNetwork]:
         networks = super().plan_networks()

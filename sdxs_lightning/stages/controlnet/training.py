@@ -16,7 +16,7 @@ from sdxs_lightning.core.frozen import Dtype, Frozen
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
-from sdxs_lightning.export import gathered_controlnet, new_folder
+from sdxs_lightning.export import write_controlnet
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.controlled import ControlledDenoiser, ControlNetSource
 from sdxs_lightning.networks.denoiser import Denoiser
@@ -219,15 +219,10 @@ class ControlNetTraining(AveragedTraining):
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
         """Writes a ControlNet folder in diffusers' layout."""
-        from sdxs_lightning.networks.controlnet import save_controlnet
-
         assert self.ema is not None
         source = self.ema.denoiser if average else self.controlled
         assert isinstance(source, ControlledDenoiser)
-        controlnet = gathered_controlnet(source.controlnet, first_rank=self.global_rank == 0)
-        if controlnet is not None:
-            with new_folder(folder) as written:
-                save_controlnet(controlnet, written, dtype)
+        write_controlnet(source.controlnet, folder, dtype, first_rank=self.global_rank == 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds a fingerprint of the frozen weights, which checkpoints do not hold."""
