@@ -25,6 +25,7 @@ from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.lora_files import LowRank, add_to_weights, live_adapters, read_lora, write_lora
 from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.matched_features import EncoderFeatures
 from sdxs_lightning.objectives.regression import Regression
@@ -155,14 +156,15 @@ def test_without_a_style_the_first_gradient_is_zero(
     given = read_lora(style(kind), family_of(base(kind)).load_unet()).adapters
     write_lora(nothing, {name: LowRank(a.down, 0 * a.up, a.alpha) for name, a in given.items()})
     for source in (nothing, style(kind)):
-        module = built(stage(base(kind), source))
+        # Guidance 1 in both scores, so that they are equal without a style.
+        module = built(
+            stage(base(kind), source, distribution_matching=DistributionMatching(guidance_scale=1.0))
+        )
         batch = tiny_batch(3)
         sample = module._sample(batch, module.terms.distillation)
         noted: dict[str, Any] = {}
         module.note = lambda prefix="", noted=noted, **scalars: noted.update(scalars)  # type: ignore[method-assign]
         module.accumulate = lambda loss: loss.backward()  # type: ignore[method-assign]
-        # Guidance 1 in both scores, so that they are equal without a style.
-        object.__setattr__(module.terms.distillation["distribution_matching"], "guidance_scale", 1.0)
         module._student_backward(sample, module.terms.distillation)
         norms.append(float(noted["gradient_norm_distribution_matching"]))
     assert norms[0] < 1e-6 < 1e-3 < norms[1]
