@@ -1,4 +1,4 @@
-"""Pairs (noise, latents) of a target sampler: from memory, from the batch, or sampled in the step.
+"""Pairs (noise, latents) of a target sampler: from memory, from the batch, or sampled in the step; or of the data.
 
 They are used by terms with `needs_pairs` (`Regression`, `FeatureMatching`).
 """
@@ -6,7 +6,7 @@ They are used by terms with `needs_pairs` (`Regression`, `FeatureMatching`).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,7 +31,7 @@ from sdxs_lightning.pairs.stored_pairs import (
 )
 from sdxs_lightning.pairs.target_sampler import TargetSampler, make_sampler
 
-PairSource = Literal["memory", "batch", "on_the_fly"]
+PairSource = Literal["memory", "batch", "on_the_fly", "data"]
 
 
 @runtime_checkable
@@ -49,7 +49,9 @@ class PairSettings:
     source: PairSource = "memory"
     """"memory": `count` pairs are sampled at the start of the fit, for prompts of the training data. "batch": stored pairs from
     the loader, made by `python -m data.prepare pairs`; a GAN in the same run then treats their targets as real data.
-    "on_the_fly": the target sampler runs in every step, for the batch's prompts and the student's noise."""
+    "on_the_fly": the target sampler runs in every step, for the batch's prompts and the student's noise. "data": the batch's
+    own latents, with noise that has nothing to do with them; only for the stage `controlnet`, whose condition images say what
+    the noise then cannot."""
     count: int = 2048
     """Number of pairs in memory; each costs `sampler_steps` guided network calls."""
     sampler_steps: int = 15
@@ -66,9 +68,9 @@ class PairSettings:
     """Batch size per device for sampling pairs into memory."""
 
     def __post_init__(self) -> None:
-        if self.source not in ("memory", "batch", "on_the_fly"):
+        if self.source not in get_args(PairSource):
             raise ValueError(
-                f"pairs.source is '{self.source}', accepted are 'memory', 'batch' and 'on_the_fly'."
+                f"pairs.source is '{self.source}', accepted are {', '.join(get_args(PairSource))}."
             )
         scale = read_guidance_scale("pairs.guidance_scale", self.guidance_scale)
         object.__setattr__(self, "guidance_scale", scale)
@@ -77,16 +79,16 @@ class PairSettings:
                 raise ValueError(f"pairs.{name} must be 1 or more, got {getattr(self, name)}.")
         if self.scheduler is not None:
             check_scheduler(self.scheduler)
-        if self.source == "batch" and self.weights is not None:
+        if not self.samples and self.weights is not None:
             raise ValueError(
-                f"pairs.weights is '{self.weights}', but pairs.source 'batch' samples nothing; set pairs.weights to null, or "
-                "name the checkpoint to `python -m data.prepare pairs`."
+                f"pairs.weights is '{self.weights}', but pairs.source '{self.source}' samples nothing; set pairs.weights to "
+                "null, or name the checkpoint to `python -m data.prepare pairs`."
             )
 
     @property
     def samples(self) -> bool:
         """Whether the source runs a target sampler."""
-        return self.source != "batch"
+        return self.source not in ("batch", "data")
 
     @property
     def samples_real_score(self) -> bool:
@@ -196,10 +198,10 @@ class TargetPairs:
 
         Args:
             batch: "memory" reads its positions, "on_the_fly" its positions and captions, "batch" its captions, latents,
-                pair_noise_seeds, and original sizes and crops if present.
+                pair_noise_seeds, and original sizes and crops if present; "data" the same, but positions for the seeds.
 
         Raises:
-            ValueError: for "batch", if the batch holds no pairs of this base.
+            ValueError: for "batch", if the batch holds no pairs of this base; for "data", if it holds no latents of it.
         """
         match self.settings.source:
             case "memory":
@@ -207,6 +209,8 @@ class TargetPairs:
                 return self._stored.pick(batch.positions)
             case "batch":
                 return self._from_batch(batch)
+            case "data":
+                return self._from_data(batch)
         return self._sampled(batch)
 
     def _from_batch(self, batch: TrainingBatch) -> PickedPairs:
@@ -222,6 +226,21 @@ class TargetPairs:
             )
         return PickedPairs(
             noise=pair_noise(batch.pair_noise_seeds, shape),
+            conditioning=self._family.encode_prompts(batch.captions, batch.original_sizes, batch.crops),
+            target=self._family.scale_latents(batch.latents),
+        )
+
+    def _from_data(self, batch: TrainingBatch) -> PickedPairs:
+        assert self._family is not None
+        shape = self._family.latent_shape()
+        if batch.latents is None or tuple(batch.latents.shape[1:]) != shape:
+            found = "none" if batch.latents is None else str(tuple(batch.latents.shape[1:]))
+            raise ValueError(
+                f"pairs.source 'data' needs latents {shape} in every batch and got {found}; point data.shards at latent shards "
+                "made with this base's VAE and let data.contents name latents, or take another pairs.source."
+            )
+        return PickedPairs(
+            noise=normal(self._seed, Stream.STUDENT_NOISE, batch.positions, shape),
             conditioning=self._family.encode_prompts(batch.captions, batch.original_sizes, batch.crops),
             target=self._family.scale_latents(batch.latents),
         )

@@ -24,6 +24,7 @@ from evaluation.benchmarks.latency.stopwatch import Stopwatch
 from evaluation.benchmarks.latency.subjects import Subject, serve
 from evaluation.latency import LatencyOptions, main
 from sdxs_lightning.command_line import parse_options
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.families.weights import load_network
 from sdxs_lightning.inference.generator import OneStepGenerator
@@ -231,6 +232,23 @@ def test_a_kept_export_is_that_of_the_same_networks(student: Path, tmp_path: Pat
     assert command.export_name(str(other), "onnx", "fp16", None) != name
     controlled = command.export_name(str(student), "onnx", "fp16", controlnet)
     assert controlled.startswith(f"{name}-control-") and controlled.endswith(hash_model(controlnet))
+
+
+def test_models_that_memory_does_not_hold_at_once_are_refused() -> None:
+    gib = 2**30
+    with pytest.raises(
+        UserError, match=r"3 of 5 models that take turns use 15\.0 GiB, and 4\.0 GiB are left"
+    ):
+        command.check_memory(3, 5, 19 * gib, 4 * gib)
+    command.check_memory(3, 5, 21 * gib, 6 * gib)
+    command.check_memory(5, 5, 19 * gib, 0)  # all are there
+    command.check_memory(1, 5, None, None)
+    assert (command.available_bytes() or gib) > 2**20
+
+
+def test_the_command_is_kept_without_folders_of_the_machine() -> None:
+    line = "--preset paper-512 --work /tmp/w --threads 2 --out=/home/me/a.json"
+    assert command.command_line(line.split()) == "python -m evaluation.latency --preset paper-512 --threads 2"
 
 
 def test_presets_resolve() -> None:

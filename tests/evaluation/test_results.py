@@ -13,6 +13,7 @@ import pytest
 
 from evaluation.__main__ import COMMANDS
 from evaluation.benchmarks import tables, throughput
+from evaluation.benchmarks.latency.report import table
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
 from sdxs_lightning.command_line import Command, parse_options
@@ -40,6 +41,13 @@ def test_every_table_is_what_show_prints() -> None:
         assert path.name in PAGE or path.name == "README.md", f"{path.name} is in no section"
     for path in RESULTS.glob("*.png"):
         assert path.name in PAGE, f"{path.name} is in no section"
+
+
+def test_the_table_of_speed_is_its_files() -> None:
+    measured = result("latency_cpu")
+    assert f"\n\n{table(measured)}\n\n" in PAGE
+    written = " ".join(PAGE.replace("\\\n", " ").split())
+    assert f"{measured['command']} --out evaluation/results/latency_cpu.json" in written
 
 
 def phrases() -> list[str]:

@@ -107,6 +107,17 @@ def test_only_the_controlnet_of_the_student_moves(base: Base, shards: Path, kind
     assert all(parameter.grad is None for parameter in module.student.denoiser.unet.parameters())
 
 
+def test_pairs_of_the_data_keep_their_conditions_and_warm_up_the_controlnet(base: Base, shards: Path) -> None:
+    settings = {"pairs": PairSettings(source="data"), "regression": Regression(), "update_schedule": MIXED}
+    module, batch = built(joint(base("sd-v_prediction"), ADAMW, **settings)), control_batch(3)
+    _noise, conditioning, target = module._inputs(batch, module.terms.warmup)
+    assert conditioning.control_images is not None and batch.control_images is not None
+    assert torch.equal(conditioning.control_images, batch.control_images)
+    assert target is not None and torch.equal(target, module.family.scale_latents(batch.latents))
+    seen = fit(module, shards, batches=2, contents=CONTENTS).callback_metrics
+    assert float(seen["student/regression"]) > 0
+
+
 def test_the_pretrained_controlnet_is_frozen_shared_and_in_no_checkpoint(
     base: Base, shards: Path, pretrained: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,16 +161,35 @@ def test_another_checkpoint_and_another_scheduler_sample(base: Base, tmp_path: P
         assert torch.allclose(picked.target, expected, rtol=1e-3, atol=1e-3) == close
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pairs_of_the_data_are_its_latents_with_noise_of_the_run(base: Base, kind: str) -> None:
+    batch, home = tiny_batch(3, 40), base(kind)
+    picked = started(home, source="data").pick(batch)
+    assert torch.equal(picked.noise, normal(SEED, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE))
+    assert torch.equal(picked.target, family_of(home).scale_latents(batch.latents))
+    expected = family_of(home).encode_prompts(batch.captions, batch.original_sizes, batch.crops)
+    torch.testing.assert_close(picked.conditioning.prompt_embeds, expected.prompt_embeds)
+    assert not PairSettings(source="data").samples
+    with pytest.raises(ValueError, match=r"'data' needs latents \(4, 16, 16\) in every batch and got none"):
+        started(home, source="data").pick(replace(batch, latents=None))
+    with pytest.raises(ValueError, match="without condition images the student would learn the mean"):
+        warmup(home, source="data")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"source": "disk"}, "pairs.source is 'disk', accepted are 'memory', 'batch' and 'on_the_fly'"),
+        ({"source": "disk"}, "pairs.source is 'disk', accepted are memory, batch, on_the_fly, data"),
         ({"count": 0}, "pairs.count must be 1 or more, got 0"),
         ({"sampler_steps": 0}, "pairs.sampler_steps must be 1 or more, got 0"),
         ({"scheduler": "DDPMScheduler"}, "scheduler 'DDPMScheduler' is not known as one that draws no noise"),
         (
             {"source": "batch", "weights": "a/b"},
             "pairs.weights is 'a/b', but pairs.source 'batch' samples nothing",
+        ),
+        (
+            {"source": "data", "weights": "a/b"},
+            "pairs.weights is 'a/b', but pairs.source 'data' samples nothing",
         ),
     ],
 )

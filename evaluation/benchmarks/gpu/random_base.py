@@ -20,24 +20,40 @@ from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.memory_plan.weightless import WeightlessFamily
 
 Kind = Literal["sd15", "sdxl"]
-TINY: dict[str, dict[str, Any]] = {
-    "unet": {
-        "block_out_channels": [32, 32, 32],
-        "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-        "layers_per_block": 1,
-        "attention_head_dim": 4,
-        "transformer_layers_per_block": 1,
-        "sample_size": 16,
-    },
-    "vae": {
-        "sample_size": 64,
-        "block_out_channels": [8, 8, 8, 8],
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-    },
-    "text_encoder": {"num_hidden_layers": 2},
-    "text_encoder_2": {"num_hidden_layers": 2},
+TINY_TEXT = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "projection_dim": 32,
+    "vocab_size": 64,
+}
+TINY_UNET = {
+    "block_out_channels": [32, 32, 32],
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "transformer_layers_per_block": 1,
+    "sample_size": 16,
+}
+TINY: dict[Kind, dict[str, dict[str, Any]]] = {
+    kind: {
+        "unet": TINY_UNET | widths,
+        "vae": {
+            "sample_size": 64,
+            "block_out_channels": [8, 8, 8, 8],
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+        },
+        "text_encoder": TINY_TEXT,
+        "text_encoder_2": TINY_TEXT,
+    }
+    for kind, widths in {
+        "sd15": {"cross_attention_dim": 32},
+        # Both encoders beside each other; the pooled embeddings and six numbers of 256 features.
+        "sdxl": {"cross_attention_dim": 64, "projection_class_embeddings_input_dim": 32 + 6 * 256},
+    }.items()
 }
 """Overrides of the full configs."""
 
@@ -81,7 +97,8 @@ class RandomBase(WeightlessFamily):
     ) -> Conditioning:
         """Embeddings of random tokens, by text encoders of the base's size."""
         encoders = list(self.text_encoders.values())
-        tokens = torch.randint(0, 49407, (len(captions), 77), device=self.device)
+        vocabulary = read_json(self.folder / "text_encoder" / "config.json")["vocab_size"]
+        tokens = torch.randint(0, vocabulary - 1, (len(captions), 77), device=self.device)
         if len(encoders) == 1:
             embeds = encoders[0](tokens)[0]
             return Conditioning(prompt_embeds=embeds, negative_prompt_embeds=embeds[:1].expand_as(embeds))
@@ -131,7 +148,7 @@ def config_folder(kind: Kind, folder: Path, tiny: bool) -> Path:
     """The base's JSON files; with `tiny`, of a base of the same kind and small networks."""
     base = save_configs(kind, folder)
     if tiny:
-        for name, changes in TINY.items():
+        for name, changes in TINY[kind].items():
             file = base / name / "config.json"
             if file.is_file():
                 file.write_text(json.dumps(read_json(file) | changes))

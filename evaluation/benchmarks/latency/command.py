@@ -46,7 +46,7 @@ def latency(options: LatencyOptions) -> str:
         subjects = _subjects(options, work)
         rows = measure(subjects, options.batch_sizes, options.repetitions)
     result = {
-        "command": "python -m evaluation.latency " + " ".join(sys.argv[1:]),
+        "command": command_line(sys.argv[1:]),
         "clock": options.clock,
         "threads": options.threads,
         "repetitions": options.repetitions,
@@ -147,9 +147,10 @@ def measure(
     """Rows of seconds: one for each subject and batch size, calls of all subjects in turn.
 
     Raises:
-        UserError: if a subject fails.
+        UserError: if a subject fails, or memory does not hold all of them at once.
     """
     context = multiprocessing.get_context("spawn")
+    free_before = available_bytes()
     processes, pipes = [], []
     times: dict[tuple[int, int], list[dict[str, float]]] = {}
     peaks: list[float] = []
@@ -162,6 +163,7 @@ def measure(
             processes.append(process)
             pipes.append(ours)
             _answer(ours, subject)  # loaded one after the other, so that their peaks do not add up
+            check_memory(len(pipes), len(subjects), free_before, available_bytes())
         for batch_size in batch_sizes:
             for repetition in range(repetitions + 1):
                 for i, (subject, pipe) in enumerate(zip(subjects, pipes, strict=True)):
@@ -179,6 +181,44 @@ def measure(
             process.join(5)
             process.terminate()
     return [_row(subjects[i], size, calls, peaks[i]) for (i, size), calls in sorted(times.items())]
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """The command that measured, without the folders of this machine."""
+    kept, skip = ["python -m evaluation.latency"], False
+    for argument in arguments:
+        if skip or argument.startswith(("--work=", "--out=")):
+            skip = False
+        elif argument in ("--work", "--out"):
+            skip = True
+        else:
+            kept.append(argument)
+    return " ".join(kept)
+
+
+def available_bytes() -> int | None:
+    """Memory that processes can still get; None where the system does not say."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.is_file():
+        return None
+    values = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(values["MemAvailable"].split()[0]) * 1024
+
+
+def check_memory(loaded: int, count: int, before: int | None, now: int | None) -> None:
+    """Refuses to go on if another subject of the average size would not fit: each would read its weights again at each turn.
+
+    Raises:
+        UserError: with the numbers.
+    """
+    if before is None or now is None or loaded == count:
+        return
+    average = (before - now) / loaded
+    if now < average:
+        raise UserError(
+            f"{loaded} of {count} models that take turns use {(before - now) / 2**30:.1f} GiB, and {now / 2**30:.1f} GiB are "
+            "left: measure fewer --backend at once (the student in diffusers and the base are in every run)."
+        )
 
 
 class _thread_limit:  # noqa: N801 (a context manager)

@@ -86,6 +86,7 @@ class ControlNetDistillation(OneStepDistillation):
     """
 
     export_name = "controlnet"
+    reads_conditions = True
     student: ControlledStudent
     family: Family
 
@@ -178,14 +179,14 @@ class ControlNetDistillation(OneStepDistillation):
         return control_images_of(batch, self.family, channels)
 
     def _extracts(self, batch: TrainingBatch, target: Tensor | None) -> bool:
-        """Whether conditions come from the target sampler's images: always in a run with `condition`, unless stored pairs
-        brought their own.
+        """Whether conditions are extracted from the targets: always in a run with `condition`, unless the targets are the
+        batch's and it brought their own.
         """
-        stored = self.pairs is not None and self.pairs.settings.source == "batch"
+        of_batch = self.pairs is not None and not self.pairs.settings.samples
         return (
             target is not None
             and self.condition is not None
-            and not (stored and batch.control_images is not None)
+            and not (of_batch and batch.control_images is not None)
         )
 
     def _extracted(self, target: Tensor | None) -> Tensor:

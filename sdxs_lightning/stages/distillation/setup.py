@@ -143,6 +143,15 @@ def gan_of(
     )
 
 
+def check_pair_source(pairs: PairSettings | None, reads_conditions: bool) -> None:
+    """Raises ValueError for pairs of the data without condition images."""
+    if pairs is not None and pairs.source == "data" and not reads_conditions:
+        raise ValueError(
+            "pairs.source is 'data', whose noise has nothing to do with its image: without condition images the student would "
+            "learn the mean of all images. Take memory, batch or on_the_fly, or the stage controlnet."
+        )
+
+
 def check_needs(
     terms: Terms,
     update_schedule: UpdateSchedule,

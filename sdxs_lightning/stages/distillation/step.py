@@ -7,7 +7,7 @@ A *student update* is a step of the student's optimizer; progress, schedules and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +42,7 @@ from sdxs_lightning.stages.distillation.gan import (
     check_f_divergence,
 )
 from sdxs_lightning.stages.distillation.networks import DistillationNetworks
-from sdxs_lightning.stages.distillation.setup import gan_of, terms_of
+from sdxs_lightning.stages.distillation.setup import check_pair_source, gan_of, terms_of
 from sdxs_lightning.stages.distillation.update_schedule import Updates, UpdateSchedule
 from sdxs_lightning.training.plannable import PlannedPhase
 
@@ -97,6 +97,9 @@ class OneStepDistillation(DistillationNetworks):
         own; the averaged student; the loss of a v-prediction base is in v.
     """
 
+    reads_conditions: ClassVar[bool] = False
+    """Whether the student sees condition images, so that noise need not say what its image is."""
+
     def __init__(
         self,
         family: Family,
@@ -121,6 +124,7 @@ class OneStepDistillation(DistillationNetworks):
         seed: int = 0,
         real_score_dtype: Dtype = "float32",
     ) -> None:
+        check_pair_source(pairs, self.reads_conditions)
         check_discriminator_timesteps(adversarial, denoising)
         check_f_divergence(distribution_matching, adversarial)
         check_caption_dropout(denoising, distribution_matching, adversarial)
