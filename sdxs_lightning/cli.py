@@ -6,7 +6,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,36 +82,53 @@ class SaveConfig(SaveConfigCallback):
     lock: RunLock | None = None
     """Held by rank 0."""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes it once per run.
+    def take_lock(self, trainer: pl.Trainer) -> None:
+        """Locks the run's folder. A collective, before anything in the folder changes.
 
         Raises:
-            UserError: on all ranks, if the run's folder cannot be written.
+            UserError: on all ranks, if another run has it, or it cannot be written.
         """
-        if self.already_saved:
-            return
-        ranks = Ranks()
-        problem = ranks.first_message(self._write(Path(trainer.default_root_dir)) if ranks.first else None)
+        self._on_first_rank(trainer, self._locked)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Saves nothing yet, unlike Lightning's: a start that is refused would leave its configuration to the earlier run."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves both at the first batch, when all checks have passed.
+
+        Raises:
+            UserError: on all ranks, if they cannot be written.
+        """
+        if not self.already_saved:
+            self._on_first_rank(trainer, self._written)
+            self.already_saved = True
+
+    def _locked(self, folder: Path) -> str | None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = RunLock(folder)
+        return self.lock.acquire()
+
+    def _written(self, folder: Path) -> None:
+        path = folder / self.config_filename
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        (folder / ORIGIN).write_text(json.dumps(origin(), indent=2) + "\n")
+
+    @staticmethod
+    def _on_first_rank(trainer: pl.Trainer, action: Callable[[Path], str | None]) -> None:
+        ranks, folder, problem = Ranks(), Path(trainer.default_root_dir), None
+        if ranks.first:
+            try:
+                problem = action(folder)
+            except OSError as error:
+                problem = (
+                    f"the run's folder '{folder}' cannot be written ({folders.write_failure(error)}); give another one as "
+                    "--trainer.default_root_dir, or change its permissions."
+                )
+        problem = ranks.first_message(problem)
         if problem:
             raise UserError(problem)
-        self.already_saved = True
-
-    def _write(self, folder: Path) -> str | None:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = RunLock(folder)
-            problem = self.lock.acquire()
-            if problem:
-                return problem
-            path = folder / self.config_filename
-            self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
-            (folder / ORIGIN).write_text(json.dumps(origin(), indent=2) + "\n")
-        except OSError as error:
-            return (
-                f"the run's folder '{folder}' cannot be written ({folders.write_failure(error)}); give another one as "
-                "--trainer.default_root_dir, or change its permissions."
-            )
-        return None
 
 
 class TrainingCLI(LightningCLI):
@@ -223,18 +240,19 @@ class TrainingCLI(LightningCLI):
             _record_collectives(Path(self.trainer.default_root_dir))
             join_elastic_group(self.trainer)
             path = self.checkpoint_path()
-            config = TrainingParser.environment.as_written(self.config).as_dict()
+            config = TrainingParser.environment.as_written(self.config).as_dict() | {"code": origin()}
             resume = Resume(self.trainer, config, self.config.ckpt_path in ("last", "auto"))
             for callback in callbacks:
                 if isinstance(callback, Checkpointing):
                     callback.resume = resume
+            self._check_folder_first(callbacks)
             # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
             self.trainer.ckpt_path = path
             for logger in self.trainer.loggers:
                 if isinstance(logger, RunCSVLogger):
                     logger.resumed = path is not None
             self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
-            self._report_nothing_done(path)
+            self._report_nothing_done(resume.path)
         finally:
             for interruption in interruptions:
                 interruption.restore()
@@ -242,12 +260,37 @@ class TrainingCLI(LightningCLI):
                 if isinstance(callback, SaveConfig) and callback.lock is not None:
                     callback.lock.release()
 
-    def _report_nothing_done(self, path: str | None) -> None:
-        manifest = folders.read_manifest(Path(path).parent) if path is not None else None
+    def _check_folder_first(self, callbacks: Sequence[pl.Callback]) -> None:
+        """Locks and checks the run's folder once the ranks are connected.
+
+        The callbacks' `setup` would be too late: the data sets the fault file of an earlier run aside in `prepare_data`, and
+        the logger its metrics.csv, and both may be those of a run that is still training.
+        """
+        connector = self.trainer._data_connector
+        prepare_data = connector.prepare_data
+
+        def checked_first() -> None:
+            for callback in callbacks:
+                if isinstance(callback, SaveConfig):
+                    callback.take_lock(self.trainer)
+            for callback in callbacks:
+                if isinstance(callback, Checkpointing):
+                    callback.refuse_earlier_run(self.trainer)
+            prepare_data()
+
+        connector.prepare_data = checked_first  # type: ignore[method-assign]
+
+    def _report_nothing_done(self, path: Path | None) -> None:
+        manifest = folders.read_manifest(path.parent) if path is not None else None
         batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if manifest is not None and batches <= manifest.batches and self.trainer.is_global_zero:
+        if (
+            path is not None
+            and manifest is not None
+            and batches <= manifest.batches
+            and self.trainer.is_global_zero
+        ):
             sys.stderr.write(
-                f"nothing to do: the checkpoint {Path(str(path)).parent} is at the end of the run (student update "
+                f"nothing to do: the checkpoint {path.parent} is at the end of the run (student update "
                 f"{manifest.student_updates}); raise update_schedule.max_student_updates or trainer.max_steps to continue.\n"
             )
 
@@ -295,6 +338,12 @@ class TrainingCLI(LightningCLI):
             raise UserError(
                 f"--ckpt_path {self.config.ckpt_path} looks for the newest complete checkpoint in '{folder}' and found {found};"
                 f" {way} to begin a new run, or give the run's folder as --trainer.default_root_dir."
+            )
+        if damaged and self.trainer.is_global_zero:
+            sys.stderr.write(
+                f"resume: {', '.join(path.name for path in damaged)} in '{folder}' are not complete checkpoints (a file is "
+                f"missing or shorter than {folders.MANIFEST} says) and are left where they are; the newest complete one is "
+                f"{newest.name if newest is not None else 'none'}.\n"
             )
         return newest
 

@@ -44,8 +44,8 @@ class Checkpointing(Checkpoint):
         every_n_student_updates: interval between checkpoints.
         keep: number of complete checkpoints to keep; older ones are removed once a newer one is complete.
         folder: folder of the checkpoints; None is `checkpoints` in the run's folder (`trainer.default_root_dir`).
-        start_over: what to do with checkpoints of an earlier run if this one does not resume: False raises, True removes
-            them.
+        start_over: what to do with checkpoints of an earlier run if this one does not resume one of them: False raises,
+            True removes them.
 
     Raises:
         ValueError: unless every_n_student_updates and keep are at least 1.
@@ -106,8 +106,9 @@ class Checkpointing(Checkpoint):
         Raises:
             UserError: on all ranks, if the folder holds checkpoints of an earlier run.
         """
-        if trainer.ckpt_path is None:
-            self._refuse_together(self._in_the_way(self.run_folder(trainer)) if self.ranks.first else None)
+        self.refuse_earlier_run(trainer)
+        if self.start_over and self.ranks.first and not self._resumes_here(trainer):
+            folders.keep_newest(self.run_folder(trainer), 0)
         self._saved_updates = counts_of(
             trainer
         ).updates  # a checkpoint that was resumed from is not saved again
@@ -115,6 +116,14 @@ class Checkpointing(Checkpoint):
             self.resume.settings = settings_of(trainer)
         if self.ranks.first:
             self._starts = folders.next_start(self.run_folder(trainer))
+
+    def refuse_earlier_run(self, trainer: pl.Trainer) -> None:
+        """Checks that the folder's checkpoints are this run's. A collective.
+
+        Raises:
+            UserError: on all ranks, if they are an earlier run's and `start_over` is false.
+        """
+        self._refuse_together(self._in_the_way(trainer) if self.ranks.first else None)
 
     def _refuse_together(self, problem: str | None) -> None:
         problem = self.ranks.first_message(problem)
@@ -133,16 +142,26 @@ class Checkpointing(Checkpoint):
                 "written as --trainer.default_root_dir, or change its permissions."
             )
 
-    def _in_the_way(self, folder: Path) -> str | None:
+    def _in_the_way(self, trainer: pl.Trainer) -> str | None:
+        folder = self.run_folder(trainer)
         earlier = folders.complete_checkpoints(folder)
-        if earlier and not self.start_over:
-            return (
-                f"'{folder}' holds checkpoints of an earlier run (newest: {earlier[-1].name}); resume it with --ckpt_path "
-                "auto or last, choose another --trainer.default_root_dir, or remove them by start_over: true of Checkpointing."
-            )
-        if earlier:
-            folders.keep_newest(folder, 0)
-        return None
+        if not earlier or self.start_over or self._resumes_here(trainer):
+            return None
+        elsewhere = (
+            "" if trainer.ckpt_path is None else f", and --ckpt_path '{trainer.ckpt_path}' is not one of them"
+        )
+        return (
+            f"'{folder}' holds checkpoints of an earlier run (newest: {earlier[-1].name}){elsewhere}; resume it with "
+            "--ckpt_path auto or last, choose another --trainer.default_root_dir, or remove them by start_over: true of "
+            "Checkpointing."
+        )
+
+    def _resumes_here(self, trainer: pl.Trainer) -> bool:
+        """Whether this run resumes from a checkpoint in its own folder."""
+        if trainer.ckpt_path is None:
+            return False
+        own = (self.run_folder(trainer), Path(trainer.default_root_dir))
+        return any(Path(trainer.ckpt_path).resolve().is_relative_to(folder.resolve()) for folder in own)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

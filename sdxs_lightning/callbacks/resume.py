@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.objectives.term import StudentTerm
 
 KEY = "run"
 """Key of the checkpoint's entry with identity, optimizer settings and configuration."""
@@ -38,12 +39,14 @@ PROGRESS = (
 )
 """Entries of a scheduler's state that are no settings: they change with each step."""
 
+WEIGHTS, ROUNDED = "frozen weights", "frozen weights in bfloat16"
+"""Entries of the identity: fingerprints of the frozen networks by attribute path, as loaded and rounded."""
 ADVICE = {
     "prediction_type": "the base that the run began with (model.init_args.family)",
     "noise schedule": "the base that the run began with (model.init_args.family)",
     "timesteps": "the conditioning timestep that the run began with (family.init_args.conditioning_timestep, or "
     "conditioning_timestep or timesteps of student.init_args)",
-    "frozen weights": "the frozen network that the run began with (model.init_args.family.init_args.base, or the path of its "
+    WEIGHTS: "the frozen network that the run began with (model.init_args.family.init_args.base, or the path of its "
     "weights)",
 }
 
@@ -63,9 +66,13 @@ class Resume:
         self.trainer, self.older_ones = trainer, older_ones
         self.config = flat(config)
         self.ranks = Ranks()
+        self.path: Path | None = None
+        """The checkpoint that was loaded: the one asked for, or an older one."""
         self.settings: Settings | None = None
         """Settings of optimizers and schedulers as configured, before any step or restoring."""
         self._saved: dict[str, Any] = {}
+        self._not_compared: list[str] = []
+        """Frozen networks whose fingerprints cannot be compared, since their files now have another precision."""
         connector = trainer._checkpoint_connector
         self._load, self._restore_optimizers = (
             connector.resume_start,
@@ -89,7 +96,7 @@ class Resume:
         if not checkpoint_path:
             self._load(checkpoint_path, weights_only)
             return
-        path = self.verified(Path(checkpoint_path))
+        path = self.path = self.verified(Path(checkpoint_path))
         module = self.trainer.lightning_module
         if path.is_dir():
             self._saved = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
@@ -159,9 +166,14 @@ class Resume:
 
     def _check_identity(self) -> None:
         saved: dict[str, Any] = self._saved.get(KEY, {}).get("identity", {})
-        now = identity_of(self.trainer.lightning_module, frozen_like=saved.get("frozen weights", {}))
-        for name, before in saved.items():
-            difference = _difference(name, before, now.get(name))
+        now = identity_of(self.trainer.lightning_module, frozen_like=saved.get(WEIGHTS, {}))
+        differences: dict[str, str | None] = {
+            name: None if before == now.get(name) else f"{name} {before}, and this run has {now.get(name)}"
+            for name, before in saved.items()
+            if name not in (WEIGHTS, ROUNDED)
+        }
+        differences[WEIGHTS], self._not_compared = compare_weights(saved, now)
+        for name, difference in differences.items():
             if difference:
                 raise UserError(
                     f"the checkpoint was written with {difference}: resuming would train something else. Set back "
@@ -171,13 +183,14 @@ class Resume:
     def _before_optimizers(self) -> None:
         self.settings = settings_of(self.trainer)
         saved: Settings = self._saved.get(KEY, {}).get("settings", [])
-        classes = [[one["class"] for one in settings] for settings in (saved, self.settings)]
-        if saved and classes[0] != classes[1]:
-            raise UserError(
-                f"the checkpoint's optimizers are {_named(classes[0], self._roles)}, and this run's are "
-                f"{_named(classes[1], self._roles)}; their states do not fit. Set the optimizers back, or start a new run from "
-                "the student's weights."
-            )
+        for key, what in (("class", "optimizers"), ("schedule", "learning rate schedules")):
+            classes = [[one.get(key) for one in settings] for settings in (saved, self.settings)]
+            if saved and all(key in one for one in saved) and classes[0] != classes[1]:
+                raise UserError(
+                    f"the checkpoint's {what} are {_named(classes[0], self._roles)}, and this run's are "
+                    f"{_named(classes[1], self._roles)}; their states do not fit. Set the {what} back, or start a new run from "
+                    "the student's weights."
+                )
 
     @property
     def _roles(self) -> list[str]:
@@ -227,6 +240,7 @@ class Resume:
                 old, new = before.get(name), self.config.get(name)
                 if old != new and not name.startswith(NOT_COMPARED):
                     changed.append(f"{name}: {old} -> {new}")
+        changed += self._not_compared
         if changed:
             self._say("\n  ".join(["changed since the checkpoint was written:", *changed]))
         if applied:
@@ -259,45 +273,78 @@ def identity_of(module: pl.LightningModule, frozen_like: Iterable[str] = ()) -> 
     if timesteps is not None:
         identity["timesteps"] = [int(step) for step in timesteps]
     found = dict(_frozen(module, set()))
-    wanted, loaded = (
-        any(name.startswith("family.text_encoders") for name in names) for names in (frozen_like, found)
-    )
-    if family is not None and wanted and not loaded:
-        family.encode_prompts([""])
+    missing = [name for name in frozen_like if name not in found]
+    if missing:
+        for name in missing:
+            _load(module, name)
         found = dict(_frozen(module, set()))
-    identity["frozen weights"] = {
-        name: network.fingerprint for name, network in found.items() if network.fingerprint is not None
-    }
+    identity[WEIGHTS] = {name: one.fingerprint for name, one in found.items() if one.fingerprint is not None}
+    identity[ROUNDED] = {name: found[name].rounded_fingerprint for name in identity[WEIGHTS]}
     return identity
 
 
 def _frozen(holder: Any, seen: set[int], prefix: str = "") -> Iterable[tuple[str, Frozen[nn.Module]]]:
     """Yields the frozen networks of a stage and its parts, by attribute path."""
     seen.add(id(holder))
-    for name, value in list(vars(holder).items()):
-        place = prefix + name.strip("_")
-        for i, one in enumerate(value if isinstance(value, list) else [value]):
-            here = f"{place}.{i}" if isinstance(value, list) else place
-            if isinstance(one, Frozen):
-                yield here, one
-            elif _is_part(one) and id(one) not in seen:
-                yield from _frozen(one, seen, f"{here}.")
+    for name, value in _items(holder):
+        here = prefix + name.strip("_")
+        if isinstance(value, Frozen):
+            yield here, value
+        elif _is_part(value) and id(value) not in seen:
+            yield from _frozen(value, seen, f"{here}.")
+
+
+def _items(holder: Any) -> list[tuple[str, Any]]:
+    if isinstance(holder, Mapping):
+        return [(str(name), value) for name, value in holder.items()]
+    if isinstance(holder, list | tuple):  # a NamedTuple's by its fields
+        return list(zip(getattr(holder, "_fields", map(str, range(len(holder)))), holder, strict=True))
+    return list(vars(holder).items())
 
 
 def _is_part(value: Any) -> bool:
-    ours = type(value).__module__.partition(".")[0] == "sdxs_lightning"
+    if isinstance(value, Mapping | list | tuple):
+        return True
+    ours = isinstance(value, StudentTerm) or type(value).__module__.partition(".")[0] == "sdxs_lightning"
     return ours and hasattr(value, "__dict__") and not isinstance(value, nn.Module | type)
 
 
-def _difference(name: str, before: Any, now: Any) -> str | None:
-    if name != "frozen weights":
-        return None if before == now else f"{name} {before}, and this run has {now}"
-    for network, fingerprint in before.items():
-        other = (now or {}).get(network)
-        # Another dtype rounds the weights; it is a setting and reported with the others.
-        if other is not None and other != fingerprint and other.split(":")[0] == fingerprint.split(":")[0]:
-            return f"{network} weights {fingerprint}, and this run loaded {other}"
-    return None
+def _load(holder: Any, path: str) -> None:
+    """Reads the attribute that `_frozen` gave this name, so that a network that is loaded on its first use is loaded."""
+    for name in path.split("."):
+        found = dict(_items(holder)) if isinstance(holder, Mapping | list | tuple) else {}
+        if not found:
+            found = {name: getattr(holder, name, None) or getattr(holder, f"_{name}", None)}
+        holder = found.get(name)
+        if holder is None or isinstance(holder, Frozen):
+            return
+
+
+def compare_weights(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str | None, list[str]]:
+    """Compares the frozen networks of two identities.
+
+    Networks that load on first use are loaded before the run's dtype is known when resuming, and after it when saving. So
+    fingerprints of float32 and bfloat16 are compared rounded to bfloat16.
+
+    Returns:
+        The first difference, or None, and a line for each network that cannot be compared: another precision is a setting.
+    """
+    lines = []
+    for name, before in saved.get(WEIGHTS, {}).items():
+        other = now[WEIGHTS].get(name)
+        if other is None:
+            continue
+        old, new = _dtype(before), _dtype(other)
+        rounded = saved.get(ROUNDED, {}).get(name)
+        if old != new and (rounded is None or "float16" in (old, new)):
+            lines.append(f"{name} weights: {old} -> {new} (other bits, so they were not compared)")
+        elif (before != other) if old == new else (rounded != now[ROUNDED][name]):
+            return f"{name} weights {before}, and this run loaded {other}", lines
+    return None, lines
+
+
+def _dtype(fingerprint: str) -> str:
+    return fingerprint.partition(":")[0]
 
 
 def check_shapes(saved: Mapping[str, tuple[int, ...]], module: pl.LightningModule) -> None:
@@ -340,6 +387,7 @@ def settings_of(trainer: pl.Trainer) -> Settings:
         settings.append(
             {
                 "class": type(optimizer).__name__,
+                "schedule": None if scheduler is None else type(scheduler).__name__,
                 "groups": _plain(optimizer.param_groups),
                 "scheduler": kept,
             }
@@ -434,9 +482,10 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _named(classes: list[str], roles: list[str]) -> str:
-    names = [f"{role} {kind}" for role, kind in zip(roles, classes, strict=False)] if roles else classes
-    return ", ".join(names + classes[len(names) :])
+def _named(classes: Sequence[str | None], roles: list[str]) -> str:
+    kinds = [kind or "none" for kind in classes]
+    names = [f"{role} {kind}" for role, kind in zip(roles, kinds, strict=False)] if roles else kinds
+    return ", ".join(names + kinds[len(names) :])
 
 
 def flat(config: Any, prefix: str = "") -> dict[str, Any]:

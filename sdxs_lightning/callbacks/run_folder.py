@@ -64,7 +64,7 @@ class RunLock:
                 sys.stderr.write(
                     f"the lock of process {owner.get('pid', '?')} on host {owner.get('host', '?')} is stale and was removed.\n"
                 )
-                self.path.unlink(missing_ok=True)
+                self._remove(owner)
                 continue
             self._token = uuid.uuid4().hex
             with os.fdopen(descriptor, "w") as file:
@@ -79,6 +79,17 @@ class RunLock:
         if self._token is not None and _read(self.path).get("token") == self._token:
             self.path.unlink(missing_ok=True)
         self._token = None
+
+    def _remove(self, stale: dict[str, Any]) -> None:
+        """Removes a stale lock, unless another process that found it stale too has replaced it meanwhile."""
+        aside = self.path.with_name(f".{LOCK}-{uuid.uuid4().hex}")
+        try:
+            self.path.rename(aside)
+            if _read(aside) != stale:
+                os.link(aside, self.path)
+        except (FileNotFoundError, FileExistsError):
+            pass
+        aside.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._released.wait(BEAT_SECONDS):
@@ -95,7 +106,7 @@ class RunLock:
             and own["restart"] != owner.get("restart")
         ):
             return False  # an earlier start of the same job
-        if (own["host"], own["boot"]) == (owner.get("host"), owner.get("boot")):
+        if all(own[name] == owner.get(name) for name in ("host", "boot", "namespace")):
             pid = owner.get("pid")
             return pid != own["pid"] and _started_at(pid) == owner.get("started_at") is not None
         before, end = _modified(self.path), time.monotonic() + WATCH_SECONDS
@@ -169,6 +180,7 @@ def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "boot": _text("/proc/sys/kernel/random/boot_id"),
+        "namespace": _process_namespace(),
         "pid": os.getpid(),
         "started_at": _started_at(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
@@ -186,6 +198,14 @@ def _started_at(pid: Any) -> str | None:
         return None
     stat = _text(f"/proc/{pid}/stat")
     return stat.rpartition(")")[2].split()[19] if stat else "unknown"
+
+
+def _process_namespace() -> str:
+    """In which process ids are counted: containers of one host may share its name, and not its processes."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def _text(path: str) -> str:

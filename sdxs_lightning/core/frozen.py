@@ -28,6 +28,8 @@ class Frozen(Generic[M]):
         self.module: M = module.eval().requires_grad_(False)
         self.fingerprint = fingerprint(module)
         """Fingerprint of the weights as loaded, before casting or sharding."""
+        self.rounded_fingerprint = fingerprint(module, torch.bfloat16)
+        """The same of the weights rounded to bfloat16, equal for a file that is loaded in float32 or in bfloat16."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.module(*args, **kwargs)
@@ -49,19 +51,24 @@ class Frozen(Generic[M]):
         return next(self.module.parameters()).dtype
 
 
-def fingerprint(module: nn.Module) -> str | None:
+def fingerprint(module: nn.Module, rounded_to: torch.dtype | None = None) -> str | None:
     """Hashes all bits of the weights, as "dtype:digest"; None for a module on the meta device or without weights.
 
     Adapters are excluded, since they are trained.
+
+    Args:
+        module: any network.
+        rounded_to: dtype that each weight is rounded to first; None hashes them as they are.
     """
     weights = {name: one for name, one in module.named_parameters() if "lora_" not in name}
     if not weights or any(one.is_meta for one in weights.values()):
         return None
     digest = hashlib.sha256()
-    for name, weight in sorted(weights.items()):
+    for name, parameter in sorted(weights.items()):
+        weight = parameter.detach().to(dtype=rounded_to)
         # hash_tensor XORs the bits in one pass without a copy. Equal values cancel, so the first values are hashed too.
-        bits = torch.hash_tensor(weight.detach()).view(torch.int64).item()
+        bits = torch.hash_tensor(weight).view(torch.int64).item()
         digest.update(f"{name} {tuple(weight.shape)} {bits}".encode())
-        digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
+    dtype = str(rounded_to or next(iter(weights.values())).dtype).removeprefix("torch.")
     return f"{dtype}:{digest.hexdigest()[:16]}"

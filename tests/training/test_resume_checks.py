@@ -17,9 +17,17 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks import run_folder
-from sdxs_lightning.callbacks.resume import apply_settings, settings_of
+from sdxs_lightning.callbacks.resume import apply_settings, compare_weights, identity_of, settings_of
 from sdxs_lightning.callbacks.run_folder import LOCK, RunLock
 from sdxs_lightning.cli import main
+from sdxs_lightning.networks.image_features import Dinov2Features
+from sdxs_lightning.objectives.feature_matching import FeatureMatching
+from sdxs_lightning.objectives.matched_features import PixelFeatures
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.tiny_decoding import save_dinov2
+from tests.helpers.tiny_distillation import built, distillation
 from tests.helpers.tiny_run import tiny_config, write_config
 
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}
@@ -71,6 +79,27 @@ def resume(
 
 def checkpoints(folder: Path) -> list[str]:
     return [path.name for path in folders.complete_checkpoints(folder / "run" / "checkpoints")]
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    """Contents of the small files of a run."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".ckpt")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def refused_beside_logs(resume: Callable[..., tuple[int, str]], folder: Path) -> bool:
+    """Whether a new start is refused before it sets the logs aside that are in the run's folder."""
+    run = folder / "run"
+    (run / "logs").mkdir()
+    (run / "logs" / "metrics.csv").write_text("step,loss\n1,2\n")
+    before = written(run)
+
+    def logged(config: dict[str, Any]) -> None:
+        logger = {"class_path": "sdxs_lightning.training.csv_log.RunCSVLogger"}
+        config["trainer"]["logger"] = [logger | {"init_args": {"save_dir": str(run)}}]
+
+    code, _ = resume(logged, "null")
+    return code == 2 and written(run) == before
 
 
 def saved(folder: Path) -> dict[str, Any]:
@@ -135,10 +164,12 @@ def test_another_base_is_refused(
     resume: Callable[..., tuple[int, str]], tmp_path: Path, change: Callable[[Path], None], message: str
 ) -> None:
     change(tmp_path / "base")
+    before = written(tmp_path / "run")
     code, said = resume()
     assert code == 2
     assert f"the checkpoint was written with {message}" in said
     assert "Set back the " in said
+    assert written(tmp_path / "run") == before  # config.yaml too is still that of the run
 
 
 @pytest.mark.parametrize("place", ["family", "student"])
@@ -177,6 +208,16 @@ def test_other_networks_are_refused_in_a_sentence(
         in said
     )
 
+    def constant(config: dict[str, Any]) -> None:
+        del config["model"]["init_args"]["fake_score"]["init_args"]["lr_scheduler"]
+
+    code, said = resume(constant)
+    assert code == 2
+    assert (
+        "learning rate schedules are student TwoPhaseLR, fake_score TwoPhaseLR, and this run's are student TwoPhaseLR, "
+        "fake_score none" in said
+    )
+
     def narrow(config: dict[str, Any]) -> None:
         unet = tmp_path / "narrow"
         settings = json.loads((tmp_path / "base" / "unet" / "config.json").read_text())
@@ -199,13 +240,87 @@ def test_a_checkpoint_without_average_is_refused_and_one_without_identity_resume
     assert newest is not None
     original = torch.load(newest / folders.STATE, weights_only=True)
     old = {name: value for name, value in original.items() if name != "run"}
-    torch.save(old, tmp_path / "old.ckpt")
-    assert resume(None, str(tmp_path / "old.ckpt"))[0] == 0
+    torch.save(old, tmp_path / "run" / "old.ckpt")
+    assert resume(None, str(tmp_path / "run" / "old.ckpt"))[0] == 0
     old["state_dict"] = {name: one for name, one in old["state_dict"].items() if not name.startswith("ema.")}
-    torch.save(old, tmp_path / "no_ema.ckpt")
-    code, said = resume(None, str(tmp_path / "no_ema.ckpt"), updates=9)
+    torch.save(old, tmp_path / "run" / "no_ema.ckpt")
+    code, said = resume(None, str(tmp_path / "run" / "no_ema.ckpt"), updates=9)
     assert code == 2
     assert "the checkpoint holds no ema (but fake_score, student)" in said
+
+
+@pytest.mark.parametrize("network", ["text encoder", "VAE", "feature network of a term"])
+def test_networks_of_terms_and_those_that_load_on_first_use_are_compared(
+    base: Callable[[str], Path], tmp_path: Path, network: str
+) -> None:
+    """What was in use when the checkpoint was written is in its identity, and is loaded to compare it."""
+    folder, dinov2 = tmp_path / "base", save_dinov2(tmp_path / "dinov2")
+    shutil.copytree(base("sd-epsilon"), folder)
+
+    def stage() -> OneStepDistillation:
+        features = PixelFeatures(Dinov2Features(str(dinov2), [0, 1], 32))
+        settings = {
+            "feature_matching": FeatureMatching(),
+            "features": features,
+            "pairs": PairSettings(count=2),
+        }
+        schedule = UpdateSchedule(max_student_updates=9, warmup_updates=2)
+        return built(distillation(folder, gan=False, update_schedule=schedule, **settings))
+
+    used = stage()
+    used.family.decode(torch.zeros(1, *used.family.latent_shape()))
+    used.family.encode_prompts([""])
+    names = {
+        "text encoder": "family.text_encoders.0",
+        "VAE": "family.vae",
+        "feature network of a term": "terms.warmup.feature_matching.features.image_features.network",
+    }
+    before = identity_of(used)["frozen weights"]
+    assert before.keys() == {"real_score", *names.values()}
+    assert identity_of(stage(), frozen_like=before)["frozen weights"] == before
+    if network == "feature network of a term":
+        other_weights("dinov2")(tmp_path)
+    else:
+        other_weights(network.lower().replace(" ", "_"))(folder)
+    now = identity_of(stage(), frozen_like=before)["frozen weights"]
+    assert {name for name in before if now[name] != before[name]} == {names[network]}
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_weights_in_bfloat16_are_compared_with_those_in_float32(
+    base: Callable[[str], Path], tmp_path: Path, changed: bool
+) -> None:
+    """Text encoders are loaded in the run's precision in training, and before it is known when a run resumes."""
+    folder = tmp_path / "base"
+    shutil.copytree(base("sd-epsilon"), folder)
+
+    def identity(dtype: torch.dtype, like: Any = ()) -> dict[str, Any]:
+        stage = built(distillation(folder, gan=False))
+        stage.family.to("cpu", dtype)
+        if not like:
+            stage.family.encode_prompts([""])
+        return identity_of(stage, like)
+
+    saved = identity(torch.bfloat16)
+    if changed:
+        other_weights("text_encoder")(folder)
+    now = identity(torch.float32, saved["frozen weights"])
+    difference, lines = compare_weights(saved, now)
+    assert not lines and (difference is not None) == changed
+    if changed:
+        assert difference is not None
+        assert (
+            difference.startswith("family.text_encoders.0 weights bfloat16:")
+            and "loaded float32:" in difference
+        )
+        return
+    for other in (saved | {"frozen weights in bfloat16": {}}, identity(torch.float16)):
+        found, lines = compare_weights(other, now)
+        dtype = other["frozen weights"]["family.text_encoders.0"].split(":")[0]
+        assert found is None
+        assert lines == [
+            f"family.text_encoders.0 weights: {dtype} -> float32 (other bits, so they were not compared)"
+        ]
 
 
 # -------------------------------------------------------------------------------------------------------------- settings
@@ -303,11 +418,19 @@ def test_a_changed_checkpoint_is_passed_over_for_an_older_one(
         f"the checkpoint {newest} has changed since it was written (state.ckpt cannot be read, or does not match its checksum)"
         in said
     )
-    code, said = resume(None, "auto")
+    code, said = resume(None, "auto", updates=2)
     assert code == 0
     assert "resuming from the older checkpoint" in said
     assert "update_00000001-batch_00000001 instead" in said
-    assert checkpoints(tmp_path)[-1] == "update_00000003-batch_00000003"
+    assert "nothing to do" not in said  # though it ends where the damaged checkpoint is
+    assert checkpoints(tmp_path)[-1] == "update_00000002-batch_00000002"
+    content[len(content) // 2] ^= 4
+    (newest / folders.STATE).write_bytes(content)
+    older = newest.with_name("update_00000001-batch_00000001") / folders.STATE
+    older.write_bytes(bytes(len(older.read_bytes())))
+    code, said = resume(None, "auto")
+    assert code == 2
+    assert "; every other one has too." in said
 
 
 def test_a_clock_that_is_ahead_deletes_nothing(
@@ -341,6 +464,33 @@ def test_a_run_that_went_back_keeps_what_it_writes_now(
     assert checkpoints(tmp_path) == ["update_00000009-batch_00000009", "update_00000002-batch_00000002"]
 
 
+def test_a_checkpoint_with_a_missing_part_is_passed_over_and_said(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    newest = folders.newest_complete_checkpoint(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    os.truncate(newest / folders.STATE, 1000)
+    code, said = resume(updates=2)
+    assert code == 0
+    assert f"{newest.name} in '{newest.parent}' are not complete checkpoints" in said
+    assert "the newest complete one is update_00000001-batch_00000001." in said
+    assert "nothing to do" not in said
+
+
+def test_checkpoints_of_another_run_are_not_mixed_with_its_own(
+    resume: Callable[..., tuple[int, str]], tmp_path: Path
+) -> None:
+    """With `keep` they would be deleted one after the other."""
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
+    other = tmp_path / "other" / "checkpoints" / "update_00000001-batch_00000001"
+    before = checkpoints(tmp_path)
+    code, said = resume(None, str(other))
+    assert code == 2
+    assert f"holds checkpoints of an earlier run (newest: {before[-1]}), and --ckpt_path '{other}" in said
+    assert refused_beside_logs(resume, tmp_path)
+    assert checkpoints(tmp_path) == before
+
+
 def test_a_finished_run_says_so(resume: Callable[..., tuple[int, str]], tmp_path: Path) -> None:
     code, said = resume(updates=2)
     assert code == 0
@@ -364,6 +514,7 @@ def test_two_runs_in_one_folder_are_refused(resume: Callable[..., tuple[int, str
     assert code == 2
     assert f"is in use by another run (process {os.getppid()} on host {owner['host']}" in said
     assert lock.exists()
+    assert refused_beside_logs(resume, tmp_path) and lock.exists()
     lock.write_text(json.dumps(owner | {"started_at": "1"}))  # the number was given to another process since
     code, said = resume()
     assert code == 0
@@ -391,5 +542,66 @@ def test_a_lock_of_another_host_is_watched(tmp_path: Path, monkeypatch: pytest.M
         run_folder, "_this_process", lambda: own | {"host": "third", "job": "7", "restart": "1"}
     )
     (tmp_path / LOCK).write_text(json.dumps(own | {"job": "7", "restart": "0"}))
-    assert RunLock(tmp_path).acquire() is None
+    third = RunLock(tmp_path)
+    assert third.acquire() is None
     second.release()
+    third.release()
+    assert not (tmp_path / LOCK).exists()
+
+
+def test_a_lock_of_another_container_of_this_host_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Containers may share the host's name and not its process ids: this process does not exist in the other one."""
+    monkeypatch.setattr(run_folder, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_folder, "WATCH_SECONDS", 0.6)
+    alive = RunLock(tmp_path)
+    assert alive.acquire() is None
+    own = run_folder._this_process()
+    monkeypatch.setattr(run_folder, "_this_process", lambda: own | {"namespace": "pid:[1]", "pid": 1})
+    monkeypatch.setattr(run_folder, "_started_at", lambda pid: None)
+    problem = RunLock(tmp_path).acquire()
+    assert problem is not None and f"process {os.getpid()}" in problem
+    alive.release()
+
+
+def test_a_lock_that_was_replaced_meanwhile_is_not_removed(tmp_path: Path) -> None:
+    """Two starts find the same stale lock: the first replaces it, the second must not remove the first one's."""
+    stale = {"host": "gone", "pid": 3}
+    (tmp_path / LOCK).write_text(json.dumps({"host": "first", "pid": 7}))
+    RunLock(tmp_path)._remove(stale)
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
+    assert json.loads((tmp_path / LOCK).read_text()) == {"host": "first", "pid": 7}
+    (tmp_path / LOCK).write_text(json.dumps(stale))
+    RunLock(tmp_path)._remove(stale)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        (
+            {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_JOB_NAME": "x", "SLURM_JOB_ID": "1"}
+            | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"},
+            "the launcher started 2 processes, but trainer.num_nodes 1 x trainer.devices 1 are 1; start one process per device "
+            "(sbatch --ntasks-per-node, torchrun --nproc-per-node), or change trainer.num_nodes and trainer.devices.",
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+            | {"TORCHELASTIC_RUN_ID": "x", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "the launcher started 2 processes, but trainer.num_nodes 1 x trainer.devices 1 are 1; ",
+        ),
+    ],
+    ids=["SLURM", "torchrun"],
+)
+def test_the_launcher_started_as_many_processes_as_the_configuration_has(
+    resume: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    message: str,
+) -> None:
+    """Else each of them would train by itself, in one folder."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    code, said = resume()
+    assert (code, message in said) == (2, True)
