@@ -163,8 +163,10 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         return self.__dict__ | {"_open": OrderedDict()}
 
     def _check_index(self) -> None:
+        complete = 0
         for index in self.shards.shards:
             rows = incomplete_samples(index, self._parts)
+            complete += len(index) - rows.size
             if self._quarantine is None and rows.size:
                 raise missing_member(index, self._parts, int(rows[0]))
             if self._quarantine is None:
@@ -175,10 +177,13 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             for row in rows.tolist():
                 error = missing_member(index, self._parts, row)
                 self._quarantine.record(index.location, index.key(row), str(error))
+        first = next((index for index in self.shards.shards if len(index)), None)
+        if first is not None and not complete:  # no budget makes a run of this
+            raise missing_member(first, self._parts, int(incomplete_samples(first, self._parts)[0]))
 
     def _read(self, sample: int, position: int) -> dict[str, Any]:
         """One sample by its number in stored order, or its replacement."""
-        chosen = sample
+        chosen, reason = sample, ""
         for attempt in range(_REPLACEMENTS):
             try:
                 decoded = self._decoded(chosen, position)
@@ -189,11 +194,12 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
                     raise
                 number, row = self._place(chosen)
                 index = self.shards.shards[number]
-                self._quarantine.record(index.location, index.key(row), str(error))
+                reason = str(error)
+                self._quarantine.record(index.location, index.key(row), reason)
             chosen = self.order.replacement(sample, attempt)
         raise UserError(
-            f"{_REPLACEMENTS} samples that could replace one that cannot be read cannot be read either; is the storage "
-            "of data.shards reachable?"
+            f"{_REPLACEMENTS} samples that could replace one that cannot be read cannot be read either (the last: {reason}); "
+            "is the storage of data.shards reachable?"
         )
 
     def _check_shapes(self, decoded: dict[str, Any], sample: int) -> None:

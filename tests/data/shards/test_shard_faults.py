@@ -462,7 +462,9 @@ def test_when_nothing_can_be_read(tmp_path: Path) -> None:
     for path in folder.glob("*.tar"):
         path.unlink()
     assert data.dataset is not None
-    with pytest.raises(UserError, match="cannot be read either; is the storage"):
+    with pytest.raises(
+        UserError, match=r"cannot be read either \(the last: .*No such file.*; is the storage"
+    ):
         data.dataset.batch([0])
 
 

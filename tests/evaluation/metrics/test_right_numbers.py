@@ -24,7 +24,7 @@ from evaluation.images.image_sets import open_images
 from evaluation.images.prompt_files import PromptList, read_prompts
 from evaluation.images.samples import ModelSamples
 from evaluation.images.saved_images import SavedImages
-from evaluation.metrics.frechet import FeatureStatistics
+from evaluation.metrics.frechet import FeatureStatistics, frechet_distance
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
 from evaluation.protocols.protocols import IMAGE_PROTOCOLS, PROTOCOLS
@@ -460,11 +460,22 @@ def test_no_image_is_left_out_without_a_word(tmp_path: Path) -> None:
 
 
 def test_mixed_sizes_are_measured_and_said(
-    run: Run, images: Path, real: Path, capsys: pytest.CaptureFixture[str]
+    run: Run, images: Path, tmp_path: Path, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # pytorch-fid 81, torch-fidelity 55: images of different sizes in one folder ended in a traceback; clean-fid 2: in two.
+    real = write_images(tmp_path / "large", [f"{i:02d}.png" for i in range(20)], seed=1, size=70)
     with Image.open(images / "0.png") as opened:
         opened.resize((64, 48)).save(images / "0.png")
     result = run("--images", images, "--reference", real, "--metrics", "fid")
+    clip = FrozenClip(world / "clip")
+    sides: list[torch.Tensor] = []
+    for folder in (images, real):  # by hand: one image after the other
+        frames = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
+        rows = [clip.image_features(torch.from_numpy(frame).permute(2, 0, 1)[None]) for frame in frames]
+        features = torch.cat(rows).double()
+        sides += [features.mean(0), features.T.cov()]
+    expected = frechet_distance(*sides)
+    assert result["metrics"]["fid"]["value"] == pytest.approx(expected, rel=1e-4)
     assert result["image_statistics"]["sizes"] == {"40 x 40": COUNT - 1, "64 x 48": 1}
     assert "The images have 2 sizes, most of them 40 x 40" in capsys.readouterr().out
 
