@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.shards.images import Pixels
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.core.image_condition import ImageCondition
 
 __all__ = ["Canny", "Depth", "ImageCondition", "Sketch", "SoftEdge"]
 
-Pixels = NDArray[np.uint8]
 _Floats = NDArray[np.float32]
 
 

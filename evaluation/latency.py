@@ -19,7 +19,7 @@ BACKENDS = (
     "openvino-int8",
 )
 MODELS = ("sdxs-512", "sdxs-1024", "sd15", "sdxl", "tiny")
-PRESETS = ("paper-512", "paper-1024")
+PAPER_PRESETS = ("paper-512", "paper-1024")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ SDXS-1024 against SDXL at 32 steps with guidance, as in the table of arXiv:2403.
     """Diffusers folder of a student; this, --random_weights or --preset is required."""
     random_weights: Annotated[str | None, Option(choices=MODELS)] = None
     """A model of this architecture with random weights instead."""
-    preset: Annotated[str | None, Option(choices=PRESETS)] = None
+    preset: Annotated[str | None, Option(choices=PAPER_PRESETS)] = None
     """The paper's comparison."""
     baseline: Annotated[str | None, Option(metavar="DIR|NAME")] = None
     """Diffusers folder of the base, or the name of an architecture as for --random_weights."""

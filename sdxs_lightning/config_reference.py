@@ -24,7 +24,7 @@ from sdxs_lightning.config_files import read_config
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 OURS = ("sdxs_lightning.", "data.", "evaluation.")
 
-SECTIONS = {
+REFERENCE_SECTIONS = {
     "Stages (`model`)": ("sdxs_lightning.stages.",),
     "Bases (`model.init_args.family`)": ("sdxs_lightning.families.",),
     "Networks": ("sdxs_lightning.networks.",),
@@ -57,7 +57,7 @@ def reference() -> str:
     classes = dict.fromkeys(_reachable(sorted(_named_in_configs())))
     text = HEADER
     left = sorted(classes, key=lambda each: f"{each.__module__}.{each.__qualname__}")
-    for heading, modules in SECTIONS.items():
+    for heading, modules in REFERENCE_SECTIONS.items():
         here = [each for each in left if f"{each.__module__}.".startswith(modules)]
         left = [each for each in left if each not in here]
         if here:

@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.shards.images import UndecodableImageError, decode_deep_grey, decode_pixels
-
-Bytes = bytes | memoryview
+from data.shards.images import Bytes, UndecodableImageError, decode_deep_grey, decode_pixels
 
 LATENT_MEMBER = "latent.safetensors"
 LATENT_TENSOR = "latents"

@@ -26,7 +26,7 @@ class BrokenShardError(ValueError):
     """A shard that is not a complete, plain WebDataset tar."""
 
 
-class Bytes(Protocol):
+class ByteSource(Protocol):
     """Bytes of a file by slice: a memory map of a local file, range reads of a remote one."""
 
     def __getitem__(self, part: slice, /) -> bytes:
@@ -64,7 +64,7 @@ def tar_members(path: Path, named: str = "") -> Iterator[TarMember]:
         yield from members_of(named, data, size)
 
 
-def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
+def members_of(path: str, data: ByteSource, total: int) -> Iterator[TarMember]:
     """Like `tar_members`, for the bytes of any file.
 
     Args:
@@ -107,7 +107,7 @@ def members_of(path: str, data: Bytes, total: int) -> Iterator[TarMember]:
         at = start + (size + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
-def _check_end(path: str, data: Bytes, at: int, total: int) -> None:
+def _check_end(path: str, data: ByteSource, at: int, total: int) -> None:
     """Check that only tar's zero padding follows the end-of-archive mark at byte `at`."""
     for start in range(at, total, _SCAN_BYTES):
         part = data[start : min(start + _SCAN_BYTES, total)]

@@ -89,7 +89,7 @@ class CaptionAccuracy(SampledMetric):
         share = right.sum() / stated.sum()
         attributes = replace(
             mean_estimate(share + (right - share * stated) / stated.mean(), ids), value=float(share)
-        )
+        ).within(0.0, 1.0)
         images = share_estimate(rows[:, 0], ids)
         if float(share) in (0.0, 1.0):  # the delta method gives zero variance here
             attributes = replace(attributes, low=images.low, high=images.high)

@@ -27,6 +27,7 @@ class ClipScore(PerImageMetric):
     def __init__(self, clip: FrozenClip, scale: float = 100.0, name: str = "clip_score") -> None:
         super().__init__()
         self.clip, self.scale, self.names = clip, scale, (name,)
+        self.bounds = (-scale, scale)
 
     @property
     def title(self) -> str:

@@ -72,6 +72,7 @@ class EdgeAdherence(ControlAdherence):
     """
 
     higher_is_better = True
+    bounds = (0.0, 1.0)
 
     def __init__(self, condition: ImageCondition, tolerance_px: int = 0, name: str = "edge_f1") -> None:
         super().__init__(condition, name)
@@ -100,6 +101,7 @@ class DepthAdherence(ControlAdherence):
     """
 
     higher_is_better = False
+    bounds = (0.0, 255.0)
 
     def __init__(self, condition: ImageCondition, name: str = "depth_error") -> None:
         super().__init__(condition, name)
@@ -129,6 +131,7 @@ class BarAdherence(ControlAdherence):
     """
 
     higher_is_better = True
+    bounds = (0.0, 1.0)
 
     def __init__(self, condition: ImageCondition, name: str = "background_accuracy") -> None:
         super().__init__(condition, name)

@@ -45,12 +45,14 @@ class Estimate:
         """JSON-serialisable dict without unknown fields."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
-    def not_below(self, least: float) -> Estimate:
-        """Value and interval clamped to the lower bound of the metric."""
-        low, high, infinity = (
-            None if each is None else max(each, least) for each in (self.low, self.high, self.infinity)
+    def within(self, least: float = -math.inf, most: float = math.inf) -> Estimate:
+        """Value and interval clamped to the bounds of the metric; their normal approximation does not know them."""
+        value, low, high, infinity = (
+            None if each is None else min(max(each, least), most)
+            for each in (self.value, self.low, self.high, self.infinity)
         )
-        return Estimate(max(self.value, least), self.samples, low, high, infinity, self.left_out)
+        assert value is not None
+        return Estimate(value, self.samples, low, high, infinity, self.left_out)
 
 
 def student_t(freedom: int) -> float:

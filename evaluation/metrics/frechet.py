@@ -162,7 +162,7 @@ class FrechetDistance(SampledMetric):
             return {self.names[0]: Estimate(value, fake.count)}
         left_out, sizes = self._left_out(real)
         linear = fake.count >= LINEAR_FROM * self.dimensions
-        return {self.names[0]: jackknife(value, left_out, fake.count, linear, sizes).not_below(0.0)}
+        return {self.names[0]: jackknife(value, left_out, fake.count, linear, sizes).within(0.0)}
 
     def _left_out(self, real: FeatureStatistics) -> tuple[list[float], list[int]]:
         """Distances without each group of fake images, and the group sizes; the groups are split over ranks."""

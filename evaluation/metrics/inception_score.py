@@ -45,7 +45,7 @@ class InceptionScore(FeatureSetMetric):
         groups = balanced_groups(torch.arange(count))
         left_out = [inception_score(logits[groups != group], self.splits) for group in range(GROUPS)]
         sizes = groups.bincount(minlength=GROUPS).tolist()
-        return [jackknife(value, left_out, count, biased=False, sizes=sizes).not_below(1.0)]
+        return [jackknife(value, left_out, count, biased=False, sizes=sizes).within(1.0)]
 
 
 def inception_score(logits: Tensor, splits: int = 10) -> float:

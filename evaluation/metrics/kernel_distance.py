@@ -146,7 +146,7 @@ class MaximumMeanDiscrepancy(FeatureSetMetric):
             return [Estimate(value(everything), len(fake))]
         left_out = [value(everything - one) for one in torch.eye(GROUPS, device=fake.device).double()]
         found = jackknife(value(everything), left_out, len(fake), sizes=[int(size) for size in sizes])
-        return [found.not_below(0.0)]
+        return [found.within(0.0)]
 
     def _summed(self, x: Tensor, y: Tensor, weights: Tensor, chunk: int = 2048) -> Tensor:
         """kernel(x, y) @ weights: (n, d), (m, d), (m, k) to (n, k), in chunks to save memory."""

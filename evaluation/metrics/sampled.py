@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -152,6 +153,9 @@ class SampledMetric(Metric):
 class PerImageMetric(SampledMetric):
     """Mean of the rows (B, 1), float64, that `measure` returns, with a normal 95 % interval."""
 
+    bounds: tuple[float, float] = (-math.inf, math.inf)
+    """Least and largest value that an image can have."""
+
     @property
     def count(self) -> int:
         """Number of images on this rank without duplicates."""
@@ -169,4 +173,7 @@ class PerImageMetric(SampledMetric):
         rows, ids = self.rows_of("fake")
         if len(rows) == 0:
             raise ValueError(f"{self.title} needs at least 1 image, got 0")
-        return {name: mean_estimate(rows[:, column], ids) for column, name in enumerate(self.names)}
+        return {
+            name: mean_estimate(rows[:, column], ids).within(*self.bounds)
+            for column, name in enumerate(self.names)
+        }

@@ -66,4 +66,7 @@ class ShapeScore(SampledMetric):
         rows = self.rows_of("fake")[0]
         if len(rows) == 0:
             raise ValueError("the shape score needs at least 1 image, got 0")
-        return {"shape_score": mean_estimate(rows[:, 0]), "clean_images": share_estimate(rows[:, 1] >= CLEAN)}
+        return {
+            "shape_score": mean_estimate(rows[:, 0]).within(0.0, 1.0),
+            "clean_images": share_estimate(rows[:, 1] >= CLEAN),
+        }

@@ -20,7 +20,7 @@ from sdxs_lightning.stages.prune_distill import PrunedUNetDistillation
 from sdxs_lightning.surgery.topology import Stage, Topology
 
 STEPS = 20
-PRESETS: dict[Kind, str] = {"sd15": "sdxs-512", "sdxl": "sdxs-1024"}
+STUDENTS: dict[Kind, str] = {"sd15": "sdxs-512", "sdxl": "sdxs-1024"}
 BATCH_SIZES: dict[Kind, int] = {"sd15": 16, "sdxl": 4}
 
 
@@ -48,7 +48,7 @@ def _pruned(run: SectionRun, base: RandomBase, kind: Kind) -> PrunedUNetDistilla
     tiny = Topology(stages=(Stage(), Stage(), Stage()), mid_block="resnet")
     return PrunedUNetDistillation(
         cast(Family, base),
-        tiny if run.tiny else PRESETS[kind],
+        tiny if run.tiny else STUDENTS[kind],
         partial(torch.optim.AdamW, lr=1e-6, fused=True),
         feature_distillation=FeatureDistillation(),
         real_score_dtype="bfloat16",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from evaluation.benchmarks.interval_coverage import coverage, metrics
+from evaluation.metrics.control_adherence import BarAdherence, DepthAdherence, EdgeAdherence, ReaderAdherence
 from evaluation.metrics.estimates import (
     GROUPS,
     T_95,
@@ -66,6 +69,33 @@ def test_the_jackknife_removes_a_bias_of_one_over_n() -> None:
     left_out = [float(values[torch.arange(GROUPS) != one].var(correction=0)) for one in range(GROUPS)]
     found = jackknife(float(values.var(correction=0)), left_out, GROUPS)
     assert found.infinity == pytest.approx(float(values.var()), rel=1e-12)
+
+
+def test_an_interval_does_not_leave_the_bounds_of_its_metric() -> None:
+    # 29 ones and a 0.9: the normal interval ends at 1.0032.
+    nearly = torch.cat([torch.ones(29), torch.tensor([0.9])])
+    plain = mean_estimate(nearly)
+    assert plain.high is not None and plain.low is not None and plain.high > 1.003
+    assert plain.within(0.0, 1.0) == replace(plain, high=1.0)
+    assert plain.within(most=0.5) == replace(plain, value=0.5, low=0.5, high=0.5)
+    # Every metric of images that has bounds.
+    found = {
+        EdgeAdherence: (0.0, 1.0),
+        DepthAdherence: (0.0, 255.0),
+        ReaderAdherence: (0.0, 255.0),
+        BarAdherence: (0.0, 1.0),
+    }
+    assert {one: one.bounds for one in found} == found
+    edges = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    edges[..., 4, :] = 255
+    metric = EdgeAdherence(lambda image: image, tolerance_px=0)
+    for index in range(30):
+        made = edges.clone()
+        if index == 29:
+            made[..., 4, 0] = 0
+        metric.update_with(made, edges, [index])
+    entry = metric.estimate()["edge_f1"]
+    assert entry.value == pytest.approx((29 + 14 / 15) / 30) and entry.high == 1.0
 
 
 def test_mean_of_one_image_has_no_interval() -> None:
