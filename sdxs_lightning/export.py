@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from sdxs_lightning.core.file_modes import apply_umask
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import pipeline_variant, read_json
 from sdxs_lightning.networks.backward_simulation import original_inference_steps
@@ -162,6 +163,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         written = Path(temporary) / "complete"
         yield written
+        apply_umask(written)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(written, folder)

@@ -21,6 +21,7 @@ from huggingface_hub import constants
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from sdxs_lightning.core.file_modes import apply_umask
 from sdxs_lightning.families.folders import Layout, vae_class
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ def _write(file: Path, configs: Path, layout: Layout, header: Mapping[str, Any],
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         written = Path(temporary) / "base"
         _load(file, configs, layout, header).save_pretrained(written, safe_serialization=True)
+        apply_umask(written)
         try:
             os.rename(written, folder)
         except OSError:

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from sdxs_lightning.networks.lora_extraction import low_rank
+from sdxs_lightning.networks.lora_files import Adapters, read_lora
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -57,6 +60,9 @@ class LoRA:
     """Name suffixes of the linear layers and convolutions that get adapters."""
     seed: int = 0
     """Seed of the matrices A. The matrices B start at zero, so the network starts unchanged."""
+    weights: str | None = None
+    """LoRA that the adapters start from, made for this U-Net: a .safetensors file of diffusers, PEFT or kohya, or a folder with
+    one. One of a higher rank is reduced. null starts without a change."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -70,19 +76,24 @@ class LoRA:
 
 
 def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
-    """Freezes a U-Net and adds trainable adapters; its output stays bit-identical.
+    """Freezes a U-Net and adds trainable adapters; without `lora.weights` its output stays bit-identical.
 
     Args:
         unet: modified in place; keeps its class and config.
         lora: the settings.
 
     Raises:
-        ValueError: if a target matches no linear layer or convolution of this U-Net.
+        FileNotFoundError: if there are no `lora.weights`.
+        ValueError: if a target matches no linear layer or convolution of this U-Net, or `lora.weights` is of another network
+            or adapts a layer that is no target.
     """
     from peft import LoraConfig
 
     for target in lora.targets:
         _check_target(unet, target)
+    # On the meta device, in the memory plan, weights change nothing.
+    start = None if next(unet.parameters()).is_meta else lora.weights
+    adapters = {} if start is None else read_lora(start, unet, "lora.weights").adapters
     unet.requires_grad_(False)
     config = LoraConfig(
         r=lora.rank,
@@ -94,7 +105,28 @@ def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(lora.seed)
         unet.add_adapter(config, ADAPTER)
+    _start_from(unet, adapters, lora)
     return unet
+
+
+def _start_from(unet: UNet2DConditionModel, adapters: Adapters, lora: LoRA) -> None:
+    """Copies a LoRA into new adapters; rows of A beyond its rank keep their random start, beside columns of zeros in B."""
+    scale = (lora.rank if lora.alpha is None else lora.alpha) / lora.rank
+    others = [name for name in adapters if not hasattr(unet.get_submodule(name), "lora_A")]
+    if others:
+        raise ValueError(
+            f"lora.weights '{lora.weights}' adapts {len(others)} layer(s) that are not among lora.targets, such as "
+            f"'{others[0]}': name them there, or give another LoRA."
+        )
+    for name, adapter in adapters.items():
+        reduced = low_rank(adapter.delta(), lora.rank)[0] if adapter.rank > lora.rank else adapter
+        layer: Any = unet.get_submodule(name)
+        down, up = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
+        with torch.no_grad():
+            down[: reduced.rank] = reduced.down.view(-1, *down.shape[1:])
+            up[:, : reduced.rank] = reduced.up.view(len(up), -1, *up.shape[2:]) * (
+                reduced.alpha / reduced.rank / scale
+            )
 
 
 def lora_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

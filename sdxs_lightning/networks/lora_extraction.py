@@ -61,7 +61,7 @@ def extract_lora(
         if not any(f".{layer}".endswith(f".{target}") for target in targets) or change.dim() not in (2, 4):
             left_out += 1
             continue
-        adapters[layer], values = _low_rank(change, rank)
+        adapters[layer], values = low_rank(change, rank)
         whole, kept = whole + float(change.square().sum()), kept + values
     if not adapters:
         raise ValueError(
@@ -70,7 +70,7 @@ def extract_lora(
     return Extraction(adapters, min(kept / whole, 1.0), left_out)
 
 
-def _low_rank(change: Tensor, rank: int) -> tuple[LowRank, float]:
+def low_rank(change: Tensor, rank: int) -> tuple[LowRank, float]:
     """The update, and its squared norm."""
     matrix = change.flatten(1)
     rank = min(rank, *matrix.shape)

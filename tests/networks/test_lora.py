@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,17 @@ from sdxs_lightning.core.noise_schedule import NoiseSchedule
 from sdxs_lightning.export import plain_unet
 from sdxs_lightning.networks.adapter_views import AveragedView, BaseView
 from sdxs_lightning.networks.denoiser import Denoiser
-from sdxs_lightning.networks.lora import TARGETS, LoRA, add_lora, cast_base, lora_parameters, merged_weights
+from sdxs_lightning.networks.lora import (
+    ADAPTER,
+    TARGETS,
+    LoRA,
+    add_lora,
+    cast_base,
+    lora_parameters,
+    merged_weights,
+)
+from sdxs_lightning.networks.lora_extraction import low_rank
+from sdxs_lightning.networks.lora_files import Adapters, live_adapters, write_lora
 from sdxs_lightning.networks.network import no_param_grad
 from tests.helpers.tiny import LATENT_SHAPE, tiny_conditioning, tiny_sd_unet, tiny_sdxl_unet
 
@@ -233,3 +245,48 @@ def test_a_base_in_half_precision_leaves_float32_adapters() -> None:
     loss = denoiser(unet)(NOISY, TIMESTEPS, tiny_conditioning(3)).output.square().mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lora_parameters(unet).values())
+
+
+# ---------------------------------------------------------------------------------------------------- begun from a LoRA
+
+
+def written(folder: Path, sdxl: bool = False, **settings: Any) -> Adapters:
+    """A LoRA of rank 3 and alpha 1.5, and its updates."""
+    unet = adapted(sdxl, LoRA(rank=3, alpha=1.5, **settings), moved=0.3)
+    adapters = live_adapters(unet.state_dict(), 1.5)
+    write_lora(folder, adapters, dtype=torch.float32)
+    return adapters
+
+
+@pytest.mark.parametrize("rank", [2, 3, 5])
+@pytest.mark.parametrize("sdxl", [False, True], ids=["sd", "sdxl"])
+def test_adapters_begin_from_a_lora(tmp_path: Path, sdxl: bool, rank: int) -> None:
+    given = written(tmp_path, sdxl)
+    unet = add_lora(
+        tiny_sdxl_unet() if sdxl else tiny_sd_unet(), LoRA(rank=rank, alpha=4.0, weights=str(tmp_path))
+    )
+    begun = live_adapters(unet.state_dict(), 4.0)
+    assert begun.keys() == given.keys()
+    for name, adapter in given.items():
+        expected = low_rank(adapter.delta(), rank)[0].delta() if rank < 3 else adapter.delta()
+        torch.testing.assert_close(begun[name].delta(), expected, rtol=1e-5, atol=1e-6)
+        # What the LoRA leaves free can still learn: random rows of A, zero columns of B.
+        assert bool((begun[name].up.flatten(1)[:, 3:] == 0).all())
+        assert bool((begun[name].down.flatten(1)[3:].abs().amax(1) > 0).all())
+    assert all(parameter.requires_grad for parameter in lora_parameters(unet).values())
+
+
+def test_a_lora_of_other_layers_or_another_network_begins_nothing(tmp_path: Path) -> None:
+    written(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"adapts \d+ layer\(s\) that are not among lora\.targets, such as '"
+    ):
+        add_lora(tiny_sd_unet(), LoRA(rank=2, targets=("to_q",), weights=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"lora\.weights '.*'"):
+        add_lora(tiny_sdxl_unet(), LoRA(rank=2, weights=str(tmp_path)))
+    with pytest.raises(FileNotFoundError, match=r"lora\.weights"):
+        add_lora(tiny_sd_unet(), LoRA(rank=2, weights=str(tmp_path / "nowhere")))
+    with torch.device("meta"):  # the memory plan reads no file
+        unet = UNet2DConditionModel.from_config(tiny_sd_unet().config)
+    add_lora(unet, LoRA(rank=2, weights=str(tmp_path / "nowhere")))
+    assert ADAPTER in unet.peft_config
