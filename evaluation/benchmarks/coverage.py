@@ -25,7 +25,7 @@ class CoverageOptions:
     scale: float = 1.0
     """Factor of the numbers of trials."""
     out: Annotated[Path | None, Option(metavar="FILE.json")] = None
-    """Result to write, or to extend by other numbers of images."""
+    """Result to write, or to extend by other numbers of images or other metrics."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
