@@ -359,13 +359,13 @@ class _Trainer:
 @pytest.mark.parametrize("kind", ["none", "lambda", "cosine", "step"])
 @pytest.mark.parametrize("old_version", [False, True])
 def test_a_restored_schedule_goes_on_as_if_begun_with_the_new_rate(kind: str, old_version: bool) -> None:
-    def build(lr: float) -> tuple[torch.optim.Optimizer, Any]:
+    def build(lr: float, gamma: float = 0.1, period: int = 10) -> tuple[torch.optim.Optimizer, Any]:
         optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=lr)
         schedulers: dict[str, Callable[[], Any]] = {
             "none": lambda: None,
             "lambda": lambda: LambdaLR(optimizer, lambda step: 1 / (1 + step)),
-            "cosine": lambda: CosineAnnealingLR(optimizer, T_max=10),
-            "step": lambda: StepLR(optimizer, step_size=2, gamma=0.1),
+            "cosine": lambda: CosineAnnealingLR(optimizer, T_max=period),
+            "step": lambda: StepLR(optimizer, step_size=2, gamma=gamma),
         }
         return optimizer, schedulers[kind]()
 
@@ -379,7 +379,8 @@ def test_a_restored_schedule_goes_on_as_if_begun_with_the_new_rate(kind: str, ol
     old, old_schedule = build(1e-3)
     (before,) = settings_of(_Trainer(old, old_schedule))  # type: ignore[arg-type]
     steps(old, old_schedule, 3)
-    new, new_schedule = build(2e-4)
+    changed: dict[str, Any] = {} if old_version else {"gamma": 0.5, "period": 8}
+    new, new_schedule = build(2e-4, **changed)
     (now,) = settings_of(_Trainer(new, new_schedule))  # type: ignore[arg-type]
     new.load_state_dict(old.state_dict())
     if new_schedule is not None:
@@ -387,7 +388,7 @@ def test_a_restored_schedule_goes_on_as_if_begun_with_the_new_rate(kind: str, ol
     if old_version:
         before = {"groups": [{k: v for k, v in old.param_groups[0].items() if k != "params"}]}
     assert apply_settings(new, new_schedule, before, now)
-    wanted = build(2e-4)
+    wanted = build(2e-4, **changed)
     assert steps(*wanted, 3) == pytest.approx(float(new.param_groups[0]["lr"]), rel=1e-9)
     assert steps(*wanted, 3) == pytest.approx(steps(new, new_schedule, 3), rel=1e-9)
 
