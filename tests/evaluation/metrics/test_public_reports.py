@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +145,7 @@ def test_images_against_themselves_have_distance_zero_by_any_resize(
 def test_kid_of_fewer_images_than_a_subset_is_refused_and_has_a_value_in_smaller_ones() -> None:
     fake, real = features(87, 1), features(90, 2) + 0.3
 
-    def kid(**settings: int) -> KernelDistance:
+    def kid(**settings: Any) -> KernelDistance:
         metric = KernelDistance(lambda images: images, **settings)
         metric.add(fake, range(len(fake)))
         metric.add(real, range(len(real)), real=True)
