@@ -24,9 +24,8 @@ EXAMPLES = (
 """Of the toy world."""
 NEEDS_CONTROLNET = """This needs a ControlNet of this student: start the demo with `--controlnet DIR`.
 
-One of the toy student is trained by `python train.py --config configs/toy/control_reader.yaml`, then
-`python train.py --config configs/toy/controlnet_joint.yaml --model.student.weights data/toy/student`, and is in
-`outputs/toy-controlnet-joint/controlnet`. Those of other students: `configs/sd15/controlnet_joint.yaml` and its neighbours."""
+The toy student of the repository has its own, `data/toy/controlnet`, trained by `configs/toy/controlnet_denoising.yaml` and
+`configs/toy/controlnet_pretrained.yaml`. Those of other students: `configs/sd15/controlnet_pretrained.yaml` and others."""
 NEEDS_LORA = """This needs a style LoRA of this student: start the demo with `--lora FILE`.
 
 One of the toy student is trained by

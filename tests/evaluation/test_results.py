@@ -16,6 +16,7 @@ from evaluation.benchmarks import tables, throughput
 from evaluation.benchmarks.latency.report import table
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
+from evaluation.runner.control import control_markdown
 from sdxs_lightning.command_line import Command, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,11 @@ def test_the_table_of_speed_is_its_files() -> None:
     assert f"\n\n{table(measured)}\n\n" in PAGE
     written = " ".join(PAGE.replace("\\\n", " ").split())
     assert f"{measured['command']} --out evaluation/results/latency_cpu.json" in written
+
+
+def test_the_tables_of_controlnets_are_their_files() -> None:
+    for path in RESULTS.glob("toy_controlnet_*.json"):
+        assert f"\n\n{control_markdown(result(path.stem))}\n\n" in PAGE, path.name
 
 
 def phrases() -> list[str]:

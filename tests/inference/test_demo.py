@@ -12,7 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from data.conditions import Canny
+from data.toy.world import captions, image_at
 from evaluation.images.samples import load_pipeline
+from evaluation.metrics.control_adherence import EdgeAdherence
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.demo.__main__ import DemoOptions
 from sdxs_lightning.demo.serve import condition_named, studio
@@ -187,6 +190,27 @@ def test_the_shipped_student_is_the_default() -> None:
         )
     ]
     assert sum(new) <= 6_000_000
+
+
+def test_the_shipped_controlnet_follows_edges() -> None:
+    """`data/toy/controlnet`, which the demo takes by itself: 24 held-out images' edges with other images' noise."""
+    room = studio(DemoOptions(base_steps=1))
+    assert room.generator.networks.has_control and isinstance(room.condition, Canny)
+    prompts = captions("val", 24)
+    controls = torch.stack([pixels(Image.fromarray(Canny()(image_at("val", index)))) for index in range(24)])
+    found = {}
+    for scale in (0.0, 0.5, 1.0):
+        metric = EdgeAdherence(Canny(), tolerance_px=1)
+        images = room.generator.generate(prompts, 0, control_images=controls, control_scale=scale)
+        metric.update_with(images, controls, list(range(24)))
+        found[scale] = metric.estimate()["edge_f1"].value
+    assert found[0.0] < 0.8 and found[0.5] > 0.93 and found[1.0] > 0.97
+    assert torch.equal(
+        room.generator.generate(prompts, 0, control_images=controls, control_scale=0.0),
+        OneStepGenerator.load(ROOT / "data" / "toy" / "student", device="cpu").generate(prompts, 0),
+    )
+    folder = ROOT / "data" / "toy" / "controlnet"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 3_000_000
 
 
 def _same(file: Path, other: Path) -> bool:

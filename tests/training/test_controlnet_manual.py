@@ -17,8 +17,6 @@ from data.toy.background_bar import BackgroundBar
 from data.toy.world import captions, image_at
 from evaluation.evaluate import main as evaluate
 from sdxs_lightning.cli import main as train
-from sdxs_lightning.export import export_pipeline
-from sdxs_lightning.families.sd import StableDiffusion
 from tests.helpers.tiny_run import ROOT
 
 MANUAL = ROOT / "sdxs_lightning" / "stages" / "controlnet" / "README.md"
@@ -51,8 +49,6 @@ def test_the_walk_through_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         Image.fromarray(image_at("val", i)).save(f"photos/{i}.png")
         Path(f"photos/{i}.txt").write_text(caption)
         Image.fromarray(BackgroundBar()(image_at("val", i))).save(f"conditions/{i}.png")
-    family = StableDiffusion("data/toy/base", 699)
-    export_pipeline(family.load_unet(), family, "outputs/quickstart/pipeline")
 
     names: dict[str, Any] = {}
     blocks = [(language, file, text) for language, file, text in BLOCK.findall(MANUAL.read_text())]

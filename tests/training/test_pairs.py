@@ -164,6 +164,7 @@ def test_another_checkpoint_and_another_scheduler_sample(base: Base, tmp_path: P
 @pytest.mark.parametrize("kind", KINDS)
 def test_pairs_of_the_data_are_its_latents_with_noise_of_the_run(base: Base, kind: str) -> None:
     batch, home = tiny_batch(3, 40), base(kind)
+    assert batch.latents is not None
     picked = started(home, source="data").pick(batch)
     assert torch.equal(picked.noise, normal(SEED, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE))
     assert torch.equal(picked.target, family_of(home).scale_latents(batch.latents))

@@ -37,6 +37,11 @@ TINY_UNET = {
     "transformer_layers_per_block": 1,
     "sample_size": 16,
 }
+TINY_WIDTHS: dict[Kind, dict[str, int]] = {
+    "sd15": {"cross_attention_dim": 32},
+    # Both encoders beside each other; the pooled embeddings and six numbers of 256 features.
+    "sdxl": {"cross_attention_dim": 64, "projection_class_embeddings_input_dim": 32 + 6 * 256},
+}
 TINY: dict[Kind, dict[str, dict[str, Any]]] = {
     kind: {
         "unet": TINY_UNET | widths,
@@ -49,11 +54,7 @@ TINY: dict[Kind, dict[str, dict[str, Any]]] = {
         "text_encoder": TINY_TEXT,
         "text_encoder_2": TINY_TEXT,
     }
-    for kind, widths in {
-        "sd15": {"cross_attention_dim": 32},
-        # Both encoders beside each other; the pooled embeddings and six numbers of 256 features.
-        "sdxl": {"cross_attention_dim": 64, "projection_class_embeddings_input_dim": 32 + 6 * 256},
-    }.items()
+    for kind, widths in TINY_WIDTHS.items()
 }
 """Overrides of the full configs."""
 

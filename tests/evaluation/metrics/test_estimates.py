@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from evaluation.benchmarks.interval_coverage import coverage, metrics
-from evaluation.metrics.control_adherence import BarAdherence, DepthAdherence, EdgeAdherence, ReaderAdherence
+from evaluation.metrics.control_adherence import (
+    BarAdherence,
+    ControlAdherence,
+    DepthAdherence,
+    EdgeAdherence,
+    ReaderAdherence,
+)
 from evaluation.metrics.estimates import (
     GROUPS,
     T_95,
@@ -79,7 +85,7 @@ def test_an_interval_does_not_leave_the_bounds_of_its_metric() -> None:
     assert plain.within(0.0, 1.0) == replace(plain, high=1.0)
     assert plain.within(most=0.5) == replace(plain, value=0.5, low=0.5, high=0.5)
     # Every metric of images that has bounds.
-    found = {
+    found: dict[type[ControlAdherence], tuple[float, float]] = {
         EdgeAdherence: (0.0, 1.0),
         DepthAdherence: (0.0, 255.0),
         ReaderAdherence: (0.0, 255.0),
