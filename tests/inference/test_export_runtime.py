@@ -92,7 +92,9 @@ def test_smaller_weights(
     file = "model.onnx" if runtime == "onnx" else "openvino_model.bin"
     complete = exported(name, runtime, "fp32", adapted=False) / "unet" / file
     share = (folder / "unet" / file).stat().st_size / complete.stat().st_size
-    assert share < {"fp16": 0.9, "int8": 0.6}[precision]  # of these tiny networks the graph itself is a part
+    # ONNX's file has the graph too, which of these tiny networks is a part; int8 has a scale for each channel.
+    most = {("onnx", "fp16"): 0.9, ("openvino", "fp16"): 0.51, ("openvino", "int8"): 0.32}
+    assert share < most[runtime, precision]
     manifest = json.loads((folder / MANIFEST).read_text())
     assert 0 < manifest["largest_difference"] <= bound and manifest["dtype"] == precision
 

@@ -50,6 +50,9 @@ def compressed(network: Any) -> Any:
     Raises:
         UserError: without NNCF.
     """
+    import_openvino()
+    from openvino.passes import ConstantFolding, Manager
+
     try:
         import nncf
     except ImportError as error:
@@ -57,4 +60,8 @@ def compressed(network: Any) -> Any:
             "int8 weights need NNCF; install it with `uv sync --extra openvino` or pip install sdxs-lightning[openvino]."
         ) from error
     nncf.set_log_level(30)
+    # NNCF passes over weights that reach their product through a transposition, as ONNX has those of linear layers.
+    passes = Manager()
+    passes.register_pass(ConstantFolding())
+    passes.run_passes(network)
     return nncf.compress_weights(network)
