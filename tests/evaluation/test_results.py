@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from evaluation.__main__ import COMMANDS
-from evaluation.benchmarks import tables, throughput
+from evaluation.benchmarks import runtime_exports, tables, throughput
 from evaluation.benchmarks.latency.report import table
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
 from evaluation.runner.control import control_markdown
+from sdxs_lightning import lora
 from sdxs_lightning.command_line import Command, parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +36,7 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 11
+    assert len(shown) == len(set(shown)) == 12
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -49,6 +50,11 @@ def test_the_table_of_speed_is_its_files() -> None:
     assert f"\n\n{table(measured)}\n\n" in PAGE
     written = " ".join(PAGE.replace("\\\n", " ").split())
     assert f"{measured['command']} --out evaluation/results/latency_cpu.json" in written
+
+
+def test_the_table_of_exports_is_its_file() -> None:
+    (rows,) = result("runtime_exports").values()
+    assert f"\n\n{runtime_exports.table(rows)}\n\n" in PAGE
 
 
 def test_the_tables_of_controlnets_are_their_files() -> None:
@@ -151,14 +157,13 @@ def test_every_command_line_is_accepted(line: str) -> None:
         assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
         return
     programs = {f"evaluation.{command.name}": (command, words[2:]) for command in COMMANDS}
-    for name in ("Passes", "ScorePrecision"):
+    for name in ("Passes", "ScorePrecision", "RuntimeExports"):
         module = f"evaluation.benchmarks.{re.sub('(?<!^)(?=[A-Z])', '_', name).lower()}"
         programs[module] = (Command(name, f"{module}.{name}Options", ""), words[2:])
-    for program in (tables, throughput):
-        name = program.__name__.rpartition("benchmarks.")[2]
+    for program in (tables, throughput, lora):
         for command in program.COMMANDS:
             if words[2:3] == [command.name]:
-                programs[f"evaluation.benchmarks.{name}"] = (command, words[3:])
+                programs[program.__name__] = (command, words[3:])
     command, arguments = programs[words[1]]
     module, _, options = command.options.rpartition(".")
     assert parse_options(getattr(import_module(module), options), arguments) is not None
