@@ -52,6 +52,21 @@ def test_the_table_of_speed_is_its_files() -> None:
     assert f"{measured['command']} --out evaluation/results/latency_cpu.json" in written
 
 
+def test_the_readme_says_what_control_and_style_reach() -> None:
+    canny, style = result("toy_controlnet_canny"), result("toy_lora")["rows"]["distilled"]
+    chance, controlled = canny["chance"], canny["conditioning_scale"]["1"]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"follows Canny edges with an F1 of {controlled['edge_f1']:.2f}, {chance['edge_f1']:.2f} without it, and its accuracy "
+        f"rises from {100 * chance['caption_accuracy']:.0f} to {100 * controlled['caption_accuracy']:.0f} %"
+        in readme
+    )
+    assert (
+        f"the style in {100 * style['style_accuracy']['mean']:.0f} % of the images and accuracy falls to "
+        f"{100 * style['caption_accuracy']['mean']:.0f} %" in readme
+    )
+
+
 def test_the_table_of_exports_is_its_file() -> None:
     (rows,) = result("runtime_exports").values()
     assert f"\n\n{runtime_exports.table(rows)}\n\n" in PAGE
