@@ -191,6 +191,11 @@ def tiny_lora(name: str, folder: Path) -> Flags:
         "model.init_args.update_schedule.fake_score_only_iterations": 0,
         "model.init_args.style.path": save_style(folder, "sdxl" if name.startswith("sdxl") else "sd"),
     }
+    if name.startswith("toy"):  # begins from its style
+        flags |= {
+            "model.init_args.student.init_args.lora.weights": flags["model.init_args.style.path"],
+            "model.init_args.fake_score.init_args.weights": "null",
+        }
     return flags | ({"model.init_args.pairs.sampler_steps": 1} if "segmented" in name else {})
 
 

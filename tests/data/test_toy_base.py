@@ -20,11 +20,11 @@ from sdxs_lightning.core.latents import to_uint8
 BASE = Path(__file__).parents[2] / "data" / "toy"
 
 
-def test_shipped_files_stay_within_seventeen_megabytes() -> None:
+def test_shipped_files_stay_within_twenty_megabytes() -> None:
     shipped = [path for path in BASE.rglob("*") if path.suffix in {".safetensors", ".npz", ".json"}]
     assert (
-        5e6 < sum(path.stat().st_size for path in shipped) < 17e6
-    )  # base, student, metrics; of their weights
+        5e6 < sum(path.stat().st_size for path in shipped) < 20e6
+    )  # base, student, ControlNet, metrics; of their weights
 
 
 def test_classifier_is_right_on_real_and_reconstructed_images() -> None:
