@@ -10,7 +10,7 @@ from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Frozen
@@ -224,11 +224,7 @@ class TargetPairs:
                 f"{seeds}; point data.shards at what `python -m data.prepare pairs` wrote for this base and set "
                 "data.contents to [latents, noise_seeds]."
             )
-        return PickedPairs(
-            noise=pair_noise(batch.pair_noise_seeds, shape),
-            conditioning=self._family.encode_prompts(batch.captions, batch.original_sizes, batch.crops),
-            target=self._family.scale_latents(batch.latents),
-        )
+        return self._with_latents(batch, batch.latents, pair_noise(batch.pair_noise_seeds, shape))
 
     def _from_data(self, batch: TrainingBatch) -> PickedPairs:
         assert self._family is not None
@@ -239,11 +235,13 @@ class TargetPairs:
                 f"pairs.source 'data' needs latents {shape} in every batch and got {found}; point data.shards at latent shards "
                 "made with this base's VAE and let data.contents name latents, or take another pairs.source."
             )
-        return PickedPairs(
-            noise=normal(self._seed, Stream.STUDENT_NOISE, batch.positions, shape),
-            conditioning=self._family.encode_prompts(batch.captions, batch.original_sizes, batch.crops),
-            target=self._family.scale_latents(batch.latents),
-        )
+        noise = normal(self._seed, Stream.STUDENT_NOISE, batch.positions, shape)
+        return self._with_latents(batch, batch.latents, noise)
+
+    def _with_latents(self, batch: TrainingBatch, latents: Tensor, noise: Tensor) -> PickedPairs:
+        assert self._family is not None
+        conditioning = self._family.encode_prompts(batch.captions, batch.original_sizes, batch.crops)
+        return PickedPairs(noise, conditioning, self._family.scale_latents(latents))
 
     def _sampled(self, batch: TrainingBatch) -> PickedPairs:
         assert self._family is not None and self._sampler is not None, "start() comes first"
