@@ -116,6 +116,14 @@ def test_pairs_of_the_data_keep_their_conditions_and_warm_up_the_controlnet(base
     assert target is not None and torch.equal(target, module.family.scale_latents(batch.latents))
     seen = fit(module, shards, batches=2, contents=CONTENTS).callback_metrics
     assert float(seen["student/regression"]) > 0
+    # With a `condition`, the targets' own condition images still come first; without any they are extracted.
+    module = built(joint(base("sd-v_prediction"), ADAMW, condition=Inverted(), **settings))
+    own = module._inputs(batch, module.terms.warmup).conditioning.control_images
+    assert own is not None and torch.equal(own, batch.control_images)
+    made = module._inputs(
+        replace(batch, control_images=None), module.terms.warmup
+    ).conditioning.control_images
+    assert made is not None and not torch.equal(made, own)
 
 
 def test_the_pretrained_controlnet_is_frozen_shared_and_in_no_checkpoint(
