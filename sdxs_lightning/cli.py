@@ -30,7 +30,7 @@ from sdxs_lightning.callbacks.run_folder import ORIGIN, RunLock, origin
 from sdxs_lightning.config_errors import reference_sentence, sentence
 from sdxs_lightning.config_files import MergedArguments, read_arguments, refuse_untrusted
 from sdxs_lightning.config_nulls import refuse_nulls
-from sdxs_lightning.core.errors import Interrupted, RankLost, RunStopped, UserError
+from sdxs_lightning.core.errors import Interrupted, RankLost, RunStopped, UserError, one_line
 from sdxs_lightning.environment_values import EnvironmentValues
 from sdxs_lightning.training.csv_log import RunCSVLogger
 from sdxs_lightning.trust import CODE_LOADERS, Trust, texts
@@ -509,7 +509,7 @@ def _report(error: BaseException, agreed: bool) -> None:
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     word = "stopped" if isinstance(error, Interrupted) else "error"
-    text = TrainingParser.environment.hidden(str(error))
+    text = TrainingParser.environment.hidden(one_line(str(error)))
     sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {text}\n")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards.images import Bytes, UndecodableImageError, decode_deep_grey, decode_pixels
+from sdxs_lightning.core.errors import OneLineError
 
 LATENT_MEMBER = "latent.safetensors"
 LATENT_TENSOR = "latents"
@@ -33,7 +34,7 @@ _LARGEST_LATENT = 65504.0
 """Maximum of float16, the dtype in which latents are written."""
 
 
-class BadSampleError(ValueError):
+class BadSampleError(OneLineError, ValueError):
     """Raised for an invalid member; the message names shard and key."""
 
 

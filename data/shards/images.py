@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from data.shards.order.sample_order import Draw, draw
+from sdxs_lightning.core.errors import OneLineError
 from sdxs_lightning.core.image_formats import FORMATS, readable_formats
 
 MAX_PIXELS = 100_000_000
@@ -41,7 +42,7 @@ Bytes = bytes | memoryview
 Pixels = NDArray[np.uint8]
 
 
-class UndecodableImageError(ValueError):
+class UndecodableImageError(OneLineError, ValueError):
     """Bytes that are not an image, or a truncated or too large one."""
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from sdxs_lightning.core.errors import OneLineError
+
 _BLOCK = 512
 _REGULAR = frozenset(b"0\0" + b"7")  # '0', NUL (old format), '7' (contiguous)
 _EXTENDED = frozenset(b"xgLK")  # pax for one member and for all, GNU long name and long link
@@ -22,7 +24,7 @@ _MAX_TRAILING_ZEROS = 2 * _BLOCK + 20 * _BLOCK - _BLOCK
 _SCAN_BYTES = 1 << 20
 
 
-class BrokenShardError(ValueError):
+class BrokenShardError(OneLineError, ValueError):
     """A shard that is not a complete, plain WebDataset tar."""
 
 

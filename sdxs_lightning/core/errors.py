@@ -13,20 +13,35 @@
 The last row follows the convention of shells, so that a job script can requeue on 138 and 143.
 """
 
+import re
 import signal as signals
 
 
-class RunStopped(Exception):
+def one_line(message: str) -> str:
+    """A message as one line that any terminal shows: line breaks become a space, other control characters escapes.
+
+    Messages quote names and values of files, and these hold anything: a line break in a column's name, a terminal's
+    escape sequence in a key, half of a surrogate pair of a JSON string.
+    """
+    unbroken = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    visible = re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", unbroken)
+    return visible.encode("utf-8", "backslashreplace").decode()
+
+
+class OneLineError(Exception):
+    """An error whose message is one line, whatever it quotes."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
+
+
+class RunStopped(OneLineError):
     """Ends a run early with a message instead of a traceback.
 
     Raised on all ranks or on none: the callbacks that raise it agree first.
     """
 
     exit_code = 1
-
-    def __str__(self) -> str:
-        # Messages quote input, and half a surrogate pair of a JSON file cannot be written to a terminal.
-        return super().__str__().encode("utf-8", "backslashreplace").decode()
 
 
 class UserError(RunStopped):

@@ -9,12 +9,13 @@ from PIL import Image
 
 from data.prepare.images.options import ImageFormat
 from data.shards import images
+from sdxs_lightning.core.errors import OneLineError
 
 _MEMBER_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats whose bytes can be stored unchanged, and the member that holds them."""
 
 
-class UnreadableImageError(ValueError):
+class UnreadableImageError(OneLineError, ValueError):
     """The bytes do not hold a complete image."""
 
 

@@ -29,14 +29,14 @@ from data.shards.images import OTHER_SUFFIXES, SUFFIXES
 from data.shards.index import expand_braces, find_shards
 from data.shards.locations import leaves, linked_folder
 from data.shards.sample_decoder import invalid_fields
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import OneLineError, UserError
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".parquet")
 _IMAGE_COLUMNS = ("image", "image_path", "file_name", "filename", "filepath", "path", "jpg", "img")
 _CAPTION_COLUMNS = ("caption", "text", "prompt", "TEXT")
 
 
-class SampleFaultError(ValueError):
+class SampleFaultError(OneLineError, ValueError):
     """A sample that is broken; the message says how."""
 
 

@@ -32,6 +32,7 @@ from data.shards.locations import file_name, is_remote
 from data.shards.scan import scan_members
 from data.shards.sidecar import load_sidecar, save_sidecar, sidecar_path
 from data.shards.store import ShardStore
+from sdxs_lightning.core.errors import one_line
 
 _KINDS = {
     "image": IMAGE_MEMBERS,
@@ -56,10 +57,7 @@ class ShardFault:
     def __str__(self) -> str:
         """One line."""
         where = f"{self.shard}, key {self.key!r}" if self.key else self.shard
-        line = " ".join(f"{where}: {self.reason}".split())
-        return line.encode(
-            "utf-8", "backslashreplace"
-        ).decode()  # a name may hold bytes that no terminal takes
+        return one_line(f"{where}: {self.reason}")
 
 
 @dataclass
