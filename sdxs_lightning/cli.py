@@ -1,46 +1,47 @@
 """The training command line: configuration, resume, error messages and exit codes."""
 
-import json
 import logging
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-import torch
 from jsonargparse import set_parsing_settings
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
+from sdxs_lightning.callbacks.checkpoint_choice import chosen_checkpoint
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.elastic import join_elastic_group
 from sdxs_lightning.callbacks.interruption import Interruption
-from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import Resume
-from sdxs_lightning.callbacks.run_folder import ORIGIN, RunLock, origin
+from sdxs_lightning.callbacks.run_folder import origin
+from sdxs_lightning.callbacks.save_config import SaveConfig
 from sdxs_lightning.config_errors import reference_sentence, sentence
 from sdxs_lightning.config_files import MergedArguments, read_arguments, refuse_untrusted
 from sdxs_lightning.config_nulls import refuse_nulls
-from sdxs_lightning.core.errors import Interrupted, RankLost, RunStopped, UserError, one_line
+from sdxs_lightning.core.errors import RunStopped, UserError
 from sdxs_lightning.environment_values import EnvironmentValues
+from sdxs_lightning.run_ends import (
+    checks_processes,
+    interrupted_early,
+    is_our_message,
+    lost_rank,
+    report,
+    started_by_rank_zero,
+)
 from sdxs_lightning.training.csv_log import RunCSVLogger
 from sdxs_lightning.trust import CODE_LOADERS, Trust, texts
 
 os.environ.setdefault(
     "JSONARGPARSE_DEPRECATION_WARNINGS", "off"
 )  # Lightning's own calls; nothing for the user to do
-
-TRACEBACK = "SDXS_TRACEBACK"
-"""Environment variable: set to 1, errors that are reported in a sentence show their traceback too."""
 
 
 class ConstructionFailed(BaseException):
@@ -74,61 +75,6 @@ class TrainingParser(LightningArgumentParser):
             super().error(message, ex)
         options = [name for action in self._actions for name in action.option_strings]
         raise UserError(self.environment.hidden(sentence(message, options, self.command_line))) from ex
-
-
-class SaveConfig(SaveConfigCallback):
-    """Locks the run's folder, and saves the resolved configuration (config.yaml) and the code's version (origin.json)."""
-
-    lock: RunLock | None = None
-    """Held by rank 0."""
-
-    def take_lock(self, trainer: pl.Trainer) -> None:
-        """Locks the run's folder. A collective, before anything in the folder changes.
-
-        Raises:
-            UserError: on all ranks, if another run has it, or it cannot be written.
-        """
-        self._on_first_rank(trainer, self._locked)
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Saves nothing yet, unlike Lightning's: a start that is refused would leave its configuration to the earlier run."""
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Saves both at the first batch, when all checks have passed.
-
-        Raises:
-            UserError: on all ranks, if they cannot be written.
-        """
-        if not self.already_saved:
-            self._on_first_rank(trainer, self._written)
-            self.already_saved = True
-
-    def _locked(self, folder: Path) -> str | None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = RunLock(folder)
-        return self.lock.acquire()
-
-    def _written(self, folder: Path) -> None:
-        path = folder / self.config_filename
-        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
-        (folder / ORIGIN).write_text(json.dumps(origin(), indent=2) + "\n")
-
-    @staticmethod
-    def _on_first_rank(trainer: pl.Trainer, action: Callable[[Path], str | None]) -> None:
-        ranks, folder, problem = Ranks(), Path(trainer.default_root_dir), None
-        if ranks.first:
-            try:
-                problem = action(folder)
-            except OSError as error:
-                problem = (
-                    f"the run's folder '{folder}' cannot be written ({folders.write_failure(error)}); give another one as "
-                    "--trainer.default_root_dir, or change its permissions."
-                )
-        problem = ranks.first_message(problem)
-        if problem:
-            raise UserError(problem)
 
 
 class TrainingCLI(LightningCLI):
@@ -239,7 +185,7 @@ class TrainingCLI(LightningCLI):
             self._check_process_count()
             _record_collectives(Path(self.trainer.default_root_dir))
             join_elastic_group(self.trainer)
-            path = self.checkpoint_path()
+            path = chosen_checkpoint(self.trainer, self.config.ckpt_path)
             config = TrainingParser.environment.as_written(self.config).as_dict() | {"code": origin()}
             resume = Resume(self.trainer, config, self.config.ckpt_path in ("last", "auto"))
             for callback in callbacks:
@@ -294,68 +240,6 @@ class TrainingCLI(LightningCLI):
                 f"{manifest.student_updates}); raise update_schedule.max_student_updates or trainer.max_steps to continue.\n"
             )
 
-    def checkpoint_path(self) -> str | None:
-        """The checkpoint that `--ckpt_path` means, checked; None for a new run.
-
-        Raises:
-            UserError: if it is not there, not complete, or of another strategy.
-        """
-        wanted: str | None = self.config.ckpt_path
-        path = None if wanted is None else Path(wanted)
-        if wanted in ("last", "auto"):
-            path = self._newest(required=wanted == "last")
-        if path is None:
-            self._refuse_automatic_resume()
-            return None
-        if (path / folders.MANIFEST).exists() or (path / folders.STATE).exists():
-            if not folders.complete(path):
-                raise UserError(
-                    f"the checkpoint '{path}' is not complete: a file is missing or shorter than its {folders.MANIFEST} says; "
-                    "take an older one, or --ckpt_path last for the newest complete one."
-                )
-            path = path / folders.STATE
-        if not path.exists():
-            raise UserError(f"--ckpt_path '{path}' does not exist; give a checkpoint, 'last' or 'auto'.")
-        if path.is_dir() and not isinstance(self.trainer.strategy, ModelParallelStrategy):
-            raise UserError(
-                f"the checkpoint '{path}' is sharded; resume with --config configs/hardware/fsdp2.yaml, which reads it on any "
-                "number of devices (one: --trainer.devices 1, with data.init_args.batch_size for the same global batch)."
-            )
-        return str(path)
-
-    def _newest(self, required: bool) -> Path | None:
-        saver = next(
-            (one for one in self.trainer.checkpoint_callbacks if isinstance(one, Checkpointing)), None
-        )
-        folder = (saver or Checkpointing()).run_folder(self.trainer)
-        newest = folders.newest_complete_checkpoint(folder)
-        broken = folders.incomplete_checkpoints(folder)
-        # A write that was cut off is no reason against a new run; a checkpoint that was complete once is.
-        damaged = [path for path in broken if not path.name.startswith(".")]
-        if newest is None and (required or damaged):
-            found = f"only {len(broken)} incomplete one(s)" if broken else "none"
-            way = f"remove '{folder}'" if damaged else "use --ckpt_path auto"
-            raise UserError(
-                f"--ckpt_path {self.config.ckpt_path} looks for the newest complete checkpoint in '{folder}' and found {found};"
-                f" {way} to begin a new run, or give the run's folder as --trainer.default_root_dir."
-            )
-        if damaged and self.trainer.is_global_zero:
-            sys.stderr.write(
-                f"resume: {', '.join(path.name for path in damaged)} in '{folder}' are not complete checkpoints (a file is "
-                f"missing or shorter than {folders.MANIFEST} says) and are left where they are; the newest complete one is "
-                f"{newest.name if newest is not None else 'none'}.\n"
-            )
-        return newest
-
-    def _refuse_automatic_resume(self) -> None:
-        """Under SLURM, Lightning resumes by itself from a file that its own signal handler left."""
-        left: str | None = self.trainer._checkpoint_connector._hpc_resume_path
-        if left is not None:
-            raise UserError(
-                f"'{left}' was written by Lightning's own SLURM handler, and Lightning would resume from it unasked; give it "
-                "as --ckpt_path, or remove it."
-            )
-
     def _check_process_count(self) -> None:
         environment = self.trainer._accelerator_connector.cluster_environment
         if not environment.creates_processes_externally:
@@ -388,26 +272,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = cli.trainer
         cli.fit()
     except RunStopped as stop:
-        _report(stop, agreed=trainer is not None)
+        report(stop, agreed=trainer is not None, hidden=TrainingParser.environment.hidden)
         # Lightning's launcher kills all ranks when it sees that a rank which it started has failed, also rank 0 while it is
         # still closing its files. This stop was agreed on by all ranks, and rank 0 alone carries its code.
-        return 0 if _started_by_rank_zero(trainer) else stop.exit_code
+        return 0 if started_by_rank_zero(trainer) else stop.exit_code
     except SIGTERMException:
-        return _interrupted_early(143, "SIGTERM")
+        return interrupted_early(143, "SIGTERM")
     except KeyboardInterrupt:
-        return _interrupted_early(130, "Ctrl-C")
+        return interrupted_early(130, "Ctrl-C")
     except SystemExit as exit_:
         if isinstance(exit_.__context__, KeyboardInterrupt):  # what Lightning makes of it
-            return _interrupted_early(130, "Ctrl-C")
+            return interrupted_early(130, "Ctrl-C")
         raise
     except Exception as error:
-        lost = _lost_rank(trainer, error)
+        lost = lost_rank(trainer, error)
         if lost is not None:
-            _report(lost, agreed=False)
+            report(lost, agreed=False, hidden=TrainingParser.environment.hidden)
             return lost.exit_code
-        if not _is_our_message(error):
+        if not is_our_message(error):
             raise
-        _report(error, agreed=False)
+        report(error, agreed=False, hidden=TrainingParser.environment.hidden)
         return UserError.exit_code
     return 0
 
@@ -444,13 +328,13 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
         assert cause is not None
         if isinstance(cause, RunStopped):
             raise cause from None
-        if _is_our_message(cause):
+        if is_our_message(cause):
             raise UserError(str(cause)) from cause
-        if _checks_processes(cause):
+        if checks_processes(cause):
             raise UserError(str(cause)) from cause
         raise cause from None
     except RuntimeError as error:
-        if _checks_processes(error):
+        if checks_processes(error):
             raise UserError(str(error)) from error
         raise
     except OmegaConfBaseException as error:
@@ -459,12 +343,6 @@ def _build(arguments: Sequence[str] | None) -> TrainingCLI:
         ) from error
     except MisconfigurationException as error:
         raise UserError(str(error)) from error
-
-
-def _checks_processes(error: BaseException) -> bool:
-    """Whether Lightning's check of the numbers of processes and devices raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1].name
-    return last in ("validate_settings", "_validate_srun_variables")
 
 
 _allowed: set[str] = set()
@@ -485,54 +363,3 @@ def _construct(class_type: type, *args: Any, **kwargs: Any) -> Any:
         return class_type(*args, **kwargs)
     except Exception as error:
         raise ConstructionFailed from error
-
-
-def _is_our_message(error: BaseException) -> bool:
-    """Whether our own code raised it deliberately: then its message is written for the user, and it is no bug."""
-    frames = traceback.extract_tb(error.__traceback__)
-    root = Path(__file__).resolve().parents[1]
-    ours = [root / name for name in ("sdxs_lightning", "data", "evaluation")]
-    return (
-        bool(frames)
-        and any(Path(frames[-1].filename).resolve().is_relative_to(folder) for folder in ours)
-        and (frames[-1].line or "").startswith("raise ")
-    )
-
-
-def _report(error: BaseException, agreed: bool) -> None:
-    """Writes the sentence to stderr; only rank 0 does if all ranks agreed on it."""
-    rank = next(
-        (int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0
-    )
-    if agreed and rank:
-        return
-    if os.environ.get(TRACEBACK) == "1":
-        traceback.print_exception(error)
-    word = "stopped" if isinstance(error, Interrupted) else "error"
-    text = TrainingParser.environment.hidden(one_line(str(error)))
-    sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {text}\n")
-
-
-def _lost_rank(trainer: pl.Trainer | None, error: Exception) -> RankLost | None:
-    """The rank whose end made a collective fail here, if that is what happened."""
-    callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
-    monitor = next((one.monitor for one in callbacks if isinstance(one, Interruption)), None)
-    collective = any(
-        f"{os.sep}torch{os.sep}distributed{os.sep}" in frame.filename
-        for frame in traceback.extract_tb(error.__traceback__)
-    ) or isinstance(error, torch.distributed.DistError)
-    return monitor.explain(error) if monitor is not None and collective else None
-
-
-def _interrupted_early(code: int, name: str) -> int:
-    sys.stderr.write(
-        f"stopped: {name} came outside the training steps, or twice; checkpoints written so far are complete.\n"
-    )
-    return code
-
-
-def _started_by_rank_zero(trainer: pl.Trainer | None) -> bool:
-    if trainer is None or trainer.local_rank == 0:
-        return False
-    connector = trainer._accelerator_connector
-    return isinstance(connector.cluster_environment, LightningEnvironment)

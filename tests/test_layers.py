@@ -40,6 +40,7 @@ TOP = {
     "publish",
     "publishing",
     "renamed",
+    "run_ends",
     "train_command",
     "trust",
 }

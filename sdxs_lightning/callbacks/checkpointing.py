@@ -16,8 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.counts import Counts, counts_of
 from sdxs_lightning.callbacks.nan_guard import check_before_saving
+from sdxs_lightning.callbacks.optimizer_settings import settings_of
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.callbacks.resume import KEY, Resume, settings_of
+from sdxs_lightning.callbacks.resume import KEY, Resume
 from sdxs_lightning.callbacks.run_folder import unshared
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 

@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks import run_folder
-from sdxs_lightning.callbacks.resume import apply_settings, compare_weights, identity_of, settings_of
+from sdxs_lightning.callbacks.optimizer_settings import apply_settings, settings_of
 from sdxs_lightning.callbacks.run_folder import LOCK, RunLock
+from sdxs_lightning.callbacks.run_identity import compare_weights, identity_of
 from sdxs_lightning.cli import main
 from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
