@@ -53,6 +53,8 @@ class Stream(IntEnum):
     REDRAWN_SAMPLES = 20
     READER_NOISE = 21
     READER_NOISE_STRENGTH = 22
+    IMAGE_STARTS = 23
+    IMAGE_START_STEP = 24
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -10,6 +10,7 @@ evaluation, on any device and in any batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,12 +18,21 @@ from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.noise_schedule import add_noise
-from sdxs_lightning.core.seeding import Stream, fingerprint_values, normal
+from sdxs_lightning.core.seeding import Stream, fingerprint_values, integers, normal, uniform
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.network import no_param_grad
 
 FreshNoise = Callable[[Tensor, int], Tensor]
 """Maps the initial noise (B, C, h, w) and a step's index, counted from 0, to the noise added before that step."""
+
+
+class ImageStarts(NamedTuple):
+    """Samples that begin at a later step from a noised image, as in image to image, rather than from noise."""
+
+    latents: Tensor
+    """(B, C, h, w), float32: the images' scaled latents."""
+    steps: Tensor
+    """(B,), int64: index of the step at which a sample begins; 0 begins from noise."""
 
 
 def one_step(denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timestep: int) -> Tensor:
@@ -78,8 +88,35 @@ def sample_in_steps(
     return latents
 
 
+def draw_image_starts(
+    seed: int, positions: Tensor, latents: Tensor, step: int, share: float
+) -> ImageStarts | None:
+    """Draws which samples begin from their image, and at which step.
+
+    Args:
+        seed: the run's seed.
+        positions: (B,), int64, of the samples in the run.
+        latents: (B, C, h, w), float32, the images' scaled latents.
+        step: index of the step that is trained; an image begins at one of 1 to `step`, with equal probabilities.
+        share: of the samples that begin from their image.
+
+    Returns:
+        None for the first step, which receives noise.
+    """
+    if step == 0:
+        return None
+    chosen = uniform(seed, Stream.IMAGE_STARTS, positions) < share
+    first = integers(seed, Stream.IMAGE_START_STEP, positions, 1, step + 1)
+    return ImageStarts(latents, torch.where(chosen, first, torch.zeros_like(first)))
+
+
 def simulated_sample(
-    denoiser: Denoiser, noise: Tensor, conditioning: Conditioning, timesteps: Sequence[int], step: int
+    denoiser: Denoiser,
+    noise: Tensor,
+    conditioning: Conditioning,
+    timesteps: Sequence[int],
+    step: int,
+    starts: ImageStarts | None = None,
 ) -> Tensor:
     """The student's prediction at one of its steps; used in training.
 
@@ -91,6 +128,7 @@ def simulated_sample(
         conditioning: of B prompts.
         timesteps: one per step, decreasing.
         step: index of the step, counted from 0; the same on all ranks, which call a sharded network equally often.
+        starts: samples that begin at a later step from an image; None begins all from noise.
 
     Returns:
         (B, C, h, w), float32, scaled latents, with the graph of that step only.
@@ -102,7 +140,12 @@ def simulated_sample(
     with torch.no_grad(), no_param_grad(denoiser):
         for index in range(step):
             latents = one_step(denoiser, noisy, conditioning, timesteps[index])
-            noisy = _renoise(denoiser, latents, fresh_noise(noise, index + 1), timesteps[index + 1])
+            fresh, timestep = fresh_noise(noise, index + 1), timesteps[index + 1]
+            noisy = _renoise(denoiser, latents, fresh, timestep)
+            if starts is not None:
+                from_image = _renoise(denoiser, starts.latents, fresh, timestep)
+                begins = (starts.steps == index + 1).view(-1, 1, 1, 1)
+                noisy = torch.where(begins, from_image, noisy)
     return one_step(denoiser, noisy, conditioning, timesteps[step])
 
 

@@ -9,7 +9,12 @@ from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families import Family
-from sdxs_lightning.networks.backward_simulation import check_timesteps, sample_in_steps, simulated_sample
+from sdxs_lightning.networks.backward_simulation import (
+    ImageStarts,
+    check_timesteps,
+    sample_in_steps,
+    simulated_sample,
+)
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_denoiser, save_adapters_only
@@ -24,12 +29,15 @@ class StudentGenerator(Network):
         weights: U-Net or pipeline folder to start from (such as a pruned or warmed-up student); None starts from the base.
         conditioning_timestep: timestep of a one-step student; None takes the family's.
         timesteps: timesteps of a few-step student, from noise to clean, such as DMD2's [999, 749, 499, 249]; None is one step.
+        image_starts: share of the samples of a few-step student's later steps that begin there from the noised image of the
+            pair, or of the data where a loss has no pairs, rather than from the student's earlier steps: the student then
+            takes an image with a strength.
         lora: trains adapters on frozen weights, merged on export; None trains all weights.
         gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
         compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
 
     Raises:
-        ValueError: if both conditioning_timestep and timesteps are set.
+        ValueError: if both conditioning_timestep and timesteps are set, or image_starts is no share or has no later step.
     """
 
     denoiser: Denoiser
@@ -39,6 +47,8 @@ class StudentGenerator(Network):
     """Timestep of the first step."""
     timesteps: Sequence[int]
     """Timesteps of all steps, from noise to clean."""
+    image_starts: float
+    """Share of the samples that begin from an image, at a step after the first."""
 
     def __init__(
         self,
@@ -47,6 +57,7 @@ class StudentGenerator(Network):
         weights: str | None = None,
         conditioning_timestep: int | None = None,
         timesteps: list[int] | None = None,
+        image_starts: float = 0.0,
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
@@ -60,7 +71,13 @@ class StudentGenerator(Network):
                 f"conditioning_timestep ({conditioning_timestep}) is for a student of one step and timesteps ({timesteps}) for "
                 "one of several; set one of them in student.init_args."
             )
+        if not 0 <= image_starts <= 1 or (image_starts and len(timesteps or []) < 2):
+            raise ValueError(
+                f"image_starts is {image_starts}, with timesteps {timesteps}; it is a share in [0, 1], above 0 only for a "
+                "student of several timesteps. Change student.init_args."
+            )
         self._timesteps = timesteps
+        self.image_starts = image_starts
         self._switches = gradient_checkpointing, compile_blocks
 
     def build(self, family: Family) -> None:
@@ -92,6 +109,8 @@ class StudentGenerator(Network):
         """Maps noise (B, C, h, w) to clean latents pred_x0 (B, C, h, w), float32, through all steps."""
         return sample_in_steps(self.denoiser, noise, conditioning, self.timesteps)
 
-    def simulate(self, noise: Tensor, conditioning: Conditioning, step: int = 0) -> Tensor:
+    def simulate(
+        self, noise: Tensor, conditioning: Conditioning, step: int = 0, starts: ImageStarts | None = None
+    ) -> Tensor:
         """The training counterpart of `forward`: the prediction at the step of this index (`simulated_sample`)."""
-        return simulated_sample(self.denoiser, noise, conditioning, self.timesteps, step)
+        return simulated_sample(self.denoiser, noise, conditioning, self.timesteps, step, starts)

@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.toy.world import image_at
-from evaluation.benchmarks.decoder_quality import feature_distance, psnr_db, stored_images, toy_images
-from evaluation.benchmarks.tables import main
+from evaluation.benchmarks.tables.__main__ import main
+from evaluation.benchmarks.tables.decoder_quality import feature_distance, psnr_db, stored_images, toy_images
 from sdxs_lightning.networks.image_features import FeatureNetwork
 from sdxs_lightning.publishing.calling import Settings
 from sdxs_lightning.publishing.runs import Run

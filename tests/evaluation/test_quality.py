@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.benchmarks import tables
 from evaluation.benchmarks.gpu.random_base import config_folder
 from evaluation.benchmarks.passes import Counting, Setting, stage_of
+from evaluation.benchmarks.tables import __main__ as tables
 from evaluation.reports.markdown import score_file_markdown
 
 

@@ -10,12 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import avg_pool2d, interpolate
 
 from data.prepare.pairs.options import PairOptions
 from data.toy.rendered import render_batch
-from evaluation.benchmarks import recipe_runs, toy_lora, toy_scores
-from evaluation.benchmarks.recipe_runs import (
+from evaluation.benchmarks.tables import lora as toy_lora
+from evaluation.benchmarks.tables import recipe_runs
+from evaluation.benchmarks.tables import scores as toy_scores
+from evaluation.benchmarks.tables.__main__ import main
+from evaluation.benchmarks.tables.image_to_image import other_prompts
+from evaluation.benchmarks.tables.options import TeacherOptions, UNetsOptions
+from evaluation.benchmarks.tables.recipe_runs import (
     MODEL,
     PRUNED,
     RECIPES,
@@ -24,10 +30,14 @@ from evaluation.benchmarks.recipe_runs import (
     run_folder,
     train_recipe,
 )
-from evaluation.benchmarks.score_files import COMPARED, mean_differences, seed_differences, summarise_scores
-from evaluation.benchmarks.size_conditioning import sampled_images, sharpness
-from evaluation.benchmarks.tables import TeacherOptions, UNetsOptions, main
-from evaluation.benchmarks.toy_scores import over_seeds
+from evaluation.benchmarks.tables.score_files import (
+    COMPARED,
+    mean_differences,
+    seed_differences,
+    summarise_scores,
+)
+from evaluation.benchmarks.tables.scores import over_seeds
+from evaluation.benchmarks.tables.size_conditioning import sampled_images, sharpness
 from evaluation.protocols.protocols import PROTOCOLS, get_protocol
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE, STEPS
 from evaluation.runner.teacher_scores import RESULTS as TEACHER_RESULTS
@@ -35,6 +45,7 @@ from sdxs_lightning.cli import TrainingCLI
 from sdxs_lightning.command_line import parse_options
 from sdxs_lightning.core.errors import RunStopped
 from sdxs_lightning.core.model_hash import hash_weights
+from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.denoiser import Denoiser
@@ -390,3 +401,68 @@ def test_bad_input_is_one_sentence(
     assert "has none of pairs, fid_ratio" in refusal(main, ["show", out], capsys)
     Path(out).write_text("[]")
     assert "out.json is not a score file" in refusal(main, ["show", out], capsys)
+
+
+@pytest.fixture(scope="module")
+def student_of_two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base, folder = str(ROOT / "data" / "toy" / "base"), tmp_path_factory.mktemp("student") / "pipeline"
+    family = StableDiffusion(base)
+    export_pipeline(family.load_unet(), family, folder, dtype=torch.float32, timesteps=[999, 499])
+    return folder
+
+
+def test_image_to_image_is_scored_by_strength_and_kept(student_of_two_steps: Path, tmp_path: Path) -> None:
+    out = tmp_path / "i2i.json"
+    arguments = [
+        "image_to_image",
+        "--student",
+        str(student_of_two_steps),
+        "--samples",
+        "4",
+        "--out",
+        str(out),
+    ]
+    main([*arguments, "--strengths", "0.5", "1", "--sheet", str(tmp_path / "sheet.png")])
+    first = json.loads(out.read_text())
+    assert list(first["rows"]) == [
+        "input",
+        "strength 0.5",
+        "strength 1",
+        "no input, 2 steps",
+        "no input, 1 step",
+    ]
+    given, half, full = (row["estimates"] for row in list(first["rows"].values())[:3])
+    # The inputs have their own captions' attributes, and the prompts are other captions'.
+    assert given["input_agreement"]["value"] == 1.0 > given["prompt_agreement"]["value"]
+    assert half["input_agreement"]["value"] > full["input_agreement"]["value"]
+    assert Image.open(tmp_path / "sheet.png").size[1] > 5 * 32
+    first["rows"]["strength 0.5"]["estimates"]["caption_accuracy"]["value"] = 77.0
+    out.write_text(json.dumps(first))
+    main([*arguments, "--strengths", "0.5", "1"])
+    assert (
+        json.loads(out.read_text())["rows"]["strength 0.5"]["estimates"]["caption_accuracy"]["value"] == 77.0
+    )
+
+
+def test_prompts_of_image_to_image_are_of_other_images() -> None:
+    assert other_prompts(["a", "b", "c", "d", "e"]) == ["c", "d", "e", "a", "b"]
+
+
+def test_a_strength_of_nothing_is_refused_before_anything_is_measured(
+    student_of_two_steps: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "i2i.json"
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                "image_to_image",
+                "--student",
+                str(student_of_two_steps),
+                "--strengths",
+                "1",
+                "0",
+                "--out",
+                str(out),
+            ]
+        )
+    assert ended.value.code == 2 and "strength" in capsys.readouterr().err and not out.exists()

@@ -17,6 +17,8 @@ from sdxs_lightning.export import export_pipeline, one_step_scheduler, several_s
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.backward_simulation import (
+    ImageStarts,
+    draw_image_starts,
     fresh_noise,
     one_step,
     original_inference_steps,
@@ -114,6 +116,43 @@ def test_training_sees_what_sampling_visits(family: Any) -> None:
     expected_gradients = torch.autograd.grad(alone.sum(), list(student.parameters()))
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4 * float(wanted.abs().max()) + 1e-6)
+
+
+@torch.no_grad()
+def test_samples_that_begin_from_an_image_continue_like_image_to_image(family: Any) -> None:
+    """By hand: the noised image at the step where a sample begins, and the student's own steps after it."""
+    noise, conditioning = noise_of(4), prompts_of(family, 4)
+    images = torch.randn(4, *LATENT_SHAPE, generator=torch.Generator().manual_seed(3))
+    student, schedule = student_of(family, timesteps=FOUR), family.schedule
+    found = student.simulate(noise, conditioning, 2, ImageStarts(images, torch.tensor([0, 1, 2, 1])))
+    for row, first in enumerate([0, 1, 2, 1]):
+        one, x0 = slice(row, row + 1), images[row : row + 1]
+        for step in range(first, 3):
+            timesteps = torch.tensor([FOUR[step]])
+            noisy = schedule.alpha_t(timesteps) * x0
+            noisy = noisy + schedule.sigma_t(timesteps) * fresh_noise(noise[one], step)
+            x0 = one_step(student.denoiser, noisy if step else noise[one], conditioning[one], FOUR[step])
+        torch.testing.assert_close(found[one], x0, rtol=1e-4, atol=1e-4 * float(x0.abs().max()))
+
+
+def test_image_starts_are_a_share_and_spread_over_the_steps() -> None:
+    positions, images = torch.arange(6000), torch.zeros(6000, 1, 1, 1)
+    assert draw_image_starts(0, positions, images, 0, 1.0) is None
+    drawn = draw_image_starts(0, positions, images, 3, 0.25)
+    assert drawn is not None
+    shares = torch.bincount(drawn.steps, minlength=4) / 6000
+    torch.testing.assert_close(shares, torch.tensor([0.75, 1 / 12, 1 / 12, 1 / 12]), rtol=0, atol=0.02)
+    for share, steps in ((0.0, [0]), (1.0, [1, 2])):
+        drawn = draw_image_starts(0, positions, images, 2, share)
+        assert drawn is not None and drawn.steps.unique().tolist() == steps
+
+
+@pytest.mark.parametrize(
+    ("share", "timesteps"), [(0.5, None), (0.5, [999]), (-0.1, FOUR), (1.5, FOUR), (float("nan"), FOUR)]
+)
+def test_image_starts_that_are_no_share_are_refused(share: float, timesteps: list[int] | None) -> None:
+    with pytest.raises(ValueError, match=f"image_starts is {share}, .*Change student.init_args"):
+        StudentGenerator(SGD, timesteps=timesteps, image_starts=share)
 
 
 def _input_of(student: StudentGenerator, noise: Tensor, conditioning: Conditioning, step: int) -> Tensor:

@@ -17,6 +17,7 @@ from sdxs_lightning.core.frozen import Dtype
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream, integers, normal, uniform
 from sdxs_lightning.families import Family
+from sdxs_lightning.networks.backward_simulation import ImageStarts, draw_image_starts
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.image_features import ImageFeatures
@@ -199,7 +200,10 @@ class OneStepDistillation(DistillationNetworks):
                 f"{needing_images[0]} to null."
             )
         with torch.set_grad_enabled(bool(terms)):
-            latents = self.student.simulate(noise, conditioning, self._step_index() if step is None else step)
+            step = self._step_index() if step is None else step
+            latents = self.student.simulate(
+                noise, conditioning, step, self._image_starts(batch, target, step)
+            )
         data = None if batch.latents is None else self.family.scale_latents(batch.latents)
         self.note("student/", **latent_stats(latents, data))
         return LatentSample(
@@ -210,6 +214,21 @@ class OneStepDistillation(DistillationNetworks):
             target=target,
             images=batch.images if needing_images else None,
         )
+
+    def _image_starts(self, batch: TrainingBatch, target: Tensor | None, step: int) -> ImageStarts | None:
+        """The samples that begin from an image: the pair's, which has the sample's prompt, or the batch's."""
+        if not self.student.image_starts:
+            return None
+        if target is not None:
+            images = target
+        elif batch.latents is not None:
+            images = self.family.scale_latents(batch.latents)
+        else:
+            raise ValueError(
+                "student.init_args.image_starts needs images' latents, and the batch has none: let data.contents name latents, "
+                "or set image_starts to 0."
+            )
+        return draw_image_starts(self.seed, batch.positions, images, step, self.student.image_starts)
 
     def _inputs(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> StudentInputs:
         """The student's noise and conditioning, with the target sampler's latents if a term needs pairs."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
@@ -15,8 +17,11 @@ from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.core.seeding import Stream, integers, normal
 from sdxs_lightning.memory_plan.hardware import read_hardware
 from sdxs_lightning.memory_plan.planner import Planner
-from sdxs_lightning.networks.backward_simulation import sample_in_steps
+from sdxs_lightning.networks.backward_simulation import fresh_noise, sample_in_steps
 from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import built, distillation, fit, moved, weights
 
@@ -90,6 +95,40 @@ def test_every_network_learns_from_samples_of_a_later_step(
         output_type="latent",
     ).images
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["data", "pairs"])
+def test_samples_begin_from_the_noised_image_of_the_data_or_the_pair(base: Base, paired: bool) -> None:
+    """What reaches the network at the second step, by hand; a pair's image is its target."""
+    settings: dict[str, Any] = {}
+    if paired:
+        settings = {
+            "pairs": PairSettings(source="on_the_fly", sampler_steps=1),
+            "regression": Regression(),
+            "update_schedule": UpdateSchedule(warmup_updates=5, max_student_updates=9),
+        }
+    student = StudentGenerator(SGD, timesteps=STEPS, image_starts=1.0)
+    module = built(distillation(base("sd-epsilon"), student=student, **settings))
+    if module.pairs is not None and module.real_score is not None:
+        module.pairs.start(module.real_score.module, None)
+    inputs: list[torch.Tensor] = []
+    module.student.denoiser.unet.register_forward_pre_hook(lambda m, given: inputs.append(given[0]))
+    batch = tiny_batch(3)
+    terms = module.terms.warmup if paired else module.terms.distillation
+    sample = module._sample(batch, terms, 1)
+    assert batch.latents is not None and (sample.target is not None) == paired
+    image = module.family.scale_latents(batch.latents) if sample.target is None else sample.target
+    schedule, timesteps = module.family.schedule, torch.tensor([STEPS[1]])
+    fresh = fresh_noise(normal(0, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE), 1)
+    expected = schedule.alpha_t(timesteps) * image + schedule.sigma_t(timesteps) * fresh
+    torch.testing.assert_close(inputs[-1], expected, rtol=0, atol=1e-5)
+
+
+def test_image_starts_need_images(base: Base) -> None:
+    student = StudentGenerator(SGD, timesteps=STEPS, image_starts=0.5)
+    module = built(distillation(base("sd-epsilon"), student=student))
+    with pytest.raises(ValueError, match="image_starts needs images' latents, and the batch has none"):
+        module._sample(dataclasses.replace(tiny_batch(3), latents=None), module.terms.distillation, 1)
 
 
 def test_the_memory_plan_counts_the_passes_without_graph_as_nothing_that_stays(

@@ -12,7 +12,7 @@ from evaluation.reports.markdown import score_file_markdown, spread
 from evaluation.user_errors import as_user_errors
 
 if TYPE_CHECKING:
-    from evaluation.benchmarks.tables import PairedOptions, SeedsOptions, ShowOptions
+    from evaluation.benchmarks.tables.options import PairedOptions, SeedsOptions, ShowOptions
 
 REPORTED = ("shape_score", "clean_images", "fid", "clip_score", "caption_accuracy", "attribute_accuracy")
 COMPARED = ("shape_score", "clean_images", "fid", "clip_score", "caption_accuracy", "diversity")

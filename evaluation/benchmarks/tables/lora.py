@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from data.toy.training.style_classifier import STYLES, StyleClassifier
-from evaluation.benchmarks.score_files import read_scores, write_scores
-from evaluation.benchmarks.toy_scores import SHEET_COLUMNS
+from evaluation.benchmarks.tables.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.scores import SHEET_COLUMNS
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages, load_pipeline
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
@@ -28,7 +28,7 @@ from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from sdxs_lightning.networks.lora_files import hash_lora, lora_file
 
 if TYPE_CHECKING:
-    from evaluation.benchmarks.tables import LoraOptions
+    from evaluation.benchmarks.tables.options import LoraOptions
 
 PLAIN = "plain"
 SCORES = ("style_accuracy", "caption_accuracy", "diversity")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from data.toy.training.classifier import AttributeClassifier
 from data.toy.world import captions
-from evaluation.benchmarks.score_files import read_scores, write_scores
-from evaluation.benchmarks.toy_scores import student_images
+from evaluation.benchmarks.tables.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.scores import student_images
 from evaluation.images.generate import ImageMaker, RealImages, Reconstructions
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
 from evaluation.metrics.kernel_distance import KernelDistance
@@ -27,7 +27,7 @@ from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.families.sd import StableDiffusion
 
 if TYPE_CHECKING:
-    from evaluation.benchmarks.tables import QualityOptions
+    from evaluation.benchmarks.tables.options import QualityOptions
 
 KERNEL_SUBSET = 1000
 ORDERED_BY = "shape_score"

@@ -14,8 +14,14 @@ from PIL.Image import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from evaluation.benchmarks.recipe_runs import cpu_seconds, is_finished, make_pairs, run_folder, train_recipe
-from evaluation.benchmarks.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.recipe_runs import (
+    cpu_seconds,
+    is_finished,
+    make_pairs,
+    run_folder,
+    train_recipe,
+)
+from evaluation.benchmarks.tables.score_files import read_scores, write_scores
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages
 from evaluation.metrics.diversity import diversity
@@ -32,7 +38,7 @@ from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.networks.denoiser import Denoiser
 
 if TYPE_CHECKING:
-    from evaluation.benchmarks.tables import Measuring, RecipesOptions, TeacherOptions, UNetsOptions
+    from evaluation.benchmarks.tables.options import Measuring, RecipesOptions, TeacherOptions, UNetsOptions
 
 DIVERSITY_PROMPTS, SHEET_COLUMNS = 50, 10
 SUMMARISED = (

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.toy.world import image_at
-from evaluation.benchmarks.score_files import write_scores
+from evaluation.benchmarks.tables.score_files import write_scores
 from evaluation.images.image_sets import open_images
 from evaluation.metrics.estimates import Estimate, mean_estimate
 from evaluation.networks.network_features import full_precision
@@ -38,7 +38,7 @@ from sdxs_lightning.networks.image_features import (
 )
 
 if TYPE_CHECKING:
-    from evaluation.benchmarks.tables import DecoderOptions
+    from evaluation.benchmarks.tables.options import DecoderOptions
 
 PAIRS = ("kl_real", "tiny_real", "tiny_kl")
 """Compared pairs: base decoder and real image, tiny decoder and real image, both decoders."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.toy.original_sizes import MARGIN_PX
 from data.toy.training.classifier import AttributeClassifier
-from evaluation.benchmarks.score_files import write_scores
+from evaluation.benchmarks.tables.score_files import write_scores
 from evaluation.images.generate import RealImages
 from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.runner.machine import where
@@ -26,7 +26,7 @@ from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 
 if TYPE_CHECKING:
-    from evaluation.benchmarks.tables import SizeConditioningOptions
+    from evaluation.benchmarks.tables.options import SizeConditioningOptions
 
 
 @as_user_errors()

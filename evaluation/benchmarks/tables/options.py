@@ -1,19 +1,14 @@
-"""The toy world's tables: `python -m evaluation.benchmarks.tables COMMAND`.
-
-Six commands measure and write a score file (JSON), two compute from score files, and `show` prints their tables. Existing
-measurements for the same weights and protocol are kept, so an interrupted command resumes when it is run again.
-"""
+"""Options of the commands that measure the toy world's tables."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from evaluation.benchmarks.recipe_runs import RECIPES
+from evaluation.benchmarks.tables.recipe_runs import RECIPES
 from evaluation.protocols.names import TOY_PROTOCOLS
-from sdxs_lightning.command_line import Command, Option, run_subcommand
+from sdxs_lightning.command_line import Option
 
 PROGRAM = "python -m evaluation.benchmarks.tables"
 Count = Annotated[int, Option(at_least=1)]
@@ -210,6 +205,32 @@ class LoraOptions(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageToImageOptions:
+    """Scores image to image with a student of several steps: agreement with the input and with the prompt, by strength."""
+
+    EXAMPLES: ClassVar[str] = f"""
+    {PROGRAM} image_to_image --student outputs/toy-image-to-image/pipeline --single data/toy/student --out image_to_image.json
+    """
+
+    student: str
+    """Pipeline folder of the student, with several timesteps."""
+    single: str | None = None
+    """Pipeline folder of a one-step student, to compare its images of the prompts with."""
+    strengths: Annotated[tuple[float, ...], Option(at_least=0, at_most=1)] = (0.25, 0.5, 0.75, 1.0)
+    """Strengths: the share of the steps that run."""
+    samples: Annotated[int | None, Option(at_least=2)] = None
+    """Fewer images than the protocol's."""
+    batch_size: Count = 100
+    """Images at once."""
+    protocol: ToyProtocol = "toy"
+    """Protocol: captions, seed, classifier."""
+    out: Path
+    """Score file to write or to extend."""
+    sheet: Path | None = None
+    """PNG file of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SeedsOptions:
     """Summarises the report.json files of runs that differ in their seed: mean and range."""
 
@@ -249,31 +270,3 @@ class ShowOptions:
 
     files: Annotated[tuple[Path, ...], Option(positional=True)]
     """Score files or report.json files."""
-
-
-COMMANDS = tuple(
-    Command(name, f"evaluation.benchmarks.tables.{options}Options", f"evaluation.benchmarks.{run}.{name}")
-    for name, options, run in (
-        ("recipes", "Recipes", "toy_scores"),
-        ("unets", "UNets", "toy_scores"),
-        ("teacher", "Teacher", "toy_scores"),
-        ("quality", "Quality", "quality"),
-        ("decoder", "Decoder", "decoder_quality"),
-        ("size_conditioning", "SizeConditioning", "size_conditioning"),
-        ("lora", "Lora", "toy_lora"),
-        ("seeds", "Seeds", "score_files"),
-        ("paired", "Paired", "score_files"),
-        ("show", "Show", "score_files"),
-    )
-)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point."""
-    run_subcommand(
-        PROGRAM, "Measures the toy world's tables and prints them as Markdown.", COMMANDS, arguments
-    )
-
-
-if __name__ == "__main__":
-    main()
