@@ -139,7 +139,7 @@ def test_batches_come_in_page_locked_memory(base: Base, shards: Path) -> None:
 
     class Watch(Callback):
         def on_train_start(self, trainer: Trainer, module: Any) -> None:
-            batch = next(iter(trainer.train_dataloader))  # type: ignore[call-overload]
+            batch = next(iter(trainer.datamodule.train_dataloader()))  # type: ignore[attr-defined]
             pinned.append(batch.latents.is_pinned())
 
     fit(distillation(base("sd-epsilon")), shards, batches=1, callbacks=[Watch()], **ON_GPU)
