@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         result = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"'{path}' cannot be read as a result ({error}).") from error
-    if isinstance(result, dict) and "metrics" not in result and "fingerprint" in result.get("protocol", {}):
-        settings, samples = result["protocol"], result["protocol"]["samples"]
+    settings = result.get("protocol") if isinstance(result, dict) and "metrics" not in result else None
+    if isinstance(settings, dict) and {"fingerprint", "samples"} <= settings.keys():
+        samples = settings["samples"]
         result["metrics"] = {
             name: {
                 "value": result[name],
@@ -63,7 +65,25 @@ def read_result(path: Path) -> dict[str, Any]:
         }
     if not isinstance(result, dict) or not result.get("metrics"):
         raise UserError(f"'{path}' is not a result of `python -m evaluation.evaluate`: it has no `metrics`.")
+    problem = _problem(result["metrics"])
+    if problem is not None:
+        raise UserError(f"'{path}' is not a result of `python -m evaluation.evaluate`: {problem}.")
     return result
+
+
+def _problem(metrics: Any) -> str | None:
+    """What is wrong in `metrics`, which may have been written by hand or by another program."""
+    if not isinstance(metrics, dict):
+        return f"its `metrics` are a {type(metrics).__name__}, not an object"
+    for name, entry in metrics.items():
+        if not isinstance(entry, dict) or not {"value", "samples", "hash", "settings"} <= entry.keys():
+            return f"its metric {name} lacks `value`, `samples`, `hash` or `settings`"
+        numbers = [entry["value"], entry["samples"], *(entry.get(key) or 0.0 for key in ("low", "high"))]
+        if not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
+            return f"`value`, `samples`, `low` or `high` of its metric {name} is no finite number"
+        if not isinstance(entry["settings"], dict):
+            return f"`settings` of its metric {name} are no object"
+    return None
 
 
 def chosen_metrics(results: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> list[str]:

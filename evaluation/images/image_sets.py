@@ -144,9 +144,19 @@ class ZipImages:
         try:
             with zipfile.ZipFile(path) as archive:
                 members = [info for info in archive.infolist() if not info.is_dir()]
+                unnamed = next((info for info in members if _is_unnamed_image(archive, info)), None)
         except (OSError, zipfile.BadZipFile) as error:
             raise UserError(f"'{path}' cannot be read as a zip file ({error}).") from error
+        if unnamed is not None:
+            raise UserError(
+                f"'{path}' holds the image '{unnamed.filename}', whose name has no ending; rename it to .png or what it is."
+            )
         found = {info.filename: f"{info.file_size} {info.CRC:08x}" for info in members}
+        if len(found) < len(members):
+            name = next(name for name, count in Counter(one.filename for one in members).items() if count > 1)
+            raise UserError(
+                f"'{path}' holds several files called '{name}', of which only the last could be read; pack it anew."
+            )
         self.names = image_names(found, str(path))
         self._sums = [found[name] for name in self.names]
         self.formats = _formats(self.names)
@@ -244,7 +254,21 @@ def image_names(paths: Iterable[str], where: str) -> list[str]:
 def _is_image(file: Path) -> bool:
     """Whether a file has the signature of JPEG, PNG, GIF, WebP, TIFF or AVIF."""
     with file.open("rb") as content:
-        begin = content.read(12)
+        return _begins_an_image(content.read(12))
+
+
+def _is_unnamed_image(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bool:
+    """Whether a member of a zip file without ending is an image; False for one that cannot be read."""
+    if PurePosixPath(info.filename).suffix:
+        return False
+    try:
+        with archive.open(info) as content:
+            return _begins_an_image(content.read(12))
+    except Exception:  # encrypted or damaged, which is said of members that are read
+        return False
+
+
+def _begins_an_image(begin: bytes) -> bool:
     return begin.startswith((b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*")) or begin[8:12] in (
         b"WEBP",
         b"avif",

@@ -26,6 +26,7 @@ CAPTION_COLUMNS = ("caption", "text", "prompt", "prompts")
 """Column names, case-insensitive."""
 NAME_COLUMNS = ("file_name", "filename", "image", "key", "__key__", "image_id", "image_path")
 CATEGORY_COLUMNS = ("category", "tag", "style")
+_COLUMNS = (*CAPTION_COLUMNS, *NAME_COLUMNS, *CATEGORY_COLUMNS)
 DRAW_SEED = 2014
 """Seed of the subset of COCO images; a smaller subset is a prefix of a larger one."""
 
@@ -174,25 +175,60 @@ def read_prompts(path: str | Path) -> PromptList:
         raise UserError(
             f"--captions '{path}' cannot be read as {path.suffix[1:] or 'a folder'} ({error})."
         ) from error
-    empty = next((i for i, caption in enumerate(found.captions) if not caption.strip()), None)
-    if empty is not None or not found.captions:
-        what = "holds no caption" if empty is None else f"has a caption without words (number {empty + 1})"
-        raise UserError(f"--captions '{path}' {what}; correct the file.")
+    problem = _problem(found.captions)
+    if problem is not None:
+        raise UserError(f"--captions '{path}' {problem}; correct the file.")
     return found
+
+
+def _problem(captions: Sequence[str]) -> str | None:
+    for number, caption in enumerate(captions, start=1):
+        if not caption.strip():
+            return f"has a caption without words (number {number})"
+        try:
+            caption.encode()
+        except UnicodeEncodeError:  # JSON's "\\ud800" alone, for which tokenizers raise a TypeError
+            return f"has half of a surrogate pair in caption number {number}, which is no character"
+    return None if captions else "holds no caption"
+
+
+def _words(value: Any) -> str:
+    """A caption of a table; None is one without words.
+
+    Raises:
+        ValueError: for a list of captions, a number or anything else, of which str() would make a caption that nobody wrote.
+    """
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"a caption is {value!r:.60}, but must be a string; write one row a caption")
+    return value
 
 
 def _coco(annotations: Mapping[str, Any]) -> PromptList:
     """One caption per image, that with the smallest annotation id, sorted by image id."""
-    files = {int(image["id"]): str(image["file_name"]) for image in annotations["images"]}
+    files: dict[int, str] = {}
+    for image in annotations["images"]:
+        name = str(image["file_name"])
+        if files.setdefault(_whole(image["id"]), name) != name:
+            raise ValueError(f"two images have the id {image['id']}: {files[image['id']]} and {name}")
     first: dict[int, tuple[int, str]] = {}
     for one in annotations["annotations"]:
-        candidate = (int(one["id"]), " ".join(str(one["caption"]).split()))
-        image_id = int(one["image_id"])
+        candidate = (_whole(one["id"]), " ".join(_words(one["caption"]).split()))
+        image_id = _whole(one["image_id"])
         first[image_id] = min(first.get(image_id, candidate), candidate)
     ids = sorted(first)
     return PromptList(
         tuple(first[number][1] for number in ids), tuple(files[number] for number in ids), "coco"
     )
+
+
+def _whole(value: Any) -> int:
+    """An id of COCO, which some tools write as text."""
+    number = int(value)
+    if isinstance(value, float) and number != value:
+        raise ValueError(f"an id is {value}, but must be a whole number")
+    return number
 
 
 def _json(path: Path) -> PromptList:
@@ -231,7 +267,9 @@ def _text(path: Path) -> PromptList:
 
 def _folder(path: Path) -> PromptList:
     """One prompt per .txt file, as in DPG-Bench."""
-    files = sorted(path.glob("*.txt"), key=lambda file: natural_order(file.name))
+    # Without hidden files, as for images: macOS writes `._name.txt` beside each on foreign disks.
+    visible = (file for file in path.glob("*.txt") if not file.name.startswith("."))
+    files = sorted(visible, key=lambda file: natural_order(file.name))
     check_links(files, path)
     texts = tuple(file.read_text(encoding="utf-8-sig").strip() for file in files)
     return PromptList(texts, tuple(file.stem for file in files))
@@ -270,6 +308,10 @@ def _rows(lines: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     if not lines:
         return []
     header, *rows = lines
+    cells = Counter(name.strip().lower() for name in header)
+    twice = next((name for name, count in cells.items() if count > 1 and name in _COLUMNS), None)
+    if twice is not None:
+        raise ValueError(f"two columns are called {twice}")
     for number, row in enumerate(rows, start=2):
         if row and len(row) != len(header):
             raise ValueError(f"row {number} has {len(row)} cells, the header {len(header)}")
@@ -289,11 +331,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> PromptList:
     if caption is None:
         raise ValueError(f"no column named {', '.join(CAPTION_COLUMNS)}, but {', '.join(map(str, rows[0]))}")
     name, category = _column(rows[0], NAME_COLUMNS), _column(rows[0], CATEGORY_COLUMNS)
-    names = None if name is None else tuple(str(row[name]) for row in rows)
-    if name is not None and any(not isinstance(row[name], str | int) for row in rows):
-        names = None  # HPSv2's image_path lists the compared images
+    named = [] if name is None else [row[name] for row in rows if isinstance(row[name], str | int)]
+    # None of them in HPSv2, whose image_path lists the compared images, nor in tables that hold the images themselves.
+    names = tuple(map(str, named)) if named else None
+    if named and len(named) < len(rows):
+        raise ValueError(f"{len(rows) - len(named)} of {len(rows)} rows have no {name}")
     return PromptList(
-        tuple(str(row[caption] or "").strip() for row in rows),
+        tuple(_words(row[caption]).strip() for row in rows),
         names,
         categories=None if category is None else tuple(str(row.get(category) or "none") for row in rows),
         records=tuple(rows),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.networks.network_features import hash_settings
+from sdxs_lightning.core.errors import first_line
 from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.families.foreign import check_open_clip, check_transformers, without_hub
 
@@ -96,7 +97,7 @@ def load_open_clip(model: str, tag: str, weights: str | Path | None = None) -> L
         )
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(
-            f"weights of CLIP {model}/{tag} could not be loaded ({str(error).splitlines()[0][:200]}); without a network, "
+            f"weights of CLIP {model}/{tag} could not be loaded ({first_line(error)[:200]}); without a network, "
             "put them into the Hugging Face cache beforehand, or name a file or a folder"
         ) from error
     settings = {**(open_clip.get_model_config(model) or {}), "quick_gelu": quick_gelu}
@@ -148,7 +149,7 @@ def load_transformers(model: str | Path, processor: str | Path | None = None) ->
         )
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"no CLIP of transformers at {model} ({str(error).strip().splitlines()[0][:200]}); it needs config.json, weights "
+            f"no CLIP of transformers at {model} ({first_line(error)[:200]}); it needs config.json, weights "
             "and tokenizer files"
         ) from error
     tokenizer_settings = _tokenizer_settings(tokenizer)

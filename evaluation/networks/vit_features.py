@@ -12,6 +12,7 @@ from evaluation.networks.clip_loading import architecture_hash, check_source
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.network_features import check_uint8, full_precision, hash_state
 from evaluation.networks.resize import resize_float, resize_uint8
+from sdxs_lightning.core.errors import first_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -41,7 +42,7 @@ class DinoV2Features:
             )
         except (OSError, ValueError) as error:
             raise FileNotFoundError(
-                f"no DINOv2 of transformers at {model} ({str(error).strip().splitlines()[0][:200]}); give a folder with "
+                f"no DINOv2 of transformers at {model} ({first_line(error)[:200]}); give a folder with "
                 "config.json and model.safetensors, or a hub id such as facebook/dinov2-large"
             ) from error
         self.network = network.eval().requires_grad_(False)

@@ -28,6 +28,11 @@ def one_line(message: str) -> str:
     return visible.encode("utf-8", "backslashreplace").decode()
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message that is not blank; the name of its type if there is none, as for `OSError()`."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class OneLineError(Exception):
     """An error whose message is one line, whatever it quotes."""
 

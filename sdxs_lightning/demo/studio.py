@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import UserError, first_line
 from sdxs_lightning.families.folders import check_libraries, pipeline_variant, read_json
 from sdxs_lightning.inference.generator import OneStepGenerator
 
@@ -213,7 +213,7 @@ def stock_base(
             requires_safety_checker=False,
         )
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--base '{folder}' cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--base '{folder}' cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     pipeline.to(device)
 

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sdxs_lightning.core.errors import first_line
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.weights import PICKLES
 
@@ -185,7 +186,7 @@ def _from_original_names(
         KeyError,
         TypeError,
     ) as error:  # TypeError: where stages have unlike numbers of layers
-        raise ValueError(f"{named}: its layer names cannot be read ({_first_line(error)}).") from error
+        raise ValueError(f"{named}: its layer names cannot be read ({first_line(error)}).") from error
     named_alphas: dict[str, Tensor] = {name: torch.tensor(alpha) for name, alpha in (alphas or {}).items()}
     return {**converted, **named_alphas}
 
@@ -286,10 +287,6 @@ def _checked(
     if not (down.isfinite().all() and up.isfinite().all()):
         raise ValueError(f"{named}: the matrices of {name} hold NaN or infinity; the file is unusable.")
     return LowRank(down, up, float(rank) if alpha is None else alpha)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --------------------------------------------------------------------------------------------------------- adding, live

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdxs_lightning.callbacks.run_folder import ORIGIN
-from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError, first_line
 from sdxs_lightning.core.image_formats import readable_formats
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.publishing.calling import (
@@ -295,7 +295,7 @@ def upload(folder: Path, repo_id: str, private: bool) -> str:
         OSError,
     ) as error:
         raise UserError(
-            f"the hub did not take '{repo_id}' ({str(error).strip().splitlines()[0]}); log in with `hf auth login`, or see "
+            f"the hub did not take '{repo_id}' ({first_line(error)}); log in with `hf auth login`, or see "
             "HF_TOKEN and HF_HUB_OFFLINE. The folder is complete: the same command uploads it."
         ) from error
     return str(commit)

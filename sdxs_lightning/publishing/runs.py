@@ -9,7 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from sdxs_lightning.callbacks.run_folder import ORIGIN
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import UserError, first_line
 from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.families.folders import card_licence, read_json
 
@@ -120,7 +120,7 @@ def read_run(folder: Path) -> Run:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         origin = read_json(folder / ORIGIN) if (folder / ORIGIN).is_file() else {}
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"'{folder}': {str(error).splitlines()[0]}") from error
+        raise UserError(f"'{folder}': {first_line(error)}") from error
     if not isinstance(config, dict) or "family" not in (config.get("model") or {}).get("init_args", {}):
         raise UserError(f"'{folder / 'config.yaml'}' is not the configuration of a stage of this project.")
     return Run(folder, kind, config, origin)

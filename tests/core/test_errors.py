@@ -8,7 +8,7 @@ from data.prepare.verify.shard_check import ShardFault
 from data.shards.decoders import BadSampleError
 from data.shards.tar_headers import BrokenShardError
 from evaluation.images.prompt_files import read_prompts
-from sdxs_lightning.core.errors import RunStopped, UserError, one_line
+from sdxs_lightning.core.errors import RunStopped, UserError, first_line, one_line
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,14 @@ def test_one_line(message: str, shown: str) -> None:
     for kind in (RunStopped, UserError, BadSampleError, BrokenShardError):
         assert str(kind(message)) == shown
     assert str(ShardFault("a.tar", "", message)) == f"a.tar: {shown}"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(OSError(), "OSError"), (ValueError(" \n\n"), "ValueError"), (ValueError("\n a \nb"), "a")],
+)
+def test_first_line(error: Exception, line: str) -> None:
+    assert first_line(error) == line
 
 
 def test_a_column_named_over_two_lines(tmp_path: Path) -> None:

@@ -248,6 +248,8 @@ def test_another_model_is_detected_by_its_weights(
         (["--captions", "nothing.txt"], "--captions 'nothing.txt': There is no shard or folder"),
         (["--captions", "EMPTY"], "holds no prompt; write one per line"),
         (["--captions", "BYTES"], "cannot be read as UTF-8 text"),
+        (["--captions", "TABLE"], "each of its lines would be a prompt, brackets and commas too"),
+        (["--captions", "ZEROS"], "holds zero bytes, which a damaged file does and no text"),
         (["--unet", "nowhere"], "--unet: weights 'nowhere' is neither"),
     ],
 )
@@ -262,7 +264,11 @@ def test_bad_inputs_are_refused(
     empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
     empty.write_text("\n \n")
     latin.write_bytes(b"caf\xe9")
-    changed = [{"EMPTY": empty, "BYTES": latin}.get(str(one), one) for one in changed]
+    table, zeros = tmp_path / "prompts.json", tmp_path / "zeros.txt"
+    table.write_text('[\n"a dog",\n"a cat"\n]')
+    zeros.write_bytes(b"a dog\n" + bytes(512))
+    files = {"EMPTY": empty, "BYTES": latin, "TABLE": table, "ZEROS": zeros}
+    changed = [files.get(str(one), one) for one in changed]
     assert message in refused(arguments(bases["sd"], prompts, tmp_path / "set", *changed), capsys)
     assert not (tmp_path / "set").exists()
 
@@ -338,6 +344,9 @@ def test_wrong_numbers_are_refused(
 def test_prompts_come_from_text_shards_and_the_toy_world(prompts: Path, made: Path) -> None:
     text = open_prompts(str(prompts))
     assert text.size == 5 and text.at([0, 4, 5, 11]) == [LINES[i] for i in (0, 4, 0, 1)]
+    (made.parent / "one.txt").write_text("a\u2028b\u0085c\x0cd\r\ne\r\n")  # str.splitlines would find five
+    one = open_prompts(str(made.parent / "one.txt"))
+    assert one.size == 2 and one.at([0, 1]) == ["a\u2028b\x85c\x0cd", "e"]
     shards = open_prompts(str(made))
     assert shards.size == 11 and shards.at([1, 10, 12]) == [LINES[i] for i in (1, 0, 1)]
     assert open_prompts(f"{made}/{{00000..00001}}.tar").size == 8

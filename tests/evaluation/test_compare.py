@@ -145,6 +145,28 @@ def test_files_that_are_not_results(tmp_path: Path, capsys: pytest.CaptureFixtur
     main([str(good), str(other)])  # distinguished by their folders
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"protocol": "fingerprint"}', "it has no `metrics`"),
+        ('{"metrics": [1]}', "its `metrics` are a list, not an object"),
+        ('{"metrics": {"fid": 3.0}}', "its metric fid lacks `value`, `samples`, `hash` or `settings`"),
+        ('{"metrics": {"fid": {"value": NaN, "samples": 9, "hash": "a", "settings": {}}}}', "is no finite number"),
+        ('{"metrics": {"fid": {"value": "1", "samples": 9, "hash": "a", "settings": {}}}}', "is no finite number"),
+        ('{"metrics": {"fid": {"value": 1, "samples": 9, "hash": "a", "settings": {}, "low": "0"}}}', "is no finite number"),
+        ('{"metrics": {"fid": {"value": 1, "samples": 9, "hash": "a", "settings": null}}}', "of its metric fid are no object"),
+        ("[" * 100_000, "cannot be read as a result"),
+    ],
+)  # fmt: skip
+def test_results_that_were_edited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    good, edited = result(tmp_path / "a.json", 1.0), tmp_path / "edited.json"
+    edited.write_text(content)
+    said = refusal(main, [good, edited], capsys)
+    assert "edited.json" in said and message in said
+
+
 def test_results_without_intervals_still_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     old = {"model": "m", "fid": 1.5, "clip_score": 90.0, "protocol": {"fingerprint": "f", "samples": 7}}
     for name, changes in (

@@ -36,7 +36,7 @@ class PairOptions(OutputOptions, DeviceOptions):
     model: str
     """Target sampler: diffusers folder, hub id or .safetensors file."""
     captions: str
-    """Text file with one prompt per line, shards (folder, glob or brace pattern), or toy:train."""
+    """A .txt file with one prompt per line, shards (folder, glob or brace pattern), or toy:train."""
     steps: Count
     """Number of sampling steps."""
     guidance_scale: Annotated[float, Option(at_least=0, deprecated=("guidance",))]

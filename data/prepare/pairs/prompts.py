@@ -33,15 +33,23 @@ class TextPrompts:
         path: of the file.
 
     Raises:
-        UserError: for a file that does not exist, is not UTF-8 or holds no prompt.
+        UserError: for a file that does not exist, is not UTF-8, holds no prompt, or whose name says that lines are not prompts.
     """
 
     def __init__(self, path: Path) -> None:
+        if path.suffix.lower() not in ("", ".txt"):
+            raise UserError(
+                f"--captions '{path}' ends in '{path.suffix}', and each of its lines would be a prompt, brackets and commas "
+                "too; write the prompts into a .txt file, one per line."
+            )
         try:
             text = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--captions '{path}' cannot be read as UTF-8 text ({error}).") from error
-        self._lines = [line for line in map(str.strip, text.splitlines()) if line]
+        # Not splitlines, which also splits at U+2028 and similar characters inside a prompt.
+        self._lines = [line for line in map(str.strip, text.split("\n")) if line]
+        if "\0" in text:
+            raise UserError(f"--captions '{path}' holds zero bytes, which a damaged file does and no text.")
         if not self._lines:
             raise UserError(f"--captions '{path}' holds no prompt; write one per line.")
         self.size: int | None = len(self._lines)

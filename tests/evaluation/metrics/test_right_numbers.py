@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -665,3 +666,52 @@ def test_equal_sets_have_distance_zero_and_never_less(run: Run, real: Path) -> N
         entry = result["metrics"][name]
         assert 0 <= entry["value"] < 1e-6
         assert entry["low"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.json", [{"caption": ["a dog", "a hound"]}], "a caption is ['a dog', 'a hound'], but must be a string"),
+        ("a.json", [{"caption": {"en": "a dog"}}], "a caption is {'en': 'a dog'}, but must be a string"),
+        ("a.jsonl", {"prompt": 5}, "a caption is 5, but must be a string"),
+        ("a.json", ["a dog", "a \ud800 cat"], "has half of a surrogate pair in caption number 2"),
+        ("a.json", [{"file_name": None, "caption": "a"}, {"file_name": "1", "caption": "b"}], "1 of 2 rows have no file_name"),
+        ("a.csv", "caption,Caption\na,b\n", "two columns are called caption"),
+        ("a.csv", "file_name,file_name,caption\n0.png,1.png,a\n", "two columns are called file_name"),
+        ("a.json", {"images": [{"id": 1, "file_name": "1.jpg"}],
+                    "annotations": [{"id": 1, "image_id": 1, "caption": None}]}, "has a caption without words (number 1)"),
+        ("a.json", {"images": [{"id": 1, "file_name": "1.jpg"}, {"id": 1, "file_name": "2.jpg"}],
+                    "annotations": [{"id": 1, "image_id": 1, "caption": "a"}]}, "two images have the id 1: 1.jpg and 2.jpg"),
+        ("a.json", {"images": [{"id": 1, "file_name": "1.jpg"}],
+                    "annotations": [{"id": 1, "image_id": 1.5, "caption": "a"}]}, "an id is 1.5, but must be a whole number"),
+    ],
+)  # fmt: skip
+def test_a_caption_that_nobody_wrote_is_refused(
+    tmp_path: Path, file: str, content: Any, message: str
+) -> None:
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as refused:
+        read_prompts(tmp_path / file)
+    assert message in str(refused.value)
+
+
+def test_hidden_files_are_no_prompts(tmp_path: Path) -> None:
+    """macOS writes ._0.txt beside 0.txt on disks that are not its own."""
+    (tmp_path / "0.txt").write_text("a dog")
+    (tmp_path / "._0.txt").write_bytes(b"\0\5\x16\7\xff")
+    assert read_prompts(tmp_path).captions == ("a dog",)
+
+
+def test_images_of_a_zip_file_are_all_there(images: Path, tmp_path: Path) -> None:
+    """Of two members of one name zipfile reads the last; one without ending would be left out."""
+    for name, members, message in (
+        ("twice.zip", ("0.png", "1.png", "0.png"), "holds several files called '0.png'"),
+        ("unnamed.zip", ("0.png", "1"), "holds the image '1', whose name has no ending"),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # zipfile's own, about the name
+            for number, member in enumerate(members):
+                archive.write(images / f"{number}.png", member)
+            archive.writestr("LICENSE", "no image")
+        with pytest.raises(UserError, match=message):
+            open_images(str(tmp_path / name))
