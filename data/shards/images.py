@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ OTHER_SUFFIXES = (
 _ORIENTATION = 0x0112
 _STRIP_PIXELS = 1 << 22  # transparency is composited in strips, which avoids three full-size copies
 
+_Depth = TypeVar("_Depth", np.uint8, np.uint16)
 Bytes = bytes | memoryview
 Pixels = NDArray[np.uint8]
 
@@ -76,8 +77,8 @@ def fast_jpeg_decoder() -> Callable[[Bytes], Pixels | None] | None:
 def decode_pixels(content: Bytes) -> Pixels:
     """Decode an image completely to (H, W, 3), uint8 RGB.
 
-    Transparency is composited over white and the EXIF orientation is applied. For 16-bit channels, grey or colour, the upper 8
-    bits are taken.
+    Transparency is composited over white and the EXIF orientation is applied. Of 16-bit channels, grey or colour, the upper 8
+    bits are taken, and of several frames or pages the first.
 
     Raises:
         UndecodableImageError: if it cannot be decoded, or has more than MAX_PIXELS.
@@ -108,9 +109,10 @@ def decode_deep_grey(content: Bytes) -> NDArray[np.uint16] | None:
     opened = open_image(content)
     if not opened.mode.startswith("I;16"):
         return None
+    exif = orientation(opened)
     try:
         opened.load()
-        grey = np.asarray(opened).astype(np.uint16)
+        grey = _upright(np.asarray(opened).astype(np.uint16), exif)
     except Exception as error:  # as in open_image
         raise UndecodableImageError(_reason(error)) from error
     return np.repeat(grey[:, :, None], 3, axis=2)
@@ -162,7 +164,9 @@ def open_image(content: Bytes) -> Image.Image:
 
 
 def orientation(opened: Image.Image) -> int:
-    """EXIF orientation of an image, 1 (upright) to 8; 1 if missing or damaged."""
+    """EXIF orientation that is still to be undone, 1 (none) to 8; 1 if missing or damaged, and for TIFF, which PIL undoes."""
+    if opened.format == "TIFF":
+        return 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -172,7 +176,7 @@ def orientation(opened: Image.Image) -> int:
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
-def _upright(pixels: Pixels, exif: int) -> Pixels:
+def _upright(pixels: NDArray[_Depth], exif: int) -> NDArray[_Depth]:
     """Undo the rotation and mirroring of an EXIF orientation.
 
     Source: Exif 2.32, table 6: the visual top and left of the stored row 0 and column 0.

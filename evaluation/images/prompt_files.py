@@ -185,6 +185,8 @@ def _problem(captions: Sequence[str]) -> str | None:
     for number, caption in enumerate(captions, start=1):
         if not caption.strip():
             return f"has a caption without words (number {number})"
+        if "\0" in caption:
+            return f"holds zero characters in caption number {number}, which a damaged file does and no text"
         try:
             caption.encode()
         except UnicodeEncodeError:  # JSON's "\\ud800" alone, for which tokenizers raise a TypeError
@@ -223,6 +225,15 @@ def _coco(annotations: Mapping[str, Any]) -> PromptList:
     )
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that occurs twice the json module keeps the last value, and the first prompt would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the key {key!r} twice")
+    return found
+
+
 def _whole(value: Any) -> int:
     """An id of COCO, which some tools write as text."""
     number = int(value)
@@ -232,7 +243,7 @@ def _whole(value: Any) -> int:
 
 
 def _json(path: Path) -> PromptList:
-    content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
     if isinstance(content, dict) and "annotations" in content:
         return _coco(content)
     if isinstance(content, dict) and content:
@@ -268,9 +279,12 @@ def _text(path: Path) -> PromptList:
 def _folder(path: Path) -> PromptList:
     """One prompt per .txt file, as in DPG-Bench."""
     # Without hidden files, as for images: macOS writes `._name.txt` beside each on foreign disks.
-    visible = (file for file in path.glob("*.txt") if not file.name.startswith("."))
+    visible = [file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.name[0] != "."]
     files = sorted(visible, key=lambda file: natural_order(file.name))
     check_links(files, path)
+    below = next((file for file in files if file.parent != path), None)
+    if below is not None:
+        raise ValueError(f"'{below}' is in a folder below; give a folder that holds its prompts itself")
     texts = tuple(file.read_text(encoding="utf-8-sig").strip() for file in files)
     return PromptList(texts, tuple(file.stem for file in files))
 

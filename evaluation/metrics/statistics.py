@@ -105,7 +105,10 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
             f"{path} holds no statistics of features (npz with `mu` and `sigma`): {error}"
         ) from error
     d = mean.shape[0] if mean.ndim == 1 else -1
-    if covariance.shape != (d, d) or not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+    # Of values of 1e200 the squares, and so every distance, are infinite.
+    with np.errstate(over="ignore", invalid="ignore"):
+        finite = d > 0 and np.isfinite(mean @ mean) and np.isfinite(np.square(covariance).sum())
+    if covariance.shape != (d, d) or not finite:
         raise ValueError(
             f"{path}: `mu` {mean.shape} and `sigma` {covariance.shape} are no mean (d,) and covariance (d, d) of finite numbers"
         )

@@ -18,6 +18,7 @@ from data.shards.decoders import decode
 from data.shards.images import (
     Fitting,
     UndecodableImageError,
+    decode_deep_grey,
     decode_pil,
     decode_pixels,
     fast_jpeg_decoder,
@@ -85,6 +86,37 @@ def test_the_orientation_of_cameras_is_applied(value: int, kind: str) -> None:
     assert np.array_equal(np.array(decode_pil(content)), expected)
     assert np.array_equal(np.array(decode_pil(content, upright=False)), stored)
     assert image_size(content) == expected.shape[:2]
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG"])
+@pytest.mark.parametrize("value", range(1, 9))
+def test_the_orientation_is_applied_once_to_tiff_and_to_deep_grey(value: int, kind: str) -> None:
+    """PIL turns a TIFF while it loads it, and reports the turned size before."""
+    exif = Image.Exif()
+    exif[0x0112] = value
+    stored = np.arange(15, dtype=np.uint16).reshape(3, 5) * 257
+    turned = (
+        stored,
+        stored[:, ::-1],
+        stored[::-1, ::-1],
+        stored[::-1],
+        stored.T,
+        stored[::-1].T,
+        stored[::-1, ::-1].T,
+        stored[:, ::-1].T,
+    )[value - 1]  # Exif 2.32, table 6
+    for pixels in (stored, (stored >> 8).astype(np.uint8)):
+        stream = io.BytesIO()
+        options = {"tiffinfo": {0x0112: value}} if kind == "TIFF" else {"exif": exif}
+        Image.fromarray(pixels).save(stream, kind, **options)
+        content = stream.getvalue()
+        for found in (decode_pixels(content), np.asarray(decode_pil(content))):
+            np.testing.assert_array_equal(found[:, :, 0], turned >> 8)
+        assert image_size(content) == turned.shape
+        deep = decode_deep_grey(content)
+        assert (deep is None) == (pixels is not stored)
+        if deep is not None:
+            np.testing.assert_array_equal(deep[:, :, 0], turned)
 
 
 def test_damaged_exif_is_ignored_as_by_any_viewer() -> None:

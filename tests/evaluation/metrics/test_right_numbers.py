@@ -674,6 +674,8 @@ def test_equal_sets_have_distance_zero_and_never_less(run: Run, real: Path) -> N
         ("a.json", [{"caption": ["a dog", "a hound"]}], "a caption is ['a dog', 'a hound'], but must be a string"),
         ("a.json", [{"caption": {"en": "a dog"}}], "a caption is {'en': 'a dog'}, but must be a string"),
         ("a.jsonl", {"prompt": 5}, "a caption is 5, but must be a string"),
+        ("a.txt", "a dog\na\0cat\n", "holds zero characters in caption number 2"),
+        ("a.json", '{"k1": {"prompt": "a"}, "k1": {"prompt": "b"}}', "an object has the key 'k1' twice"),
         ("a.json", ["a dog", "a \ud800 cat"], "has half of a surrogate pair in caption number 2"),
         ("a.json", [{"file_name": None, "caption": "a"}, {"file_name": "1", "caption": "b"}], "1 of 2 rows have no file_name"),
         ("a.csv", "caption,Caption\na,b\n", "two columns are called caption"),
@@ -700,6 +702,20 @@ def test_hidden_files_are_no_prompts(tmp_path: Path) -> None:
     (tmp_path / "0.txt").write_text("a dog")
     (tmp_path / "._0.txt").write_bytes(b"\0\5\x16\7\xff")
     assert read_prompts(tmp_path).captions == ("a dog",)
+    (tmp_path / "1.TXT").write_text("a cat")
+    assert read_prompts(tmp_path).captions == ("a dog", "a cat")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "2.txt").write_text("a cow")
+    with pytest.raises(UserError, match=r"more/2\.txt' is in a folder below"):
+        read_prompts(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [1e200, 1e308])
+def test_statistics_whose_distances_overflow_are_refused(tmp_path: Path, scale: float) -> None:
+    for name, mean, covariance in (("mu", scale, 1.0), ("sigma", 0.0, scale)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(3, mean), sigma=covariance * np.eye(3))
+        with pytest.raises(ValueError, match="no mean .* and covariance .* of finite numbers"):
+            FeatureStatistics.load(tmp_path / f"{name}.npz")
 
 
 def test_images_of_a_zip_file_are_all_there(images: Path, tmp_path: Path) -> None:
