@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from evaluation.images.control_sets import ControlledPrompts
-from evaluation.images.samples import ModelSamples, with_controlnet
+from evaluation.images.samples import ModelSamples, move_pipeline, with_controlnet
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
@@ -53,7 +53,7 @@ class ControlledPipeline:
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         pipeline = with_controlnet(plain, controlnet)
-        pipeline.to(device, torch_dtype(samples.precision))
+        move_pipeline(pipeline, device, torch_dtype(samples.precision))
         pipeline.set_progress_bar_config(disable=True)
         return cls(pipeline, samples.steps, samples.guidance_scale, samples.seed, samples.timesteps)
 

@@ -201,12 +201,8 @@ class ModelSamples:
         Raises:
             UserError: if the folder has none, or if it cannot generate images of this size.
         """
-        from diffusers.utils import logging as diffusers_logging
-        from transformers.utils import logging as transformers_logging
-
         self.check()
-        for library in (diffusers_logging, transformers_logging):
-            library.disable_progress_bar()  # it would break the command's own progress bar
+        _quiet_libraries()
         changed = self.scheduler is not None or self.timesteps or self.lora is not None
         if not changed and self.guidance_scale <= 1 and is_student(self.model, self.steps):
             generator = OneStepGenerator.load(
@@ -228,6 +224,7 @@ class ModelSamples:
         Raises:
             UserError: if the folder has none, or for a LoRA or timesteps that do not fit it.
         """
+        _quiet_libraries()
         pipeline = load_pipeline(self.model)
         if self.lora is not None:
             try:
@@ -236,7 +233,7 @@ class ModelSamples:
                 )
             except ValueError as error:
                 raise UserError(str(error)) from error
-        pipeline.to(device, torch_dtype(self.precision))
+        move_pipeline(pipeline, device, torch_dtype(self.precision))
         pipeline.set_progress_bar_config(disable=True)
         if self.scheduler is not None:
             pipeline.scheduler = make_scheduler(self.scheduler, pipeline.scheduler.config)
@@ -340,6 +337,22 @@ def load_pipeline(folder: str | Path, **given: Any) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(str(folder), **options, **given)
     assert getattr(pipeline, "safety_checker", None) is None and getattr(pipeline, "watermark", None) is None
     return pipeline
+
+
+def move_pipeline(pipeline: Any, device: torch.device | str, dtype: torch.dtype) -> None:
+    """Moves the networks of a pipeline; its own `to` warns of modules to keep in float32 where there are none."""
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            torch.nn.Module.to(part, device, dtype)
+
+
+def _quiet_libraries() -> None:
+    """Switches off the progress bars of loading, which would break the commands' own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()
 
 
 def with_controlnet(pipeline: Any, controlnet: Any) -> Any:

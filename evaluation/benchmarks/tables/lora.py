@@ -14,7 +14,7 @@ from data.toy.training.style_classifier import STYLES, StyleClassifier
 from evaluation.benchmarks.tables.score_files import read_scores, write_scores
 from evaluation.benchmarks.tables.scores import SHEET_COLUMNS
 from evaluation.images.generate import ImageMaker, RealImages
-from evaluation.images.samples import PipelineImages, load_pipeline
+from evaluation.images.samples import PipelineImages, load_pipeline, move_pipeline
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
 from evaluation.metrics.diversity import diversity
 from evaluation.metrics.estimates import share_estimate
@@ -128,7 +128,8 @@ def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:
 
 
 def _pipeline(options: LoraOptions, source: str | None, scale: float) -> PipelineImages:
-    pipeline = load_pipeline(options.student).to("cpu", torch.float32)
+    pipeline = load_pipeline(options.student)
+    move_pipeline(pipeline, "cpu", torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if source is not None:
         pipeline.load_lora_weights(str(lora_file(source).parent), adapter_name="style")
