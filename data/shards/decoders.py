@@ -74,8 +74,8 @@ def decode_latents(content: Bytes, where: str, tensor: str = LATENT_TENSOR) -> N
     """
     try:
         layout, data = _latent_layout(_header(content), tensor), content[8 + _header_length(content) :]
-        if layout.end > len(data):
-            raise ValueError(f"its header states {layout.end} bytes of data, and it has {len(data)}")
+        if layout.size != len(data):
+            raise ValueError(f"its header states {layout.size} bytes of data, and it has {len(data)}")
         latents: NDArray[np.generic] = np.frombuffer(data[layout.begin : layout.end], layout.dtype).reshape(
             layout.shape
         )
@@ -101,6 +101,8 @@ class _Layout(NamedTuple):
     shape: tuple[int, int, int]
     begin: int
     end: int
+    size: int
+    """Bytes of all tensors."""
 
 
 _HEADER_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
@@ -120,7 +122,14 @@ def _header(content: Bytes) -> bytes:
 @lru_cache(maxsize=64)
 def _latent_layout(header: bytes, tensor: str) -> _Layout:
     """Layout of a tensor from the JSON header of a safetensors file."""
-    entry = json.loads(header.decode("utf-8"))[tensor]
+    entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    entry = entries[tensor]
+    # As the format demands, and the safetensors package checks: each byte is of one tensor.
+    size = 0
+    for begin, end in sorted(one["data_offsets"] for name, one in entries.items() if name != "__metadata__"):
+        if begin != size or end < begin:
+            raise ValueError(f"the data_offsets of its tensors leave a gap or overlap at byte {size}")
+        size = end
     if entry["dtype"] not in ("F16", "F32"):
         raise ValueError(f"its dtype is {entry['dtype']!r}")
     dtype = np.dtype("<f2" if entry["dtype"] == "F16" else "<f4")
@@ -134,7 +143,19 @@ def _latent_layout(header: bytes, tensor: str) -> _Layout:
         raise ValueError(
             f"its shape {tuple(shape)} does not take the {end - begin} bytes of its data_offsets"
         )
-    return _Layout(dtype, (shape[0], shape[1], shape[2]), begin, end)
+    return _Layout(dtype, (shape[0], shape[1], shape[2]), begin, end, size)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: for a key that occurs twice, of which the json module keeps the last.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key occurs twice in an object of its header")
+    return found
 
 
 def latent_shape(content: Bytes, where: str) -> tuple[int, int, int]:
