@@ -32,6 +32,9 @@ from sdxs_lightning.trust import Trust, class_paths, refusal, split_arguments
 INCLUDE = "include"
 CONFIG_FLAGS = ("--config", "-c")
 GROUP_FLAGS = ("--model", "--data", "--trainer")
+MAX_NODES, MAX_NESTING = 100_000, 64
+"""Limits on a file, since aliases of aliases can make billions of values of a few lines."""
+_TEXT_TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
 
 Settings = dict[str, Any]
 
@@ -263,8 +266,12 @@ def _read(path: Path, including: Sequence[Path]) -> str:
 
 def _parse(text: str, name: str) -> ConfigFile:
     try:
-        settings = get_loader("yaml")(text)
         root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        _check_nodes(root)
+        settings = get_loader("yaml")(text)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(f"{name} is not a configuration: {reason}.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" in line {mark.line + 1}" if mark is not None else ""
@@ -279,6 +286,42 @@ def _parse(text: str, name: str) -> ConfigFile:
     return ConfigFile(
         name, settings, lines, {key: text for key, (_, text) in nodes.items() if text is not None}
     )
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Refuses what YAML allows and no configuration means.
+
+    Raises:
+        ValueError: for a key that occurs twice, of which PyYAML silently takes the last, a key that is no text, and aliases
+            that lead in a circle or multiply.
+    """
+    count = 0
+    waiting: list[tuple[yaml.Node, frozenset[int]]] = [(root, frozenset())] if root is not None else []
+    while waiting:
+        node, above = waiting.pop()
+        line = f"line {node.start_mark.line + 1}"
+        count += 1
+        if id(node) in above:
+            raise ValueError(f"{line}: an alias leads back to what it is part of")
+        if count > MAX_NODES or len(above) > MAX_NESTING:
+            raise ValueError(
+                f"{line}: with its aliases it has more than {MAX_NODES:,} values, or {MAX_NESTING} levels"
+            )
+        within = above | {id(node)}
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(value, within) for value in node.value]
+        if isinstance(node, yaml.MappingNode):
+            names = set[str]()
+            for key, value in node.value:
+                place = f"line {key.start_mark.line + 1}"
+                if not isinstance(key, yaml.ScalarNode) or key.tag not in _TEXT_TAGS:
+                    raise ValueError(f"{place}: a key is no text; put it in quotes if it is a name")
+                if key.value in names:
+                    raise ValueError(
+                        f"{place}: {key.value} is set a second time in the same mapping; remove one of the two"
+                    )
+                names.add(key.value)
+                waiting.append((value, within))
 
 
 def _nodes(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, tuple[int, str | None]]]:

@@ -69,8 +69,18 @@ def test_a_file_included_twice_is_merged_once_in_its_first_place(write: Any) -> 
         ),
         ("a: [1\nb: 2", "second.yaml is not valid YAML in line 2: "),
         ("- a", r"second.yaml is not a configuration: it holds \['a'\]"),
+        ("a:\n  b: 1\n  c: 2\n  b: 3", "not a configuration: line 4: b is set a second time in the same mapping"),
+        ("a: {null: 1}", "line 1: a key is no text; put it in quotes"),
+        ("? [a]\n: 1", "line 1: a key is no text"),
+        ("a: &x\n  b: [*x]", "line 1: an alias leads back to what it is part of"),
+        ("a: " + "[" * 5000 + "]" * 5000, "second.yaml is not a configuration: "),
+        (
+            "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)),
+            "with its aliases it has more than 100,000 values",
+        ),
+        (f"a: {'9' * 5000}", "second.yaml is not a configuration: Exceeds the limit"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_included_is_refused(write: Any, text: str, message: str) -> None:
     write("second.yaml", text)
     with pytest.raises(UserError, match=message):
