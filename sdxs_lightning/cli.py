@@ -36,7 +36,7 @@ from sdxs_lightning.run_ends import (
     report,
     started_by_rank_zero,
 )
-from sdxs_lightning.training.csv_log import RunCSVLogger
+from sdxs_lightning.training.run_logs import RunLog
 from sdxs_lightning.trust import CODE_LOADERS, Trust, texts
 
 os.environ.setdefault(
@@ -195,7 +195,7 @@ class TrainingCLI(LightningCLI):
             # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
             self.trainer.ckpt_path = path
             for logger in self.trainer.loggers:
-                if isinstance(logger, RunCSVLogger):
+                if isinstance(logger, RunLog):
                     logger.resumed = path is not None
             self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
             self._report_nothing_done(resume.path)
@@ -308,6 +308,7 @@ def _quiet() -> None:
     for message in (
         ".*LeafSpec.*",  # Lightning 2.6 on torch 2.15
         ".*in eval mode at the start of training.*",  # the averaged student and what is frozen
+        ".*srun. command is available on your system but is not used.*",  # torchrun and one process are no mistake there
         ".*does not have many workers.*",  # latents are read faster than a worker can hand them over
     ):
         warnings.filterwarnings("ignore", message)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import resource
+import socket
 import sys
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -22,9 +23,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from evaluation.callbacks.step_flops import StepFlops, peak_tflops
+from evaluation.callbacks.step_timing import FetchTimer, Mark, Span, Stopwatch, TimedCollectives
 from evaluation.callbacks.student_updates import log_now, paused_seconds
 from sdxs_lightning.callbacks.counts import counts_of
+from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
+
+COLLECTIVE = "collective"
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -35,47 +41,172 @@ def peak_memory_gib(device: torch.device) -> float:
     return resident / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
 
 
-class Throughput(pl.Callback):
-    """Logs images/s over all ranks, student updates/s and peak memory; excludes the time of metrics.
+class Window(NamedTuple):
+    """What one rank measured since the last log point."""
 
-    Stages without a student-update counter count optimizer steps.
+    host: str
+    peak_memory_gib: float
+    data_wait: float
+    """Milliseconds per iteration."""
+    iterations: dict[str, float]
+    """Milliseconds per iteration, by kind."""
+    iteration: float
+    """Milliseconds per iteration, of all kinds."""
+    collectives: float
+    """Milliseconds per iteration."""
+
+    @property
+    def own(self) -> float:
+        """Milliseconds per iteration in which this rank does not wait for others: they end an iteration together."""
+        return self.data_wait + self.iteration - self.collectives
+
+
+class Throughput(pl.Callback):
+    """Logs speed, where the time of an iteration goes, memory, and the slowest rank; excludes the time of metrics.
+
+    Images/s and student updates/s are over all ranks; stages without a student-update counter count optimizer steps. TFLOP/s
+    and MFU are rank 0's, left out while its operations are being counted (see `StepFlops`). An iteration is one with all
+    its micro-batches and updates, by kind, on the rank where it takes longest; so is the wait for data. Time in collectives is
+    that of the rank that spends least in them, `ranks/waiting_ms` how much more the others do: they wait for the slowest, which
+    is the rank with most time of its own. Under FSDP2 collectives overlap with computation; those of DDP's own reducer, in
+    stages of one network, are not seen. The manual of the configurations lists the names.
 
     Args:
-        every_n_batches: logging interval; the device is synchronised only then.
+        every_n_batches: logging interval; the device is synchronised, and the ranks compared, only then.
+        count_flops: false leaves out TFLOP/s and MFU.
+        peak_tflops: peak of a device for MFU; None takes it from a table of GPUs, for bfloat16 and float16.
     """
 
-    def __init__(self, every_n_batches: int = 50) -> None:
+    def __init__(
+        self, every_n_batches: int = 50, count_flops: bool = True, peak_tflops: float | None = None
+    ) -> None:
+        if every_n_batches < 1:
+            raise ValueError(f"Throughput.every_n_batches must be 1 or more, got {every_n_batches}.")
+        if peak_tflops is not None and peak_tflops <= 0:
+            raise ValueError(f"Throughput.peak_tflops must be positive, got {peak_tflops}.")
         self.every_n_batches = every_n_batches
+        self.peak_tflops = peak_tflops
         self.latest: dict[str, float] = {}
-        """The last values logged."""
-        self._images = self._batches = self._updates = 0
+        """The last numbers logged."""
+        self._flops = StepFlops() if count_flops else None
+        self._ranks = Ranks()
+        self._images = self._batches = self._updates = self._ordinary = self._operations = 0
         self._start = 0.0
+        self._step: tuple[str, Mark] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._watch = Stopwatch(pl_module.device)
+        self._collectives = TimedCollectives(self._watch, COLLECTIVE)
+        self._fetches = FetchTimer(trainer)
+        if self._ranks.count > 1:
+            self._collectives.install()
+            self._ranks.wait()  # here all are together to make its group
+        if self.peak_tflops is None:
+            self.peak_tflops = peak_tflops(pl_module.device, str(trainer.precision))
         self._begin(trainer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        name, variant = getattr(pl_module, "iteration_kind", ("", 0))
+        shapes = tuple(
+            one.shape for one in getattr(batch, "__dict__", {}).values() if isinstance(one, torch.Tensor)
+        )
+        kind = f"{name} {variant} {[tuple(shape) for shape in shapes]}"
+        ordinary = self._flops is None or self._flops.begin(kind, pl_module)
+        self._collectives.on = ordinary
+        self._step = (name, self._watch.mark()) if ordinary else None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._collectives.on = False
+        if self._step is not None:
+            name, start = self._step
+            self._watch.add(name, start, self._watch.mark())
+            self._ordinary += 1
+        if self._flops is not None:
+            self._operations += self._flops.end()
         self._images += len(batch)
         self._batches += 1
-        if self._batches < self.every_n_batches:
-            return
-        device = pl_module.device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if self._batches >= self.every_n_batches:
+            self._log(trainer, pl_module)
+            self._begin(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves torch and the profiler as they were."""
+        self._stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was counted: a counted step runs compiled blocks uncompiled, and a resumed run would count at other steps."""
+        return {} if self._flops is None else {"operations": dict(self._flops.known)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self._flops is not None:
+            self._flops.known = dict(state_dict.get("operations", {}))
+
+    def _stop(self) -> None:
+        if hasattr(self, "_watch"):
+            self._collectives.remove()
+            self._fetches.remove()
+        if self._flops is not None:
+            self._flops.stop()
+
+    def _log(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        micro_batches = getattr(module, "accumulate_grad_batches", trainer.accumulate_grad_batches)
+        own = self._window(module.device, micro_batches)
         seconds = self._now(trainer) - self._start
-        self.latest = {
+        ranks = self._ranks.gathered(own)
+        memory = [rank.peak_memory_gib for rank in ranks]
+        numbers = {
             "throughput/images_per_second": self._images * trainer.world_size / seconds,
             "throughput/student_updates_per_second": (counts_of(trainer).updates - self._updates) / seconds,
-            "throughput/peak_memory_gib": peak_memory_gib(device),
+            "throughput/peak_memory_gib": max(memory),
+            "time/data_wait_ms": max(rank.data_wait for rank in ranks),
         }
-        log_now(trainer, self.latest)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in self.latest.items()})
-        self._begin(trainer)
+        for name in own.iterations:
+            longest = max(rank.iterations.get(name, 0.0) for rank in ranks)
+            numbers[f"time/{name}_iteration_ms" if name else "time/iteration_ms"] = longest
+        if self._operations and self._ordinary == self._batches:
+            numbers["throughput/tflops_per_device"] = self._operations / seconds / 1e12
+            if self.peak_tflops is not None:
+                numbers["throughput/mfu"] = numbers["throughput/tflops_per_device"] / self.peak_tflops
+        texts: dict[str, str] = {}
+        if len(ranks) > 1:
+            numbers["ranks/fullest"] = float(memory.index(max(memory)))
+        if len(ranks) > 1 and own.iterations:
+            waits = [rank.collectives for rank in ranks]
+            slowest = max(range(len(ranks)), key=lambda rank: ranks[rank].own)
+            numbers["ranks/slowest"] = float(slowest)
+            texts["ranks/slowest_host"] = ranks[slowest].host
+            if max(waits) > 0:
+                numbers |= {"time/collectives_ms": min(waits), "ranks/waiting_ms": max(waits) - min(waits)}
+        self.latest = numbers
+        log_now(trainer, {**numbers, **texts})
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in numbers.items()})
+
+    def _window(self, device: torch.device, micro_batches: int) -> Window:
+        def per_iteration(seconds: float, batches: int) -> float:
+            return 1000 * seconds / max(batches, 1) * micro_batches
+
+        spans = self._watch.read()
+        collectives = spans.pop(COLLECTIVE, Span(0.0, 0))
+        return Window(
+            host=socket.gethostname(),
+            peak_memory_gib=peak_memory_gib(device),
+            data_wait=per_iteration(self._fetches.read(), self._batches),
+            iterations={name: per_iteration(span.seconds, span.count) for name, span in spans.items()},
+            iteration=per_iteration(sum(span.seconds for span in spans.values()), self._ordinary),
+            collectives=per_iteration(collectives.seconds, self._ordinary),
+        )
 
     def _begin(self, trainer: pl.Trainer) -> None:
-        self._images = self._batches = 0
+        self._images = self._batches = self._ordinary = self._operations = 0
         self._updates, self._start = counts_of(trainer).updates, self._now(trainer)
 
     @staticmethod

@@ -259,7 +259,11 @@ class Report(pl.Callback):
             "base_sha256": entry["base_sha256"],
             "seed": module.seed,
             "peak_memory_gib": peak_memory_gib(module.device),
-            "throughput": {key.removeprefix("throughput/"): value for key, value in latest.items()},
+            "throughput": {
+                key.removeprefix("throughput/"): value
+                for key, value in latest.items()
+                if key.startswith("throughput/")
+            },
             "curve_protocol": None if curve is None else curve.protocol.describe(),
             "history": [] if curve is None else curve.history,
         }

@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from evaluation.images.generate import SampledImages
@@ -35,13 +36,18 @@ def paused_seconds(trainer: pl.Trainer) -> float:
     return _PAUSED_SECONDS.get(trainer, 0.0)
 
 
-def log_now(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
+def log_now(trainer: pl.Trainer, values: Mapping[str, float | str]) -> None:
     """Log values immediately: `log_dict` drops values between multiples of `log_every_n_steps`.
 
-    Uses the step of the module's own logs, so that all curves share an axis.
+    Uses the step of the module's own logs, so that all curves share an axis. TensorBoard gets texts as texts.
     """
+    step = trainer.fit_loop.epoch_loop._batches_that_stepped
     for logger in trainer.loggers:
-        logger.log_metrics(dict(values), step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+        logged: dict[str, Any] = dict(values)
+        if isinstance(logger, TensorBoardLogger):
+            for name in [name for name, value in values.items() if isinstance(value, str)]:
+                logger.experiment.add_text(name, logged.pop(name), step)
+        logger.log_metrics(logged, step=step)
 
 
 def callback_of(trainer: pl.Trainer, kind: type[C]) -> C | None:

@@ -168,6 +168,11 @@ class DecoderDistillation(ManualOptimization):
         return self.iterations
 
     @property
+    def iteration_kind(self) -> tuple[str, int]:
+        """All alike, but for the GAN that sets in."""
+        return "", int(self.gan_is_on)
+
+    @property
     def gan_is_on(self) -> bool:
         """Whether the GAN is active in this iteration."""
         if self.adversarial is None:

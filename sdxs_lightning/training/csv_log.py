@@ -9,8 +9,10 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from sdxs_lightning.training.run_logs import RunLog, renamed_aside
 
-class RunCSVLogger(CSVLogger):
+
+class RunCSVLogger(RunLog, CSVLogger):
     """Writes SAVE_DIR/NAME/metrics.csv; a resumed run continues the file, where Lightning's begins `version_1`.
 
     A resumed run replaces the rows from its first logged step on, which it computes again. A new run renames the file of
@@ -21,9 +23,6 @@ class RunCSVLogger(CSVLogger):
         name: folder in it.
         flush_logs_every_n_steps: batches between two writes of the file.
     """
-
-    resumed = False
-    """Whether this run resumes from a checkpoint; set before training begins."""
 
     def __init__(self, save_dir: str, name: str = "logs", flush_logs_every_n_steps: int = 100) -> None:
         super().__init__(save_dir, name=name, version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
@@ -52,13 +51,8 @@ class _ContinuedFile(ExperimentWriter):
 
     def _check_log_dir_exists(self) -> None:
         """Keeps the file of an earlier run; Lightning's deletes it."""
-        path = Path(self.metrics_file_path)
-        if self._earlier or not path.is_file():
-            return
-        number = 1
-        while (kept := path.with_name(f"{path.stem}-{number}{path.suffix}")).exists():
-            number += 1
-        path.rename(kept)
+        if not self._earlier:
+            renamed_aside(Path(self.metrics_file_path))
 
     def _drop_rows_from(self, step: int) -> None:
         with open(self.metrics_file_path, newline="", encoding="utf-8") as file:

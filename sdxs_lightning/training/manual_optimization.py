@@ -56,6 +56,11 @@ class ManualOptimization(LightningModule):
         raise NotImplementedError
 
     @property
+    def iteration_kind(self) -> tuple[str, int]:
+        """Name of the current iteration's kind, for logs ("" if all are alike), and what else its work depends on."""
+        return "", 0
+
+    @property
     def iteration_is_ending(self) -> bool:
         """Whether this is the last micro-batch of its iteration."""
         return self.micro_batches + 1 == self.accumulate_grad_batches

@@ -167,6 +167,16 @@ class OneStepDistillation(DistillationNetworks):
         if self.student_updates >= self.update_schedule.max_student_updates:
             self.trainer.should_stop = True
 
+    @property
+    def iteration_kind(self) -> tuple[str, int]:
+        """Name of the current iteration's kind, for logs, and what else its work depends on: the student's step.
+
+        "student" updates the student and then the fake score, "fake_score" the fake score alone, "warmup" the student alone.
+        """
+        updates = self.update_schedule.updates_at(self.iterations)
+        name = "warmup" if updates.warmup else "student" if updates.student else "fake_score"
+        return name, self._step_index() if len(self.student.timesteps) > 1 else 0
+
     def _terms_at(self, updates: Updates) -> Mapping[str, StudentTerm]:
         """The student's loss terms in this iteration; empty if it is not updated."""
         if not updates.student:
