@@ -5,21 +5,29 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import platform
+import shlex
 import socket
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sdxs_lightning.callbacks.ranks import Ranks
 
 LOCK = "run.lock"
 ORIGIN = "origin.json"
-"""Commit and library versions of the run that wrote it, beside its config.yaml."""
+"""Commit and library versions of the run that wrote it, beside its config.yaml; published with the model."""
+STARTS = "starts.jsonl"
+"""A line for each start of the run: the same, the command, and the machines; not published."""
 BEAT_SECONDS = 10.0
 """Interval at which the owner touches its lock."""
 WATCH_SECONDS = 35.0
@@ -164,6 +172,39 @@ def origin() -> dict[str, Any]:
     changed = None if commit is None else bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     names = ("torch", "lightning", "diffusers", "transformers", "peft")
     return {"commit": commit, "changed": changed, "versions": {name: version(name) for name in names}}
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Where a rank runs: `host` and `device`, the GPU's name or "cpu"."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"host": socket.gethostname(), "device": name}
+
+
+def write_start(folder: Path, machines: Sequence[Mapping[str, str]], resumed_from: str | None) -> None:
+    """Writes the code and versions to ORIGIN, and adds these, the command and each rank's machine to STARTS.
+
+    Args:
+        folder: the run's.
+        machines: of the ranks, in their order.
+        resumed_from: the checkpoint, or None.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    start = origin()
+    (folder / ORIGIN).write_text(json.dumps(start, indent=2) + "\n")
+    start["versions"] |= {"python": platform.python_version(), "cuda": torch.version.cuda}
+    start |= {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.argv),
+        "resumed_from": resumed_from,
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "world_size": len(machines),
+        "hosts": [one["host"] for one in machines],
+        "devices": sorted({one["device"] for one in machines}),
+    }
+    with (folder / STARTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

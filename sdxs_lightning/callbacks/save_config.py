@@ -1,6 +1,5 @@
-"""The lock of a run's folder, and the configuration and code version that are saved there."""
+"""The lock of a run's folder, and what is saved there of what runs: configuration, code, machines."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 from sdxs_lightning.callbacks.ranks import Ranks
-from sdxs_lightning.callbacks.run_folder import ORIGIN, RunLock, origin
+from sdxs_lightning.callbacks.run_folder import RunLock, machine, write_start
 from sdxs_lightning.core.errors import UserError
 
 
 class SaveConfig(SaveConfigCallback):
-    """Locks the run's folder, and saves the resolved configuration (config.yaml) and the code's version (origin.json)."""
+    """Locks the run's folder; saves the resolved configuration (config.yaml), the code's version, and what runs where."""
 
     lock: RunLock | None = None
     """Held by rank 0."""
@@ -34,13 +33,14 @@ class SaveConfig(SaveConfigCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Saves both at the first batch, when all checks have passed.
+        """Saves all of it at the first batch, when all checks have passed.
 
         Raises:
             UserError: on all ranks, if they cannot be written.
         """
         if not self.already_saved:
-            self._on_first_rank(trainer, self._written)
+            machines = Ranks().gathered(machine(pl_module.device))
+            self._on_first_rank(trainer, lambda folder: self._written(folder, machines, trainer.ckpt_path))
             self.already_saved = True
 
     def _locked(self, folder: Path) -> str | None:
@@ -48,10 +48,10 @@ class SaveConfig(SaveConfigCallback):
         self.lock = RunLock(folder)
         return self.lock.acquire()
 
-    def _written(self, folder: Path) -> None:
+    def _written(self, folder: Path, machines: list[dict[str, str]], resumed_from: Any) -> None:
         path = folder / self.config_filename
         self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
-        (folder / ORIGIN).write_text(json.dumps(origin(), indent=2) + "\n")
+        write_start(folder, machines, None if resumed_from is None else str(resumed_from))
 
     @staticmethod
     def _on_first_rank(trainer: pl.Trainer, action: Callable[[Path], str | None]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -316,4 +317,7 @@ def test_a_stage_runs_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathF
     assert main([*stack(name), "--config", str(CONFIGS / "hardware/cpu.yaml"), *overrides]) == 0
     run = folder / name.replace("/", "-")
     assert (run / "config.yaml").is_file() and (run / "origin.json").is_file()
+    start = json.loads((run / "starts.jsonl").read_text())
+    assert (start["world_size"], start["hosts"], start["resumed_from"]) == (1, [socket.gethostname()], None)
+    assert start["commit"] == json.loads((run / "origin.json").read_text())["commit"]
     assert (run / "unet" / "config.json").is_file() == name.endswith("miniaturise.yaml")
