@@ -1,6 +1,7 @@
-"""Runs the drills: python -m tests.drills [WORD ...]   (those whose name holds a word; all of them, some ten minutes).
+"""Runs the drills: python -m tests.drills [WORD ...]   (those whose name holds a word; all of them, some five minutes).
 
-Writes the table of outcomes to tests/drills/README.md when all were run. Exit code 1 if one came out otherwise than wanted.
+Writes their rows in the table of tests/drills/README.md. Exit code 1 if one came out otherwise than wanted; what this machine
+cannot run is left out, and said.
 """
 
 from __future__ import annotations
@@ -8,43 +9,77 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.drills.drills import DRILLS
+from tests.drills.runs import LEFT_OUT, Outcome, Runs
+from tests.drills.slurm_drills import PACKAGES, SLURM_DRILLS
 
 README = Path(__file__).parent / "README.md"
-HEAD = """# Drills
+HEAD = f"""# Drills
 
-What is done to a run on a machine with two cores, and what comes of it. Written by `python -m tests.drills`, which needs root
-for the unshared disks, and for SLURM Debian 12 with `apt-get install -y --no-install-recommends slurm-wlm slurmctld slurmd
-slurm-client munge slurm-wlm-basic-plugins`.
+What is done to a run on a machine with two cores and no GPU, and what comes of it. Written by `python -m tests.drills`, which
+needs root for network namespaces and unshared disks, and for SLURM Debian 12 with `apt-get install -y --no-install-recommends
+{PACKAGES}`.
 
 | drill | wanted | got | |
 |---|---|---|---|
 """
+Drills = Mapping[str, Callable[[Runs], Outcome]]
+
+
+def verdict(outcome: Outcome) -> str:
+    """Last column of the table."""
+    if outcome.got.startswith(LEFT_OUT):
+        return LEFT_OUT
+    return "passed" if outcome.wanted == outcome.got else "**FAILED**"
+
+
+def run_in_turn(drills: Drills) -> dict[str, Outcome]:
+    """Runs drills one after the other, and says what came of each."""
+    outcomes = {}
+    for name, drill in drills.items():
+        start = time.monotonic()
+        try:
+            with tempfile.TemporaryDirectory() as work, Runs(Path(work).resolve()) as runs:
+                outcome = drill(runs)
+        except Exception as error:
+            outcome = Outcome("no error", f"{type(error).__name__}: {error}", traceback.format_exc())
+        outcomes[name] = outcome
+        found, seconds = verdict(outcome).strip("*"), time.monotonic() - start
+        sys.stdout.write(f"{found:8} {seconds:4.0f} s  {name}: {outcome.got}\n")
+        if found == "FAILED":
+            sys.stdout.write(f"     wanted: {outcome.wanted}\n{outcome.said}\n")
+        sys.stdout.flush()
+    return outcomes
+
+
+def write_table(outcomes: Mapping[str, Outcome]) -> None:
+    """Writes the rows of these drills; those of others that there still are stay, and what was left out changes none."""
+    before = README.read_text().splitlines(keepends=True) if README.is_file() else []
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in before if line.startswith("| ")}
+    for name, one in outcomes.items():
+        if verdict(one) != LEFT_OUT:
+            rows[name] = f"| {name} | {one.wanted} | {one.got} | {verdict(one)} |\n"
+    README.write_text(HEAD + "".join(rows[name] for name in [*DRILLS, *SLURM_DRILLS] if name in rows))
 
 
 def main(words: list[str]) -> int:
-    """Runs the drills whose name holds one of the words."""
-    rows, failed = [], 0
-    for name, drill in DRILLS.items():
-        if words and not any(word in name for word in words):
-            continue
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as work:
-            outcome = drill(Path(work).resolve())
-        passed = outcome.wanted == outcome.got
-        failed += not passed
-        rows.append(f"| {name} | {outcome.wanted} | {outcome.got} | {'passed' if passed else '**FAILED**'} |")
-        print(
-            f"{'ok  ' if passed else 'FAIL'} {time.monotonic() - start:4.0f} s  {name}: {outcome.got}",
-            flush=True,
-        )
-        if not passed:
-            print(f"     wanted: {outcome.wanted}\n{outcome.said}", flush=True)
-    if not words:
-        README.write_text(HEAD + "\n".join(rows) + "\n")
-    return int(failed > 0)
+    """Runs the drills whose name holds one of the words; those of SLURM, which mostly wait, beside the others."""
+    chosen: list[Drills] = [
+        {name: drill for name, drill in drills.items() if not words or any(word in name for word in words)}
+        for drills in (DRILLS, SLURM_DRILLS)
+    ]
+    with ThreadPoolExecutor(2) as lanes:
+        outcomes = {name: one for lane in lanes.map(run_in_turn, chosen) for name, one in lane.items()}
+    verdicts = [verdict(outcome) for outcome in outcomes.values()]
+    write_table(outcomes)
+    passed, left_out = verdicts.count("passed"), verdicts.count(LEFT_OUT)
+    sys.stdout.write(f"{passed} of {len(verdicts)} drills passed, {left_out} left out\n")
+    return int(passed + left_out < len(verdicts))
 
 
 if __name__ == "__main__":
