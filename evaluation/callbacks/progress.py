@@ -200,7 +200,7 @@ class Throughput(pl.Callback):
             host=socket.gethostname(),
             peak_memory_gib=peak_memory_gib(device),
             data_wait=per_iteration(self._fetches.read(), self._batches),
-            iterations={name: per_iteration(span.seconds, span.count) for name, span in spans.items()},
+            iterations={name: per_iteration(span.seconds, span.number) for name, span in spans.items()},
             iteration=per_iteration(sum(span.seconds for span in spans.values()), self._ordinary),
             collectives=per_iteration(collectives.seconds, self._ordinary),
         )

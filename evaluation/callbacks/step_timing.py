@@ -34,7 +34,7 @@ class Span(NamedTuple):
     """Spans of one name since the last reading."""
 
     seconds: float
-    count: int
+    number: int
 
 
 class Stopwatch:
@@ -75,7 +75,7 @@ class Stopwatch:
 def _seconds(start: Mark, end: Mark) -> float:
     if isinstance(start, torch.cuda.Event):
         assert isinstance(end, torch.cuda.Event)
-        return start.elapsed_time(end) / 1000
+        return float(start.elapsed_time(end)) / 1000
     assert isinstance(end, float)
     return end - start
 

@@ -47,10 +47,12 @@ def test_what_a_checkpointed_block_computes_again_is_not_counted() -> None:
             self.layer, self.gradient_checkpointing = nn.Linear(8, 8), False
 
         def forward(self, x: Tensor) -> Tensor:
-            if not self.gradient_checkpointing:
-                return self.layer(x)
-            again: Tensor = checkpoint(self.layer, x, use_reentrant=False)
-            return again
+            y: Tensor = (
+                checkpoint(self.layer, x, use_reentrant=False)
+                if self.gradient_checkpointing
+                else self.layer(x)
+            )
+            return y
 
     module, counted = Checkpointed(), []
     for module.gradient_checkpointing in (False, True):
@@ -115,7 +117,7 @@ def test_collectives_are_measured_where_they_hold_up_the_step(one_rank: None) ->
     work.wait()
     assert work.is_completed()
     read = watch.read()["collective"]
-    assert read.count == 2
+    assert read.number == 2
     assert 0 < read.seconds < 0.05
     assert watch.read() == {}
     collectives.remove()

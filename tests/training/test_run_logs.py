@@ -11,8 +11,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sdxs_lightning.training.run_logs import RunJSONLogger, RunTensorBoardLogger, RunWandbLogger
 
-FIRST = {0: {"loss": 3.0}, 50: {"loss": 2.0}, 100: {"loss": 9.0}, 150: {"loss": float("nan")}}
-RESUMED = {100: {"loss": 1.0}, 150: {"loss": 0.5, "ranks/slowest_host": "n2"}}
+FIRST: dict[int, dict[str, Any]] = {
+    0: {"loss": 3.0},
+    50: {"loss": 2.0},
+    100: {"loss": 9.0},
+    150: {"loss": float("nan")},
+}
+RESUMED: dict[int, dict[str, Any]] = {100: {"loss": 1.0}, 150: {"loss": 0.5, "ranks/slowest_host": "n2"}}
 
 
 def logged(logger: Any, steps: dict[int, Any], resumed: bool) -> None:
