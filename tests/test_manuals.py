@@ -34,7 +34,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             (tmp_path / file).write_text(text)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for file in ("score_identity", "styled", "saturation"):
+    for file in ("score_sampling", "styled", "saturation"):
         monkeypatch.delitem(sys.modules, file, raising=False)
     return tmp_path
 
@@ -54,13 +54,13 @@ def test_python_blocks_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "Estimate(value=" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("overlay", ["sid.yaml", "styled.yaml"])
+@pytest.mark.parametrize("overlay", ["sds.yaml", "styled.yaml"])
 def test_overlays_train(folder: Path, overlay: str, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config(folder, max_student_updates=2)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
     files = ["--config", "tiny.yaml", "--config", overlay]
     assert main(files) == 2
-    module = overlay.replace("sid.yaml", "score_identity.yaml").removesuffix(".yaml")
+    module = overlay.replace("sds.yaml", "score_sampling.yaml").removesuffix(".yaml")
     assert capsys.readouterr().err.rstrip().endswith(f"add --trust {module}")
     assert f"--config {overlay} --trust {module}" in (ROOT / "sdxs_lightning" / "README.md").read_text()
     assert main([*files, "--trust", module]) == 0

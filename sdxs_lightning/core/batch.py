@@ -25,6 +25,8 @@ class Conditioning:
     """Same shape as pooled_prompt_embeds, for guidance, SDXL only."""
     control_images: Tensor | None = None
     """(B, C, H, W), float in [0, 1], as in diffusers' ControlNetModel."""
+    guidance_scales: Tensor | None = None
+    """(B,), float32: for U-Nets with the guidance scale as an input (`time_cond_proj_dim`); others ignore it. 1 means none."""
 
     def __post_init__(self) -> None:
         if self.prompt_embeds.ndim != 3 or not self.prompt_embeds.is_floating_point():
@@ -42,6 +44,7 @@ class Conditioning:
         _check_tensor("pooled_prompt_embeds", self.pooled_prompt_embeds, (batch_size, None), floating=True)
         _check_tensor("add_time_ids", self.add_time_ids, (batch_size, 6), floating=True)
         _check_tensor("control_images", self.control_images, (batch_size, None, None, None), floating=True)
+        _check_tensor("guidance_scales", self.guidance_scales, (batch_size,), floating=True)
         _check_twin("prompt_embeds", self.prompt_embeds, self.negative_prompt_embeds)
         _check_twin("pooled_prompt_embeds", self.pooled_prompt_embeds, self.negative_pooled_prompt_embeds)
         if self.pooled_prompt_embeds is not None and (
@@ -61,21 +64,20 @@ class Conditioning:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Conditioning":
-        """Moves all tensors to `device` and casts them to `dtype`; add_time_ids stay float32.
+        """Moves all tensors to `device` and casts them to `dtype`; add_time_ids and guidance_scales stay float32.
 
-        The U-Net embeds add_time_ids as sinusoids, and bfloat16 cannot distinguish 1023 px from 1024 px.
+        They are embedded as sinusoids, and bfloat16 cannot distinguish 1023 px from 1024 px.
         """
         moved = _map_tensors(
             self, lambda tensor: tensor.to(device, dtype, non_blocking=_may_be_asynchronous(device))
         )
-        if self.add_time_ids is None:
-            return moved
-        return replace(
-            moved,
-            add_time_ids=self.add_time_ids.to(
-                device, torch.float32, non_blocking=_may_be_asynchronous(device)
-            ),
-        )
+        embedded = {"add_time_ids": self.add_time_ids, "guidance_scales": self.guidance_scales}
+        kept: dict[str, Any] = {
+            name: value.to(device, torch.float32, non_blocking=_may_be_asynchronous(device))
+            for name, value in embedded.items()
+            if value is not None
+        }
+        return replace(moved, **kept)
 
     def unconditional(self) -> "Conditioning":
         """Returns the unconditional counterpart for guidance, with the same sizes and control images.

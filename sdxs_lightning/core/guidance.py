@@ -3,7 +3,7 @@
 from torch import Tensor
 
 
-def guide(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
+def guide(cond: Tensor, uncond: Tensor, guidance_scale: float | Tensor) -> Tensor:
     """Guided prediction: uncond + guidance_scale * (cond - uncond); 1 means none, 0 is unconditional.
 
     Linear, so guiding noise, v or x_0 predictions of one x_t is equivalent.
@@ -11,7 +11,7 @@ def guide(cond: Tensor, uncond: Tensor, guidance_scale: float) -> Tensor:
     Args:
         cond: (B, 4, h, w), float, prediction with the prompt.
         uncond: same shape, prediction without it.
-        guidance_scale: w.
+        guidance_scale: w, for all samples or (B, 1, 1, 1).
 
     Returns:
         (B, 4, h, w), float32.

@@ -55,6 +55,9 @@ class Stream(IntEnum):
     READER_NOISE_STRENGTH = 22
     IMAGE_STARTS = 23
     IMAGE_START_STEP = 24
+    GUIDANCE_NOISE = 25
+    GUIDANCE_TIMESTEP = 26
+    GUIDANCE_SCALE = 27
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -69,6 +69,12 @@ class ModelFolder:
         missing = [name for name in needed if not (path / name).is_dir()]
         if missing:
             raise UserError(f"'{folder}' lacks the component folder(s) {', '.join(missing)}.")
+        if model.unet_config.get("time_cond_proj_dim") is not None:
+            raise UserError(
+                f"'{folder}' takes the guidance scale as an input (time_cond_proj_dim), which this generator does not give it: "
+                "run it in diffusers, pipeline(prompt, num_inference_steps=1, guidance_scale=2), or measure it by `python -m "
+                "evaluation.evaluate --guidance_scale 2`."
+            )
         return model
 
     @property

@@ -13,6 +13,7 @@ from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.guidance import guide
 from sdxs_lightning.core.noise_schedule import NoiseSchedule, PredictionType, to_noise_pred, to_pred_x0
 from sdxs_lightning.networks.feature_taps import FeatureTap, encoder_of
+from sdxs_lightning.networks.guidance_input import guidance_embedding
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -59,14 +60,18 @@ class Denoiser(nn.Module):
         )
 
     def guided(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float | Tensor,
     ) -> Prediction:
         """Denoises with classifier-free guidance, both halves as one batch of 2B; scale 1 is the plain forward.
 
         Guidance acts on the output. For given noisy latents pred_x0 and noise_pred are affine in it, so this equals
         guidance on either of them.
         """
-        if guidance_scale == 1.0:
+        if not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0:
             return cast(Prediction, self(noisy_latents, timesteps, conditioning))
         output = self.guided_output(noisy_latents, timesteps, conditioning, guidance_scale)
         return self._interpret(output, noisy_latents, timesteps)
@@ -81,10 +86,14 @@ class Denoiser(nn.Module):
         return self._interpret(cond, *known), self._interpret(uncond, *known)
 
     def guided_output(
-        self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning, guidance_scale: float
+        self,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+        guidance_scale: float | Tensor,
     ) -> Tensor:
         """Only the `output` of `guided`; timesteps may be fractional, as some schedulers require."""
-        if guidance_scale == 1.0:
+        if not isinstance(guidance_scale, Tensor) and guidance_scale == 1.0:
             return self._call(self.unet, noisy_latents, timesteps, conditioning).float()
         twice = torch.cat([noisy_latents, noisy_latents]), torch.cat([timesteps, timesteps])
         uncond, cond = self._call(self.unet, *twice, conditioning.doubled()).chunk(2)
@@ -133,6 +142,11 @@ class Denoiser(nn.Module):
         if residuals is None:
             residuals = self._residuals(noisy_latents, timesteps, conditioning)
         arguments |= residuals
+        dimensions = self.unet.config.get("time_cond_proj_dim")
+        if dimensions is not None and conditioning.guidance_scales is not None:
+            arguments["timestep_cond"] = guidance_embedding(conditioning.guidance_scales, dimensions).to(
+                dtype
+            )
         output: Tensor = unet(noisy_latents.to(dtype), timesteps, **arguments).sample
         return output
 

@@ -13,6 +13,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.networks.adapter_views import BaseView
 from sdxs_lightning.networks.denoiser import Denoiser, Prediction
 from sdxs_lightning.networks.feature_taps import bottleneck_shape
+from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input
 from sdxs_lightning.networks.lora import LoRA, cast_base
 from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_denoiser, save_adapters_only
 
@@ -75,6 +76,19 @@ class FakeScore(Network):
         self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
         if self.lora is not None:
             save_adapters_only(self)
+
+    def take_guidance(self, guidance: GuidanceInput) -> None:
+        """Makes the guidance scale an input, as it is of the student: its samples depend on it.
+
+        Raises:
+            ValueError: with adapters.
+        """
+        if self.lora is not None:
+            raise ValueError(
+                "student.guidance makes the guidance scale an input of the fake score too, which fake_score.lora would freeze; "
+                "set fake_score.lora or student.guidance to null."
+            )
+        add_guidance_input(self.denoiser.unet, guidance.dimensions)
 
     def shared_base(self, dtype: torch.dtype) -> Denoiser | None:
         """The base inside this network, for use as the real score; None without adapters.

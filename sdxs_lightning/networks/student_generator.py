@@ -16,6 +16,7 @@ from sdxs_lightning.networks.backward_simulation import (
     simulated_sample,
 )
 from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_denoiser, save_adapters_only
 
@@ -35,9 +36,12 @@ class StudentGenerator(Network):
         lora: trains adapters on frozen weights, merged on export; None trains all weights.
         gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
         compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
+        guidance: makes the guidance scale an input, over a range of which each training sample draws its own; stock diffusers
+            then takes it as guidance_scale. None is a student of the one scale that its objectives name.
 
     Raises:
-        ValueError: if both conditioning_timestep and timesteps are set, or image_starts is no share or has no later step.
+        ValueError: if both conditioning_timestep and timesteps are set, or both guidance and lora, or image_starts is no share
+            or has no later step.
     """
 
     denoiser: Denoiser
@@ -49,6 +53,8 @@ class StudentGenerator(Network):
     """Timesteps of all steps, from noise to clean."""
     image_starts: float
     """Share of the samples that begin from an image, at a step after the first."""
+    guidance: GuidanceInput | None = None
+    """The guidance scale as an input; None without."""
 
     def __init__(
         self,
@@ -61,6 +67,7 @@ class StudentGenerator(Network):
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
         compile_blocks: bool = False,
+        guidance: GuidanceInput | None = None,
     ) -> None:
         super().__init__(optimizer, lr_scheduler)
         self._weights = weights
@@ -76,6 +83,12 @@ class StudentGenerator(Network):
                 f"image_starts is {image_starts}, with timesteps {timesteps}; it is a share in [0, 1], above 0 only for a "
                 "student of several timesteps. Change student.init_args."
             )
+        if guidance is not None and lora is not None:
+            raise ValueError(
+                "student.guidance trains a projection of its own, and student.lora freezes all but adapters; set one of them "
+                "to null."
+            )
+        self.guidance = guidance
         self._timesteps = timesteps
         self.image_starts = image_starts
         self._switches = gradient_checkpointing, compile_blocks
@@ -84,7 +97,8 @@ class StudentGenerator(Network):
         """Loads the network. Idempotent.
 
         Raises:
-            ValueError: if timesteps are outside the family's schedule, or an exported pipeline could not visit them.
+            ValueError: if timesteps are outside the family's schedule, an exported pipeline could not visit them, or the
+                weights take a guidance scale and `guidance` is None.
         """
         if hasattr(self, "denoiser"):
             return
@@ -101,6 +115,13 @@ class StudentGenerator(Network):
             self.conditioning_timestep = self._timesteps[0]
         self.timesteps = self._timesteps or [self.conditioning_timestep]
         self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
+        if self.guidance is not None:
+            add_guidance_input(self.denoiser.unet, self.guidance.dimensions)
+        elif self.denoiser.unet.config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                "the student's weights take the guidance scale as an input (time_cond_proj_dim): set "
+                "student.init_args.guidance, such as {low: 1.0, high: 4.5}, or start from other weights."
+            )
         self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
         if self.lora is not None:
             save_adapters_only(self)

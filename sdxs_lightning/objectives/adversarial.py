@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.checks import check_weight
-from sdxs_lightning.objectives.term import ObjectiveSettings
+from sdxs_lightning.objectives.term import ObjectiveSettings, Phase
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
@@ -56,6 +56,9 @@ class DiffusionAdversarial(ObjectiveSettings):
     features: Literal["fake_score", "real_score"] = "fake_score"
     """Network whose bottleneck the discriminator reads: the fake score, then also trained by its loss as in DMD2, or the frozen
     base."""
+    phase: Phase = "distillation"
+    """Phase in which it acts. In the warm-up too ("always"), the discriminator learns beside the student from the first update,
+    and needs no head start later (DMDX, arXiv:2507.18569); it then reads the real score."""
 
     def __post_init__(self) -> None:
         check_weight(

@@ -84,7 +84,8 @@ class DistributionMatching(StudentTerm):
     weight: float = 1.0
     """Weight of the loss."""
     guidance_scale: float = 1.75
-    """Guidance scale of the real score. DMD2: 1.75 for SD-1.5, chosen for FID (more looks better); 8 for SDXL."""
+    """Guidance scale of the real score. DMD2: 1.75 for SD-1.5, chosen for FID (more looks better); 8 for SDXL. A student with
+    `guidance` draws its own for each sample, unless this is 1."""
     timesteps: TimestepRange = TimestepRange(20, 980)
     """Timesteps at which the scores are compared; as in DMD2, without the two ends."""
     guidance_rescale: float = 0.0
@@ -152,11 +153,12 @@ class DistributionMatching(StudentTerm):
         """The real score's estimate of the clean latents with guidance and without."""
         assert context.real_score is not None
         known = noisy.latents, noisy.timesteps, sample.conditioning
-        if self.guidance_scale == 1.0:
+        scale = sample.guidance_scale(self.guidance_scale)
+        if not isinstance(scale, Tensor) and scale == 1.0:
             cond_x0 = context.real_score(*known).pred_x0
             return cond_x0, cond_x0
         cond, uncond = context.real_score.unguided_pair(*known)
-        guided = guide(cond.pred_x0, uncond.pred_x0, self.guidance_scale)
+        guided = guide(cond.pred_x0, uncond.pred_x0, scale)
         if self.guidance_rescale:
             guided = rescaled(guided, cond.pred_x0, self.guidance_rescale)
         if self.guidance_timesteps is not None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sdxs_lightning.objectives.checks import check_weight
 from sdxs_lightning.objectives.projected_gan import hinge_generator_loss
-from sdxs_lightning.objectives.term import ObjectiveSettings
+from sdxs_lightning.objectives.term import ObjectiveSettings, Phase
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class PixelAdversarial(ObjectiveSettings):
     artefacts, so the student is not trained towards detail that its decoder cannot produce; with images it is."""
     decoder: str | None = None
     """Folder of an AutoencoderTiny; null uses the base's VAE, which is slow and needs much memory with a graph."""
+    phase: Phase = "distillation"
+    """Phase in which it acts: "always" is in the warm-up too (DMDX, arXiv:2507.18569)."""
 
     def __post_init__(self) -> None:
         check_weight("PixelAdversarial", student_weight=self.student_weight)

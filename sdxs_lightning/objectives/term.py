@@ -67,6 +67,28 @@ class LatentSample:
         """Returns the sample detached from the student's graph."""
         return replace(self, latents=self.latents.detach())
 
+    def guidance_scale(self, default: float) -> float | Tensor:
+        """Guidance scales of the samples, (B, 1, 1, 1), if the student has them as an input; else the default. A default of 1
+        stays: that term does not guide.
+        """
+        scales = self.conditioning.guidance_scales
+        return default if scales is None or default == 1.0 else scales.view(-1, 1, 1, 1)
+
+    def every(self, nth: int) -> LatentSample:
+        """Returns every n-th sample of the batch."""
+        some = slice(None, None, nth)
+        optional = {
+            name: None if value is None else value[some]
+            for name, value in (("target", self.target), ("images", self.images))
+        }
+        return replace(
+            self,
+            latents=self.latents[some],
+            conditioning=self.conditioning[some],
+            positions=self.positions[some],
+            **optional,
+        )
+
     def used(self, times: int) -> LatentSample:
         """Returns the sample for its use of this number, counted from 0."""
         return replace(self, use=times)

@@ -29,6 +29,23 @@ OVERLAYS = {
     "hardware/fsdp2.yaml": ["sdxl/distill.yaml"],
     "hardware/multi_node.yaml": ["sdxl/distill.yaml", "hardware/fsdp2.yaml"],
     "metrics/coco2014.yaml": ["sd15/distill.yaml"],
+    "methods/gan_in_warmup.yaml": ["sd15/warmup.yaml"],
+    **{
+        f"methods/{name}.yaml": ["sd15/distill.yaml"]
+        for name in (
+            "alignment",
+            "decoupled_guidance",
+            "guidance_input",
+            "half_the_work",
+            "long_and_short_guidance",
+            "lora_fake_score",
+            "plain_dmd",
+            "rescaled_guidance",
+            "samples_used_again",
+            "score_identity",
+            "small_fake_score_batch",
+        )
+    },
     "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
     "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
     "toy/condition_background_bar.yaml": ["toy/controlnet_pretrained.yaml"],
@@ -321,3 +338,32 @@ def test_a_stage_runs_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathF
     assert (start["world_size"], start["hosts"], start["resumed_from"]) == (1, [socket.gethostname()], None)
     assert start["commit"] == json.loads((run / "origin.json").read_text())["commit"]
     assert (run / "unet" / "config.json").is_file() == name.endswith("miniaturise.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "ratio"),
+    [
+        (
+            "toy/distill.yaml",
+            ("decoupled_guidance", "guidance_input", "small_fake_score_batch", "alignment"),
+            1,
+        ),
+        ("sdxl/distill.yaml", ("score_identity", "half_the_work"), 5),
+        ("sd15/distill.yaml", ("plain_dmd", "long_and_short_guidance", "rescaled_guidance"), 1),
+        ("toy/warmup.yaml", ("gan_in_warmup",), 1),
+    ],
+)
+def test_methods_go_on_top_of_a_stage_and_together(
+    name: str, methods: tuple[str, ...], ratio: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    flags = STAGES[name.rpartition("/")[2]](name, folder)
+    flags["model.init_args.update_schedule.fake_score_updates_per_student_update"] = ratio
+    flags["trainer.default_root_dir"] = folder / methods[0]
+    if "plain_dmd" in methods:
+        flags["model.init_args.pairs.sampler_steps"] = 1
+    overlays = [
+        part for method in methods for part in ("--config", str(CONFIGS / "methods" / f"{method}.yaml"))
+    ]
+    overrides = [f"--{key}={value}" for key, value in flags.items()]
+    assert main([*stack(name), *overlays, "--config", str(CONFIGS / "hardware/cpu.yaml"), *overrides]) == 0

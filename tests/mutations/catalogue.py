@@ -160,8 +160,8 @@ MUTATIONS = (
     Mutation(
         "guidance applied twice",
         f"{OBJECTIVES}/distribution_matching.py",
-        "guided = guide(cond.pred_x0, uncond.pred_x0, self.guidance_scale)",
-        "guided = guide(guide(cond.pred_x0, uncond.pred_x0, self.guidance_scale), uncond.pred_x0, self.guidance_scale)",
+        "guided = guide(cond.pred_x0, uncond.pred_x0, scale)",
+        "guided = guide(guide(cond.pred_x0, uncond.pred_x0, scale), uncond.pred_x0, scale)",
         STEP_BY_HAND,
     ),
     Mutation(
@@ -184,6 +184,41 @@ MUTATIONS = (
         "torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), self.alignment)",
         "torch._foreach_lerp_(list(student.parameters()), list(self.parameters()), self.alignment)",
         "tests/training/distillation/test_cheaper_updates.py::test_alignment_moves_the_fake_score_by_its_share_after_a_student_update",
+    ),
+    Mutation(
+        "stale samples for the later updates",
+        f"{DISTILLATION}/step.py",
+        "                self._fake_score_and_discriminator_backward(sample.used(use), its_batch)",
+        "                self._fake_score_and_discriminator_backward(self._kept_samples[0][0].used(use), its_batch)",
+        "tests/training/distillation/test_cheaper_updates.py::test_two_micro_batches_used_twice_are_one_batch_used_twice",
+    ),
+    Mutation(
+        "the fake score learns from the first half",
+        f"{DISTILLATION}/update_schedule.py",
+        "return batch[::nth]",
+        "return batch[: len(batch) // nth]",
+        "tests/training/distillation/test_cheaper_updates.py::test_the_fake_score_learns_from_every_second_sample",
+    ),
+    Mutation(
+        "decoupled guidance away from the prompt",
+        f"{OBJECTIVES}/decoupled_guidance.py",
+        "distribution_matching_gradient(sample.latents, guided, cond.pred_x0)",
+        "distribution_matching_gradient(sample.latents, cond.pred_x0, guided)",
+        "tests/training/distillation/test_score_terms.py::test_decoupled_guidance_is_the_guidance_at_noise_of_its_own",
+    ),
+    Mutation(
+        "score identity with a score held constant",
+        f"{OBJECTIVES}/score_identity.py",
+        "terms = (1 - alpha) * difference.square() + difference * (fake_x0 - pred_x0)",
+        "terms = (1 - alpha) * difference.square() + difference * (fake_x0.detach() - pred_x0)",
+        "tests/training/distillation/test_score_terms.py::test_score_identity_moves_one_gaussian_onto_another",
+    ),
+    Mutation(
+        "one guidance scale for all samples",
+        f"{OBJECTIVES}/term.py",
+        "default == 1.0 else scales.view(-1, 1, 1, 1)",
+        "default == 1.0 else scales[:1].view(-1, 1, 1, 1)",
+        "tests/training/distillation/test_guidance_input.py::test_the_real_score_is_guided_by_each_samples_scale",
     ),
     Mutation(
         "adapters on in a controlled real score",
@@ -221,4 +256,4 @@ MUTATIONS = (
         f"{CONTROLNET_TESTS}::test_who_sees_the_condition",
     ),
 )
-"""Twenty of the distillation's classical mistakes, two of its own settings, and what is easily wrong with a ControlNet."""
+"""Twenty of the distillation's classical mistakes, some of its own settings, and what is easily wrong with a ControlNet."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -48,6 +49,16 @@ class Gan(StudentTerm):
     reads_denoising_pass: bool = False
     """Whether `discriminator_loss` uses features from the fake score's own denoising pass over the sample."""
 
+    @property
+    def acts_in_warmup(self) -> bool:
+        """Whether the discriminator learns, and the student from it, during the warm-up."""
+        return self.phase != "distillation"
+
+    @property
+    def acts_in_distillation(self) -> bool:
+        """The same after the warm-up."""
+        return self.phase != "warmup"
+
     def discriminator_loss(
         self, fake: LatentSample, real: RealBatch, context: DistillationContext, fake_features: Tensor | None
     ) -> tuple[Tensor, Scalars]:
@@ -81,6 +92,7 @@ class DiffusionGan(Gan):
 
     def __init__(self, discriminator: Discriminator, objective: DiffusionAdversarial) -> None:
         self.discriminator, self.objective = discriminator, objective
+        self.phase = objective.phase
         self.needs_real_score = objective.features == "real_score"
         self.needs_fake_score = self.reads_denoising_pass = not self.needs_real_score
 
@@ -154,6 +166,11 @@ def check_discriminator_timesteps(adversarial: DiffusionAdversarial | None, deno
     """Raises ValueError if the discriminator reads the denoising pass and their timesteps differ."""
     if adversarial is None or adversarial.features != "fake_score":
         return
+    if adversarial.phase != "distillation":
+        raise ValueError(
+            f"adversarial.phase is '{adversarial.phase}', and the fake score, whose features the discriminator reads, is not "
+            "trained in the warm-up: set adversarial.features to real_score, or adversarial.phase to distillation."
+        )
     if adversarial.timesteps != denoising.timesteps:
         raise ValueError(
             f"adversarial.timesteps ({adversarial.timesteps}) must equal denoising.timesteps ({denoising.timesteps}), "
@@ -184,15 +201,15 @@ def check_f_divergence(
 
 def check_caption_dropout(
     denoising: Denoising,
-    distribution_matching: DistributionMatching | None,
+    terms: Mapping[str, StudentTerm | None],
     adversarial: DiffusionAdversarial | None,
 ) -> None:
     """Raises ValueError unless the fake score learns without prompts exactly where that is used and does no harm."""
     dropout = denoising.caption_dropout
-    guided = distribution_matching is not None and distribution_matching.fake_guidance_scale != 1.0
+    guided = [name for name, term in terms.items() if getattr(term, "fake_guidance_scale", 1.0) != 1.0]
     if guided and not dropout:
         raise ValueError(
-            "distribution_matching.fake_guidance_scale guides the fake score, which learns no unconditional prompt: set "
+            f"{guided[0]}.fake_guidance_scale guides the fake score, which learns no unconditional prompt: set "
             "denoising.caption_dropout, such as to 0.1, or fake_guidance_scale to 1."
         )
     if dropout and adversarial is not None and adversarial.features == "fake_score":

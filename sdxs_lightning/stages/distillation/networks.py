@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,8 @@ class DistillationNetworks(ManualOptimization):
         self.student.build(self.family)
         if self.fake_score is not None:
             self.fake_score.build(self.family)
+            if self.student.guidance is not None:
+                self.fake_score.take_guidance(self.student.guidance)
             self.fake_score.check_alignment(self.student)
         self.ema = StudentEma(self.student, self.ema_decay)
         if self._needs_real_score:
@@ -229,7 +232,11 @@ class DistillationNetworks(ManualOptimization):
         generator = self.ema if use_ema else self.student
         attached = self._trainer is not None
         with self.trainer.precision_plugin.forward_context() if attached else nullcontext():
-            latents = generator(noise.to(self.device), self.family.encode_prompts(captions))
+            conditioning = self.family.encode_prompts(captions)
+            if self.student.guidance is not None:
+                scales = torch.full((len(captions),), self.student.guidance.default, device=self.device)
+                conditioning = replace(conditioning, guidance_scales=scales)
+            latents = generator(noise.to(self.device), conditioning)
         return self.family.decode(latents)
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype, vae: str | None = None) -> None:

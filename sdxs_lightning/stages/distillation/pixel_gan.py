@@ -32,6 +32,7 @@ class PixelGan(Gan):
         self, discriminator: ProjectedDiscriminator, objective: PixelAdversarial, features: ImageFeatures
     ) -> None:
         self.discriminator, self.objective = discriminator, objective
+        self.phase = objective.phase
         self._image_features = DecodedImageFeatures(features, objective.decoder, "pixel_adversarial.decoder")
         self._last_features: tuple[Tensor, list[Tensor]] | None = None
 
@@ -67,7 +68,10 @@ class PixelGan(Gan):
     def _features_of_sample(self, fake: LatentSample) -> list[Tensor]:
         """Reuses the features of the student's term if they are of the same latents, since decoding is expensive."""
         last, self._last_features = self._last_features, None
-        if last is not None and last[0].data_ptr() == fake.latents.data_ptr():
+        if last is not None and (last[0].data_ptr(), last[0].shape) == (
+            fake.latents.data_ptr(),
+            fake.latents.shape,
+        ):
             return last[1]
         return self._features(self._image_features.decode(fake.latents), fake.positions, fake.seed)
 

@@ -10,6 +10,7 @@ from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.image_features import ImageFeatures
 from sdxs_lightning.networks.network import Network
 from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.feature_matching import FeatureMatching, FeatureMatchingTerm
@@ -149,6 +150,18 @@ def check_pair_source(pairs: PairSettings | None, reads_conditions: bool) -> Non
         raise ValueError(
             "pairs.source is 'data', whose noise has nothing to do with its image: without condition images the student would "
             "learn the mean of all images. Take memory, batch or on_the_fly, or the stage controlnet."
+        )
+
+
+def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | None) -> None:
+    """Raises ValueError if a student with the guidance scale as an input does not learn the pairs' scale."""
+    guidance = student.guidance
+    if guidance is None or pairs is None:
+        return
+    if not guidance.low <= pairs.guidance_scale <= guidance.high:
+        raise ValueError(
+            f"pairs.guidance_scale is {pairs.guidance_scale}, outside the range of student.guidance ({guidance.low} to "
+            f"{guidance.high}), at whose scale the student learns the pairs; change one of them."
         )
 
 

@@ -7,6 +7,7 @@ A *student update* is a step of the student's optimizer; progress, schedules and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -43,7 +44,12 @@ from sdxs_lightning.stages.distillation.gan import (
     check_f_divergence,
 )
 from sdxs_lightning.stages.distillation.networks import DistillationNetworks
-from sdxs_lightning.stages.distillation.setup import check_pair_source, gan_of, terms_of
+from sdxs_lightning.stages.distillation.setup import (
+    check_guidance_of_pairs,
+    check_pair_source,
+    gan_of,
+    terms_of,
+)
 from sdxs_lightning.stages.distillation.update_schedule import Updates, UpdateSchedule
 from sdxs_lightning.training.plannable import PlannedPhase
 
@@ -128,7 +134,10 @@ class OneStepDistillation(DistillationNetworks):
         check_pair_source(pairs, self.reads_conditions)
         check_discriminator_timesteps(adversarial, denoising)
         check_f_divergence(distribution_matching, adversarial)
-        check_caption_dropout(denoising, distribution_matching, adversarial)
+        check_caption_dropout(
+            denoising, {"distribution_matching": distribution_matching, **(objectives or {})}, adversarial
+        )
+        check_guidance_of_pairs(student, pairs)
         gan = gan_of(discriminator, adversarial, pixel_adversarial, image_features)
         super().__init__(
             family=family,
@@ -155,12 +164,16 @@ class OneStepDistillation(DistillationNetworks):
         """One micro-batch: sample, update the student, then update fake score and discriminator."""
         updates = self.update_schedule.updates_at(self.iterations)
         terms = self._terms_at(updates)
+        part = self.update_schedule.for_fake_score(batch) if updates.fake_score else batch
         with self.without_reducer():
-            sample = self._sample(batch, terms)
+            sample = self._sample(batch if updates.student else part, terms)
             if updates.student:
                 self._student_update(sample, terms)
+                sample = sample.every(len(batch) // len(part))
             if updates.fake_score:
-                self._fake_score_and_discriminator_update(sample.detach(), batch)
+                self._fake_score_and_discriminator_update(sample.detach(), part)
+            elif self.gan is not None and self.gan.acts_in_warmup:
+                self._discriminator_update(sample.detach(), batch)
         self.end_micro_batch(student_updates=self.student_updates)
         if self.pairs is not None and not self.pairs_are_needed:
             self.pairs.forget()
@@ -203,6 +216,7 @@ class OneStepDistillation(DistillationNetworks):
             ValueError: if a term needs images and the batch has none.
         """
         noise, conditioning, target = self._inputs(batch, terms)
+        conditioning = self._with_guidance(conditioning, batch.positions, target)
         needing_images = [name for name, term in terms.items() if term.needs_images]
         if needing_images and batch.images is None:
             raise ValueError(
@@ -249,6 +263,19 @@ class OneStepDistillation(DistillationNetworks):
         noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
         return StudentInputs(noise, conditioning, None)
 
+    def _with_guidance(
+        self, conditioning: Conditioning, positions: Tensor, target: Tensor | None
+    ) -> Conditioning:
+        """With the guidance scales of a student that has them as an input: the pairs' own, or drawn for each sample."""
+        guidance = self.student.guidance
+        if guidance is None:
+            return conditioning
+        scales = guidance.draw(self.seed, positions)
+        if target is not None:
+            assert self.pairs is not None
+            scales = torch.full_like(scales, self.pairs.settings.guidance_scale)
+        return replace(conditioning, guidance_scales=scales)
+
     def _student_update(self, sample: LatentSample, terms: Mapping[str, StudentTerm]) -> None:
         """Updates the student, and its average, on the sum of its loss terms."""
         self._student_backward(sample, terms)
@@ -288,7 +315,7 @@ class OneStepDistillation(DistillationNetworks):
 
     def _step_fake_score_and_discriminator(self) -> None:
         self.apply_update("fake_score")
-        if self.discriminator is not None:
+        if self.gan is not None and self.gan.acts_in_distillation:
             self.apply_update("discriminator")
 
     def _fake_score_and_discriminator_backward(self, fake: LatentSample, batch: TrainingBatch) -> None:
@@ -310,16 +337,32 @@ class OneStepDistillation(DistillationNetworks):
         target = target_of(prediction_type, fake.latents, noisy.noise, noisy.timesteps, schedule)
         loss = self.denoising.loss(prediction.output, target)
         self.note("fake_score/", loss=loss)
-        if self.gan is not None:
-            real = self._real_batch(batch, fake)
-            discriminator_loss, scalars = self.gan.discriminator_loss(fake, real, self.context, fake_features)
-            self.note("discriminator/", **scalars)
-            loss = loss + discriminator_loss
+        if self.gan is not None and self.gan.acts_in_distillation:
+            loss = loss + self._discriminator_loss(fake, batch, fake_features)
         self.accumulate(loss)
+
+    def _discriminator_update(self, fake: LatentSample, batch: TrainingBatch) -> None:
+        """Updates the discriminator alone, in the warm-up."""
+        self.accumulate(self._discriminator_loss(fake, batch, None))
+        if self.iteration_is_ending:
+            self.apply_update("discriminator")
+
+    def _discriminator_loss(
+        self, fake: LatentSample, batch: TrainingBatch, fake_features: Tensor | None
+    ) -> Tensor:
+        assert self.gan is not None
+        real = self._real_batch(batch, fake)
+        loss, scalars = self.gan.discriminator_loss(fake, real, self.context, fake_features)
+        self.note("discriminator/", **scalars)
+        return loss
 
     def _real_batch(self, batch: TrainingBatch, fake: LatentSample) -> RealBatch:
         """The batch with its encoded prompts, which equal the sample's unless that was made from a pair."""
-        own = fake.conditioning if fake.target is None else self.family.encode_prompts(batch.captions)
+        own = fake.conditioning
+        if fake.target is not None:
+            own = replace(
+                self.family.encode_prompts(batch.captions), guidance_scales=fake.conditioning.guidance_scales
+            )
         return RealBatch(batch, own, self.seed, fake.use)
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:
@@ -333,9 +376,13 @@ class OneStepDistillation(DistillationNetworks):
         self._student_backward(sample, terms)
         yield PlannedPhase("student's iteration", ("student",))
         if self.update_schedule.distils:
+            # All samples, whatever fake_score_every_nth_sample is: an upper bound, at any batch size.
             self._fake_score_and_discriminator_backward(sample.detach(), batch)
             others = tuple(name for name in self.networks if name != "student")
             yield PlannedPhase("iteration of fake score and discriminator", others)
+        elif self.gan is not None and self.gan.acts_in_warmup:
+            self.accumulate(self._discriminator_loss(sample.detach(), batch, None))
+            yield PlannedPhase("iteration of the discriminator", ("discriminator",))
         self._scalars.clear()
         if self.pairs is not None:
             self.pairs.forget()

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from sdxs_lightning.core.batch import TrainingBatch
 
 
 class Updates(NamedTuple):
@@ -32,6 +35,9 @@ class UpdateSchedule:
     fake_score_updates_per_sample: int = 1
     """Updates of fake score and discriminator on one batch of the student's samples, each with its own noise and timesteps;
     divides the ratio. The student does not change between them, so its pass, and the prompts', are saved."""
+    fake_score_every_nth_sample: int = 1
+    """Fake score and discriminator learn from every n-th sample of a batch, which n divides: their batch is smaller than the
+    student's, and between student updates only these samples are made."""
     warmup_updates: int = 0
     """Student updates on the warm-up's terms, usually on the target sampler's pairs; no other network is updated."""
     fake_score_only_iterations: int = 0
@@ -53,6 +59,10 @@ class UpdateSchedule:
                 f"update_schedule.fake_score_updates_per_sample must divide fake_score_updates_per_student_update "
                 f"({self.fake_score_updates_per_student_update}), got {uses}."
             )
+        if self.fake_score_every_nth_sample < 1:
+            raise ValueError(
+                f"update_schedule.fake_score_every_nth_sample must be 1 or more, got {self.fake_score_every_nth_sample}."
+            )
         if self.max_student_updates < max(1, self.warmup_updates):
             raise ValueError(
                 f"update_schedule.max_student_updates counts the warm-up too, so it must be at least 1 and at least "
@@ -63,6 +73,20 @@ class UpdateSchedule:
     def distils(self) -> bool:
         """Whether the run goes on after the warm-up."""
         return self.max_student_updates > self.warmup_updates
+
+    def for_fake_score(self, batch: TrainingBatch) -> TrainingBatch:
+        """The part of a batch that fake score and discriminator learn from.
+
+        Raises:
+            ValueError: if `fake_score_every_nth_sample` does not divide its size; ranks would have parts of different sizes.
+        """
+        nth = self.fake_score_every_nth_sample
+        if len(batch) % nth:
+            raise ValueError(
+                f"update_schedule.fake_score_every_nth_sample ({nth}) must divide the batch of a device, which has "
+                f"{len(batch)} samples; change it, or data.batch_size."
+            )
+        return batch[::nth]
 
     def progress(self, student_updates: int) -> float:
         """Completed share of the student updates after the warm-up: 0 at the first of them, 1 at the last."""

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 
 from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.core.errors import UserError
@@ -88,6 +89,71 @@ def test_samples_used_again_count_as_iterations_of_one_student_pass(base: Base, 
     steps = [optimizer.state_dict()["state"][0]["step"] for optimizer in trainer.optimizers]
     assert steps == [2, 8, 8]
     assert not module._kept_samples
+
+
+def test_two_micro_batches_used_twice_are_one_batch_used_twice(base: Base, shards: Path) -> None:
+    """The later updates read every kept sample, each once."""
+    found = []
+    for batch_size, accumulated in ((4, 1), (2, 2)):
+        torch.manual_seed(0)
+        module = built(
+            distillation(
+                base("sd-epsilon"),
+                gan=False,
+                update_schedule=reusing(2, 2),
+                accumulate_grad_batches=accumulated,
+            )
+        )
+        assert module.fake_score is not None
+        fit(module, shards, batches=accumulated, batch_size=batch_size, shuffled=False)
+        found.append(weights(module.fake_score))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_fake_score_learns_from_every_second_sample(base: Base, shards: Path) -> None:
+    """The student makes four samples for its own update, two between updates; the loss is that of positions 0 and 2."""
+    schedule = UpdateSchedule(
+        max_student_updates=9, fake_score_updates_per_student_update=2, fake_score_every_nth_sample=2
+    )
+    module = built(distillation(base("sd-epsilon"), gan=False, update_schedule=schedule))
+    assert module.fake_score is not None
+    student, fake = copy.deepcopy(module.student), copy.deepcopy(module.fake_score.denoiser)
+    losses: list[float] = []
+    passes: dict[str, list[int]] = {"student": [], "fake_score": []}
+    for role, network in (("student", module.student), ("fake_score", module.fake_score)):
+        network.denoiser.unet.register_forward_pre_hook(
+            lambda m, inputs, role=role: passes[role].append(len(inputs[0]))
+        )
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+            losses.append(float(trainer.callback_metrics["fake_score/loss"]))
+
+    fit(module, shards, batches=2, shuffled=False, callbacks=[Look()])
+    assert passes == {"student": [4, 2], "fake_score": [4, 2, 2]}
+
+    batch = tiny_batch(4)[::2]
+    assert batch.positions.tolist() == [0, 2]
+    conditioning = module.family.encode_prompts(batch.captions)
+    with torch.no_grad():
+        x = student(normal(0, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE), conditioning)
+        sample = LatentSample(latents=x, conditioning=conditioning, positions=batch.positions, seed=0)
+        t_range = module.denoising.timesteps
+        noisy = sample.renoise(module.family.schedule, t_range, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
+        output = fake(noisy.latents, noisy.timesteps, conditioning).output
+    assert losses[0] == pytest.approx(float((output - noisy.noise).square().mean()), rel=1e-5)
+
+
+def test_the_part_for_the_fake_score_has_to_divide_the_batch(base: Base, shards: Path) -> None:
+    with pytest.raises(ValueError, match="fake_score_every_nth_sample must be 1 or more, got 0"):
+        UpdateSchedule(max_student_updates=1, fake_score_every_nth_sample=0)
+    module = distillation(
+        base("sd-epsilon"),
+        update_schedule=UpdateSchedule(max_student_updates=1, fake_score_every_nth_sample=3),
+    )
+    with pytest.raises(ValueError, match=r"\(3\) must divide the batch of a device, which has 4 samples"):
+        fit(module, shards, batches=1)
 
 
 def test_reuse_has_to_divide_the_ratio() -> None:

@@ -1,0 +1,92 @@
+"""The guidance scale as an input of a U-Net, so that one student serves a range of scales."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from sdxs_lightning.core.seeding import Stream, uniform
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+@dataclass(frozen=True)
+class GuidanceInput:
+    """Range of the guidance scales that a student learns.
+
+    Raises:
+        ValueError: unless 1 <= low <= default <= high.
+    """
+
+    low: float = 1.0
+    """Smallest scale; 1 means none."""
+    high: float = 4.5
+    """Largest scale."""
+    default: float = 1.75
+    """Scale of the images that are made during training."""
+    dimensions: int = 256
+    """Dimensions of the embedding, even; 256 is LCM's."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.low <= self.default <= self.high:
+            raise ValueError(
+                f"student.guidance needs 1 <= low <= default <= high, got low {self.low}, default {self.default}, high "
+                f"{self.high}."
+            )
+        if self.dimensions < 4 or self.dimensions % 2:
+            raise ValueError(f"student.guidance.dimensions must be even, 4 or more, got {self.dimensions}.")
+
+    def draw(self, seed: int, positions: Tensor) -> Tensor:
+        """Guidance scales (B,), float32, uniform in the range."""
+        return self.low + (self.high - self.low) * uniform(seed, Stream.GUIDANCE_SCALE, positions)
+
+
+def guidance_embedding(guidance_scales: Tensor, dimensions: int) -> Tensor:
+    """Sinusoidal embedding of 1000 (w - 1): sines, then cosines.
+
+    Args:
+        guidance_scales: (B,), float32, w; 1 means none.
+        dimensions: even.
+
+    Returns:
+        (B, dimensions), float32.
+
+    Source: LCM, arXiv:2310.04378, as `get_guidance_scale_embedding` of diffusers' pipelines, which get w - 1.
+    """
+    half = dimensions // 2
+    exponents = torch.arange(half, dtype=torch.float32, device=guidance_scales.device) / (half - 1)
+    frequencies = torch.exp(-math.log(10000.0) * exponents)
+    angles = 1000.0 * (guidance_scales.float()[:, None] - 1.0) * frequencies
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def add_guidance_input(unet: UNet2DConditionModel, dimensions: int) -> None:
+    """Gives a U-Net the projection of a guidance embedding, unless it has one; the new one changes nothing at first.
+
+    Args:
+        unet: changed in place, weights and config.
+        dimensions: of the embedding.
+
+    Raises:
+        ValueError: if the U-Net has one of other dimensions.
+    """
+    found = unet.config["time_cond_proj_dim"]
+    if found == dimensions:
+        return
+    if found is not None:
+        raise ValueError(
+            f"the weights take a guidance embedding of {found} dimensions, and student.init_args.guidance.dimensions is "
+            f"{dimensions}; set it to {found}."
+        )
+    first = unet.time_embedding.linear_1
+    projection = nn.Linear(
+        dimensions, first.in_features, bias=False, device=first.weight.device, dtype=first.weight.dtype
+    )
+    nn.init.zeros_(projection.weight)
+    unet.time_embedding.cond_proj = projection
+    unet.register_to_config(time_cond_proj_dim=dimensions)
