@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from sdxs_lightning.objectives.term import StudentTerm
     from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 PROGRAM = "python -m evaluation.benchmarks.passes"
@@ -50,34 +52,59 @@ class Setting:
 
     ratio: int
     """Fake score updates per student update."""
-    gan: bool = False
+    gan: Literal["fake_score", "real_score"] | None = None
+    """Network whose features the discriminator reads; None is without a GAN."""
     pruned: bool = False
     """Whether the student is SDXS's pruned U-Net rather than one of the base's architecture."""
     per_sample: int = 1
     """Fake score updates on one batch of samples."""
-    lora: bool = False
-    """Whether the fake score is adapters on the frozen base."""
+    every_nth: int = 1
+    """Fake score and discriminator learn from every n-th sample of a batch."""
+    lora_rank: int | None = None
+    """Rank if the fake score is adapters on the frozen base."""
+    guided_fake_score: bool = False
+    """Long and short guidance."""
+    instead: type[StudentTerm] | None = None
+    """Term of `objectives` in the place of distribution matching; `DecoupledGuidance` goes beside it."""
 
 
-SETTINGS = {
-    "DMD2, stage 1": Setting(10),
-    "DMD2, stage 2 (GAN)": Setting(10, gan=True),
-    "pruned student": Setting(10, pruned=True),
-    "pruned student, GAN": Setting(10, gan=True, pruned=True),
-    "samples used 10 times": Setting(10, pruned=True, per_sample=10),
-    "samples used 10 times, GAN": Setting(10, gan=True, pruned=True, per_sample=10),
-    "LoRA fake score": Setting(10, pruned=True, lora=True),
-    "LoRA fake score, GAN": Setting(10, gan=True, pruned=True, lora=True),
-    "ratio 5": Setting(5, pruned=True),
-    "ratio 5, samples used 5 times": Setting(5, pruned=True, per_sample=5),
-    "ratio 5, samples used 5 times, GAN": Setting(5, gan=True, pruned=True, per_sample=5),
-    "ratio 5, samples used 5 times, LoRA fake score, GAN": Setting(
-        5, gan=True, pruned=True, per_sample=5, lora=True
-    ),
-    "full student, ratio 2, samples used twice": Setting(2, per_sample=2),
-    "full student, ratio 1": Setting(1),
-}
-"""The rows."""
+_GAN: Literal["fake_score"] = "fake_score"
+
+
+def settings() -> dict[str, Setting]:
+    """The rows."""
+    from sdxs_lightning.objectives.decoupled_guidance import DecoupledGuidance
+    from sdxs_lightning.objectives.score_identity import ScoreIdentity
+
+    pruned = partial(Setting, pruned=True)
+    return {
+        "DMD2, stage 1": Setting(10),
+        "DMD2, stage 2 (GAN)": Setting(10, gan=_GAN),
+        "pruned student": pruned(10),
+        "pruned student, GAN": pruned(10, gan=_GAN),
+        "GAN on the real score's features": pruned(10, gan="real_score"),
+        "samples used 10 times": pruned(10, per_sample=10),
+        "samples used 10 times, GAN": pruned(10, gan=_GAN, per_sample=10),
+        "samples used 10 times, GAN on the real score's features": pruned(
+            10, gan="real_score", per_sample=10
+        ),
+        "every second sample for the fake score, GAN": pruned(10, gan=_GAN, every_nth=2),
+        "LoRA fake score": pruned(10, lora_rank=64),
+        "LoRA fake score, GAN": pruned(10, gan=_GAN, lora_rank=64),
+        "LoRA fake score of rank 16, GAN": pruned(10, gan=_GAN, lora_rank=16),
+        "decoupled guidance": pruned(10, instead=DecoupledGuidance),
+        "long and short guidance": pruned(10, guided_fake_score=True),
+        "score identity": pruned(10, instead=ScoreIdentity),
+        "ratio 5": pruned(5),
+        "ratio 5, samples used 5 times": pruned(5, per_sample=5),
+        "ratio 5, samples used 5 times, GAN": pruned(5, gan=_GAN, per_sample=5),
+        "ratio 5, samples used 5 times, LoRA fake score, GAN": pruned(
+            5, gan=_GAN, per_sample=5, lora_rank=64
+        ),
+        "ratio 5, every second sample for the fake score, GAN": pruned(5, gan=_GAN, every_nth=2),
+        "full student, ratio 2, samples used twice": Setting(2, per_sample=2),
+        "full student, ratio 1": Setting(1),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -117,7 +144,7 @@ def count_all(base: Literal["sd15", "sdxl"] | str) -> dict[str, dict[str, float]
         unit = Counting(stage_of(folder, None, Setting(1))).base_forward()
         return {
             name: Counting(stage_of(folder, pruned if setting.pruned else None, setting)).passes(unit)
-            for name, setting in SETTINGS.items()
+            for name, setting in settings().items()
         }
 
 
@@ -129,8 +156,6 @@ def stage_of(base: Path, student: Path | None, setting: Setting) -> OneStepDisti
         student: folder with the student's config; None takes the base's.
         setting: its options.
     """
-    from functools import partial
-
     import torch
 
     from sdxs_lightning.families.detect import detect_family
@@ -140,23 +165,34 @@ def stage_of(base: Path, student: Path | None, setting: Setting) -> OneStepDisti
     from sdxs_lightning.networks.lora import LoRA
     from sdxs_lightning.networks.student_generator import StudentGenerator
     from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+    from sdxs_lightning.objectives.decoupled_guidance import DecoupledGuidance
+    from sdxs_lightning.objectives.denoising import Denoising
     from sdxs_lightning.objectives.distribution_matching import DistributionMatching
     from sdxs_lightning.stages.distillation.step import OneStepDistillation
     from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 
     adamw = partial(torch.optim.AdamW, lr=1e-5)
-    gan: dict[str, Any] = {"discriminator": Discriminator(adamw), "adversarial": DiffusionAdversarial()}
+    decoupled = setting.instead is DecoupledGuidance
+    matching = DistributionMatching(
+        guidance_scale=1.0 if decoupled else 1.75,
+        fake_guidance_scale=1.75 if setting.guided_fake_score else 1.0,
+    )
+    lora = None if setting.lora_rank is None else LoRA(rank=setting.lora_rank)
     return OneStepDistillation(
         family=WeightlessFamily(detect_family(str(base))),
         student=StudentGenerator(adamw, weights=None if student is None else str(student)),
-        fake_score=FakeScore(adamw, lora=LoRA(rank=64) if setting.lora else None),
+        fake_score=FakeScore(adamw, lora=lora),
         update_schedule=UpdateSchedule(
             max_student_updates=10**6,
             fake_score_updates_per_student_update=setting.ratio,
             fake_score_updates_per_sample=setting.per_sample,
+            fake_score_every_nth_sample=setting.every_nth,
         ),
-        distribution_matching=DistributionMatching(guidance_scale=1.75),
-        **(gan if setting.gan else {}),
+        distribution_matching=matching if setting.instead is None or decoupled else None,
+        objectives={} if setting.instead is None else {"instead": setting.instead()},
+        denoising=Denoising(caption_dropout=0.1 if setting.guided_fake_score else 0.0),
+        discriminator=None if setting.gan is None else Discriminator(adamw),
+        adversarial=None if setting.gan is None else DiffusionAdversarial(features=setting.gan),
     )
 
 
@@ -200,9 +236,10 @@ class Counting:
         terms = stage.terms.distillation
         with _by_hand(stage):
             student = self._flops(lambda: stage._student_backward(stage._sample(batch, terms), terms))
-            sampling = self._flops(lambda: stage._sample(batch, {}))
-            sample = stage._sample(batch, {})
-            critic = self._flops(lambda: stage._fake_score_and_discriminator_backward(sample, batch))
+            part = self.schedule.for_fake_score(batch)
+            sampling = self._flops(lambda: stage._sample(part, {}))
+            sample = stage._sample(part, {})
+            critic = self._flops(lambda: stage._fake_score_and_discriminator_backward(sample, part))
         ratio, uses = (
             self.schedule.fake_score_updates_per_student_update,
             self.schedule.fake_score_updates_per_sample,

@@ -84,7 +84,7 @@ class ReferenceArrangement:
         with torch.no_grad():
             _, noisy, timesteps = self._renoise(latents)
             fake = self.fake(noisy, timesteps, prompts).pred_x0.double()
-            with torch.autocast(self.device.type, torch.bfloat16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 real = self.real.guided(noisy, timesteps, prompts, self.guidance_scale).pred_x0.double()
             x = latents.double()
             gradient = torch.nan_to_num((fake - real) / (x - real).abs().mean((1, 2, 3), keepdim=True))

@@ -50,6 +50,8 @@ _ALIGNED = (
     f"{MODEL}update_schedule.fake_score_only_iterations=10",
     f"{MODEL}update_schedule.max_student_updates=330",  # the time of 120 at ratio 5
 )
+_COLD = (*_NO_GAN, f"{MODEL}update_schedule.fake_score_only_iterations=20")
+_UPDATES = f"{MODEL}update_schedule.max_student_updates"
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 RECIPES: dict[str, Recipe] = {
     "regression": Recipe(WARMUP, flags=_NO_FEATURES),
@@ -77,6 +79,18 @@ RECIPES: dict[str, Recipe] = {
             f"{MODEL}distribution_matching.fake_guidance_scale=1.5",
         ),
     ),
+    # From the base, without a warm-up: what a setting itself reaches, in the passes (2,080) of 80 updates at ratio 5.
+    "cold_dmd2": Recipe((DISTILL,), flags=(*_COLD, f"{_UPDATES}=80")),
+    "cold_samples_used_5_times": Recipe(
+        (DISTILL,),
+        flags=(
+            *_COLD,
+            f"{MODEL}update_schedule.fake_score_updates_per_sample=5",
+            f"{MODEL}update_schedule.fake_score_only_iterations=4",
+            f"{_UPDATES}=96",
+        ),
+    ),
+    "cold_aligned": Recipe((DISTILL,), flags=(*_ALIGNED, *_COLD, f"{_UPDATES}=222")),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),
@@ -89,6 +103,14 @@ RECIPES: dict[str, Recipe] = {
     "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
 }
 """Recipes by row name; a row follows the one it starts from."""
+
+
+def reads_pairs(row: str) -> bool:
+    """Whether a row, or one that it starts from, is trained on the stored pairs."""
+    recipe = RECIPES[row]
+    return "toy/stored_pairs.yaml" in recipe.configs or (
+        recipe.start in RECIPES and reads_pairs(recipe.start)
+    )
 
 
 def make_pairs() -> None:

@@ -18,6 +18,7 @@ from evaluation.benchmarks.tables.recipe_runs import (
     cpu_seconds,
     is_finished,
     make_pairs,
+    reads_pairs,
     run_folder,
     train_recipe,
 )
@@ -82,7 +83,7 @@ def recipes(options: RecipesOptions) -> str:
     protocol = get_protocol(options.protocol, samples=options.samples)
     scorer = Scorer(protocol, options)
     rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows}
-    if not options.finished_only:
+    if not options.finished_only and any(map(reads_pairs, options.rows)):
         make_pairs()
     for seed in options.seeds:
         for row in options.rows:
