@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation(
         "student trained by the discriminator's loss",
         f"{DISTILLATION}/step.py",
-        "self._fake_score_and_discriminator_update(sample.detach(), batch)",
-        "self._fake_score_and_discriminator_update(sample, batch)",
+        "self._fake_score_and_discriminator_update(sample.detach(), part)",
+        "self._fake_score_and_discriminator_update(sample, part)",
         "tests/training/distillation/test_training_step.py::test_which_networks_move",
     ),
     Mutation(
