@@ -19,8 +19,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Gloo asks the resolver for the machine's name, which a machine without network may not have.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
+import functools
+import gc
 import time
+from typing import Any
 
+import jsonargparse._typehints
 import pytest
 import torch
 
@@ -67,21 +71,38 @@ def pytest_configure(config: pytest.Config) -> None:
     come before the workers, which only compute.
     """
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # A quarter of the time of a parse: signatures of the same classes are compared again at each value.
+    typehints: Any = jsonargparse._typehints
+    typehints.implements_protocol = functools.cache(typehints.implements_protocol)
     config.stash[STARTED] = time.monotonic()
     if "PYTEST_XDIST_WORKER" in os.environ:
         start_fork_server()
         os.nice(5)
 
 
+def pytest_collection_finish() -> None:
+    """Takes what is imported out of the garbage collector's sight, which would walk through it at each full collection."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """The interpreter cleans up everything at its end, or nanobind, of Triton, prints what leaks."""
+    gc.unfreeze()
+
+
 LONG_FILES = (
     "test_distributed.py",
+    "test_configs.py",
     "test_method.py",
     "test_export_runtime.py",
     "test_mixture.py",
     "test_interruption.py",
     "test_plan_command.py",
     "test_prepare_pairs.py",
+    "test_gpu_benchmark.py",
     "test_lora_distributed.py",
+    "test_resume_checks.py",
     "test_prepare_images.py",
     "test_distributed_metrics.py",
     "test_prepare_latents.py",

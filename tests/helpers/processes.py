@@ -5,6 +5,7 @@ A fork server imports them once per session; importing takes longer than any of 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -124,6 +125,7 @@ def _call(
     os.dup2(descriptor, 2)
     import torch
 
+    gc.freeze()  # what the fork server imported is not walked through at each collection
     torch.set_num_threads(1)
     sys.exit(function(*arguments))
 

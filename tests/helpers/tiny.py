@@ -42,15 +42,21 @@ _WORDS = (
 ).split()
 
 
-def tiny_sd_unet(seed: int = 0) -> UNet2DConditionModel:
-    """A U-Net of SD kind: three stages, a cross-attention mid block at 4x4; float32, eval mode."""
-    return _unet(seed, cross_attention_dim=SD_DIM)
+def tiny_sd_unet(seed: int = 0, stages: int = 3) -> UNet2DConditionModel:
+    """A U-Net of SD kind: three stages, a cross-attention mid block at 4x4; float32, eval mode.
+
+    Args:
+        seed: of the random weights.
+        stages: 2 leaves one with cross-attention out: two thirds of the time, for tests that look at no single block.
+    """
+    return _unet(seed, stages, cross_attention_dim=SD_DIM)
 
 
 def tiny_sdxl_unet(seed: int = 0) -> UNet2DConditionModel:
     """A U-Net of SDXL kind: added conditioning "text_time", linear projections; float32, eval mode."""
     return _unet(
         seed,
+        3,
         cross_attention_dim=SDXL_DIM,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -102,13 +108,16 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer, dim: int = SD_DIM, seed: int = 0
         return CLIPTextModel(_text_config(tokenizer, dim)).eval()
 
 
-def save_tiny_sd(path: str | Path, prediction_type: PredictionType = "epsilon", seed: int = 0) -> Path:
+def save_tiny_sd(
+    path: str | Path, prediction_type: PredictionType = "epsilon", seed: int = 0, stages: int = 3
+) -> Path:
     """Writes a whole base of SD kind as a diffusers folder.
 
     Args:
         path: the folder to make.
         prediction_type: "epsilon" as SD-1.5 or "v_prediction" as SD-2.1.
         seed: of the random weights.
+        stages: of the U-Net, 3 or 2.
 
     Returns:
         path, as a Path.
@@ -118,7 +127,7 @@ def save_tiny_sd(path: str | Path, prediction_type: PredictionType = "epsilon", 
         vae=tiny_vae(seed),
         text_encoder=tiny_text_encoder(tokenizer, SD_DIM, seed),
         tokenizer=tokenizer,
-        unet=tiny_sd_unet(seed),
+        unet=tiny_sd_unet(seed, stages),
         scheduler=DDIMScheduler(
             **_SCHEDULER, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=False
         ),
@@ -198,15 +207,15 @@ _SCHEDULER = {
 }
 
 
-def _unet(seed: int, **config: Any) -> UNet2DConditionModel:
+def _unet(seed: int, stages: int, **config: Any) -> UNet2DConditionModel:
     with _seeded(seed):
         unet = UNet2DConditionModel(
             sample_size=LATENT_SHAPE[-1],
             in_channels=4,
             out_channels=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(8, 8, 12),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D")[:stages],
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")[-stages:],
+            block_out_channels=(8, 8, 12)[:stages],
             layers_per_block=1,
             attention_head_dim=2,
             norm_num_groups=4,

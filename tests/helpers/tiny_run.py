@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def tiny_config(folder: Path, **update_schedule: int) -> dict[str, Any]:
     """The configuration of a tiny distillation; base and shards are written to `folder`, its run to `folder/run`."""
-    base, shards = save_base("sd-epsilon", folder), save_shards(folder / "shards")
+    base, shards = save_base("sd-epsilon", folder, stages=2), save_shards(folder / "shards")
     sgd = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}}
     networks = "sdxs_lightning.networks"
     callbacks = "sdxs_lightning.callbacks"

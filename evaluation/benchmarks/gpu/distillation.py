@@ -189,10 +189,10 @@ def _measured(
     family = RandomBase(detect_family(str(base)), run.device)
     stage = stage_of(kind, cast(Family, family), arrangement)
     stage.prepare(run.device, arrangement.channels_last)
-    batch, repeats = family.batch(arrangement.batch_size), 1 if run.tiny else 5
+    batch, (repeats, warmups) = family.batch(arrangement.batch_size), (1, 0) if run.tiny else (5, 2)
     seconds, flops = {}, {}
     for student in (True, False):
-        seconds[student] = seconds_of(partial(stage.iterate, batch, student), run.device, repeats)
+        seconds[student] = seconds_of(partial(stage.iterate, batch, student), run.device, repeats, warmups)
     parts = stage.part_milliseconds()
     if run.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
@@ -217,9 +217,9 @@ def _measure_reference(run: SectionRun, kind: Kind, batch_size: int, folder: Pat
         family = RandomBase.of(kind, folder, run.device, run.tiny)
         reference = ReferenceArrangement(family, GUIDANCE[kind], run.device)
         latents: Tensor = torch.randn(batch_size, *family.latent_shape(), device=run.device)
-        repeats = 1 if run.tiny else 3
+        repeats, warmups = (1, 0) if run.tiny else (3, 2)
         seconds = {
-            student: seconds_of(partial(reference.iterate, latents, student), run.device, repeats)
+            student: seconds_of(partial(reference.iterate, latents, student), run.device, repeats, warmups)
             for student in (True, False)
         }
         total = _per_student_update(seconds, RATIO[kind])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -31,8 +32,14 @@ def run(run: SectionRun) -> None:
         "--strict-markers",
     ]
     tests = ["tests/core/test_seeding.py"] if run.tiny else ["tests"]
+    # If pytest runs this command, its worker's variables would make this one a worker too.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     ended = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, *tests], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "pytest", *arguments, *tests],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     outcomes = OUTCOME.findall(ended.stdout)
     for outcome, test in outcomes:

@@ -82,7 +82,8 @@ def _steps(run: SectionRun, make_stage: Callable[[], Any], base: RandomBase, siz
                     optimizers[name].step()
                     optimizers[name].zero_grad(set_to_none=True)
 
-    seconds = seconds_of(step, run.device, repeats=1 if run.tiny else STEPS)
+    repeats, warmups = (1, 0) if run.tiny else (STEPS, 2)
+    seconds = seconds_of(step, run.device, repeats, warmups)
     found = {"step_ms": 1000 * seconds, "images_per_second": size / seconds}
     if run.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -107,7 +107,7 @@ def test_the_orientation_is_applied_once_to_tiff_and_to_deep_grey(value: int, ki
     )[value - 1]  # Exif 2.32, table 6
     for pixels in (stored, (stored >> 8).astype(np.uint8)):
         stream = io.BytesIO()
-        options = {"tiffinfo": {0x0112: value}} if kind == "TIFF" else {"exif": exif}
+        options: dict[str, Any] = {"tiffinfo": {0x0112: value}} if kind == "TIFF" else {"exif": exif}
         Image.fromarray(pixels).save(stream, kind, **options)
         content = stream.getvalue()
         for found in (decode_pixels(content), np.asarray(decode_pil(content))):
