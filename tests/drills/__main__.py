@@ -44,7 +44,10 @@ def run_in_turn(drills: Drills) -> dict[str, Outcome]:
     for name, drill in drills.items():
         start = time.monotonic()
         try:
-            with tempfile.TemporaryDirectory() as work, Runs(Path(work).resolve()) as runs:
+            with (
+                tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work,
+                Runs(Path(work).resolve()) as runs,
+            ):
                 outcome = drill(runs)
         except Exception as error:
             outcome = Outcome("no error", f"{type(error).__name__}: {error}", traceback.format_exc())
