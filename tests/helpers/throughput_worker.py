@@ -20,7 +20,7 @@ from sdxs_lightning.training.run_logs import RunJSONLogger, RunTensorBoardLogger
 from sdxs_lightning.training.sharding import ShardedNetworks
 from tests.helpers.tiny_distillation import distillation
 
-SLOW_SECONDS = 0.3
+SLOW_SECONDS = 1.0
 
 
 def train_with_a_slow_rank(world: Path, out: Path) -> int:
