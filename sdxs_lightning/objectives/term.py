@@ -77,16 +77,13 @@ class LatentSample:
     def every(self, nth: int) -> LatentSample:
         """Returns every n-th sample of the batch."""
         some = slice(None, None, nth)
-        optional = {
-            name: None if value is None else value[some]
-            for name, value in (("target", self.target), ("images", self.images))
-        }
         return replace(
             self,
             latents=self.latents[some],
             conditioning=self.conditioning[some],
             positions=self.positions[some],
-            **optional,
+            target=None if self.target is None else self.target[some],
+            images=None if self.images is None else self.images[some],
         )
 
     def used(self, times: int) -> LatentSample:

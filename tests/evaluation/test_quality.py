@@ -46,4 +46,4 @@ def test_passes_are_those_that_one_counts_by_hand(tmp_path: Path) -> None:
     four = passes(Setting(4))
     assert four == pytest.approx(9.0 + 3 * 4, rel=0.15)  # each further iteration: student 1, fake score 3
     assert four - passes(Setting(4, per_sample=4)) == pytest.approx(3.0, rel=1e-3)
-    assert four + 2 < passes(Setting(4, gan=True)) < four + 12
+    assert four + 2 < passes(Setting(4, gan="fake_score")) < four + 12

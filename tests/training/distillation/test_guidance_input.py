@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,13 +38,13 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 RANGE = GuidanceInput(low=1.0, high=4.0, default=2.0, dimensions=16)
 
 
-def guided(base: Path, **settings: object) -> OneStepDistillation:
-    return distillation(base, student=StudentGenerator(SGD, guidance=RANGE), **settings)  # type: ignore[arg-type]
+def guided(base: Path, **settings: Any) -> OneStepDistillation:
+    return distillation(base, student=StudentGenerator(SGD, guidance=RANGE), **settings)
 
 
 def test_the_embedding_is_that_of_diffusers() -> None:
     scales = torch.tensor([1.0, 1.75, 3.0, 7.5])
-    theirs = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, 256)  # type: ignore[arg-type]
+    theirs = StableDiffusionPipeline.get_guidance_scale_embedding(None, scales - 1, 256)
     torch.testing.assert_close(
         guidance_embedding(scales, 256), theirs, rtol=1e-5, atol=2e-3
     )  # of angles up to 6500
@@ -61,7 +62,7 @@ def test_the_new_input_changes_nothing_and_is_made_once(base: Base) -> None:
     assert unet.config["time_cond_proj_dim"] == 16
     assert torch.equal(module.student(sample.latents, conditioning), before)
     with torch.no_grad():
-        unet.time_embedding.cond_proj.weight.normal_()  # type: ignore[union-attr,operator]
+        unet.time_embedding.cond_proj.weight.normal_()
     after = module.student(sample.latents, conditioning)
     assert not torch.allclose(after, before, atol=1e-3)
     # Each sample has its own: a batch of one scale gives the same for that sample.
