@@ -31,7 +31,7 @@ def clip(clip_folder: Path) -> FrozenClip:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, shards and random metric networks."""
     folder = tmp_path_factory.mktemp("world")
-    save_base("sd-epsilon", folder)
+    save_base("sd-epsilon", folder, stages=2)
     save_shards(folder / "shards")
     write_clip(folder / "clip")
     with torch.random.fork_rng():

@@ -23,19 +23,20 @@ def two_processes(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return out
 
 
+@pytest.fixture(scope="module")
+def alone(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a single process measures."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, protocol in list(PROTOCOLS.items()):
+            patch.setitem(PROTOCOLS, name, protocol)  # measured() replaces them; put them back afterwards
+        return measured(world, tmp_path_factory.mktemp("alone"))
+
+
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_measure_what_one_does(
-    world: Path,
-    toy_networks: dict[str, str],
-    two_processes: Path,
-    strategy: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    alone: dict[str, Any], two_processes: Path, strategy: str
 ) -> None:
-    for name, protocol in list(PROTOCOLS.items()):
-        monkeypatch.setitem(PROTOCOLS, name, protocol)  # measured() replaces them; put them back afterwards
-    alone = measured(world, tmp_path)
     ranks: list[dict[str, Any]] = [
         json.loads((two_processes / f"{strategy}-{rank}.json").read_text()) for rank in range(2)
     ]
