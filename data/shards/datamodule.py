@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.distributed import _InfiniteBarrier
 
 from data.shards.dataset import ShardDataset
 from data.shards.faults import Faults, Quarantine
 from data.shards.image_sizes import sizes_of
 from data.shards.images import Fitting
-from data.shards.index import ShardSet
+from data.shards.index import ShardSet, discard_outdated
 from data.shards.layout import Content, EmptyCaptions
 from data.shards.loader import Pass, ShardLoader
 from data.shards.order.buckets import AnyOrder, BucketOrder, Buckets
@@ -19,7 +20,7 @@ from data.shards.order.run_order import OrderSpec
 from data.shards.patience import Patience
 from data.shards.sample_decoder import Reading
 from data.shards.shard_cache import ShardCache
-from data.shards.sources import joined, open_sources, require_window
+from data.shards.sources import joined, open_sources, require_window, upcoming_shards
 from data.shards.store import ShardStore
 from sdxs_lightning.core.image_condition import ImageCondition
 
@@ -86,6 +87,9 @@ class ShardSettings:
     """Seconds that a server of remote shards has for each answer."""
     remote_retry_s: float = 600.0
     """Seconds over which failures of that server are retried, before they count as a fault of the data."""
+    fetch_ahead_windows: float = 1.0
+    """Shuffle windows whose remote shards are fetched into the cache before they are read, as far as it has room; 0 fetches
+    each shard when it is first read."""
     val_shards: str | list[str] | None = None
     """A validation set, for modules with a validation_step: read in the stored order, neither mirrored nor cropped at random;
     samples beyond the last complete global batch are left out."""
@@ -102,6 +106,10 @@ class ShardSettings:
         if self.num_workers < 0:
             raise ValueError(
                 f"data.num_workers is {self.num_workers}, but it must be a number of processes: 0 or more."
+            )
+        if not self.fetch_ahead_windows >= 0:
+            raise ValueError(
+                f"data.fetch_ahead_windows is {self.fetch_ahead_windows}, but it must be a number of windows: 0 or more."
             )
         if self.resolution is not None and self.resolution < 1:
             raise ValueError(
@@ -182,10 +190,24 @@ class ShardDataModule(pl.LightningDataModule):
             self.val_dataloader = self._open_val_loader  # type: ignore[method-assign]
 
     def prepare_data(self) -> None:
-        """Index the shards once per node for all ranks, and set the fault file of an earlier run aside."""
-        self._open()
-        if self.settings.faults is not None and self.trainer is not None and self.trainer.ckpt_path is None:
-            self._quarantine(self.settings.faults, self._open()).set_aside()
+        """Compare the index with the shards, once per node for all ranks, and set the fault file of an earlier run aside.
+
+        Shards without an index are indexed in `setup`, where all ranks share the work.
+        """
+        settings = self.settings
+        if self._is_distributed:
+            for source in settings.mixture:
+                discard_outdated(
+                    source.shards,
+                    settings.kept_indexes,
+                    settings.store(),
+                    settings.faults is not None,
+                    self._sized,
+                )
+        else:
+            self._open()
+        if settings.faults is not None and self.trainer is not None and self.trainer.ckpt_path is None:
+            self._quarantine(settings.faults).set_aside()
 
     def setup(self, stage: str | None = None) -> None:
         """Read the indexes and check that every sample has the required members."""
@@ -193,13 +215,30 @@ class ShardDataModule(pl.LightningDataModule):
             return
         store = self.settings.store()
         sets = joined(self._open(store))
+        if stage is not None and self._is_distributed:  # called by the Trainer, on all ranks
+            # Nodes without a shared folder take different times to index, which may be longer than the time-out of a
+            # collective.
+            with _InfiniteBarrier():
+                pass
         order, reading = self._order(sets)
         if store.cache is not None:
             require_window(store.cache, sets, self.settings.shuffle_window_shards)
         faults = self.settings.faults
-        quarantine = None if faults is None else self._quarantine(faults, self._open(store))
+        quarantine = None if faults is None else self._quarantine(faults, [sets])
         self.dataset = ShardDataset(
-            sets, order, self.contents, reading=reading, store=store, quarantine=quarantine
+            sets,
+            order,
+            self.contents,
+            reading=reading,
+            store=store,
+            quarantine=quarantine,
+            upcoming=upcoming_shards(
+                self._open(),
+                order,
+                store.cache,
+                self.settings.shuffle_window_shards,
+                self.settings.fetch_ahead_windows,
+            ),
         )
 
     def _order(self, shards: ShardSet) -> tuple[AnyOrder | BucketOrder, Reading]:
@@ -215,15 +254,16 @@ class ShardDataModule(pl.LightningDataModule):
             return spec.order(), settings.reading
         stored_latents = "latents" in self.contents
         order, sizes = spec.bucketed(
-            settings.buckets, sizes_of(shards.shards), stored_latents, self._global_batch_size()
+            settings.buckets, sizes_of(shards.table), stored_latents, self._global_batch_size()
         )
         if stored_latents:
             return order, replace(settings.reading, latent_sizes=sizes)
         return order, replace(settings.reading, sizes=sizes)
 
-    def _quarantine(self, faults: Faults, sets: list[ShardSet]) -> Quarantine:
+    def _quarantine(self, faults: Faults, sets: list[ShardSet] | None = None) -> Quarantine:
         folder = "." if self.trainer is None else self.trainer.default_root_dir
-        return Quarantine(faults, folder, [index.location for found in sets for index in found.shards])
+        shards = None if sets is None else [place for found in sets for place in found.table.locations]
+        return Quarantine(faults, folder, shards)
 
     def train_dataloader(self) -> ShardLoader:
         """This rank's loader.
@@ -315,17 +355,26 @@ class ShardDataModule(pl.LightningDataModule):
     def _open(self, store: ShardStore | None = None) -> list[ShardSet]:
         settings = self.settings
         if self._opened is None:
-            sized = None
-            if settings.buckets is not None:
-                sized = "latents" if "latents" in self.contents else "images"
             self._opened = open_sources(
                 settings.mixture,
                 settings.kept_indexes,
                 store or settings.store(),
                 settings.faults is not None,
-                sized,
+                self._sized,
+                checked=self._is_distributed and self.prepare_data_per_node,
             )
         return self._opened
+
+    @property
+    def _sized(self) -> str | None:
+        """Sizes that the buckets need."""
+        if self.settings.buckets is None:
+            return None
+        return "latents" if "latents" in self.contents else "images"
+
+    @property
+    def _is_distributed(self) -> bool:
+        return self.trainer is not None and self.trainer.world_size > 1
 
     def _global_batch_size(self) -> int:
         return self.batch_size * self._rank_and_world_size()[1]

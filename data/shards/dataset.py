@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from data.shards.collate import collate
 from data.shards.decoders import LATENT_MEMBER, BadSampleError
 from data.shards.faults import Quarantine, UnreadableBatch
+from data.shards.fetching import UpcomingShards
 from data.shards.images import fast_jpeg_decoder
 from data.shards.index import ShardIndex, ShardSet
 from data.shards.layout import (
@@ -28,7 +29,8 @@ from data.shards.layout import (
 )
 from data.shards.order.buckets import AnyOrder, BucketOrder
 from data.shards.sample_decoder import Reading, SampleDecoder
-from data.shards.store import Arena, ShardFile, ShardStore
+from data.shards.shard_file import ShardFile
+from data.shards.store import Arena, ShardStore
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.errors import UserError
@@ -68,6 +70,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         reading: Reading | None = None,
         store: ShardStore | None = None,
         quarantine: Quarantine | None = None,
+        upcoming: UpcomingShards | None = None,
     ) -> None:
         """Check, from the index alone, that every sample has the required members.
 
@@ -81,6 +84,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             reading: all decoding settings, in place of the three before it.
             store: access to remote shards.
             quarantine: records bad samples, which are then replaced; None raises at the first one.
+            upcoming: remote shards to fetch before they are read.
 
         Raises:
             BadSampleError: naming shard and key, if a sample has no member for a content or for the caption.
@@ -98,9 +102,10 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             resolution=resolution, empty_captions=empty_captions, condition=condition
         )
         self._store, self._quarantine = store or ShardStore(), quarantine
+        self._upcoming = upcoming
         self._decoder = SampleDecoder(self.contents, self.reading)
         self._parts = self._decoder.parts
-        self._first_samples = (np.cumsum(shards.sizes) - np.asarray(shards.sizes)).tolist()
+        self._first_samples = shards.table.firsts.tolist()
         self._names = shards.names()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._arena = Arena()
@@ -130,6 +135,9 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             TooManyFaultsError: with a quarantine, instead of the others, beyond its budget.
         """
         samples = self.order.samples_at(positions)
+        for number in self._upcoming.at(positions) if self._upcoming is not None else ():
+            index = self.shards.shards[number]
+            self._store.fetch_ahead(index.location, index.stamp)
         self._arena.clear()
         read = [self._read(*pair) for pair in zip(samples.tolist(), positions, strict=True)]
         return collate(read, positions)  # copies, so no memory of the arena escapes
@@ -163,8 +171,15 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         return self.__dict__ | {"_open": OrderedDict()}
 
     def _check_index(self) -> None:
-        complete = 0
-        for index in self.shards.shards:
+        table = self.shards.table
+        # All samples of the other shards have all members, which is known without looking at them.
+        looked_at = {
+            *table.without([part.members for part in self._parts]),
+            *(number for number, _ in table.faults),
+        }
+        complete = int(table.counts.sum()) - sum(int(table.counts[number]) for number in looked_at)
+        for number in sorted(looked_at):
+            index = self.shards.shards[number]
             rows = incomplete_samples(index, self._parts)
             complete += len(index) - rows.size
             if self._quarantine is None and rows.size:
@@ -177,8 +192,8 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
             for row in rows.tolist():
                 error = missing_member(index, self._parts, row)
                 self._quarantine.record(index.location, index.key(row), str(error))
-        first = next((index for index in self.shards.shards if len(index)), None)
-        if first is not None and not complete:  # no budget makes a run of this
+        if table.counts.any() and not complete:  # no budget makes a run of this
+            first = self.shards.shards[int(np.flatnonzero(table.counts)[0])]
             raise missing_member(first, self._parts, int(incomplete_samples(first, self._parts)[0]))
 
     def _read(self, sample: int, position: int) -> dict[str, Any]:
@@ -241,17 +256,23 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
 
     def _typical_samples(self, content: str) -> list[int]:
         """A few samples spread over the set; for latents, those whose members have the most common size."""
-        sizes = np.zeros(sum(self.shards.sizes), dtype=np.int64)
-        if content == "latents":
-            for first, index in zip(self._first_samples, self.shards.shards, strict=True):
-                if (column := index.column(LATENT_MEMBER)) is not None:
-                    sizes[first : first + len(index)] = index.sizes[:, column]
-        values, counts = np.unique(sizes[sizes >= 0], return_counts=True)
-        if not values.size:
+        table = self.shards.table
+        if content != "latents":
+            total = int(table.counts.sum())
+            return [round(place) for place in np.linspace(0, total - 1, min(_PROBES, total)).tolist()]
+        size, shards, counts = table.samples_of_latent_size()
+        ends = np.cumsum(counts)
+        if not ends.size:
             return []
-        usual = np.flatnonzero(sizes == values[counts.argmax()])
-        places = np.linspace(0, len(usual) - 1, min(_PROBES, len(usual)))
-        return [int(usual[round(place)]) for place in places.tolist()]
+        found = []
+        for place in np.linspace(0, ends[-1] - 1, min(_PROBES, int(ends[-1]))).tolist():
+            entry = int(np.searchsorted(ends, round(place), side="right"))
+            number, nth = int(shards[entry]), round(place) - int(ends[entry] - counts[entry])
+            index = self.shards.shards[number]
+            column = index.column(LATENT_MEMBER)
+            rows = np.arange(len(index)) if column is None else np.flatnonzero(index.sizes[:, column] == size)
+            found.append(self._first_samples[number] + int(rows[nth]))
+        return found
 
     def _place(self, sample: int) -> tuple[int, int]:
         # An empty shard begins where the next one does; "right" skips it.

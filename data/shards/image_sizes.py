@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from data.shards.decoders import IMAGE_MEMBERS, LATENT_MEMBER, BadSampleError, latent_shape
 from data.shards.images import UndecodableImageError, image_size
+from data.shards.indexing.table import ShardTable
 from data.shards.layout import Part, sample_rows
 from data.shards.locations import is_remote
 from data.shards.scan import ShardIndex
-from data.shards.store import ShardFile, ShardStore
+from data.shards.shard_file import ShardFile
+from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 
 _HEAD_BYTES = (
@@ -61,9 +63,10 @@ def _size(file: ShardFile, start: int, length: int, content: str) -> tuple[int, 
     return 0, 0
 
 
-def sizes_of(indexes: tuple[ShardIndex, ...]) -> NDArray[np.int64]:
+def sizes_of(table: ShardTable) -> NDArray[np.int64]:
     """(samples, 2) of all shards; samples without a size get the most common one and are reported when read."""
-    sizes = np.concatenate([index.image_sizes for index in indexes if index.image_sizes is not None])
+    assert table.image_sizes is not None
+    sizes: NDArray[np.int64] = table.image_sizes.astype(np.int64)
     unknown = (sizes < 1).any(axis=1)
     if unknown.all():
         raise ValueError(

@@ -3,11 +3,18 @@
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
+from typing import Any, overload
 
+from data.shards.indexing.building import IndexRequest, mark_outdated, open_indexes
+from data.shards.indexing.names import unique_names
+from data.shards.indexing.packed import PackedIndexes
+from data.shards.indexing.table import ShardTable
 from data.shards.locations import expand_braces, file_name, find_locations, find_shards, is_remote
 from data.shards.scan import SampleFault, ShardIndex, scan_members, scan_shard
 from data.shards.sidecar import SIDECAR_SUFFIX, load_sidecar, save_sidecar, sidecar_path
@@ -23,7 +30,6 @@ __all__ = [
     "scan_shard",
     "sidecar_path",
 ]
-_THREADS = 8  # for sidecars, small files with high latency on network file systems
 
 
 def index_shard(
@@ -31,6 +37,8 @@ def index_shard(
     index_folder: str | Path | None = None,
     store: ShardStore | None = None,
     tolerant: bool = False,
+    former: ShardIndex | None = None,
+    saved: bool = True,
 ) -> ShardIndex:
     """The index of one shard: its sidecar if up to date, otherwise scanned and saved.
 
@@ -40,6 +48,8 @@ def index_shard(
         store: access to remote shards.
         tolerant: whether to return an index with `faults` rather than raise; for a missing or truncated shard the samples
             are those of its former sidecar.
+        former: an earlier index, for a shard without a sidecar.
+        saved: whether to save the sidecar.
 
     Raises:
         BrokenShardError: unless tolerant, if the shard is broken.
@@ -50,19 +60,22 @@ def index_shard(
     try:
         stamp = store.stamp(location)
         index = load_sidecar(sidecar, location, stamp)
+        if index is None and former is not None and former.stamp == stamp:
+            index = former
         if index is None:
             index = _checked(replace(scan_members(location, store.members(location, stamp)), stamp=stamp))
-            former = load_sidecar(sidecar, location, stamp, version=2)  # its checksums are still valid
-            if former is not None and former.fingerprint == index.fingerprint:
-                index = replace(index, checksums=former.checksums)
-            earlier = load_sidecar(sidecar, location, None) if index.faults else None
+            older = load_sidecar(sidecar, location, stamp, version=2)  # its checksums are still valid
+            if older is not None and older.fingerprint == index.fingerprint:
+                index = replace(index, checksums=older.checksums)
+            earlier = (load_sidecar(sidecar, location, None) or former) if index.faults else None
             if tolerant and earlier is not None and len(earlier) > len(index):
-                return replace(earlier, faults=earlier.faults + index.faults, stamp=None)
-            save_sidecar(sidecar, index, stamp)
+                return _with_faults(earlier, index.faults)
+            if saved:
+                save_sidecar(sidecar, index, stamp)
     except OSError as error:
         if not tolerant:
             raise
-        return _of_unreachable(location, sidecar, error)
+        return _of_unreachable(location, sidecar, error, former)
     return index if tolerant else index.require_complete()
 
 
@@ -96,11 +109,19 @@ def _checked(index: ShardIndex) -> ShardIndex:
     return replace(index, faults=(SampleFault("", reason),))
 
 
-def _of_unreachable(location: str, sidecar: Path, error: OSError) -> ShardIndex:
+def _with_faults(known: ShardIndex, faults: Sequence[SampleFault]) -> ShardIndex:
+    """The index of an earlier state of a shard, with its present faults."""
+    added = tuple(fault for fault in faults if fault not in known.faults)
+    return replace(known, faults=known.faults + added, stamp=None)
+
+
+def _of_unreachable(
+    location: str, sidecar: Path, error: OSError, former: ShardIndex | None = None
+) -> ShardIndex:
     fault = SampleFault("", f"{location} cannot be read ({error}).")
-    known = load_sidecar(sidecar, location, None)
+    known = load_sidecar(sidecar, location, None) or former
     if known is not None:
-        return replace(known, faults=(*known.faults, fault), stamp=None)
+        return _with_faults(known, [fault])
     return replace(scan_members(location, ()), faults=(fault,))
 
 
@@ -108,7 +129,7 @@ def _of_unreachable(location: str, sidecar: Path, error: OSError) -> ShardIndex:
 class ShardSet:
     """The indexes of all shards of a data set, in order."""
 
-    shards: tuple[ShardIndex, ...]
+    shards: Sequence[ShardIndex]
 
     @classmethod
     def open(
@@ -117,49 +138,154 @@ class ShardSet:
         index_folder: str | Path | None = None,
         store: ShardStore | None = None,
         tolerant: bool = False,
+        sized: str | None = None,
+        checked: bool = False,
     ) -> "ShardSet":
         """Find and index shards; arguments as for `index_shard`.
+
+        Args:
+            shards: a folder, a glob, a brace pattern, a URL or several of these.
+            index_folder: folder of the indexes; None: next to the shards.
+            store: access to remote shards.
+            tolerant: whether faults are listed in the indexes rather than raised.
+            sized: "images" or "latents" adds their sizes; None adds none.
+            checked: whether `discard_outdated` was called on this node just before.
 
         Raises:
             FileNotFoundError: if there are none.
             BrokenShardError: if one is not a complete tar, or if none has a sample.
         """
-        locations = find_locations(shards, gone=SIDECAR_SUFFIX if tolerant and index_folder is None else None)
-        with ThreadPoolExecutor(_THREADS if len(locations) > 1 else 1) as threads:
-            indexes = threads.map(
-                lambda location: index_shard(location, index_folder, store, tolerant), locations
-            )
-            found = cls(tuple(indexes))
+        request = _request(shards, index_folder, store or ShardStore(), tolerant, sized)
+        found = cls(open_indexes(request, checked))
+        faults = [fault.reason for _, fault in found.table.faults]
+        if faults and not tolerant:
+            raise BrokenShardError(faults[0])
         if not sum(found.sizes):
-            faults = [fault.reason for index in found.shards for fault in index.faults]
             raise BrokenShardError(
-                f"{len(found.shards)} shards were found, from {found.shards[0].location} on, but they hold no "
+                f"{len(found.shards)} shards were found, from {found.table.locations[0]} on, but they hold no "
                 f"sample{': ' + faults[0] if faults else '.'}"
             )
         return found
 
+    def __getstate__(self) -> dict[str, Any]:
+        """State without the table, whose columns are in the packed index."""
+        return {"shards": self.shards}
+
+    @cached_property
+    def table(self) -> ShardTable:
+        """What is known of each shard without reading its index."""
+        if isinstance(self.shards, PackedIndexes | JoinedIndexes):
+            return self.shards.table
+        return ShardTable.of(self.shards)
+
     @property
     def sizes(self) -> list[int]:
         """Samples in each shard."""
-        return [len(shard) for shard in self.shards]
+        sizes: list[int] = self.table.counts.tolist()
+        return sizes
 
     @property
     def fingerprint(self) -> str:
         """Fingerprint of all samples in order, independent of the folder."""
-        return _digest(f"{file_name(shard.location)} {shard.fingerprint}" for shard in self.shards)
+        prints = self.table.fingerprints.tobytes().hex()
+        return _digest(
+            f"{file_name(location)} {prints[32 * number : 32 * number + 32]}"
+            for number, location in enumerate(self.table.locations)
+        )
 
     def names(self) -> list[str]:
         """A unique name for each shard: its path without '.tar', relative to the common parent folder."""
-        paths = [_unique_path(shard.location) for shard in self.shards]
-        common = os.path.commonpath([path.parent for path in paths])
-        return [path.relative_to(common).with_suffix("").as_posix() for path in paths]
+        linked = self.shards.linked if isinstance(self.shards, PackedIndexes | JoinedIndexes) else None
+        return unique_names(self.table.locations, linked)
 
 
-def _unique_path(location: str) -> Path:
-    """The URL of a remote shard, or the text of a command, as a path."""
-    if not is_remote(location):
-        return Path(location).resolve()
-    return Path("/", *[part for part in location.replace("\0", "").split("/") if part not in ("", ".", "..")])
+class JoinedIndexes(Sequence[ShardIndex]):
+    """The indexes of several sets, one after another."""
+
+    def __init__(self, sets: Sequence[ShardSet]) -> None:
+        self._sets = list(sets)
+        self._ends = list(accumulate(len(one.shards) for one in sets))
+        self.table = ShardTable.joined([one.table for one in sets])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the sets, without the joined table."""
+        return JoinedIndexes, (self._sets,)
+
+    @property
+    def linked(self) -> list[bool]:
+        """Whether each shard is a symbolic link."""
+        return [
+            linked
+            for one in self._sets
+            for linked in (
+                one.shards.linked
+                if isinstance(one.shards, PackedIndexes)
+                else map(os.path.islink, one.table.locations)
+            )
+        ]
+
+    def __len__(self) -> int:
+        """Shards."""
+        return self._ends[-1]
+
+    @overload
+    def __getitem__(self, number: int) -> ShardIndex: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> list[ShardIndex]: ...
+
+    def __getitem__(self, number: int | slice) -> ShardIndex | list[ShardIndex]:
+        """The index of a shard."""
+        if isinstance(number, slice):
+            return [self[one] for one in range(len(self))[number]]
+        number = range(len(self))[number]
+        place = bisect_right(self._ends, number)
+        return self._sets[place].shards[number - (self._ends[place - 1] if place else 0)]
+
+
+def discard_outdated(
+    shards: str | Path | Sequence[str | Path],
+    index_folder: str | Path | None,
+    store: ShardStore,
+    tolerant: bool,
+    sized: str | None = None,
+) -> None:
+    """Compare the packed index of shards with their states, so that other processes of this node need not.
+
+    Few shards are indexed at once. Arguments and errors as for `ShardSet.open`.
+    """
+    request = _request(shards, index_folder, store, tolerant, sized)
+    if not request.is_packed:
+        open_indexes(request)
+    else:
+        mark_outdated(request)
+
+
+def _request(
+    shards: str | Path | Sequence[str | Path],
+    index_folder: str | Path | None,
+    store: ShardStore,
+    tolerant: bool,
+    sized: str | None,
+) -> IndexRequest:
+    locations = find_locations(shards, gone=SIDECAR_SUFFIX if tolerant and index_folder is None else None)
+    if index_folder is None:
+        for location in locations:
+            if is_remote(location):
+                sidecar_path(location)  # raises
+
+    def index_one(location: str, former: ShardIndex | None, saved: bool) -> ShardIndex:
+        index = index_shard(location, index_folder, store, tolerant, former, saved)
+        if sized is None or (index.image_sizes is not None and index.sized_by == sized):
+            return index
+        from data.shards.image_sizes import with_image_sizes  # decodes headers of images, seldom needed
+
+        index = with_image_sizes(index, sized, store)
+        if saved:
+            save_index(index, index_folder)
+        return index
+
+    return IndexRequest(locations, index_folder, store.stamp, index_one, tolerant, sized)
 
 
 def _digest(lines: Iterable[str]) -> str:

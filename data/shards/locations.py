@@ -49,6 +49,11 @@ def is_pipe(location: str) -> bool:
     return location.startswith("pipe:")
 
 
+def is_http(location: str) -> bool:
+    """Whether the location is a URL of a web server."""
+    return location.startswith(("http://", "https://"))
+
+
 def is_remote(location: str) -> bool:
     """Whether the location is a URL or a command rather than a local path."""
     return "://" in location or is_pipe(location)
@@ -135,6 +140,14 @@ def _remote_files(pattern: str) -> list[str]:
 def _local_files(pattern: str, gone: str | None) -> list[str]:
     path = Path(pattern := os.path.expanduser(pattern))
     if path.is_dir():
+        # Not by glob, which takes several times as long for a large set.
+        names = [name for name in os.listdir(path) if not name.startswith(".")]
+        found = {name for name in names if name.endswith(".tar")}
+        if gone is not None:
+            found |= {name.removesuffix(gone) for name in names if name.endswith(".tar" + gone)}
+        if found:
+            prefix = "" if path == Path() else os.path.join(path, "")
+            return sorted(prefix + name for name in found)
         pattern = f"{glob_escape(pattern)}/*.tar"
         missing = f"The folder {path} holds no .tar file"
     elif has_magic(pattern):

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from data.shards.tar_headers import BrokenShardError
@@ -110,7 +111,7 @@ class Patience:
 def _is_missing(error: Exception) -> bool:
     """Whether there is no such file; fsspec raises FileNotFoundError from every failure of an HTTP server's HEAD."""
     missing = isinstance(error, FileNotFoundError)
-    return missing and (error.__cause__ is None or _status(error.__cause__) in (404, 410))
+    return missing and (error.__cause__ is None or http_status(error.__cause__) in (404, 410))
 
 
 def _reason(error: BaseException) -> str:
@@ -119,27 +120,36 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """HTTP status of an error of aiohttp (`status`) or botocore (`response`), or of its cause."""
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
     for found in (getattr(error, "status", None), metadata.get("HTTPStatusCode")):
         if isinstance(found, int):
             return found
-    return _status(error.__cause__) if error.__cause__ is not None else None
+    return http_status(error.__cause__) if error.__cause__ is not None else None
 
 
 def _may_pass(error: BaseException) -> bool:
-    status = _status(error)
+    status = http_status(error)
     return status is None or not 400 <= status < 500 or status in _PASSING_STATUS
 
 
 def _retry_after(error: BaseException) -> float:
-    """Seconds that the server asks to wait, at most an hour; 0 if it does not say. A date is not read."""
+    """Seconds that the server asks to wait, as a number or a date, at most an hour; 0 if it does not say."""
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
     for headers in (getattr(error, "headers", None), metadata.get("HTTPHeaders")):
         value: Any = headers.get("Retry-After", headers.get("retry-after")) if headers else None
-        if value is not None and str(value).isdigit():
-            return min(float(value), 3600.0)
+        if value is not None and (seconds := _seconds(str(value))) is not None:
+            return min(max(seconds, 0.0), 3600.0)
     return _retry_after(error.__cause__) if error.__cause__ is not None else 0.0
+
+
+def _seconds(text: str) -> float | None:
+    if text.isdigit():
+        return float(text)
+    try:
+        return parsedate_to_datetime(text).timestamp() - time.time()
+    except ValueError:
+        return None

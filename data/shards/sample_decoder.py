@@ -44,9 +44,9 @@ class Reading:
 
     resolution: int | None = None
     """Images are resized to this shorter side and cropped to a square; None requires images of one size."""
-    sizes: NDArray[np.int64] | None = None
+    sizes: NDArray[np.integer[Any]] | None = None
     """(samples, 2): with buckets, the height and width to which each image is resized and cropped."""
-    latent_sizes: NDArray[np.int64] | None = None
+    latent_sizes: NDArray[np.integer[Any]] | None = None
     """(samples, 2): with buckets of stored latents, the height and width of each."""
     empty_captions: EmptyCaptions = "refuse"
     """Samples with an empty caption: "keep" trains on them, "refuse" treats them as faults."""

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,16 +67,23 @@ class ShardCache:
         self._remove(path)
         return None
 
-    def fetch(self, url: str, stamp: Stamp = UNKNOWN, wait: bool = True) -> Path | None:
+    def fetch(
+        self,
+        url: str,
+        stamp: Stamp = UNKNOWN,
+        wait: bool = True,
+        state: Callable[[], Stamp] | None = None,
+    ) -> Path | None:
         """Fetch a shard unless it is cached.
 
         Args:
             url: a URL, or `pipe:` with a command.
             stamp: required state of the remote file.
             wait: whether to wait for another process that is fetching it; otherwise None is returned immediately.
+            state: looks up the current state of the remote file, to find out whether it was replaced meanwhile.
 
         Raises:
-            BrokenShardError: if a command fails, or if the shard is larger than the cache.
+            BrokenShardError: if a command fails, if the shard is larger than the cache, or if it was replaced meanwhile.
             OSError: from the file system, or if the number of bytes differs from the stamp.
         """
         path = self.path_of(url, stamp)
@@ -90,6 +98,11 @@ class ShardCache:
                         target.fileno()
                     )  # otherwise a machine crash may leave a file of the right size full of zeros
                 size = partial.stat().st_size
+                if stamp != UNKNOWN and state is not None and state() != stamp:
+                    partial.unlink(missing_ok=True)
+                    raise BrokenShardError(
+                        f"{url} was replaced while it was fetched; start again, which indexes it anew."
+                    )
                 if stamp.size not in (-1, size):
                     partial.unlink(missing_ok=True)
                     raise OSError(

@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import os
+import re
 import tempfile
 import zipfile
 from pathlib import Path
@@ -22,6 +23,7 @@ _log = logging.getLogger(__name__)
 SIDECAR_VERSION = 3
 """3: data after an end-of-archive mark, links and dotted keys are faults."""
 SIDECAR_SUFFIX = ".index.npz"
+_FINGERPRINT = re.compile("[0-9a-f]{32}")
 
 
 def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -> Path:
@@ -40,7 +42,10 @@ def sidecar_path(location: str | Path, index_folder: str | Path | None = None) -
     # The full path, since the first shard of every data set is named 00000.tar.
     full = str(location) if is_remote(str(location)) else str(Path(location).resolve())
     name = hashlib.blake2b(full.encode("utf-8", "surrogateescape"), digest_size=8).hexdigest()
-    return Path(index_folder) / f"{file_name(str(location)).removesuffix('.tar')}-{name}{SIDECAR_SUFFIX}"
+    return (
+        Path(index_folder).expanduser()
+        / f"{file_name(str(location)).removesuffix('.tar')}-{name}{SIDECAR_SUFFIX}"
+    )
 
 
 def load_sidecar(
@@ -75,11 +80,11 @@ def load_sidecar(
             )
     except Exception:  # numpy and zipfile raise many types for a damaged file
         return None  # missing or truncated: the tar is scanned again
-    return index if _makes_sense(index) else None
+    return index if makes_sense(index) else None
 
 
-def _makes_sense(index: ShardIndex) -> bool:
-    """Whether all offsets of an index are within its arrays and its file; sidecars shipped with shards are untrusted."""
+def makes_sense(index: ShardIndex) -> bool:
+    """Whether all offsets of an index are within its arrays and its file; indexes shipped with shards are untrusted."""
     shape = index.offsets.shape
     tables: list[tuple[Any, tuple[int, ...], str]] = [
         (index.offsets, (len(index), len(index.extensions)), "int64"),
@@ -92,6 +97,8 @@ def _makes_sense(index: ShardIndex) -> bool:
     if index.image_sizes is not None:
         tables.append((index.image_sizes, (len(index), 2), "int64"))
     if any(table.shape != expected or table.dtype != dtype for table, expected, dtype in tables):
+        return False
+    if not _FINGERPRINT.fullmatch(index.fingerprint):
         return False
     if index.stamp is None or (len(index) and index.key_ends[-1] != index.keys.size):
         return False

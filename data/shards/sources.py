@@ -1,12 +1,16 @@
-"""Opens the data sets of a run: indexes, and image sizes for buckets."""
+"""Opens the data sets of a run: their indexes, and which remote shards are fetched ahead."""
 
+import math
 from collections.abc import Sequence
 
-from data.shards.image_sizes import with_image_sizes
-from data.shards.index import ShardSet, save_index
+import numpy as np
+
+from data.shards.fetching import UpcomingShards
+from data.shards.index import JoinedIndexes, ShardSet
+from data.shards.indexing.table import Int64Array, ShardTable
 from data.shards.locations import is_remote
+from data.shards.order.buckets import AnyOrder, BucketOrder
 from data.shards.order.mixture import Source
-from data.shards.scan import ShardIndex
 from data.shards.shard_cache import ShardCache
 from data.shards.store import ShardStore
 
@@ -17,6 +21,7 @@ def open_sources(
     store: ShardStore,
     tolerant: bool,
     sized: str | None = None,
+    checked: bool = False,
 ) -> list[ShardSet]:
     """Open the indexes of each source.
 
@@ -26,22 +31,18 @@ def open_sources(
         store: access to remote shards.
         tolerant: whether faults are listed in the indexes instead of raised.
         sized: "images" or "latents" adds their sizes; None adds none.
+        checked: whether `discard_outdated` was called on this node just before, so that the shards need not be looked at.
 
     Raises:
         FileNotFoundError: for a source without shards.
         BrokenShardError: for a broken shard, unless tolerant.
     """
-    sets = [ShardSet.open(source.shards, index_folder, store, tolerant) for source in sources]
-    if sized is None:
-        return sets
-    return [
-        ShardSet(tuple(_sized(index, sized, index_folder, store) for index in found.shards)) for found in sets
-    ]
+    return [ShardSet.open(source.shards, index_folder, store, tolerant, sized, checked) for source in sources]
 
 
 def joined(sets: Sequence[ShardSet]) -> ShardSet:
     """All shards of all sources, source after source."""
-    return ShardSet(tuple(index for found in sets for index in found.shards))
+    return sets[0] if len(sets) == 1 else ShardSet(JoinedIndexes(sets))
 
 
 def require_window(cache: ShardCache, shards: ShardSet, window: int) -> None:
@@ -55,11 +56,7 @@ def require_window(cache: ShardCache, shards: ShardSet, window: int) -> None:
     Raises:
         ValueError: if the remote shards of one shuffle window may not fit into the cache.
     """
-    sizes = [
-        int((index.offsets + index.sizes).max())
-        for index in shards.shards
-        if is_remote(index.location) and index.offsets.size
-    ]
+    sizes = _bytes_in_cache(shards.table).tolist()
     needed = sum(sorted(sizes, reverse=True)[: window or 1])
     if needed > cache.limit_bytes:
         raise ValueError(
@@ -68,9 +65,31 @@ def require_window(cache: ShardCache, shards: ShardSet, window: int) -> None:
         )
 
 
-def _sized(index: ShardIndex, content: str, index_folder: str | None, store: ShardStore) -> ShardIndex:
-    if index.image_sizes is not None and index.sized_by == content:
-        return index
-    index = with_image_sizes(index, content, store)
-    save_index(index, index_folder)
-    return index
+def upcoming_shards(
+    sets: Sequence[ShardSet],
+    order: AnyOrder | BucketOrder,
+    cache: ShardCache | None,
+    window: int,
+    windows: float,
+) -> UpcomingShards | None:
+    """The remote shards to fetch ahead; None if there are none, or no cache.
+
+    Args:
+        sets: of the sources.
+        order: of the run.
+        cache: of remote shards.
+        window: shards per shuffle window; 0 reads them in order.
+        windows: shuffle windows to look ahead.
+    """
+    table = joined(sets).table
+    sizes = _bytes_in_cache(table)
+    if cache is None or not windows or not sizes.any():
+        return None
+    # Positions in which every source goes through one window.
+    positions = sum(max(1, window) * sum(one.sizes) / len(one.sizes) for one in sets)
+    return UpcomingShards(order, table.firsts, sizes, math.ceil(windows * positions), cache.limit_bytes)
+
+
+def _bytes_in_cache(table: ShardTable) -> Int64Array:
+    """(shards,): size of each remote shard, 0 for local ones."""
+    return table.ends * np.array([is_remote(location) for location in table.locations])

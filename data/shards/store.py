@@ -1,92 +1,21 @@
-"""Reads bytes of shards: local files by pread, remote ones by range requests or through the cache."""
+"""Opens shards: local files, and remote ones by range requests or through the cache."""
 
 import contextlib
 import hashlib
 import os
-import queue
-import threading
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from data.shards.locations import Stamp, file_system, is_pipe, is_remote
+from data.shards.fetching import Fetcher
+from data.shards.locations import Stamp, file_system, is_http, is_pipe, is_remote
 from data.shards.patience import Patience
 from data.shards.shard_cache import UNKNOWN, ShardCache
-from data.shards.tar_headers import BrokenShardError, TarMember, members_of, tar_members
+from data.shards.shard_file import LocalFile, RemoteFile, RemoteRanges, ShardFile, Slices, replaced
+from data.shards.tar_headers import TarMember, members_of, tar_members
 
 _FETCHES = 10  # of a shard whose copy is removed before it is opened
-_SCAN_BYTES = 1 << 20  # read-ahead while scanning the headers of a remote tar
-
-
-class ShardFile(ABC):
-    """An open shard."""
-
-    @abstractmethod
-    def read_into(self, buffer: memoryview, start: int) -> int:
-        """Fill a buffer with the bytes from `start`; returns their number, which is smaller at the end of the shard."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close the file."""
-
-    def read(self, start: int, length: int) -> memoryview:
-        """Bytes in newly allocated memory; fewer at the end of the shard."""
-        buffer = memoryview(bytearray(length))
-        return buffer[: self.read_into(buffer, start)]
-
-
-class LocalFile(ShardFile):
-    """A local file. Uses pread rather than a memory map: a file that was truncated gives a short read, not a bus error."""
-
-    def __init__(self, path: str | Path) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY)
-
-    def stamp(self) -> Stamp:
-        """State of the open file."""
-        status = os.fstat(self._descriptor)
-        return Stamp(status.st_size, status.st_mtime_ns)
-
-    def read_into(self, buffer: memoryview, start: int) -> int:
-        count = 0
-        while count < len(buffer):  # a call reads at most 2 GB, or less on some network file systems
-            read = os.preadv(self._descriptor, (buffer[count:],), start + count)
-            if read == 0:
-                break
-            count += read
-        return count
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
-
-class RemoteFile(ShardFile):
-    """Bytes of a URL by range requests, or from the cache once it contains the complete shard."""
-
-    def __init__(self, url: str, find: Callable[[], Path | None], patience: Patience) -> None:
-        self._url, self._find, self._patience = url, find, patience
-        self._local: LocalFile | None = None
-
-    def read_into(self, buffer: memoryview, start: int) -> int:
-        if self._local is None and (path := self._find()) is not None:
-            # The copy may be gone again, for want of room; then the server is read.
-            with contextlib.suppress(FileNotFoundError):
-                self._local = LocalFile(path)
-        if self._local is not None:
-            count = self._local.read_into(buffer, start)
-            if count == len(buffer) or self._find() is not None:
-                return count
-            self.close()  # the cached copy was truncated since it was opened: fall back to the server
-            self._local = None
-        read = _ranged(self._url, start, start + len(buffer), self._patience)
-        buffer[: len(read)] = read
-        return len(read)
-
-    def close(self) -> None:
-        if self._local is not None:
-            self._local.close()
 
 
 class Arena:
@@ -124,12 +53,8 @@ class ShardStore:
 
     def __init__(self, cache: ShardCache | None = None, patience: Patience | None = None) -> None:
         self.cache, self.patience = cache, patience or Patience()
-        self._wanted: queue.SimpleQueue[tuple[str, Stamp]] | None = None
-        self._process = -1
-
-    def __getstate__(self) -> dict[str, Any]:
-        """State without the thread, which cannot be pickled."""
-        return self.__dict__ | {"_wanted": None, "_process": -1}
+        self._fetcher = Fetcher(self._fetch)
+        self._tags: dict[str, tuple[Stamp, str]] = {}
 
     def stamp(self, location: str) -> Stamp:
         """Current state of a shard.
@@ -146,8 +71,13 @@ class ShardStore:
         info = self.patience.call(lambda: system.info(path), location)
         tags = ("ETag", "etag", "mtime", "LastModified", "last_modified", "updated", "created")
         tag = " ".join(str(info[name]) for name in tags if info.get(name) is not None)
+        tag = tag or str(info.get("Last-Modified") or "")
         mark = int.from_bytes(hashlib.blake2b(tag.encode(), digest_size=7).digest(), "big")
-        return Stamp(int(info.get("size") or -1), mark)
+        stamp = Stamp(int(info.get("size") or -1), mark)
+        # A weak tag never satisfies If-Match.
+        if is_http(location) and str(info.get("ETag") or "").startswith('"'):
+            self._tags[location] = stamp, str(info["ETag"])
+        return stamp
 
     def members(self, location: str, stamp: Stamp | None = None) -> Iterator[TarMember]:
         """Headers of a shard in that state (default: the current one); remote shards are read by range without a cache."""
@@ -173,20 +103,30 @@ class ShardStore:
             file = LocalFile(location)
             if stamp not in (None, now := file.stamp()):
                 file.close()
-                raise _replaced(location, stamp, now)
+                raise replaced(location, stamp, now)
             return file
         if is_pipe(location):
             return LocalFile(self._fetched(location, UNKNOWN))
         cache = self.cache
         if cache is not None and stamp is not None and cache.find(location, stamp) is not None:
-            return RemoteFile(location, lambda: cache.find(location, stamp), self.patience)
+            return RemoteFile(self._ranges(location, stamp), lambda: cache.find(location, stamp))
         now = self.stamp(location)
         if stamp not in (None, now):
-            raise _replaced(location, stamp, now)
+            raise replaced(location, stamp, now)
         if cache is None:
-            return RemoteFile(location, lambda: None, self.patience)
-        self._want(location, now)
-        return RemoteFile(location, lambda: cache.find(location, now), self.patience)
+            return RemoteFile(self._ranges(location, now), lambda: None)
+        self._fetcher.want(location, now)
+        return RemoteFile(self._ranges(location, now), lambda: cache.find(location, now))
+
+    def fetch_ahead(self, location: str, stamp: Stamp | None) -> None:
+        """Fetch a shard into the cache before it is read.
+
+        Args:
+            location: path, URL or command.
+            stamp: the indexed state; a shard whose state is unknown is left until it is read.
+        """
+        if self.cache is not None and stamp is not None and is_remote(location):
+            self._fetcher.want(location, stamp, ahead=True)
 
     def _fetched(self, location: str, stamp: Stamp) -> Path:
         cache = self.cache
@@ -194,7 +134,9 @@ class ShardStore:
             raise ValueError(
                 f"The output of '{location}' cannot be read from the middle; set data.cache_folder, where it is kept."
             )
-        path = self.patience.retry(lambda: cache.fetch(location, stamp), location)
+        path = self.patience.retry(
+            lambda: cache.fetch(location, stamp, state=self._state_of(location)), location
+        )
         assert path is not None
         return path
 
@@ -209,59 +151,15 @@ class ShardStore:
         )
 
     def _remote_members(self, url: str, stamp: Stamp) -> Iterator[TarMember]:
-        yield from members_of(url, _Ranges(url, stamp.size, self.patience), stamp.size)
+        yield from members_of(url, Slices(self._ranges(url, stamp)), stamp.size)
 
-    def _want(self, url: str, stamp: Stamp) -> None:
-        if self._wanted is None or self._process != os.getpid():  # threads are not inherited by a fork
-            self._wanted, self._process = queue.SimpleQueue(), os.getpid()
-            threading.Thread(target=self._fetch_wanted, args=(self._wanted,), daemon=True).start()
-        self._wanted.put((url, stamp))
+    def _ranges(self, url: str, stamp: Stamp) -> RemoteRanges:
+        of, tag = self._tags.get(url, (None, None))
+        return RemoteRanges(url, self.patience, stamp, self._state_of(url), tag if of == stamp else None)
 
-    def _fetch_wanted(self, wanted: "queue.SimpleQueue[tuple[str, Stamp]]") -> None:
+    def _fetch(self, url: str, stamp: Stamp) -> None:
         assert self.cache is not None
-        while True:
-            url, stamp = wanted.get()
-            try:
-                self.cache.fetch(url, stamp, wait=False)
-            except (OSError, BrokenShardError):
-                continue  # reported when the shard is read by range
+        self.cache.fetch(url, stamp, wait=False, state=self._state_of(url))
 
-
-class _Ranges:
-    """Slices of a remote file, read ahead."""
-
-    def __init__(self, url: str, size: int, patience: Patience) -> None:
-        self._url, self._size, self._patience = url, size, patience
-        self._start, self._read = 0, b""
-
-    def __getitem__(self, part: slice) -> bytes:
-        if not self._start <= part.start <= part.stop <= self._start + len(self._read):
-            end = max(part.stop, part.start + _SCAN_BYTES)
-            end = end if self._size < 0 else min(end, self._size)
-            if part.start >= end:
-                return b""
-            self._start, self._read = part.start, _ranged(self._url, part.start, end, self._patience)
-        return self._read[part.start - self._start : part.stop - self._start]
-
-
-def _ranged(url: str, start: int, end: int, patience: Patience) -> bytes:
-    """Bytes [start, end) of a URL; fewer at its end."""
-    system, name = file_system(url)
-    read: bytes = patience.call(lambda: system.cat_file(name, start=start, end=end), url)
-    if len(read) > end - start:
-        raise OSError(
-            f"'{url}': {len(read):,} bytes came where {end - start:,} were asked for, so its server does not serve "
-            "ranges; set data.cache_folder, where complete shards are kept."
-        )
-    return read
-
-
-def _replaced(location: str, indexed: Stamp | None, now: Stamp) -> BrokenShardError:
-    assert indexed is not None
-    sizes = (
-        f"{indexed.size:,} bytes then, {now.size:,} now" if indexed.size != now.size else "other time or tag"
-    )
-    return BrokenShardError(
-        f"{location} was replaced since it was indexed ({sizes}), so its samples lie elsewhere; start again, which "
-        "indexes it anew."
-    )
+    def _state_of(self, url: str) -> Callable[[], Stamp]:
+        return lambda: self.stamp(url)

@@ -1,4 +1,4 @@
-"""Speed of everything around the networks: `python -m evaluation.benchmarks.throughput data|resume|metrics --out FILE.json`.
+"""Speed of everything around the networks: `python -m evaluation.benchmarks.throughput data|index|resume|metrics`.
 
 Timings are meaningful as ratios within one run.
 """
@@ -54,6 +54,24 @@ class DataOptions(Output):
 
 
 @dataclass(frozen=True, kw_only=True)
+class IndexOptions(Output):
+    """Opens the index of a large set in several processes at once: the packed index against a sidecar for each shard."""
+
+    EXAMPLES: ClassVar[str] = f"{PROGRAM} index --out evaluation/results/throughput_index.json"
+
+    shards: Count = 10_000
+    """Shards; the files are sparse."""
+    samples_per_shard: Count = 1000
+    """Samples of each."""
+    processes: Count = 8
+    """Processes of the node that open the packed index."""
+    sidecar_processes: Count = 1
+    """Processes that open the sidecars (memory: 650 MB each)."""
+    folder: Path | None = None
+    """Parent of the temporary folder of the set (1.3 GB); by default that of the system."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResumeOptions(Output):
     """Kills runs with SIGKILL at random steps and checks that each resumed run equals the uninterrupted one."""
 
@@ -87,11 +105,17 @@ class MetricsOptions(Output):
     """Also times torchmetrics' own exchange (memory: ranks x 130 MB each)."""
 
 
+_OPTIONS = {
+    "data": "DataOptions",
+    "index": "IndexOptions",
+    "resume": "ResumeOptions",
+    "metrics": "MetricsOptions",
+}
 COMMANDS = tuple(
     Command(
         name, f"evaluation.benchmarks.throughput.{options}", f"evaluation.benchmarks.throughput.run_{name}"
     )
-    for name, options in (("data", "DataOptions"), ("resume", "ResumeOptions"), ("metrics", "MetricsOptions"))
+    for name, options in _OPTIONS.items()
 )
 
 
@@ -119,7 +143,7 @@ def _run(name: str, options: Output) -> str:
     return text
 
 
-run_data, run_resume, run_metrics = (partial(_run, name) for name in ("data", "resume", "metrics"))
+run_data, run_index, run_resume, run_metrics = (partial(_run, name) for name in _OPTIONS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -17,7 +17,9 @@ from data.prepare.common.settings_file import write_text
 from data.prepare.verify.options import VerifyOptions
 from data.prepare.verify.shard_check import ShardReport, check_shard
 from data.shards.checks import Shape, odd_latents
+from data.shards.indexing.building import drop_packed
 from data.shards.locations import file_name, find_locations, is_remote
+from data.shards.sidecar import sidecar_path
 from sdxs_lightning.core.errors import UserError
 
 
@@ -59,6 +61,8 @@ def run(options: VerifyOptions) -> str:
     job = VerifyJob(options, locations, options.processes or available_cores())
     run_all(job, range(len(locations)), on_progress)
     seconds = time.monotonic() - started
+    for folder in {sidecar_path(one.location, options.indexes).parent for one in reports if one.indexed}:
+        drop_packed(folder)  # it lacks the checksums
     reports.sort(key=lambda report: locations.index(report.location))
     for report in _missing_shards(reports):
         reports.append(report)

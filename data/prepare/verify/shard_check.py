@@ -69,6 +69,8 @@ class ShardReport:
     sha256: str = ""
     recorded: bool = False
     """Whether there was a checksum to compare with."""
+    indexed: bool = False
+    """Whether its index was written."""
     faults: list[ShardFault] = field(default_factory=list)
     latent_shapes: Mapping[Shape, Sequence[str]] = field(default_factory=dict)
     """The keys of the samples of each shape of latents."""
@@ -164,6 +166,7 @@ def _save_index(report: ShardReport, index: ShardIndex, remote: RemoteOptions, s
         return
     changed = any(_CHANGED in fault.reason for fault in report.faults)
     save_sidecar(sidecar, replace(index, checksums=None) if changed else index, stamp)
+    report.indexed = True
 
 
 def _usual_kinds(index: ShardIndex) -> set[str]:

@@ -110,10 +110,15 @@ class BucketOrder:
             weights: integer weight of each bucket, its share of the batches.
             global_batch_size: samples per batch over all ranks.
         """
-        self.orders, self.samples = tuple(orders), tuple(samples)
+        total = sum(map(len, samples))
+        # Every rank holds these, of as many entries as the set has samples: the smallest types that do.
+        self.orders, self.samples = (
+            tuple(orders),
+            tuple(one.astype(np.min_scalar_type(total)) for one in samples),
+        )
         self.global_batch_size = global_batch_size
         self.schedule = Schedule(weights)
-        self._bucket_of = np.empty(sum(map(len, samples)), dtype=np.int64)
+        self._bucket_of = np.empty(total, dtype=np.min_scalar_type(len(samples)))
         for bucket, numbers in enumerate(samples):
             self._bucket_of[numbers] = bucket
 

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.shards.order.buckets import AnyOrder, BucketOrder, Buckets, open_buckets
 from data.shards.order.mixture import MixedOrder, integer_weights
@@ -34,7 +36,7 @@ class OrderSpec:
 
     def bucketed(
         self, buckets: Buckets, sample_sizes: Int64Array, stored_latents: bool, global_batch_size: int
-    ) -> tuple[BucketOrder, Int64Array]:
+    ) -> tuple[BucketOrder, NDArray[np.integer[Any]]]:
         """The order with buckets.
 
         Args:
@@ -49,7 +51,9 @@ class OrderSpec:
         if not stored_latents:
             choices = buckets.sizes()
             bucket_of = open_buckets(sample_sizes, choices, global_batch_size)
-            return self.bucket_order(bucket_of, global_batch_size), np.asarray(choices)[bucket_of]
+            return self.bucket_order(bucket_of, global_batch_size), np.asarray(choices, dtype=np.int32)[
+                bucket_of
+            ]
         _, inverse, counts = np.unique(sample_sizes, axis=0, return_inverse=True, return_counts=True)
         if counts.min() < global_batch_size:
             _log.warning(
@@ -58,7 +62,7 @@ class OrderSpec:
                 counts.min(),
                 global_batch_size,
             )
-        return self.bucket_order(inverse.reshape(-1), global_batch_size), sample_sizes
+        return self.bucket_order(inverse.reshape(-1), global_batch_size), sample_sizes.astype(np.int32)
 
     def bucket_order(self, bucket_of: Int64Array, global_batch_size: int) -> BucketOrder:
         """The order for a given assignment to buckets.

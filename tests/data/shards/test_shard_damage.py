@@ -19,8 +19,9 @@ from data.shards.index import ShardSet, index_shard, save_index, sidecar_path
 from data.shards.layout import Part, missing_member
 from data.shards.patience import Patience
 from data.shards.shard_cache import ShardCache
+from data.shards.shard_file import RemoteFile, RemoteRanges
 from data.shards.sidecar import load_sidecar
-from data.shards.store import RemoteFile, ShardStore
+from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError, tar_members
 
 Files = Sequence[tuple[str, bytes]]
@@ -473,9 +474,9 @@ def test_a_server_that_ignores_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
             return WHOLE
 
     find: Callable[[], Path | None] = lambda: None  # noqa: E731
-    monkeypatch.setattr("data.shards.store.file_system", lambda url: (Whole(), url))
+    monkeypatch.setattr("data.shards.shard_file.file_system", lambda url: (Whole(), url))
     with pytest.raises(OSError, match=r"133,120 bytes came where 5 were asked for.* set data\.cache_folder"):
-        RemoteFile("http://h/s.tar", find, Patience()).read(0, 5)
+        RemoteFile(RemoteRanges("http://h/s.tar", Patience()), find).read(0, 5)
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:

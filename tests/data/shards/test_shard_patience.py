@@ -1,10 +1,7 @@
 """Servers that hang, fail for a while, or never come back."""
 
 import logging
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ from data.shards.patience import Patience
 from data.shards.shard_cache import ShardCache
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter, encode_latents
+from tests.helpers.shard_server import Server, serving
 
 
 @pytest.fixture(scope="module")
@@ -28,61 +26,10 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return (folder / "00000.tar").read_bytes()
 
 
-class Server(BaseHTTPRequestHandler):
-    """Serves one shard; each entry of `faults` spoils one request."""
-
-    protocol_version = "HTTP/1.1"
-    content: bytes
-    faults: list[str | int]
-    seen: list[float]
-    over: threading.Event
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Silent."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.seen.append(time.monotonic())
-        fault = self.faults.pop(0) if self.faults else 200
-        if fault == "silent":
-            self.over.wait(20)
-            return
-        first, last = 0, len(self.content) - 1
-        if wanted := self.headers.get("Range"):
-            low, high = wanted.removeprefix("bytes=").split("-")
-            first, last = int(low), min(int(high), last)
-        body = self.content[first : last + 1]
-        status = fault if isinstance(fault, int) and fault >= 400 else 206 if wanted else 200
-        self.send_response(status)
-        if status == 429:
-            self.send_header("Retry-After", "1")
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body)))
-        if wanted:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(self.content)}")
-        self.end_headers()
-        if self.command == "GET":
-            if fault == "half":
-                self.wfile.write(body[: len(body) // 2])
-                self.wfile.flush()
-                self.over.wait(20)
-                return
-            self.wfile.write(body)
-
-
 @pytest.fixture
 def server(shard: bytes) -> Iterator[tuple[str, type[Server]]]:
-    class Own(Server):
-        content, faults, seen, over = shard, [], [], threading.Event()
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Own) as httpd:
-        httpd.daemon_threads = True
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}/s.tar", Own
-        Own.over.set()
-        httpd.shutdown()
+    with serving({"s.tar": shard}) as (url, handler):
+        yield f"{url}/s.tar", handler
 
 
 def read(url: str, start: int, length: int, **limits: float) -> bytes:
@@ -102,6 +49,7 @@ def test_a_failure_that_passes_is_waited_out_and_said(
     store = ShardStore(patience=Patience(timeout_s=1.0, retry_s=20.0))
     file = store.open(url)
     handler.faults[:] = [fault, fault]
+    handler.retry_after = "1" if fault == 429 else None
     with caplog.at_level(logging.WARNING, logger="data.shards.patience"):
         assert bytes(file.read(1000, 600)) == shard[1000:1600]
     reasons = {"silent": "no answer within 1 s", "half": "no answer within 1 s"}
@@ -110,7 +58,7 @@ def test_a_failure_that_passes_is_waited_out_and_said(
     assert all(url in line and reasons.get(str(fault), str(fault)) in line for line in lines)
     assert all("data.remote_retry_s" in line for line in lines)
     if fault == 429:  # Retry-After: 1, where the first pause would be 0.2 s
-        assert handler.seen[-1] - handler.seen[-2] >= 1.0
+        assert handler.seen[-1].moment - handler.seen[-2].moment >= 1.0
 
 
 def test_patience_ends_with_the_reason(server: tuple[str, type[Server]]) -> None:
@@ -118,7 +66,7 @@ def test_patience_ends_with_the_reason(server: tuple[str, type[Server]]) -> None
     handler.faults[:] = [503] * 50
     with pytest.raises(OSError, match=rf"'{url}' cannot be read \(.*503"):
         read(url, 0, 10, timeout_s=5.0, retry_s=1.2)
-    tries = sorted({round(moment, 1) for moment in handler.seen})
+    tries = sorted({round(request.moment, 1) for request in handler.seen})
     # Pauses of 0.2 s and 0.8 s; the next one, 3.2 s, would be too long.
     assert 1.0 <= tries[-1] - tries[0] < 2.0
 

@@ -1,0 +1,1 @@
+"""Indexes of many shards in one file, which the processes of a node share."""
