@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from sdxs_lightning.inference.generator import OneStepGenerator
 
 
+MAX_SIDE_PX = 16384
+"""Larger images are taken for typing errors."""
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Height and width, from "512" or "512x768".
 
@@ -27,6 +31,8 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
         raise ValueError("must be a side in pixels, 512, or height and width, 512x768")
+    if max(map(int, sides)) > MAX_SIDE_PX:
+        raise ValueError(f"a side is at most {MAX_SIDE_PX} px")
     return int(sides[0]), int(sides[-1])
 
 
@@ -49,7 +55,7 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
     """What to draw; several make several images."""
     out: Annotated[Path, Option(metavar="PATH")]
     """A .png file for one image, or a folder."""
-    seed: int = 0
+    seed: Annotated[int, Option(at_least=0, at_most=2**62)] = 0
     """Of the first image; the next ones count on."""
     images_per_prompt: Annotated[int, Option(at_least=1)] = 1
     """Images of each prompt, with different seeds."""
@@ -83,6 +89,7 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
     def __post_init__(self) -> None:
         if (self.image is None) != (self.strength is None):
             raise ValueError("--image and --strength belong together.")
+        self._refuse_without_effect()
         count = len(self.prompt) * self.images_per_prompt
         if (
             re.fullmatch(r"\.[A-Za-z]\w{1,4}", self.out.suffix)
@@ -94,6 +101,16 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
             )
         if count > 1 and _is_file(self.out):
             raise ValueError(f"--out is '{self.out}', one file, for {count} images; give a folder.")
+
+    def _refuse_without_effect(self) -> None:
+        """Refuses options that would change nothing; an export has its ControlNet and LoRA inside."""
+        if self.backend == "torch" and (self.controlnet is None) != (self.control_image is None):
+            missing = "--controlnet" if self.controlnet is None else "--control_image"
+            raise ValueError(f"--controlnet and --control_image belong together, and {missing} is missing.")
+        if self.control_scale != 1.0 and self.control_image is None:
+            raise ValueError(f"--control_scale is {self.control_scale:g}, and there is no --control_image.")
+        if self.lora_scale != 1.0 and self.lora is None:
+            raise ValueError(f"--lora_scale is {self.lora_scale:g}, and there is no --lora.")
 
 
 def _is_file(out: Path) -> bool:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from data.shards.images import Bytes, UndecodableImageError, decode_deep_grey, decode_pixels
 from sdxs_lightning.core.errors import OneLineError
+from sdxs_lightning.core.unique_keys import unique_keys
 
 LATENT_MEMBER = "latent.safetensors"
 LATENT_TENSOR = "latents"
@@ -122,7 +123,7 @@ def _header(content: Bytes) -> bytes:
 @lru_cache(maxsize=64)
 def _latent_layout(header: bytes, tensor: str) -> _Layout:
     """Layout of a tensor from the JSON header of a safetensors file."""
-    entries = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
+    entries = json.loads(header.decode("utf-8"), object_pairs_hook=unique_keys)
     entry = entries[tensor]
     # As the format demands, and the safetensors package checks: each byte is of one tensor.
     size = 0
@@ -144,18 +145,6 @@ def _latent_layout(header: bytes, tensor: str) -> _Layout:
             f"its shape {tuple(shape)} does not take the {end - begin} bytes of its data_offsets"
         )
     return _Layout(dtype, (shape[0], shape[1], shape[2]), begin, end, size)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: for a key that occurs twice, of which the json module keeps the last.
-    """
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key occurs twice in an object of its header")
-    return found
 
 
 def latent_shape(content: Bytes, where: str) -> tuple[int, int, int]:

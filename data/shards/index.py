@@ -11,9 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
-from data.shards.indexing.building import IndexRequest, mark_outdated, open_indexes
+from data.shards.indexing.building import mark_outdated, open_indexes
 from data.shards.indexing.names import unique_names
 from data.shards.indexing.packed import PackedIndexes
+from data.shards.indexing.request import IndexRequest
 from data.shards.indexing.table import ShardTable
 from data.shards.locations import expand_braces, file_name, find_locations, find_shards, is_remote
 from data.shards.scan import SampleFault, ShardIndex, scan_members, scan_shard

@@ -92,4 +92,5 @@ def upcoming_shards(
 
 def _bytes_in_cache(table: ShardTable) -> Int64Array:
     """(shards,): size of each remote shard, 0 for local ones."""
-    return table.ends * np.array([is_remote(location) for location in table.locations])
+    sizes: Int64Array = table.ends * np.array([is_remote(location) for location in table.locations])
+    return sizes

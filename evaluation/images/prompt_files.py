@@ -21,6 +21,7 @@ from data.shards.images import SUFFIXES
 from evaluation.images.image_sets import check_links, natural_order
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.seeding import Stream, uniform
+from sdxs_lightning.core.unique_keys import unique_keys
 
 CAPTION_COLUMNS = ("caption", "text", "prompt", "prompts")
 """Column names, case-insensitive."""
@@ -225,15 +226,6 @@ def _coco(annotations: Mapping[str, Any]) -> PromptList:
     )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that occurs twice the json module keeps the last value, and the first prompt would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"an object has the key {key!r} twice")
-    return found
-
-
 def _whole(value: Any) -> int:
     """An id of COCO, which some tools write as text."""
     number = int(value)
@@ -243,7 +235,7 @@ def _whole(value: Any) -> int:
 
 
 def _json(path: Path) -> PromptList:
-    content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
+    content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=unique_keys)
     if isinstance(content, dict) and "annotations" in content:
         return _coco(content)
     if isinstance(content, dict) and content:
@@ -266,7 +258,7 @@ def _listed(content: Sequence[Any], categories: tuple[str, ...] | None = None) -
 
 def _json_lines(path: Path) -> PromptList:
     lines = path.read_text(encoding="utf-8-sig").split("\n")
-    return _listed([json.loads(line) for line in lines if line.strip()])
+    return _listed([json.loads(line, object_pairs_hook=unique_keys) for line in lines if line.strip()])
 
 
 def _text(path: Path) -> PromptList:
@@ -276,10 +268,14 @@ def _text(path: Path) -> PromptList:
     return PromptList(tuple(line.strip() for line in lines if lines != [""]))
 
 
+def _is_visible(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
 def _folder(path: Path) -> PromptList:
     """One prompt per .txt file, as in DPG-Bench."""
     # Without hidden files, as for images: macOS writes `._name.txt` beside each on foreign disks.
-    visible = [file for file in path.rglob("*") if file.suffix.lower() == ".txt" and file.name[0] != "."]
+    visible = [file for file in path.rglob("*") if file.suffix.lower() == ".txt" and _is_visible(file, path)]
     files = sorted(visible, key=lambda file: natural_order(file.name))
     check_links(files, path)
     below = next((file for file in files if file.parent != path), None)

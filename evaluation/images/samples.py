@@ -202,7 +202,6 @@ class ModelSamples:
             UserError: if the folder has none, or if it cannot generate images of this size.
         """
         self.check()
-        _quiet_libraries()
         changed = self.scheduler is not None or self.timesteps or self.lora is not None
         if not changed and self.guidance_scale <= 1 and is_student(self.model, self.steps):
             generator = OneStepGenerator.load(
@@ -224,7 +223,6 @@ class ModelSamples:
         Raises:
             UserError: if the folder has none, or for a LoRA or timesteps that do not fit it.
         """
-        _quiet_libraries()
         pipeline = load_pipeline(self.model)
         if self.lora is not None:
             try:
@@ -326,6 +324,7 @@ def load_pipeline(folder: str | Path, **given: Any) -> Any:
     """
     from diffusers import DiffusionPipeline
 
+    _quiet_libraries()
     named = json.loads((Path(folder) / "model_index.json").read_text())
     check_libraries(Path(folder), named)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}

@@ -470,3 +470,21 @@ def test_a_terminal_gets_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: 
     first, second = capsys.readouterr().err.split("\r")[1:]
     assert first.startswith(f"[{'#' * 7}{'.' * 23}] images: 1 of 4, ") and first.endswith(" s left\x1b[K")
     assert second.startswith(f"[{'#' * 30}] images: 4 of 4, ") and second.endswith(", 0 s left\x1b[K\n")
+
+
+def test_folders_of_several_kinds_and_an_output_in_the_source_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of tars beside images only the tars would be read, without a word of the others."""
+    mixed = tmp_path / "mixed"
+    main(command(photos, mixed))
+    (mixed / "new.png").write_bytes(encoded(render((40, 30), 1), "PNG"))
+    assert f"--from '{mixed}' holds tars and images; give a folder of one kind" in refused(
+        command(mixed, tmp_path / "out"), capsys
+    )
+    assert f"--out is '{photos}', the folder of --from" in refused(command(photos, photos), capsys)
+    assert not list(photos.glob("*.tar")) and not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--out '/dev/null/x' cannot be written" in refused(command(photos, Path("/dev/null/x")), capsys, 4)

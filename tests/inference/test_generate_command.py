@@ -76,6 +76,15 @@ def test_control_and_image(student: Students, tmp_path: Path) -> None:
         (["--size", "30"], "size is 30x30, but height and width must be multiples of 8"),
         (["--image", "missing.png", "--strength", "0.5"], "--image 'missing.png' cannot be read as an image"),
         (["--model", "nowhere"], "there is no model in 'nowhere'"),
+        (["--size", "1000000x1000000"], "a side is at most 16384 px"),
+        (["--seed", "99999999999999999999999"], "--seed is '99999999999999999999999', but must be"),
+        (
+            ["--controlnet", "c"],
+            "--controlnet and --control_image belong together, and --control_image is missing",
+        ),
+        (["--control_image", "c.png"], "belong together, and --controlnet is missing"),
+        (["--control_scale", "2"], "--control_scale is 2, and there is no --control_image"),
+        (["--lora_scale", "0.5"], "--lora_scale is 0.5, and there is no --lora"),
     ],
 )
 def test_messages(

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 
 def begin_or_resume(
@@ -35,8 +35,11 @@ def begin_or_resume(
             raise UserError(
                 f"--out '{folder}' holds shards but no {file_name}, so this command did not begin it; give another folder."
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(file, now)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, now)
+        except OSError as error:
+            raise CheckpointNotWritten(f"--out '{folder}' cannot be written: {error}.") from error
         return
     for name in now:
         if name not in names_only and before.get(name) != now[name]:

@@ -106,6 +106,10 @@ def run(options: ImageOptions) -> str:
     image_set = _open_set(options)
     device = choose_device(options.device) if network else "cpu"
     SamplePreparer(options)  # a condition that cannot be used is refused before anything is written
+    if options.out.resolve() == Path(options.source).resolve():
+        raise UserError(
+            f"--out is '{options.out}', the folder of --from; give another folder for the shards."
+        )
     begin_or_resume(options.out, SETTINGS_FILE, image_set.settings, _NAMES_ONLY)
     job = ImageJob(image_set, device, options.processes or default_processes(device))
     shards = missing_shards(options.out, image_set.shards, options.part)

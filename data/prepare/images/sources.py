@@ -318,10 +318,22 @@ def open_source(
     path = Path(source)
     if path.suffix.lower() in _TABLE_SUFFIXES:
         return TableSource(_files(source), image_column, caption_column, image_folder)
-    if not path.is_dir() or any(path.glob("*.tar")):
+    if not path.is_dir():
         return ShardSource(source, remote)
-    tables = sorted(path.glob("*.parquet"))
+    tars, tables = any(path.glob("*.tar")), sorted(path.glob("*.parquet"))
+    if tars or tables:
+        _refuse_images_beside(path, "tars" if tars else "parquet files")
+    if tars:  # with or without the tables that img2dataset and this command write beside them
+        return ShardSource(source, remote)
     return TableSource(tables, image_column, caption_column, image_folder) if tables else FolderSource(path)
+
+
+def _refuse_images_beside(folder: Path, others: str) -> None:
+    """Refuses a folder of tars or tables with images, which would be left out."""
+    if any(file.suffix.lower() in SUFFIXES and file.name[0] != "." for file in folder.iterdir()):
+        raise UserError(
+            f"--from '{folder}' holds {others} and images; give a folder of one kind, or the files of one as a pattern."
+        )
 
 
 def _refuse_outside(path: Path, folder: Path) -> None:

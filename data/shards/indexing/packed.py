@@ -98,7 +98,7 @@ class PackedIndexes(Sequence[ShardIndex]):
         """Whether the checksum of every segment is right."""
         ends, sums = self.columns.segment_ends.tolist(), self.columns.segment_sums.tolist()
         return all(
-            zlib.crc32(self._segments[start:end]) == known
+            zlib.crc32(self._segments[start:end].data) == known
             for (start, end), known in zip(pairwise([0, *ends]), sums, strict=True)
         )
 
@@ -111,11 +111,12 @@ class PackedIndexes(Sequence[ShardIndex]):
         table, columns = self.table, self.columns
         start = int(columns.segment_ends[number - 1]) if number else 0
         segment = self._segments[start : int(columns.segment_ends[number])]
-        if zlib.crc32(segment) != columns.segment_sums[number]:
+        if zlib.crc32(segment.data) != columns.segment_sums[number]:
             raise self._damaged(number)
         kind, rows = table.kinds[table.kind_of[number]], int(table.counts[number])
         cells = rows * len(kind.extensions)
-        at, parts = 0, []
+        at = 0
+        parts: list[Any] = []
         for count, dtype in (
             (cells, np.int64),
             (cells, np.int64),

@@ -141,7 +141,7 @@ class ShardTable:
 
 
 def _kind(index: ShardIndex) -> Kind:
-    present = (index.offsets >= 0).all(axis=0).tolist()
+    present: list[bool] = np.asarray((index.offsets >= 0).all(axis=0)).tolist()
     full = tuple(name for name, every in zip(index.extensions, present, strict=True) if every)
     return Kind(index.extensions, full, index.checksums is not None)
 

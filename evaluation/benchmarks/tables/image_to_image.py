@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from evaluation.benchmarks.tables.options import ImageToImageOptions
 
 ORDERED_BY = "input_agreement"
+ONE_STEP = "one-step student"
 Maker = Callable[[Sequence[str], list[int], Tensor], Tensor]
 """Maps prompts, seeds and uint8 input images (B, 3, H, W) to uint8 images (B, 3, H, W)."""
 
@@ -74,8 +75,6 @@ def image_to_image(options: ImageToImageOptions) -> str:
     classifier = ProtocolNetworks.load(protocol).classifier
     settings: dict[str, Any] = {
         "student_sha256": hash_model(options.student),
-        "single_sha256": None if options.single is None else hash_model(options.single),
-        "strengths": list(options.strengths),
         "ordered_by": ORDERED_BY,
         "protocol": protocol.describe(),
     }
@@ -88,8 +87,12 @@ def image_to_image(options: ImageToImageOptions) -> str:
     shown = other_prompts(captions)[: len(ids)]
     real = RealImages(protocol.split)(captions[: len(ids)], ids)
     for name, maker in _makers(options):
-        if name not in known:
-            known[name] = {"estimates": image_scores(maker, protocol, classifier, options.batch_size)}
+        single = hash_model(options.single) if name == ONE_STEP and options.single is not None else None
+        if known.get(name, {}).get("single_sha256", "") != single:
+            known[name] = {
+                "single_sha256": single,
+                "estimates": image_scores(maker, protocol, classifier, options.batch_size),
+            }
             sys.stderr.write(f"{name}: {known[name]}\n")
         rows[name] = known[name]
         if options.sheet is not None:
@@ -114,7 +117,7 @@ def _makers(options: ImageToImageOptions) -> Iterator[tuple[str, Maker]]:
         generator = OneStepGenerator.load(options.student, device="cpu", steps=count)
         yield f"no input, {count} step{'s' * (count > 1)}", _from_text(generator)
     if options.single is not None:
-        yield "one-step student", _from_text(OneStepGenerator.load(options.single, device="cpu"))
+        yield ONE_STEP, _from_text(OneStepGenerator.load(options.single, device="cpu"))
 
 
 def _with_strength(generator: OneStepGenerator, strength: float) -> Maker:

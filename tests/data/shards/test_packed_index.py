@@ -239,7 +239,7 @@ def test_verified_checksums_come_into_the_index(folder: Path) -> None:
     for number in range(SHARDS):
         write_shard(folder / f"{number:05d}.tar", number, latents=False)
     ShardSet.open(folder)
-    options = VerifyOptions(shards=[str(folder)], contents=("captions",), processes=1)
+    options = VerifyOptions(shards=(str(folder),), contents=("captions",), processes=1)
     run(options)
     found = ShardSet.open(folder)
     assert isinstance(found.shards, PackedIndexes) and found.shards[3].checksums is not None
@@ -353,9 +353,14 @@ def test_an_interrupted_start_is_continued(
 def test_other_processes_of_a_node_do_not_look_at_the_shards_again(
     folder: Path, scanned: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, looked_at = ShardStore(), []
+    store, looked_at = ShardStore(), list[str]()
     stamp = store.stamp
-    monkeypatch.setattr(store, "stamp", lambda location: (looked_at.append(location), stamp(location))[1])
+
+    def watched(location: str) -> Any:
+        looked_at.append(location)
+        return stamp(location)
+
+    monkeypatch.setattr(store, "stamp", watched)
     discard_outdated(folder, None, store, tolerant=False)
     assert not looked_at and not scanned  # nothing to compare: all ranks index in `setup`
     expected = ShardSet.open(folder, None, store, checked=True)

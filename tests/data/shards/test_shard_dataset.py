@@ -232,7 +232,7 @@ def test_latents_as_the_safetensors_package_reads_them(dtype: type) -> None:
         ([("latents", 0)], 40, "states 32 bytes of data, and it has 40"),
         ([("latents", 8)], 40, "leave a gap or overlap at byte 0"),
         ([("latents", 0), ("x", 16)], 48, "leave a gap or overlap at byte 32"),
-        ([("latents", 0), ("latents", 0)], 32, "a key occurs twice"),
+        ([("latents", 0), ("latents", 0)], 32, "has the key 'latents' twice"),
     ],
 )
 def test_headers_that_lie(tensors: list[tuple[str, int]], size: int, message: str) -> None:

@@ -239,7 +239,12 @@ def test_the_next_window_is_fetched_while_this_one_is_read(
     wanted = windows_of[0] | (windows_of[1] if windows else set())
     names = {index.location.rpartition("/")[2]: index for index in dataset.shards.shards}
     here = wanted if windows else names_of(first.sample_ids)
-    waited_for(lambda: all(cache.find(names[name].location, names[name].stamp) is not None for name in here))
+
+    def is_cached(name: str) -> bool:
+        stamp = names[name].stamp
+        return stamp is not None and cache.find(names[name].location, stamp) is not None
+
+    waited_for(lambda: all(is_cached(name) for name in here))
     for start in (5, 10, 15):
         dataset.batch(range(start, start + 5))
     server[1].seen.clear()

@@ -676,6 +676,7 @@ def test_equal_sets_have_distance_zero_and_never_less(run: Run, real: Path) -> N
         ("a.jsonl", {"prompt": 5}, "a caption is 5, but must be a string"),
         ("a.txt", "a dog\na\0cat\n", "holds zero characters in caption number 2"),
         ("a.json", '{"k1": {"prompt": "a"}, "k1": {"prompt": "b"}}', "an object has the key 'k1' twice"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "an object has the key 'prompt' twice"),
         ("a.json", ["a dog", "a \ud800 cat"], "has half of a surrogate pair in caption number 2"),
         ("a.json", [{"file_name": None, "caption": "a"}, {"file_name": "1", "caption": "b"}], "1 of 2 rows have no file_name"),
         ("a.csv", "caption,Caption\na,b\n", "two columns are called caption"),
