@@ -28,7 +28,7 @@ The toy student of the repository has its own, `data/toy/controlnet`, trained by
 `configs/toy/controlnet_pretrained.yaml`. Those of other students: `configs/sd15/controlnet_pretrained.yaml` and others."""
 NEEDS_LORA = """This needs a style LoRA of this student: start the demo with `--lora FILE`.
 
-One of the toy student is trained by the two commands at the top of `configs/toy/lora.yaml`, and is in `outputs/toy-lora/lora`.
+The toy student of the repository has its own, `data/toy/lora`, trained by the commands at the top of `configs/toy/lora.yaml`.
 Those of other students: `configs/sd15/lora.yaml` and its neighbours."""
 PAPER_PX = 256
 MAX_PROMPT = 400

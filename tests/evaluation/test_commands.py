@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from evaluation.__main__ import main
-from evaluation.benchmarks import tables, throughput
+from evaluation.benchmarks import throughput
+from evaluation.benchmarks.tables import __main__ as tables
 from evaluation.evaluate import EvaluateOptions
 from sdxs_lightning.command_line import parse_options
 from tests.helpers.refusals import refusal
@@ -24,7 +25,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from evaluation import compare, evaluate, latency, reference
 from evaluation.__main__ import main
-from evaluation.benchmarks import coverage, tables, throughput
+from evaluation.benchmarks import coverage, throughput
+from evaluation.benchmarks.tables import __main__ as tables
 
 def ends(main, line, code):
     try:

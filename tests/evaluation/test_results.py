@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from evaluation.__main__ import COMMANDS
-from evaluation.benchmarks import runtime_exports, tables, throughput
+from evaluation.benchmarks import runtime_exports, throughput
 from evaluation.benchmarks.latency.report import table
+from evaluation.benchmarks.tables import __main__ as tables
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
 from evaluation.runner.control import control_markdown
@@ -178,7 +179,7 @@ def test_every_command_line_is_accepted(line: str) -> None:
     for program in (tables, throughput, lora):
         for command in program.COMMANDS:
             if words[2:3] == [command.name]:
-                programs[program.__name__] = (command, words[3:])
+                programs[program.__name__.removesuffix(".__main__")] = (command, words[3:])
     command, arguments = programs[words[1]]
     module, _, options = command.options.rpartition(".")
     assert parse_options(getattr(import_module(module), options), arguments) is not None

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from data.conditions import Canny
+from data.toy.training.style_classifier import STYLES, StyleClassifier
 from data.toy.world import captions, image_at
 from evaluation.images.samples import load_pipeline
 from evaluation.metrics.control_adherence import EdgeAdherence
@@ -211,6 +212,22 @@ def test_the_shipped_controlnet_follows_edges() -> None:
     )
     folder = ROOT / "data" / "toy" / "controlnet"
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 3_000_000
+
+
+def test_the_shipped_lora_brings_its_style() -> None:
+    """`data/toy/lora`, which the demo takes by itself: at scale 1 the texture, at 0 the plain student's images to the bit."""
+    room = studio(DemoOptions(base_steps=1))
+    assert room.has_lora
+    prompts, judge = captions("val", 48), StyleClassifier.from_pretrained(ROOT / "data" / "toy" / "style")
+    shares, images = {}, {}
+    for scale in (0.0, 1.0):
+        room.generator.set_lora_scale(scale)
+        images[scale] = room.generator.generate(prompts, 0)
+        shares[scale] = float((judge.predict(images[scale]) == STYLES.index("textured")).float().mean())
+    assert shares[0.0] == 0.0 and shares[1.0] >= 0.9
+    plain = OneStepGenerator.load(ROOT / "data" / "toy" / "student", device="cpu")
+    assert torch.equal(images[0.0], plain.generate(prompts, 0))
+    assert sum(file.stat().st_size for file in (ROOT / "data" / "toy" / "lora").iterdir()) <= 1_000_000
 
 
 def _same(file: Path, other: Path) -> bool:
