@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -65,7 +66,7 @@ class MixtureUnet(nn.Module):
     def __init__(self, schedule: NoiseSchedule, modes: bool) -> None:
         super().__init__()
         self.schedule, self.modes = schedule, modes
-        self.config = SimpleNamespace(block_out_channels=(WIDTH,))
+        self.config = FrozenDict(block_out_channels=(WIDTH,))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             self.conv_in, self.time = Waves(), nn.Linear(8, WIDTH)

@@ -13,9 +13,9 @@ from tests.helpers.tiny_distillation import family_of, save_base, save_shards
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Folder of the tiny base of a kind; that of SD kind has two stages."""
+    """Folder of the tiny base of a kind."""
     folder = tmp_path_factory.mktemp("bases")
-    return lambda kind: save_base(kind, folder, stages=2)
+    return lambda kind: save_base(kind, folder)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
@@ -54,6 +55,7 @@ class GaussianUnet(nn.Module):
         log_ratio: Callable[[Tensor, float, float], Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self.config = FrozenDict()
         self.mean, self.covariance = nn.Parameter(mean), covariance
         self.mid_block = nn.Identity()
         self.log_ratio = log_ratio
