@@ -76,6 +76,8 @@ class LatentSample:
 
     def every(self, nth: int) -> LatentSample:
         """Returns every n-th sample of the batch."""
+        if nth == 1:
+            return self
         some = slice(None, None, nth)
         return replace(
             self,

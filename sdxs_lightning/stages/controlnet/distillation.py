@@ -33,7 +33,8 @@ from sdxs_lightning.stages.controlnet.control_images import (
     with_some_dropped,
 )
 from sdxs_lightning.stages.distillation.gan import RealBatch
-from sdxs_lightning.stages.distillation.step import OneStepDistillation, StudentInputs
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.student_inputs import StudentInputs
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.plannable import PlannedNetwork
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from sdxs_lightning.core.batch import Conditioning, TrainingBatch
+from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Dtype
 from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream, integers, normal, uniform
 from sdxs_lightning.families import Family
-from sdxs_lightning.networks.backward_simulation import ImageStarts, draw_image_starts
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.image_features import ImageFeatures
@@ -50,19 +49,9 @@ from sdxs_lightning.stages.distillation.setup import (
     gan_of,
     terms_of,
 )
+from sdxs_lightning.stages.distillation.student_inputs import StudentInputs, image_starts, with_guidance
 from sdxs_lightning.stages.distillation.update_schedule import Updates, UpdateSchedule
 from sdxs_lightning.training.plannable import PlannedPhase
-
-
-class StudentInputs(NamedTuple):
-    """What the student gets for a micro-batch."""
-
-    noise: Tensor
-    """(B, C, h, w), float32, N(0, 1)."""
-    conditioning: Conditioning
-    """Conditioning of B prompts."""
-    target: Tensor | None
-    """(B, C, h, w), float32: the target sampler's latents for this noise and these prompts; None without pairs."""
 
 
 class OneStepDistillation(DistillationNetworks):
@@ -216,7 +205,8 @@ class OneStepDistillation(DistillationNetworks):
             ValueError: if a term needs images and the batch has none.
         """
         noise, conditioning, target = self._inputs(batch, terms)
-        conditioning = self._with_guidance(conditioning, batch.positions, target)
+        scale = None if target is None or self.pairs is None else self.pairs.settings.guidance_scale
+        conditioning = with_guidance(self.student, conditioning, batch.positions, scale, self.seed)
         needing_images = [name for name, term in terms.items() if term.needs_images]
         if needing_images and batch.images is None:
             raise ValueError(
@@ -224,10 +214,9 @@ class OneStepDistillation(DistillationNetworks):
                 f"{needing_images[0]} to null."
             )
         with torch.set_grad_enabled(bool(terms)):
-            step = self._step_index() if step is None else step
-            latents = self.student.simulate(
-                noise, conditioning, step, self._image_starts(batch, target, step)
-            )
+            trained = self._step_index() if step is None else step
+            starts = image_starts(self.student, self.family, batch, target, trained, self.seed)
+            latents = self.student.simulate(noise, conditioning, trained, starts)
         data = None if batch.latents is None else self.family.scale_latents(batch.latents)
         self.note("student/", **latent_stats(latents, data))
         return LatentSample(
@@ -239,21 +228,6 @@ class OneStepDistillation(DistillationNetworks):
             images=batch.images if needing_images else None,
         )
 
-    def _image_starts(self, batch: TrainingBatch, target: Tensor | None, step: int) -> ImageStarts | None:
-        """The samples that begin from an image: the pair's, which has the sample's prompt, or the batch's."""
-        if not self.student.image_starts:
-            return None
-        if target is not None:
-            images = target
-        elif batch.latents is not None:
-            images = self.family.scale_latents(batch.latents)
-        else:
-            raise ValueError(
-                "student.init_args.image_starts needs images' latents, and the batch has none: let data.contents name latents, "
-                "or set image_starts to 0."
-            )
-        return draw_image_starts(self.seed, batch.positions, images, step, self.student.image_starts)
-
     def _inputs(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> StudentInputs:
         """The student's noise and conditioning, with the target sampler's latents if a term needs pairs."""
         if any(term.needs_pairs for term in terms.values()):
@@ -262,19 +236,6 @@ class OneStepDistillation(DistillationNetworks):
         conditioning = self.family.encode_prompts(batch.captions)
         noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
         return StudentInputs(noise, conditioning, None)
-
-    def _with_guidance(
-        self, conditioning: Conditioning, positions: Tensor, target: Tensor | None
-    ) -> Conditioning:
-        """With the guidance scales of a student that has them as an input: the pairs' own, or drawn for each sample."""
-        guidance = self.student.guidance
-        if guidance is None:
-            return conditioning
-        scales = guidance.draw(self.seed, positions)
-        if target is not None:
-            assert self.pairs is not None
-            scales = torch.full_like(scales, self.pairs.settings.guidance_scale)
-        return replace(conditioning, guidance_scales=scales)
 
     def _student_update(self, sample: LatentSample, terms: Mapping[str, StudentTerm]) -> None:
         """Updates the student, and its average, on the sum of its loss terms."""

@@ -81,6 +81,8 @@ class UpdateSchedule:
             ValueError: if `fake_score_every_nth_sample` does not divide its size; ranks would have parts of different sizes.
         """
         nth = self.fake_score_every_nth_sample
+        if nth == 1:
+            return batch
         if len(batch) % nth:
             raise ValueError(
                 f"update_schedule.fake_score_every_nth_sample ({nth}) must divide the batch of a device, which has "

@@ -1,0 +1,76 @@
+"""What the student gets for a micro-batch: noise or images to begin from, conditioning, and the pairs' targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdxs_lightning.core.batch import Conditioning, TrainingBatch
+from sdxs_lightning.families import Family
+from sdxs_lightning.networks.backward_simulation import ImageStarts, draw_image_starts
+from sdxs_lightning.networks.student_generator import StudentGenerator
+
+
+class StudentInputs(NamedTuple):
+    """What the student gets for a micro-batch."""
+
+    noise: Tensor
+    """(B, C, h, w), float32, N(0, 1)."""
+    conditioning: Conditioning
+    """Conditioning of B prompts."""
+    target: Tensor | None
+    """(B, C, h, w), float32: the target sampler's latents for this noise and these prompts; None without pairs."""
+
+
+def image_starts(
+    student: StudentGenerator,
+    family: Family,
+    batch: TrainingBatch,
+    target: Tensor | None,
+    step: int,
+    seed: int,
+) -> ImageStarts | None:
+    """The samples that begin from an image: the pair's, which has the sample's prompt, or the batch's.
+
+    Args:
+        student: with the share of these samples; 0 gives None.
+        family: scales the batch's latents.
+        batch: the training batch.
+        target: (B, C, h, w), float32, scaled latents of the pairs; None takes the batch's.
+        step: index of the step that is trained.
+        seed: of the run.
+
+    Raises:
+        ValueError: if there are no latents.
+    """
+    if not student.image_starts:
+        return None
+    if target is None and batch.latents is None:
+        raise ValueError(
+            "student.init_args.image_starts needs images' latents, and the batch has none: let data.contents name latents, "
+            "or set image_starts to 0."
+        )
+    images = target
+    if images is None:
+        assert batch.latents is not None
+        images = family.scale_latents(batch.latents)
+    return draw_image_starts(seed, batch.positions, images, step, student.image_starts)
+
+
+def with_guidance(
+    student: StudentGenerator,
+    conditioning: Conditioning,
+    positions: Tensor,
+    scale_of_pairs: float | None,
+    seed: int,
+) -> Conditioning:
+    """Conditioning with the guidance scales of a student that has them as an input: the pairs', or drawn for each sample."""
+    if student.guidance is None:
+        return conditioning
+    scales = student.guidance.draw(seed, positions)
+    if scale_of_pairs is not None:
+        scales = torch.full_like(scales, scale_of_pairs)
+    return replace(conditioning, guidance_scales=scales)
