@@ -24,6 +24,7 @@ from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families.folders import check_libraries, pipeline_variant
+from sdxs_lightning.families.quiet import quiet_libraries
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.inputs import torch_dtype
 from sdxs_lightning.inference.model_folder import is_student
@@ -324,7 +325,7 @@ def load_pipeline(folder: str | Path, **given: Any) -> Any:
     """
     from diffusers import DiffusionPipeline
 
-    _quiet_libraries()
+    quiet_libraries()
     named = json.loads((Path(folder) / "model_index.json").read_text())
     check_libraries(Path(folder), named)
     options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
@@ -343,15 +344,6 @@ def move_pipeline(pipeline: Any, device: torch.device | str, dtype: torch.dtype)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             torch.nn.Module.to(part, device, dtype)
-
-
-def _quiet_libraries() -> None:
-    """Switches off the progress bars of loading, which would break the commands' own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.disable_progress_bar()
 
 
 def with_controlnet(pipeline: Any, controlnet: Any) -> Any:

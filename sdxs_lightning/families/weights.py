@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from sdxs_lightning.families.quiet import quiet_libraries
+
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 _Network = TypeVar("_Network", bound=nn.Module)
@@ -86,6 +88,7 @@ def load_network(
     """
     from diffusers import ModelMixin
 
+    quiet_libraries()
     check_not_pickled(folder)
     files = weight_files(path.name for path in folder.iterdir())
     if files is None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.families.folders import pipeline_variant
+from sdxs_lightning.families.quiet import quiet_libraries
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.publishing.runs import Kind, Run
 
@@ -60,6 +61,7 @@ class Snippet:
             UserError: if it fails.
         """
         scope: dict[str, Any] = {}
+        quiet_libraries()
         try:
             with redirect_stderr(io.StringIO()):  # the libraries' progress bars
                 exec(compile(self.local_code, "<the card's code>", "exec"), scope)  # our own text, made below

@@ -246,7 +246,7 @@ def test_the_default_teacher_is_that_of_run_reports() -> None:
     )
 
 
-def test_loras_are_scored_by_scale_and_kept(tmp_path: Path) -> None:
+def test_loras_are_scored_by_scale_and_kept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     base, out = ROOT / "data" / "toy" / "base", tmp_path / "lora.json"
     unet = add_lora(StableDiffusion(str(base)).load_unet(), LoRA(rank=1))
     move(unet, 0.1)
@@ -266,6 +266,12 @@ def test_loras_are_scored_by_scale_and_kept(tmp_path: Path) -> None:
         "4",
     ]
     main([*arguments, "--scales", "0", "1", "--out", str(out)])
+    # Of the libraries' own lines none: bars of loading, modules to keep in float32, text encoders without LoRA.
+    assert [line.split(":")[0] for line in capfd.readouterr().err.splitlines()] == [
+        "plain",
+        "mine, scale 0, seed 3",
+        "mine, seed 3",
+    ]
     first = json.loads(out.read_text())
     assert list(first["rows"]) == ["plain", "mine, scale 0", "mine"]
     plain, zero, styled = (first["rows"][row] for row in first["rows"])

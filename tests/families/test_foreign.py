@@ -164,10 +164,12 @@ def test_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "x/.y",
         "x/a..b",
         "x/y.git",
+        "models/x",
+        "outputs/x",
     )
     assert not any(map(is_hub_id, (*paths, "x/y@", "x/ü", "x/y z", "")))
     (tmp_path / "a").mkdir()
-    assert not is_hub_id("a/b") and is_hub_id("a/b@main")
+    assert not is_hub_id("a/b") and is_hub_id("a/b@main") and is_hub_id("models/x@main")
 
 
 def test_components_of_other_libraries_are_refused() -> None:
