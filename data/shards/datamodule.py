@@ -17,9 +17,9 @@ from data.shards.loader import Pass, ShardLoader
 from data.shards.order.buckets import AnyOrder, BucketOrder, Buckets
 from data.shards.order.mixture import Source
 from data.shards.order.run_order import OrderSpec
-from data.shards.patience import Patience
+from data.shards.remote.patience import Patience
+from data.shards.remote.shard_cache import ShardCache
 from data.shards.sample_decoder import Reading
-from data.shards.shard_cache import ShardCache
 from data.shards.sources import joined, open_sources, require_window, upcoming_shards
 from data.shards.store import ShardStore
 from sdxs_lightning.core.image_condition import ImageCondition

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from data.shards.collate import collate
 from data.shards.decoders import LATENT_MEMBER, BadSampleError
 from data.shards.faults import Quarantine, UnreadableBatch
-from data.shards.fetching import UpcomingShards
 from data.shards.images import fast_jpeg_decoder
 from data.shards.index import ShardIndex, ShardSet
 from data.shards.layout import (
@@ -28,8 +27,9 @@ from data.shards.layout import (
     sample_rows,
 )
 from data.shards.order.buckets import AnyOrder, BucketOrder
+from data.shards.remote.fetching import UpcomingShards
+from data.shards.remote.shard_file import ShardFile
 from data.shards.sample_decoder import Reading, SampleDecoder
-from data.shards.shard_file import ShardFile
 from data.shards.store import Arena, ShardStore
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.batch import TrainingBatch

@@ -12,8 +12,8 @@ from data.shards.images import UndecodableImageError, image_size
 from data.shards.indexing.table import ShardTable
 from data.shards.layout import Part, sample_rows
 from data.shards.locations import is_remote
+from data.shards.remote.shard_file import ShardFile
 from data.shards.scan import ShardIndex
-from data.shards.shard_file import ShardFile
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data.shards.fetching import UpcomingShards
 from data.shards.index import JoinedIndexes, ShardSet
 from data.shards.indexing.table import Int64Array, ShardTable
 from data.shards.locations import is_remote
 from data.shards.order.buckets import AnyOrder, BucketOrder
 from data.shards.order.mixture import Source
-from data.shards.shard_cache import ShardCache
+from data.shards.remote.fetching import UpcomingShards
+from data.shards.remote.shard_cache import ShardCache
 from data.shards.store import ShardStore
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.shards.fetching import Fetcher
 from data.shards.locations import Stamp, file_system, is_http, is_pipe, is_remote
-from data.shards.patience import Patience
-from data.shards.shard_cache import UNKNOWN, ShardCache
-from data.shards.shard_file import LocalFile, RemoteFile, RemoteRanges, ShardFile, Slices, replaced
+from data.shards.remote.fetching import Fetcher
+from data.shards.remote.patience import Patience
+from data.shards.remote.shard_cache import UNKNOWN, ShardCache
+from data.shards.remote.shard_file import LocalFile, RemoteFile, RemoteRanges, ShardFile, Slices, replaced
 from data.shards.tar_headers import TarMember, members_of, tar_members
 
 _FETCHES = 10  # of a shard whose copy is removed before it is opened

@@ -22,7 +22,7 @@ from data.shards.decoders import (
 from data.shards.images import decode_pil, open_image
 from data.shards.index import ShardSet
 from data.shards.locations import is_remote
-from data.shards.shard_file import ShardFile
+from data.shards.remote.shard_file import ShardFile
 from data.shards.store import ShardStore
 from sdxs_lightning.core.errors import UserError
 

@@ -17,9 +17,9 @@ from data.shards.checks import SampleCheck, odd_latents
 from data.shards.decoders import BadSampleError, decode, decode_latents
 from data.shards.index import ShardSet, index_shard, save_index, sidecar_path
 from data.shards.layout import Part, missing_member
-from data.shards.patience import Patience
-from data.shards.shard_cache import ShardCache
-from data.shards.shard_file import RemoteFile, RemoteRanges
+from data.shards.remote.patience import Patience
+from data.shards.remote.shard_cache import ShardCache
+from data.shards.remote.shard_file import RemoteFile, RemoteRanges
 from data.shards.sidecar import load_sidecar
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError, tar_members
@@ -460,7 +460,7 @@ def test_a_transfer_that_was_cut_is_no_shard(tmp_path: Path, monkeypatch: pytest
         target.write(WHOLE[: -1 if len(copied) < 3 else None])
 
     monkeypatch.setattr(cache, "_copy", copy)
-    monkeypatch.setattr("data.shards.patience._FIRST_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr("data.shards.remote.patience._FIRST_PAUSE_SECONDS", 0.0)
     store = ShardStore(cache)
     stamp = store.stamp(f"file://{path}")
     with pytest.raises(OSError, match=r"133,119 bytes came, but the server states 133,120"):
@@ -474,7 +474,7 @@ def test_a_server_that_ignores_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
             return WHOLE
 
     find: Callable[[], Path | None] = lambda: None  # noqa: E731
-    monkeypatch.setattr("data.shards.shard_file.file_system", lambda url: (Whole(), url))
+    monkeypatch.setattr("data.shards.remote.shard_file.file_system", lambda url: (Whole(), url))
     with pytest.raises(OSError, match=r"133,120 bytes came where 5 were asked for.* set data\.cache_folder"):
         RemoteFile(RemoteRanges("http://h/s.tar", Patience()), find).read(0, 5)
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from data.shards import patience as patience_module
 from data.shards.datamodule import ShardDataModule
-from data.shards.fetching import UpcomingShards
 from data.shards.order.buckets import AnyOrder, BucketOrder
 from data.shards.order.mixture import MixedOrder
 from data.shards.order.sample_order import SampleOrder
-from data.shards.patience import Patience
-from data.shards.shard_cache import ShardCache
+from data.shards.remote import patience as patience_module
+from data.shards.remote.fetching import UpcomingShards
+from data.shards.remote.patience import Patience
+from data.shards.remote.shard_cache import ShardCache
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 from data.shards.writer import ShardWriter, encode_latents
@@ -89,7 +89,7 @@ def test_an_outage_of_minutes_is_waited_out_with_a_line_for_each_wait(
     url = server[0] + "/00000.tar"
     file = ShardStore().open(url)
     server[1].faults = During(clock, 300, fault)
-    with caplog.at_level(logging.WARNING, logger="data.shards.patience"):
+    with caplog.at_level(logging.WARNING, logger="data.shards.remote.patience"):
         assert bytes(file.read(1000, 600)) == files["00000.tar"][1000:1600]
     assert 300 <= clock.now < 330 and max(clock.waits) == 30.0
     lines = [record.getMessage() for record in caplog.records]
@@ -130,7 +130,7 @@ def test_a_slow_drip_counts_as_no_answer(
 ) -> None:
     file = ShardStore(patience=Patience(timeout_s=0.5, retry_s=20.0)).open(server[0] + "/00000.tar")
     server[1].faults[:] = ["drip"]
-    with caplog.at_level(logging.WARNING, logger="data.shards.patience"):
+    with caplog.at_level(logging.WARNING, logger="data.shards.remote.patience"):
         assert bytes(file.read(0, 500)) == files["00000.tar"][:500]
     assert ["no answer within 0.5 s" in record.getMessage() for record in caplog.records] == [True]
 
@@ -146,7 +146,7 @@ def test_an_answer_of_the_wrong_length_is_asked_for_again(
     store = ShardStore()
     file = store.open(url)
     handler.faults[:] = ["short"]
-    with caplog.at_level(logging.WARNING, logger="data.shards.patience"):
+    with caplog.at_level(logging.WARNING, logger="data.shards.remote.patience"):
         assert bytes(file.read(1000, 600)) == files["00000.tar"][1000:1600]
     assert "300 bytes came where 600 were asked for" in caplog.text
     # The headers of the shard, and the shard as a whole.

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from data.shards.datamodule import ShardDataModule
-from data.shards.patience import Patience
-from data.shards.shard_cache import ShardCache
+from data.shards.remote.patience import Patience
+from data.shards.remote.shard_cache import ShardCache
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter, encode_latents
 from tests.helpers.shard_server import Server, serving
@@ -50,7 +50,7 @@ def test_a_failure_that_passes_is_waited_out_and_said(
     file = store.open(url)
     handler.faults[:] = [fault, fault]
     handler.retry_after = "1" if fault == 429 else None
-    with caplog.at_level(logging.WARNING, logger="data.shards.patience"):
+    with caplog.at_level(logging.WARNING, logger="data.shards.remote.patience"):
         assert bytes(file.read(1000, 600)) == shard[1000:1600]
     reasons = {"silent": "no answer within 1 s", "half": "no answer within 1 s"}
     lines = [record.getMessage() for record in caplog.records]

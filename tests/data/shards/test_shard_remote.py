@@ -20,8 +20,8 @@ from data.shards.datamodule import ShardDataModule
 from data.shards.faults import Faults
 from data.shards.index import ShardSet
 from data.shards.locations import file_name, find_locations, is_remote
-from data.shards.shard_cache import ShardCache
-from data.shards.shard_file import RemoteFile
+from data.shards.remote.shard_cache import ShardCache
+from data.shards.remote.shard_file import RemoteFile
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 from data.shards.writer import ShardWriter, encode_latents

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data.shards.locations import Stamp, file_system
-from data.shards.patience import Patience, http_status
-from data.shards.shard_cache import UNKNOWN
+from data.shards.remote.patience import Patience, http_status
+from data.shards.remote.shard_cache import UNKNOWN
 from data.shards.tar_headers import BrokenShardError
 
 _SCAN_BYTES = 1 << 20  # read-ahead while scanning the headers of a remote tar

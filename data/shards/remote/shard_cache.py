@@ -17,7 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from data.shards.locations import Stamp, file_name, file_system, is_pipe
-from data.shards.patience import Patience
+from data.shards.remote.patience import Patience
 from data.shards.tar_headers import BrokenShardError
 
 _log = logging.getLogger(__name__)
