@@ -10,6 +10,13 @@ from typing import Annotated, ClassVar, Literal
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES, SCHEDULERS, parse_weights
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
+from sdxs_lightning.core.option_bounds import (
+    LARGEST_SCALE,
+    LARGEST_SIDE_PX,
+    MOST_IMAGES,
+    MOST_PROCESSES,
+    MOST_STEPS,
+)
 
 Count = Annotated[int, Option(at_least=1)]
 
@@ -24,8 +31,8 @@ def guidance_scale(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if value and not 1 <= value < float("inf"):
-        raise ValueError("must be a number of at least 1, where 1 means no guidance")
+    if value and not 1 <= value <= LARGEST_SCALE:
+        raise ValueError(f"must be a number from 1 to {LARGEST_SCALE}, where 1 means no guidance")
     return read_guidance_scale("--guidance_scale", value)
 
 
@@ -37,7 +44,7 @@ class ComputeOptions:
     """Images at once."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device of the networks."""
-    processes: Count | None = None
+    processes: Annotated[int | None, Option(at_least=1, at_most=MOST_PROCESSES)] = None
     """Processes; by default one per GPU or core, where there is enough to do."""
     weights: Annotated[tuple[str, ...], Option(metavar="KIND=PATH")] = ()
     """Files or folders of metric networks, in place of their usual location: inception, clip_text, ..."""
@@ -71,7 +78,7 @@ class EvaluateOptions(ComputeOptions):
     """Images: a folder, a .zip file or .tar shards."""
     lora: Annotated[str | None, Option(metavar="FILE|DIR")] = None
     """LoRA of the model: diffusers, PEFT or kohya."""
-    lora_scale: Annotated[float, Option(at_least=0)] = 1.0
+    lora_scale: Annotated[float, Option(at_least=0, at_most=LARGEST_SCALE)] = 1.0
     """Its scale."""
     protocol: Annotated[str, Option(choices=PROTOCOL_NAMES)] = "toy"
     """Protocol."""
@@ -82,7 +89,7 @@ class EvaluateOptions(ComputeOptions):
     """Real images, or the .npz of `python -m evaluation.reference`."""
     metrics: Annotated[tuple[str, ...], Option(choices=METRIC_NAMES)] = ()
     """Metrics in place of the protocol's."""
-    samples: Count | None = None
+    samples: Annotated[int | None, Option(at_least=1, at_most=MOST_IMAGES)] = None
     """Number of images in place of the protocol's; changes the protocol hash."""
     control: Annotated[str | None, Option(metavar="SET")] = None
     """Measure a ControlNet: shards with images and cond.png as `data.prepare images` writes them, or `toy`."""
@@ -93,9 +100,11 @@ class EvaluateOptions(ComputeOptions):
     reader that the ControlNet was trained with), or background_bar of the toy world."""
     make_conditions: bool = False
     """With --control: make the conditions of the set's images instead of reading cond.png."""
-    conditioning_scales: tuple[float, ...] = (0.5, 1.0, 1.5)
+    conditioning_scales: Annotated[
+        tuple[float, ...], Option(at_least=-LARGEST_SCALE, at_most=LARGEST_SCALE)
+    ] = (0.5, 1.0, 1.5)
     """With --control: factors of the ControlNet's residuals. `metrics` of FILE.json are those at 1, or at the last one."""
-    steps: Count = 1
+    steps: Annotated[int, Option(at_least=1, at_most=MOST_STEPS)] = 1
     """Sampling steps of the model."""
     scheduler: Annotated[str | None, Option(choices=tuple(SCHEDULERS))] = None
     """Scheduler in place of the model folder's, with the folder's noise schedule and prediction type."""
@@ -105,7 +114,7 @@ class EvaluateOptions(ComputeOptions):
     """Classifier-free guidance of the model; 1 means none."""
     seed: int | None = None
     """Seed of the noise; by default the protocol's."""
-    image_px: Annotated[int | None, Option(at_least=1)] = None
+    image_px: Annotated[int | None, Option(at_least=1, at_most=LARGEST_SIDE_PX, called=("size",))] = None
     """Side of the generated images; by default the protocol's, or the model's."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Precision of the model."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, LARGEST_SIDE_PX, MOST_PROCESSES, MOST_STEPS
 
 BACKENDS = (
     "torch",
@@ -46,9 +47,9 @@ SDXS-1024 against SDXL at 32 steps with guidance, as in the table of arXiv:2403.
     """The paper's comparison."""
     baseline: Annotated[str | None, Option(metavar="DIR|NAME")] = None
     """Diffusers folder of the base, or the name of an architecture as for --random_weights."""
-    steps: Annotated[int | None, Option(at_least=1)] = None
+    steps: Annotated[int | None, Option(at_least=1, at_most=MOST_STEPS)] = None
     """Steps of the base; by default 16. A student knows its own."""
-    guidance_scale: Annotated[float, Option(at_least=0)] = 7.5
+    guidance_scale: Annotated[float, Option(at_least=0, at_most=LARGEST_SCALE)] = 7.5
     """Guidance of the base; 1 is none."""
     backend: Annotated[tuple[str, ...], Option(choices=BACKENDS)] = ("torch",)
     """What runs the student; stock diffusers is always measured too."""
@@ -62,9 +63,9 @@ SDXS-1024 against SDXL at 32 steps with guidance, as in the table of arXiv:2403.
     """Of all networks."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of PyTorch's networks."""
-    size_px: Annotated[int | None, Option(at_least=8)] = None
+    size_px: Annotated[int | None, Option(at_least=8, at_most=LARGEST_SIDE_PX, called=("size",))] = None
     """Side of the images; by default the trained one."""
-    threads: Annotated[int | None, Option(at_least=1)] = None
+    threads: Annotated[int | None, Option(at_least=1, at_most=MOST_PROCESSES)] = None
     """Processor threads of each; by default one for each core."""
     repetitions: Annotated[int, Option(at_least=1)] = 5
     """Measured calls of each."""

@@ -23,7 +23,7 @@ from sdxs_lightning.callbacks.interruption import Interruption
 from sdxs_lightning.callbacks.resume import Resume
 from sdxs_lightning.callbacks.run_folder import origin
 from sdxs_lightning.callbacks.save_config import SaveConfig
-from sdxs_lightning.config_errors import reference_sentence, sentence
+from sdxs_lightning.config_errors import reference_sentence, sentence, with_place
 from sdxs_lightning.config_files import MergedArguments, read_arguments, refuse_untrusted
 from sdxs_lightning.config_nulls import refuse_nulls
 from sdxs_lightning.core.errors import RunStopped, UserError
@@ -272,7 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trainer = cli.trainer
         cli.fit()
     except RunStopped as stop:
-        report(stop, agreed=trainer is not None, hidden=TrainingParser.environment.hidden)
+        report(stop, agreed=trainer is not None, shown=_shown)
         # Lightning's launcher kills all ranks when it sees that a rank which it started has failed, also rank 0 while it is
         # still closing its files. This stop was agreed on by all ranks, and rank 0 alone carries its code.
         return 0 if started_by_rank_zero(trainer) else stop.exit_code
@@ -287,13 +287,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         lost = lost_rank(trainer, error)
         if lost is not None:
-            report(lost, agreed=False, hidden=TrainingParser.environment.hidden)
+            report(lost, agreed=False, shown=_shown)
             return lost.exit_code
         if not is_our_message(error):
             raise
-        report(error, agreed=False, hidden=TrainingParser.environment.hidden)
+        report(error, agreed=False, shown=_shown)
         return UserError.exit_code
     return 0
+
+
+def _shown(message: str) -> str:
+    """A message with the place of the setting that it quotes, and without values of the environment."""
+    return TrainingParser.environment.hidden(with_place(message, TrainingParser.command_line))
 
 
 def _quiet() -> None:

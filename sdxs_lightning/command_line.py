@@ -18,7 +18,8 @@ The implementation is named by its dotted path and imported after the options we
 options do not wait for torch; this module and the modules of the options classes must not import it either. Options are
 spelled with underscores; hyphens are accepted. Every error ends with one sentence on stderr and the exit code of
 `sdxs_lightning.core.errors`, 2 for refused options. Checks of several fields belong in `__post_init__`: the text of its
-ValueError is the sentence.
+ValueError is the sentence. Messages of the library name arguments (in backticks) and configuration keys; the command shows
+the options in their place.
 """
 
 from __future__ import annotations
@@ -42,9 +43,22 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, 
 import docstring_parser
 import jsonargparse
 
-from sdxs_lightning.core.errors import RunStopped, UserError
+from sdxs_lightning.core.errors import RunStopped, UserError, first_line, is_out_of_memory
 
 Options = TypeVar("Options")
+LARGEST_NUMBER = 2**31 - 1
+"""Of an option without a bound of its own; larger ones are typing errors, and overflow what takes them."""
+MEMORY_OPTIONS = (
+    "batch_size",
+    "batch_sizes",
+    "size",
+    "size_px",
+    "image_px",
+    "check_size_px",
+    "resolution",
+    "processes",
+)
+"""What the memory of a command grows with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +77,9 @@ class Option:
     """The value of an option that is given without one, () for an option of several values; None requires a value."""
     at_least: float | None = None
     at_most: float | None = None
+    """None: LARGEST_NUMBER."""
+    called: tuple[str, ...] = ()
+    """Arguments and configuration keys that mean it in messages of the library, beside its own name."""
     choices: Sequence[str] = ()
     """Accepted strings, where they are not a Literal."""
     parse: Callable[[str], Any] | None = None
@@ -100,8 +117,13 @@ def run_command(
         command = _imported(run) if isinstance(run, str) else run
         result = command(options)
     except RunStopped as stop:
-        sys.stderr.write(f"{name}: {stop}\n")
+        sys.stderr.write(f"{name}: {_with_options(str(stop), options_class)}\n")
         sys.exit(stop.exit_code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"{name}: {_too_large(error, options_class)}\n")
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         sys.stderr.write(f"{name}: interrupted.\n")
         sys.exit(128 + signal.SIGINT)
@@ -236,6 +258,11 @@ class _Field:
         right = not self.choices or str(given) in self.choices
         if isinstance(given, int | float) and not isinstance(given, bool):
             least, most = self.option.at_least, self.option.at_most
+            if (least is None or given >= least) and most is None and abs(given) > LARGEST_NUMBER:
+                sign = "at most " if given > 0 else "at least -"
+                raise UserError(
+                    f"{self.label} is '{given}', but must be {self.accepted}, {sign}{LARGEST_NUMBER}."
+                )
             right = (
                 math.isfinite(given) and (least is None or given >= least) and (most is None or given <= most)
             )
@@ -380,6 +407,24 @@ def _bare(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     if get_origin(hint) in (Union, types.UnionType):
         return _bare(next(one for one in get_args(hint) if one is not types.NoneType))
     return hint, ()
+
+
+def _with_options(message: str, options_class: type[Any]) -> str:
+    """A message of the library with the command's options in place of the arguments and configuration keys in it."""
+    spelled: dict[str, str] = {}
+    for field in _fields(options_class):
+        for called in (f"`{field.name}`", f"data.{field.name}", *field.option.called):
+            spelled[called if "." in called else f"`{called.strip('`')}`"] = field.label
+    names = "|".join(map(re.escape, sorted(spelled, key=len, reverse=True)))
+    # A part of an option's class (data.condition.init_args.model) is given with it; other parts are none of the option.
+    mentioned = rf"(?<![\w./])({names})(?:\.init_args(?:\.\w+)*)?(?![\w/]|\.\w)"
+    return re.sub(mentioned, lambda found: spelled[found[1]], message)
+
+
+def _too_large(error: Exception, options_class: type[Any]) -> str:
+    given = [field.label for field in _fields(options_class) if field.name in MEMORY_OPTIONS]
+    smaller = f"; give a smaller {' or '.join(given)}" if given else ""
+    return f"this machine has not enough memory for it ({first_line(error)}){smaller}."
 
 
 def _summary(options_class: type[Any]) -> str:

@@ -94,6 +94,22 @@ def reference_sentence(message: str, key: str | None, command_line: MergedArgume
     )
 
 
+def with_place(message: str, command_line: MergedArguments) -> str:
+    """Adds to a message that quotes a value of the files, such as a folder that is missing, the option and its line.
+
+    A message that names a place already stays as it is.
+    """
+    if " (set " in message or ", set in " in message:
+        return message
+    for file in reversed(command_line.files):
+        for key, value in file.texts.items():
+            if "/" in value and f"'{value}'" in message:
+                return (
+                    f"{message.rstrip('.')}; '{value}' is {key}, set in {file.name}, line {file.lines[key]}."
+                )
+    return message
+
+
 def _read(message: str) -> Problem:
     key = list[str]()
     owner = value = expected = subtypes = None

@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal
 
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, LARGEST_SIDE_PX, MOST_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +39,15 @@ python -m sdxs_lightning.export_runtime outputs/student/pipeline --to single-fil
     """ControlNet to export with it; the U-Net then takes its residuals (onnx, openvino)."""
     lora: Annotated[str | None, Option(metavar="FILE")] = None
     """LoRA to merge into the U-Net."""
-    lora_scale: float = 1.0
+    lora_scale: Annotated[float, Option(at_least=-LARGEST_SCALE, at_most=LARGEST_SCALE)] = 1.0
     """Weight of the LoRA."""
     out: Annotated[Path | None, Option(metavar="DIR")] = None
     """Folder to write; an earlier export there is replaced. By default MODEL-onnx, ... beside the model."""
     licence: str | None = None
     """Licence for the manifest; by default that of the model card."""
-    steps: Annotated[int | None, Option(at_least=1)] = None
+    steps: Annotated[int | None, Option(at_least=1, at_most=MOST_STEPS)] = None
     """Of a student of several steps; by default all that its scheduler has."""
-    check_size_px: Annotated[int | None, Option(at_least=8)] = None
+    check_size_px: Annotated[int | None, Option(at_least=8, at_most=LARGEST_SIDE_PX, called=("size",))] = None
     """Side of the images that are compared; by default the trained one."""
 
     def __post_init__(self) -> None:

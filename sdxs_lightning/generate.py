@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.disk_room import SMALLEST_FILE_BYTES, check_room
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 from sdxs_lightning.core.image_formats import readable_formats
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, LARGEST_SIDE_PX, MOST_STEPS
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from sdxs_lightning.inference.generator import OneStepGenerator
 
-
-MAX_SIDE_PX = 16384
-"""Larger images are taken for typing errors."""
+Scale = Annotated[float, Option(at_least=-LARGEST_SCALE, at_most=LARGEST_SCALE)]
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -31,8 +31,8 @@ def parse_size(text: str) -> tuple[int, int]:
     sides = text.lower().split("x")
     if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
         raise ValueError("must be a side in pixels, 512, or height and width, 512x768")
-    if max(map(int, sides)) > MAX_SIDE_PX:
-        raise ValueError(f"a side is at most {MAX_SIDE_PX} px")
+    if max(map(int, sides)) > LARGEST_SIDE_PX:
+        raise ValueError(f"a side is at most {LARGEST_SIDE_PX} px")
     return int(sides[0]), int(sides[-1])
 
 
@@ -69,19 +69,19 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
     """Precision of the networks (torch)."""
     controlnet: Annotated[str | None, Option(metavar="DIR")] = None
     """ControlNet (torch; exports have theirs inside)."""
-    control_image: Annotated[Path | None, Option(metavar="FILE")] = None
+    control_image: Annotated[Path | None, Option(metavar="FILE", called=("control_images",))] = None
     """Condition of the ControlNet: edges, a sketch, depth; scaled to the output's size."""
-    control_scale: float = 1.0
+    control_scale: Scale = 1.0
     """Weight of the ControlNet."""
     lora: Annotated[str | None, Option(metavar="FILE")] = None
     """LoRA (torch; exports have it merged)."""
-    lora_scale: float = 1.0
+    lora_scale: Scale = 1.0
     """Weight of the LoRA."""
     image: Annotated[Path | None, Option(metavar="FILE")] = None
     """Image to change; scaled to the output's size. Needs --strength."""
     strength: float | None = None
     """How much of --image is replaced, above 0 and at most 1."""
-    steps: Annotated[int | None, Option(at_least=1)] = None
+    steps: Annotated[int | None, Option(at_least=1, at_most=MOST_STEPS)] = None
     """Of a student of several steps; by default all that its scheduler has."""
     batch_size: Annotated[int, Option(at_least=1)] = 4
     """Images at once."""
@@ -142,6 +142,8 @@ def run(options: GenerateOptions) -> str:
         options.lora_scale,
         options.steps,
     )
+    count = len(options.prompt) * options.images_per_prompt
+    check_room(options.out, count, SMALLEST_FILE_BYTES, "--images_per_prompt", "images")
     prompts = [prompt for prompt in options.prompt for _ in range(options.images_per_prompt)]
     single = _is_file(options.out)
     files = [options.out if single else options.out / f"{i:05d}.png" for i in range(len(prompts))]

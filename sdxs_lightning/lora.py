@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from sdxs_lightning.command_line import Command, Option, run_subcommand
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -36,7 +37,7 @@ class MergeOptions:
     """Pipeline folder, U-Net folder, or hub id of a pipeline, all of which is fetched."""
     lora: tuple[str, ...]
     """LoRA files or folders: diffusers, PEFT or kohya."""
-    scale: tuple[float, ...] = (1.0,)
+    scale: Annotated[tuple[float, ...], Option(at_least=-LARGEST_SCALE, at_most=LARGEST_SCALE)] = (1.0,)
     """Factor of each LoRA, or one for all."""
     out: Path
     """Folder to create, of the same kind as the model; it must not exist, or be empty."""

@@ -33,7 +33,7 @@ presets:
 
 sdxs_lightning/surgery/README.md describes topology files."""
 
-    base: str
+    base: Annotated[str, Option(called=("family.init_args.base",))]
     """Pipeline folder, U-Net folder, or hub id of either."""
     preset: Annotated[str | None, Option(choices=tuple(PRESETS))] = None
     """A topology by its name; the list below says where each is from. Give this or --topology."""

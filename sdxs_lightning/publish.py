@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, MOST_STEPS
 
 PROGRAM = "python -m sdxs_lightning.publish"
 
@@ -41,15 +42,15 @@ class PublishOptions:
     """Hub id of the student that a LoRA or ControlNet was made for, for the card's code; by default its folder."""
     partner: Annotated[Path | None, Option(metavar="DIR")] = None
     """Pipeline here that a LoRA, ControlNet or decoder is used with; by default the run's student, or its base."""
-    steps: Annotated[int | None, Option(at_least=1)] = None
+    steps: Annotated[int | None, Option(at_least=1, at_most=MOST_STEPS)] = None
     """Steps of a base that is used with a LoRA, ControlNet or decoder (25); students have their own."""
-    guidance_scale: Annotated[float | None, Option(at_least=0)] = None
+    guidance_scale: Annotated[float | None, Option(at_least=0, at_most=LARGEST_SCALE)] = None
     """Its guidance (7.5)."""
     licence: str | None = None
     """Licence of the base in the hub's spelling; by default that of the base's own card, or of a known base."""
     prompts: tuple[str, ...] = ()
     """Prompts of the samples; the first is that of the card's code."""
-    scale: Annotated[float | None, Option(at_least=0)] = None
+    scale: Annotated[float | None, Option(at_least=0, at_most=LARGEST_SCALE)] = None
     """Scale of a LoRA (1) or ControlNet (0.8) in the card's code."""
     condition: Path | None = None
     """Condition image of a ControlNet's samples."""

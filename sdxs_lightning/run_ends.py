@@ -37,13 +37,13 @@ def is_our_message(error: BaseException) -> bool:
     )
 
 
-def report(error: BaseException, agreed: bool, hidden: Callable[[str], str]) -> None:
+def report(error: BaseException, agreed: bool, shown: Callable[[str], str]) -> None:
     """Writes the sentence to stderr; only rank 0 does if all ranks agreed on it.
 
     Args:
         error: what ended the run.
         agreed: whether all ranks end with it.
-        hidden: replaces values of the environment in the text.
+        shown: changes the text, such as to hide values of the environment.
     """
     rank = next(
         (int(os.environ[name]) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK") if name in os.environ), 0
@@ -53,7 +53,7 @@ def report(error: BaseException, agreed: bool, hidden: Callable[[str], str]) -> 
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     word = "stopped" if isinstance(error, Interrupted) else "error"
-    text = hidden(one_line(str(error)))
+    text = shown(one_line(str(error)))
     sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {text}\n")
 
 

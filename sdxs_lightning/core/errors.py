@@ -33,6 +33,15 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: in Python or NumPy, on a GPU, or in torch on a CPU, which has no class of its own."""
+    refused = ("not enough memory: you tried to allocate", "can't allocate memory: you tried to allocate")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and (type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in refused))
+    )
+
+
 class OneLineError(Exception):
     """An error whose message is one line, whatever it quotes."""
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, MOST_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +33,9 @@ python -m sdxs_lightning.demo --model exports/student-openvino --backend openvin
     """Style LoRA; by default the toy student's, where there is one."""
     base: Annotated[str | None, Option(metavar="DIR")] = None
     """Diffusers folder of the base, to compare with; by default the toy base for the toy student."""
-    base_steps: Annotated[int, Option(at_least=1)] = 50
+    base_steps: Annotated[int, Option(at_least=1, at_most=MOST_STEPS)] = 50
     """Steps of the base."""
-    base_guidance_scale: Annotated[float, Option(at_least=0)] = 1.5
+    base_guidance_scale: Annotated[float, Option(at_least=0, at_most=LARGEST_SCALE)] = 1.5
     """Guidance of the base; 7.5 is usual for SD-1.5."""
     backend: Literal["torch", "onnx", "openvino"] = "torch"
     """What runs the student."""

@@ -46,13 +46,14 @@ class ScaledAdapter:
         from sdxs_lightning.networks.lora_files import read_lora
 
         try:
-            adapters, text_encoder_layers = read_lora(source, unet)
+            adapters, text_encoder_layers = read_lora(source, unet, "`lora`")
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         if text_encoder_layers:
             raise UserError(
-                f"lora '{source}' also changes {text_encoder_layers} layers of text encoders, which prompts that are embedded "
-                "once cannot follow; `python -m sdxs_lightning.lora convert` writes it without them, or run it in diffusers."
+                f"`lora` '{source}' also changes {text_encoder_layers} layers of text encoders, which prompts that are "
+                "embedded once cannot follow; `python -m sdxs_lightning.lora convert` writes it without them, or run it in "
+                "diffusers."
             )
         return cls([(unet.get_submodule(name), update) for name, update in adapters.items()], scale)
 

@@ -139,11 +139,11 @@ class OneStepGenerator:
         for name, value in (("controlnet", controlnet), ("lora", lora)):
             if value is not None:
                 raise UserError(
-                    f"{name} is '{value}', but an export has its adapters inside; give them to "
-                    f"sdxs_lightning.export_runtime (--{name}), or take backend torch."
+                    f"`{name}` is '{value}', but an export has its adapters inside; give them to "
+                    f"sdxs_lightning.export_runtime (--{name}), or take `backend` torch."
                 )
         if compiled:
-            raise UserError(f"compiled is for the backend torch; {backend} compiles its own graph.")
+            raise UserError(f"`compiled` is for `backend` torch; {backend} compiles its own graph.")
         if backend == "onnx":
             from sdxs_lightning.inference.onnx_networks import OnnxNetworks
 
@@ -203,7 +203,7 @@ class OneStepGenerator:
             raise UserError("there is no prompt; give at least one.")
         if (image is None) != (strength is None):
             missing = "strength" if strength is None else "image"
-            raise UserError(f"image and strength belong together, and {missing} is missing.")
+            raise UserError(f"`image` and `strength` belong together, and `{missing}` is missing.")
         pixels = image_size(size, self.model.size, self.multiple)
         plan = self.plan if strength is None else self.plan.from_strength(strength)
         generators = noise_generators(seed_list(seeds, len(listed)))
@@ -233,7 +233,7 @@ class OneStepGenerator:
         """
         set_scale = getattr(self.networks, "set_lora_scale", None)
         if set_scale is None:
-            raise UserError("this export has no LoRA whose scale could change; take backend torch.")
+            raise UserError("this export has no LoRA whose scale could change; take `backend` torch.")
         set_scale(scale)
 
     def _control(
@@ -242,8 +242,13 @@ class OneStepGenerator:
         if images is None:
             return None
         if not self.networks.has_control:
+            way = (
+                "give one as `controlnet`"
+                if self.model.manifest is None
+                else "export it with one (sdxs_lightning.export_runtime --controlnet DIR)"
+            )
             raise UserError(
-                "control_images were given and the model was loaded without ControlNet; give one as controlnet."
+                f"`control_images` were given and the model was loaded without ControlNet; {way}."
             )
         stacked = image_tensor(images, count, pixels, "control_images")
         values = to_device(stacked, self.networks.device).float() / 255
@@ -295,10 +300,10 @@ def _torch_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
     except RuntimeError as error:
         raise UserError(
-            f"device is '{device}', but must be auto, cpu, cuda or another device of torch."
+            f"`device` is '{device}', but must be auto, cpu, cuda or another device of torch."
         ) from error
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda and this machine has no GPU that torch can use; give cpu.")
+        raise UserError("`device` is cuda and this machine has no GPU that torch can use; give cpu.")
     return found
 
 
@@ -318,7 +323,7 @@ def _compiled(device: torch.device) -> Callable[[Networks, SamplingPlan, Sample]
         except FailOnRecompileLimitHit as error:
             raise UserError(
                 f"more than {GRAPHS} combinations of batch size, image size and inputs were asked for, and each is compiled; "
-                "use fewer, or load without compiled."
+                "use fewer, or load without `compiled`."
             ) from error
         return images.clone()  # the next replay of a CUDA graph writes to the same memory
 

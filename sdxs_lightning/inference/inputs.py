@@ -28,7 +28,7 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype not in DTYPES:
-        raise UserError(f"dtype is '{dtype}', but must be one of {', '.join(DTYPES)}.")
+        raise UserError(f"`dtype` is '{dtype}', but must be one of {', '.join(DTYPES)}.")
     return DTYPES[dtype]
 
 
@@ -50,7 +50,7 @@ def image_size(
     height, width = (size, size) if isinstance(size, int) else size
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise UserError(
-            f"size is {height}x{width}, but height and width must be multiples of {multiple}; the nearest is "
+            f"`size` is {height}x{width}, but height and width must be multiples of {multiple}; the nearest is "
             f"{_nearest(height, multiple)}x{_nearest(width, multiple)}, and the model was trained at "
             f"{trained[0]}x{trained[1]}."
         )
@@ -98,7 +98,7 @@ def image_tensor(images: Images, count: int, size: tuple[int, int], what: str) -
         if tuple(frame.shape[1:]) != size:
             raise UserError(
                 f"{what}[{i}] is {frame.shape[1]}x{frame.shape[2]}, and the output {size[0]}x{size[1]} (height x width); "
-                "resize it, or give its size as size."
+                "resize it, or give its size as `size`."
             )
     return torch.stack(frames * (count if len(frames) == 1 else 1))
 

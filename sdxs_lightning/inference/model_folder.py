@@ -137,10 +137,10 @@ def _ways(found: str, backend: str, path: Path) -> str:
     """How to come from what a folder is to what runs it."""
     if found == "torch":
         return (
-            f"is a diffusers folder, which the backend torch runs; for {backend} export it first: python -m "
+            f"is a diffusers folder, which `backend` torch runs; for {backend} export it first: python -m "
             f"sdxs_lightning.export_runtime {path} --to {backend}"
         )
     accepted = (
         f"the export for {backend}" if backend != "torch" else "the diffusers folder that it was made from"
     )
-    return f"is an export for {found}, got backend {backend}; give backend {found}, or {accepted}"
+    return f"is an export for {found}, got `backend` {backend}; give `backend` {found}, or {accepted}"

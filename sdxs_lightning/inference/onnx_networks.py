@@ -48,7 +48,7 @@ class OnnxNetworks(GraphNetworks):
             found = ", ".join(self._runtime.get_available_providers())
             wanted = ", ".join(sorted(missing))
             raise UserError(
-                f"this ONNX Runtime has no {wanted}, but {found}; give device cpu, or install onnxruntime-gpu."
+                f"this ONNX Runtime has no {wanted}, but {found}; give `device` cpu, or install onnxruntime-gpu."
             )
         self._threads = threads
         self._session = lru_cache(maxsize=None)(self._start)
@@ -88,6 +88,6 @@ def _providers(device: str, available: Sequence[str]) -> tuple[str, ...]:
         device = "cuda" if PROVIDERS["cuda"][0] in available else "cpu"
     if device not in PROVIDERS:
         raise UserError(
-            f"device is '{device}', but for the backend onnx must be auto, {', '.join(PROVIDERS)}."
+            f"`device` is '{device}', but for `backend` onnx must be auto, {', '.join(PROVIDERS)}."
         )
     return PROVIDERS[device]

@@ -40,7 +40,9 @@ class OpenVinoNetworks(GraphNetworks):
         self._device = "CPU" if device in ("auto", "cpu") else device
         if self._device.split(".")[0] not in {one.split(".")[0] for one in self._core.available_devices}:
             known = ", ".join(self._core.available_devices)
-            raise UserError(f"device is '{device}', and this OpenVINO has {known}; give auto or one of them.")
+            raise UserError(
+                f"`device` is '{device}', and this OpenVINO has {known}; give auto or one of them."
+            )
         self._settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if threads is not None:
             self._settings["INFERENCE_NUM_THREADS"] = threads

@@ -64,18 +64,18 @@ class SamplingPlan:
             UserError: for a strength out of range, or so small that no step is left.
         """
         if not 0 < strength <= 1:
-            raise UserError(f"strength is {strength:g}, but must be above 0 and at most 1.")
+            raise UserError(f"`strength` is {strength:g}, but must be above 0 and at most 1.")
         count = len(self.steps)
         if count == 1:
             total = self.steps[0].timestep + 1
             timestep = round(total * strength) - 1
             if timestep < 0:
-                raise UserError(f"strength {strength:g} leaves no noise; the least is {1 / total:.4f}.")
+                raise UserError(f"`strength` {strength:g} leaves no noise; the least is {1 / total:.4f}.")
             return replace(self, steps=(self._step(timestep),))
         taken = int(count * strength)
         if taken == 0:
             raise UserError(
-                f"strength {strength:g} leaves none of the model's {count} steps; give at least {1 / count:g}."
+                f"`strength` {strength:g} leaves none of the model's {count} steps; give at least {1 / count:g}."
             )
         return replace(self, steps=self.steps[count - taken :])
 
@@ -97,9 +97,14 @@ class SamplingPlan:
         """
         kind = config.get("_class_name")
         if kind not in SCHEDULERS:
-            raise UserError(
-                f"'{named}' has a {kind}, and students have a {' or '.join(SCHEDULERS)}, which say how many steps they take; "
-                "export the model with sdxs_lightning.export, or run it in its own diffusers pipeline."
+            raise _is_a_base(
+                named,
+                f"has a {kind}, and students have a {' or '.join(SCHEDULERS)}, which say how many steps",
+            )
+        if kind == "DDIMScheduler" and not config.get("set_alpha_to_one", True):
+            raise _is_a_base(
+                named,
+                "has a DDIMScheduler whose last step leaves noise (set_alpha_to_one false), and a student's leaves none",
             )
         wrong = [name for name in _KEPT if config.get(name)]
         if wrong:
@@ -109,11 +114,12 @@ class SamplingPlan:
         several = kind == "LCMScheduler"
         count = (steps or int(config["original_inference_steps"])) if several else 1
         if steps not in (None, count):
-            raise UserError(f"'{named}' is a student of one step, got steps {steps}.")
+            raise UserError(f"'{named}' is a student of one step, got `steps` {steps}.")
         if not several and config.get("timestep_spacing") != "trailing":
-            raise UserError(
-                f"the DDIMScheduler of '{named}' has timestep_spacing {config.get('timestep_spacing')}, and a one-step "
-                "student's is trailing, which begins at its last timestep."
+            raise _is_a_base(
+                named,
+                f"has a DDIMScheduler with timestep_spacing {config.get('timestep_spacing')}, and a one-step student's is "
+                "trailing, which begins at its last timestep",
             )
         import diffusers
 
@@ -127,3 +133,12 @@ class SamplingPlan:
             (), str(config.get("prediction_type", "epsilon")), tuple(scheduler.alphas_cumprod.tolist())
         )
         return replace(plan, steps=tuple(plan._step(timestep) for timestep in scheduler.timesteps.tolist()))
+
+
+def _is_a_base(named: str, why: str) -> UserError:
+    """One step of a base makes no image, so it is not taken for a student."""
+    return UserError(
+        f"'{named}' is a base of many steps by its scheduler: it {why}. Give the `pipeline` folder that a training exported "
+        "(train.py; students of other projects: sdxs_lightning.export), or run the base in its own steps: python -m "
+        f"evaluation.evaluate --model {named} --steps 25 --guidance_scale 7.5 --save_images DIR."
+    )

@@ -91,7 +91,7 @@ class TorchNetworks:
             UserError: without a LoRA.
         """
         if self._adapter is None:
-            raise UserError("the model was loaded without LoRA; give one as lora.")
+            raise UserError("the model was loaded without LoRA; give one as `lora`.")
         self._adapter.apply(scale)
 
     def encode_prompts(self, token_ids: Sequence[Tensor]) -> Prompts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,8 @@ def test_a_missing_base_folder(run: Callable[..., tuple[int, str]]) -> None:
     code, said = run(_set("model.init_args.family.init_args.base", "models/none"))
     assert code == 2
     assert "there is no folder 'models/none'; give a diffusers folder" in said
-    assert "family.init_args.base" in said
+    assert "'models/none' is model.init_args.family.init_args.base, set in " in said
+    assert re.search(r"tiny.yaml, line \d+\.$", said)
 
 
 def test_a_base_of_another_family(run: Callable[..., tuple[int, str]], folder: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_base_of_another_family(run: Callable[..., tuple[int, str]], folder: P
 def test_missing_shards(run: Callable[..., tuple[int, str]]) -> None:
     code, said = run(_set("data.init_args.shards", "datasets/none"))
     assert code == 2
-    assert "datasets/none" in said
+    assert "'datasets/none' is data.init_args.shards, set in " in said
 
 
 def test_a_run_folder_that_cannot_be_written(run: Callable[..., tuple[int, str]], tmp_path: Path) -> None:

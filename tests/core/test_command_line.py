@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+import numpy as np
 import pytest
+import torch
 
 from sdxs_lightning.command_line import Command, Option, parse_options, run_command, run_subcommand
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
@@ -45,7 +47,7 @@ class Resize(Machine):
 
     shards: Annotated[tuple[str, ...], Option(positional=True)]
     """Folders of shards."""
-    source: Annotated[str, Option(name="from")]
+    source: Annotated[str, Option(name="from", called=("model.init_args.base",))]
     """Folder of the images, 100 % of them
     readable."""
     side_px: Annotated[int, Option(at_least=1, deprecated=("side",))] = 512
@@ -124,6 +126,14 @@ def test_a_former_name_is_accepted_with_a_note(capsys: pytest.CaptureFixture[str
         ("a --from b --side_px x", "--side_px is 'x', but must be an integer of at least 1."),
         ("a --from b --side_px 1.5", "--side_px is '1.5', but must be an integer of at least 1."),
         ("a --from b --side-px 0", "--side_px is '0', but must be an integer of at least 1."),
+        (
+            "a --from b --side_px 99999999999",
+            "--side_px is '99999999999', but must be an integer of at least 1, at most 2147483647.",
+        ),
+        (
+            "a --from b --buckets -99999999999",
+            "--buckets is '-99999999999', but must be an integer, at least -2147483647.",
+        ),
         ("a --from b --share nan", "--share is 'nan', but must be a number from 0 to 1."),
         ("a --from b --share 1.5", "--share is '1.5', but must be a number from 0 to 1."),
         ("a --from b --processes 0", "--processes is '0', but must be an integer of at least 1."),
@@ -180,6 +190,49 @@ def test_a_field_without_help_is_an_error_of_ours() -> None:
 
     with pytest.raises(AssertionError, match="Bare: no docstring under side_px"):
         parse_options(Bare, [])
+
+
+def raised(capsys: pytest.CaptureFixture[str], error: Exception) -> str:
+    """What a command prints that ends with an error of exit code 2."""
+
+    def run(options: Resize) -> str:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command("python -m images resize", Resize, run, ["a", "--from", "b"])
+    assert ended.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("`side_px` is 3; give `device` cpu.", "--side_px is 3; give --device cpu."),
+        ("set data.names, or data.side_px.", "set --names, or --side_px."),
+        ("there is no folder 'x'; see model.init_args.base.", "there is no folder 'x'; see --from."),
+        ("see data.names.init_args.model.", "see --names."),
+        # What is no option of this command stays: commands, other keys, files and plain words.
+        (
+            "`uv sync` in side_px, data.other, data.names.first, 'a/data.names' or `other`.",
+            "`uv sync` in side_px, data.other, data.names.first, 'a/data.names' or `other`.",
+        ),
+    ],
+)
+def test_a_message_of_the_library_names_the_options(
+    capsys: pytest.CaptureFixture[str], message: str, shown: str
+) -> None:
+    assert raised(capsys, UserError(message)) == f"images resize: {shown}\n"
+
+
+def test_too_little_memory_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for allocate in (lambda: torch.empty(2**52), lambda: np.empty(2**58), lambda: bytearray(2**60)):
+        with pytest.raises((RuntimeError, MemoryError)) as refused:
+            allocate()
+        text = raised(capsys, refused.value)
+        assert text.startswith("images resize: this machine has not enough memory for it (")
+        assert text.endswith("); give a smaller --processes.\n") and text.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a bug"):
+        raised(capsys, RuntimeError("a bug"))
 
 
 def test_the_result_is_printed_and_errors_have_their_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:

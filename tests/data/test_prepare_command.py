@@ -76,7 +76,7 @@ def test_guidance_scale_0_is_1_and_fractions_are_refused(capsys: pytest.CaptureF
     assert capsys.readouterr().err == "--guidance_scale 0 is read as 1: no guidance.\n"
     with pytest.raises(UserError, match="--guidance_scale is 0.5, but must be a number of at least 1"):
         pair_options("--guidance_scale 0.5")
-    with pytest.raises(UserError, match="--guidance_scale is 'inf', but must be a number of at least 0"):
+    with pytest.raises(UserError, match="--guidance_scale is 'inf', but must be a number from 0 to 100"):
         pair_options("--guidance_scale inf")
 
 

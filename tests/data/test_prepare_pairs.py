@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 
 from data.prepare.__main__ import main
 from data.prepare.common.progress import CommandProgress
@@ -243,7 +245,12 @@ def test_another_model_is_detected_by_its_weights(
             ["--scheduler", "LCMScheduler"],
             "--scheduler is 'LCMScheduler', but must be one of ddim, DDIMScheduler,",
         ),
-        (["--steps", 1001], "--steps: steps must be in [1, 1000], got 1001"),
+        # 4 latents of 16 x 16 in float16 and five blocks of tar are 4,608 bytes.
+        (["--count", 2**31 - 1], "2,147,483,647 pairs of at least 4.61 kB each need 9.9 TB, and '"),
+        (
+            ["--count", 2**31 - 1, "--part", "0/2"],
+            "1,073,741,824 pairs of at least 4.61 kB each need 4.95 TB",
+        ),
         (["--captions", "toy:tarin"], "it has toy:train, toy:val, toy:test"),
         (["--captions", "nothing.txt"], "--captions 'nothing.txt': There is no shard or folder"),
         (["--captions", "EMPTY"], "holds no prompt; write one per line"),
@@ -290,7 +297,12 @@ def test_latents_that_are_not_finite_are_refused_and_nothing_is_left(
     bases: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], processes: int
 ) -> None:
     out = tmp_path / "set"
-    command = arguments(bases["sd"], prompts, out, "--guidance_scale", 1e30, "--processes", processes)
+    loud = tmp_path / "unet"
+    shutil.copytree(bases["sd"] / "unet", loud)
+    weights = load_file(loud / "diffusion_pytorch_model.safetensors")
+    weights["conv_out.weight"] *= 1e8
+    save_file(weights, loud / "diffusion_pytorch_model.safetensors")
+    command = arguments(bases["sd"], prompts, out, "--unet", loud, "--processes", processes)
     output = refused(command, capsys)
     assert (
         "not finite in float16" in output and "Give another --dtype, or a smaller --guidance_scale." in output
@@ -328,9 +340,15 @@ def _kill_a_child() -> None:
     ("wrong", "message"),
     [
         (["--guidance_scale", "0.5"], "--guidance_scale is 0.5, but must be a number of at least 1"),
-        (["--steps", "0"], "--steps is '0', but must be an integer of at least 1."),
+        (["--steps", "0"], "--steps is '0', but must be an integer from 1 to 1000."),
         (["--part", "4/4"], "--part is '4/4', but must be I/N with I below N; 0/4 is the first of four"),
         (["--seed", "-1"], "--seed is '-1', but must be an integer from 0 to 2147483647."),
+        (
+            ["--count", "99999999999"],
+            "--count is '99999999999', but must be an integer of at least 1, at most",
+        ),
+        (["--guidance_scale", "101"], "--guidance_scale is '101.0', but must be a number from 0 to 100."),
+        (["--steps", "1001"], "--steps is '1001', but must be an integer from 1 to 1000."),
     ],
 )
 def test_wrong_numbers_are_refused(

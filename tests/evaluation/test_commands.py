@@ -89,7 +89,7 @@ def test_guidance_of_one_is_none_and_zero_is_read_as_one(capsys: pytest.CaptureF
     assert guidance("--guidance_scale=7.5") == 7.5
     said = refusal(main, ["evaluate", "--model", "x", "--guidance_scale", "0.5"], capsys)
     assert said == (
-        "evaluation evaluate: --guidance_scale is '0.5', but must be a number of at least 1, where 1 means no guidance."
+        "evaluation evaluate: --guidance_scale is '0.5', but must be a number from 1 to 100, where 1 means no guidance."
     )
 
 

@@ -365,19 +365,19 @@ def test_only_an_earlier_export_is_replaced(
 def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], student: Students) -> None:
     folder = exported("sd", "onnx", adapted=False)
     with pytest.raises(
-        UserError, match="is an export for onnx, got backend torch; give backend onnx, or the diffusers"
+        UserError, match="is an export for onnx, got `backend` torch; give `backend` onnx, or the diffusers"
     ):
         OneStepGenerator.load(folder)
-    with pytest.raises(UserError, match="lora is 'x', but an export has its adapters inside"):
+    with pytest.raises(UserError, match="`lora` is 'x', but an export has its adapters inside"):
         OneStepGenerator.load(folder, backend="onnx", lora="x")
-    with pytest.raises(UserError, match="compiled is for the backend torch"):
+    with pytest.raises(UserError, match="`compiled` is for `backend` torch"):
         OneStepGenerator.load(folder, backend="onnx", compiled=True)
     generator = OneStepGenerator.load(folder, backend="onnx")
     with pytest.raises(UserError, match="this export has no LoRA whose scale could change"):
         generator.set_lora_scale(0.5)
-    with pytest.raises(UserError, match="loaded without ControlNet"):
+    with pytest.raises(UserError, match="without ControlNet; export it with one"):
         generator.generate(PROMPTS, control_images=condition(2, (32, 32)))
-    with pytest.raises(UserError, match="is an export for onnx, got backend torch"):
+    with pytest.raises(UserError, match="is an export for onnx, got `backend` torch"):
         export_runtime(folder, folder.with_name("again"), "onnx")
 
 

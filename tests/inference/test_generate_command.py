@@ -15,6 +15,7 @@ from sdxs_lightning.inference.generator import OneStepGenerator
 from tests.helpers.students import PROMPTS, condition
 
 Students = Callable[[str], Path]
+TOY_BASE = str(Path(__file__).parents[2] / "data" / "toy" / "base")
 
 
 def read(file: Path) -> torch.Tensor:
@@ -73,7 +74,7 @@ def test_control_and_image(student: Students, tmp_path: Path) -> None:
             "--out is 'one.jpg', and images are written as .png; give such a file, or a folder",
         ),
         (["--size", "12x"], "--size is '12x', but must be a side in pixels"),
-        (["--size", "30"], "size is 30x30, but height and width must be multiples of 8"),
+        (["--size", "30"], "--size is 30x30, but height and width must be multiples of 8"),
         (["--image", "missing.png", "--strength", "0.5"], "--image 'missing.png' cannot be read as an image"),
         (["--model", "nowhere"], "there is no model in 'nowhere'"),
         (["--size", "1000000x1000000"], "a side is at most 16384 px"),
@@ -85,6 +86,22 @@ def test_control_and_image(student: Students, tmp_path: Path) -> None:
         (["--control_image", "c.png"], "belong together, and --controlnet is missing"),
         (["--control_scale", "2"], "--control_scale is 2, and there is no --control_image"),
         (["--lora_scale", "0.5"], "--lora_scale is 0.5, and there is no --lora"),
+        (
+            ["--lora_scale", "1e9", "--lora", "x"],
+            "--lora_scale is '1000000000.0', but must be a number from -100",
+        ),
+        (
+            ["--model", TOY_BASE],
+            f"'{TOY_BASE}' is a base of many steps by its scheduler: it has a DDIMScheduler whose",
+        ),
+        (["--steps", "4"], "is a student of one step, got --steps 4"),
+        (["--lora", "nowhere"], "--lora: there is no file or folder 'nowhere'"),
+        (["--backend", "onnx"], "is a diffusers folder, which --backend torch runs"),
+        (["--device", "tpu9"], "--device is 'tpu9', but must be auto, cpu, cuda"),
+        (
+            ["--images_per_prompt", "2147483647", "--out", "never"],
+            "2,147,483,647 images of at least 4.1 kB each need 8.8 TB, and '",
+        ),
     ],
 )
 def test_messages(

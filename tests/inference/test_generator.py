@@ -20,6 +20,7 @@ from evaluation.images.samples import ModelSamples, PipelineImages, StudentImage
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.inference.generator import OneStepGenerator, sample_images
+from sdxs_lightning.inference.model_folder import is_student
 from sdxs_lightning.lora import ConvertOptions, convert
 from tests.helpers.students import KINDS, PROMPTS, SEEDS, condition, stock_images
 
@@ -212,17 +213,20 @@ def test_timesteps_are_copied_to_the_device_once(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"size": 36}, r"size is 36x36, but height and width must be multiples of 8; the nearest is 32x32"),
-        ({"size": (32, 4)}, "size is 32x4"),
+        ({"size": 36}, r"`size` is 36x36, but height and width must be multiples of 8; the nearest is 32x32"),
+        ({"size": (32, 4)}, "`size` is 32x4"),
         ({"seeds": [1]}, r"1 seeds for 2 prompt\(s\)"),
-        ({"image": condition(2, (32, 32))}, "image and strength belong together, and strength is missing"),
-        ({"strength": 0.5}, "and image is missing"),
+        (
+            {"image": condition(2, (32, 32))},
+            "`image` and `strength` belong together, and `strength` is missing",
+        ),
+        ({"strength": 0.5}, "and `image` is missing"),
         (
             {"image": condition(2, (32, 32)), "strength": 1.5},
-            "strength is 1.5, but must be above 0 and at most 1",
+            "`strength` is 1.5, but must be above 0 and at most 1",
         ),
         ({"image": condition(2, (24, 32)), "strength": 0.5}, r"image\[0\] is 24x32, and the output 32x32"),
-        ({"control_images": condition(2, (32, 32))}, "loaded without ControlNet; give one as controlnet"),
+        ({"control_images": condition(2, (32, 32))}, "loaded without ControlNet; give one as `controlnet`"),
     ],
 )
 def test_inputs_that_do_not_fit(given: dict[str, Any], message: str, student: Students) -> None:
@@ -252,7 +256,7 @@ def test_strength_of_few_steps(student: Students) -> None:
     plan = OneStepGenerator.load(student("sd-4-steps"), device="cpu").plan
     assert [step.timestep for step in plan.from_strength(0.5).steps] == [499, 249]
     with pytest.raises(
-        UserError, match="strength 0.2 leaves none of the model's 4 steps; give at least 0.25"
+        UserError, match="`strength` 0.2 leaves none of the model's 4 steps; give at least 0.25"
     ):
         plan.from_strength(0.2)
 
@@ -261,7 +265,7 @@ def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no model in .*model_index.json is missing"):
         OneStepGenerator.load(tmp_path)
     with pytest.raises(
-        UserError, match=r"is a diffusers folder, which the backend torch runs; for onnx export it first"
+        UserError, match=r"is a diffusers folder, which `backend` torch runs; for onnx export it first"
     ):
         OneStepGenerator.load(student("sd"), backend="onnx")
     broken = tmp_path / "copy"
@@ -273,18 +277,23 @@ def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
         UserError, match="has a EulerDiscreteScheduler, and students have a DDIMScheduler or LCM"
     ):
         OneStepGenerator.load(broken)
-    scheduler.write_text(json.dumps(config | {"timestep_spacing": "leading"}))
-    with pytest.raises(UserError, match="timestep_spacing leading"):
-        OneStepGenerator.load(broken)
+    for change, message in (
+        ({"timestep_spacing": "leading"}, "base of many steps .* with timestep_spacing leading"),
+        ({"set_alpha_to_one": False}, "base of many steps .* whose last step leaves noise"),
+    ):
+        scheduler.write_text(json.dumps(config | change))
+        with pytest.raises(UserError, match=message):
+            OneStepGenerator.load(broken)
+        assert not is_student(broken, 1) and is_student(student("sd"), 1)
     with pytest.raises(
         UserError, match="lora_scal is no argument of load; further ones of the backend torch: none"
     ):
         OneStepGenerator.load(student("sd"), lora_scal=0.3)
     with pytest.raises(UserError, match="static_shapes is no .* of the backend onnx: providers, threads"):
         OneStepGenerator.load(student("sd"), "onnx", static_shapes=True)
-    with pytest.raises(UserError, match="is a student of one step, got steps 4"):
+    with pytest.raises(UserError, match="is a student of one step, got `steps` 4"):
         OneStepGenerator.load(student("sd"), steps=4)
-    with pytest.raises(UserError, match="dtype is 'half', but must be one of fp32, fp16, bf16"):
+    with pytest.raises(UserError, match="`dtype` is 'half', but must be one of fp32, fp16, bf16"):
         OneStepGenerator.load(student("sd"), dtype="half")
     with pytest.raises(UserError, match="down residuals of widths|reads prompts of width"):
         OneStepGenerator.load(student("sdxl"), controlnet=f"{student('sd')}-controlnet")

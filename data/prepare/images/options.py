@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from data.prepare.common.options import Count, DeviceOptions, OutputOptions, RemoteOptions
 from sdxs_lightning.command_line import Option
+from sdxs_lightning.core.option_bounds import LARGEST_SIDE_PX
 
 ImageFormat = Literal["jpg", "png", "webp"]
 CONDITIONS = ("canny", "soft_edge", "sketch")
@@ -25,7 +26,7 @@ class ImageSettings:
     """Column of a table that holds the caption; by default one with a common name."""
     image_folder: str | None = None
     """Folder that the paths of a table are relative to, and do not leave; by default that of the table."""
-    resolution: Count | None = None
+    resolution: Annotated[int | None, Option(at_least=1, at_most=LARGEST_SIDE_PX)] = None
     """Pixels of the shorter side; by default images keep their size."""
     crop: Literal["none", "centre"] = "none"
     """With --resolution: none keeps the aspect ratio, centre crops squares."""

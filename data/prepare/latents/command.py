@@ -92,10 +92,13 @@ def _sizes(options: LatentOptions, family: Family, factor: int) -> tuple[Size, .
         sizes = list(dict.fromkeys(options.sizes))
     elif options.buckets is not None:
         side = options.buckets or family.resolution
+        step = max(side // _STEPS_PER_SIDE, factor)
         try:
-            sizes = Buckets(side, max(side // _STEPS_PER_SIDE, factor)).sizes()
+            sizes = Buckets(side, step).sizes()
         except ValueError as error:
-            raise UserError(f"--buckets: {error}") from error
+            raise UserError(
+                f"--buckets is {side}, but must be a multiple of its steps, {step} pixels."
+            ) from error
     else:
         sizes = [(options.resolution or family.resolution,) * 2]
     for height, width in sizes:

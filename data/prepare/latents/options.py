@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from data.prepare.common.options import Count, DeviceOptions, OutputOptions, RemoteOptions
 from sdxs_lightning.command_line import Option
+from sdxs_lightning.core.option_bounds import LARGEST_SIDE_PX
 
 Store = Literal["mean", "mean+logvar"]
 StoredDtype = Literal["float16", "float32"]
@@ -22,6 +23,8 @@ def parse_size(text: str) -> tuple[int, int]:
     height, cross, width = text.partition("x")
     if not (cross and height.isdigit() and width.isdigit() and int(height) and int(width)):
         raise ValueError("must be HEIGHTxWIDTH in pixels; 1152x896 is a portrait")
+    if max(int(height), int(width)) > LARGEST_SIDE_PX:
+        raise ValueError(f"a side is at most {LARGEST_SIDE_PX} px")
     return int(height), int(width)
 
 
@@ -29,11 +32,11 @@ def parse_size(text: str) -> tuple[int, int]:
 class LatentSettings:
     """The options that the shards depend on; latents.json keeps them."""
 
-    model: str
+    model: Annotated[str, Option(called=("family.init_args.base",))]
     """Base: diffusers folder, hub id or .safetensors file."""
     source: Annotated[str, Option(name="from")]
     """Shards of images: folder, glob or brace pattern."""
-    config: str | None = None
+    config: Annotated[str | None, Option(called=("family.init_args.config",))] = None
     """For a .safetensors file: folder or hub id of its configs and tokenizers."""
     vae: str | None = None
     """VAE instead of the base's, with the same latents: VAE or pipeline folder, or hub id of either."""
@@ -64,11 +67,13 @@ class LatentOptions(LatentSettings, OutputOptions, RemoteOptions, DeviceOptions)
         --from 'laion/{00000..00999}.tar' --sizes 1024x1024 896x1152 1152x896 --batch_size 16 --out datasets/laion-sdxl
     """
 
-    resolution: Count | None = None
+    resolution: Annotated[int | None, Option(at_least=1, at_most=LARGEST_SIDE_PX)] = None
     """Side of the squares; by default the base's own."""
     sizes: Annotated[tuple[tuple[int, int], ...], Option(parse=parse_size, metavar="HxW")] = ()
     """Several sizes; an image goes to the one with the nearest aspect ratio."""
-    buckets: Annotated[int | None, Option(at_least=1, const=0, metavar="SIDE")] = None
+    buckets: Annotated[int | None, Option(at_least=1, at_most=LARGEST_SIDE_PX, const=0, metavar="SIDE")] = (
+        None
+    )
     """Sizes with the area of SIDE squared (by default the base's own side) and aspect ratios from about 1:2 to 2:1, in steps
     of SIDE / 16."""
     bad_samples: Annotated[float, Option(at_least=0, at_most=1)] = 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
@@ -11,11 +12,12 @@ from data.prepare.common.progress import CommandProgress
 from data.prepare.common.settings_file import begin_or_resume, write_json
 from data.prepare.common.shard_files import SUMMARY_FILE, remove_unfinished
 from data.prepare.pairs.check import open_pairs, pair_statistics, verify_pairs
-from data.prepare.pairs.job import PairJob, missing_pair_shards
+from data.prepare.pairs.job import PairJob, least_pair_bytes, missing_pair_shards
 from data.prepare.pairs.options import DDIM, PairOptions
 from data.prepare.pairs.pair_set import NAMES_ONLY, SETTINGS_FILE, PairSet, model_fingerprint
 from data.prepare.pairs.prompts import Prompts, open_prompts
 from data.prepare.pairs.sampler import PairSampler
+from sdxs_lightning.core.disk_room import check_room
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.timesteps import few_step_timesteps
 from sdxs_lightning.families import Family
@@ -34,6 +36,7 @@ def run(options: PairOptions) -> str:
     prompts = open_prompts(options.captions)
     device = choose_device(options.device)
     pair_set, family = _pair_set(options, prompts, device)
+    _check_room(options, pair_set, family)
     processes = options.processes or default_processes(device)
     job = PairJob(pair_set, options.out, options.batch_size, device, processes)
     begin_or_resume(options.out, SETTINGS_FILE, pair_set.settings, NAMES_ONLY)
@@ -83,6 +86,20 @@ def _pair_set(options: PairOptions, prompts: Prompts, device: str) -> tuple[Pair
         dtype=options.dtype or ("float32" if device == "cpu" else "bfloat16"),
     )
     return pair_set, family
+
+
+def _check_room(options: PairOptions, pair_set: PairSet, family: Family) -> None:
+    """Before the shards are listed: a set that cannot be meant has millions of them."""
+    folder = Path(options.out)
+    tars = list(folder.glob("[0-9]*.tar"))
+    check_room(
+        folder,
+        -(-pair_set.count // options.part.parts),
+        least_pair_bytes(family.latent_shape()),
+        "--count",
+        "pairs",
+        present=sum(path.stat().st_size for path in tars),
+    )
 
 
 def _check_sampler(options: PairOptions, scheduler: str | None, family: Family) -> None:

@@ -4,6 +4,7 @@ run loses only the shards in progress.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,6 +71,13 @@ def missing_pair_shards(folder: Path, pair_set: PairSet, part: SetPart = SetPart
     """The shards of one part of a set that do not exist yet."""
     every = range(part.number, pair_set.shards, part.parts)
     return [shard for shard in every if not tar_path(folder, shard).exists()]
+
+
+def least_pair_bytes(latent_shape: Sequence[int]) -> int:
+    """What a pair takes of a tar at least: three members, each with a header of one block, of which latents fill more."""
+    block, float16_bytes = 512, 2
+    latents = -(-float16_bytes * math.prod(latent_shape) // block) * block
+    return latents + (3 + 2) * block
 
 
 def _write(writer: ShardWriter, sampler: PairSampler, indices: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from data.prepare.common.options import Count, DeviceOptions, OutputOptions
 from sdxs_lightning.command_line import Option
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, MOST_STEPS
 from sdxs_lightning.pairs.ode_schedulers import ODE_SCHEDULERS
 
 DDIM = "ddim"
@@ -33,15 +34,15 @@ class PairOptions(OutputOptions, DeviceOptions):
         --guidance_scale 6 --scheduler DPMSolverMultistepScheduler --out pairs/sdxl --verify 4
     """
 
-    model: str
+    model: Annotated[str, Option(called=("family.init_args.base",))]
     """Target sampler: diffusers folder, hub id or .safetensors file."""
     captions: str
     """A .txt file with one prompt per line, shards (folder, glob or brace pattern), or toy:train."""
-    steps: Count
+    steps: Annotated[int, Option(at_least=1, at_most=MOST_STEPS)]
     """Number of sampling steps."""
-    guidance_scale: Annotated[float, Option(at_least=0, deprecated=("guidance",))]
+    guidance_scale: Annotated[float, Option(at_least=0, at_most=LARGEST_SCALE, deprecated=("guidance",))]
     """Scale of classifier-free guidance; 1 means none."""
-    config: str | None = None
+    config: Annotated[str | None, Option(called=("family.init_args.config",))] = None
     """For a .safetensors file: folder or hub id of its configs and tokenizers."""
     unet: str | None = None
     """U-Net instead of the model's own: U-Net or pipeline folder, or hub id of either."""

@@ -71,7 +71,7 @@ class Patience:
                 if not _may_pass(error) or wait > left:
                     raise OSError(f"'{location}' cannot be read ({_reason(error)}).") from error
                 _log.warning(
-                    "'%s' cannot be read (%s); next try in %.1f s, for at most %.0f s more (data.remote_retry_s).",
+                    "'%s' cannot be read (%s); next try in %.1f s, for at most %.0f s more (remote_retry_s).",
                     location,
                     _reason(error),
                     wait,

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from evaluation.benchmarks.tables.recipe_runs import RECIPES
 from evaluation.protocols.names import TOY_PROTOCOLS
 from sdxs_lightning.command_line import Option
+from sdxs_lightning.core.option_bounds import MOST_IMAGES
 
 PROGRAM = "python -m evaluation.benchmarks.tables"
 Count = Annotated[int, Option(at_least=1)]
@@ -21,7 +22,7 @@ ToyProtocol = Annotated[str, Option(choices=TOY_PROTOCOLS)]
 class Measuring:
     """Options of every table that is measured."""
 
-    samples: Annotated[int | None, Option(at_least=2)] = None
+    samples: Annotated[int | None, Option(at_least=2, at_most=MOST_IMAGES)] = None
     """Fewer images than the protocol's, for a quick check; FID depends on their number."""
     batch_size: Count = 100
     """Images at once."""
@@ -113,7 +114,7 @@ class QualityOptions(Measuring):
     """Numbers of sampler steps."""
     student: Annotated[tuple[str, ...], Option(metavar="NAME=FOLDER")] = ()
     """Pipeline folders, sampled in one step."""
-    samples: Annotated[int | None, Option(at_least=2)] = 2000
+    samples: Annotated[int | None, Option(at_least=2, at_most=MOST_IMAGES)] = 2000
     """Number of images, and of real ones to compare with."""
     guidance_scale: Guidance = 1.5
     """Guidance of the base's sampler; 1 means none."""
@@ -163,7 +164,7 @@ class SizeConditioningOptions(Measuring):
     """Diffusers folder."""
     steps: Count = 25
     """Sampler steps."""
-    samples: Annotated[int | None, Option(at_least=2)] = 200
+    samples: Annotated[int | None, Option(at_least=2, at_most=MOST_IMAGES)] = 200
     """Number of images."""
     out: Path | None = None
     """Score file to write."""
@@ -218,7 +219,7 @@ class ImageToImageOptions:
     """Pipeline folder of a one-step student, to compare its images of the prompts with."""
     strengths: Annotated[tuple[float, ...], Option(at_least=0, at_most=1)] = (0.25, 0.5, 0.75, 1.0)
     """Strengths: the share of the steps that run."""
-    samples: Annotated[int | None, Option(at_least=2)] = None
+    samples: Annotated[int | None, Option(at_least=2, at_most=MOST_IMAGES)] = None
     """Fewer images than the protocol's."""
     batch_size: Count = 100
     """Images at once."""

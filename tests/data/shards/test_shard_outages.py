@@ -95,7 +95,7 @@ def test_an_outage_of_minutes_is_waited_out_with_a_line_for_each_wait(
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(clock.waits)
     reason = "503" if fault == 503 else "Disconnected"
-    assert all(url in line and reason in line and "data.remote_retry_s" in line for line in lines)
+    assert all(url in line and reason in line and "(remote_retry_s)" in line for line in lines)
     server[1].faults = During(clock, 10_000, fault)
     began = clock.now
     with pytest.raises(OSError, match=rf"'{url}' cannot be read \(.*{reason}"):

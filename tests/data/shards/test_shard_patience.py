@@ -56,7 +56,7 @@ def test_a_failure_that_passes_is_waited_out_and_said(
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 2
     assert all(url in line and reasons.get(str(fault), str(fault)) in line for line in lines)
-    assert all("data.remote_retry_s" in line for line in lines)
+    assert all("(remote_retry_s)" in line for line in lines)
     if fault == 429:  # Retry-After: 1, where the first pause would be 0.2 s
         assert handler.seen[-1].moment - handler.seen[-2].moment >= 1.0
 
