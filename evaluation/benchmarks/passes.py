@@ -114,17 +114,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: PassesOptions) -> str:
     """Counts, and returns the table."""
-    from evaluation.reports.markdown import markdown_table
-
     found = {base: count_all(base) for base in options.base}
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps({"passes_per_student_update": found}, indent=2) + "\n")
-    tables = []
-    for base, rows in found.items():
-        cells = [[name, f"{row['passes']:.1f}", f"{row['of_fake_score']:.0%}"] for name, row in rows.items()]
-        tables.append(f"{base}:\n\n{markdown_table(['', 'passes', 'of these for the fake score'], cells)}")
-    return "\n".join(tables)
+    return "\n".join(f"{base}:\n\n{passes_table(rows)}" for base, rows in found.items())
+
+
+def passes_table(rows: dict[str, dict[str, float]]) -> str:
+    """The rows of one base as Markdown."""
+    from evaluation.reports.markdown import markdown_table
+
+    cells = [[name, f"{row['passes']:.1f}", f"{row['of_fake_score']:.0%}"] for name, row in rows.items()]
+    return markdown_table(["", "passes", "of these for the fake score"], cells)
 
 
 def count_all(base: Literal["sd15", "sdxl"] | str) -> dict[str, dict[str, float]]:

@@ -171,7 +171,8 @@ class PretrainedBase(ABC):
             truncation=True,
             return_tensors="pt",
         )
-        ids: Tensor = tokens.input_ids.to(self._device)
+        # Else the host would wait for all work that it has queued on a GPU, at the start of each iteration.
+        ids: Tensor = tokens.input_ids.to(self._device, non_blocking=self._device.type not in ("cpu", "mps"))
         return ids
 
     @cached_property

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
 
 
+GRAPHS_PER_CLASS = 1024
+"""Compiled graphs of one class of blocks: its shapes, times batch sizes, times kinds of gradients."""
+
+
 class Network(LightningModule):
     """A trainable network with its own optimizer and lr scheduler.
 
@@ -121,7 +125,7 @@ def prepare_unet(
 
     Compiles each residual and transformer block separately: they repeat, so few graphs cover the network, and they carry no
     hooks (those of FSDP2 and most feature taps are on the stages around them). Blocks that contain one of `taps` are not
-    compiled, since a compiled graph ignores hooks that are added later.
+    compiled, since a compiled graph ignores hooks that are added later. Compiling raises torch's limits for the process.
     """
     from diffusers.models.resnet import ResnetBlock2D
     from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -130,11 +134,27 @@ def prepare_unet(
     if gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if compile_blocks:
+        _raise_graph_limits()
         for name, block in unet.named_modules():
             tapped = any(f"{tap}.".startswith(f"{name}.") for tap in taps)
             if isinstance(block, ResnetBlock2D | Transformer2DModel) and not tapped:
-                block.compile()
+                block.compile(
+                    dynamic=False
+                )  # a run has few batch sizes, and fixed shapes make faster kernels
     return unet
+
+
+def _raise_graph_limits() -> None:
+    """Lets torch keep a graph for each shape of a block; beyond its limit it goes on uncompiled, with a warning only.
+
+    All blocks of a class count together, and SD-1.5 has 22 shapes of them, each with and without gradients: torch's 8 would
+    leave two thirds of them uncompiled.
+    """
+    import torch._dynamo
+
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, GRAPHS_PER_CLASS)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * GRAPHS_PER_CLASS)
 
 
 def load_denoiser(

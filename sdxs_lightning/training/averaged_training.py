@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -61,7 +62,8 @@ class AveragedTraining(LightningModule):
             )
         norm = clip_gradients(self.learner.parameters(), gradient_clip_val)
         self.log(f"{self.log_prefix}gradient_norm", norm)
-        self.log(f"{self.log_prefix}lr", optimizer.param_groups[0]["lr"])
+        # On the host: Lightning would copy a number to the device, and wait there for all that the GPU has to do.
+        self.log(f"{self.log_prefix}lr", torch.tensor(float(optimizer.param_groups[0]["lr"])))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Steps, then averages, so that callbacks which save after the batch save the updated average."""

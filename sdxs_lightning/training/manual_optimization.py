@@ -118,8 +118,8 @@ class ManualOptimization(LightningModule):
         self.iterations += 1
         line = {name: _mean(values) for name, values in self._scalars.items()}
         self._scalars.clear()
-        line |= {name: float(count) for name, count in (counters | {"iterations": self.iterations}).items()}
-        self.log_dict(line)
+        line |= counters | {"iterations": self.iterations}
+        self.log_dict({name: _as_tensor(value) for name, value in line.items()})
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The networks' optimizers and schedulers, in the order of `networks`."""
@@ -150,6 +150,11 @@ class ManualOptimization(LightningModule):
 
     def _scheduler_of(self, role: str) -> LRScheduler:
         return self.trainer.lr_scheduler_configs[self._scheduled.index(role)].scheduler
+
+
+def _as_tensor(value: Tensor | float) -> Tensor:
+    """A number stays on the host: Lightning would copy it to the device, and wait there for all that the GPU has to do."""
+    return value if isinstance(value, Tensor) else torch.tensor(float(value))
 
 
 def _mean(values: list[Tensor | float]) -> Tensor | float:

@@ -14,6 +14,7 @@ import pytest
 from evaluation.__main__ import COMMANDS
 from evaluation.benchmarks import runtime_exports, throughput
 from evaluation.benchmarks.latency.report import table
+from evaluation.benchmarks.passes import passes_table
 from evaluation.benchmarks.tables import __main__ as tables
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
@@ -51,6 +52,19 @@ def test_the_table_of_speed_is_its_files() -> None:
     assert f"\n\n{table(measured)}\n\n" in PAGE
     written = " ".join(PAGE.replace("\\\n", " ").split())
     assert f"{measured['command']} --out evaluation/results/latency_cpu.json" in written
+
+
+def test_the_table_of_passes_is_its_file() -> None:
+    """And says which settings reach 42 passes at DMD2's ratio and 23 in all, both with the GAN."""
+    rows = result("passes")["passes_per_student_update"]["sd15"]
+    assert f"\n\n{passes_table(rows)}\n" in PAGE
+    least = rows["samples used 10 times, GAN on the real score's features"]["passes"]
+    half = rows["ratio 5, samples used 5 times, LoRA fake score, GAN"]["passes"]
+    every_second = rows["ratio 5, every second sample for the fake score, GAN"]["passes"]
+    assert least <= 42 and half <= 23 and every_second <= 23
+    text = " ".join(PAGE.split())
+    assert f"with the GAN {least:.1f} is the least" in text and f"takes {half:.1f} with the GAN" in text
+    assert f"every second sample takes {every_second:.1f}." in text
 
 
 def test_the_readme_says_what_control_and_style_reach() -> None:

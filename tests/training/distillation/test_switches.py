@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.network import prepare_unet
@@ -61,6 +64,31 @@ def test_compiled_blocks_are_marked_and_can_be_copied() -> None:
     assert len(compiled) == 11 + 7  # residual and transformer blocks
     copied = copy.deepcopy(unet)
     assert set(copied.state_dict()) == set(tiny_sd_unet().state_dict())
+
+
+def test_all_shapes_of_blocks_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own limit of eight graphs would leave the others uncompiled, with a warning only."""
+    from diffusers import UNet2DConditionModel
+
+    graphs: list[tuple[torch.Size, ...]] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(tuple(one.shape for one in inputs))
+        return graph.forward
+
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(plain, backend=record))
+    widths = (8, 16, 24, 32)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=widths, down_block_types=["DownBlock2D"] * 4, up_block_types=["UpBlock2D"] * 4,
+        mid_block_type=None, cross_attention_dim=8, norm_num_groups=4,
+    )  # fmt: skip
+    prepare_unet(unet, gradient_checkpointing=False, compile_blocks=True)
+    blocks = [m for m in unet.modules() if m._compiled_call_impl is not None]
+    with torch.no_grad(), torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        unet(torch.zeros(2, 4, 8, 8), 5, torch.zeros(2, 1, 8))
+    torch._dynamo.reset()
+    assert len(blocks) == 20 and len(set(graphs)) == len(graphs) > 8 + 4
 
 
 def test_a_pruned_student_of_another_shape(base: Base, shards: Path, tmp_path: Path) -> None:
