@@ -18,6 +18,7 @@ from PIL import Image
 
 from data.prepare.__main__ import main
 from data.prepare.common.checksums import recorded_sums, write_sums
+from data.prepare.common.set_folder import LocalFolder
 from data.prepare.common.shard_files import PreparedSample, make_shard
 from data.shards.dataset import ShardDataset
 from data.shards.decoders import BadSampleError
@@ -61,7 +62,7 @@ def prepared(folder: Path) -> Path:
             PreparedSample(key, {"latent.safetensors": latents(int(key)), "txt": CAPTIONS[int(key)]}, fields)
             for key in keys
         ]
-        make_shard(folder, shard, samples)
+        make_shard(LocalFolder(folder), shard, samples)
     write_sums(folder, recorded_sums(folder))
     return folder
 

@@ -27,9 +27,10 @@ OPTIONS: dict[str, Any] = {
 
 
 def command_lines(text: str) -> list[str]:
-    """Lines that begin with python, with those that a backslash continues."""
+    """Lines that begin with python, or with srun and python, with those that a backslash continues."""
     joined = re.sub(r"\\\n\s*", "", text)
-    return [line.strip() for line in joined.splitlines() if line.strip().startswith("python ")]
+    lines = [line.strip().removeprefix("srun --nodes 8 ") for line in joined.splitlines()]
+    return [line for line in lines if line.startswith("python ")]
 
 
 EXAMPLES = [line for options in OPTIONS.values() for line in command_lines(options.EXAMPLES)]

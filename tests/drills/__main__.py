@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.drills.drills import DRILLS
+from tests.drills.preparing import PREPARING_DRILLS
 from tests.drills.runs import LEFT_OUT, Outcome, Runs
 from tests.drills.slurm_drills import PACKAGES, SLURM_DRILLS
 
@@ -67,14 +68,16 @@ def write_table(outcomes: Mapping[str, Outcome]) -> None:
     for name, one in outcomes.items():
         if verdict(one) != LEFT_OUT:
             rows[name] = f"| {name} | {one.wanted} | {one.got} | {verdict(one)} |\n"
-    README.write_text(HEAD + "".join(rows[name] for name in [*DRILLS, *SLURM_DRILLS] if name in rows))
+    README.write_text(
+        HEAD + "".join(rows[name] for name in [*DRILLS, *PREPARING_DRILLS, *SLURM_DRILLS] if name in rows)
+    )
 
 
 def main(words: list[str]) -> int:
     """Runs the drills whose name holds one of the words; those of SLURM, which mostly wait, beside the others."""
     chosen: list[Drills] = [
         {name: drill for name, drill in drills.items() if not words or any(word in name for word in words)}
-        for drills in (DRILLS, SLURM_DRILLS)
+        for drills in (DRILLS | PREPARING_DRILLS, SLURM_DRILLS)
     ]
     with ThreadPoolExecutor(2) as lanes:
         outcomes = {name: one for lane in lanes.map(run_in_turn, chosen) for name, one in lane.items()}

@@ -14,14 +14,14 @@ CHECKSUMS_FIELD = "crc32"
 """In the json member: CRC-32 of the sample's other members, by extension. A tar has checksums of its headers only."""
 
 
-def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Writes SHA256SUMS in the format of `sha256sum --check`.
+def sums_content(sums: Mapping[str, str]) -> str:
+    """A file for `sha256sum --check`: SHA-256 in hexadecimal by file name."""
+    return "".join(f"{checksum}  {name}\n" for name, checksum in sums.items())
 
-    Args:
-        folder: of the shards.
-        sums: SHA-256 in hexadecimal by file name.
-    """
-    write_text(folder / SUMS_FILE, "".join(f"{checksum}  {name}\n" for name, checksum in sums.items()))
+
+def write_sums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Writes SHA256SUMS of the shards in a folder."""
+    write_text(folder / SUMS_FILE, sums_content(sums))
 
 
 def recorded_sums(folder: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ from sdxs_lightning.core.errors import Interrupted, RunStopped
 
 OnProgress = Callable[[Any], None]
 """Called with the number of items that were completed, or with a result, whatever the job's caller expects."""
-_RESUMES = "the same command resumes from the shards that are complete."
+RESUMES = "the same command resumes from the shards that are complete."
 
 
 class Job(Protocol):
@@ -44,13 +44,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_all(job: Job, tasks: Sequence[int], on_progress: OnProgress) -> None:
+def run_all(job: Job, tasks: Sequence[int], on_progress: OnProgress, module: str | None = None) -> None:
     """Runs a job, in this process or in several.
 
     Args:
         job: what to run.
         tasks: which tasks of it; process i of n takes every n-th of them.
         on_progress: called in this process.
+        module: that the processes import once for all; None takes that of the job's class.
 
     Raises:
         RunStopped: as soon as one process fails; the others are terminated.
@@ -61,15 +62,17 @@ def run_all(job: Job, tasks: Sequence[int], on_progress: OnProgress) -> None:
         if processes <= 1:
             job.work(0, tasks, on_progress)
         else:
-            _run_in_processes(job, processes, tasks, on_progress)
+            _run_in_processes(job, processes, tasks, on_progress, module or type(job).__module__)
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {_RESUMES}", signal.SIGINT) from None
+        raise Interrupted(f"interrupted; {RESUMES}", signal.SIGINT) from None
 
 
-def _run_in_processes(job: Job, processes: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+def _run_in_processes(
+    job: Job, processes: int, tasks: Sequence[int], on_progress: OnProgress, module: str
+) -> None:
     # CUDA does not survive a fork of this process; a fork server has not initialised it, and imports everything once.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([type(job).__module__])
+    context.set_forkserver_preload([module])
     with signals_ignored():
         multiprocessing.forkserver.ensure_running()
     messages: Any = context.Queue()
@@ -97,7 +100,7 @@ def _wait(workers: Sequence[BaseProcess], messages: Any, on_progress: OnProgress
             failed = [code for code in exit_codes if code]
             if failed:
                 how = f"was killed by signal {-failed[0]}" if failed[0] < 0 else "failed, see above"
-                raise RunStopped(f"a process {how}; {_RESUMES}") from None
+                raise RunStopped(f"a process {how}; {RESUMES}") from None
             if all(code == 0 for code in exit_codes):
                 return
             continue

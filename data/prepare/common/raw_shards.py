@@ -17,7 +17,7 @@ from data.shards.tar_headers import BrokenShardError
 
 def shard_store(remote: RemoteOptions) -> ShardStore:
     """Opens shards, through the cache if there is one."""
-    folder, patience = remote.cache_folder, Patience(remote.remote_timeout_s, remote.remote_retry_s)
+    folder, patience = remote.cache_folder, remote.patience
     return ShardStore(None if folder is None else ShardCache(folder, remote.cache_gb, patience), patience)
 
 

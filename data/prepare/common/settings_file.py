@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from data.prepare.common.set_folder import SetFolder
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 
 def begin_or_resume(
-    folder: Path, file_name: str, settings: Mapping[str, Any], names_only: Collection[str] = ()
+    folder: SetFolder, file_name: str, settings: Mapping[str, Any], names_only: Collection[str] = ()
 ) -> None:
     """Writes the settings into a new folder, or compares them with those that the set was started with.
 
@@ -26,21 +27,23 @@ def begin_or_resume(
 
     Raises:
         UserError: for a set with other settings, or shards without any.
+        CheckpointNotWritten: for a folder that cannot be written.
     """
-    file = folder / file_name
     now: dict[str, Any] = json.loads(json.dumps(settings))
-    before = _read(file)
-    if before is None:
-        if any(folder.glob("*.tar")):
-            raise UserError(
-                f"--out '{folder}' holds shards but no {file_name}, so this command did not begin it; give another folder."
-            )
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, now)
-        except OSError as error:
-            raise CheckpointNotWritten(f"--out '{folder}' cannot be written: {error}.") from error
-        return
+    try:
+        before = _read(folder, file_name)
+        if before is None:
+            if any(name.endswith(".tar") for name in folder.names()):
+                raise UserError(
+                    f"--out '{folder}' holds shards but no {file_name}, so this command did not begin it; give another folder."
+                )
+            # Of several commands that start at once, one creates it.
+            if folder.create(file_name, json_content(now)):
+                return
+            before = _read(folder, file_name)
+    except OSError as error:
+        raise CheckpointNotWritten(f"--out '{folder}' cannot be written: {error}.") from error
+    assert before is not None
     for name in now:
         if name not in names_only and before.get(name) != now[name]:
             raise UserError(
@@ -49,21 +52,22 @@ def begin_or_resume(
             )
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
+def _read(folder: SetFolder, file_name: str) -> dict[str, Any] | None:
+    content = folder.read(file_name)
+    if content is None:
         return None
     try:
-        before: dict[str, Any] = json.loads(file.read_text())
+        before: dict[str, Any] = json.loads(content)
     except ValueError as error:
         raise UserError(
-            f"'{file}' cannot be read ({error}); remove the folder or give another --out."
+            f"'{folder.location(file_name)}' cannot be read ({error}); remove the folder or give another --out."
         ) from error
     return before
 
 
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file atomically."""
-    write_text(file, json.dumps(content, indent=2) + "\n")
+def json_content(content: Mapping[str, Any]) -> bytes:
+    """A JSON file."""
+    return f"{json.dumps(content, indent=2)}\n".encode()
 
 
 def write_text(file: Path, content: str) -> None:

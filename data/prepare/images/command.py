@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
-from data.prepare.common.processes import OnProgress, run_all
-from data.prepare.common.progress import CommandProgress
+from data.prepare.common.claims import ShardTask
+from data.prepare.common.machine import device_of, same_bits
+from data.prepare.common.processes import OnProgress
+from data.prepare.common.set_folder import LocalFolder, SetFolder
 from data.prepare.common.settings_file import begin_or_resume
 from data.prepare.common.shard_files import (
+    SUMMARY_FILE,
     UNREADABLE,
     LeftOutSample,
     PreparedSample,
+    describe,
     make_shard,
     missing_shards,
+    read_stats,
     summarise,
+    summarise_once,
 )
+from data.prepare.common.shared_work import SetProgress, workforce
 from data.prepare.images.options import ImageOptions, ImageSettings
 from data.prepare.images.preparing import PADDED, SamplePreparer, given_folder
 from data.prepare.images.sources import FolderSource, ImageSource, SampleFaultError, open_source
@@ -65,14 +71,17 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class ImageJob:
-    """Writes shards of a set of images; a `processes.Job`."""
+    """Makes shards of a set of images; a `shared_work.ShardJob`."""
 
     image_set: ImageSet
+    folder: SetFolder
     device: str
     """ "cpu" or "cuda", for a condition that is made by a network."""
-    processes: int
 
-    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+    def is_complete(self, shard: int) -> bool:
+        return read_stats(self.folder, shard) is not None
+
+    def work(self, process: int, tasks: Iterable[ShardTask], on_progress: OnProgress) -> None:
         options = self.image_set.options
         source = open_source(
             options.source,
@@ -83,18 +92,18 @@ class ImageJob:
         )
         prepare = SamplePreparer(options, str(device_of(self.device, process)))
         with same_bits(self.device):
-            for shard in tasks:
+            for shard, claim in tasks:
                 samples = _samples(source, prepare, self.image_set.indices(shard))
                 try:
-                    make_shard(options.out, shard, _reported(samples, on_progress))
+                    make_shard(self.folder, shard, _reported(samples, on_progress), claim)
                 except OSError as error:
                     raise CheckpointNotWritten(
-                        f"a shard could not be written to '{options.out}': {write_failure(error)}."
+                        f"a shard could not be written to '{self.folder}': {write_failure(error)}."
                     ) from error
 
 
 def run(options: ImageOptions) -> str:
-    """Writes the missing shards of a set and summarises it.
+    """Makes the missing shards of a set and summarises it.
 
     Raises:
         UserError: for an input that cannot be used.
@@ -103,21 +112,28 @@ def run(options: ImageOptions) -> str:
     """
     # A network that makes condition images runs on the GPUs; everything else here is work for a CPU.
     network = options.condition is not None and options.condition.startswith("depth:")
-    image_set = _open_set(options)
-    device = choose_device(options.device) if network else "cpu"
-    SamplePreparer(options)  # a condition that cannot be used is refused before anything is written
-    if options.out.resolve() == Path(options.source).resolve():
-        raise UserError(
-            f"--out is '{options.out}', the folder of --from; give another folder for the shards."
-        )
-    begin_or_resume(options.out, SETTINGS_FILE, image_set.settings, _NAMES_ONLY)
-    job = ImageJob(image_set, device, options.processes or default_processes(device))
-    shards = missing_shards(options.out, image_set.shards, options.part)
-    started = time.monotonic()
-    progress = CommandProgress(sum(len(image_set.indices(shard)) for shard in shards), "images")
-    run_all(job, shards, progress)
+    image_set, folder = _open_set(options), options.output
+    with workforce(options, network) as workers:
+        SamplePreparer(options)  # a condition that cannot be used is refused before anything is written
+        if _same_folder(folder, options.source):
+            raise UserError(
+                f"--out is '{options.out}', the folder of --from; give another folder for the shards."
+            )
+        begin_or_resume(folder, SETTINGS_FILE, image_set.settings, _NAMES_ONLY)
+        before = folder.read(SUMMARY_FILE)
+        shards = missing_shards(folder, image_set.shards, options.part)
+        started = time.monotonic()
+        progress = SetProgress({shard: len(image_set.indices(shard)) for shard in shards}, "images")
+        workers.make(ImageJob(image_set, folder, workers.device), shards, progress)
     seconds = time.monotonic() - started
-    message, summary = summarise(options.out, image_set.shards, image_set.settings, progress.total, seconds)
+    summary = summarise_once(
+        folder,
+        before,
+        lambda: summarise(folder, image_set.shards, image_set.settings, progress.read, seconds),
+    )
+    message = (
+        f"{progress.read} samples read in {seconds:.1f} s; {describe(folder, image_set.shards, summary)}"
+    )
     padded = int(summary.get("sums", {}).get(PADDED, 0))
     if padded:
         message += f"; {padded} have uniform bands around them: download with img2dataset's resize_mode keep_ratio, not border"
@@ -127,6 +143,10 @@ def run(options: ImageOptions) -> str:
             f"; {len(unused)} condition images have no image of their name in --from, such as {unused[0]}"
         )
     return message
+
+
+def _same_folder(folder: SetFolder, source: str) -> bool:
+    return isinstance(folder, LocalFolder) and folder.path.resolve() == Path(source).resolve()
 
 
 def _without_image(image_set: ImageSet) -> list[str]:

@@ -84,12 +84,15 @@ class ImageOptions(ImageSettings, OutputOptions, RemoteOptions, DeviceOptions):
                 )
             object.__setattr__(self, "condition", f"given:{self.conditions}")
         super().__post_init__()
+        self.check_ray()
 
     EXAMPLES: ClassVar[str] = """
     python -m data.prepare images --from photos/ --out datasets/photos
     python -m data.prepare images --from photos/metadata.csv --image_column file_name --caption_column text \\
         --resolution 1024 --min_side 768 --max_aspect 2 --out datasets/photos-1024
     python -m data.prepare images --from 'laion/{00000..00999}.tar' --min_caption 10 --processes 16 --out datasets/laion
+    srun --nodes 8 python -m data.prepare images --from 'laion/{00000..00999}.tar' --out datasets/laion
+    python -m data.prepare images --from 'laion/{00000..00999}.tar' --ray --out s3://bucket/laion
     python -m data.prepare images --from photos/ --condition canny --out datasets/photos-canny
     python -m data.prepare images --from photos/ --conditions sketches/ --out datasets/photos-sketches
     """

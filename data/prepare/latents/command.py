@@ -7,13 +7,12 @@ import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from data.prepare.common.machine import choose_device, default_processes
-from data.prepare.common.processes import run_all
-from data.prepare.common.progress import CommandProgress
 from data.prepare.common.raw_shards import open_shards
-from data.prepare.common.settings_file import begin_or_resume, write_json
-from data.prepare.common.shard_files import SUMMARY_FILE, missing_shards, summarise
+from data.prepare.common.settings_file import begin_or_resume
+from data.prepare.common.shard_files import SUMMARY_FILE, describe, missing_shards, summarise, summarise_once
+from data.prepare.common.shared_work import SetProgress, workforce
 from data.prepare.latents.job import LatentJob, LatentSet
 from data.prepare.latents.options import LatentOptions
 from data.prepare.latents.vae import check_dtype, find_vae, pixels_per_latent
@@ -28,7 +27,7 @@ _STEPS_PER_SIDE = 16  # 64 pixels of SDXL's 1024
 
 
 def run(options: LatentOptions) -> str:
-    """Writes the missing shards of a set and summarises it.
+    """Makes the missing shards of a set and summarises it.
 
     Raises:
         UserError: for an input that cannot be used.
@@ -52,23 +51,30 @@ def run(options: LatentOptions) -> str:
         shards=len(source.shards),
         sizes=_sizes(options, family, pixels_per_latent(vae_folder)),
     )
-    device = choose_device(options.device)
-    processes = options.processes or default_processes(device)
-    begin_or_resume(options.out, SETTINGS_FILE, latent_set.settings, _NAMES_ONLY)
-    job = LatentJob(latent_set, vae_folder, device, processes)
-    shards = missing_shards(options.out, latent_set.shards, options.part)
-    started = time.monotonic()
-    progress = CommandProgress(sum(source.sizes[shard] for shard in shards), "latents")
-    run_all(job, shards, progress)
+    folder = options.output
+    with workforce(options) as workers:
+        begin_or_resume(folder, SETTINGS_FILE, latent_set.settings, _NAMES_ONLY)
+        before = folder.read(SUMMARY_FILE)
+        job = LatentJob(latent_set, folder, vae_folder, workers.device, workers.processes)
+        shards = missing_shards(folder, latent_set.shards, options.part)
+        started = time.monotonic()
+        progress = SetProgress({shard: source.sizes[shard] for shard in shards}, "latents")
+        workers.make(job, shards, progress)
     seconds = time.monotonic() - started
-    message, summary = summarise(options.out, latent_set.shards, latent_set.settings, progress.total, seconds)
+
+    def summarised() -> dict[str, Any]:
+        found = summarise(folder, latent_set.shards, latent_set.settings, progress.read, seconds)
+        return found | latent_statistics(found["sums"], family) if found else {}
+
+    summary = summarise_once(folder, before, summarised)
+    message = (
+        f"{progress.read} samples read in {seconds:.1f} s; {describe(folder, latent_set.shards, summary)}"
+    )
     if not summary:
         return message
-    statistics = latent_statistics(summary["sums"], family)
-    write_json(options.out / SUMMARY_FILE, summary | statistics)
     return (
-        f"{message}; scaled latents of mean {statistics['latents_mean']:.3f} and standard deviation "
-        f"{statistics['latents_std']:.3f}"
+        f"{message}; scaled latents of mean {summary['latents_mean']:.3f} and standard deviation "
+        f"{summary['latents_std']:.3f}"
     )
 
 

@@ -12,10 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 
+from data.prepare.common.claims import ShardTask
 from data.prepare.common.machine import device_of, same_bits
 from data.prepare.common.processes import OnProgress, available_cores
 from data.prepare.common.raw_shards import RawShard, open_shards, shard_store
-from data.prepare.common.shard_files import LeftOutSample, PreparedSample, make_shard
+from data.prepare.common.set_folder import SetFolder
+from data.prepare.common.shard_files import LeftOutSample, PreparedSample, make_shard, read_stats
 from data.prepare.latents.options import LatentOptions, LatentSettings
 from data.prepare.latents.samples import FittedSample, fit_sample, pack
 from data.prepare.latents.vae import VaeEncoder
@@ -61,15 +63,20 @@ class LatentSet:
 
 @dataclass(frozen=True)
 class LatentJob:
-    """Writes shards of latents; a `processes.Job`."""
+    """Makes shards of latents; a `shared_work.ShardJob`."""
 
     latent_set: LatentSet
+    folder: SetFolder
     vae_folder: Path
     device: str
     """ "cpu" or "cuda"."""
     processes: int
+    """That share a machine, and its cores for decoding images."""
 
-    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+    def is_complete(self, shard: int) -> bool:
+        return read_stats(self.folder, shard) is not None
+
+    def work(self, process: int, tasks: Iterable[ShardTask], on_progress: OnProgress) -> None:
         options = self.latent_set.options
         shards, store = open_shards(options.source, options).shards, shard_store(options)
         threads = min(_DECODE_THREADS, max(1, available_cores() // self.processes))
@@ -78,14 +85,14 @@ class LatentJob:
                 encoder = VaeEncoder(self.vae_folder, options.vae_dtype, device_of(self.device, process))
             except (OSError, ValueError) as error:
                 raise UserError(f"--model or --vae: {error}") from error
-            for shard in tasks:
-                with RawShard(shards[shard], store) as raw:
-                    self._make(shard, _ShardEncoder(self.latent_set, encoder, raw, pool).samples(on_progress))
+            for task in tasks:
+                with RawShard(shards[task.number], store) as raw:
+                    self._make(task, _ShardEncoder(self.latent_set, encoder, raw, pool).samples(on_progress))
 
-    def _make(self, shard: int, samples: Iterator[PreparedSample | LeftOutSample]) -> None:
+    def _make(self, task: ShardTask, samples: Iterator[PreparedSample | LeftOutSample]) -> None:
         options = self.latent_set.options
         try:
-            make_shard(options.out, shard, samples)
+            make_shard(self.folder, task.number, samples, task.claim)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{options.batch_size} images at once do not fit the GPU; remove '{options.out}' and give a smaller "

@@ -65,6 +65,9 @@ class LatentOptions(LatentSettings, OutputOptions, RemoteOptions, DeviceOptions)
     python -m data.prepare latents --model models/sdxl --from datasets/photos --buckets --out datasets/photos-sdxl
     python -m data.prepare latents --model models/sdxl --vae madebyollin/sdxl-vae-fp16-fix --vae_dtype float16 \\
         --from 'laion/{00000..00999}.tar' --sizes 1024x1024 896x1152 1152x896 --batch_size 16 --out datasets/laion-sdxl
+    srun --nodes 8 python -m data.prepare latents --model models/sdxl --from datasets/photos --out datasets/photos-sdxl
+    python -m data.prepare latents --model models/sdxl --from datasets/photos --ray auto --gpus_per_task 0.5 \\
+        --out s3://bucket/photos-sdxl
     """
 
     resolution: Annotated[int | None, Option(at_least=1, at_most=LARGEST_SIDE_PX)] = None
@@ -85,3 +88,4 @@ class LatentOptions(LatentSettings, OutputOptions, RemoteOptions, DeviceOptions)
         chosen = [option for option, present in given.items() if present]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude one another; give one of them.")
+        self.check_ray()

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
+import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from data.prepare.common.shard_files import tar_path
+from data.prepare.common.set_folder import RemoteFolder, SetFolder
+from data.prepare.common.shard_files import tar_name
 from data.prepare.pairs.pair_set import PairSet
 from data.prepare.pairs.sampler import PairSampler
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
 from data.shards.order.sample_order import SampleOrder
+from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.families import Family
@@ -24,27 +27,37 @@ _TOLERANCE = {"float32": 2e-3, "float16": 3e-2, "bfloat16": 1e-1}
 one rounds differently, and an ODE of many steps amplifies that."""
 
 
-def open_pairs(folder: Path, pair_set: PairSet) -> ShardDataset:
-    """The pairs that exist, in order.
+def open_pairs(folder: SetFolder, pair_set: PairSet, shards: Sequence[int]) -> ShardDataset:
+    """The pairs of some shards, in order.
 
     Raises:
         UserError: for a shard that is broken or has the wrong number of pairs.
     """
-    present = [i for i in range(pair_set.shards) if tar_path(folder, i).exists()]
-    paths = [tar_path(folder, i) for i in present]
+    locations = [folder.location(tar_name(shard)) for shard in shards]
+    patience = folder.patience if isinstance(folder, RemoteFolder) else None
+    store = ShardStore(patience=patience)
     try:
-        found = ShardSet.open(paths)
+        with tempfile.TemporaryDirectory() as indexes:
+            found = ShardSet.open(locations, None if patience is None else indexes, store)
         order = SampleOrder(found.sizes, shuffle_window_shards=0)
-        dataset = ShardDataset(found, order, ("latents", "noise_seeds", "sizes"), empty_captions="keep")
+        contents = ("latents", "noise_seeds", "sizes")
+        dataset = ShardDataset(found, order, contents, empty_captions="keep", store=store)
     except (BrokenShardError, OSError, ValueError) as error:
         raise UserError(f"{error} Remove that shard and run the same command again.") from error
-    for path, shard, size in zip(paths, present, found.sizes, strict=True):
+    for location, shard, size in zip(locations, shards, found.sizes, strict=True):
         if size != len(pair_set.indices(shard)):
             raise UserError(
-                f"{path} holds {size} pairs instead of {len(pair_set.indices(shard))}; remove it and run the same command "
-                "again."
+                f"{location} holds {size} pairs instead of {len(pair_set.indices(shard))}; remove it and run the same "
+                "command again."
             )
     return dataset
+
+
+def shards_for_statistics(folder: SetFolder, pair_set: PairSet) -> list[int]:
+    """Of a complete set: all shards on a disk, which checks them; at a URL no more than the statistics need."""
+    if isinstance(folder, RemoteFolder):
+        return list(range(min(pair_set.shards, -(-_PAIRS_IN_STATISTICS // pair_set.samples_per_shard))))
+    return list(range(pair_set.shards))
 
 
 def pair_statistics(dataset: ShardDataset, family: Family) -> dict[str, float]:
@@ -55,7 +68,7 @@ def pair_statistics(dataset: ShardDataset, family: Family) -> dict[str, float]:
     return {"latents_mean": scaled.mean().item(), "latents_std": scaled.std().item()}
 
 
-def verify_pairs(folder: Path, sampler: PairSampler, batch_size: int, count: int) -> dict[str, Any]:
+def verify_pairs(folder: SetFolder, sampler: PairSampler, batch_size: int, count: int) -> dict[str, Any]:
     """Samples random pairs again and compares them with the stored ones.
 
     Args:
@@ -71,13 +84,10 @@ def verify_pairs(folder: Path, sampler: PairSampler, batch_size: int, count: int
         UserError: for a pair whose latents, noise seed or prompt differ.
     """
     pair_set = sampler.pair_set
-    dataset = open_pairs(folder, pair_set)
-    present = [
-        i
-        for shard in range(pair_set.shards)
-        if tar_path(folder, shard).exists()
-        for i in pair_set.indices(shard)
-    ]
+    names = folder.names()
+    shards = [shard for shard in range(pair_set.shards) if tar_name(shard) in names]
+    dataset = open_pairs(folder, pair_set, shards)
+    present = [i for shard in shards for i in pair_set.indices(shard)]
     chosen = sorted(random.SystemRandom().sample(range(len(present)), min(count, len(present))))
     largest = 0.0
     for place in chosen:

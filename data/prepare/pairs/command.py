@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-from data.prepare.common.machine import choose_device, default_processes, device_of, same_bits
-from data.prepare.common.processes import run_all
-from data.prepare.common.progress import CommandProgress
-from data.prepare.common.settings_file import begin_or_resume, write_json
-from data.prepare.common.shard_files import SUMMARY_FILE, remove_unfinished
-from data.prepare.pairs.check import open_pairs, pair_statistics, verify_pairs
+from data.prepare.common.checksums import SUMS_FILE, sums_content
+from data.prepare.common.machine import choose_device, device_of, same_bits
+from data.prepare.common.set_folder import LocalFolder, SetFolder
+from data.prepare.common.settings_file import begin_or_resume
+from data.prepare.common.shard_files import SUMMARY_FILE, stats_name, summarise_once, tar_name
+from data.prepare.common.shared_work import SetProgress, workforce
+from data.prepare.pairs.check import open_pairs, pair_statistics, shards_for_statistics, verify_pairs
 from data.prepare.pairs.job import PairJob, least_pair_bytes, missing_pair_shards
 from data.prepare.pairs.options import DDIM, PairOptions
 from data.prepare.pairs.pair_set import NAMES_ONLY, SETTINGS_FILE, PairSet, model_fingerprint
@@ -33,24 +36,37 @@ def run(options: PairOptions) -> str:
         CheckpointNotWritten: if a shard cannot be written.
         Interrupted: after Ctrl-C.
     """
-    prompts = open_prompts(options.captions)
-    device = choose_device(options.device)
-    pair_set, family = _pair_set(options, prompts, device)
-    _check_room(options, pair_set, family)
-    processes = options.processes or default_processes(device)
-    job = PairJob(pair_set, options.out, options.batch_size, device, processes)
-    begin_or_resume(options.out, SETTINGS_FILE, pair_set.settings, NAMES_ONLY)
-    shards = missing_pair_shards(options.out, pair_set, options.part)
-    started = time.monotonic()
-    progress = CommandProgress(sum(len(pair_set.indices(shard)) for shard in shards), "pairs")
-    run_all(job, shards, progress)
+    prompts, folder = open_prompts(options.captions), options.output
+    with workforce(options) as workers:
+        pair_set, family = _pair_set(options, prompts, workers.device)
+        _check_room(options, pair_set, family)
+        begin_or_resume(folder, SETTINGS_FILE, pair_set.settings, NAMES_ONLY)
+        before = folder.read(SUMMARY_FILE)
+        shards = missing_pair_shards(folder, pair_set, options.part)
+        started = time.monotonic()
+        progress = SetProgress({shard: len(pair_set.indices(shard)) for shard in shards}, "pairs")
+        workers.make(PairJob(pair_set, folder, options.batch_size, workers.device), shards, progress)
     seconds = time.monotonic() - started
+    done = f"{progress.read} pairs sampled in {seconds:.1f} s"
     checked: dict[str, Any] = {}
     if options.verify:
+        device = workers.device if options.ray is None else choose_device("auto")
         with same_bits(device):
             sampler = PairSampler(pair_set, prompts, device_of(device, 0))
-            checked = verify_pairs(options.out, sampler, options.batch_size, options.verify)
-    return _summarise(options, pair_set, family, progress.total, seconds, checked)
+            checked = verify_pairs(folder, sampler, options.batch_size, options.verify)
+        done += f"; {len(checked['verified'])} sampled again, largest difference "
+        done += f"{checked['largest_difference']:.3g}"
+    made = {"made": progress.read, "seconds": seconds, **checked}
+    summary = summarise_once(
+        folder, None if checked else before, lambda: _summarise(folder, pair_set, family, made)
+    )
+    if not summary:
+        waiting = len(missing_pair_shards(folder, pair_set))
+        return f"{done}; {waiting} of {pair_set.shards} shards in {folder} wait for the other parts"
+    return (
+        f"{done}; {folder} holds {summary['pairs']} pairs in {pair_set.shards} shards, scaled latents of mean "
+        f"{summary['latents_mean']:.3f} and standard deviation {summary['latents_std']:.3f}"
+    )
 
 
 def _pair_set(options: PairOptions, prompts: Prompts, device: str) -> tuple[PairSet, Family]:
@@ -89,17 +105,17 @@ def _pair_set(options: PairOptions, prompts: Prompts, device: str) -> tuple[Pair
 
 
 def _check_room(options: PairOptions, pair_set: PairSet, family: Family) -> None:
-    """Before the shards are listed: a set that cannot be meant has millions of them."""
-    folder = Path(options.out)
-    tars = list(folder.glob("[0-9]*.tar"))
-    check_room(
-        folder,
-        -(-pair_set.count // options.part.parts),
-        least_pair_bytes(family.latent_shape()),
-        "--count",
-        "pairs",
-        present=sum(path.stat().st_size for path in tars),
-    )
+    """Before the shards are listed: a set that cannot be meant has millions of them. What a URL has room for is not known."""
+    folder = options.output
+    if isinstance(folder, LocalFolder):
+        check_room(
+            folder.path,
+            -(-pair_set.count // options.part.parts),
+            least_pair_bytes(family.latent_shape()),
+            "--count",
+            "pairs",
+            present=sum(size for name, size in folder.names().items() if name.endswith(".tar")),
+        )
 
 
 def _check_sampler(options: PairOptions, scheduler: str | None, family: Family) -> None:
@@ -117,34 +133,27 @@ def _check_sampler(options: PairOptions, scheduler: str | None, family: Family) 
 
 
 def _summarise(
-    options: PairOptions,
-    pair_set: PairSet,
-    family: Family,
-    sampled: int,
-    seconds: float,
-    checked: dict[str, Any],
-) -> str:
-    """Writes the summary of a complete set; returns a message for the user."""
-    folder = options.out
-    done = f"{sampled} pairs sampled in {seconds:.1f} s"
-    if checked:
-        verified, difference = len(checked["verified"]), checked["largest_difference"]
-        done += f"; {verified} sampled again, largest difference {difference:.3g}"
-    waiting = len(missing_pair_shards(folder, pair_set))
-    if waiting:
-        return f"{done}; {waiting} of {pair_set.shards} shards in {folder} wait for the other parts"
-    dataset = open_pairs(folder, pair_set)
-    remove_unfinished(folder)
-    statistics = pair_statistics(dataset, family)
-    summary = {
-        "pairs": len(dataset),
+    folder: SetFolder, pair_set: PairSet, family: Family, made: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Writes SHA256SUMS and returns the content of summary.json; {} if shards are still missing."""
+    if missing_pair_shards(folder, pair_set):
+        return {}
+    dataset = open_pairs(folder, pair_set, shards_for_statistics(folder, pair_set))
+    folder.remove_abandoned()
+    sums = {tar_name(shard): _sha256(folder, shard) for shard in range(pair_set.shards)}
+    folder.write(SUMS_FILE, sums_content(sums).encode())
+    return {
+        "pairs": pair_set.count,
         "shards": pair_set.shards,
-        **statistics,
-        "made": sampled,
-        "seconds": seconds,
+        **pair_statistics(dataset, family),
+        **made,
+        "settings": pair_set.settings,
     }
-    write_json(folder / SUMMARY_FILE, {**summary, **checked, "settings": pair_set.settings})
-    return (
-        f"{done}; {folder} holds {len(dataset)} pairs in {pair_set.shards} shards, scaled latents of mean "
-        f"{statistics['latents_mean']:.3f} and standard deviation {statistics['latents_std']:.3f}"
-    )
+
+
+def _sha256(folder: SetFolder, shard: int) -> str:
+    """Of a shard's tar, as its statistics say; sets of earlier versions have none."""
+    content = folder.read(stats_name(shard))
+    if content is not None:
+        return str(json.loads(content)["sha256"])
+    return hashlib.sha256(folder.read(tar_name(shard)) or b"").hexdigest()

@@ -5,17 +5,19 @@ run loses only the shards in progress.
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 
+from data.prepare.common.claims import ShardTask
 from data.prepare.common.machine import device_of, same_bits
 from data.prepare.common.options import SetPart
 from data.prepare.common.processes import OnProgress
-from data.prepare.common.shard_files import tar_path, unfinished_folder
+from data.prepare.common.set_folder import SetFolder
+from data.prepare.common.settings_file import json_content
+from data.prepare.common.shard_files import size_and_hash, stats_name, tar_name, unless_superseded
 from data.prepare.pairs.pair_set import PairSet
 from data.prepare.pairs.prompts import open_prompts
 from data.prepare.pairs.sampler import PairSampler
@@ -26,17 +28,19 @@ from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 @dataclass(frozen=True)
 class PairJob:
-    """Writes shards of pairs; a `processes.Job`."""
+    """Makes shards of pairs; a `shared_work.ShardJob`."""
 
     pair_set: PairSet
-    folder: Path
+    folder: SetFolder
     batch_size: int
     """Pairs per batch. Batches do not span shards, so that a shard does not depend on where a run was interrupted."""
     device: str
     """ "cpu" or "cuda"."""
-    processes: int
 
-    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+    def is_complete(self, shard: int) -> bool:
+        return self.folder.size(tar_name(shard)) is not None
+
+    def work(self, process: int, tasks: Iterable[ShardTask], on_progress: OnProgress) -> None:
         torch.backends.cudnn.deterministic = True
         with same_bits(self.device):
             try:
@@ -45,8 +49,8 @@ class PairJob:
             except (OSError, ValueError) as error:
                 raise UserError(f"--model or --unet: {error}") from error
             try:
-                for shard in tasks:
-                    self._make_shard(shard, sampler, on_progress)
+                for task in tasks:
+                    self._make_shard(task, sampler, on_progress)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{self.batch_size} pairs at once do not fit the GPU; give a smaller --batch_size ({error})."
@@ -56,21 +60,29 @@ class PairJob:
                     f"a shard could not be written to '{self.folder}': {write_failure(error)}."
                 ) from error
 
-    def _make_shard(self, shard: int, sampler: PairSampler, on_progress: OnProgress) -> None:
-        with unfinished_folder(self.folder) as temporary:
-            indices = self.pair_set.indices(shard)
+    def _make_shard(self, task: ShardTask, sampler: PairSampler, on_progress: OnProgress) -> None:
+        with unless_superseded(task.claim), self.folder.temporary_folder() as temporary:
+            indices = self.pair_set.indices(task.number)
             with ShardWriter(temporary, samples_per_shard=len(indices)) as writer:
                 for start in range(0, len(indices), self.batch_size):
                     batch = indices[start : start + self.batch_size]
                     _write(writer, sampler, batch)
                     on_progress(len(batch))
-            os.replace(writer.paths[0], tar_path(self.folder, shard))
+            stats: dict[str, Any] = {"count": len(indices), "successes": len(indices), "status_dict": {}}
+            stats |= size_and_hash(writer.paths[0])
+            if task.claim.held():
+                # Before the tar, which alone decides whether a shard of pairs is complete: sets of earlier versions have no
+                # statistics.
+                self.folder.write(stats_name(task.number), json_content(stats))
+                self.folder.publish(writer.paths[0], tar_name(task.number))
 
 
-def missing_pair_shards(folder: Path, pair_set: PairSet, part: SetPart = SetPart(0, 1)) -> list[int]:
+def missing_pair_shards(folder: SetFolder, pair_set: PairSet, part: SetPart = SetPart(0, 1)) -> list[int]:
     """The shards of one part of a set that do not exist yet."""
-    every = range(part.number, pair_set.shards, part.parts)
-    return [shard for shard in every if not tar_path(folder, shard).exists()]
+    names = folder.names()
+    return [
+        shard for shard in range(part.number, pair_set.shards, part.parts) if tar_name(shard) not in names
+    ]
 
 
 def least_pair_bytes(latent_shape: Sequence[int]) -> int:

@@ -32,6 +32,8 @@ class PairOptions(OutputOptions, DeviceOptions):
         --out pairs/turbo
     python -m data.prepare pairs --model models/sdxl --captions 'laion/{00000..00099}.tar' --count 10000 --steps 25 \\
         --guidance_scale 6 --scheduler DPMSolverMultistepScheduler --out pairs/sdxl --verify 4
+    srun --nodes 8 python -m data.prepare pairs --model models/sd15 --captions prompts.txt --steps 25 --guidance_scale 7.5 \\
+        --out pairs/sd15
     """
 
     model: Annotated[str, Option(called=("family.init_args.base",))]
@@ -64,6 +66,7 @@ class PairOptions(OutputOptions, DeviceOptions):
     """Sample random pairs of the set again and compare."""
 
     def __post_init__(self) -> None:
+        self.check_ray()
         object.__setattr__(
             self, "guidance_scale", read_guidance_scale("--guidance_scale", self.guidance_scale)
         )
