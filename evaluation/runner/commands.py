@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from data.prepare.common.machine import choose_device
+from data.prepare.common.settings_file import write_text
 from evaluation.images.image_sets import open_images
 from evaluation.images.samples import ModelSamples, StoredSamples
 from evaluation.networks.frozen_clip import FrozenClip
@@ -68,8 +69,9 @@ def evaluate(options: EvaluateOptions) -> str:
     )
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
-        options.out.with_suffix(".md").write_text(page)
+        # Atomically: commands that share an evaluation write them at the same time.
+        write_text(options.out, json.dumps(result, indent=2) + "\n")
+        write_text(options.out.with_suffix(".md"), page)
         html = options.out.with_suffix(".html")
         write_html(html, result, evaluated.images, request.captions, evaluated.reference_images)
     if evaluated.failed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -15,9 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from data.prepare.common.claims import ShardTask
 from data.prepare.common.machine import default_processes, device_of, same_bits
 from data.prepare.common.processes import OnProgress, run_all
 from data.prepare.common.progress import CommandProgress
+from data.prepare.common.set_folder import LocalFolder, SetFolder
+from data.prepare.common.shared_work import LocalProcesses, SetProgress
 from evaluation.images.samples import Reader, Samples, is_constant, stacked
 from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.sampled import SampledMetric
@@ -81,12 +84,24 @@ class PassJob:
             undone |= {batch for batch in range(store.batches) if not self.saved.has(store.numbers(batch))}
         return sorted(undone)
 
+    def is_complete(self, batch: int) -> bool:
+        """Whether a batch is in all stores, but for those of metrics that failed."""
+        numbers = self.metric_passes[0].store.numbers(batch)
+        return (
+            all(
+                one.store.path(batch).is_file() or one.store.failure() is not None
+                for one in self.metric_passes
+            )
+            and all(self.kept_image(number).is_file() for number in numbers if number < self.keep_images)
+            and (self.saved is None or self.saved.has(numbers))
+        )
+
     def kept_image(self, number: int) -> Path:
         """Path of an image kept for reports."""
         assert self.kept_images is not None
         return self.kept_images / f"{number:06d}.png"
 
-    def work(self, process: int, tasks: Sequence[int], on_progress: OnProgress) -> None:
+    def work(self, process: int, tasks: Iterable[int], on_progress: OnProgress) -> None:
         device = device_of(self.device, process)
         with same_bits(self.device):
             try:
@@ -106,7 +121,7 @@ class PassJob:
                 raise UserError(str(error)) from error
 
     def _read(
-        self, make: Callable[[], Reader], tasks: Sequence[int]
+        self, make: Callable[[], Reader], tasks: Iterable[int]
     ) -> Iterator[tuple[int, list[Image.Image]]]:
         """Yield batches with their images; files of the next batch are decoded while the networks run."""
         numbers = self.metric_passes[0].store.numbers
@@ -114,7 +129,7 @@ class PassJob:
             for task in tasks:
                 yield task, self._made(make, numbers(task))
             return
-        read = make()
+        read, tasks = make(), list(tasks)
         with ThreadPoolExecutor(1) as ahead:
             reading = deque([ahead.submit(read, numbers(tasks[0]))])
             for task, following in zip_longest(tasks, tasks[1:]):
@@ -168,6 +183,24 @@ class PassJob:
                 )
 
 
+@dataclass(frozen=True)
+class SharedPass:
+    """A pass whose images are generated: commands that use the same work folder share its batches; a `ShardJob`."""
+
+    job: PassJob
+
+    @property
+    def folder(self) -> SetFolder:
+        """Of the claims."""
+        return LocalFolder(self.job.metric_passes[0].store.folder)
+
+    def is_complete(self, shard: int) -> bool:
+        return self.job.is_complete(shard)
+
+    def work(self, process: int, tasks: Iterable[ShardTask], on_progress: OnProgress) -> None:
+        self.job.work(process, (task.number for task in tasks), on_progress)
+
+
 def rows_of(
     metric: SampledMetric, images: Sequence[Image.Image], captions: Sequence[str] | None, device: torch.device
 ) -> Tensor:
@@ -217,8 +250,12 @@ def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
     missing = job.missing()
     if missing:
         store = job.metric_passes[0].store
-        total = sum(len(store.numbers(batch)) for batch in missing)
-        run_all(job, missing, CommandProgress(total, f"{what}: images"))
+        images = {batch: len(store.numbers(batch)) for batch in missing}
+        if job.samples.are_files:
+            run_all(job, missing, CommandProgress(sum(images.values()), f"{what}: images"))
+        else:
+            workers = LocalProcesses(job.device, job.processes)
+            workers.make(SharedPass(job), missing, SetProgress(images, f"{what}: images"))
     return {
         metric_pass: metric_pass.store.all()
         for metric_pass in job.metric_passes

@@ -35,7 +35,9 @@ from sdxs_lightning.networks.lora_files import hash_lora, live_adapters, write_l
 from sdxs_lightning.publishing.calling import Settings
 from sdxs_lightning.publishing.runs import Run
 from sdxs_lightning.publishing.scores import read_scores
+from tests.helpers.evaluation_worker import shared_evaluation
 from tests.helpers.metric_networks import random_images
+from tests.helpers.processes import in_ranks
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
 from tests.helpers.tiny_distillation import distillation
@@ -315,6 +317,22 @@ def test_a_model_is_scored_on_the_prompts_of_a_file(
     direct = diversity(maker, CAPTIONS[:12], FrozenClip(world / "clip"))
     assert few["diversity"] == pytest.approx(direct, rel=1e-3)
     assert few["metrics"]["fid"]["hash"] != result["metrics"]["fid"]["hash"]
+
+
+def test_two_commands_share_the_images_of_a_model(world: Path, sets: Path, tmp_path: Path) -> None:
+    """The same --work; every image is made once, and both have all numbers."""
+    named = {"model": save_tiny_sd(tmp_path / "sd"), "captions": sets / "captions.txt"}
+    named |= {"work": tmp_path / "work", "protocol": Path("coco2014-30k-256"), "image_px": Path("32")}
+    arguments = [word for name, value in named.items() for word in (f"--{name}", str(value))]
+    arguments += ["--samples", "30", "--metrics", "clip_score", "--batch_size", "5", "--device", "cpu"]
+    arguments += ["--processes", "1", "--weights", f"clip_text={world / 'clip'}"]
+    ends = in_ranks(shared_evaluation, (arguments, tmp_path, 2), tmp_path, 2, 200)
+    assert [end.code for end in ends] == [0, 0], ends
+    made = [[int(line) for line in (tmp_path / f"made-{i}.txt").read_text().split()] for i in range(2)]
+    assert sorted(made[0] + made[1]) == list(range(30)) and min(map(len, made)) > 0
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text())["metrics"] for i in range(2))
+    assert first == second and first["clip_score"]["samples"] == 30
+    assert not list((tmp_path / "work").glob("*/.claims/*"))
 
 
 def test_bad_input_is_one_sentence(

@@ -1,17 +1,25 @@
-"""One of two processes of test_distributed_metrics.py: distils under DDP and FSDP2, measuring on the way."""
+"""One of two processes: of test_distributed_metrics.py, which distil under DDP and FSDP2 and measure on the way, or of commands
+that share an evaluation.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
+from PIL import Image
 
 from evaluation.callbacks.run_report import Report
 from evaluation.callbacks.sample_grids import DistillationMetrics, SampleGrids
+from evaluation.evaluate import main as evaluate
 from evaluation.images.generate import rank_batches
+from evaluation.images.samples import ModelSamples, Reader
 from evaluation.metrics.clip_score import ClipScore
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
 from evaluation.networks.frozen_clip import FrozenClip
@@ -69,3 +77,27 @@ def measure_everything(world: Path, out: Path) -> None:
         (out / f"{name}-{rank}.json").write_text(json.dumps(result))
     # Lightning has left the process group open.
     (out / f"scores-{rank}.json").write_text(json.dumps(scores(world / "clip", rank, 2, batch_size=3)))
+
+
+def shared_evaluation(arguments: list[str], folder: Path, count: int) -> int:
+    """`evaluate` as one of `count` commands that measure at the same moment; notes the numbers of the images that it made."""
+    rank = int(os.environ["LOCAL_RANK"])
+    opened = ModelSamples.open
+
+    def counted(self: ModelSamples, device: torch.device) -> Reader:
+        read = opened(self, device)
+        (folder / f"ready-{rank}").touch()
+        while len(list(folder.glob("ready-*"))) < count:
+            time.sleep(0.02)
+
+        def note(numbers: Sequence[int]) -> list[Image.Image]:
+            with (folder / f"made-{rank}.txt").open("a") as file:
+                file.writelines(f"{number}\n" for number in numbers)
+            time.sleep(0.1)  # so that none of them is done before another has begun
+            return read(numbers)
+
+        return note
+
+    ModelSamples.open = counted  # type: ignore[method-assign]
+    evaluate([*arguments, "--out", str(folder / f"{rank}.json")])
+    return 0
