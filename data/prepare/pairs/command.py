@@ -56,10 +56,9 @@ def run(options: PairOptions) -> str:
             checked = verify_pairs(folder, sampler, options.batch_size, options.verify)
         done += f"; {len(checked['verified'])} sampled again, largest difference "
         done += f"{checked['largest_difference']:.3g}"
+        before = folder.read(SUMMARY_FILE)  # another command's summary lacks what was verified
     made = {"made": progress.read, "seconds": seconds, **checked}
-    summary = summarise_once(
-        folder, None if checked else before, lambda: _summarise(folder, pair_set, family, made)
-    )
+    summary = summarise_once(folder, before, lambda: _summarise(folder, pair_set, family, made))
     if not summary:
         waiting = len(missing_pair_shards(folder, pair_set))
         return f"{done}; {waiting} of {pair_set.shards} shards in {folder} wait for the other parts"
