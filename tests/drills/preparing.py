@@ -129,9 +129,7 @@ def s3_that_fails(runs: Runs) -> Outcome:
         out = open_set_folder("s3://bucket/set", Patience())
         line = command(work, "s3://bucket/set", "--processes", "1", "--remote_timeout_s", "2")
         commands = [runs.popen(line, f"run{number}") for number in range(2)]
-        end = time.monotonic() + PATIENCE
-        while sum("_stats" in name for name in out.names()) < SOME and time.monotonic() < end:
-            time.sleep(0.2)
+        wait_until(lambda: sum("_stats" in name for name in out.names()) >= SOME)
         commands[0].send_signal(signal.SIGKILL)
         codes = [runs.code(one) for one in commands]
         same = (out.read("SHA256SUMS") or b"").decode() == sums
