@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 SLOW_SECONDS = 1.0
 
 
-class FaultyStore(LocalFileSystem):  # type: ignore[misc]
+class FaultyStore(LocalFileSystem):
     """Every ninth request fails; every 61st is answered after `SLOW_SECONDS`."""
 
     protocol = "faulty"
