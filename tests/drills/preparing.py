@@ -123,7 +123,7 @@ def s3_that_fails(runs: Runs) -> Outcome:
         place = {**keys, "AWS_ENDPOINT_URL": address, "AWS_DEFAULT_REGION": "us-east-1"}
         os.environ |= place
         from data.prepare.common.set_folder import open_set_folder
-        from data.shards.patience import Patience
+        from data.shards.remote.patience import Patience
 
         _bucket("bucket")
         out = open_set_folder("s3://bucket/set", Patience())

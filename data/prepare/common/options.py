@@ -12,7 +12,7 @@ from sdxs_lightning.trust import Trust
 
 if TYPE_CHECKING:
     from data.prepare.common.set_folder import SetFolder
-    from data.shards.patience import Patience
+    from data.shards.remote.patience import Patience
 
 Count = Annotated[int, Option(at_least=1)]
 
@@ -52,7 +52,7 @@ class PatienceOptions:
     @property
     def patience(self) -> Patience:
         """The same for `data.shards`."""
-        from data.shards.patience import Patience
+        from data.shards.remote.patience import Patience
 
         return Patience(self.remote_timeout_s, self.remote_retry_s)
 

@@ -20,7 +20,7 @@ from data.shards.locations import file_system, is_remote
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from data.shards.patience import Patience
+    from data.shards.remote.patience import Patience
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
