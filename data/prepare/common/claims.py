@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable
 from typing import NamedTuple
 
 from data.prepare.common.owner import Owner
@@ -166,7 +166,7 @@ def claimed(
     shards: Iterable[int],
     is_complete: Callable[[int], bool],
     on_end: Callable[[ShardEnd], None],
-) -> Iterator[ShardTask]:
+) -> Generator[ShardTask]:
     """The shards that this process has to make, each claimed until the next one is asked for.
 
     Ends when all shards are complete, whoever made them; waits for those that others are making, and takes over those of dead

@@ -15,6 +15,7 @@ from data.prepare.pairs.pair_set import PairSet
 from data.prepare.pairs.sampler import PairSampler
 from data.shards.dataset import ShardDataset
 from data.shards.index import ShardSet
+from data.shards.layout import Content
 from data.shards.order.sample_order import SampleOrder
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
@@ -40,7 +41,7 @@ def open_pairs(folder: SetFolder, pair_set: PairSet, shards: Sequence[int]) -> S
         with tempfile.TemporaryDirectory() as indexes:
             found = ShardSet.open(locations, None if patience is None else indexes, store)
         order = SampleOrder(found.sizes, shuffle_window_shards=0)
-        contents = ("latents", "noise_seeds", "sizes")
+        contents: tuple[Content, ...] = ("latents", "noise_seeds", "sizes")
         dataset = ShardDataset(found, order, contents, empty_captions="keep", store=store)
     except (BrokenShardError, OSError, ValueError) as error:
         raise UserError(f"{error} Remove that shard and run the same command again.") from error
