@@ -27,17 +27,21 @@ class BestCheckpoint(Checkpoint):
         start_over: whether a run that does not resume removes an earlier run's best checkpoint; False refuses to start.
     """
 
+    checkpoints_in = "best"
+    """Default folder in the run's folder."""
+
     def __init__(self, metric: str = "fid", folder: str | None = None, start_over: bool = False) -> None:
         self.metric, self.folder = metric, folder
         self.best: float | None = None
         """Best score saved so far."""
-        self._writer = Checkpointing(keep=1, folder=folder, start_over=start_over)
+        # A measurement has taken minutes: waiting for the disk as well is little, and needs no host memory.
+        self._writer = Checkpointing(keep=1, folder=folder, start_over=start_over, asynchronous=False)
         self._seen = 0
         self._pending: float | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Checks before training that the folder is writable."""
-        self._writer.folder = self.folder or str(Path(trainer.default_root_dir) / "best")
+        self._writer.folder = self.folder or str(Path(trainer.default_root_dir) / self.checkpoints_in)
         self._writer.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -134,6 +134,7 @@ class Interruption(Checkpoint):
             # A regular checkpoint of this student update suffices: a resumed run repeats the few iterations since, bit for
             # bit, and a second save could exceed the scheduler's grace period.
             folder = saver.saved_at(trainer, updates) or saver.save(trainer)
+            saver.finish(trainer)
             saved = (
                 f"checkpoint saved in {folder}; resume with the same command and --ckpt_path auto (or last)"
             )

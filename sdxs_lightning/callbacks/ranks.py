@@ -39,7 +39,7 @@ class Ranks:
         if self.count == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.int64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._host_group())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host_group())
         return int(tensor.item())
 
     def gathered(self, value: T) -> list[T]:
@@ -47,7 +47,7 @@ class Ranks:
         if self.count == 1:
             return [value]
         values: list[T | None] = [None] * self.count
-        dist.all_gather_object(values, value, group=self._host_group())
+        dist.all_gather_object(values, value, group=self.host_group())
         return values  # type: ignore[return-value]  # none is left
 
     def of_first(self, value: T) -> T:
@@ -62,7 +62,8 @@ class Ranks:
         """Barrier over all ranks."""
         self.highest(0)
 
-    def _host_group(self) -> dist.ProcessGroup:
+    def host_group(self) -> dist.ProcessGroup:
+        """The gloo group of all ranks. Created with the first collective, which the main threads must call."""
         if self._group is None:
             group = dist.new_group(backend="gloo")
             assert isinstance(group, dist.ProcessGroup)  # all ranks are members

@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.memory_plan.checkpoint_bytes import checkpoint_folders
 from sdxs_lightning.memory_plan.hardware import read_hardware
 from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
 from sdxs_lightning.memory_plan.report import as_json, print_plan
@@ -39,11 +40,12 @@ def show_plan(stage: LightningModule, config: Mapping[str, Any]) -> MemoryPlan:
     )
     plan = planner.plan()
     changes = [] if plan.fits else planner.changes(plan)
-    print_plan(plan, changes)
+    folders = checkpoint_folders(plan.checkpoint, trainer.get("callbacks"), trainer.get("default_root_dir"))
+    print_plan(plan, changes, folders)
     if config.get("plan_json"):
         path = Path(config["plan_json"])
         try:
-            path.write_text(json.dumps(as_json(plan, changes), indent=2) + "\n")
+            path.write_text(json.dumps(as_json(plan, changes, folders), indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--plan_json '{path}' cannot be written ({error.strerror}).") from error
     return plan

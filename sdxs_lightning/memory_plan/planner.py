@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.memory_plan.checkpoint_bytes import CheckpointBytes, checkpoint_bytes
 from sdxs_lightning.memory_plan.hardware import ASSUMED_GPUS, Hardware
 from sdxs_lightning.memory_plan.network_bytes import (
     NetworkBytes,
@@ -42,6 +43,8 @@ class MemoryPlan:
     checkpointed: tuple[str, ...]
     """Trained networks with gradient checkpointing."""
     step: StepProfile
+    checkpoint: CheckpointBytes
+    """One checkpoint on disk, all shards together."""
 
     @property
     def permanent(self) -> int:
@@ -150,6 +153,7 @@ class Planner:
             buffers=self._buffers(hardware),
             checkpointed=tuple(one.name for one in trained if _is_checkpointed(one)),
             step=step,
+            checkpoint=checkpoint_bytes(self.stage, self.networks),
         )
 
     def changes(self, plan: MemoryPlan) -> list[SuggestedChange]:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from sdxs_lightning.memory_plan.checkpoint_bytes import CheckpointFolder
 from sdxs_lightning.memory_plan.hardware import GIB
 from sdxs_lightning.memory_plan.planner import MARGIN, MemoryPlan, SuggestedChange
 
 
-def print_plan(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> None:
+def print_plan(
+    plan: MemoryPlan, changes: Sequence[SuggestedChange] = (), folders: Sequence[CheckpointFolder] = ()
+) -> None:
     """Prints the plan as tables and sentences."""
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(heading(plan), markup=False, soft_wrap=True)
     console.print(_networks(plan))
     console.print(_phases(plan))
-    for sentence in sentences(plan, changes):
+    for sentence in [*sentences(plan, changes), *checkpoint_sentences(plan, folders)]:
         console.print(sentence, markup=False, soft_wrap=True)
 
 
@@ -60,8 +64,34 @@ def sentences(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> list
     return lines
 
 
-def as_json(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> dict[str, Any]:
-    """The plan as plain values; all sizes are bytes per device."""
+def checkpoint_sentences(plan: MemoryPlan, folders: Sequence[CheckpointFolder]) -> list[str]:
+    """The size of a checkpoint, and the room that each folder of checkpoints needs."""
+    size = plan.checkpoint
+    lines = [
+        f"Checkpoint: {gib(size.total)} in float32 (weights {gib(size.weights)}, averages {gib(size.averages)}, optimizers "
+        f"{gib(size.optimizers)})."
+    ]
+    for folder in folders:
+        free = f"{gib(folder.free)} are free there" if folder.free >= 0 else "its free space cannot be read"
+        room = (
+            f"'{folder.path}' keeps {folder.keep} of {gib(folder.checkpoint)} and needs {gib(folder.needed)} with the one that "
+            f"is being written; {free}"
+        )
+        lines.append(f"{'Disk' if folder.fits else 'Too little disk'}: {room}.")
+        if folder.asynchronous:
+            shards = plan.hardware.shards
+            where = "of each rank" if shards > 1 else "of rank 0"
+            lines.append(
+                f"Host memory {where} for asynchronous checkpoints: {gib(folder.checkpoint // shards)} (asynchronous: false of "
+                "Checkpointing needs none, and stops training while it writes)."
+            )
+    return lines
+
+
+def as_json(
+    plan: MemoryPlan, changes: Sequence[SuggestedChange] = (), folders: Sequence[CheckpointFolder] = ()
+) -> dict[str, Any]:
+    """The plan as plain values; all sizes are bytes, per device except those of checkpoints."""
     hardware = plan.hardware
     return {
         "stage": plan.stage,
@@ -100,6 +130,8 @@ def as_json(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> dict[s
         "device_memory": hardware.memory,
         "fits": plan.fits,
         "largest_batch": plan.largest_batch,
+        "checkpoint": {**asdict(plan.checkpoint), "total": plan.checkpoint.total},
+        "checkpoint_folders": [{**asdict(one), "needed": one.needed, "fits": one.fits} for one in folders],
         "changes": [
             {
                 "what": change.what,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.optim import Optimizer
 
 
 class ShardedNetworks(ModelParallelStrategy):
@@ -28,6 +33,21 @@ class ShardedNetworks(ModelParallelStrategy):
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
         )
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """The state on its device, in shards; Lightning's copies it to pageable host memory, and `Checkpointing` once more."""
+        if not self._save_distributed_checkpoint:
+            return super().lightning_module_state_dict()
+        assert self.model is not None
+        return get_model_state_dict(self.model)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimizer's state on its device, in shards."""
+        if not self._save_distributed_checkpoint:
+            return super().optimizer_state(optimizer)
+        assert self.model is not None
+        wrapped = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        return dict(get_optimizer_state_dict(self.model, wrapped))
 
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes

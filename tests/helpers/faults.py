@@ -1,14 +1,18 @@
-"""Faults that a YAML file can order: a signal at a certain batch, a disk that is full from a certain batch on."""
+"""Faults that a YAML file can order: a signal at a batch, a disk that is full from a batch on, death while saving."""
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import signal
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from sdxs_lightning.callbacks.checkpointing import Checkpointing
 
 
 class RaiseSignal(Callback):
@@ -49,6 +53,8 @@ class RaiseSignal(Callback):
 class FullDisk(Callback):
     """Lets no file grow beyond a size from the batch of that number on; the limit is lifted where training stops.
 
+    What is being written before that batch is written to its end.
+
     Args:
         batch: counted from 1.
         limit_bytes: size of the largest file.
@@ -62,6 +68,9 @@ class FullDisk(Callback):
     ) -> None:
         self.seen += 1
         if self.seen == self.batch:
+            for one in trainer.checkpoint_callbacks:
+                if isinstance(one, Checkpointing):
+                    one.finish(trainer)
             self._limit(self.limit_bytes)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -92,3 +101,36 @@ class KillOnce(Callback):
         if self.seen == self.batch and trainer.global_rank == self.rank and not self.mark.exists():
             self.mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillWhileSaving(Callback):
+    """Kills the process while a checkpoint is written: with half of its file, or with all but the final name.
+
+    Args:
+        save: which, counted from 1.
+        point: "file" or "rename".
+    """
+
+    def __init__(self, save: int, point: str) -> None:
+        self.save, self.point, self.seen = save, point, 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        torch_save, rename = torch.save, Path.rename
+
+        def save(contents: Any, file: Any) -> None:
+            self.seen += 1
+            if self.seen != self.save or self.point != "file":
+                torch_save(contents, file)
+                return
+            stream = io.BytesIO()
+            torch_save(contents, stream)
+            file.write(stream.getvalue()[: stream.tell() // 2])
+            file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def renamed(path: Path, target: Path) -> Path:
+            if self.seen == self.save and self.point == "rename" and path.name.endswith(".partial"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, target)
+
+        torch.save, Path.rename = save, renamed  # type: ignore[assignment,method-assign]

@@ -114,13 +114,17 @@ def fit(
     **settings: Any,
 ) -> Trainer:
     """Trains for so many micro-batches in all, counted from the start of the run."""
-    defaults: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "logger": False}
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     trainer = Trainer(
         max_epochs=-1,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[StopAfter(batches), *(callbacks or [])],
-        enable_checkpointing=False,
         **defaults | settings,
     )
     window = 2 if shuffled else 0
