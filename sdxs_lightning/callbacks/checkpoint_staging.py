@@ -24,6 +24,7 @@ class Staging:
     def __init__(self) -> None:
         self._buffers: dict[Place, Tensor] = {}
         self._copied: torch.cuda.Event | None = None
+        self._device: torch.device | None = None
 
     def copy(self, checkpoint: dict[str, Any], rounding: Rounding) -> dict[str, Any]:
         """Copies a checkpoint; invalidates the previous copy.
@@ -37,10 +38,9 @@ class Staging:
         """
         known, self._buffers = self._buffers, {}
         copied: dict[Any, Tensor] = {}
-        on_cuda = False
+        self._copied = self._device = None
 
         def stage(place: Place, tensor: Tensor) -> Tensor:
-            nonlocal on_cuda
             tensor, dtype = tensor.detach(), rounding.dtype_of(place, tensor)
             same = _memory(tensor), dtype
             if same not in copied:  # else it is tied to another one, and stays so
@@ -49,18 +49,23 @@ class Staging:
                     buffer = torch.empty_like(tensor, dtype=dtype, device="cpu", pin_memory=tensor.is_cuda)
                 _local(buffer).copy_(_local(tensor), non_blocking=tensor.is_cuda)
                 self._buffers[place] = copied[same] = buffer
-                on_cuda |= tensor.is_cuda
+                if tensor.is_cuda:
+                    self._device = tensor.device
             return copied[same]
 
         staged: dict[str, Any] = map_tensors(checkpoint, stage)
-        self._copied = torch.cuda.Event() if on_cuda else None
-        if self._copied is not None:
-            self._copied.record()
+        if self._device is not None:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(self._device))
         return staged
 
     def wait(self) -> None:
-        """Waits until the copy is complete. To be called before it is read; by any thread."""
+        """Waits until the copy is complete. Called by the thread that reads it."""
         if self._copied is not None:
+            assert self._device is not None
+            torch.cuda.set_device(
+                self._device
+            )  # a new thread's is the first one, where it would make a context
             self._copied.synchronize()
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from evaluation.benchmarks.checkpoint_stall import StallOptions, measure
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks import checkpoint_writer, checkpointing
 from sdxs_lightning.callbacks.checkpoint_staging import Rounding, Staging
@@ -240,7 +241,9 @@ def test_a_failure_in_the_background_ends_the_run_before_the_next_save(
     # What is not the disk's fault keeps its traceback.
     monkeypatch.setattr(checkpoint_writer, "_begin", lambda partial: 1 / 0)
     writer = checkpoint_writer.CheckpointWriter(keep=1)
-    writer.start(checkpoint_writer.Snapshot({}, tmp_path / "x", Counts(1, 1, 1, True), 1, False), lambda: None)
+    writer.start(
+        checkpoint_writer.Snapshot({}, tmp_path / "x", Counts(1, 1, 1, True), 1, False), lambda: None
+    )
     with pytest.raises(ZeroDivisionError):
         writer.result()
 
@@ -283,7 +286,7 @@ def test_the_planned_size_is_that_of_the_file_and_rounded_averages_resume(
     stage = built(distillation(base("sd-epsilon"), optimizer=partial(torch.optim.AdamW, lr=1e-3)))
     size = checkpoint_bytes(stage)
     contents = torch.load(file, weights_only=True)
-    of_tensors = sum(tensor.nbytes for tensor in _tensors(contents))
+    of_tensors = sum({tensor.data_ptr(): tensor.nbytes for tensor in _tensors(contents)}.values())
     assert size.averages > 0 and size.optimizers > size.averages
     # Step counters, and the positions and counters of callbacks, are not counted.
     assert 0 <= of_tensors - size.stored(rounded) < 8192
@@ -309,3 +312,9 @@ def test_the_room_on_the_disk_is_checked_before_training(
     config["model"]["init_args"]["update_schedule"]["max_student_updates"] = 2
     with pytest.warns(UserWarning, match="7.00 GB free, and checkpoints will need 7.50 GB more"):
         assert train(tmp_path, config) == 0
+
+
+def test_the_benchmark_measures_every_save(tmp_path: Path) -> None:
+    result = measure(StallOptions(megabytes=5, saves=2, repeats=1, folder=tmp_path))
+    assert result["saves"] == 2 and not list(tmp_path.iterdir())
+    assert min(value for name, value in result.items() if name.startswith("stall")) > 0
