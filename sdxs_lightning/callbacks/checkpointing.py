@@ -50,7 +50,7 @@ class Checkpointing(Checkpoint):
             rank 0; with FSDP2 each rank's shard). False stops training until it is written.
         averages_in_bfloat16: whether the average of the weights and the optimizers' moments are saved as bfloat16: 18 instead
             of 28 bytes per student parameter in distillation. A resumed run then no longer equals the uninterrupted one bit
-            for bit; it continues from averages and moments that are rounded to 3 digits.
+            for bit; it continues from averages and moments that are rounded to 8 bits (2 digits).
 
     Raises:
         ValueError: unless every_n_student_updates and keep are at least 1.
@@ -91,7 +91,7 @@ class Checkpointing(Checkpoint):
         return Path(self.folder or Path(trainer.default_root_dir) / self.checkpoints_in)
 
     def saved_at(self, trainer: pl.Trainer, student_updates: int) -> Path | None:
-        """The checkpoint of this student update if it is the last one that this process began to write, else None."""
+        """The checkpoint of this student update if this process wrote it last or resumed from it, else None."""
         if self._saved_name is None or self._saved_updates != student_updates:
             return None
         return self.run_folder(trainer) / self._saved_name
