@@ -104,22 +104,21 @@ class KillOnce(Callback):
 
 
 class KillWhileSaving(Callback):
-    """Kills the process while a checkpoint is written: with half of its file, or with all but the final name.
+    """Kills the process when half of a checkpoint's file is written.
 
     Args:
-        save: which, counted from 1.
-        point: "file" or "rename".
+        save: which checkpoint, counted from 1.
     """
 
-    def __init__(self, save: int, point: str) -> None:
-        self.save, self.point, self.seen = save, point, 0
+    def __init__(self, save: int) -> None:
+        self.save, self.seen = save, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        torch_save, rename = torch.save, Path.rename
+        torch_save = torch.save
 
         def save(contents: Any, file: Any) -> None:
             self.seen += 1
-            if self.seen != self.save or self.point != "file":
+            if self.seen < self.save:
                 torch_save(contents, file)
                 return
             stream = io.BytesIO()
@@ -128,9 +127,4 @@ class KillWhileSaving(Callback):
             file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-        def renamed(path: Path, target: Path) -> Path:
-            if self.seen == self.save and self.point == "rename" and path.name.endswith(".partial"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rename(path, target)
-
-        torch.save, Path.rename = save, renamed  # type: ignore[assignment,method-assign]
+        torch.save = save  # type: ignore[assignment]
