@@ -25,7 +25,7 @@ from sdxs_lightning.memory_plan.checkpoint_bytes import CheckpointBytes, average
 from tests.helpers.processes import train_in_ranks
 from tests.helpers.tiny_distillation import built, distillation, fit
 from tests.helpers.tiny_run import tiny_config, write_config
-from tests.training.test_interruption import ADAM, assert_equal, newest, state, train, with_callback
+from tests.training.test_interruption import ADAM, assert_equal, newest, train, with_callback
 
 NOTHING = Rounding()
 
