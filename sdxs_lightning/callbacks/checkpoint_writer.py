@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.counts import Counts
@@ -140,7 +140,7 @@ class CheckpointWriter:
         for index, optimizer in enumerate(rest.pop("optimizer_states", [])):
             state[f"optimizer_{index}"] = optimizer
         group = self.ranks.host_group() if self.ranks.count > 1 else None
-        dcp.save(state, checkpoint_id=path, process_group=group, no_dist=group is None)
+        save_shards(state, checkpoint_id=path, process_group=group, no_dist=group is None)
         if self.ranks.first:
             torch.save(rest, path / META)
 

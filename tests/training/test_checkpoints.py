@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -50,9 +50,9 @@ def config(base_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
 
 def test_a_staged_checkpoint_shares_nothing_with_the_state() -> None:
     weight, channels_last = torch.randn(4, 3), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
-    weights = OrderedDict(weight=weight, tied=weight, view=weight[:2], other=channels_last)
-    weights._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]  # as a module's state_dict has it
-    live = {
+    weights = cast(Any, OrderedDict(weight=weight, tied=weight, view=weight[:2], other=channels_last))
+    weights._metadata = {"": {"version": 1}}  # as a module's state_dict has it
+    live: dict[str, Any] = {
         "state_dict": weights,
         "optimizer_states": [{"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(4)}}}],
         "loops": {"counts": [1, (2, torch.ones(2, dtype=torch.int64))]},
@@ -71,18 +71,18 @@ def test_a_staged_checkpoint_shares_nothing_with_the_state() -> None:
     with torch.no_grad():
         for tensor in _tensors(live):
             tensor.add_(1)
-    live["loops"]["counts"].append(4)  # type: ignore[attr-defined]
+    live["loops"]["counts"].append(4)
     assert_equal(staged, before)
     # The next copy has the new values, in the same memory.
     again = staging.copy(live, NOTHING)
     assert_equal(again["state_dict"], live["state_dict"])
     assert [one.data_ptr() for one in _tensors(again)] == [one.data_ptr() for one in _tensors(staged)]
-    live["state_dict"]["weight"] = torch.randn(5, 3)  # type: ignore[call-overload]
+    live["state_dict"]["weight"] = torch.randn(5, 3)
     assert_equal(staging.copy(live, NOTHING)["state_dict"], live["state_dict"])
 
 
 def test_rounding_is_of_averages_and_moments_only() -> None:
-    live = {
+    live: dict[str, Any] = {
         "state_dict": {"student": torch.randn(9), "ema": torch.randn(9), "ema.schedule": torch.randn(9)},
         "optimizer_states": [{"state": {0: {"step": torch.tensor(257.0), "exp_avg": torch.randn(9)}}}],
     }
@@ -92,7 +92,7 @@ def test_rounding_is_of_averages_and_moments_only() -> None:
         assert dtypes == [torch.float32, torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
         torch.testing.assert_close(
             rounded["state_dict"]["ema"].float(), live["state_dict"]["ema"], rtol=2**-8, atol=0
-        )  # type: ignore[call-overload]
+        )
         assert rounded["optimizer_states"][0]["state"][0]["step"] == 257  # bfloat16 has no 257
 
 
@@ -220,7 +220,12 @@ def test_a_failure_in_the_background_ends_the_run_before_the_next_save(
     config["model"]["init_args"]["update_schedule"]["max_student_updates"] = 100_000
     taken = []
     save = Checkpointing.save
-    monkeypatch.setattr(Checkpointing, "save", lambda *arguments: taken.append(1) or save(*arguments))
+
+    def counted(self: Checkpointing, trainer: Trainer) -> Path:
+        taken.append(1)
+        return save(self, trainer)
+
+    monkeypatch.setattr(Checkpointing, "save", counted)
 
     def refuse(partial: Path) -> None:
         raise PermissionError(13, "Permission denied")
@@ -269,7 +274,7 @@ def test_the_planned_size_is_that_of_the_file_and_rounded_averages_resume(
             module,
             shards,
             2 if ckpt is None else 4,
-            ckpt_path=ckpt and str(ckpt),
+            ckpt_path=None if ckpt is None else str(ckpt),
             callbacks=[saver],
             enable_checkpointing=True,
         )
