@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.training.sharding import REPLICATE, SHARD, ShardedNetworks, mesh_shape
 
 GIB = 2**30
 ASSUMED_GPUS = 8
@@ -40,7 +40,7 @@ class Hardware:
     processes: int
     """Number of processes on all machines, one per device."""
     strategy: str
-    """"one device", "ddp" or "fsdp2"."""
+    """"one device", "ddp", "fsdp2" or "hsdp"."""
     precision: str
     """The Trainer's precision: "32-true", "bf16-mixed", ..."""
     on_gpu: bool
@@ -50,11 +50,19 @@ class Hardware:
     """Where `memory` comes from."""
     assumed: str | None = None
     """Assumption about a setting that the configuration leaves to the machine."""
+    shards: int = 1
+    """Number of processes among which each network is sharded."""
 
     @property
-    def shards(self) -> int:
-        """Number of shards of each network."""
-        return self.processes if self.strategy == "fsdp2" else 1
+    def replicas(self) -> int:
+        """Number of copies of each network."""
+        return self.processes // self.shards
+
+    @property
+    def layout(self) -> str:
+        """The strategy with its sizes, such as "hsdp on 4 x 8"."""
+        sizes = f"{self.replicas} x {self.shards}" if self.strategy == "hsdp" else str(self.processes)
+        return f"{self.strategy} on {sizes}" if self.processes > 1 else "one device"
 
     @property
     def autocast(self) -> torch.dtype | None:
@@ -91,15 +99,16 @@ def read_hardware(trainer: Mapping[str, Any], gpu_gib: float | None = None) -> H
     """
     on_gpu = str(trainer.get("accelerator", "auto")) != "cpu"
     per_machine, assumed = _devices(trainer.get("devices", "auto"), on_gpu)
-    processes = per_machine * int(trainer.get("num_nodes") or 1)
+    machines = int(trainer.get("num_nodes") or 1)
+    processes = per_machine * machines
     memory, source = _memory(on_gpu, gpu_gib)
     precision = trainer.get("precision")
     precision = _PRECISIONS.get(precision, str(precision))
     known = ("32-true", *_AUTOCAST, *_WEIGHTS)
     if precision not in known:
         raise UserError(f"--plan does not know trainer.precision {precision!r}; it knows {', '.join(known)}.")
-    strategy = _strategy(trainer.get("strategy", "auto"), processes)
-    return Hardware(processes, strategy, precision, on_gpu, memory, source, assumed)
+    strategy, shards = _strategy(trainer.get("strategy", "auto"), processes, machines)
+    return Hardware(processes, strategy, precision, on_gpu, memory, source, assumed, shards)
 
 
 def _devices(devices: Any, on_gpu: bool) -> tuple[int, str | None]:
@@ -134,19 +143,23 @@ def _memory(on_gpu: bool, gpu_gib: float | None) -> tuple[int, str]:
     return int(ASSUMED_GIB * GIB), "assumed; set --plan_gpu_gb"
 
 
-def _strategy(strategy: Any, processes: int) -> str:
+def _strategy(strategy: Any, processes: int, machines: int) -> tuple[str, int]:
+    """The strategy, and its number of shards."""
     if isinstance(strategy, str):
         if strategy == "auto" or strategy.startswith("ddp"):
-            return "ddp" if processes > 1 or strategy != "auto" else "one device"
+            return ("ddp" if processes > 1 or strategy != "auto" else "one device"), 1
         name = strategy
     else:
         name = str(strategy.get("class_path"))
         module, _, attribute = name.rpartition(".")
         found = getattr(importlib.import_module(module), attribute, None) if module else None
-        if isinstance(found, type) and issubclass(found, ModelParallelStrategy):
-            return "fsdp2"
+        if isinstance(found, type) and issubclass(found, ShardedNetworks):
+            init_args = strategy.get("init_args") or {}
+            sizes = init_args.get(REPLICATE, 1), init_args.get(SHARD, "auto")
+            replicas, shards = mesh_shape(*sizes, processes, machines)
+            return ("hsdp" if replicas > 1 else "fsdp2"), shards
         if isinstance(found, type) and found.__name__ == "DDPStrategy":
-            return "ddp"
+            return "ddp", 1
     raise UserError(
         f"--plan does not know the memory of trainer.strategy {name!r}; it knows auto, ddp and "
         "sdxs_lightning.training.sharding.ShardedNetworks."

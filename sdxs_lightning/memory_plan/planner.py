@@ -20,6 +20,7 @@ from sdxs_lightning.memory_plan.network_bytes import (
     update_workspace,
 )
 from sdxs_lightning.memory_plan.step_memory import BatchShape, StepProfile, profile_step
+from sdxs_lightning.memory_plan.traffic import Traffic, TrafficCount
 from sdxs_lightning.memory_plan.weightless import META, WeightlessFamily
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
@@ -45,6 +46,7 @@ class MemoryPlan:
     step: StepProfile
     checkpoint: CheckpointBytes
     """One checkpoint on disk, all shards together."""
+    traffic: Traffic
 
     @property
     def permanent(self) -> int:
@@ -141,7 +143,8 @@ class Planner:
         }
         batch = BatchShape(self._latents, self._images, accumulate, self._controls)
         with _gathered(self.networks, hardware):
-            step = profile_step(self.stage, self.networks, hardware, batch, workspaces)
+            traffic = TrafficCount(self.networks, hardware, accumulate)
+            step = profile_step(self.stage, self.networks, hardware, batch, workspaces, traffic)
         networks = [*self.networks, *self._family_networks()]
         return MemoryPlan(
             stage=type(self.stage).__name__,
@@ -154,6 +157,7 @@ class Planner:
             checkpointed=tuple(one.name for one in trained if _is_checkpointed(one)),
             step=step,
             checkpoint=checkpoint_bytes(self.stage, self.networks),
+            traffic=traffic.traffic(),
         )
 
     def changes(self, plan: MemoryPlan) -> list[SuggestedChange]:
@@ -188,12 +192,13 @@ class Planner:
         together = f"{text}, and " if text else ""
         if self.hardware.strategy != "fsdp2":
             processes = max(self.hardware.processes, ASSUMED_GPUS)
-            sharded = replace(self.hardware, strategy="fsdp2", processes=processes)
+            sharded = replace(self.hardware, strategy="fsdp2", processes=processes, shards=processes)
             yield SuggestedChange(
                 f"{together}--config configs/hardware/fsdp2.yaml on {processes} GPUs", self.plan(sharded)
             )
         else:
-            twice = replace(self.hardware, processes=2 * self.hardware.processes)
+            processes = 2 * self.hardware.processes
+            twice = replace(self.hardware, processes=processes, shards=processes)
             yield SuggestedChange(f"{together}twice as many GPUs (--trainer.num_nodes)", self.plan(twice))
 
     def _family_networks(self) -> list[PlannedNetwork]:
@@ -209,7 +214,7 @@ class Planner:
     def _buffers(self, hardware: Hardware) -> dict[str, int]:
         buffers = {}
         if hardware.strategy == "ddp":
-            # DDP allocates them when it wraps the stage, although its reducer is not used (training/gradients.py).
+            # DDP allocates them when it wraps the stage, although its reducer is not used (training/gradient_average.py).
             buffers["DDP buckets"] = sum(
                 network_bytes(one, 1).gradients for one in self.networks if one.role == "trained"
             )

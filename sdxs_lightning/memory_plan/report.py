@@ -30,11 +30,10 @@ def print_plan(
 def heading(plan: MemoryPlan) -> str:
     """One line on the planned run."""
     hardware = plan.hardware
-    where = f"{hardware.strategy} on {hardware.processes}" if hardware.processes > 1 else "one device"
     checkpointed = ", ".join(plan.checkpointed) or "none"
     return (
         f"Memory plan of {plan.stage}, for each device: batch {plan.batch_size} x {plan.accumulate}, {plan.resolution} px, "
-        f"{hardware.precision}, {where}; gradient checkpointing: {checkpointed}."
+        f"{hardware.precision}, {hardware.layout}; gradient checkpointing: {checkpointed}."
     )
 
 
@@ -60,6 +59,7 @@ def sentences(plan: MemoryPlan, changes: Sequence[SuggestedChange] = ()) -> list
     else:
         verdict = "Does not fit"
     lines.append(f"{verdict}: {numbers}; {batch}.")
+    lines += _traffic(plan)
     lines += [f"Change: {_outcome(change)}." for change in changes]
     return lines
 
@@ -101,6 +101,8 @@ def as_json(
         "precision": hardware.precision,
         "strategy": hardware.strategy,
         "devices": hardware.processes,
+        "replicas": hardware.replicas,
+        "shards": hardware.shards,
         "assumed": hardware.assumed,
         "gradient_checkpointing": list(plan.checkpointed),
         "networks": {
@@ -125,6 +127,15 @@ def as_json(
             for peak in plan.step.phase_peaks(plan.batch_size)
         },
         "kept_for_backward": plan.step.kept_bytes(plan.batch_size),
+        "traffic": {
+            "gathered": plan.traffic.gathered,
+            "scattered": plan.traffic.scattered,
+            "reduced": plan.traffic.reduced,
+            "averaged": plan.traffic.averaged,
+            "sent_within": plan.traffic.sent_within,
+            "sent_across": plan.traffic.sent_across,
+            "sent_to_all": plan.traffic.sent_to_all,
+        },
         "needed": plan.needed(),
         "needed_at_most": plan.needed_at_most(),
         "device_memory": hardware.memory,
@@ -143,6 +154,24 @@ def as_json(
             for change in changes
         ],
     }
+
+
+def _traffic(plan: MemoryPlan) -> list[str]:
+    """What a device sends in an iteration; nothing for a single device."""
+    hardware, traffic = plan.hardware, plan.traffic
+    if hardware.processes == 1:
+        return []
+    parts = []
+    if hardware.shards > 1:
+        parts.append(
+            f"{gib(traffic.sent_within)} to the {hardware.shards - 1} others that share its copy of the networks (weights "
+            "gathered, gradients scattered)"
+        )
+    if traffic.sent_across:
+        parts.append(f"{gib(traffic.sent_across)} across {hardware.replicas} replicas (gradients)")
+    if traffic.sent_to_all:
+        parts.append(f"{gib(traffic.sent_to_all)} to average gradients that are not sharded")
+    return [f"Traffic: in an iteration that updates every network, each device sends {', and '.join(parts)}."]
 
 
 def gib(size: int) -> str:

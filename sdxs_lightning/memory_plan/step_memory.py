@@ -19,6 +19,7 @@ from sdxs_lightning.memory_plan.as_on_cuda import AsOnCuda
 from sdxs_lightning.memory_plan.hardware import Hardware
 from sdxs_lightning.memory_plan.live_bytes import LiveBytes, ShapeMemory
 from sdxs_lightning.memory_plan.network_bytes import sharded_numel
+from sdxs_lightning.memory_plan.traffic import TrafficCount
 from sdxs_lightning.memory_plan.weightless import META
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
@@ -119,6 +120,7 @@ def profile_step(
     hardware: Hardware,
     batch: BatchShape,
     workspaces: Mapping[str, int],
+    traffic: TrafficCount,
 ) -> StepProfile:
     """Runs the step at two batch sizes, and separates constant memory from growth with the batch.
 
@@ -128,9 +130,13 @@ def profile_step(
         hardware: precision, sharding and number of processes.
         batch: contents of a micro-batch.
         workspaces: temporary bytes of the optimizer's step, by trained network.
+        traffic: counts what travels in the last of the runs.
     """
     shapes = ShapeMemory()
-    first, second = (run_step(stage, networks, hardware, batch, workspaces, shapes, size) for size in PROBES)
+    known = stage, networks, hardware, batch, workspaces, shapes
+    first = run_step(*known, PROBES[0])
+    with traffic.counting():
+        second = run_step(*known, PROBES[1])
     constants, slopes, kept = [], [], []
     step = PROBES[1] - PROBES[0]
     for low, high in zip(first, second, strict=True):

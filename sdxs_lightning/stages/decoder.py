@@ -111,7 +111,7 @@ class DecoderDistillation(ManualOptimization):
                 fake_features = self._adversarial_backward(images, reconstruction, batch.positions)
                 self._discriminator_backward(self._features_of(target, batch.positions), fake_features)
             else:
-                self.accumulate(reconstruction)
+                self.accumulate(reconstruction, ["decoder"])
             if self.iteration_is_ending:
                 self.apply_update("decoder")
                 if self.gan_is_on:
@@ -136,7 +136,7 @@ class DecoderDistillation(ManualOptimization):
         weight = self.adversarial.weight(
             self._at_last_layer(images, by_reconstruction), self._at_last_layer(images, by_adversarial)
         )
-        self.accumulate((images * (by_reconstruction + weight * by_adversarial)).sum())
+        self.accumulate((images * (by_reconstruction + weight * by_adversarial)).sum(), ["decoder"])
         self.note("student/", adversarial_loss=adversarial, adversarial_weight=weight)
         return [feature_map.detach() for feature_map in features]
 
@@ -158,7 +158,7 @@ class DecoderDistillation(ManualOptimization):
             self.discriminator, real_features, fake_features, r1_weight
         )
         self.note("discriminator/", **scalars)
-        self.accumulate(loss)
+        self.accumulate(loss, ["discriminator"])
 
     # ------------------------------------------------------------------------------------------------ parts of the step
 
@@ -259,7 +259,7 @@ class DecoderDistillation(ManualOptimization):
         images = self.decoder(latents)
         reconstruction = self.reconstruction.loss(images, target, self.pairs.vae_factor)
         if self.discriminator is None:
-            self.accumulate(reconstruction)
+            self.accumulate(reconstruction, ["decoder"])
         else:
             fake_features = self._adversarial_backward(images, reconstruction, batch.positions)
             self._discriminator_backward(self._features_of(target, batch.positions), fake_features)

@@ -30,7 +30,7 @@ from sdxs_lightning.objectives.denoising import denoising_loss
 from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
-from sdxs_lightning.training.sharding import mixed_precision, shard_unet
+from sdxs_lightning.training.sharding import shard_unet, sharding_of
 
 
 class DenoisingLoRA(AveragedTraining):
@@ -99,9 +99,9 @@ class DenoisingLoRA(AveragedTraining):
         self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
         save_adapters_only(self.denoiser)
         self.ema = DenoiserEma(self.denoiser, self.ema_decay)
-        if self.device_mesh is not None:
-            mesh, policy = self.device_mesh["data_parallel"], mixed_precision(str(self.trainer.precision))
-            shard_unet(self.denoiser.unet, mesh, policy)
+        sharding = sharding_of(self)
+        if sharding is not None:
+            shard_unet(self.denoiser.unet, *sharding)
             self.ema.after_sharding()
 
     def on_fit_start(self) -> None:

@@ -36,7 +36,7 @@ from sdxs_lightning.surgery.pruning import prune
 from sdxs_lightning.surgery.topology import Topology
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
-from sdxs_lightning.training.sharding import mixed_precision, shard_unet
+from sdxs_lightning.training.sharding import shard_unet, sharding_of
 
 
 class PrunedUNetDistillation(AveragedTraining):
@@ -173,10 +173,13 @@ class PrunedUNetDistillation(AveragedTraining):
             prepare_unet(base, False, self.compile_blocks, list(self.taps.values()))
             self.teacher = Frozen(self._denoiser(base)).to(dtype=self.real_score_dtype)
         self._check_taps()
-        if self.device_mesh is not None:
-            self._shard()
-        else:
-            self._order_channels()
+        sharding = sharding_of(self)
+        for denoiser in self._denoisers:
+            if sharding is not None:
+                shard_unet(denoiser.unet, *sharding)
+            else:
+                # Faster convolutions on GPUs. Not with FSDP2, which accepts contiguous weights only.
+                denoiser.to(memory_format=torch.channels_last)
 
     def _prune(self, source: UNet2DConditionModel) -> UNet2DConditionModel:
         if self.topology is None:
@@ -207,17 +210,6 @@ class PrunedUNetDistillation(AveragedTraining):
 
     def _denoiser(self, unet: UNet2DConditionModel) -> Denoiser:
         return Denoiser(unet, self.family.schedule, self.family.prediction_type)
-
-    def _shard(self) -> None:
-        assert self.device_mesh is not None
-        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(str(self.trainer.precision))
-        for denoiser in self._denoisers:
-            shard_unet(denoiser.unet, mesh, policy)
-
-    def _order_channels(self) -> None:
-        # Faster convolutions on GPUs. Not with FSDP2, which accepts contiguous weights only.
-        for denoiser in self._denoisers:
-            denoiser.to(memory_format=torch.channels_last)
 
     @property
     def _denoisers(self) -> list[Denoiser]:

@@ -8,12 +8,14 @@ optimizers together, so the stage keeps its own counters.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -22,7 +24,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdxs_lightning.networks.network import Network
-from sdxs_lightning.training.gradients import average_gradients, clip_gradients
+from sdxs_lightning.training.gradient_average import GradientAverage
+from sdxs_lightning.training.gradients import clip_gradients
 
 
 class ManualOptimization(LightningModule):
@@ -49,6 +52,8 @@ class ManualOptimization(LightningModule):
         """Micro-batches done in the current iteration."""
         self._scalars: dict[str, list[Tensor | float]] = defaultdict(list)
         self._scheduled: list[str] = []
+        self._averages: dict[tuple[str, ...], GradientAverage | None] = {}
+        self._unfinished: list[GradientAverage] = []
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -66,25 +71,50 @@ class ManualOptimization(LightningModule):
         return self.micro_batches + 1 == self.accumulate_grad_batches
 
     def without_reducer(self) -> AbstractContextManager[None]:
-        """Context for all backward passes that disables DDP's reducer, since `apply_update` averages over ranks.
-
-        FSDP2 still reduce-scatters on every micro-batch; deferring that would keep unsharded gradients in memory.
-        """
+        """Context of a micro-batch that disables DDP's reducer, which sends the gradients of all networks."""
         model = self.trainer.model
         if isinstance(model, DistributedDataParallel):
             return cast(AbstractContextManager[None], model.no_sync())
         return nullcontext()
 
-    def accumulate(self, loss: Tensor) -> None:
-        """Backward pass, with the loss divided by the number of micro-batches per iteration."""
-        self.manual_backward(loss / self.accumulate_grad_batches)
+    def accumulate(self, loss: Tensor, roles: Sequence[str], last: bool | None = None) -> None:
+        """Backward pass, with the loss divided by the number of micro-batches per iteration.
+
+        Args:
+            loss: scalar.
+            roles: the networks that get gradients from it.
+            last: whether their next update follows without a further pass, so that gradients are averaged over ranks meanwhile;
+                None takes the last micro-batch of the iteration.
+        """
+        with self._averaging(tuple(roles), self.iteration_is_ending if last is None else last):
+            self.manual_backward(loss / self.accumulate_grad_batches)
+
+    def _averaging(self, roles: tuple[str, ...], last: bool) -> AbstractContextManager[None]:
+        """Context of a backward pass: averages over ranks in the last one, and nothing travels that can wait before it."""
+        strategy = self.trainer.strategy if self._trainer is not None else None
+        if not isinstance(strategy, ParallelStrategy) or strategy.world_size == 1:
+            return nullcontext()
+        if not last:
+            return strategy.block_backward_sync()
+        if roles not in self._averages:
+            # FSDP2 averages the gradients of what it shards.
+            plain = [
+                p for role in roles for p in self.networks[role].parameters() if not isinstance(p, DTensor)
+            ]
+            trained = [parameter for parameter in plain if parameter.requires_grad]
+            self._averages[roles] = GradientAverage(trained) if trained else None
+        average = self._averages[roles]
+        if average is None:
+            return nullcontext()
+        self._unfinished.append(average)
+        return average.overlapping()
 
     def apply_update(self, role: str) -> None:
-        """Averages gradients over ranks, clips, steps, zeroes them, steps the scheduler. Weights change nowhere else."""
+        """Waits for the averaged gradients, clips, steps, zeroes them, steps the scheduler. Weights change nowhere else."""
         optimizer, network = self._optimizer_of(role), self.networks[role]
-        if isinstance(self.trainer.model, DistributedDataParallel) or self.device_mesh is not None:
-            # FSDP2 has already averaged the gradients of sharded parameters.
-            average_gradients(p for p in network.parameters() if not isinstance(p, DTensor))
+        for average in self._unfinished:
+            average.finish()
+        self._unfinished.clear()
         norm = clip_gradients(network.parameters(), self.gradient_clip_norm)
         self.note(f"{role}/", gradient_norm=norm, lr=optimizer.param_groups[0]["lr"])
         optimizer.step()

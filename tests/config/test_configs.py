@@ -27,6 +27,7 @@ OVERLAYS = {
     "hardware/one_gpu.yaml": ["sd15/distill.yaml"],
     "hardware/ddp.yaml": ["sdxl/distill.yaml"],
     "hardware/fsdp2.yaml": ["sdxl/distill.yaml"],
+    "hardware/hsdp.yaml": ["sdxl/distill.yaml"],
     "hardware/multi_node.yaml": ["sdxl/distill.yaml", "hardware/fsdp2.yaml"],
     "metrics/coco2014.yaml": ["sd15/distill.yaml"],
     "methods/gan_in_warmup.yaml": ["sd15/warmup.yaml"],

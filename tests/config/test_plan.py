@@ -116,6 +116,19 @@ def test_ddp_has_buckets_of_every_trained_network(planner: Planner, planned: Mem
             "fsdp2",
             32,
         ),
+        (
+            {
+                "devices": 8,
+                "num_nodes": 4,
+                "strategy": {
+                    "class_path": "sdxs_lightning.training.sharding.ShardedNetworks",
+                    "init_args": {"data_parallel_replicate": "auto", "data_parallel_shard": "auto"},
+                },
+            },
+            32,
+            "hsdp",
+            8,
+        ),
     ],
 )
 def test_the_machine_is_read_from_the_trainer_section(

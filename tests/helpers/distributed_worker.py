@@ -11,6 +11,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,7 +29,8 @@ from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation
 from sdxs_lightning.stages.controlnet.training import ControlNetTraining
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
-from sdxs_lightning.training import gradients
+from sdxs_lightning.training import gradient_average
+from sdxs_lightning.training.gradient_average import GradientAverage
 from sdxs_lightning.training.sharding import ShardedNetworks
 from tests.helpers.rounding import ADAM_EPS
 from tests.helpers.tiny_decoding import pixel_gan
@@ -36,6 +38,7 @@ from tests.helpers.tiny_distillation import batches_of, distillation, family_of,
 
 ITERATIONS = 6
 DENOISING_UPDATES = 3
+MIXED_ITERATIONS = 3
 SAVED_AFTER = 4
 SGD_LR = 0.02
 ADAMW_LR = 1e-3
@@ -120,6 +123,26 @@ def controlled(base: Path, make: Any) -> OneStepDistillation:
     )
 
 
+def mixed_precision(base: Path) -> OneStepDistillation:
+    """The student's update comes before any of the fake score, whose first forward pass is therefore frozen."""
+    return distillation(base, optimizer=OPTIMIZERS["sgd"], gradient_clip_norm=GRADIENT_CLIP_NORM)
+
+
+class ReduceDtypes(Callback):
+    """Notes in which dtypes FSDP2 will reduce gradients, before the first forward pass."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: OneStepDistillation) -> None:  # type: ignore[override]
+        groups = [
+            module._get_fsdp_state()._fsdp_param_group
+            for network in pl_module.networks.values()
+            for module in network.modules()
+            if isinstance(module, FSDPModule)
+        ]
+        self.found = {
+            str(getattr(group, "_reduce_dtype", "not known yet")) for group in groups if group is not None
+        }
+
+
 def denoising(base: Path) -> ControlNetTraining:
     """A ControlNet of the base by denoising: Lightning's automatic optimisation, and adapters with frozen weights below."""
     source = ControlNetSource(lora=LoRA(rank=2, targets=("to_q", "conv1")))
@@ -147,23 +170,53 @@ def arrived(module: LightningModule) -> dict[str, torch.Tensor]:
     return whole
 
 
+class CountSent:
+    """Counts the elements of gradients that `GradientAverage` sends, in buckets that are small for tiny networks."""
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+        """Elements per update."""
+        self.overlapped = 0
+        """Elements that were sent before their backward pass had ended."""
+        self._elements = 0
+        self._original = GradientAverage._send, GradientAverage.finish, gradient_average.BUCKET_BYTES
+
+    def start(self) -> None:
+        send, finish, _ = self._original
+
+        def sending(average: GradientAverage) -> None:
+            before = len(average._sent)
+            send(average)
+            elements = sum(flat.numel() for _, flat in average._sent[before:])
+            self._elements += elements
+            self.overlapped += elements if average._overlapping else 0
+
+        def finishing(average: GradientAverage) -> None:
+            finish(average)
+            self.sent.append(self._elements)
+            self._elements = 0
+
+        GradientAverage._send = sending  # type: ignore[method-assign,assignment]
+        GradientAverage.finish = finishing  # type: ignore[method-assign,assignment]
+        gradient_average.BUCKET_BYTES = 2**16
+
+    def stop(self) -> None:
+        send, finish, gradient_average.BUCKET_BYTES = self._original
+        GradientAverage._send, GradientAverage.finish = send, finish  # type: ignore[method-assign]
+
+
 class SaveAfter(Callback):
     """Saves a checkpoint after a number of batches (None: never), and counts the gradients that travel under DDP."""
 
     def __init__(self, batches: int | None, path: Path) -> None:
         self.batches, self.path = batches, path
-        self.sent: list[int] = []
+        self.counted = CountSent()
         self.sent_by_reducer = 0
-        self._average = gradients._average
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gradients._average = self._averaging
+        self.counted.start()
         if isinstance(trainer.model, DistributedDataParallel):
             trainer.model.register_comm_hook(None, lambda state, bucket: self._reducing(bucket))
-
-    def _averaging(self, gradients: list[torch.Tensor]) -> None:
-        self.sent.append(sum(map(torch.numel, gradients)))
-        self._average(gradients)
 
     def _reducing(self, bucket: Any) -> Any:
         self.sent_by_reducer += bucket.buffer().numel()
@@ -171,11 +224,21 @@ class SaveAfter(Callback):
         return allreduce_hook(dist.group.WORLD, bucket)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        gradients._average = self._average
+        self.counted.stop()
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if batches_of(trainer) == self.batches:
             trainer.save_checkpoint(self.path)
+
+
+def train_in_mixed_precision(base: Path, shards: Path, file: Path) -> None:
+    """FSDP2 with weights gathered in bfloat16, and gradients reduced in float32."""
+    module, dtypes = mixed_precision(base), ReduceDtypes()
+    two: dict[str, Any] = {"batch_size": 2, "devices": 2, "strategy": strategy_of("fsdp2")}
+    fit(module, shards, MIXED_ITERATIONS, callbacks=[dtypes], precision="bf16-mixed", **two)
+    whole = arrived(module)
+    if module.global_rank == 0:
+        torch.save({"straight": whole, "reduced_in": dtypes.found}, file)
 
 
 def train_everything(base: Path, shards: Path, out: Path) -> None:
@@ -195,6 +258,8 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
         if training.global_rank == 0:
             sharded = isinstance(next(training.controlled.parameters()), DTensor)
             torch.save({"straight": whole, "sharded": sharded}, out / f"{strategy}-denoising.pt")
+        if strategy == "fsdp2":
+            train_in_mixed_precision(base, shards, out / "mixed.pt")
         for name, case in CASES.items():
             checkpoint = out / f"{strategy}-{name}.ckpt"
             micro = case.micro_batches
@@ -213,7 +278,8 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
                 **settings,
             )
             results: dict[str, Any] = {"straight": arrived(module)}
-            results["sent"], results["sent_by_reducer"] = save.sent, save.sent_by_reducer
+            results["sent"], results["overlapped"] = save.counted.sent, save.counted.overlapped
+            results["sent_by_reducer"] = save.sent_by_reducer
             results["sharded"] = isinstance(next(module.student.parameters()), DTensor)
             if name == "adamw":
                 module = module_for(base, case, micro)

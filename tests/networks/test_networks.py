@@ -13,7 +13,8 @@ from torch import nn
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.network import no_param_grad
 from sdxs_lightning.stages.distillation.update_schedule import Updates, UpdateSchedule
-from sdxs_lightning.training import gradients
+from sdxs_lightning.training import gradient_average
+from sdxs_lightning.training.gradient_average import GradientAverage
 from sdxs_lightning.training.gradients import clip_gradients
 from sdxs_lightning.training.lr_schedules import TwoPhaseLR
 
@@ -101,24 +102,51 @@ def test_clip_gradients_returns_the_norm_before() -> None:
     assert parameters[0].grad.item() == pytest.approx(0.6, rel=1e-5)
 
 
-def test_average_gradients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = [nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (4,), (5,), (1,))]
-    for i, parameter in enumerate(parameters[:3]):
-        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    before = [parameter.grad.clone() for parameter in parameters[:3] if parameter.grad is not None]
+def test_gradients_are_averaged_in_buckets_of_their_order_of_arrival(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+    first, second, unused = (nn.Parameter(torch.ones(size)) for size in (4, 5, 2))
+    parameters = [first, second, *wide.parameters(), unused]
     messages: list[int] = []
 
-    def two_equal_ranks(flat: torch.Tensor) -> None:
+    class Sent:
+        def wait(self) -> None:
+            messages.append(0)
+
+    def two_equal_ranks(flat: torch.Tensor, async_op: bool) -> Sent:
+        assert async_op
         messages.append(flat.numel())
         flat *= 2
+        return Sent()
 
     monkeypatch.setattr(dist, "all_reduce", two_equal_ranks)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda order: None)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(gradients, "CHUNK_ELEMENTS", 10)
-    gradients.average_gradients(parameters)
-    assert messages == [10, 5] and parameters[3].grad is None
-    for parameter, expected in zip(parameters, before, strict=False):
-        assert parameter.grad is not None and torch.equal(parameter.grad, expected)
+    monkeypatch.setattr(gradient_average, "BUCKET_BYTES", 4 * 9)
+    average = GradientAverage(parameters)
+
+    def loss() -> torch.Tensor:
+        # Gradients arrive in the order from the convolution's weight to `second`.
+        images = (second.sum() * torch.arange(50.0)).view(1, 2, 5, 5)
+        output: torch.Tensor = wide(images * first.sum())
+        return output.square().mean()
+
+    for sent_meanwhile in (False, True):
+        for parameter in parameters:
+            parameter.grad = None
+        loss().backward()  # an earlier micro-batch, which nothing is sent of
+        assert messages == []
+        with average.overlapping():
+            loss().backward()
+        # The weight, which is more than a bucket, then its bias and `first`; the last bucket waits for the unused parameter.
+        assert messages == ([54, 7] if sent_meanwhile else [])
+        average.finish()
+        assert messages == [54, 7, 5, 0, 0, 0]
+        messages.clear()
+        expected = torch.autograd.grad(loss(), parameters[:-1])
+        for parameter, alone in zip(parameters, expected, strict=False):
+            assert parameter.grad is not None and parameter.grad.stride() == parameter.stride()
+            torch.testing.assert_close(parameter.grad, 2 * alone, rtol=1e-6, atol=0)
+        assert unused.grad is None
 
 
 def test_two_phase_learning_rate() -> None:

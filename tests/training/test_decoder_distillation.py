@@ -258,7 +258,7 @@ def test_who_learns_when(base: Base, shards: Path, dinov2: Path) -> None:
 def test_gan_gradient_is_the_set_fraction_at_the_last_layer(base: Base, dinov2: Path) -> None:
     module = built(decoding(base("sd-epsilon"), dinov2))
     gradients: list[Tensor] = []
-    module.accumulate = lambda loss: gradients.append(  # type: ignore[method-assign]
+    module.accumulate = lambda loss, roles, last=None: gradients.append(  # type: ignore[method-assign]
         torch.autograd.grad(loss, module.decoder.last_weight, retain_graph=True)[0]
     )
     latents, positions = random_latents(), torch.arange(2)

@@ -164,7 +164,7 @@ def test_without_a_style_the_first_gradient_is_zero(
         sample = module._sample(batch, module.terms.distillation)
         noted: dict[str, Any] = {}
         module.note = lambda prefix="", noted=noted, **scalars: noted.update(scalars)  # type: ignore[method-assign]
-        module.accumulate = lambda loss: loss.backward()  # type: ignore[method-assign]
+        module.accumulate = lambda loss, roles, last=None: loss.backward()  # type: ignore[method-assign]
         module._student_backward(sample, module.terms.distillation)
         norms.append(float(noted["gradient_norm_distribution_matching"]))
     assert norms[0] < 1e-6 < 1e-3 < norms[1]

@@ -38,7 +38,7 @@ from sdxs_lightning.stages.controlnet.control_images import control_images_of, w
 from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
-from sdxs_lightning.training.sharding import mixed_precision, shard_unet
+from sdxs_lightning.training.sharding import shard_unet, sharding_of
 
 
 class ControlNetTraining(AveragedTraining):
@@ -185,11 +185,11 @@ class ControlNetTraining(AveragedTraining):
         self.taps = self._pair_blocks()
         # nn.Module's own to(): that of diffusers warns about every cast.
         nn.Module.to(unet, dtype=self.real_score_dtype)
-        if self.device_mesh is not None:
-            mesh, policy = self.device_mesh["data_parallel"], mixed_precision(str(self.trainer.precision))
+        sharding = sharding_of(self)
+        if sharding is not None:
             frozen = [] if self.teacher is None else self.teacher.module.networks
             for network in (*self.controlled.networks, self.ema.denoiser.networks[1], *frozen):
-                shard_unet(network, mesh, policy)
+                shard_unet(network, *sharding)
 
     def _denoiser(self, unet: object) -> Denoiser:
         prepared = prepare_unet(unet, self.gradient_checkpointing, self.compile_blocks)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from sdxs_lightning.core.frozen import Frozen
 from sdxs_lightning.export import export_pipeline, gathered_unet, write_unet
@@ -27,7 +29,7 @@ from sdxs_lightning.stages.distillation.setup import Terms, check_needs
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.manual_optimization import ManualOptimization
 from sdxs_lightning.training.plannable import PlannedNetwork
-from sdxs_lightning.training.sharding import mixed_precision, shard_head, shard_unet
+from sdxs_lightning.training.sharding import shard_head, shard_unet, sharding_of
 
 
 class DistillationNetworks(ManualOptimization):
@@ -134,8 +136,9 @@ class DistillationNetworks(ManualOptimization):
         for term in self._all_terms:
             term.build(self.family, self.context)
         self._build_pairs()
-        if self.device_mesh is not None:
-            self._shard()
+        sharding = sharding_of(self)
+        if sharding is not None:
+            self._shard(*sharding)
 
     def _load_real_score(self) -> Denoiser:
         """The base; shared with the fake score if that trains adapters on it."""
@@ -149,9 +152,8 @@ class DistillationNetworks(ManualOptimization):
         if self.pairs is not None:
             self.pairs.build(self.family)
 
-    def _shard(self) -> None:
-        assert self.device_mesh is not None and self.ema is not None
-        mesh, policy = self.device_mesh["data_parallel"], mixed_precision(str(self.trainer.precision))
+    def _shard(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
+        assert self.ema is not None
         denoisers = [self.student.denoiser, self.ema.denoiser]
         denoisers += [self.fake_score.denoiser] if self.fake_score is not None else []
         frozen = (self.real_score, self.pairs.own if self.pairs is not None else None)

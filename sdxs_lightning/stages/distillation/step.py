@@ -257,7 +257,7 @@ class OneStepDistillation(DistillationNetworks):
         # costs no more than differentiating the sum, since terms share only the student. One backward pass of
         # <latents, total>, with total constant, now applies the chain rule through the student.
         total = torch.stack(list(gradients.values())).sum(dim=0)
-        self.accumulate((sample.latents * total).sum())
+        self.accumulate((sample.latents * total).sum(), ["student"])
 
     def _fake_score_and_discriminator_update(self, fake: LatentSample, batch: TrainingBatch) -> None:
         """Updates the fake score on its denoising loss, and the discriminator on its own."""
@@ -269,8 +269,9 @@ class OneStepDistillation(DistillationNetworks):
             return
         self._step_fake_score_and_discriminator()
         for use in range(1, uses):
-            for sample, its_batch in self._kept_samples:
-                self._fake_score_and_discriminator_backward(sample.used(use), its_batch)
+            for kept, (sample, its_batch) in enumerate(self._kept_samples, start=1):
+                last = kept == len(self._kept_samples)
+                self._fake_score_and_discriminator_backward(sample.used(use), its_batch, last)
             self._step_fake_score_and_discriminator()
         self._kept_samples.clear()
 
@@ -279,8 +280,10 @@ class OneStepDistillation(DistillationNetworks):
         if self.gan is not None and self.gan.acts_in_distillation:
             self.apply_update("discriminator")
 
-    def _fake_score_and_discriminator_backward(self, fake: LatentSample, batch: TrainingBatch) -> None:
-        """Accumulates the gradients of fake score and discriminator."""
+    def _fake_score_and_discriminator_backward(
+        self, fake: LatentSample, batch: TrainingBatch, last: bool | None = None
+    ) -> None:
+        """Accumulates the gradients of fake score and discriminator; `last` as in `accumulate`."""
         assert self.fake_score is not None  # checked in setup.py
         schedule, prediction_type = self.family.schedule, self.family.prediction_type
         noisy = fake.renoise(schedule, self.denoising.timesteps, Stream.FAKE_TIMESTEP, Stream.FAKE_NOISE)
@@ -300,11 +303,11 @@ class OneStepDistillation(DistillationNetworks):
         self.note("fake_score/", loss=loss)
         if self.gan is not None and self.gan.acts_in_distillation:
             loss = loss + self._discriminator_loss(fake, batch, fake_features)
-        self.accumulate(loss)
+        self.accumulate(loss, [role for role in self.networks if role != "student"], last)
 
     def _discriminator_update(self, fake: LatentSample, batch: TrainingBatch) -> None:
         """Updates the discriminator alone, in the warm-up."""
-        self.accumulate(self._discriminator_loss(fake, batch, None))
+        self.accumulate(self._discriminator_loss(fake, batch, None), ["discriminator"])
         if self.iteration_is_ending:
             self.apply_update("discriminator")
 
@@ -342,7 +345,7 @@ class OneStepDistillation(DistillationNetworks):
             others = tuple(name for name in self.networks if name != "student")
             yield PlannedPhase("iteration of fake score and discriminator", others)
         elif self.gan is not None and self.gan.acts_in_warmup:
-            self.accumulate(self._discriminator_loss(sample.detach(), batch, None))
+            self.accumulate(self._discriminator_loss(sample.detach(), batch, None), ["discriminator"])
             yield PlannedPhase("iteration of the discriminator", ("discriminator",))
         self._scalars.clear()
         if self.pairs is not None:

@@ -16,12 +16,14 @@ from tests.helpers.distributed_worker import (
     DENOISING_UPDATES,
     GRADIENT_CLIP_NORM,
     ITERATIONS,
+    MIXED_ITERATIONS,
     SGD_LR,
     STRATEGIES,
     arrived,
     contents_of,
     denoising,
     health_of,
+    mixed_precision,
     module_for,
     train_everything,
 )
@@ -152,11 +154,32 @@ def test_only_the_gradients_of_updated_networks_travel(
     module = module_for(base("sd-v_prediction"), CASES[case], 1)
     module.configure_model()
     sizes = {role: sum(p.numel() for p in network.parameters()) for role, network in module.networks.items()}
-    student, others = [sizes.pop("student")], list(sizes.values())
+    student, others = [sizes.pop("student")], [sum(sizes.values())]
     both = student + others
     iterations = [student, student, others, both, others, both]
     assert results["sent"] == [size for iteration in iterations for size in iteration]
     assert results["sent_by_reducer"] == 0
+    # All but the first passes of the student and of the others, which find out the order; and what the last bucket awaits.
+    assert results["overlapped"] > 0.5 * sum(results["sent"])
     # FSDP2 scatters the gradients of what it shards by itself; the heads of the projected GAN are whole.
     whole = [sizes["discriminator"]] * (ITERATIONS - 2) if case == "pixel_gan" else []
     assert load(two_processes, "fsdp2", case)["sent"] == whole
+
+
+def test_mixed_precision_reduces_in_float32_although_the_first_pass_is_frozen(
+    two_processes: Path, base: Callable[[str], Path], shards: Path
+) -> None:
+    results = torch.load(two_processes / "mixed.pt")
+    assert results["reduced_in"] == {"torch.float32"}
+    module = built(mixed_precision(base("sd-v_prediction")))
+    start = arrived(module)
+    fit(module, shards, MIXED_ITERATIONS, batch_size=4, precision="bf16-mixed")
+    expected = arrived(module)
+    for role in module.networks:
+        names = [name for name in start if name.startswith(role)]
+        way, error = (
+            torch.cat([(one[name] - other[name]).flatten() for name in names]).norm()
+            for one, other in ((expected, start), (results["straight"], expected))
+        )
+        # bfloat16 has 8 bits; a wrong update would be as far off as the way is long.
+        assert way > 0 and error < 0.05 * way, (role, float(error / way))

@@ -81,7 +81,7 @@ def test_students_gradient_is_the_sum_of_anchor_and_gan(base: Base, dinov2: Path
 
     def gradient(**settings: Any) -> torch.Tensor:
         module = built(finishing(base("sd-epsilon"), dinov2, student=StudentGenerator(SGD), **settings))
-        module.accumulate = lambda loss: loss.backward()  # type: ignore[method-assign]
+        module.accumulate = lambda loss, roles, last=None: loss.backward()  # type: ignore[method-assign]
         module._student_backward(sample_of(module), module.terms.distillation)
         parts = [p.grad.flatten() for p in module.student.parameters() if p.grad is not None]
         return torch.cat(parts)

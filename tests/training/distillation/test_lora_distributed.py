@@ -64,7 +64,7 @@ def train(base: Path, shards: Path, out: Path) -> None:
         results = {
             "straight": straight,
             "resumed": arrived(resumed),
-            "sent": save.sent,
+            "sent": save.counted.sent,
             "sharded": all(isinstance(p, DTensor) for p in module.parameters()),
         }
         if trainer.is_global_zero:
@@ -138,7 +138,7 @@ def test_checkpoints_are_small_and_only_adapters_travel(
         f"state_dict.{name}" for name in state
     }
     sent = torch.load(two_processes / "ddp.pt")["sent"]
-    others = [sizes["fake_score"], sizes["discriminator"]]
+    others = [sizes["fake_score"] + sizes["discriminator"]]
     student = [sizes["student"]]
     both = student + others
     iterations = [student, student, both, others, both]
