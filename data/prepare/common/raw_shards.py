@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from data.prepare.common.options import RemoteOptions
 from data.shards.index import ShardIndex, ShardSet
-from data.shards.remote.patience import Patience
 from data.shards.remote.shard_cache import ShardCache
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError
