@@ -136,7 +136,7 @@ def profile_step(
     known = stage, networks, hardware, batch, workspaces, shapes
     first = run_step(*known, PROBES[0])
     with traffic.counting():
-        second = run_step(*known, PROBES[1])
+        second = run_step(*known, PROBES[1], traffic)
     constants, slopes, kept = [], [], []
     step = PROBES[1] - PROBES[0]
     for low, high in zip(first, second, strict=True):
@@ -159,6 +159,7 @@ def run_step(
     workspaces: Mapping[str, int],
     shapes: ShapeMemory,
     size: int,
+    traffic: TrafficCount | None = None,
 ) -> list[_Line]:
     """Runs the step at one batch size; further arguments as in `profile_step`."""
     assert isinstance(stage, Plannable)
@@ -176,6 +177,8 @@ def run_step(
             line = [*live.line[before:], (live.live + workspace, live.gradients)]
             if not phase.updates:  # before the first training step, without gradients
                 line = [(total - gradient, 0) for total, gradient in line]
+                if traffic is not None:
+                    traffic.restart()
             lines.append(_Line(phase.name, line, max(kept, default=0)))
             if batch.accumulate == 1:
                 gradients.clear(phase.updates)

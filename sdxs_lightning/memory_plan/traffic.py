@@ -21,6 +21,9 @@ from sdxs_lightning.training.sharding import blocks_of
 class Traffic:
     """Bytes handed to the collectives in an iteration that updates every network, and what of it one device sends.
 
+    Gradients are exact. Gathered weights are within some per cent: FSDP2 also prefetches the block before the first one that the
+    backward pass needs, and gathers what is outside the blocks once for two passes of one backward pass.
+
     In a ring of n ranks, each sends (n - 1) / n of them in an all-gather or reduce-scatter, and twice that in an all-reduce.
     """
 
@@ -60,9 +63,8 @@ class _Group:
     gathers_again: bool
     """Whether the backward pass gathers the weights again."""
     gathers: int = 0
-    reductions: int = 0
     trained: list[nn.Parameter] = field(default_factory=list)
-    """Those that got gradients in the last pass."""
+    """Those that got gradients."""
 
 
 class TrafficCount:
@@ -88,9 +90,9 @@ class TrafficCount:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """Context in which one micro-batch runs."""
+        self.restart()
         handles = []
         for module, group in self._groups.items():
-            group.gathers = group.reductions = 0
             # Not looked up by module in the hook: the encoder of a U-Net is another module with the same hooks.
             handles.append(module.register_forward_hook(partial(_passed, group)))
         try:
@@ -98,6 +100,11 @@ class TrafficCount:
         finally:
             for handle in handles:
                 handle.remove()
+
+    def restart(self) -> None:
+        """Forgets what came before the first micro-batch."""
+        for group in self._groups.values():
+            group.gathers, group.trained = 0, []
 
     def traffic(self) -> Traffic:
         """The traffic of an iteration of such micro-batches."""
@@ -107,8 +114,9 @@ class TrafficCount:
             weights = sum(self._gathered_bytes(p) for p in group.parameters)
             gradients = sum(sharded_numel(p, shards) for p in group.trained) * self._gradient_itemsize
             gathered += group.gathers * weights
-            scattered += group.reductions * gradients * shards
-            reduced += group.reductions * gradients if replicas > 1 else 0
+            # Once, in however many passes of the backward pass they arise.
+            scattered += gradients * shards
+            reduced += gradients if replicas > 1 else 0
         averaged = sum(p.numel() * p.element_size() for p in self._whole) if shards * replicas > 1 else 0
         times = self._accumulate
         return Traffic(times * gathered, times * scattered, reduced, averaged, shards, replicas)
@@ -127,7 +135,6 @@ def _passed(group: _Group, module: nn.Module, inputs: tuple[Any, ...], output: A
     group.gathers += 2 if differentiated and group.gathers_again else 1
     trained = [parameter for parameter in group.parameters if parameter.requires_grad]
     if differentiated and trained:
-        group.reductions += 1
         group.trained = trained
 
 

@@ -19,13 +19,13 @@ from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from sdxs_lightning.networks.network import Network
 from sdxs_lightning.training.gradient_average import GradientAverage
 from sdxs_lightning.training.gradients import clip_gradients
+from sdxs_lightning.training.sharding import unsharded_parameters
 
 
 class ManualOptimization(LightningModule):
@@ -98,10 +98,8 @@ class ManualOptimization(LightningModule):
             return strategy.block_backward_sync()
         if roles not in self._averages:
             # FSDP2 averages the gradients of what it shards.
-            plain = [
-                p for role in roles for p in self.networks[role].parameters() if not isinstance(p, DTensor)
-            ]
-            trained = [parameter for parameter in plain if parameter.requires_grad]
+            whole = [p for role in roles for p in unsharded_parameters(self.networks[role])]
+            trained = [parameter for parameter in whole if parameter.requires_grad]
             self._averages[roles] = GradientAverage(trained) if trained else None
         average = self._averages[roles]
         if average is None:

@@ -233,3 +233,14 @@ def shard_unet(unet: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) 
 def shard_head(head: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
     """Shards a discriminator's head in place as one group."""
     fully_shard(head, mesh=mesh, mp_policy=policy)
+
+
+def unsharded_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that FSDP2 does not shard; not told by their type, since those that are gathered now are plain tensors."""
+    sharded = {
+        id(parameter)
+        for inner in module.modules()
+        if isinstance(inner, FSDPModule)
+        for parameter in inner.parameters()
+    }
+    return [parameter for parameter in module.parameters() if id(parameter) not in sharded]
