@@ -192,7 +192,14 @@ def train_everything(base: Path, shards: Path, out: Path) -> None:
             results["overlap"] = counted.overlapped, sum(counted.sent)
         else:
             results["placements"] = placements_of(module)
-        run(name, "controlnet", controlnet(base), MICRO_BATCHES, Watch(range(MICRO_BATCHES)), contents=contents)
+        run(
+            name,
+            "controlnet",
+            controlnet(base),
+            MICRO_BATCHES,
+            Watch(range(MICRO_BATCHES)),
+            contents=contents,
+        )
         run(name, "adapters", adapters(base), 2 * MICRO_BATCHES, Watch(last_iteration), **automatic)
     run("fsdp2", "from hsdp", gan(base), ITERATIONS, Watch(), ckpt_path=str(saved))
     torch.save(results, out / f"rank_{dist.get_rank()}.pt")

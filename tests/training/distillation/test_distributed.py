@@ -171,6 +171,7 @@ def test_mixed_precision_reduces_in_float32_although_the_first_pass_is_frozen(
 ) -> None:
     results = torch.load(two_processes / "mixed.pt")
     assert results["reduced_in"] == {"torch.float32"}
+
     def trained(precision: Any) -> dict[str, torch.Tensor]:
         module = built(mixed_precision(base("sd-v_prediction")))
         fit(module, shards, MIXED_ITERATIONS, batch_size=4, precision=precision)
@@ -181,7 +182,9 @@ def test_mixed_precision_reduces_in_float32_although_the_first_pass_is_frozen(
     for role in ("student", "fake_score"):
         names = [name for name in start if name.startswith(role)]
 
-        def distance(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], names: Any = names) -> float:
+        def distance(
+            one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], names: Any = names
+        ) -> float:
             return float(torch.cat([(one[name] - other[name]).flatten() for name in names]).norm())
 
         way, rounding = distance(expected, start), distance(expected, whole)
