@@ -94,6 +94,7 @@ def pytest_sessionfinish() -> None:
 LONG_FILES = (
     "test_distributed.py",
     "test_configs.py",
+    "test_hybrid.py",
     "test_method.py",
     "test_export_runtime.py",
     "test_mixture.py",

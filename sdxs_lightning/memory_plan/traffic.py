@@ -21,8 +21,8 @@ from sdxs_lightning.training.sharding import blocks_of
 class Traffic:
     """Bytes handed to the collectives in an iteration that updates every network, and what of it one device sends.
 
-    Gradients are exact. Gathered weights are within some per cent: FSDP2 also prefetches the block before the first one that the
-    backward pass needs, and gathers what is outside the blocks once for two passes of one backward pass.
+    Gradients are exact. Gathered weights are within some per cent: FSDP2 also prefetches the block before the first one that
+    the backward pass needs, and gathers what is outside the blocks once for two passes of one backward pass.
 
     In a ring of n ranks, each sends (n - 1) / n of them in an all-gather or reduce-scatter, and twice that in an all-reduce.
     """
