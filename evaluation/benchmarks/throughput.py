@@ -1,4 +1,4 @@
-"""Speed of everything around the networks: `python -m evaluation.benchmarks.throughput data|index|resume|metrics`.
+"""Speed of everything around the networks: `python -m evaluation.benchmarks.throughput data|index|resume|metrics|shards`.
 
 Timings are meaningful as ratios within one run.
 """
@@ -105,11 +105,26 @@ class MetricsOptions(Output):
     """Also times torchmetrics' own exchange (memory: ranks x 130 MB each)."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardsOptions(Output):
+    """Times making small shards by claims and by Ray (extra ray) against a plain loop, one process each."""
+
+    EXAMPLES: ClassVar[str] = f"{PROGRAM} shards --out evaluation/results/throughput_shards.json"
+
+    shards: Annotated[int, Option(at_least=2)] = 1000
+    """Shards of each way."""
+    images: Count = 32
+    """Images of a shard."""
+    repeats: Count = 2
+    """Repeats of every timing; the fastest counts, since the machine may be busy."""
+
+
 _OPTIONS = {
     "data": "DataOptions",
     "index": "IndexOptions",
     "resume": "ResumeOptions",
     "metrics": "MetricsOptions",
+    "shards": "ShardsOptions",
 }
 COMMANDS = tuple(
     Command(
@@ -143,7 +158,7 @@ def _run(name: str, options: Output) -> str:
     return text
 
 
-run_data, run_index, run_resume, run_metrics = (partial(_run, name) for name in _OPTIONS)
+run_data, run_index, run_resume, run_metrics, run_shards = (partial(_run, name) for name in _OPTIONS)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,6 +1,6 @@
 """Runs the drills: python -m tests.drills [WORD ...]   (those whose name holds a word; all of them, some five minutes).
 
-Writes their rows in the table of tests/drills/README.md. Exit code 1 if one came out otherwise than wanted; what this machine
+Writes their rows in the table of configs/CLUSTER.md. Exit code 1 if one came out otherwise than wanted; what this machine
 cannot run is left out, and said.
 """
 
@@ -16,19 +16,13 @@ from pathlib import Path
 
 from tests.drills.drills import DRILLS
 from tests.drills.preparing import PREPARING_DRILLS
-from tests.drills.runs import LEFT_OUT, Outcome, Runs
-from tests.drills.slurm_drills import PACKAGES, SLURM_DRILLS
+from tests.drills.runs import LEFT_OUT, CannotRun, Outcome, Runs
+from tests.drills.slurm_drills import SLURM_DRILLS
+from tests.helpers.tiny_run import ROOT
 
-README = Path(__file__).parent / "README.md"
-HEAD = f"""# Drills
-
-What is done to a run on a machine with two cores and no GPU, and what comes of it. Written by `python -m tests.drills`, which
-needs root for network namespaces and unshared disks, and for SLURM Debian 12 with `apt-get install -y --no-install-recommends
-{PACKAGES}`.
-
-| drill | wanted | got | |
-|---|---|---|---|
-"""
+PAGE = ROOT / "configs" / "CLUSTER.md"
+HEAD = "| drill | wanted | got | |\n|---|---|---|---|\n"
+"""Of the table, with which the page ends."""
 Drills = Mapping[str, Callable[[Runs], Outcome]]
 
 
@@ -50,6 +44,8 @@ def run_in_turn(drills: Drills) -> dict[str, Outcome]:
                 Runs(Path(work).resolve()) as runs,
             ):
                 outcome = drill(runs)
+        except CannotRun as reason:
+            outcome = Outcome("", f"{LEFT_OUT}: {reason}", "")
         except Exception as error:
             outcome = Outcome("no error", f"{type(error).__name__}: {error}", traceback.format_exc())
         outcomes[name] = outcome
@@ -63,14 +59,13 @@ def run_in_turn(drills: Drills) -> dict[str, Outcome]:
 
 def write_table(outcomes: Mapping[str, Outcome]) -> None:
     """Writes the rows of these drills; those of others that there still are stay, and what was left out changes none."""
-    before = README.read_text().splitlines(keepends=True) if README.is_file() else []
-    rows = {line.split(" | ")[0].removeprefix("| "): line for line in before if line.startswith("| ")}
+    text, _, table = PAGE.read_text().partition(HEAD)
+    rows = {line.split(" | ")[0].removeprefix("| "): line for line in table.splitlines(keepends=True)}
     for name, one in outcomes.items():
         if verdict(one) != LEFT_OUT:
             rows[name] = f"| {name} | {one.wanted} | {one.got} | {verdict(one)} |\n"
-    README.write_text(
-        HEAD + "".join(rows[name] for name in [*DRILLS, *PREPARING_DRILLS, *SLURM_DRILLS] if name in rows)
-    )
+    every = [*DRILLS, *PREPARING_DRILLS, *SLURM_DRILLS]
+    PAGE.write_text(text + HEAD + "".join(rows[name] for name in every if name in rows))
 
 
 def main(words: list[str]) -> int:

@@ -84,7 +84,7 @@ def ray_node_killed(runs: Runs) -> Outcome:
     """A Ray cluster of three nodes with one core each on this machine; one that makes shards is killed."""
     work, wanted = runs.work, "exit 0, same SHA256SUMS, nothing left over"
     if importlib.util.find_spec("ray") is None:
-        return Outcome(wanted, f"{LEFT_OUT}: uv sync --extra ray", "")
+        return Outcome(wanted, f"{LEFT_OUT}: uv sync --group drills", "")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
 
@@ -115,7 +115,7 @@ def s3_that_fails(runs: Runs) -> Outcome:
     """
     wanted = "exit -9 and 0, same SHA256SUMS; from S3 to S3: exit 0, same SHA256SUMS; 500 answered"
     if any(importlib.util.find_spec(name) is None for name in ("moto", "s3fs")):
-        return Outcome(wanted, f"{LEFT_OUT}: uv run --with s3fs --with 'moto[server]'", "")
+        return Outcome(wanted, f"{LEFT_OUT}: uv sync --group drills", "")
     work = runs.work
     sums = sums_of_one_machine(runs)
     with _faulty_s3() as (address, failed):

@@ -22,6 +22,10 @@ LEFT_OUT = "left out"
 """Begins what came of a drill that this machine cannot run."""
 
 
+class CannotRun(Exception):
+    """This machine cannot run a drill, for this reason."""
+
+
 class Outcome(NamedTuple):
     """Of one drill."""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.drills.runs import LEFT_OUT, Outcome, Runs, wait_until
+from tests.drills.runs import LEFT_OUT, CannotRun, Outcome, Runs, wait_until
 from tests.helpers.tiny_run import ROOT, tiny_config, write_config
 
 HERE = Path(__file__).parent / "slurm"
@@ -29,7 +29,10 @@ def slurm(folder: Path, **settings: str) -> Iterator[dict[str, str]]:
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), **settings}
     folder.parent.chmod(0o711)  # munge's daemon runs as a user of its own
     try:
-        subprocess.run([HERE / "start_slurm.sh", folder], check=True, capture_output=True, env=environment)
+        started = subprocess.run([HERE / "start_slurm.sh", folder], capture_output=True, env=environment)
+        if started.returncode:
+            reason = started.stderr.decode().strip() or "it says nothing"
+            raise CannotRun(f"SLURM does not start here: {reason.splitlines()[-1]}")
         yield environment
     finally:
         subprocess.run([HERE / "stop_slurm.sh", folder], env=environment)

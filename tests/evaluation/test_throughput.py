@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.shards.datamodule import ShardDataModule
+from evaluation.benchmarks.throughput import ShardsOptions
+from evaluation.benchmarks.throughput_shards import run as time_shards
 from evaluation.callbacks.progress import Throughput
 from evaluation.callbacks.step_flops import StepFlops, peak_of
 from evaluation.callbacks.step_timing import COLLECTIVES, Stopwatch, TimedCollectives
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.csv_log import RunCSVLogger
 from sdxs_lightning.training.run_logs import RunJSONLogger, RunTensorBoardLogger
@@ -231,3 +235,9 @@ def test_wrong_settings_are_refused() -> None:
         Throughput(0)
     with pytest.raises(ValueError, match=r"peak_tflops must be positive, got -1"):
         Throughput(peak_tflops=-1)
+
+
+def test_timing_shards_names_the_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray.cluster_utils", None)
+    with pytest.raises(UserError, match="uv sync --extra ray"):
+        time_shards(ShardsOptions(shards=2, images=1, repeats=1))
