@@ -21,8 +21,9 @@ from sdxs_lightning.callbacks.optimizer_settings import settings_of
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import KEY, Resume
 from sdxs_lightning.callbacks.run_folder import unshared
+from sdxs_lightning.core.disk_room import free_bytes
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
-from sdxs_lightning.memory_plan.checkpoint_bytes import averaged_names, checkpoint_bytes, free_bytes
+from sdxs_lightning.memory_plan.checkpoint_bytes import averaged_names, checkpoint_bytes
 from sdxs_lightning.training.plannable import Plannable
 
 POLL_BATCHES = 10

@@ -27,13 +27,25 @@ def check_room(folder: Path, count: int, bytes_each: int, option: str, things: s
     """
     if ":/" in str(folder):
         return
-    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
-    free = shutil.disk_usage(existing).free
-    if count * bytes_each > free + present:
+    free = free_bytes(folder)
+    if free >= 0 and count * bytes_each > free + present:
         raise UserError(
-            f"{count:,} {things} of at least {_shown(bytes_each)} each need {_shown(count * bytes_each)}, and '{existing}' has "
+            f"{count:,} {things} of at least {_shown(bytes_each)} each need {_shown(count * bytes_each)}, and '{existing_part(folder)}' has "
             f"{_shown(free)} free; give a smaller {option}, or another --out."
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes of the file system that a folder is, or will be, on; -1 if it cannot be read."""
+    try:
+        return shutil.disk_usage(existing_part(folder)).free
+    except OSError:
+        return -1
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
 
 
 def _shown(size: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from sdxs_lightning.core.disk_room import free_bytes
 from sdxs_lightning.memory_plan.network_bytes import network_bytes
 from sdxs_lightning.training.plannable import Plannable, PlannedNetwork
 
@@ -118,17 +118,6 @@ def checkpoint_folders(
         )
         for kind, arguments in _savers(callbacks)
     ]
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the file system that a folder is, or will be, on; -1 if it cannot be read."""
-    folder = folder.absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return -1
 
 
 def _savers(callbacks: Any) -> Iterator[tuple[Any, Mapping[str, Any]]]:

@@ -188,8 +188,8 @@ MUTATIONS = (
     Mutation(
         "stale samples for the later updates",
         f"{DISTILLATION}/step.py",
-        "                self._fake_score_and_discriminator_backward(sample.used(use), its_batch)",
-        "                self._fake_score_and_discriminator_backward(self._kept_samples[0][0].used(use), its_batch)",
+        "                self._fake_score_and_discriminator_backward(sample.used(use), its_batch, last)",
+        "                self._fake_score_and_discriminator_backward(self._kept_samples[0][0].used(use), its_batch, last)",
         "tests/training/distillation/test_cheaper_updates.py::test_two_micro_batches_used_twice_are_one_batch_used_twice",
     ),
     Mutation(
