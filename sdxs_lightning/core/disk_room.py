@@ -30,8 +30,8 @@ def check_room(folder: Path, count: int, bytes_each: int, option: str, things: s
     free = free_bytes(folder)
     if free >= 0 and count * bytes_each > free + present:
         raise UserError(
-            f"{count:,} {things} of at least {_shown(bytes_each)} each need {_shown(count * bytes_each)}, and '{existing_part(folder)}' has "
-            f"{_shown(free)} free; give a smaller {option}, or another --out."
+            f"{count:,} {things} of at least {_shown(bytes_each)} each need {_shown(count * bytes_each)}, and "
+            f"'{existing_part(folder)}' has {_shown(free)} free; give a smaller {option}, or another --out."
         )
 
 
