@@ -58,7 +58,7 @@ class GradientAverage:
         while self._next < len(self._buckets):
             self._send()
         for work, _ in self._sent:
-            work.wait()
+            _wait(work)
         if self._sent:
             torch._foreach_div_([flat for _, flat in self._sent], dist.get_world_size())
         self._sent, self._next = [], 0
@@ -107,6 +107,14 @@ class GradientAverage:
             self._buckets[-1].append(index)
             self._bucket_of[index] = len(self._buckets) - 1
             room -= parameter.nbytes
+
+
+def _wait(work: dist.Work) -> None:
+    """Waits for a collective; if it failed, raises what tells a lost rank from a bug (`run_ends.lost_rank`)."""
+    try:
+        work.wait()
+    except RuntimeError as error:  # of gloo, without a type of its own
+        raise dist.DistError(str(error)) from error
 
 
 def _views(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
