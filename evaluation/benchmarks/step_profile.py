@@ -172,7 +172,8 @@ def parts_of(stage: MeasuredDistillation, iterate: Callable[[], None]) -> dict[s
     Of calls inside each other the outermost counts.
     """
     import torch
-    from torch import nn
+
+    from evaluation.benchmarks.gpu import distillation
 
     assert stage.fake_score is not None and stage.real_score is not None and stage.ema is not None
     spent: dict[str, float] = defaultdict(float)
@@ -187,7 +188,7 @@ def parts_of(stage: MeasuredDistillation, iterate: Callable[[], None]) -> dict[s
         (stage.fake_score, "features", "fake and real score, forward"),
         (stage.fake_score.denoiser, "guided", "fake and real score, forward"),
         (stage.real_score.module, "unguided_pair", "fake and real score, forward"),
-        (nn.utils, "clip_grad_norm_", "clipping and optimizers"),
+        (distillation, "clip_gradients", "clipping and optimizers"),
         *((optimizer, "step", "clipping and optimizers") for optimizer in stage.steppers.values()),
         (stage.ema, "update", "average"),
     ):

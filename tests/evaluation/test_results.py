@@ -190,6 +190,8 @@ def test_every_command_line_is_accepted(line: str) -> None:
     for name in ("Passes", "ScorePrecision", "RuntimeExports"):
         module = f"evaluation.benchmarks.{re.sub('(?<!^)(?=[A-Z])', '_', name).lower()}"
         programs[module] = (Command(name, f"{module}.{name}Options", ""), words[2:])
+    gpu = Command("gpu", "evaluation.benchmarks.gpu.options.GpuOptions", "")
+    programs["evaluation.benchmarks.gpu"] = (gpu, words[2:])
     for program in (tables, throughput, lora):
         for command in program.COMMANDS:
             if words[2:3] == [command.name]:

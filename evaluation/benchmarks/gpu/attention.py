@@ -37,6 +37,11 @@ def run(run: SectionRun) -> None:
         )
         for name, call in _backends(run.device).items():
             run.attempt(partial(_timed, call, query, key, value, run), shape=shape, backend=name)
+        found = {name: run.measured(shape=shape, backend=name) for name in _backends(run.device)}
+        both = {name: row["both_ms"] for name, row in found.items() if row is not None}
+        if both:
+            fastest = min(both, key=lambda name: both[name])
+            run.add({"shape": shape, "backend": "fastest"}, both_ms=both[fastest], which=fastest)
 
 
 def _backends(device: torch.device) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

@@ -4,48 +4,68 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
-import subprocess
-import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from evaluation.benchmarks.gpu.section import SectionRun
 
-OUTCOME = re.compile(r"^(PASSED|FAILED|ERROR|SKIPPED)\s+(?:\[\d+\]\s+)?(\S+)", re.MULTILINE)
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(run: SectionRun) -> None:
-    """One row a test; on a machine without GPU they are skipped, which the row says."""
+    """One row a test, as soon as it ended; on a machine without GPU they are skipped, which the row says."""
     if importlib.util.find_spec("pytest") is None:
-        run.add(test="all", outcome="not run: pytest is not installed")
+        run.add({"test": "all"}, outcome="not run", error="pytest is not installed")
         return
-    # Without the options of pyproject, which need plugins.
-    arguments = [
-        "-m",
-        "gpu",
-        "-o",
-        "addopts=",
-        "-p",
-        "no:cacheprovider",
-        "-rA",
-        "-q",
-        "--no-header",
-        "--strict-markers",
-    ]
-    tests = ["tests/core/test_seeding.py"] if run.tiny else ["tests"]
-    # If pytest runs this command, its worker's variables would make this one a worker too.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", *arguments, *tests],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    outcomes = OUTCOME.findall(ended.stdout)
-    for outcome, test in outcomes:
-        run.add(test=test, outcome=outcome.lower())
-    if not outcomes:
-        run.add(
-            test="all",
-            outcome=f"pytest ended with {ended.returncode}: {ended.stdout[-300:]}{ended.stderr[-300:]}",
-        )
+    import pytest
+
+    os.chdir(ROOT)
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        del os.environ[
+            name
+        ]  # if pytest runs this command, its worker's variables would make this one a worker too
+    tests = ["tests/core/test_seeding.py"] if run.tiny else files_with_gpu_tests()
+    passed = [row["labels"]["test"] for row in run.known if row.get("outcome") == "passed"]
+    code = pytest.main([*OPTIONS, *(f"--deselect={test}" for test in passed), *tests], plugins=[Rows(run)])
+    if code not in (0, 1, 5):  # passed, failed, all of them deselected
+        raise RuntimeError(f"pytest ended with {code}; see the log above.")
+
+
+OPTIONS = [
+    "-m",
+    "gpu",
+    "-o",
+    "addopts=",
+    "-p",
+    "no:cacheprovider",
+    "--continue-on-collection-errors",
+    "--tb=short",
+    "-q",
+]
+"""Without those of pyproject, which need plugins."""
+
+
+def files_with_gpu_tests() -> list[str]:
+    """Test files that have the mark: collecting all others would take longer than the tests."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    return sorted(file.relative_to(ROOT).as_posix() for file in files if "mark.gpu" in file.read_text())
+
+
+@dataclass(eq=False)
+class Rows:
+    """A pytest plugin: a row for each test, and for each file that could not be imported."""
+
+    run: SectionRun
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        """Outcome and seconds; of a failed test the end of its report."""
+        if report.when == "call" or not report.passed:
+            failed = {"error": report.longreprtext[-1500:]} if report.failed else {}
+            seconds = round(report.duration, 2)
+            self.run.add({"test": report.nodeid}, outcome=report.outcome, seconds=seconds, **failed)
+
+    def pytest_collectreport(self, report: Any) -> None:
+        """Collecting goes on with the other files."""
+        if report.failed:
+            self.run.add({"test": report.nodeid}, outcome="not collected", error=report.longreprtext[-1500:])

@@ -144,6 +144,11 @@ class RandomBase(WeightlessFamily):
             latents=torch.randn(size, *self.latent_shape(), device=self.device),
         )
 
+    def host_batch(self, size: int) -> TrainingBatch:
+        """The same on the host, as a loader gives it: in page-locked memory if there is a GPU."""
+        batch = self.batch(size).to("cpu")
+        return batch.pin_memory() if self.device.type == "cuda" else batch
+
 
 def config_folder(kind: Kind, folder: Path, tiny: bool) -> Path:
     """The base's JSON files; with `tiny`, of a base of the same kind and small networks."""
