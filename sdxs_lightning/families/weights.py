@@ -17,6 +17,7 @@ from torch import nn
 from sdxs_lightning.families.quiet import quiet_libraries
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+TEXT_PREFIX = "text_model."
 
 _Network = TypeVar("_Network", bound=nn.Module)
 _VARIANTS = (None, "fp16", "bf16")
@@ -100,9 +101,11 @@ def load_network(
         # transformers defaults to the config's dtype; diffusers always loads in float32.
         named["dtype"] = dtype
     try:
-        loaded, report = network.from_pretrained(  # type: ignore[attr-defined]
-            folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **named
-        )
+        named |= {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        loaded, report = network.from_pretrained(folder, **named)  # type: ignore[attr-defined]
+        if lacks_only_the_prefix(report["missing_keys"], report["unexpected_keys"]):
+            named["key_mapping"] = {r"^((?!text_projection\.).*)$": TEXT_PREFIX + r"\1"}
+            loaded, report = network.from_pretrained(folder, **named)  # type: ignore[attr-defined]
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"the weights in '{folder}' cannot be loaded: {_first_line(error)}") from error
     if report["missing_keys"]:
@@ -121,6 +124,15 @@ def load_network(
     nn.Module.to(loaded, dtype=dtype)
     result: _Network = loaded
     return result
+
+
+def lacks_only_the_prefix(missing: Iterable[str], unexpected: Iterable[str]) -> bool:
+    """Whether the file is a CLIP text encoder's of a newer transformers than this one.
+
+    Newer ones read and write the names without "text_model." in front, and read those with it; older ones have only the latter.
+    """
+    found = {TEXT_PREFIX + name for name in unexpected}
+    return bool(found) and found == set(missing)
 
 
 def _first_line(error: Exception) -> str:

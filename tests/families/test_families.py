@@ -10,12 +10,13 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from jsonargparse import ArgumentParser
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
-from sdxs_lightning.families.weights import weight_files
+from sdxs_lightning.families.weights import load_network, weight_files
 from tests.helpers.tiny import (
     LATENT_SHAPE,
     RESOLUTION_PX,
@@ -258,6 +259,25 @@ def test_networks_are_built_without_memory_of_their_own(
     loaded = family.load_unet(), family.load_vae()
     assert built and all(built)
     assert not any(value.is_meta for network in loaded for value in network.state_dict().values())
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_text_encoders_of_older_and_newer_transformers(sdxl_base: Path, tmp_path: Path, prefix: str) -> None:
+    """Names in the file have a prefix or, from newer versions, none; the oldest version that we allow reads only the former."""
+    for name, network in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        folder = tmp_path / name
+        shutil.copytree(sdxl_base / name, folder)
+        file = folder / "model.safetensors"
+        plain = {name.removeprefix("text_model."): value for name, value in load_file(file).items()}
+        named = {
+            name if name.startswith("text_projection") else prefix + name: value
+            for name, value in plain.items()
+        }
+        save_file(named, file, {"format": "pt"})
+        loaded = load_network(network, folder).state_dict()
+        assert {name.removeprefix("text_model.") for name in loaded} == plain.keys()
+        for name, value in loaded.items():
+            torch.testing.assert_close(value, plain[name.removeprefix("text_model.")], rtol=0, atol=0)
 
 
 def test_the_unconditional_twin_follows_the_dtype(sd_base: Path) -> None:
