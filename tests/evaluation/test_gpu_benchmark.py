@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from evaluation.benchmarks.gpu import gpu_tests, runner
+from evaluation.benchmarks.gpu.device_counter import DeviceCounter
 from evaluation.benchmarks.gpu.distillation import RATIO
 from evaluation.benchmarks.gpu.expected import COUNTED, H100_TFLOPS, USE, _file, shares
+from evaluation.benchmarks.gpu.inference import student_of
 from evaluation.benchmarks.gpu.options import SECTIONS, GpuOptions, Section
+from evaluation.benchmarks.gpu.random_base import Kind, RandomBase
 from evaluation.benchmarks.gpu.section import SectionRun
 from sdxs_lightning.core.errors import UserError
 
@@ -221,6 +224,22 @@ def test_the_dry_run_says_what_is_expected(tmp_path: Path) -> None:
     assert f"| distill | {SECTIONS['distill'].seconds} | {SECTIONS['distill'].gigabytes} |" in text
     assert text in (ROOT / "evaluation" / "README.md").read_text()
     assert f"{total:.0f} s in all" in text and not (tmp_path / "gpu.json").exists()
+
+
+@pytest.mark.parametrize(("kind", "side"), [("sd15", 512), ("sdxl", 1024)])
+def test_full_size_students_run_without_weights(kind: Kind, side: int, tmp_path: Path) -> None:
+    """With ControlNet, on the meta device; the stages at full size are counted in `gpu_expected.json`."""
+    meta = torch.device("meta")
+    run = SectionRun(tmp_path / "rows", 60, 60, meta, tiny=False, files=tmp_path)
+    base = RandomBase.of(kind, tmp_path, meta)
+    base.to(dtype=torch.float32)
+    with DeviceCounter() as counter, torch.no_grad():
+        student = student_of(run, kind, base, 1, controlled=True)
+        asked = len(counter.waits)
+        images = student()
+    assert (
+        images.shape == (1, 3, side, side) and len(counter.waits) == asked
+    )  # none while it runs: it can be captured
 
 
 def test_expected_memory_is_the_plans() -> None:

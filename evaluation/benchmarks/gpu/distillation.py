@@ -222,6 +222,8 @@ def _measured(
         found |= {"tflop_per_student_update": work / 1e12, "mfu": work / total / (peak * 1e12)}
     if run.device.type == "cuda":
         found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if "planned_gib" in found:
+            found["peak_over_plan"] = found["peak_gib"] / found["planned_gib"]
     return found | {f"{name}, ms": value for name, value in stage.part_milliseconds().items()}
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evaluation.benchmarks.gpu.section import SectionRun
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,6 +22,7 @@ def run(run: SectionRun) -> None:
         return
     import pytest
 
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     os.chdir(ROOT)
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         del os.environ[
