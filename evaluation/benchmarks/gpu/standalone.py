@@ -35,7 +35,7 @@ def standalone(stage: ManualOptimization, device: torch.device) -> Iterator[None
         for name, value in line.items():
             stage._LightningModule__to_tensor(value, name)  # type: ignore[operator]
 
-    trainer = SimpleNamespace(model=None, should_stop=False)
+    trainer = SimpleNamespace(model=None, strategy=None, should_stop=False)
     replaced = {
         "_optimizer_of": optimizers.__getitem__,
         "manual_backward": lambda loss: loss.backward(),
