@@ -59,14 +59,14 @@ class FeatureTap:
 
     def __init__(self, unet: UNet2DConditionModel, *blocks: str) -> None:
         self._modules: dict[str, nn.Module] = {}
-        known = dict(unet.named_modules())
         for name in blocks or (bottleneck_of(unet),):
-            if name not in known:
+            try:
+                self._modules[name] = unet.get_submodule(name)
+            except AttributeError:
+                known = [n for n, _ in unet.named_modules() if n.count(".") <= 1 and "block" in n]
                 raise ValueError(
-                    f"FeatureTap: this U-Net has no block '{name}'; it has "
-                    f"{', '.join(n for n in known if n.count('.') <= 1 and 'block' in n)}."
-                )
-            self._modules[name] = known[name]
+                    f"FeatureTap: this U-Net has no block '{name}'; it has {', '.join(known)}."
+                ) from None
         self._features: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 

@@ -67,6 +67,17 @@ def test_the_table_of_passes_is_its_file() -> None:
     assert f"every second sample takes {every_second:.1f}." in text
 
 
+def test_the_row_of_the_iterations_parts_is_its_file() -> None:
+    """With the GAN the saved passes show in full, and what is no pass is next to nothing."""
+    gan, plain = (result("step_profile")["rows"][name] for name in ("with GAN", "without GAN"))
+    assert (
+        f"{gan['speed']:.2f} times its images per second with the GAN, {plain['speed']:.2f} without" in PAGE
+    )
+    rest = 100 * gan["shares"]["rest"]
+    assert f"{rest:.1f} % all that is neither" in PAGE
+    assert gan["speed"] >= 1.19 and plain["speed"] > 1 and rest < 1
+
+
 def test_the_readme_says_what_control_and_style_reach() -> None:
     canny, style = result("toy_controlnet_canny"), result("toy_lora")["rows"]["distilled"]
     chance, controlled = canny["chance"], canny["conditioning_scale"]["1"]
@@ -187,7 +198,7 @@ def test_every_command_line_is_accepted(line: str) -> None:
         assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
         return
     programs = {f"evaluation.{command.name}": (command, words[2:]) for command in COMMANDS}
-    for name in ("Passes", "ScorePrecision", "RuntimeExports"):
+    for name in ("Passes", "ScorePrecision", "RuntimeExports", "StepProfile"):
         module = f"evaluation.benchmarks.{re.sub('(?<!^)(?=[A-Z])', '_', name).lower()}"
         programs[module] = (Command(name, f"{module}.{name}Options", ""), words[2:])
     gpu = Command("gpu", "evaluation.benchmarks.gpu.options.GpuOptions", "")
