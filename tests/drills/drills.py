@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tests.drills.runs import LEFT_OUT, Outcome, Runs, free_port
+from tests.drills.runs import LEFT_OUT, Outcome, Runs, free_port, wait_until
 from tests.helpers.tiny_run import tiny_config, write_config
 
 ENDLESS = 100_000
@@ -40,7 +40,8 @@ def one_command_for_two_ranks(runs: Runs) -> Outcome:
     _insert(config, "RaiseSignal", name="SIGTERM", batch=2, rank=1)
     run = runs.start(config)
     code, said = runs.code(run), runs.said()
-    left = subprocess.run(["pgrep", "--pgroup", str(run.pid)], capture_output=True, text=True).stdout.split()
+    listing = ["pgrep", "--pgroup", str(run.pid)]
+    left = not wait_until(lambda: not subprocess.run(listing, capture_output=True).stdout, 30)
     return Outcome(
         "exit 143, told once, update 10, no process left",
         f"exit {code}, told {'once' if said.count('stopped: ') == 1 else 'not once'}, update {runs.updates()}, "

@@ -115,9 +115,10 @@ def cut_squares(images: Tensor, places: Tensor, side_px: int) -> Tensor:
 def cut_windows(images: Tensor, places: Tensor, height_px: int, width_px: int) -> Tensor:
     """Like `cut_squares`, for rectangles (B, C, height_px, width_px) no larger than the images."""
     height, width = images.shape[-2:]
-    room = torch.tensor([height - height_px + 1, width - width_px + 1], device=places.device)
-    top, left = (places * room).long().unbind(dim=1)
+    down, right = places.unbind(dim=1)
+    # Numbers, not a tensor of them, whose copy to the device would wait for it.
+    top, left = (down * (height - height_px + 1)).long(), (right * (width - width_px + 1)).long()
     rows = top[:, None] + torch.arange(height_px, device=images.device)
     columns = left[:, None] + torch.arange(width_px, device=images.device)
-    down = images.take_along_dim(rows.view(len(images), 1, height_px, 1), dim=2)
-    return down.take_along_dim(columns.view(len(images), 1, 1, width_px), dim=3)
+    strips = images.take_along_dim(rows.view(len(images), 1, height_px, 1), dim=2)
+    return strips.take_along_dim(columns.view(len(images), 1, 1, width_px), dim=3)
