@@ -15,6 +15,7 @@ from evaluation.networks.network_features import hash_settings
 from sdxs_lightning.core.errors import first_line
 from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.families.foreign import check_open_clip, check_transformers, without_hub
+from sdxs_lightning.families.quiet import quiet_libraries
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -140,6 +141,7 @@ def load_transformers(model: str | Path, processor: str | Path | None = None) ->
     tokenizer_of = processor or model
     for source in (model, tokenizer_of):
         check_source(source, "CLIP")
+    quiet_libraries()
     try:
         network = CLIPModel.from_pretrained(
             str(model), dtype=torch.float32, use_safetensors=True, local_files_only=Path(model).is_dir()

@@ -13,6 +13,7 @@ from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.networks.network_features import check_uint8, full_precision, hash_state
 from evaluation.networks.resize import resize_float, resize_uint8
 from sdxs_lightning.core.errors import first_line
+from sdxs_lightning.families.quiet import quiet_libraries
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -36,6 +37,7 @@ class DinoV2Features:
         from transformers import Dinov2Model
 
         check_source(model, "DINOv2")
+        quiet_libraries()
         try:
             network = Dinov2Model.from_pretrained(
                 str(model), dtype=torch.float32, use_safetensors=True, local_files_only=Path(model).is_dir()

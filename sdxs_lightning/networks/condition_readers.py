@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.families.foreign import check_transformers
+from sdxs_lightning.families.quiet import quiet_libraries
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "condition_reader.safetensors"
 
@@ -79,6 +80,7 @@ class DepthReader:
                 "preprocessor_config.json and model.safetensors as reader.init_args.model."
             )
         check_transformers(Path(self.model))
+        quiet_libraries()
         processor: Any = AutoImageProcessor.from_pretrained(self.model, local_files_only=True)
         network = AutoModelForDepthEstimation.from_pretrained(
             self.model, use_safetensors=True, dtype=torch.float32, local_files_only=True

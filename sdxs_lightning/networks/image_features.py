@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdxs_lightning.families.foreign import check_open_clip, check_transformers, without_hub
+from sdxs_lightning.families.quiet import quiet_libraries
 
 FeatureShape = tuple[int, int, int]
 """(C, h, w) of one sample's feature map."""
@@ -200,6 +201,7 @@ class Dinov2Features:
                 f"no transformers model at '{self.folder}' (config.json is missing); change features.init_args.folder."
             )
         check_transformers(Path(self.folder))
+        quiet_libraries()
         with torch.device("cpu"):  # transformers refuses to load under the memory plan's meta device
             model = Dinov2Model.from_pretrained(
                 self.folder, dtype=torch.float32, local_files_only=True, use_safetensors=True
