@@ -31,7 +31,12 @@ def as_a_metric(folder: Path) -> None:
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     tokenizer = tiny_tokenizer()
     config = CLIPConfig(
-        text_config={**small, "vocab_size": len(tokenizer)},
+        text_config={
+            **small,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
         vision_config={**small, "image_size": 32, "patch_size": 16},
         projection_dim=8,
     )

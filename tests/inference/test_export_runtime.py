@@ -315,8 +315,8 @@ def killed_behind_the_unet(*arguments: str) -> None:
     """The command, which gets SIGTERM when it has written the second of its networks; prints their names."""
     write_part = exporting._write_part
 
-    def killed(part: Part, *given: Any) -> None:
-        write_part(part, *given)
+    def killed(part: Part, folder: Path, runtime: Any, precision: Any) -> None:
+        write_part(part, folder, runtime, precision)
         print("WROTE", part.name, flush=True)
         if part.name == "unet":
             os.kill(os.getpid(), signal.SIGTERM)
