@@ -22,7 +22,9 @@ from data.prepare.common import claims as claims_module
 from data.prepare.common.claims import Claim, Claims, ShardEnd, claimed
 from data.prepare.common.owner import Owner
 from data.prepare.common.set_folder import LocalFolder
+from data.prepare.common.settings_file import begin_or_resume, json_content
 from data.prepare.common.shard_files import PreparedSample, make_shard, read_stats
+from sdxs_lightning.core.errors import UserError
 from tests.helpers import faulty_store
 from tests.helpers.preparing import files, refused, shared_command
 from tests.helpers.processes import in_ranks
@@ -289,3 +291,24 @@ def test_options_of_ray(
     arguments = ["images", "--from", str(photos), "--out", str(tmp_path / "set"), *more]
     assert message in refused(arguments, capsys)
     assert not (tmp_path / "set").exists()
+
+
+class OvertakenFolder(LocalFolder):
+    """Another command begins the set, and makes a shard, just after this one found no settings."""
+
+    def read(self, name: str) -> bytes | None:
+        found = super().read(name)
+        if found is None:
+            self.path.mkdir()
+            (self.path / name).write_bytes(json_content({"side": 8}))
+            (self.path / "00000.tar").touch()
+        return found
+
+
+def test_a_command_that_another_overtakes_at_the_start_goes_on(tmp_path: Path) -> None:
+    begin_or_resume(OvertakenFolder(tmp_path / "same"), "settings.json", {"side": 8})
+    with pytest.raises(UserError, match="was started with side 8 and this command says 9"):
+        begin_or_resume(OvertakenFolder(tmp_path / "other"), "settings.json", {"side": 9})
+    (tmp_path / "same" / "settings.json").unlink()
+    with pytest.raises(UserError, match="holds shards but no settings.json"):
+        begin_or_resume(LocalFolder(tmp_path / "same"), "settings.json", {"side": 8})

@@ -144,7 +144,7 @@ def s3_that_fails(runs: Runs) -> Outcome:
             copies.append((copied, found))
     got = f"exit {codes[0]} and {codes[1]}, {'same' if same else 'other'} SHA256SUMS; from S3 to S3: exit {copies[0][0]}, "
     got += f"{'same' if copies[0][1] == copies[1][1] else 'other'} SHA256SUMS; {'500' if failed() else 'nothing'} answered"
-    return Outcome(wanted, got, runs.said("run1") + runs.said("copy0"))
+    return Outcome(wanted, got, runs.said("run0") + runs.said("run1") + runs.said("copy0"))
 
 
 @contextmanager

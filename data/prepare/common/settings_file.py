@@ -31,9 +31,11 @@ def begin_or_resume(
     """
     now: dict[str, Any] = json.loads(json.dumps(settings))
     try:
+        # Listed first: another command writes the settings before any shard.
+        holds_shards = any(name.endswith(".tar") for name in folder.names())
         before = _read(folder, file_name)
         if before is None:
-            if any(name.endswith(".tar") for name in folder.names()):
+            if holds_shards:
                 raise UserError(
                     f"--out '{folder}' holds shards but no {file_name}, so this command did not begin it; give another folder."
                 )
