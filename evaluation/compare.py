@@ -64,7 +64,7 @@ def read_result(path: Path) -> dict[str, Any]:
             if name in result
         }
     if not isinstance(result, dict) or not result.get("metrics"):
-        raise UserError(f"'{path}' is not a result of `python -m evaluation.evaluate`: it has no `metrics`.")
+        raise UserError(f"'{path}' is not a result of `python -m evaluation.evaluate`: it has no 'metrics'.")
     problem = _problem(result["metrics"])
     if problem is not None:
         raise UserError(f"'{path}' is not a result of `python -m evaluation.evaluate`: {problem}.")
@@ -74,15 +74,15 @@ def read_result(path: Path) -> dict[str, Any]:
 def _problem(metrics: Any) -> str | None:
     """What is wrong in `metrics`, which may have been written by hand or by another program."""
     if not isinstance(metrics, dict):
-        return f"its `metrics` are a {type(metrics).__name__}, not an object"
+        return f"its 'metrics' are a {type(metrics).__name__}, not an object"
     for name, entry in metrics.items():
         if not isinstance(entry, dict) or not {"value", "samples", "hash", "settings"} <= entry.keys():
-            return f"its metric {name} lacks `value`, `samples`, `hash` or `settings`"
+            return f"its metric {name} lacks 'value', 'samples', 'hash' or 'settings'"
         numbers = [entry["value"], entry["samples"], *(entry.get(key) or 0.0 for key in ("low", "high"))]
         if not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
-            return f"`value`, `samples`, `low` or `high` of its metric {name} is no finite number"
+            return f"'value', 'samples', 'low' or 'high' of its metric {name} is no finite number"
         if not isinstance(entry["settings"], dict):
-            return f"`settings` of its metric {name} are no object"
+            return f"'settings' of its metric {name} are no object"
     return None
 
 

@@ -246,7 +246,7 @@ def _json(path: Path) -> PromptList:
             rows = [(style, prompt) for style, prompts in content.items() for prompt in prompts]
             return _listed([prompt for _, prompt in rows], tuple(style for style, _ in rows))
     if not isinstance(content, list):
-        raise ValueError("neither a list nor COCO's `images` and `annotations`")
+        raise ValueError("neither a list nor COCO's 'images' and 'annotations'")
     return _listed(content)
 
 

@@ -95,14 +95,14 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
             mean, covariance = archive["mu"], archive["sigma"]
             if mean.dtype.kind not in "fiu" or covariance.dtype.kind not in "fiu":
                 raise ValueError(
-                    f"`mu` is {mean.dtype} and `sigma` {covariance.dtype}, which are not real numbers"
+                    f"'mu' is {mean.dtype} and 'sigma' {covariance.dtype}, which are not real numbers"
                 )
             mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
             count = archive["n"] if "n" in archive else np.int64(0)
             stored = json.loads(str(archive["protocol"])) if "protocol" in archive else {}
     except Exception as error:  # damaged archives raise many types: BadZipFile, EOFError, zlib.error, ...
         raise ValueError(
-            f"{path} holds no statistics of features (npz with `mu` and `sigma`): {error}"
+            f"{path} holds no statistics of features (npz with 'mu' and 'sigma'): {error}"
         ) from error
     d = mean.shape[0] if mean.ndim == 1 else -1
     # Of values of 1e200 the squares, and so every distance, are infinite.
@@ -110,7 +110,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
         finite = d > 0 and np.isfinite(mean @ mean) and np.isfinite(np.square(covariance).sum())
     if covariance.shape != (d, d) or not finite:
         raise ValueError(
-            f"{path}: `mu` {mean.shape} and `sigma` {covariance.shape} are no mean (d,) and covariance (d, d) of finite numbers"
+            f"{path}: 'mu' {mean.shape} and 'sigma' {covariance.shape} are no mean (d,) and covariance (d, d) of finite numbers"
         )
     if (
         count.shape != ()
@@ -120,7 +120,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
         or not isinstance(stored, dict)
     ):
         raise ValueError(
-            f"{path}: `n` is {count.tolist()}, but statistics are of 2 or more images, and `protocol` has to be a JSON object"
+            f"{path}: 'n' is {count.tolist()}, but statistics are of 2 or more images, and 'protocol' has to be a JSON object"
         )
     _check_covariance(covariance, path)
     return torch.from_numpy(mean), torch.from_numpy(covariance), int(count), stored
@@ -136,7 +136,7 @@ def _check_covariance(covariance: np.ndarray[Any, Any], path: Path) -> None:
     asymmetry = float(np.abs(covariance - covariance.T).max(initial=0.0))
     if asymmetry > 1e-4 * scale:
         raise ValueError(
-            f"{path}: `sigma` is not symmetric (by up to {asymmetry:.3g}), so that it is no covariance"
+            f"{path}: 'sigma' is not symmetric (by up to {asymmetry:.3g}), so that it is no covariance"
         )
     try:
         np.linalg.cholesky(
@@ -145,7 +145,7 @@ def _check_covariance(covariance: np.ndarray[Any, Any], path: Path) -> None:
     except np.linalg.LinAlgError:
         least = float(np.linalg.eigvalsh((covariance + covariance.T) / 2)[0])
         raise ValueError(
-            f"{path}: `sigma` has the negative eigenvalue {least:.3g}, so that it is no covariance; write the statistics again"
+            f"{path}: 'sigma' has the negative eigenvalue {least:.3g}, so that it is no covariance; write the statistics again"
         ) from None
 
 

@@ -138,14 +138,14 @@ def _features(file: Path, metric: str) -> tuple[Tensor, dict[str, Any]]:
         with np.load(file, allow_pickle=False) as archive:
             features, stored = archive["features"], json.loads(str(archive["protocol"]))
         if not isinstance(stored, dict):
-            raise ValueError("`protocol` is not an object")
+            raise ValueError("'protocol' is not an object")
         if (
             features.ndim != 2
             or features.dtype.kind != "f"
             or not len(features)
             or not np.isfinite(features).all()
         ):
-            raise ValueError(f"`features` {features.shape} {features.dtype} are not (n, d) finite numbers")
+            raise ValueError(f"'features' {features.shape} {features.dtype} are not (n, d) finite numbers")
     except Exception as error:  # damaged archives raise many exception types
         raise UserError(f"{file} holds no features for {metric} ({error}).") from error
     return torch.from_numpy(features).float(), stored

@@ -136,7 +136,7 @@ def test_files_that_are_not_results(tmp_path: Path, capsys: pytest.CaptureFixtur
     good = result(tmp_path / "a.json", 1.0)
     (tmp_path / "b.json").write_text("{}")
     (tmp_path / "c.json").write_text("no json")
-    for name, message in (("b", "it has no `metrics`"), ("c", "cannot be read"), ("d", "cannot be read")):
+    for name, message in (("b", "it has no 'metrics'"), ("c", "cannot be read"), ("d", "cannot be read")):
         said = refusal(main, [good, tmp_path / f"{name}.json"], capsys)
         assert said.startswith("compare: ") and f"{name}.json" in said and message in said
     assert "a has no kid; it has fid" in refusal(main, [good, "--metrics", "kid"], capsys)
@@ -148,9 +148,9 @@ def test_files_that_are_not_results(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"protocol": "fingerprint"}', "it has no `metrics`"),
-        ('{"metrics": [1]}', "its `metrics` are a list, not an object"),
-        ('{"metrics": {"fid": 3.0}}', "its metric fid lacks `value`, `samples`, `hash` or `settings`"),
+        ('{"protocol": "fingerprint"}', "it has no 'metrics'"),
+        ('{"metrics": [1]}', "its 'metrics' are a list, not an object"),
+        ('{"metrics": {"fid": 3.0}}', "its metric fid lacks 'value', 'samples', 'hash' or 'settings'"),
         ('{"metrics": {"fid": {"value": NaN, "samples": 9, "hash": "a", "settings": {}}}}', "is no finite number"),
         ('{"metrics": {"fid": {"value": "1", "samples": 9, "hash": "a", "settings": {}}}}', "is no finite number"),
         ('{"metrics": {"fid": {"value": 1, "samples": 9, "hash": "a", "settings": {}, "low": "0"}}}', "is no finite number"),

@@ -103,9 +103,9 @@ MUTATIONS = (
     Mutation(
         "clipping before averaging over ranks",
         f"{TRAINING}/manual_optimization.py",
-        "        optimizer, network = self._optimizer_of(role), self.networks[role]\n",
-        "        optimizer, network = self._optimizer_of(role), self.networks[role]\n"
-        "        clip_gradients(network.parameters(), self.gradient_clip_norm)\n",
+        "        optimizer = self._optimizer_of(role)\n",
+        "        optimizer = self._optimizer_of(role)\n"
+        "        clip_gradients(self.networks[role].parameters(), self.gradient_clip_norm)\n",
         "tests/training/distillation/test_distributed.py::test_same_weights_as_one_process",
     ),
     Mutation(
