@@ -70,7 +70,7 @@ def test_which_networks_move(
     real_before = weights(module.real_score.module) if module.real_score is not None else {}
     fit(module, shards, batches=1)
     # A bias before a normalisation may have a gradient below rounding, so one tensor in fifty may stay.
-    assert {role: moved(before, module, role) for role in expected} == pytest.approx(expected, abs=0.01)
+    assert {role: moved(before, module, role) for role in expected} == pytest.approx(expected, abs=0.02)
     assert (module.real_score is None) == (settings.get("distribution_matching", 0) is None)
     if module.real_score is not None:
         assert all(torch.equal(real_before[k], v) for k, v in weights(module.real_score.module).items())
