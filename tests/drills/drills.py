@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from tests.drills.runs import LEFT_OUT, Outcome, Runs, free_port, wait_until
+from tests.drills.runs import CannotRun, Outcome, Runs, free_port, runs_in_group, wait_until
 from tests.helpers.tiny_run import tiny_config, write_config
 
 ENDLESS = 100_000
@@ -40,8 +41,7 @@ def one_command_for_two_ranks(runs: Runs) -> Outcome:
     _insert(config, "RaiseSignal", name="SIGTERM", batch=2, rank=1)
     run = runs.start(config)
     code, said = runs.code(run), runs.said()
-    listing = ["pgrep", "--pgroup", str(run.pid)]
-    left = not wait_until(lambda: not subprocess.run(listing, capture_output=True).stdout, 30)
+    left = not wait_until(lambda: not runs_in_group(run.pid), 30)
     return Outcome(
         "exit 143, told once, update 10, no process left",
         f"exit {code}, told {'once' if said.count('stopped: ') == 1 else 'not once'}, update {runs.updates()}, "
@@ -98,9 +98,11 @@ def lost_rank(runs: Runs, name: str) -> Outcome:
 
 def unshared_disks(runs: Runs) -> Outcome:
     """The run's folder lies on a disk of its own on each node: rank 1 sees an empty file system in its place."""
-    wanted = "exit 2 and 0, said"
-    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
-        return Outcome(wanted, f"{LEFT_OUT}: mounts need root", "")
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
+    ):
+        raise CannotRun("mounts need root")
     config = tiny_config(runs.work)
     config["trainer"] |= {"devices": 2, "strategy": SHARDED}
     (runs.work / "run").mkdir()
@@ -108,7 +110,9 @@ def unshared_disks(runs: Runs) -> Outcome:
     codes = [runs.code(rank) for rank in runs.start_ranks(config, wrappers=[[], hidden])]
     said = runs.said("rank0")
     named = "is another disk on rank 1" in said  # all ranks agreed to stop, and rank 0 carries the code
-    return Outcome(wanted, f"exit {codes[0]} and {codes[1]}, {'' if named else 'not '}said", said)
+    return Outcome(
+        "exit 2 and 0, said", f"exit {codes[0]} and {codes[1]}, {'' if named else 'not '}said", said
+    )
 
 
 class Node(NamedTuple):
@@ -157,7 +161,7 @@ def torchrun_restart(runs: Runs) -> Outcome:
     file, port = write_config(runs.work / "tiny.yaml", config), free_port()
     with two_nodes() as nodes:
         if not nodes:
-            return Outcome(wanted, f"{LEFT_OUT}: network namespaces need root", "")
+            raise CannotRun("network namespaces need root")
         agents = []
         for number, node in enumerate(nodes):
             torchrun = [*node.enter, sys.executable, "-m", "torch.distributed.run"]

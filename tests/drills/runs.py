@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from tests.helpers.tiny_run import ROOT, write_config
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 """Seconds for what takes a few on an idle machine: no outcome depends on a machine's speed."""
 LEFT_OUT = "left out"
 """Begins what came of a drill that this machine cannot run."""
@@ -134,6 +135,16 @@ def wait_until(reached: Callable[[], bool], seconds: float = PATIENCE) -> bool:
             return False
         time.sleep(0.2)
     return True
+
+
+def runs_in_group(group: int) -> bool:
+    """Whether a process of a group is still running; one that has ended and that nobody has waited for is not."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state not in "ZX":
+                return True
+    return False
 
 
 def free_port() -> int:

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.drills.runs import LEFT_OUT, CannotRun, Outcome, Runs, wait_until
+from tests.drills.runs import CannotRun, Outcome, Runs, wait_until
 from tests.helpers.tiny_run import ROOT, tiny_config, write_config
 
 HERE = Path(__file__).parent / "slurm"
 SCRIPT = ROOT / "configs" / "slurm" / "train.sbatch"
 PACKAGES = "slurm-wlm slurmctld slurmd slurm-client munge slurm-wlm-basic-plugins"
-NOT_HERE = f"{LEFT_OUT}: as root, apt-get install --no-install-recommends {PACKAGES}"
+NOT_HERE = f"as root, apt-get install --no-install-recommends {PACKAGES}"
 
 
 def _available() -> bool:
@@ -46,7 +46,7 @@ def job_script(runs: Runs) -> Outcome:
     """Seven drills of the job script, with a stand-in for train.py."""
     wanted = "7 of 7 ok"
     if not _available():
-        return Outcome(wanted, NOT_HERE, "")
+        raise CannotRun(NOT_HERE)
     with slurm(runs.work / "slurm") as environment:
         command = [str(HERE / "drills.sh"), str(SCRIPT), str(runs.work / "jobs")]
         said = subprocess.run(command, capture_output=True, text=True, env=environment).stdout
@@ -58,7 +58,7 @@ def preempted(runs: Runs) -> Outcome:
     """A real run with reading workers on two nodes, pre-empted with SIGTERM to every process and 60 s of grace."""
     wanted = "saved, PENDING"
     if not _available():
-        return Outcome(wanted, NOT_HERE, "")
+        raise CannotRun(NOT_HERE)
     with slurm(runs.work / "slurm", CPUS="15") as environment:
         job = runs.work / "job.sbatch"
         job.write_text(_job(runs, environment))
