@@ -1,4 +1,4 @@
-"""Runs the drills: python -m tests.drills [WORD ...]   (those whose name holds a word; all of them, some five minutes).
+"""Runs the drills: python -m tests.drills [WORD ...]   (those whose name holds a word; all of them, a quarter of an hour).
 
 Writes their rows in the table of configs/CLUSTER.md. Exit code 1 if one came out otherwise than wanted; what this machine
 cannot run is left out, and said.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of latent shards."""
     return save_shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture
+def config(base_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The `base_config` of a test file, with a run's folder of its own."""
+    changed = copy.deepcopy(base_config)
+    changed["trainer"]["default_root_dir"] = str(tmp_path / "run")
+    return changed
 
 
 @pytest.fixture(scope="session")

@@ -35,13 +35,6 @@ def base_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return config
 
 
-@pytest.fixture
-def config(base_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    changed = copy.deepcopy(base_config)
-    changed["trainer"]["default_root_dir"] = str(tmp_path / "run")
-    return changed
-
-
 def with_callback(config: dict[str, Any], kind: str, /, **arguments: Any) -> dict[str, Any]:
     changed = copy.deepcopy(config)
     changed["trainer"]["callbacks"].insert(
