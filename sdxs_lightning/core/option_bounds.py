@@ -10,3 +10,5 @@ MOST_IMAGES = 10_000_000
 """Of an evaluation; published ones have 50,000 at most."""
 MOST_STEPS = 1000
 """Sampling steps; a schedule has as many timesteps."""
+MOST_SECONDS = 1_000_000
+"""Of waiting for a server: over eleven days."""

@@ -312,3 +312,14 @@ def test_a_command_that_another_overtakes_at_the_start_goes_on(tmp_path: Path) -
     (tmp_path / "same" / "settings.json").unlink()
     with pytest.raises(UserError, match="holds shards but no settings.json"):
         begin_or_resume(LocalFolder(tmp_path / "same"), "settings.json", {"side": 8})
+
+
+@pytest.mark.parametrize(
+    ("option", "most"), [("processes", 1024), ("remote_timeout_s", 1_000_000), ("remote_retry_s", 1_000_000)]
+)
+def test_numbers_that_cannot_be_meant_are_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, most: int
+) -> None:
+    said = refused(command(photos, tmp_path / "set", f"--{option}", most + 1), capsys)
+    assert f"--{option} is '{most + 1}" in said and f"{most}" in said.partition("must be")[2]
+    assert not (tmp_path / "set").exists()

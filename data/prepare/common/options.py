@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from sdxs_lightning.command_line import Option
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.option_bounds import MOST_PROCESSES, MOST_SECONDS
 from sdxs_lightning.trust import Trust
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class SetPart(NamedTuple):
 class PatienceOptions:
     """How long servers are waited for."""
 
-    remote_timeout_s: Annotated[float, Option(at_least=0.001)] = 30.0
+    remote_timeout_s: Annotated[float, Option(at_least=0.001, at_most=MOST_SECONDS)] = 30.0
     """Seconds that the server of a URL has for each answer."""
-    remote_retry_s: Annotated[float, Option(at_least=0)] = 600.0
+    remote_retry_s: Annotated[float, Option(at_least=0, at_most=MOST_SECONDS)] = 600.0
     """Seconds over which its failures are retried, before the command stops or a shard counts as unreadable."""
 
     @property
@@ -88,7 +89,7 @@ class DeviceOptions:
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes the GPUs if there are any."""
-    processes: Count | None = None
+    processes: Annotated[int | None, Option(at_least=1, at_most=MOST_PROCESSES)] = None
     """Number of processes; by default one per GPU, or without GPUs one per core (at most 8)."""
     ray: Annotated[str | None, Option(const="auto", metavar="ADDRESS")] = None
     """Make the shards in tasks of a Ray cluster; without an address in the one of RAY_ADDRESS or of this machine, or else in a
