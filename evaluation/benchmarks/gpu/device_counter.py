@@ -7,6 +7,7 @@ that the dispatcher sees on every device.
 from __future__ import annotations
 
 import math
+import os
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[3]
+OURS = tuple(f"{ROOT / folder}{os.sep}" for folder in ("sdxs_lightning", "evaluation", "tests"))
+"""Folders of our code; the virtual environment may lie beside them."""
 META = torch.device("meta")
 TENSORS_PER_LAUNCH = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 """Of a `_foreach` kernel, by the number of its lists; aten/src/ATen/native/cuda/MultiTensorApply.cuh."""
@@ -116,7 +119,7 @@ class DeviceCounter(TorchDispatchMode):
     def wait(self, what: str) -> None:
         """Notes a host synchronisation."""
         frames = traceback.extract_stack()
-        own = [f for f in frames if f.filename.startswith(str(ROOT)) and f.filename != __file__]
+        own = [f for f in frames if f.filename.startswith(OURS) and f.filename != __file__]
         where = own[-1] if own else frames[-4]
         outside = next(
             (f for f in reversed(frames) if "torch/" not in f.filename and f.filename != __file__), where
