@@ -1,60 +1,38 @@
 """Runs the drills: python -m tests.drills [WORD ...]   (those whose name holds a word; all of them, a quarter of an hour).
 
 Writes their rows in the table of configs/CLUSTER.md. Exit code 1 if one came out otherwise than wanted; what this machine
-cannot run is left out, and said.
+cannot run is left out, and said. Each runs in a process of its own that is ended after ten minutes.
 """
 
 from __future__ import annotations
 
+import argparse
+import math
+import subprocess
 import sys
-import tempfile
 import time
-import traceback
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Mapping
 
+from tests.drills.attempt import Drills, run_beside
 from tests.drills.drills import DRILLS
 from tests.drills.preparing import PREPARING_DRILLS
-from tests.drills.runs import LEFT_OUT, CannotRun, Outcome, Runs
+from tests.drills.runs import FAILED, LEFT_OUT, Outcome, verdict
 from tests.drills.slurm_drills import SLURM_DRILLS
 from tests.helpers.tiny_run import ROOT
 
 PAGE = ROOT / "configs" / "CLUSTER.md"
 HEAD = "| drill | wanted | got | |\n|---|---|---|---|\n"
 """Of the table, with which the page ends."""
-Drills = Mapping[str, Callable[[Runs], Outcome]]
+SLOW = 120.0
+"""Seconds to import torch and Lightning (5 on two idle cores) beyond which waiting times of runs mean nothing."""
 
 
-def verdict(outcome: Outcome) -> str:
-    """Last column of the table."""
-    if outcome.got.startswith(LEFT_OUT):
-        return LEFT_OUT
-    return "passed" if outcome.wanted == outcome.got else "**FAILED**"
-
-
-def run_in_turn(drills: Drills) -> dict[str, Outcome]:
-    """Runs drills one after the other, and says what came of each."""
-    outcomes = {}
-    for name, drill in drills.items():
-        start = time.monotonic()
-        try:
-            with (
-                tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work,
-                Runs(Path(work).resolve()) as runs,
-            ):
-                outcome = drill(runs)
-        except CannotRun as reason:
-            outcome = Outcome("", f"{LEFT_OUT}: {reason}", "")
-        except Exception as error:
-            outcome = Outcome("no error", f"{type(error).__name__}: {error}", traceback.format_exc())
-        outcomes[name] = outcome
-        found, seconds = verdict(outcome).strip("*"), time.monotonic() - start
-        sys.stdout.write(f"{found:8} {seconds:4.0f} s  {name}: {outcome.got}\n")
-        if found == "FAILED":
-            sys.stdout.write(f"     wanted: {outcome.wanted}\n{outcome.said}\n")
-        sys.stdout.flush()
-    return outcomes
+def say(name: str, outcome: Outcome, seconds: float) -> None:
+    """Tells what came of an attempt."""
+    sys.stdout.write(f"{verdict(outcome).strip('*'):8} {seconds:4.0f} s  {name}: {outcome.got}\n")
+    if verdict(outcome) == FAILED:
+        sys.stdout.write(f"     wanted: {outcome.wanted}\n{outcome.said}\n")
+    sys.stdout.flush()
 
 
 def write_table(outcomes: Mapping[str, Outcome]) -> None:
@@ -68,23 +46,45 @@ def write_table(outcomes: Mapping[str, Outcome]) -> None:
     PAGE.write_text(text + HEAD + "".join(rows[name] for name in every if name in rows))
 
 
-def main(words: list[str]) -> int:
+def too_slow() -> bool:
+    """Whether a run would start so slowly here that a drill of it says nothing."""
+    try:
+        subprocess.run([sys.executable, "-c", "import lightning, torch"], check=True, timeout=SLOW)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def main(arguments: list[str]) -> int:
     """Runs the drills whose name holds one of the words; those of SLURM, which mostly wait, beside the others."""
+    parser = argparse.ArgumentParser(prog="python -m tests.drills")
+    parser.add_argument("words", nargs="*", help="drills whose name holds one of them; all without")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="what does not fit is left out")
+    parser.add_argument("--tries", type=int, default=1, help="so often one is run that fails")
+    parser.add_argument("--no_table", action="store_true", help="leave the table of the page as it is")
+    given = parser.parse_args(arguments)
+    start = time.monotonic()
 
     def chosen(drills: Drills) -> Drills:
         return {
-            name: drill for name, drill in drills.items() if not words or any(word in name for word in words)
+            name: drill
+            for name, drill in drills.items()
+            if not given.words or any(word in name for word in given.words)
         }
 
-    with ThreadPoolExecutor(1) as beside:
-        slurm = beside.submit(run_in_turn, chosen(SLURM_DRILLS))
-        # In the main thread, where Ray sets its signal handlers.
-        outcomes = run_in_turn(chosen(DRILLS | PREPARING_DRILLS)) | slurm.result()
+    if too_slow():
+        sys.stdout.write(f"all drills left out: importing torch takes longer than {SLOW:.0f} s here\n")
+        return 0
+    lanes = [chosen(DRILLS | PREPARING_DRILLS), chosen(SLURM_DRILLS)]
+    outcomes = run_beside(lanes, say, start + 60 * given.minutes, given.tries)
+    if not given.no_table:
+        write_table(outcomes)
     verdicts = [verdict(outcome) for outcome in outcomes.values()]
-    write_table(outcomes)
-    passed, left_out = verdicts.count("passed"), verdicts.count(LEFT_OUT)
-    sys.stdout.write(f"{passed} of {len(verdicts)} drills passed, {left_out} left out\n")
-    return int(passed + left_out < len(verdicts))
+    sys.stdout.write(
+        f"{verdicts.count('passed')} of {len(verdicts)} drills passed, {verdicts.count(LEFT_OUT)} left out "
+        f"({time.monotonic() - start:.0f} s)\n"
+    )
+    return int(FAILED in verdicts)
 
 
 if __name__ == "__main__":

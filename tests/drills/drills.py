@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from tests.drills.runs import CannotRun, Outcome, Runs, free_port, runs_in_group, wait_until
@@ -98,15 +98,12 @@ def lost_rank(runs: Runs, name: str) -> Outcome:
 
 def unshared_disks(runs: Runs) -> Outcome:
     """The run's folder lies on a disk of its own on each node: rank 1 sees an empty file system in its place."""
-    if (
-        not shutil.which("unshare")
-        or subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode
-    ):
-        raise CannotRun("mounts need root")
-    config = tiny_config(runs.work)
-    config["trainer"] |= {"devices": 2, "strategy": SHARDED}
     (runs.work / "run").mkdir()
     hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{runs.work}/run" && exec "$@"', "sh"]
+    if not shutil.which("unshare") or subprocess.run([*hidden, "true"], capture_output=True).returncode:
+        raise CannotRun("mounts need root, and a container that allows them")
+    config = tiny_config(runs.work)
+    config["trainer"] |= {"devices": 2, "strategy": SHARDED}
     codes = [runs.code(rank) for rank in runs.start_ranks(config, wrappers=[[], hidden])]
     said = runs.said("rank0")
     named = "is another disk on rank 1" in said  # all ranks agreed to stop, and rank 0 carries the code
@@ -133,21 +130,30 @@ def two_nodes() -> Iterator[list[Node]]:
     for number, name in enumerate(names):
         steps.append(f"ip -n {name} addr add 10.99.7.{number + 1}/24 dev v0")
         steps += [f"ip -n {name} link set {device} up" for device in ("lo", "v0")]
+    nodes = [
+        Node(["ip", "netns", "exec", name], f"10.99.7.{number + 1}", "v0")
+        for number, name in enumerate(names)
+    ]
+    # One waits for the other's connection: addresses alone do not mean that packets pass.
+    listen = (
+        "import socket; server = socket.create_server(('', 9000)); server.settimeout(20); server.accept()"
+    )
+    call = "import socket, time; time.sleep(2); socket.create_connection(('10.99.7.1', 9000), 10)"
     try:
         for step in steps:
             subprocess.run(step.split(), check=True, capture_output=True)
-        made = True
+        ends = [
+            subprocess.Popen([*node.enter, sys.executable, "-c", end], stderr=subprocess.DEVNULL)
+            for node, end in zip(nodes, (listen, call), strict=True)
+        ]
+        made = sum(end.wait() for end in ends) == 0
     except (OSError, subprocess.CalledProcessError):
         made = False
     try:
-        nodes = [
-            Node(["ip", "netns", "exec", name], f"10.99.7.{number + 1}", "v0")
-            for number, name in enumerate(names)
-        ]
         yield nodes if made else []
     finally:
         for name in names:
-            if made:
+            with suppress(OSError):
                 subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
@@ -161,7 +167,7 @@ def torchrun_restart(runs: Runs) -> Outcome:
     file, port = write_config(runs.work / "tiny.yaml", config), free_port()
     with two_nodes() as nodes:
         if not nodes:
-            raise CannotRun("network namespaces need root")
+            raise CannotRun("network namespaces need root, iproute2, and a system that allows them")
         agents = []
         for number, node in enumerate(nodes):
             torchrun = [*node.enter, sys.executable, "-m", "torch.distributed.run"]

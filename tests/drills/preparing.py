@@ -80,23 +80,38 @@ def commands_at_once(runs: Runs) -> Outcome:
     )
 
 
+def ray_cluster() -> tuple[Any, list[Any]]:
+    """A Ray cluster of three nodes with one core each on this machine, and the two that are not its head."""
+    from ray.cluster_utils import Cluster
+
+    def too_late(*_: object) -> None:
+        raise TimeoutError("three minutes are over")
+
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20}
+    previous = signal.signal(signal.SIGALRM, too_late)
+    signal.alarm(180)
+    try:
+        cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+        others = [cluster.add_node(**node, include_dashboard=None) for _ in range(2)]
+        cluster.wait_for_nodes()
+    except Exception as error:
+        raise CannotRun(f"Ray does not start here: {type(error).__name__}: {error}") from error
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
+    return cluster, others
+
+
 def ray_node_killed(runs: Runs) -> Outcome:
     """A Ray cluster of three nodes with one core each on this machine; one that makes shards is killed."""
     work = runs.work
     if importlib.util.find_spec("ray") is None:
         raise CannotRun("uv sync --group drills")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    from ray.cluster_utils import Cluster
-
+    # No reports to Ray's makers; no task ended because something else fills this machine's memory.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
     sums, out = sums_of_one_machine(runs), work / "set"
-    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster, others = ray_cluster()
     try:
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-    except Exception as error:
-        raise CannotRun(f"Ray does not start here: {type(error).__name__}: {error}") from error
-    try:
-        others = [cluster.add_node(**{**node, "include_dashboard": None}) for _ in range(2)]
-        cluster.wait_for_nodes()
         run = runs.popen(command(work, out, "--ray", cluster.address), "run")
         wait_for_shards(out, SOME)
         cluster.remove_node(others[0], allow_graceful=False)

@@ -17,10 +17,11 @@ from typing import Any, NamedTuple
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from tests.helpers.tiny_run import ROOT, write_config
 
-PATIENCE = 600.0
+PATIENCE = 300.0
 """Seconds for what takes a few on an idle machine: no outcome depends on a machine's speed."""
 LEFT_OUT = "left out"
 """Begins what came of a drill that this machine cannot run."""
+FAILED = "**FAILED**"
 
 
 class CannotRun(Exception):
@@ -34,6 +35,13 @@ class Outcome(NamedTuple):
     got: str
     said: str
     """The end of what the run wrote."""
+
+
+def verdict(outcome: Outcome) -> str:
+    """Last column of the table."""
+    if outcome.got.startswith(LEFT_OUT):
+        return LEFT_OUT
+    return "passed" if outcome.wanted == outcome.got else FAILED
 
 
 class Runs:

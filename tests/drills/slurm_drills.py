@@ -29,7 +29,12 @@ def slurm(folder: Path, **settings: str) -> Iterator[dict[str, str]]:
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), **settings}
     folder.parent.chmod(0o711)  # munge's daemon runs as a user of its own
     try:
-        started = subprocess.run([HERE / "start_slurm.sh", folder], capture_output=True, env=environment)
+        try:
+            started = subprocess.run(
+                [HERE / "start_slurm.sh", folder], capture_output=True, env=environment, timeout=180
+            )
+        except subprocess.TimeoutExpired as error:
+            raise CannotRun("SLURM does not start here in three minutes") from error
         if started.returncode:
             reason = started.stderr.decode().strip() or "it says nothing"
             raise CannotRun(f"SLURM does not start here: {reason.splitlines()[-1]}")
