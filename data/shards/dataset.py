@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from array import array
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -105,7 +106,7 @@ class ShardDataset(Dataset[TrainingBatch | UnreadableBatch]):
         self._upcoming = upcoming
         self._decoder = SampleDecoder(self.contents, self.reading)
         self._parts = self._decoder.parts
-        self._first_samples = shards.table.firsts.tolist()
+        self._first_samples = array("q", shards.table.firsts.tobytes())  # searched without an object for each
         self._names = shards.names()
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._arena = Arena()

@@ -11,8 +11,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
+from numpy.typing import NDArray
+
 from data.shards.indexing.building import mark_outdated, open_indexes
-from data.shards.indexing.names import unique_names
+from data.shards.indexing.names import ShardNames
 from data.shards.indexing.packed import PackedIndexes
 from data.shards.indexing.request import IndexRequest
 from data.shards.indexing.table import ShardTable
@@ -185,7 +188,7 @@ class ShardSet:
         sizes: list[int] = self.table.counts.tolist()
         return sizes
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Fingerprint of all samples in order, independent of the folder."""
         prints = self.table.fingerprints.tobytes().hex()
@@ -194,10 +197,10 @@ class ShardSet:
             for number, location in enumerate(self.table.locations)
         )
 
-    def names(self) -> list[str]:
+    def names(self) -> Sequence[str]:
         """A unique name for each shard: its path without '.tar', relative to the common parent folder."""
         linked = self.shards.linked if isinstance(self.shards, PackedIndexes | JoinedIndexes) else None
-        return unique_names(self.table.locations, linked)
+        return ShardNames(self.table.locations, linked)
 
 
 class JoinedIndexes(Sequence[ShardIndex]):
@@ -213,17 +216,16 @@ class JoinedIndexes(Sequence[ShardIndex]):
         return JoinedIndexes, (self._sets,)
 
     @property
-    def linked(self) -> list[bool]:
+    def linked(self) -> NDArray[np.uint8]:
         """Whether each shard is a symbolic link."""
-        return [
-            linked
-            for one in self._sets
-            for linked in (
+        return np.concatenate(
+            [
                 one.shards.linked
                 if isinstance(one.shards, PackedIndexes)
-                else map(os.path.islink, one.table.locations)
-            )
-        ]
+                else np.array([os.path.islink(location) for location in one.table.locations], np.uint8)
+                for one in self._sets
+            ]
+        )
 
     def __len__(self) -> int:
         """Shards."""
@@ -270,10 +272,8 @@ def _request(
     sized: str | None,
 ) -> IndexRequest:
     locations = find_locations(shards, gone=SIDECAR_SUFFIX if tolerant and index_folder is None else None)
-    if index_folder is None:
-        for location in locations:
-            if is_remote(location):
-                sidecar_path(location)  # raises
+    if index_folder is None and (remote := next(filter(is_remote, locations), None)) is not None:
+        sidecar_path(remote)  # raises
 
     def index_one(location: str, former: ShardIndex | None, saved: bool) -> ShardIndex:
         index = index_shard(location, index_folder, store, tolerant, former, saved)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from glob import escape as glob_escape
 from glob import glob, has_magic
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
@@ -56,16 +57,17 @@ def is_http(location: str) -> bool:
 
 def is_remote(location: str) -> bool:
     """Whether the location is a URL or a command rather than a local path."""
-    return "://" in location or is_pipe(location)
+    return "://" in location or location.startswith("pipe:")
 
 
 def file_name(location: str) -> str:
     """Last part of a location, for messages and sample names."""
+    if not is_remote(location):
+        return location.rstrip("/").rpartition("/")[2]
     if is_pipe(location):
         words = [word for word in location[5:].split() if word.endswith(".tar")]
         return file_name(words[-1]) if words else "pipe"
-    path = urlsplit(location).path or urlsplit(location).netloc if is_remote(location) else location
-    return path.rstrip("/").rpartition("/")[2]
+    return (urlsplit(location).path or urlsplit(location).netloc).rstrip("/").rpartition("/")[2]
 
 
 def leaves(path: Path, folder: Path) -> bool:
@@ -93,17 +95,18 @@ def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None =
         FileNotFoundError: if one of them matches no file; URLs without a glob are only checked when indexed.
     """
     patterns = [shards] if isinstance(shards, str | Path) else list(shards)
-    found: dict[str, None] = {}
-    for pattern in patterns:
-        for expanded in expand_braces(str(pattern)):
-            found |= dict.fromkeys(
-                _remote_files(expanded) if is_remote(expanded) else _local_files(expanded, gone)
-            )
+    lists = [
+        _remote_files(expanded) if is_remote(expanded) else _local_files(expanded, gone)
+        for pattern in patterns
+        for expanded in expand_braces(str(pattern))
+    ]
+    # Each once; within one list they are.
+    found = lists[0] if len(lists) == 1 else list(dict.fromkeys(chain.from_iterable(lists)))
     if not found:
         raise FileNotFoundError(
             "No shards were named: give a folder, a glob, or a pattern like 'set/{00000..00009}.tar'."
         )
-    return list(found)
+    return found
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -141,10 +144,11 @@ def _local_files(pattern: str, gone: str | None) -> list[str]:
     path = Path(pattern := os.path.expanduser(pattern))
     if path.is_dir():
         # Not by glob, which takes several times as long for a large set.
-        names = [name for name in os.listdir(path) if not name.startswith(".")]
-        found = {name for name in names if name.endswith(".tar")}
+        names = os.listdir(path)
+        found = [name for name in names if name.endswith(".tar") and not name.startswith(".")]
         if gone is not None:
-            found |= {name.removesuffix(gone) for name in names if name.endswith(".tar" + gone)}
+            listed = (name.removesuffix(gone) for name in names if name.endswith(".tar" + gone))
+            found = list({*found, *(name for name in listed if not name.startswith("."))})
         if found:
             prefix = "" if path == Path() else os.path.join(path, "")
             return sorted(prefix + name for name in found)

@@ -81,9 +81,11 @@ def upcoming_shards(
         window: shards per shuffle window; 0 reads them in order.
         windows: shuffle windows to look ahead.
     """
+    if cache is None or not windows:
+        return None
     table = joined(sets).table
     sizes = _bytes_in_cache(table)
-    if cache is None or not windows or not sizes.any():
+    if not sizes.any():
         return None
     # Positions in which every source goes through one window.
     positions = sum(max(1, window) * sum(one.sizes) / len(one.sizes) for one in sets)

@@ -2,11 +2,12 @@
 
 Every process opens the set, checks its members and looks up the first positions, as a rank does, and holds it until all have.
 CPU time and memory are those added since before; memory is the proportional set size, which divides shared pages among their
-processes.
+processes. The processes are started anew, as ranks are: a forked one would count the pages of its parent that it touches.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import tempfile
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.shards.dataset import ShardDataset
+from data.shards.images import fast_jpeg_decoder
 from data.shards.index import ShardSet, discard_outdated, index_shard
 from data.shards.order.sample_order import SampleOrder
 from data.shards.scan import scan_members
@@ -82,7 +84,7 @@ def write_set(folder: Path, shards: int, samples: int) -> None:
 
 def _measure(opened: Any, folder: Path, processes: int) -> dict[str, Any]:
     """Sums over processes that hold a set at the same time."""
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     everyone, results = context.Barrier(processes), context.SimpleQueue()
     started = [
         context.Process(target=_process, args=(opened, folder, number, everyone, results))
@@ -102,6 +104,7 @@ def _measure(opened: Any, folder: Path, processes: int) -> dict[str, Any]:
 
 
 def _process(opened: Any, folder: Path, number: int, everyone: Any, results: Any) -> None:
+    fast_jpeg_decoder()  # a library, which any set of images loads
     everyone.wait()
     before, start = _megabytes(), time.process_time()
     if number == 0 and opened is _open_packed:
@@ -109,12 +112,15 @@ def _process(opened: Any, folder: Path, number: int, everyone: Any, results: Any
     found = opened(folder)
     order = SampleOrder(found.sizes, seed=1)
     dataset = ShardDataset(found, order, ["images"])
-    samples = order.samples_at(np.arange(_POSITIONS)).tolist()
+    samples = order.samples_at(np.arange(_POSITIONS))
+    assert dataset.shards.fingerprint  # compared with the checkpoint's when a run is resumed
     seconds = time.process_time() - start
     everyone.wait()
     megabytes = _megabytes() - before
     everyone.wait()
-    results.put((seconds, megabytes, hash((tuple(samples), dataset.shards.fingerprint))))
+    results.put(
+        (seconds, megabytes, dataset.shards.fingerprint + hashlib.sha256(samples.tobytes()).hexdigest())
+    )
 
 
 def _open_packed(folder: Path) -> ShardSet:

@@ -99,7 +99,7 @@ def _opened(path: Path, locations: Sequence[str]) -> PackedIndexes | None:
     except Exception as error:  # json and numpy raise many types for a damaged file
         warn_once(f"The index {path} is damaged ({error}), so it is written again.")
         return None
-    return found if found.table.locations == tuple(locations) else None
+    return found if found.table.locations == locations else None
 
 
 def _is_current(found: PackedIndexes, request: IndexRequest) -> bool:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data.shards.indexing.packed_file import PackedTable, read_packed, segment_of, write_packed
 from data.shards.indexing.table import ShardTable
@@ -56,10 +57,9 @@ class PackedIndexes(Sequence[ShardIndex]):
         return self.columns.table
 
     @property
-    def linked(self) -> list[bool]:
+    def linked(self) -> NDArray[np.uint8]:
         """Whether each shard is a symbolic link."""
-        linked: list[bool] = self.columns.linked.astype(bool).tolist()
-        return linked
+        return self.columns.linked
 
     def __len__(self) -> int:
         """Shards."""

@@ -7,13 +7,13 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.shards.indexing.location_list import LocationList
 from data.shards.indexing.table import Kind, ShardTable
 from data.shards.locations import Stamp
 from data.shards.scan import SampleFault, ShardIndex
@@ -91,21 +91,21 @@ class PackedTable:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All tables except the segments, by name."""
         table = self.table
-        encoded = [location.encode("utf-8", "surrogateescape") for location in table.locations]
+        locations = LocationList.of(table.locations)
         faults = [[number, fault.key, fault.reason] for number, fault in table.faults]
         arrays: dict[str, NDArray[Any]] = {
             "counts": table.counts,
             "ends": table.ends,
             "states": self.states,
             "segment_ends": self.segment_ends,
-            "location_ends": np.cumsum([len(one) for one in encoded], dtype=np.int64),
+            "location_ends": locations.ends,
             "latent_sizes": table.latent_sizes,
             "kind_of": table.kind_of,
             "segment_sums": self.segment_sums,
             "fingerprints": table.fingerprints,
             "stamped": self.stamped,
             "linked": self.linked,
-            "locations": np.frombuffer(b"".join(encoded), dtype=np.uint8),
+            "locations": locations.text,
             "faults": np.frombuffer(json.dumps(faults).encode(), dtype=np.uint8),
         }
         if table.image_sizes is not None:
@@ -250,14 +250,12 @@ def _columns(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> Packe
         and (image_sizes is None or image_sizes.shape == (counts.sum(), 2))
     ):
         raise ValueError("its tables contradict each other")
-    text, starts = arrays["locations"].tobytes(), [0, *location_ends.tolist()]
-    locations = tuple(text[start:end].decode("utf-8", "surrogateescape") for start, end in pairwise(starts))
     faults = tuple(
         (int(number), SampleFault(str(key), str(reason)))
         for number, key, reason in json.loads(arrays["faults"].tobytes())
     )
     table = ShardTable(
-        locations,
+        LocationList(arrays["locations"], location_ends),
         counts,
         arrays["ends"],
         arrays["fingerprints"],

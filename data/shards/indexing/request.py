@@ -53,7 +53,8 @@ class IndexRequest:
         if self.index_folder is not None:
             folders = [Path(self.index_folder).expanduser()]
         else:
-            folders = [Path(one) for one in dict.fromkeys(map(os.path.dirname, self.locations))]
+            one_of_each = {location.rpartition("/")[0]: location for location in self.locations}
+            folders = [Path(os.path.dirname(location)) for location in one_of_each.values()]
         return {folder: _is_writable(folder) for folder in folders}
 
     @property

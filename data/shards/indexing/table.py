@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.shards.decoders import LATENT_MEMBER
+from data.shards.indexing.location_list import LocationList
 from data.shards.scan import SampleFault, ShardIndex
 
 Int64Array = NDArray[np.int64]
@@ -27,7 +28,7 @@ class Kind(NamedTuple):
 class ShardTable:
     """Columns of n shards, in order."""
 
-    locations: tuple[str, ...]
+    locations: Sequence[str]
     counts: Int64Array
     """(n,): samples."""
     ends: Int64Array
@@ -88,7 +89,7 @@ class ShardTable:
         sizes = [one.image_sizes for one in tables if one.image_sizes is not None]
         sized = len(sizes) == len(tables) and len({one.sized_by for one in tables}) == 1
         return cls(
-            locations=tuple(location for one in tables for location in one.locations),
+            locations=LocationList.joined([one.locations for one in tables]),
             counts=np.concatenate([one.counts for one in tables]),
             ends=np.concatenate([one.ends for one in tables]),
             fingerprints=np.concatenate([one.fingerprints for one in tables]),

@@ -78,12 +78,22 @@ def _mix_array(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
-def _feistel(values: NDArray[np.uint64], bits: int, key: int) -> NDArray[np.uint64]:
-    """A keyed bijection of [0, 2**bits), bits >= 2: Feistel rounds on bits // 2 and the rest."""
+def _round_keys(keys: Sequence[int]) -> NDArray[np.uint64]:
+    """(rounds, keys): the key of each Feistel round."""
+    return np.array([[key_of(key, number) for key in keys] for number in range(_ROUNDS)], dtype=np.uint64)
+
+
+def _feistel(values: NDArray[np.uint64], bits: int, round_keys: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """A keyed bijection of [0, 2**bits), bits >= 2: Feistel rounds on bits // 2 and the rest.
+
+    Args:
+        values: (n,) or (k, n).
+        bits: of the range.
+        round_keys: (rounds, 1) or (rounds, n); for k permutations at once (rounds, k, 1).
+    """
     left_bits, right_bits = bits // 2, bits - bits // 2
     left, right = values >> np.uint64(right_bits), values & np.uint64((1 << right_bits) - 1)
-    for round_index in range(_ROUNDS):
-        round_key = np.uint64(key_of(key, round_index))
+    for round_key in round_keys:
         mixed = _mix_array(right + round_key) & np.uint64((1 << left_bits) - 1)
         left, right = right, left ^ mixed
         left_bits, right_bits = right_bits, left_bits
@@ -106,14 +116,21 @@ def permute(indices: Int64Array, length: int, key: int) -> Int64Array:
 
     Source: Black and Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002.
     """
-    bits = max(2, (length - 1).bit_length())
-    values = _feistel(indices.astype(np.uint64), bits, key)
+    return _permuted(indices[np.newaxis], length, [key]).reshape(-1)
+
+
+def _permuted(indices: Int64Array, length: int, keys: Sequence[int]) -> Int64Array:
+    """`permute` with a key for each row: (keys, n), int64."""
+    bits, round_keys = max(2, (length - 1).bit_length()), _round_keys(keys)
+    shape = len(keys), indices.shape[1]
+    values = _feistel(np.broadcast_to(indices, shape).astype(np.uint64), bits, round_keys[:, :, np.newaxis])
+    values = values.reshape(-1)
     outside = np.flatnonzero(values >= length)
     while outside.size:
-        walked = _feistel(values[outside], bits, key)
+        walked = _feistel(values[outside], bits, round_keys[:, outside // max(1, shape[1])])
         values[outside] = walked
         outside = outside[walked >= length]
-    return values.astype(np.int64)
+    return values.reshape(shape).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -256,8 +273,9 @@ def _deal(shards: Int64Array, window: int, key: int) -> list[Int64Array]:
     # The run that is too short for all windows is the middle one, which changes the window means the least.
     lengths[runs // 2] = len(shards) - count * (runs - 1)
     dealt = np.full((window, count), -1, dtype=np.int64)
+    places = _permuted(np.arange(count)[np.newaxis], count, [key_of(key, run) for run in range(runs)])
     for run, members in enumerate(np.split(shards, np.cumsum(lengths)[:-1])):
-        dealt[run, permute(np.arange(len(members)), count, key_of(key, run))] = members
+        dealt[run, places[run, : len(members)]] = members
     return [column[column >= 0] for column in dealt.T]
 
 

@@ -22,7 +22,8 @@ from data.shards.dataset import ShardDataset
 from data.shards.faults import Faults, Quarantine
 from data.shards.index import JoinedIndexes, ShardIndex, ShardSet, discard_outdated, index_shard, sidecar_path
 from data.shards.indexing import building, request
-from data.shards.indexing.names import unique_names
+from data.shards.indexing.location_list import LocationList
+from data.shards.indexing.names import ShardNames
 from data.shards.indexing.packed import PackedIndexes
 from data.shards.indexing.table import ShardTable
 from data.shards.order.sample_order import SampleOrder
@@ -91,10 +92,10 @@ def assert_equal(found: ShardSet, expected: ShardSet) -> None:
             if mine is not None:
                 assert mine.dtype == wanted.dtype
                 np.testing.assert_array_equal(mine, wanted)
-    assert (found.sizes, found.fingerprint, found.names()) == (
+    assert (found.sizes, found.fingerprint, list(found.names())) == (
         expected.sizes,
         expected.fingerprint,
-        expected.names(),
+        list(expected.names()),
     )
 
 
@@ -468,7 +469,8 @@ def test_names_are_those_of_resolved_paths(tmp_path: Path, monkeypatch: pytest.M
         ["pipe:aws s3 cp s3://b/c.tar -", "pipe:cat /x/d.tar"],
         ["s3://b/one/0.tar", f"{tmp_path}/a/x.tar"],
     ):
-        assert unique_names(locations) == former_names(locations)
+        names = ShardNames(LocationList.of(locations))
+        assert list(names) == former_names(locations) and names[-1:] == [former_names(locations)[-1]]
 
 
 def test_sizes_for_buckets_are_in_the_packed_index(folder: Path, scanned: list[str]) -> None:

@@ -139,7 +139,7 @@ def test_shards_of_equal_name_stay_apart(tmp_path: Path) -> None:
     for _ in range(2):
         shards = ShardSet.open([tmp_path / "one", tmp_path / "two"], tmp_path / "indexes")
         assert [shard.key(0) for shard in shards.shards] == ["one", "two"]
-    assert shards.names() == ["one/00000", "two/00000"]
+    assert list(shards.names()) == ["one/00000", "two/00000"]
     assert shards.fingerprint != ShardSet.open([tmp_path / "two", tmp_path / "one"]).fingerprint
 
 
