@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.counts import Counts
+from sdxs_lightning.callbacks.nan_guard import networks_with_bad_weights
 from sdxs_lightning.callbacks.ranks import Ranks
 
 META = "meta.pt"
@@ -32,6 +33,8 @@ class Snapshot(NamedTuple):
     """How often the run had been started."""
     sharded: bool
     """Whether each rank writes a shard; otherwise rank 0 writes one file."""
+    guarded: bool = False
+    """Whether nothing is written if a weight is NaN or infinite."""
 
 
 class CheckpointWriter:
@@ -48,6 +51,8 @@ class CheckpointWriter:
         self.ranks = Ranks()
         self.size = 0
         """Bytes of the last complete checkpoint; on rank 0."""
+        self.bad_networks: list[str] = []
+        """Those with NaN or infinite weights in the last checkpoint, which for that was not written."""
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
         self._error: BaseException | None = None
@@ -83,7 +88,7 @@ class CheckpointWriter:
             self._thread.join()
 
     def result(self) -> str | None:
-        """Waits for the checkpoint, and returns why this rank could not write it; None if it could.
+        """Waits for the checkpoint, and returns why this rank could not write it; None if it could, or must not.
 
         Raises:
             Exception: what ended the thread, if it was not the disk.
@@ -96,6 +101,7 @@ class CheckpointWriter:
 
     def _run(self, snapshot: Snapshot, ready: Callable[[], None]) -> None:
         self._problem = self._error = None
+        self.bad_networks = []
         try:
             ready()
             if snapshot.sharded:
@@ -106,6 +112,9 @@ class CheckpointWriter:
             self._error = error
 
     def _write_file(self, snapshot: Snapshot) -> str | None:
+        self.bad_networks = _bad_networks(snapshot)
+        if self.bad_networks:
+            return None
         partial = folders.partial_of(snapshot.folder)
 
         def write() -> None:
@@ -118,6 +127,10 @@ class CheckpointWriter:
 
     def _write_shards(self, snapshot: Snapshot) -> str | None:
         """A collective of the writing threads."""
+        found = self.ranks.gathered(_bad_networks(snapshot))
+        self.bad_networks = list(dict.fromkeys(name for names in found for name in names))
+        if self.bad_networks:
+            return None
         partial = folders.partial_of(snapshot.folder)
         problem = _failure(lambda: _begin(partial)) if self.ranks.first else None
         # Also a barrier: no rank writes into a folder that rank 0 is still emptying.
@@ -156,6 +169,10 @@ class CheckpointWriter:
             snapshot.folder, counts.updates, counts.iterations, counts.batches, snapshot.starts, sums
         )
         folders.keep_newest(snapshot.folder.parent, self.keep)
+
+
+def _bad_networks(snapshot: Snapshot) -> list[str]:
+    return networks_with_bad_weights(snapshot.contents["state_dict"]) if snapshot.guarded else []
 
 
 def _begin(partial: Path) -> None:

@@ -16,7 +16,7 @@ from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.checkpoint_staging import Rounding, Staging
 from sdxs_lightning.callbacks.checkpoint_writer import CheckpointWriter, Snapshot
 from sdxs_lightning.callbacks.counts import counts_of
-from sdxs_lightning.callbacks.nan_guard import check_before_saving
+from sdxs_lightning.callbacks.nan_guard import diverged, read_guards
 from sdxs_lightning.callbacks.optimizer_settings import settings_of
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import KEY, Resume
@@ -219,7 +219,8 @@ class Checkpointing(Checkpoint):
             The checkpoint's folder.
 
         Raises:
-            TrainingDiverged: if weights are not finite.
+            TrainingDiverged: if a loss is not finite, or the weights of the checkpoint in flight or of this one; those of an
+                asynchronous one are checked while it is written.
             CheckpointNotWritten: on all ranks, if any rank could not write; the previous checkpoint is untouched.
         """
         counts = counts_of(trainer)
@@ -228,7 +229,7 @@ class Checkpointing(Checkpoint):
         if name == self._saved_name:
             return folder
         self.finish(trainer)
-        check_before_saving(trainer)
+        guarded = read_guards(trainer)
         sharded = _is_sharded(trainer)
         # Not trainer.save_checkpoint, which writes before it returns, and whose barrier leaves the other ranks waiting if a
         # rank cannot write.
@@ -238,7 +239,7 @@ class Checkpointing(Checkpoint):
         elif self.averages_in_bfloat16:
             contents = self._rounding.rounded(contents)
         self._in_flight, self._batches_in_flight = (
-            Snapshot(contents, folder, counts, self._starts, sharded),
+            Snapshot(contents, folder, counts, self._starts, sharded, guarded),
             0,
         )
         if self.asynchronous:
@@ -253,12 +254,18 @@ class Checkpointing(Checkpoint):
         """Waits until the checkpoint in flight is complete. A collective.
 
         Raises:
+            TrainingDiverged: on all ranks, if its weights are not finite.
             CheckpointNotWritten: on all ranks, if any rank could not write; the previous checkpoint is untouched.
         """
         if self._in_flight is None:
             return
-        problem = self.ranks.first_message(self._writer.result())
+        reports = self.ranks.gathered((self._writer.result(), self._writer.bad_networks))
         folder, updates, self._in_flight = self._in_flight.folder, self._in_flight.counts.updates, None
+        bad = next((names for _, names in reports if names), None)
+        if bad:
+            weights = f"weights of the {', '.join(bad)} are NaN or infinite at student update {updates}"
+            raise diverged(trainer, weights)
+        problem = next((reason for reason, _ in reports if reason), None)
         if problem:
             self._give_up(trainer, folder, updates, problem)
         size = self._writer.size / 1e6

@@ -1,6 +1,6 @@
 """Stops a run with NaN or infinite values before it overwrites its good checkpoints."""
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
@@ -25,10 +25,11 @@ class KnowsLastGood(Protocol):
 
 
 class NanGuard(Callback):
-    """Checks logged losses and gradient norms for NaN and infinity, and the weights before each checkpoint.
+    """Checks logged losses and gradient norms for NaN and infinity, and the weights of each checkpoint.
 
     The first iteration at which a watched scalar is not finite is recorded on the device after each batch, without
-    synchronising. The records are copied to the host every n batches and before each checkpoint.
+    synchronising. The records are copied to the host every n batches and before each checkpoint. The weights are checked as
+    they are written, by the thread that writes them: a checkpoint with a bad one is never complete, and ends the run.
 
     Args:
         read_every_n_batches: interval between readings, which synchronise; a diverged run continues for at most this long.
@@ -85,50 +86,46 @@ class NanGuard(Callback):
                     f"{name} of the {name.partition('/')[0]} is NaN or infinite since iteration {iteration} (student update "
                     f"{counts_of(trainer).updates} now)"
                 )
-        self._stop_if(trainer, problem)
-
-    def check_weights(self, trainer: pl.Trainer) -> None:
-        """Stops all ranks if a weight is not finite. A collective; one pass over all weights.
-
-        Raises:
-            TrainingDiverged: with the student update, the network and the last good checkpoint.
-        """
-        bad = _networks_with_bad_weights(trainer.lightning_module.named_parameters())
-        problem = None
-        if bad:
-            problem = f"weights of the {', '.join(bad)} are NaN or infinite at student update {counts_of(trainer).updates}"
-        self._stop_if(trainer, problem)
-
-    def _stop_if(self, trainer: pl.Trainer, problem: str | None) -> None:
         problem = self.ranks.first_message(problem)
-        if problem is None:
-            return
-        saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, KnowsLastGood)), None)
-        good = saver.last_good(trainer) if saver else "checkpoints were not kept"
-        raise TrainingDiverged(
-            f"the training diverged: {problem}; {good}. Before going on from there lower the learning rate of that network "
-            "or its gradient_clip_norm, or use 32-bit precision."
-        )
+        if problem is not None:
+            raise diverged(trainer, problem)
 
 
-def check_before_saving(trainer: pl.Trainer) -> None:
-    """Runs every guard's checks before a checkpoint, so that bad weights never replace good ones."""
+def diverged(trainer: pl.Trainer, problem: str) -> TrainingDiverged:
+    """The error that ends the run."""
+    saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, KnowsLastGood)), None)
+    good = saver.last_good(trainer) if saver else "checkpoints were not kept"
+    return TrainingDiverged(
+        f"the training diverged: {problem}; {good}. Before going on from there lower the learning rate of that network "
+        "or its gradient_clip_norm, or use 32-bit precision."
+    )
+
+
+def read_guards(trainer: pl.Trainer) -> bool:
+    """Reads every guard's records before a checkpoint; whether there is a guard, for which its weights are to be checked.
+
+    Raises:
+        TrainingDiverged: as `NanGuard.read`.
+    """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by a connector
-    for callback in callbacks:
-        if isinstance(callback, NanGuard):
-            callback.read(trainer)
-            callback.check_weights(trainer)
+    guards = [callback for callback in callbacks if isinstance(callback, NanGuard)]
+    for guard in guards:
+        guard.read(trainer)
+    return bool(guards)
 
 
-def _networks_with_bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
+def networks_with_bad_weights(state: Mapping[str, Any]) -> list[str]:
+    """The networks, by the first part of their names, with a NaN or infinity in a `state_dict`; of a shard on this rank."""
     tensors: dict[str, list[Tensor]] = {}
-    for name, parameter in named:
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if local.numel():  # a rank's share of a sharded weight may be empty
+    for name, value in state.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        # A rank's share of a sharded weight may be empty.
+        if isinstance(local, Tensor) and local.is_floating_point() and local.numel():
             tensors.setdefault(name.partition(".")[0], []).append(local.detach())
-    # The largest magnitude is finite exactly if all are; a sum of squares could overflow.
-    worst = {
-        network: torch.stack([norm.float() for norm in torch._foreach_norm(weights, float("inf"))]).max()
+    # Both ends of a range are finite exactly if all values are (NaN is passed on); a sum could overflow. On a CPU this runs at
+    # the speed of the memory, a tenth of the time of the infinity norm or of isfinite.
+    ends = {
+        network: torch.stack([end.float() for one in weights for end in one.aminmax()])
         for network, weights in tensors.items()
     }
-    return [network for network, value in worst.items() if not torch.isfinite(value)]
+    return [network for network, values in ends.items() if not torch.isfinite(values).all()]

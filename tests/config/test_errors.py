@@ -294,7 +294,7 @@ def test_nan_names_step_network_and_last_good_checkpoint(
 
 
 def test_nan_weights_are_not_saved_over_good_ones(
-    run: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., tuple[int, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loss of the last step was finite, the update was not."""
     step = OneStepDistillation.training_step
@@ -310,3 +310,7 @@ def test_nan_weights_are_not_saved_over_good_ones(
     code, said = run()
     assert code == 3
     assert "weights of the fake_score are NaN or infinite at student update 4" in said
+    assert "the last good checkpoint is" in said
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "update_00000002-batch_00000002"
+    ]

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdxs_lightning.callbacks.nan_guard import NEVER, NanGuard, _networks_with_bad_weights
+from sdxs_lightning.callbacks import checkpoint_folder as folders
+from sdxs_lightning.callbacks.checkpoint_writer import CheckpointWriter, Snapshot
+from sdxs_lightning.callbacks.counts import Counts
+from sdxs_lightning.callbacks.nan_guard import NEVER, NanGuard, networks_with_bad_weights
 from sdxs_lightning.cli import main
+from tests.helpers.processes import in_ranks
 from tests.helpers.tiny_run import tiny_config, write_config
 
 
@@ -37,14 +43,42 @@ def test_the_first_bad_iteration_is_kept(bad: float) -> None:
 
 
 def test_bad_weights_are_named_by_network() -> None:
-    named = [
-        ("student.a", torch.ones(3)),
-        ("student.b", torch.full((2,), 3e38)),  # finite, although its square is not
-        ("fake_score.a", torch.tensor([1.0, float("inf")])),
-        ("discriminator.a", torch.tensor([float("nan")])),
-        ("ema.share", torch.empty(0)),
-    ]
-    assert _networks_with_bad_weights(named) == ["fake_score", "discriminator"]
+    state = {
+        "student.a": torch.ones(3),
+        "student.b": torch.full((2,), 3e38),  # finite, although neither its sum nor its square is
+        "fake_score.a": torch.tensor([1.0, -float("inf"), 2.0]),
+        "discriminator.a": torch.tensor([0.0, float("nan"), 1.0]).bfloat16(),
+        "discriminator.b": torch.tensor(7),
+        "ema.share": torch.empty(0),
+        "_extra_state": None,
+    }
+    assert networks_with_bad_weights(state) == ["fake_score", "discriminator"]
+
+
+def write_a_bad_shard(folder: str) -> int:
+    """A rank that writes its shard of a checkpoint, in which the second rank has a NaN; 0 if both ranks wrote nothing."""
+    rank = int(os.environ["LOCAL_RANK"])
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    weights = torch.tensor([1.0, float("nan") if rank else 2.0])
+    contents = {"state_dict": {"student.weight": weights, "ema.weight": torch.ones(2)}}
+    writer = CheckpointWriter(keep=1)
+    writer.connect()
+    for number, guarded in enumerate((True, False)):
+        path = Path(folder) / f"checkpoint{number}"
+        writer.start(Snapshot(contents, path, Counts(1, 1, 1, True), 1, True, guarded), lambda: None)
+        assert writer.result() is None
+        dist.barrier()  # rank 0 completes it after the others have written
+        assert writer.bad_networks == (["student"] if guarded else [])
+        assert folders.complete(path) is not guarded
+        assert guarded is not any(Path(folder).iterdir())
+        dist.barrier()
+    return 0
+
+
+def test_no_rank_writes_a_checkpoint_in_which_one_has_a_bad_weight(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    ended = in_ranks(write_a_bad_shard, (str(tmp_path / "checkpoints"),), tmp_path)
+    assert [one.code for one in ended] == [0, 0], ended
 
 
 def test_between_readings_no_value_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
