@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from tests.helpers.tiny_run import ROOT, write_config
 
-PATIENCE = 300.0
+PATIENCE = 600.0
 """Seconds for what takes a few on an idle machine: no outcome depends on a machine's speed."""
 LEFT_OUT = "left out"
 """Begins what came of a drill that this machine cannot run."""
