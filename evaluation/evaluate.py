@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from data.prepare.common.options import DeviceOptions
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES, SCHEDULERS, parse_weights
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
@@ -67,6 +68,8 @@ class EvaluateOptions(ComputeOptions):
     python -m evaluation.evaluate --model outputs/quickstart/pipeline --protocol toy --out student.json
     python -m evaluation.evaluate --model sd15/ --steps 25 --guidance_scale 7.5 --protocol coco2014-30k-256 \
         --captions captions_val2014.json --reference coco2014.npz --out teacher.json
+    python -m evaluation.evaluate --model sdxl/ --protocol coco2014-30k-256 --captions captions_val2014.json \
+        --reference coco2014.npz --out shared/teacher.json --ray ray-head:6379
     python -m evaluation.evaluate --model outputs/quickstart/pipeline --control toy --condition canny \
         --controlnet outputs/toy-controlnet-joint/controlnet --protocol toy --out control.json
     python -m evaluation.evaluate --images samples.zip --protocol clean --reference real.npz --metrics fid --out samples.json
@@ -120,6 +123,12 @@ class EvaluateOptions(ComputeOptions):
     """Precision of the model."""
     report_images: Annotated[int, Option(at_least=0, deprecated=("pictures",))] = 24
     """Sample images in the HTML report."""
+    ray: Annotated[str | None, Option(const="auto", metavar="ADDRESS")] = None
+    """Make and measure the images of the --model in tasks of a Ray cluster, a batch each; without an address in the one of
+    RAY_ADDRESS or of this machine, or else in a new one on this machine. Needs the extra ray, and the same files at the same
+    paths on all nodes."""
+    gpus_per_task: Annotated[float | None, Option(at_least=0)] = None
+    """GPUs that each task asks Ray for, such as 0.5 for two tasks per GPU; by default 1 if the cluster has any."""
     save_images: Annotated[Path | None, Option(metavar="DIR")] = None
     """Keep the images that the model makes as PNG files; a stopped command resumes from them."""
     save_layout: Literal["flat", "geneval", "t2i_compbench"] = "flat"
@@ -127,8 +136,20 @@ class EvaluateOptions(ComputeOptions):
     out: Annotated[Path | None, Option(metavar="FILE.json")] = None
     """Result; FILE.md and FILE.html are written beside it."""
 
+    @property
+    def hardware(self) -> DeviceOptions:
+        """Where the images of a model are made."""
+        return DeviceOptions(
+            device=self.device, processes=self.processes, ray=self.ray, gpus_per_task=self.gpus_per_task
+        )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.hardware.check_ray()
+        if self.ray is not None and self.model is None:
+            raise ValueError("--ray makes the images of a --model; with --images there is nothing to make.")
+        if self.ray is not None and self.out is None and self.work is None:
+            raise ValueError("--ray needs --out or --work on a disk that all nodes of the cluster share.")
         if (self.model is None) == (self.images is None):
             raise ValueError("give either --model, a pipeline folder, or --images, a set of images.")
         if self.control is not None and None in (self.model, self.controlnet, self.condition):
@@ -154,7 +175,7 @@ class EvaluateOptions(ComputeOptions):
             )
 
     def _check_control(self) -> None:
-        for name in ("captions", "save_images", "work", "processes"):
+        for name in ("captions", "save_images", "work", "processes", "ray"):
             if getattr(self, name) is not None:
                 raise ValueError(
                     f"--{name} does not go with --control, which measures in one process the images that its set has prompts "

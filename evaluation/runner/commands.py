@@ -14,6 +14,7 @@ import torch
 
 from data.prepare.common.machine import choose_device
 from data.prepare.common.settings_file import write_text
+from data.prepare.common.shared_work import workforce
 from evaluation.images.image_sets import open_images
 from evaluation.images.samples import ModelSamples, StoredSamples
 from evaluation.networks.frozen_clip import FrozenClip
@@ -50,19 +51,23 @@ def evaluate(options: EvaluateOptions) -> str:
     if options.control is not None:
         return evaluate_control(options)
     started = time.perf_counter()
-    device = choose_device(options.device)
+    # With Ray this machine reads the reference, and need not have the GPUs.
+    device = choose_device("auto" if options.ray is not None and options.device == "cuda" else options.device)
     request = build_request(options)
     if isinstance(request.samples, ModelSamples):
         request.samples.check()
     with ExitStack() as stack:
         work = options.work or (options.out and options.out.with_suffix(".work"))
         work = work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="evaluation-")))
-        resources = Resources(device, options.processes, options.batch_size)
+        workers = None if options.ray is None else stack.enter_context(workforce(options.hardware))
+        resources = Resources(device, options.processes, options.batch_size, workers)
         evaluated = run_evaluation(request, resources, work, options.report_images)
     reasons = "; ".join(f"{name}: {reason}" for name, reason in evaluated.failed.items())
     if not evaluated.metrics:
         raise UserError(reasons)
     result = _result_content(options, request, evaluated, torch.device(device))
+    if workers is not None:
+        result["device"] = f"tasks of a Ray cluster, on {workers.device}"
     result["seconds"] = round(time.perf_counter() - started, 1)
     page = (
         "\n".join([result_markdown(result).rstrip("\n"), *(f"\n{note}" for note in evaluated.notes)]) + "\n"
@@ -91,7 +96,8 @@ def _result_content(
         result |= {"images": options.images, **request.samples.origin(), "formats": request.samples.formats}
     result |= {name: entry["value"] for name, entry in evaluated.metrics.items()}
     result["samples"] = request.samples.count
-    if isinstance(request.samples, ModelSamples) and request.captions:
+    # With Ray the device that makes the images need not be here.
+    if isinstance(request.samples, ModelSamples) and request.captions and options.ray is None:
         maker = request.samples.maker(device)
         result["ms_per_image"] = milliseconds_per_image(maker, request.captions[0])
     named = {"name": request.protocol.name, "version": request.protocol.version}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from data.prepare.common.shared_work import Workforce
 from evaluation.images.image_sets import NumberedImages, open_images
 from evaluation.images.prompt_files import captions_digest
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
@@ -34,7 +35,7 @@ ROWS_VERSION = 2
 
 @dataclass(frozen=True)
 class Resources:
-    """Device, processes and batch size; results do not depend on them beyond rounding."""
+    """Hardware and batch size; results do not depend on them beyond rounding."""
 
     device: str = "cpu"
     """"cpu" or "cuda"."""
@@ -42,6 +43,8 @@ class Resources:
     """Number of processes; None is one per GPU or core, limited by the number of batches."""
     batch_size: int = 100
     """Images per batch."""
+    workers: Workforce | None = None
+    """Who makes images; None are processes of this machine. Files are read by this machine."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def run_evaluation(
             reference, comparing, identities, request, resources, work, keep_images, failed
         )
     job = build_pass(request.samples, measurements, identities, origin, request, resources, work, keep_images)
-    parts = run_pass(job, request.protocol.name)
+    parts = run_pass(job, request.protocol.name, resources.workers)
     found: dict[str, dict[str, Any]] = {}
     for metric_pass in job.metric_passes:
         one = metric_pass.measurement
@@ -173,7 +176,7 @@ def evaluate_diversity(
     identities = {one: networks.identity(one)}
     origin = {**samples.origin(), "each": IMAGES_PER_PROMPT}
     job = build_pass(samples, [one], identities, origin, inner, resources, work)
-    parts = run_pass(job, "diversity")
+    parts = run_pass(job, "diversity", resources.workers)
     if not parts:
         failed["diversity"] = job.metric_passes[0].store.failure() or ""
         return {}
@@ -220,7 +223,7 @@ def build_pass(
         tuple(metric_passes.values()),
         request.captions if not real else None,
         request.weights,
-        resources.device,
+        resources.device if resources.workers is None or samples.are_files else resources.workers.device,
         processes,
         kept_images=kept_images,
         keep_images=keep_images,

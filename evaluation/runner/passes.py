@@ -20,7 +20,7 @@ from data.prepare.common.machine import default_processes, device_of, same_bits
 from data.prepare.common.processes import OnProgress, run_all
 from data.prepare.common.progress import CommandProgress
 from data.prepare.common.set_folder import LocalFolder, SetFolder
-from data.prepare.common.shared_work import LocalProcesses, SetProgress
+from data.prepare.common.shared_work import LocalProcesses, SetProgress, Workforce
 from evaluation.images.samples import Reader, Samples, is_constant, stacked
 from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.sampled import SampledMetric
@@ -232,12 +232,13 @@ def refuse_smaller_than_patch(images: Sequence[Image.Image], steps: Sequence[str
         )
 
 
-def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
+def run_pass(job: PassJob, what: str, workers: Workforce | None = None) -> dict[MetricPass, MeasuredBatch]:
     """Measure the missing batches and load all rows.
 
     Args:
         job: the pass.
         what: label of the progress bar.
+        workers: who makes images; None are processes of this machine.
 
     Returns:
         Rows by network, without failed networks, whose stores have the reason.
@@ -254,7 +255,7 @@ def run_pass(job: PassJob, what: str) -> dict[MetricPass, MeasuredBatch]:
         if job.samples.are_files:
             run_all(job, missing, CommandProgress(sum(images.values()), f"{what}: images"))
         else:
-            workers = LocalProcesses(job.device, job.processes)
+            workers = workers or LocalProcesses(job.device, job.processes)
             workers.make(SharedPass(job), missing, SetProgress(images, f"{what}: images"))
     return {
         metric_pass: metric_pass.store.all()

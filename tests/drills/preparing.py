@@ -1,9 +1,10 @@
-"""Drills of `python -m data.prepare` on several nodes and on an object store: what is done to it, and what came."""
+"""Drills of `data.prepare` and `evaluate` on several nodes and on an object store: what is done to them, and what came."""
 
 from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
 import os
 import signal
 import sys
@@ -80,8 +81,13 @@ def commands_at_once(runs: Runs) -> Outcome:
     )
 
 
-def ray_cluster() -> tuple[Any, list[Any]]:
-    """A Ray cluster of three nodes with one core each on this machine, and the two that are not its head."""
+@contextmanager
+def ray_cluster() -> Iterator[tuple[str, Callable[[], None]]]:
+    """A Ray cluster of three nodes with one core each on this machine: its address, and what kills a node but the head."""
+    if importlib.util.find_spec("ray") is None:
+        raise CannotRun("uv sync --group drills")
+    # No reports to Ray's makers; no task ended because something else fills this machine's memory.
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
     from ray.cluster_utils import Cluster
 
     def too_late(*_: object) -> None:
@@ -99,32 +105,48 @@ def ray_cluster() -> tuple[Any, list[Any]]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, previous)
-    return cluster, others
+    try:
+        yield cluster.address, lambda: cluster.remove_node(others[0], allow_graceful=False)
+    finally:
+        cluster.shutdown()
 
 
 def ray_node_killed(runs: Runs) -> Outcome:
-    """A Ray cluster of three nodes with one core each on this machine; one that makes shards is killed."""
-    work = runs.work
-    if importlib.util.find_spec("ray") is None:
-        raise CannotRun("uv sync --group drills")
-    # No reports to Ray's makers; no task ended because something else fills this machine's memory.
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_memory_monitor_refresh_ms": "0"}
-    sums, out = sums_of_one_machine(runs), work / "set"
-    cluster, others = ray_cluster()
-    try:
-        run = runs.popen(command(work, out, "--ray", cluster.address), "run")
+    """Shards on three nodes; one that makes some is killed."""
+    work, out = runs.work, runs.work / "set"
+    with ray_cluster() as (address, kill_a_node):
+        sums = sums_of_one_machine(runs)
+        run = runs.popen(command(work, out, "--ray", address), "run")
         wait_for_shards(out, SOME)
-        cluster.remove_node(others[0], allow_graceful=False)
+        kill_a_node()
         at_death = len(list(out.glob("*_stats.json")))
         code = runs.code(run)
-    finally:
-        cluster.shutdown()
     same = (out / "SHA256SUMS").is_file() and (out / "SHA256SUMS").read_text() == sums
     left = "nothing" if not list(out.glob(".*")) else "something"
     got = f"exit {code}, {'same' if same else 'other'} SHA256SUMS, {left} left over"
     if not SOME <= at_death < SHARDS:
         got += f", but {at_death} of {SHARDS} shards were complete when the node died"
     return Outcome("exit 0, same SHA256SUMS, nothing left over", got, runs.said("run"))
+
+
+def evaluated_on_ray(runs: Runs) -> Outcome:
+    """The images of a model on three nodes, of which one is killed, against one machine."""
+    line = [sys.executable, "-m", "evaluation.evaluate", "--model", "data/toy/student", "--device", "cpu"]
+    line += ["--samples", "240", "--batch_size", "6", "--out"]
+    numbers, work = {}, runs.work
+    with ray_cluster() as (address, kill_a_node):
+        alone = runs.code(runs.popen([*line, str(work / "alone.json"), "--processes", "1"], "alone"))
+        run = runs.popen([*line, str(work / "ray.json"), "--ray", address], "run")
+        wait_until(lambda: run.poll() is not None or len(list(work.glob("ray.work/*/batch_*"))) >= SOME)
+        kill_a_node()
+        killed = "killed" if run.poll() is None else "over before"
+        codes = alone, runs.code(run)
+    for name in ("alone", "ray"):
+        file = work / f"{name}.json"
+        numbers[name] = json.loads(file.read_text())["metrics"] if file.is_file() else name
+    same = "same" if numbers["alone"] == numbers["ray"] else "other"
+    got = f"exit {codes[0]} and {codes[1]}, {killed}, {same} numbers"
+    return Outcome("exit 0 and 0, killed, same numbers", got, runs.said("run"))
 
 
 def s3_that_fails(runs: Runs) -> Outcome:
@@ -206,5 +228,6 @@ def _bucket(name: str) -> None:
 PREPARING_DRILLS: dict[str, Callable[[Runs], Outcome]] = {
     "data.prepare: four commands at once, kill -9 of one": commands_at_once,
     "data.prepare: Ray on three nodes, one killed": ray_node_killed,
+    "evaluate --model: Ray on three nodes, one killed": evaluated_on_ray,
     "data.prepare: S3 that fails and is slow, kill -9 of one of two": s3_that_fails,
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from evaluation import evaluate
 from evaluation.__main__ import main
 from evaluation.benchmarks import throughput
 from evaluation.benchmarks.tables import __main__ as tables
@@ -62,6 +63,26 @@ def test_help_and_refusals_import_neither_torch_nor_diffusers() -> None:
         [sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--images a --ray --out b",
+            "--ray makes the images of a --model; with --images there is nothing to make",
+        ),
+        ("--model a --ray", "--ray needs --out or --work on a disk that all nodes of the cluster share"),
+        ("--model a --out b --ray --processes 2", "--processes is for one machine"),
+        ("--model a --out b --gpus_per_task 1", "--gpus_per_task needs --ray"),
+        (
+            "--model a --out b --ray --control toy --controlnet c --condition canny",
+            "--ray does not go with --control",
+        ),
+    ],
+)
+def test_what_does_not_go_with_ray(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refusal(evaluate.main, line.split(), capsys)
 
 
 def test_the_package_lists_its_commands(capsys: pytest.CaptureFixture[str]) -> None:

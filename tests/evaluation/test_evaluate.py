@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,6 +16,8 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
+from data.prepare.common.options import DeviceOptions
+from data.prepare.common.shared_work import LocalProcesses, SetProgress, ShardJob
 from data.shards.writer import ShardWriter
 from evaluation import reference
 from evaluation.evaluate import main
@@ -333,6 +336,51 @@ def test_two_commands_share_the_images_of_a_model(world: Path, sets: Path, tmp_p
     first, second = (json.loads((tmp_path / f"{i}.json").read_text())["metrics"] for i in range(2))
     assert first == second and first["clip_score"]["samples"] == 30
     assert not list((tmp_path / "work").glob("*/.claims/*"))
+
+
+def test_a_cluster_gets_the_images_of_a_model_and_only_these(
+    world: Path, sets: Path, protocols: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for Ray, whose drill is `python -m tests.drills "evaluate --model"`; the numbers are those of this machine."""
+
+    class Cluster(LocalProcesses):
+        made: ClassVar[list[tuple[str, list[int]]]] = []
+
+        def make(self, job: ShardJob, shards: Sequence[int], on_progress: SetProgress) -> None:
+            self.made.append((job.job.device, list(shards)))  # type: ignore[attr-defined]
+            super().make(job, shards, on_progress)
+
+    @contextmanager
+    def cluster(options: DeviceOptions) -> Iterator[Cluster]:
+        assert options.ray == "head:6379" and options.gpus_per_task == 0.5
+        yield Cluster("cpu", 1)
+
+    arguments = [
+        "--model",
+        save_tiny_sd(tmp_path / "sd"),
+        "--captions",
+        sets / "captions.txt",
+        "--protocol",
+        "small",
+    ]
+    arguments += ["--reference", sets / "real", "--image_px", 32, "--batch_size", 12, *protocols]
+    here = run(tmp_path / "here.json", [*arguments, "--processes", 1])
+    monkeypatch.setattr("evaluation.runner.commands.workforce", cluster)
+    main(
+        [
+            *map(str, arguments),
+            "--out",
+            str(tmp_path / "ray.json"),
+            "--ray",
+            "head:6379",
+            "--gpus_per_task",
+            "0.5",
+        ]
+    )
+    there = json.loads((tmp_path / "ray.json").read_text())
+    assert Cluster.made == [("cpu", [0, 1, 2])]
+    assert there["metrics"] == here["metrics"] and there["device"] == "tasks of a Ray cluster, on cpu"
+    assert "ms_per_image" in here and "ms_per_image" not in there
 
 
 def test_bad_input_is_one_sentence(
