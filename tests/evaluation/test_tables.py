@@ -66,7 +66,7 @@ def test_a_recipes_command_parses(
 ) -> None:
     monkeypatch.chdir(ROOT)
     line = command(tmp_path, row, 3)
-    assert line[:2] == [sys.executable, "train.py"]
+    assert line[:2] == [sys.executable, "train.py"] and (recipe_runs.REPOSITORY / "train.py").is_file()
     with pytest.raises(SystemExit) as end:
         TrainingCLI([*line[2:], "--print_config"])
     assert end.value.code in (0, None)

@@ -9,9 +9,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.protocols.protocols import REPOSITORY
 from sdxs_lightning.core.errors import RunStopped
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = "--model.init_args."
 DISTILL, FINISH = "toy/distill.yaml", "toy/finish.yaml"
 WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
