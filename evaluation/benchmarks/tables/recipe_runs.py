@@ -13,7 +13,7 @@ from evaluation.protocols.protocols import REPOSITORY
 from sdxs_lightning.core.errors import RunStopped
 
 MODEL = "--model.init_args."
-DISTILL, FINISH = "toy/distill.yaml", "toy/finish.yaml"
+DISTILL, FINISH, METHODS = "toy/distill.yaml", "toy/finish.yaml", "methods"
 WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
 SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
@@ -45,11 +45,12 @@ _RATIO = f"{MODEL}update_schedule.fake_score_updates_per_student_update"
 _ALIGNED = (
     *_NO_GAN,
     f"{_RATIO}=1",
-    f"{MODEL}fake_score.init_args.alignment=0.05",
-    f"{MODEL}student.init_args.optimizer.init_args.lr=1.0e-4",
+    f"{MODEL}student.init_args.optimizer.init_args.lr=2.0e-4",
+    f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.1",
     f"{MODEL}update_schedule.fake_score_only_iterations=10",
     f"{MODEL}update_schedule.max_student_updates=330",  # the time of 120 at ratio 5
 )
+"""As the quickstart; the overlay in configs/methods is for real bases."""
 _COLD = (*_NO_GAN, f"{MODEL}update_schedule.fake_score_only_iterations=20")
 _UPDATES = f"{MODEL}update_schedule.max_student_updates"
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
@@ -63,34 +64,25 @@ RECIPES: dict[str, Recipe] = {
         (DISTILL,), "warmup", (f"{MODEL}distribution_matching.f_divergence.divergence=jensen_shannon",)
     ),
     "dmd2_lora_fake": Recipe((DISTILL,), "warmup", (f"{MODEL}fake_score.init_args.lora.rank=32",)),
-    "dmd2_samples_used_5_times": Recipe(
-        (DISTILL,), "warmup", (f"{MODEL}update_schedule.fake_score_updates_per_sample=5",)
-    ),
-    "dmd2_aligned": Recipe((DISTILL,), "warmup", _ALIGNED),
-    "dmd2_rescaled_guidance": Recipe(
-        (DISTILL,), "warmup", (f"{MODEL}distribution_matching.guidance_rescale=0.7",)
-    ),
-    "dmd2_long_and_short_guidance": Recipe(
-        (DISTILL,),
-        "warmup",
-        (
-            *_NO_GAN,
-            f"{MODEL}denoising.caption_dropout=0.1",
-            f"{MODEL}distribution_matching.fake_guidance_scale=1.5",
-        ),
-    ),
+    "dmd2_samples_used_5_times": Recipe((DISTILL, f"{METHODS}/samples_used_again.yaml"), "warmup"),
+    "dmd2_aligned": Recipe((DISTILL, f"{METHODS}/alignment.yaml"), "warmup", _ALIGNED),
+    "dmd2_rescaled_guidance": Recipe((DISTILL, f"{METHODS}/rescaled_guidance.yaml"), "warmup"),
+    "dmd2_long_and_short_guidance": Recipe((DISTILL, f"{METHODS}/long_and_short_guidance.yaml"), "warmup"),
+    "dmd2_half_fake_score_batch": Recipe((DISTILL, f"{METHODS}/small_fake_score_batch.yaml"), "warmup"),
+    "dmd2_score_identity": Recipe((DISTILL, f"{METHODS}/score_identity.yaml"), "warmup"),
     # From the base, without a warm-up: what a setting itself reaches, in the passes (2,080) of 80 updates at ratio 5.
     "cold_dmd2": Recipe((DISTILL,), flags=(*_COLD, f"{_UPDATES}=80")),
     "cold_samples_used_5_times": Recipe(
-        (DISTILL,),
+        (DISTILL, f"{METHODS}/samples_used_again.yaml"),
         flags=(
             *_COLD,
-            f"{MODEL}update_schedule.fake_score_updates_per_sample=5",
             f"{MODEL}update_schedule.fake_score_only_iterations=4",
             f"{_UPDATES}=96",
         ),
     ),
-    "cold_aligned": Recipe((DISTILL,), flags=(*_ALIGNED, *_COLD, f"{_UPDATES}=222")),
+    "cold_aligned": Recipe(
+        (DISTILL, f"{METHODS}/alignment.yaml"), flags=(*_ALIGNED, *_COLD, f"{_UPDATES}=222")
+    ),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),
