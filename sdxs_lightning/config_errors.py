@@ -6,7 +6,6 @@ first leaf of that tree, the path to it, and the line of the file that it came f
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import re
@@ -15,6 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, is_dataclass
 
 from sdxs_lightning.config_files import MergedArguments
+from sdxs_lightning.core.errors import nearest
 from sdxs_lightning.renamed import renamed_in
 from sdxs_lightning.trust import refusal
 
@@ -56,7 +56,7 @@ def sentence(message: str, options: Iterable[str], command_line: MergedArguments
         return refusal(denied[1], key, command_line.place(key))
     flag = re.match(r"unrecognized arguments: (--[^\s=]+)", problem.text)
     if flag and not problem.key:
-        near = _nearest(flag[1], options)
+        near = nearest(flag[1], options)
         return f"{flag[1]} is not an option{near}; `python train.py --help` says where all are listed."
     unknown = re.match(r"(?:Group '([^']*)' does not accept option|Option) '([^']+)'", problem.text)
     if flag or unknown:
@@ -155,7 +155,7 @@ def _unknown_option(
 ) -> str:
     key = ".".join(part for part in (*problem.key, group, name) if part)
     accepted = _accepted_by_class(problem.owner, group) or _accepted_by_group(key, options)
-    near = _nearest(name.partition(".")[0], accepted)
+    near = nearest(name.partition(".")[0], accepted)
     listed = f"; accepted are {', '.join(sorted(accepted))}" if 0 < len(accepted) <= 30 else ""
     return f"{key} is not an option{near}{_place(key, command_line)}{listed}."
 
@@ -181,11 +181,6 @@ def _accepted_by_group(key: str, options: list[str]) -> list[str]:
     prefix = f"--{key.rpartition('.')[0]}." if key.partition(".")[0] in groups else "--"
     names = {option[len(prefix) :].partition(".")[0] for option in options if option.startswith(prefix)}
     return sorted(name for name in names if name and not name.endswith("+"))
-
-
-def _nearest(name: str, accepted: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.6)
-    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _place(key: str, command_line: MergedArguments) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import sys
 import textwrap
@@ -15,7 +14,7 @@ from sdxs_lightning.config_files import (
     read_arguments,
     refuse_untrusted,
 )
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import UserError, nearest
 from sdxs_lightning.renamed import renamed_in
 
 OPTIONS = {
@@ -106,9 +105,9 @@ def _refuse_early(given: Sequence[str]) -> None:
         name = argument.partition("=")[0]
         known = name in OPTIONS or name in CONFIG_FLAGS or name.partition(".")[0] in GROUP_FLAGS
         if name.startswith("--") and not known and name != "--print_shtab":
-            near = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.6)
-            meant = f" (did you mean {near[0]}?)" if near else ""
-            raise UserError(f"{name} is not an option{meant}; `python train.py --help` lists them.")
+            raise UserError(
+                f"{name} is not an option{nearest(name, OPTIONS)}; `python train.py --help` lists them."
+            )
     for argument, following in itertools.pairwise([*given, "--"]):
         group = argument.partition(".")[0]
         if (

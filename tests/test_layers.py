@@ -27,6 +27,7 @@ TOP = {
     "memory_plan",
     "cli",
     "command_line",
+    "command_options",
     "config_errors",
     "config_files",
     "config_nulls",

@@ -13,8 +13,10 @@
 The last row follows the convention of shells, so that a job script can requeue on 138 and 143.
 """
 
+import difflib
 import re
 import signal as signals
+from collections.abc import Iterable
 
 
 def one_line(message: str) -> str:
@@ -94,3 +96,9 @@ class Interrupted(RunStopped):
         super().__init__(message)
         self.signal = signals.Signals(signal_number)
         self.exit_code = 128 + int(signal_number)
+
+
+def nearest(name: str, accepted: Iterable[str], dashes: str = "") -> str:
+    """Words that end a message with the accepted name that was probably meant; empty if none is near."""
+    near = difflib.get_close_matches(name, list(accepted), n=1, cutoff=0.6)
+    return f" (did you mean {dashes}{near[0]}?)" if near else ""

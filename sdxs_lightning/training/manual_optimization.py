@@ -122,6 +122,10 @@ class ManualOptimization(LightningModule):
         if role in self._scheduled:
             self._scheduler_of(role).step()
 
+    def forget_moments(self, role: str) -> None:
+        """Lets an optimizer's next step be as its first: for a loss whose gradients are of another size."""
+        self._optimizer_of(role).state.clear()
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Clears the scalars that have been written to the log.
 

@@ -38,7 +38,7 @@ from evaluation.benchmarks.tables.score_files import (
 )
 from evaluation.benchmarks.tables.scores import over_seeds
 from evaluation.benchmarks.tables.size_conditioning import sampled_images, sharpness
-from evaluation.protocols.protocols import PROTOCOLS, get_protocol
+from evaluation.protocols.protocols import PROTOCOLS, REPOSITORY, get_protocol
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE, STEPS
 from evaluation.runner.teacher_scores import RESULTS as TEACHER_RESULTS
 from sdxs_lightning.cli import TrainingCLI
@@ -66,7 +66,7 @@ def test_a_recipes_command_parses(
 ) -> None:
     monkeypatch.chdir(ROOT)
     line = command(tmp_path, row, 3)
-    assert line[:2] == [sys.executable, "train.py"] and (recipe_runs.REPOSITORY / "train.py").is_file()
+    assert line[:2] == [sys.executable, "train.py"] and (REPOSITORY / "train.py").is_file()
     with pytest.raises(SystemExit) as end:
         TrainingCLI([*line[2:], "--print_config"])
     assert end.value.code in (0, None)

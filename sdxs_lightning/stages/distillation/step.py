@@ -241,6 +241,9 @@ class OneStepDistillation(DistillationNetworks):
         """Updates the student, and its average, on the sum of its loss terms."""
         self._student_backward(sample, terms)
         if self.iteration_is_ending:
+            if self.student_updates == self.update_schedule.warmup_updates > 0:
+                # Second moments of the warm-up's gradients, which fall with its error, would make steps of many times lr.
+                self.forget_moments("student")
             self.apply_update("student")
             self.student_updates += 1
             assert self.ema is not None

@@ -275,3 +275,24 @@ def test_learning_rates_move_with_each_networks_own_updates(base: Base, shards: 
     trainer = fit(module, shards, batches=5)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in trainer.optimizers]
     assert rates == pytest.approx([0.1 * 0.5**2, 0.05, 0.1])
+
+
+@pytest.mark.parametrize(("batches", "steps"), [(3, [2, 1]), (4, [1, 2]), (5, [2, 3])])
+def test_the_students_optimizer_begins_anew_after_the_warm_up(
+    base: Base, shards: Path, batches: int, steps: list[int]
+) -> None:
+    """Steps that the moments of student and fake score remember: two of warm-up, one of the fake score alone, two of both."""
+    module = distillation(
+        base("sd-epsilon"),
+        optimizer=partial(torch.optim.AdamW, lr=1e-3),
+        update_schedule=UpdateSchedule(
+            max_student_updates=9,
+            warmup_updates=2,
+            fake_score_only_iterations=1,
+            fake_score_updates_per_student_update=1,
+        ),
+        **WARMUP,
+    )
+    trainer = fit(module, shards, batches=batches)
+    states = [next(iter(optimizer.state.values())) for optimizer in trainer.optimizers[:2]]
+    assert [int(state["step"]) for state in states] == steps
