@@ -442,6 +442,14 @@ def test_typical_samples_are_found_by_shard(folder: Path) -> None:
     assert ShardTable.of(without).samples_of_latent_size()[0] == 0
 
 
+def test_a_list_of_locations_is_that_of_its_strings() -> None:
+    strings = [f"s3://b/{number}-ä\udcff.tar" for number in range(2500)] + ["x"]
+    locations = LocationList.joined([LocationList.of(strings[:7]), tuple(strings[7:])])
+    assert list(locations) == strings == [locations[number] for number in range(len(strings))]
+    assert locations == strings and locations[-2:] == strings[-2:] and len(locations) == 2501
+    assert locations != strings[:-1] and locations != [*strings[:-1], "y"]
+
+
 def former_names(locations: list[str]) -> list[str]:
     def path_of(location: str) -> Path:
         if "://" not in location and not location.startswith("pipe:"):
@@ -468,6 +476,7 @@ def test_names_are_those_of_resolved_paths(tmp_path: Path, monkeypatch: pytest.M
         ["https://h/a/b.tar?token=1", "https://h/a/c.tar"],
         ["pipe:aws s3 cp s3://b/c.tar -", "pipe:cat /x/d.tar"],
         ["s3://b/one/0.tar", f"{tmp_path}/a/x.tar"],
+        ["pipe:make 0.tar", "x.tar"],
     ):
         names = ShardNames(LocationList.of(locations))
         assert list(names) == former_names(locations) and names[-1:] == [former_names(locations)[-1]]
