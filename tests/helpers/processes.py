@@ -125,6 +125,9 @@ def _call(
     os.dup2(descriptor, 2)
     import torch
 
+    from tests.helpers.read_once import read_unets_once
+
+    read_unets_once()
     gc.freeze()  # what the fork server imported is not walked through at each collection
     torch.set_num_threads(1)
     sys.exit(function(*arguments))

@@ -52,11 +52,11 @@ def tiny_sd_unet(seed: int = 0, stages: int = 3) -> UNet2DConditionModel:
     return _unet(seed, stages, cross_attention_dim=SD_DIM)
 
 
-def tiny_sdxl_unet(seed: int = 0) -> UNet2DConditionModel:
-    """A U-Net of SDXL kind: added conditioning "text_time", linear projections; float32, eval mode."""
+def tiny_sdxl_unet(seed: int = 0, stages: int = 3) -> UNet2DConditionModel:
+    """A U-Net of SDXL kind: added conditioning "text_time", linear projections; arguments as in `tiny_sd_unet`."""
     return _unet(
         seed,
-        3,
+        stages,
         cross_attention_dim=SDXL_DIM,
         use_linear_projection=True,
         addition_embed_type="text_time",
@@ -139,7 +139,9 @@ def save_tiny_sd(
     return Path(path)
 
 
-def save_tiny_sdxl(path: str | Path, prediction_type: PredictionType = "epsilon", seed: int = 0) -> Path:
+def save_tiny_sdxl(
+    path: str | Path, prediction_type: PredictionType = "epsilon", seed: int = 0, stages: int = 3
+) -> Path:
     """Writes a whole base of SDXL kind as a diffusers folder; arguments as in `save_tiny_sd`.
 
     Its scheduler is the Euler one, as in the released SDXL.
@@ -155,7 +157,7 @@ def save_tiny_sdxl(path: str | Path, prediction_type: PredictionType = "epsilon"
         text_encoder_2=text_encoder_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer_2,
-        unet=tiny_sdxl_unet(seed),
+        unet=tiny_sdxl_unet(seed, stages),
         scheduler=EulerDiscreteScheduler(**_SCHEDULER, prediction_type=prediction_type),
         add_watermarker=False,
     )

@@ -43,14 +43,12 @@ KINDS = ("sd-epsilon", "sd-v_prediction", "sdxl-epsilon")
 
 
 def save_base(kind: str, folder: Path, stages: int = 3) -> Path:
-    """Writes the base of one of KINDS, once; that of SD kind with so many stages."""
+    """Writes the base of one of KINDS with so many stages, once."""
     path = folder / kind
     if not path.exists():
         family, prediction_type = kind.split("-")
-        if family == "sd":
-            save_tiny_sd(path, prediction_type, stages=stages)  # type: ignore[arg-type]
-        else:
-            save_tiny_sdxl(path, prediction_type)  # type: ignore[arg-type]
+        save = save_tiny_sd if family == "sd" else save_tiny_sdxl
+        save(path, prediction_type, stages=stages)  # type: ignore[arg-type]
     return path
 
 
