@@ -21,6 +21,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def smaller_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The same with two stages: two thirds of the time, for tests that look at no single block."""
+    folder = tmp_path_factory.mktemp("smaller_bases")
+    return lambda kind: save_base(kind, folder, stages=2)
+
+
+@pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of latent shards."""
     return save_shards(tmp_path_factory.mktemp("data") / "shards")

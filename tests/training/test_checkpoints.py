@@ -31,6 +31,11 @@ NOTHING = Rounding()
 
 
 @pytest.fixture(scope="module")
+def base(smaller_base: Any) -> Any:
+    return smaller_base
+
+
+@pytest.fixture(scope="module")
 def base_config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = tiny_config(tmp_path_factory.mktemp("tiny"), max_student_updates=4)
     for role in ("student", "fake_score"):

@@ -26,6 +26,11 @@ Base = Callable[[str], Path]
 ITERATIONS = 9
 
 
+@pytest.fixture(scope="module")
+def base(smaller_base: Base) -> Base:
+    return smaller_base
+
+
 def module_for(base: Path, max_student_updates: int = 99) -> OneStepDistillation:
     adamw = partial(torch.optim.AdamW, lr=1e-3)
     return distillation(
@@ -48,18 +53,20 @@ def module_for(base: Path, max_student_updates: int = 99) -> OneStepDistillation
 
 
 class Witness(Callback):
-    """Writes down which samples came, and saves at one batch."""
+    """Writes down which samples came, and saves to `path` after a batch, or to several."""
 
-    def __init__(self, path: Path | None = None, batch: int = 0) -> None:
-        self.path, self.batch = path, batch
+    def __init__(self, path: Path | None = None, batch: int = 0, more: dict[int, Path] | None = None) -> None:
+        self.paths = dict(more or {})
+        if path is not None:
+            self.paths[batch] = path
         self.seen: list[tuple[tuple[str, ...], tuple[int, ...]]] = []
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: TrainingBatch, *_: Any
     ) -> None:
         self.seen.append((tuple(batch.sample_ids), tuple(batch.positions.tolist())))
-        if self.path is not None and batches_of(trainer) == self.batch:
-            trainer.save_checkpoint(self.path)
+        if batches_of(trainer) in self.paths:
+            trainer.save_checkpoint(self.paths[batches_of(trainer)])
 
 
 def same(one: Any, two: Any, where: str = "") -> None:
@@ -81,23 +88,36 @@ def same(one: Any, two: Any, where: str = "") -> None:
 
 # 2: in the warm-up, whose pairs have to be made again; 14: after all kinds of iterations, and in the second epoch (an epoch is
 # 12 batches of 8). Not 3, since checkpoints are taken between iterations.
-@pytest.mark.parametrize("cut", [2, 14])
-def test_resumed_run_equals_the_uninterrupted_one(base: Base, shards: Path, tmp_path: Path, cut: int) -> None:
-    folder = base("sd-v_prediction")
-    all_batches, straight = Witness(tmp_path / "cut.ckpt", cut), module_for(folder)
-    trainer = fit(straight, shards, 2 * ITERATIONS, batch_size=8, callbacks=[all_batches])
-    trainer.save_checkpoint(tmp_path / "straight.ckpt")
+CUTS = (2, 14)
 
+
+@pytest.fixture(scope="module")
+def straight(base: Base, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Witness]:
+    """Folder with a checkpoint at each of CUTS and at the end of one run, and what it saw."""
+    folder = tmp_path_factory.mktemp("straight")
+    all_batches = Witness(more={cut: folder / f"{cut}.ckpt" for cut in CUTS})
+    module = module_for(base("sd-v_prediction"))
+    trainer = fit(module, shards, 2 * ITERATIONS, batch_size=8, callbacks=[all_batches])
+    trainer.save_checkpoint(folder / "end.ckpt")
+    assert module.ema is not None
+    return folder, all_batches
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_resumed_run_equals_the_uninterrupted_one(
+    base: Base, shards: Path, straight: tuple[Path, Witness], tmp_path: Path, cut: int
+) -> None:
+    folder, all_batches = straight
     torch.manual_seed(12345)  # the global state must not matter
-    rest, resumed = Witness(), module_for(folder)
-    trainer = fit(
-        resumed, shards, 2 * ITERATIONS, batch_size=8, callbacks=[rest], ckpt_path=str(tmp_path / "cut.ckpt")
-    )
+    rest, resumed = Witness(), module_for(base("sd-v_prediction"))
+    ckpt_path = str(folder / f"{cut}.ckpt")
+    trainer = fit(resumed, shards, 2 * ITERATIONS, batch_size=8, callbacks=[rest], ckpt_path=ckpt_path)
     trainer.save_checkpoint(tmp_path / "resumed.ckpt")
 
     assert rest.seen == all_batches.seen[cut:]
     assert (resumed.iterations, resumed.student_updates) == (ITERATIONS, 2 + 3)
-    contents = [torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("straight", "resumed")]
+    files = (folder / "end.ckpt", tmp_path / "resumed.ckpt")
+    contents = [torch.load(file, weights_only=False) for file in files]
     for part in (
         "state_dict",
         "optimizer_states",
@@ -108,8 +128,7 @@ def test_resumed_run_equals_the_uninterrupted_one(base: Base, shards: Path, tmp_
         "epoch",
     ):
         same(contents[0][part], contents[1][part], part)
-    ema = straight.ema
-    assert ema is not None and any(name.startswith("ema.") for name in contents[0]["state_dict"])
+    assert any(name.startswith("ema.") for name in contents[0]["state_dict"])
 
 
 def test_finished_run_does_nothing_when_resumed(base: Base, shards: Path, tmp_path: Path) -> None:
