@@ -119,15 +119,18 @@ def run_beside(
                 if number not in running and waiting[number]:
                     name = waiting[number].pop(0)
                     if late:
-                        outcomes[name] = Outcome("", f"{LEFT_OUT}: no time was left", "")
-                        say(name, outcomes[name], 0)
+                        nothing = Outcome("", f"{LEFT_OUT}: no time was left", "")
+                        outcomes.setdefault(name, nothing)  # one that failed before has failed
+                        say(name, nothing, 0)
                     else:
                         running[number] = name, Attempt(lanes[number][name]), time.monotonic()
             for number, (name, attempt, start) in list(running.items()):
                 outcome = attempt.outcome()
                 if outcome is None and late:
                     attempt.end()
-                    outcome = Outcome("", f"{LEFT_OUT}: the time for all drills was over", "")
+                    outcome = outcomes.get(name) or Outcome(
+                        "", f"{LEFT_OUT}: the time for all drills was over", ""
+                    )
                 if outcome is not None:
                     del running[number]
                     outcomes[name] = outcome
