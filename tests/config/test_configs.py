@@ -49,6 +49,7 @@ OVERLAYS = {
             "small_fake_score_batch",
         )
     },
+    "common/toy_dmd2.yaml": ["quickstart.yaml"],
     "sd15/distill_gan.yaml": ["sd15/distill.yaml"],
     "sd15/miniaturise_bk.yaml": ["sd15/miniaturise.yaml"],
     "toy/condition_background_bar.yaml": ["toy/controlnet_pretrained.yaml"],
