@@ -5,8 +5,11 @@ weights from a fixed seed, so that the whole training step and every file format
 Images are 32x32, latents 4x16x16, prompts 16 tokens. Either U-Net has about 60 k parameters.
 """
 
+import functools
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +19,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -122,8 +126,12 @@ def save_tiny_sd(
     Returns:
         path, as a Path.
     """
+    return _copy(_sd, Path(path), prediction_type, seed, stages)
+
+
+def _sd(prediction_type: PredictionType, seed: int, stages: int) -> DiffusionPipeline:
     tokenizer = tiny_tokenizer()
-    pipeline = StableDiffusionPipeline(
+    return StableDiffusionPipeline(
         vae=tiny_vae(seed),
         text_encoder=tiny_text_encoder(tokenizer, SD_DIM, seed),
         tokenizer=tokenizer,
@@ -135,8 +143,6 @@ def save_tiny_sd(
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(path, safe_serialization=True)
-    return Path(path)
 
 
 def save_tiny_sdxl(
@@ -146,12 +152,16 @@ def save_tiny_sdxl(
 
     Its scheduler is the Euler one, as in the released SDXL.
     """
+    return _copy(_sdxl, Path(path), prediction_type, seed, stages)
+
+
+def _sdxl(prediction_type: PredictionType, seed: int, stages: int) -> DiffusionPipeline:
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer(pad_token="!")
     with _seeded(seed + 1):
         config_2 = _text_config(tokenizer_2, SDXL_DIM - SD_DIM)
         config_2.projection_dim = SDXL_POOLED_DIM
         text_encoder_2 = CLIPTextModelWithProjection(config_2).eval()
-    pipeline = StableDiffusionXLPipeline(
+    return StableDiffusionXLPipeline(
         vae=tiny_vae(seed),
         text_encoder=tiny_text_encoder(tokenizer, SD_DIM, seed),
         text_encoder_2=text_encoder_2,
@@ -161,8 +171,19 @@ def save_tiny_sdxl(
         scheduler=EulerDiscreteScheduler(**_SCHEDULER, prediction_type=prediction_type),
         add_watermarker=False,
     )
-    pipeline.save_pretrained(path, safe_serialization=True)
-    return Path(path)
+
+
+def _copy(make: Callable[..., DiffusionPipeline], path: Path, *settings: Any) -> Path:
+    """Writes what `make` makes; within a process once, later as a copy of the files."""
+    shutil.copytree(Path(_written(make, *settings).name) / "base", path, dirs_exist_ok=True)
+    return path
+
+
+@functools.cache
+def _written(make: Callable[..., DiffusionPipeline], *settings: Any) -> tempfile.TemporaryDirectory[str]:
+    folder = tempfile.TemporaryDirectory()  # removed with the process
+    make(*settings).save_pretrained(Path(folder.name) / "base", safe_serialization=True)
+    return folder
 
 
 def tiny_conditioning(batch_size: int, *, sdxl: bool = False, seed: int = 0) -> Conditioning:
