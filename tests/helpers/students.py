@@ -40,6 +40,7 @@ def save_student(
     prediction_type: PredictionType = "epsilon",
     tiny: bool = False,
     timesteps: tuple[int, ...] | None = None,
+    stages: int = 3,
 ) -> Path:
     """Writes a student in float32, its ControlNet (NAME-controlnet) and its LoRA (NAME-lora).
 
@@ -51,10 +52,12 @@ def save_student(
         prediction_type: of the base.
         tiny: decode with a tiny autoencoder, whose encoder is trained too.
         timesteps: of a student of several steps.
+        stages: of the U-Net, 3 or 2.
     """
     base = root / f"{name}-base"
-    (save_tiny_sdxl if sdxl else save_tiny_sd)(base, prediction_type)
-    unet = unet_like(tiny_sdxl_unet() if sdxl else tiny_sd_unet(), mid_block_type=mid)
+    (save_tiny_sdxl if sdxl else save_tiny_sd)(base, prediction_type, stages=stages)
+    like = tiny_sdxl_unet(stages=stages) if sdxl else tiny_sd_unet(stages=stages)
+    unet = unet_like(like, mid_block_type=mid)
     vae = None
     if tiny:
         vae = str(root / f"{name}-vae")
