@@ -27,7 +27,8 @@ SMALL = {
     "data.prepare latents": ["--processes", "1", "--device", "cpu"],
     "control_reader": ["--trainer.max_steps=2", "--model.widths=[4,4]"],
     "controlnet_joint": [
-        '--model.update_schedule={"warmup_updates": 1, "max_student_updates": 2}',
+        '--model.update_schedule={"warmup_updates": 1, "max_student_updates": 2, "fake_score_only_iterations": 0, '
+        '"fake_score_updates_per_student_update": 1}',
     ],
     "evaluation.evaluate": ["--batch_size", "3", "--device", "cpu", "--conditioning_scales", "1"],
 }
