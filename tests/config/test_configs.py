@@ -357,6 +357,13 @@ def parsed() -> list[str]:
     return sorted(name for name in names_of.values() if name not in running)
 
 
+def command_line(name: str, folder: Path) -> list[str]:
+    """A stage at tiny size."""
+    flags = STAGES[name.rpartition("/")[2]](name, folder)
+    overrides = [f"--{key}={value}" for key, value in flags.items()]
+    return [*stack(name), "--config", str(CONFIGS / "hardware/cpu.yaml"), *overrides]
+
+
 @pytest.mark.parametrize("name", parsed())
 def test_a_shipped_file_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     resolved = printed(stack(name), capsys)
@@ -367,15 +374,23 @@ def test_a_shipped_file_parses(name: str, capsys: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("name", staged())
 def test_a_stage_runs_at_tiny_size(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.getbasetemp()
-    flags = STAGES[name.rpartition("/")[2]](name, folder)
-    overrides = [f"--{key}={value}" for key, value in flags.items()]
-    assert main([*stack(name), "--config", str(CONFIGS / "hardware/cpu.yaml"), *overrides]) == 0
+    assert main(command_line(name, folder)) == 0
     run = folder / name.replace("/", "-")
     assert (run / "config.yaml").is_file() and (run / "origin.json").is_file()
     start = json.loads((run / "starts.jsonl").read_text())
     assert (start["world_size"], start["hosts"], start["resumed_from"]) == (1, [socket.gethostname()], None)
     assert start["commit"] == json.loads((run / "origin.json").read_text())["commit"]
     assert (run / "unet" / "config.json").is_file() == name.endswith("miniaturise.yaml")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in parsed() if Path(name).name in STAGES and name not in staged()]
+)
+def test_the_numbers_of_a_stage_that_does_not_run_are_accepted(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    cli = TrainingCLI(command_line(name, tmp_path_factory.getbasetemp()))
+    assert cli.model.hparams is not None and cli.datamodule is not None
 
 
 @pytest.mark.parametrize(
