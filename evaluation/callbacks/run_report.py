@@ -133,7 +133,8 @@ class Report(pl.Callback):
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
         sheet(rows, [self.prompts[index] for index in self.sample_ids.tolist()]).save(folder / "samples.png")
         label = f"teacher, {self.teacher_steps[0]} steps"
-        progress_curves(report["history"], line, label, folder / "progress.png")
+        warmup_updates = pl_module.update_schedule.warmup_updates
+        progress_curves(report["history"], line, label, folder / "progress.png", warmup_updates)
         sys.stdout.write(f"Protocol {self.protocol.name}:\n\n{score_file_markdown(report)}\n")
         rank_zero_info(
             f"Report: {folder / 'report.json'}, {folder / 'samples.png'}, {folder / 'progress.png'}"

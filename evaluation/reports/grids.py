@@ -53,15 +53,20 @@ def _enlarged(image_uint8: Tensor, image_px: int) -> Image.Image:
 
 
 def progress_curves(
-    history: Sequence[Mapping[str, Any]], teacher: Mapping[str, float] | None, teacher_label: str, path: Path
+    history: Sequence[Mapping[str, Any]],
+    teacher: Mapping[str, float] | None,
+    teacher_label: str,
+    path: Path,
+    warmup_updates: int = 0,
 ) -> None:
     """Shape score and caption accuracy against minutes of training, the teacher as horizontal lines.
 
     Args:
-        history: measurements with `seconds`, `shape_score` and `caption_accuracy`.
+        history: measurements with `seconds`, `student_updates`, `shape_score` and `caption_accuracy`.
         teacher: the same two scores of the many-step teacher under the same protocol; None draws no lines.
         teacher_label: the teacher's label in the legend.
         path: the PNG to write.
+        warmup_updates: student updates that are drawn as the warm-up's.
     """
     # Its own canvas rather than pyplot, which keeps global state and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -70,18 +75,18 @@ def progress_curves(
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
-    minutes = [point["seconds"] / 60 for point in history]
+    warmup = sum(point["student_updates"] <= warmup_updates for point in history) if warmup_updates else 0
+    # The distillation's line begins at the warm-up's last point.
+    parts = {"warm-up": history[:warmup], "distillation": history[max(0, warmup - 1) :]}
     for axes, key, title, factor in (
         (left, "shape_score", "shape score", 1),
         (right, "caption_accuracy", "all attributes right, %", 100),
     ):
-        axes.plot(
-            minutes,
-            [factor * point[key] for point in history],
-            marker="o",
-            markersize=3,
-            label="one-step student",
-        )
+        for name, points in parts.items():
+            if len(points) > (name == "distillation" and warmup > 0):
+                minutes = [point["seconds"] / 60 for point in points]
+                scores = [factor * point[key] for point in points]
+                axes.plot(minutes, scores, marker="o", markersize=3, label=f"one-step student, {name}")
         if teacher is not None and key in teacher:
             axes.axhline(factor * teacher[key], color="gray", linestyle="--", label=teacher_label)
         axes.set(xlabel="minutes", ylabel=title)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.figure import Figure
 from PIL import Image
 
 from data.shards.datamodule import ShardDataModule
@@ -18,6 +19,7 @@ from evaluation.callbacks.run_report import Report
 from evaluation.callbacks.sample_grids import DistillationMetrics, ProgressBar, SampleGrids, Throughput
 from evaluation.images.generate import SampledImages
 from evaluation.protocols.protocols import PROTOCOLS
+from evaluation.reports.grids import progress_curves
 from evaluation.runner.scores import ProtocolNetworks, score_images
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny_distillation import distillation, family_of
@@ -192,3 +194,27 @@ def test_numbers_below_one_are_refused() -> None:
         DistillationMetrics(every_n_student_updates=0)
     with pytest.raises(ValueError, match="no protocol named 'coco'; there are toy, toy-val"):
         DistillationMetrics(protocol="coco")
+
+
+@pytest.mark.parametrize(
+    ("warmup", "expected"),
+    [
+        (300, {"warm-up": [0, 5], "distillation": [5, 8]}),  # from the warm-up's last point on
+        (500, {"warm-up": [0, 5, 8]}),
+        (0, {"distillation": [0, 5, 8]}),
+    ],
+)
+def test_the_progress_picture_tells_distillation_from_the_warm_up(
+    warmup: int, expected: dict[str, list[float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    history = [
+        {"student_updates": updates, "seconds": 60 * minutes, "shape_score": 0.8, "caption_accuracy": 0.9}
+        for updates, minutes in ((0, 0), (300, 5), (500, 8))
+    ]
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    progress_curves(history, {"shape_score": 0.92}, "teacher", tmp_path / "progress.png", warmup)
+    left, right = drawn[0].axes
+    lines = {str(line.get_label()): list(line.get_xdata()) for line in right.lines}
+    assert lines == {f"one-step student, {name}": minutes for name, minutes in expected.items()}
+    assert [line.get_label() for line in left.lines][-1] == "teacher"
