@@ -7,6 +7,7 @@ import re
 import shlex
 from importlib import import_module
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -78,6 +79,29 @@ def test_the_row_of_the_iterations_parts_is_its_file() -> None:
     assert gan["speed"] >= 1.19 and plain["speed"] > 1 and rest < 1
 
 
+def test_the_readme_says_what_the_students_reach() -> None:
+    quickstart, rows = result("quickstart_seeds"), result("toy_recipes")["rows"]
+    base = result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
+    named = {
+        f"student, quickstart ({quickstart['student_updates']} updates)": quickstart,
+        "student, warm-up then DMD2": rows["dmd2"],
+        "student with 28 % of the base's parameters, the same": rows["pruned_dmd2"],
+    }
+    readme = (ROOT / "README.md").read_text()
+    for name, scores in named.items():
+        fid, clip, accuracy = (scores[key]["mean"] for key in ("fid", "clip_score", "caption_accuracy"))
+        assert f"| {name} | 1 | {fid:.2f} | {clip:.1f} | {100 * accuracy:.1f} % |" in readme
+    shares = [100 * scores["caption_accuracy"]["mean"] / base for scores in named.values()]
+    assert f"have {min(shares):.0f} to {max(shares):.0f} % of the accuracy of their base" in readme
+    curves = [result(f"quickstart_seed{seed}")["history"] for seed in range(3)]
+    warm = [next(at for at in curve if at["student_updates"] == 300)["caption_accuracy"] for curve in curves]
+    last = [curve[-1]["caption_accuracy"] for curve in curves]
+    assert (
+        f"the regression of its warm-up brings {100 * mean(warm):.0f} %, the distillation the rest to "
+        f"{100 * mean(last):.0f} %" in " ".join(readme.split())
+    )
+
+
 def test_the_readme_says_what_control_and_style_reach() -> None:
     canny, style = result("toy_controlnet_canny"), result("toy_lora")["rows"]["distilled"]
     chance, controlled = canny["chance"], canny["conditioning_scale"]["1"]
@@ -140,7 +164,8 @@ def phrases() -> list[str]:
         f"real images score {real:.2f} against real images",
         f"known to ± {(fid['high'] - fid['low']) / 2:.2f} (95 %",
         f"{seeds['student_updates']} student updates per run",
-        f"{100 * ratio['smallest']:.0f} to {100 * ratio['largest']:.0f} % of its caption accuracy",
+        f"{100 * ratio['smallest']:.1f} to {100 * ratio['largest']:.1f} % of its caption accuracy, at "
+        f"{seeds['fid_ratio']['smallest']:.2f} to {seeds['fid_ratio']['largest']:.2f} times the base's FID in 50 steps",
         f"{100 * rows['pruned_dmd2']['parameters'] / rows['dmd2']['parameters']:.0f} % of the parameters",
         f"(FID {one['fid']:.2f}, caption accuracy {100 * one['caption_accuracy']:.1f} %)",
         f"the base in 50 steps ({many['fid']:.2f})",
