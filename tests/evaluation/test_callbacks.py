@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -215,6 +216,6 @@ def test_the_progress_picture_tells_distillation_from_the_warm_up(
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
     progress_curves(history, {"shape_score": 0.92}, "teacher", tmp_path / "progress.png", warmup)
     left, right = drawn[0].axes
-    lines = {str(line.get_label()): list(line.get_xdata()) for line in right.lines}
+    lines = {str(line.get_label()): np.asarray(line.get_xdata()).tolist() for line in right.lines}
     assert lines == {f"one-step student, {name}": minutes for name, minutes in expected.items()}
     assert [line.get_label() for line in left.lines][-1] == "teacher"

@@ -83,7 +83,7 @@ def test_the_readme_says_what_the_students_reach() -> None:
     quickstart, rows = result("quickstart_seeds"), result("toy_recipes")["rows"]
     base = result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
     named = {
-        f"student, quickstart ({quickstart['student_updates']} updates)": quickstart,
+        f"student, quickstart ({quickstart['student_updates']} updates)": quickstart["student"],
         "student, warm-up then DMD2": rows["dmd2"],
         "student with 28 % of the base's parameters, the same": rows["pruned_dmd2"],
     }
