@@ -4,7 +4,7 @@ torchmetrics 1027 (sets of different sizes), 1620 (features that depend on the b
 2000 and 2883 (captions over 77 tokens); pytorch-fid 13 (fewer images than features), 40 (grey images); torch-fidelity 45
 (fewer images than KID's subsets), 58 (precision and recall swapped); clean-fid 33 (order of arguments), 66 (a folder
 against itself); open_clip 480 (members with dots), 771 (QuickGELU); datasets 7055 (samples of different members). Images of
-different sizes (clean-fid 2, pytorch-fid 81, torch-fidelity 55) are in test_right_numbers.py.
+different sizes (clean-fid 2, pytorch-fid 81, torch-fidelity 55) are in test_right_images.py.
 """
 
 from __future__ import annotations
