@@ -20,6 +20,7 @@ from sdxs_lightning.callbacks.checkpoint_choice import chosen_checkpoint
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.elastic import join_elastic_group
 from sdxs_lightning.callbacks.interruption import Interruption
+from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import Resume
 from sdxs_lightning.callbacks.run_folder import origin
 from sdxs_lightning.callbacks.save_config import SaveConfig
@@ -185,18 +186,15 @@ class TrainingCLI(LightningCLI):
             self._check_process_count()
             _record_collectives(Path(self.trainer.default_root_dir))
             join_elastic_group(self.trainer)
-            path = chosen_checkpoint(self.trainer, self.config.ckpt_path)
+            newest = self.config.ckpt_path in ("last", "auto")
+            path = chosen_checkpoint(self.trainer, self.config.ckpt_path, says_damaged=not newest)
             config = TrainingParser.environment.as_written(self.config).as_dict() | {"code": origin()}
-            resume = Resume(self.trainer, config, self.config.ckpt_path in ("last", "auto"))
+            resume = Resume(self.trainer, config, older_ones=newest)
             for callback in callbacks:
                 if isinstance(callback, Checkpointing):
                     callback.resume = resume
-            self._check_folder_first(callbacks)
-            # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
-            self.trainer.ckpt_path = path
-            for logger in self.trainer.loggers:
-                if isinstance(logger, RunLog):
-                    logger.resumed = path is not None
+            self._check_folder_first(callbacks, resume)
+            self._resume_from(path)
             self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
             self._report_nothing_done(resume.path)
         finally:
@@ -206,7 +204,31 @@ class TrainingCLI(LightningCLI):
                 if isinstance(callback, SaveConfig) and callback.lock is not None:
                     callback.lock.release()
 
-    def _check_folder_first(self, callbacks: Sequence[pl.Callback]) -> None:
+    def _resume_from(self, path: str | None) -> None:
+        # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
+        self.trainer.ckpt_path = path
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLog):
+                logger.resumed = path is not None
+
+    def _choose_with_lock(self) -> None:
+        """What `last` and `auto` mean now, on all ranks.
+
+        The run that held the lock may have saved since, and a network file system may show the other ranks an old listing.
+        """
+        ranks = Ranks()
+        path = problem = None
+        if ranks.first:
+            try:
+                path = chosen_checkpoint(self.trainer, self.config.ckpt_path)
+            except UserError as error:
+                problem = str(error)
+        path, problem = ranks.of_first((path, problem))
+        if problem is not None:
+            raise UserError(problem)
+        self._resume_from(path)
+
+    def _check_folder_first(self, callbacks: Sequence[pl.Callback], resume: Resume) -> None:
         """Locks and checks the run's folder once the ranks are connected.
 
         The callbacks' `setup` would be too late: the data sets the fault file of an earlier run aside in `prepare_data`, and
@@ -219,6 +241,8 @@ class TrainingCLI(LightningCLI):
             for callback in callbacks:
                 if isinstance(callback, SaveConfig):
                     callback.take_lock(self.trainer)
+            if resume.older_ones:
+                self._choose_with_lock()
             for callback in callbacks:
                 if isinstance(callback, Checkpointing):
                     callback.refuse_earlier_run(self.trainer)

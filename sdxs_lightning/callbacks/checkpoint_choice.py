@@ -13,19 +13,20 @@ from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.core.errors import UserError
 
 
-def chosen_checkpoint(trainer: pl.Trainer, wanted: str | None) -> str | None:
+def chosen_checkpoint(trainer: pl.Trainer, wanted: str | None, says_damaged: bool = True) -> str | None:
     """The checkpoint that `--ckpt_path` means, checked; None for a new run.
 
     Args:
         trainer: with its strategy and callbacks.
         wanted: the option: a path, "last", "auto" or None.
+        says_damaged: whether rank 0 names the damaged checkpoints that are passed over.
 
     Raises:
         UserError: if it is not there, not complete, or of another strategy.
     """
     path = None if wanted is None else Path(wanted)
     if wanted in ("last", "auto"):
-        path = _newest(trainer, wanted)
+        path = _newest(trainer, wanted, says_damaged)
     if path is None:
         _refuse_automatic_resume(trainer)
         return None
@@ -46,7 +47,7 @@ def chosen_checkpoint(trainer: pl.Trainer, wanted: str | None) -> str | None:
     return str(path)
 
 
-def _newest(trainer: pl.Trainer, wanted: str) -> Path | None:
+def _newest(trainer: pl.Trainer, wanted: str, says_damaged: bool) -> Path | None:
     saver = next((one for one in trainer.checkpoint_callbacks if isinstance(one, Checkpointing)), None)
     folder = (saver or Checkpointing()).run_folder(trainer)
     newest = folders.newest_complete_checkpoint(folder)
@@ -60,7 +61,7 @@ def _newest(trainer: pl.Trainer, wanted: str) -> Path | None:
             f"--ckpt_path {wanted} looks for the newest complete checkpoint in '{folder}' and found {found};"
             f" {way} to begin a new run, or give the run's folder as --trainer.default_root_dir."
         )
-    if damaged and trainer.is_global_zero:
+    if damaged and says_damaged and trainer.is_global_zero:
         sys.stderr.write(
             f"resume: {', '.join(path.name for path in damaged)} in '{folder}' are not complete checkpoints (a file is "
             f"missing or shorter than {folders.MANIFEST} says) and are left where they are; the newest complete one is "

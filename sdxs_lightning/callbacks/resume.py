@@ -46,7 +46,8 @@ class Resume:
     Args:
         trainer: the Trainer, before `fit`.
         config: the run's resolved configuration, to report what changed; {} reports nothing.
-        older_ones: whether to fall back to an older complete checkpoint if the newest has changed on disk.
+        older_ones: whether the checkpoint is "the newest", which `trainer.ckpt_path` names: one that has changed on disk is
+            then passed over for an older one.
     """
 
     def __init__(self, trainer: pl.Trainer, config: Mapping[str, Any], older_ones: bool) -> None:
@@ -80,6 +81,10 @@ class Resume:
     def _resume_start(
         self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None
     ) -> None:
+        if self.older_ones:
+            checkpoint_path = (
+                self.trainer.ckpt_path
+            )  # chosen anew with the folder locked, after Lightning was given one
         if not checkpoint_path:
             self._load(checkpoint_path, weights_only)
             return
@@ -104,7 +109,7 @@ class Resume:
             self.trainer.optimizers
         ):  # with FSDP2 they exist already and are restored together with the weights
             self._before_optimizers()
-        self._load(path, weights_only)
+        self._load(path, True)
 
     def verified(self, path: Path) -> Path:
         """Returns the checkpoint, or an older one, whose files match the checksums of its manifest. A collective.

@@ -17,6 +17,7 @@ from diffusers import StableDiffusionPipeline
 
 from data.shards.datamodule import ShardDataModule
 from sdxs_lightning.callbacks import checkpoint_folder as folders
+from sdxs_lightning.callbacks.run_folder import RunLock
 from sdxs_lightning.cli import main
 from tests.helpers.processes import Ended, train_in_ranks
 from tests.helpers.tiny_run import tiny_config, write_config
@@ -136,6 +137,27 @@ def test_a_signal_after_a_regular_checkpoint_writes_no_second_one(
     assert [path.name for path in folders.complete_checkpoints(tmp_path / "run" / "checkpoints")] == [
         "update_00000002-batch_00000006"
     ]
+
+
+def test_auto_means_the_newest_checkpoint_once_the_folder_is_locked(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on another host saves its first checkpoint, and ends, while its lock is watched."""
+    assert train(tmp_path, with_callback(config, "RaiseSignal", name="SIGTERM", batch=5)) == 143
+    saved, hidden = newest(tmp_path), tmp_path / "hidden"
+    saved.parent.rename(hidden)
+    acquire = RunLock.acquire
+
+    def watched(lock: RunLock) -> str | None:
+        hidden.rename(saved.parent)
+        return acquire(lock)
+
+    monkeypatch.setattr(RunLock, "acquire", watched)
+    assert train(tmp_path, config, "--ckpt_path", "auto") == 0
+    starts = (tmp_path / "run" / "starts.jsonl").read_text().splitlines()
+    assert json.loads(starts[-1])["resumed_from"] == str(saved / folders.STATE)
+    manifest = folders.read_manifest(newest(tmp_path))
+    assert manifest is not None and (manifest.student_updates, manifest.starts) == (6, 2)
 
 
 def test_auto_begins_and_goes_on(
