@@ -81,12 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Lets tiny networks be read once, and takes what is imported out of the sight of the garbage collector, which would walk
-    through it at each full collection."""
-    # Not at the top: the first process of a run in parallel, which imports no test, has no use for diffusers.
-    from tests.helpers.read_once import read_networks_once
-
-    read_networks_once()
+    """Takes what is imported out of the garbage collector's sight, which would walk through it at each full collection."""
     gc.collect()
     gc.freeze()
 

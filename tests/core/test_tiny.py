@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from sdxs_lightning.core.noise_schedule import PredictionType
 from tests.helpers import tiny
-from tests.helpers.read_once import read_networks_once
 
 
 def test_sizes() -> None:
@@ -74,24 +73,3 @@ def test_an_sdxl_base_runs_in_its_pipeline(tmp_path: Path) -> None:
     images = pipeline("a red circle", num_inference_steps=2, output_type="np").images
     assert images.shape == (1, 32, 32, 3)
     assert pipeline.tokenizer_2.pad_token == "!"
-
-
-def test_a_network_that_is_copied_is_the_one_in_the_files_and_shares_nothing(tmp_path: Path) -> None:
-    read_networks_once()  # for a while already
-    folder = tiny.save_tiny_sd(tmp_path / "base") / "unet"
-    networks = [UNet2DConditionModel.from_pretrained(folder) for _ in range(4)]
-    names = [[(name, type(module)) for name, module in one.named_modules()] for one in networks]
-    assert names == [names[0]] * 4 and all(one.config == networks[0].config for one in networks)
-    for name, weight in networks[0].named_parameters():
-        others = [one.get_parameter(name) for one in networks[1:]]
-        assert all(torch.equal(weight, other) and other.requires_grad for other in others), name
-        assert len({other.data_ptr() for other in others}) == 3, name
-    assert not {id(one) for one in networks[2].modules()} & {id(one) for one in networks[3].modules()}
-    with torch.no_grad():
-        networks[0].conv_in.bias.add_(1.0)
-    networks[0].save_pretrained(folder)
-    changed = UNet2DConditionModel.from_pretrained(folder).conv_in.bias
-    assert torch.equal(changed, networks[0].conv_in.bias)
-    assert tiny.save_tiny_sd(tmp_path / "again").is_dir()
-    again = UNet2DConditionModel.from_pretrained(tmp_path / "again" / "unet").conv_in.bias
-    assert torch.equal(again, networks[1].conv_in.bias)

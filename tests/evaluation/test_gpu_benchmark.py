@@ -160,7 +160,7 @@ def test_a_section_on_a_gpu_is_no_fork_of_a_process_that_asked_for_gpus(
 ) -> None:
     """diffusers asks while it is imported, so that CUDA refuses to start in a fork of the fork server."""
     use(monkeypatch, fork="tells_its_fork")
-    found = runner._run_section("fork", options(tmp_path / "gpu.json", device="cuda"), 60, 60, [])
+    found = runner._run_section("fork", options(tmp_path / "gpu.json", device="cuda"), 300, 300, [])
     assert found["status"] == "complete", found
     assert found["rows"] == [{"labels": {"what": "bad fork"}, "value": False}]
 

@@ -26,7 +26,6 @@ PRELOAD = [
     "tests.helpers.metric_ranks",
     "tests.helpers.distributed_worker",
     "tests.helpers.faults",
-    "tests.helpers.read_once",
     # What a run of two sharded ranks imports later, each rank by itself.
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
     "lightning.pytorch.strategies.model_parallel",
@@ -126,9 +125,6 @@ def _call(
     os.dup2(descriptor, 2)
     import torch
 
-    from tests.helpers.read_once import read_networks_once
-
-    read_networks_once()
     gc.freeze()  # what the fork server imported is not walked through at each collection
     torch.set_num_threads(1)
     sys.exit(function(*arguments))
