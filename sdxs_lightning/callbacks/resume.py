@@ -82,9 +82,8 @@ class Resume:
         self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None
     ) -> None:
         if self.older_ones:
-            checkpoint_path = (
-                self.trainer.ckpt_path
-            )  # chosen anew with the folder locked, after Lightning was given one
+            # Chosen anew with the folder locked, after Lightning was given one.
+            checkpoint_path = self.trainer.ckpt_path
         if not checkpoint_path:
             self._load(checkpoint_path, weights_only)
             return
