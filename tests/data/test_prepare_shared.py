@@ -136,6 +136,31 @@ def test_a_claim_of_another_machine_counts_as_long_as_its_heart_beats(
     assert claims.take("00000") is not None
 
 
+def test_who_is_waited_for_is_said(
+    folder: LocalFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once in a while; nothing while there is progress, and nothing of what is free."""
+    monkeypatch.setattr(claims_module, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(claims_module, "SILENT_SECONDS", 0.2)
+    owner = owned_elsewhere(folder)
+    claims = Claims(folder)
+    claims.wait(["00000"])
+    time.sleep(0.2)
+    claims.wait(["00000"], progressed=True)
+    assert not caplog.records
+    time.sleep(0.2)
+    claims.wait(["00001"])
+    assert not caplog.records
+    time.sleep(0.2)
+    claims.wait(["00000", "00001"])
+    claims.wait(["00000", "00001"])
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"Waiting for '00000', '00001', claimed by {owner}. A process of another machine whose heartbeat stops counts as dead "
+        "after 120 s."
+    )
+
+
 def test_a_heart_beats(folder: LocalFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims_module, "BEAT_SECONDS", 0.02)
     claim = Claims(folder).take("00000")

@@ -72,7 +72,11 @@ def shared_command(
         if isinstance(content, int):
             seen += 1
             if rank in killed and seen == 2:
+                (work / f"killed-{rank}").touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            # The others keep their first shard until then, or one that is starved would find nothing left to do.
+            while rank not in killed and len(list(work.glob("killed-*"))) < len(killed):
+                time.sleep(0.02)
             time.sleep(0.1)  # so that none of them is done before another has begun
 
     SetProgress.__call__ = call  # type: ignore[method-assign]

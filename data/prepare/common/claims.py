@@ -12,7 +12,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Hashable, Iterable
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from data.prepare.common.owner import Owner
@@ -26,6 +26,8 @@ DEAD_SECONDS = 120.0
 """Without a heartbeat for this time, a process of another machine is dead. Timed by the clock of the one that watches."""
 POLL_SECONDS = 0.5
 """Between two looks at the claims of others, when nothing else is left to do."""
+SILENT_SECONDS = 15.0
+"""Of waiting without a line."""
 
 
 class Claim:
@@ -79,6 +81,7 @@ class Claims:
     def __init__(self, folder: SetFolder) -> None:
         self._folder = folder
         self._watched: dict[str, tuple[Hashable, float]] = {}
+        self._said = time.monotonic()
 
     def take(self, name: str) -> Claim | None:
         """Claims something, unless a process has it that is alive, or may be.
@@ -115,9 +118,39 @@ class Claims:
 
     def wait_for(self, name: str) -> Claim:
         """Claims something, as soon as no other process has it."""
+        self._said = time.monotonic()
         while (claim := self.take(name)) is None:
-            time.sleep(POLL_SECONDS)
+            self.wait([name])
         return claim
+
+    def wait(self, names: Sequence[str], progressed: bool = False) -> None:
+        """Sleeps until others may have released one of these claims; says from time to time whose they are.
+
+        Args:
+            names: of what is claimed.
+            progressed: whether anything happened since the last call.
+        """
+        now = time.monotonic()
+        if progressed:
+            self._said = now
+        elif now - self._said >= SILENT_SECONDS:
+            self._said = now
+            owners = sorted({str(owner) for name in names if (owner := self._latest_owner(name)) is not None})
+            if owners:
+                _log.warning(
+                    "Waiting for %s, claimed by %s. A process of another machine whose heartbeat stops counts as dead after "
+                    "%.0f s.",
+                    ", ".join(f"'{name}'" for name in names[:3]) + (", ..." if len(names) > 3 else ""),
+                    " and ".join(owners[:3]) + (" and others" if len(owners) > 3 else ""),
+                    DEAD_SECONDS,
+                )
+        time.sleep(POLL_SECONDS)
+
+    def _latest_owner(self, name: str) -> Owner | None:
+        generation, found = 0, None
+        while (content := self._folder.read(_file(name, generation))) is not None:
+            generation, found = generation + 1, _owner(content)
+        return found
 
     def tidy(self) -> None:
         """Removes the folder of the claims if there is none."""
@@ -180,7 +213,7 @@ def claimed(
     """
     waiting = list(shards)
     while waiting:
-        busy = []
+        busy: list[int] = []
         for shard in waiting:
             task = try_task(claims, shard, is_complete)
             if task is None:
@@ -195,9 +228,9 @@ def claimed(
                     busy.append(shard)
                 else:
                     on_end(ShardEnd(shard, here=True))
-        waiting = busy
         if busy:
-            time.sleep(POLL_SECONDS)
+            claims.wait([shard_name(shard) for shard in busy], progressed=len(busy) < len(waiting))
+        waiting = busy
 
 
 def try_task(claims: Claims, shard: int, is_complete: Callable[[int], bool]) -> ShardTask | int | None:
