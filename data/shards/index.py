@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.shards.indexing.building import mark_outdated, open_indexes
 from data.shards.indexing.names import ShardNames
+from data.shards.indexing.on_demand import OnDemand
 from data.shards.indexing.packed import PackedIndexes
 from data.shards.indexing.request import IndexRequest
 from data.shards.indexing.table import ShardTable
@@ -203,7 +204,7 @@ class ShardSet:
         return ShardNames(self.table.locations, linked)
 
 
-class JoinedIndexes(Sequence[ShardIndex]):
+class JoinedIndexes(OnDemand[ShardIndex]):
     """The indexes of several sets, one after another."""
 
     def __init__(self, sets: Sequence[ShardSet]) -> None:
@@ -231,17 +232,8 @@ class JoinedIndexes(Sequence[ShardIndex]):
         """Shards."""
         return self._ends[-1]
 
-    @overload
-    def __getitem__(self, number: int) -> ShardIndex: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[ShardIndex]: ...
-
-    def __getitem__(self, number: int | slice) -> ShardIndex | list[ShardIndex]:
+    def item(self, number: int) -> ShardIndex:
         """The index of a shard."""
-        if isinstance(number, slice):
-            return [self[one] for one in range(len(self))[number]]
-        number = range(len(self))[number]
         place = bisect_right(self._ends, number)
         return self._sets[place].shards[number - (self._ends[place - 1] if place else 0)]
 

@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from operator import eq
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.shards.indexing.on_demand import OnDemand
+
 _AT_ONCE = 1024
 
 
-class LocationList(Sequence[str]):
+class LocationList(OnDemand[str]):
     """Decodes a location when it is asked for.
 
     Args:
@@ -44,16 +45,8 @@ class LocationList(Sequence[str]):
         """Locations."""
         return len(self.ends)
 
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(len(self))[number]]
-        number = range(len(self))[number]
+    def item(self, number: int) -> str:
+        """A location."""
         start = int(self.ends[number - 1]) if number else 0
         return _decoded(self.text[start : int(self.ends[number])])
 

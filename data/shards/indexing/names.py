@@ -4,15 +4,15 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.shards.indexing.on_demand import OnDemand
 from data.shards.locations import is_remote
 
 
-class ShardNames(Sequence[str]):
+class ShardNames(OnDemand[str]):
     """A unique name for each shard: its path without '.tar', relative to the common parent folder.
 
     A name is made when it is asked for: a large set has no object for each shard.
@@ -45,16 +45,8 @@ class ShardNames(Sequence[str]):
         """Shards."""
         return len(self._locations)
 
-    @overload
-    def __getitem__(self, number: int) -> str: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[str]: ...
-
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(len(self))[number]]
-        number = range(len(self))[number]
+    def item(self, number: int) -> str:
+        """The name of a shard."""
         folder, name = _split(self._targets.get(number) or self._locations[number])
         return self._prefixes[folder] + _stem(name)
 

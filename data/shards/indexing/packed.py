@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.shards.indexing.on_demand import OnDemand
 from data.shards.indexing.packed_file import PackedTable, read_packed, segment_of, write_packed
 from data.shards.indexing.table import ShardTable
 from data.shards.locations import Stamp
@@ -30,7 +31,7 @@ _KEPT_SHARDS = 256
 _COPY_BYTES = 1 << 24
 
 
-class PackedIndexes(Sequence[ShardIndex]):
+class PackedIndexes(OnDemand[ShardIndex]):
     """The indexes of a packed file; each is made when it is asked for.
 
     Args:
@@ -65,21 +66,12 @@ class PackedIndexes(Sequence[ShardIndex]):
         """Shards."""
         return len(self.table.locations)
 
-    @overload
-    def __getitem__(self, number: int) -> ShardIndex: ...
-
-    @overload
-    def __getitem__(self, number: slice) -> list[ShardIndex]: ...
-
-    def __getitem__(self, number: int | slice) -> ShardIndex | list[ShardIndex]:
+    def item(self, number: int) -> ShardIndex:
         """The index of a shard.
 
         Raises:
             BrokenShardError: if its part of the file was damaged.
         """
-        if isinstance(number, slice):
-            return [self[one] for one in range(len(self))[number]]
-        number = range(len(self))[number]
         if (found := self._made.get(number)) is None:
             found = self._made[number] = self._make(number)
             while len(self._made) > _KEPT_SHARDS:
