@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.checkpoint import checkpoint
 
 from data.shards.datamodule import ShardDataModule
 from evaluation.benchmarks.throughput import ShardsOptions
 from evaluation.benchmarks.throughput_shards import run as time_shards
+from evaluation.callbacks import progress, step_timing
 from evaluation.callbacks.progress import Throughput
 from evaluation.callbacks.step_flops import StepFlops, peak_of
 from evaluation.callbacks.step_timing import COLLECTIVES, Stopwatch, TimedCollectives
@@ -98,6 +99,32 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+class Clock:
+    """A clock that goes on only where a test says so, however busy the machine is."""
+
+    def __init__(self) -> None:
+        self.now, self.every_reading = 0.0, 0.0
+
+    def perf_counter(self) -> float:
+        self.now += self.every_reading
+        return self.now
+
+    def step(self, *_: Any) -> None:
+        """Of any optimizer: it takes two seconds."""
+        self.now += 2.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """Takes the place of the host's clock in what measures an iteration; optimizers' steps take time on it."""
+    clock = Clock()
+    for module in (step_timing, progress):
+        monkeypatch.setattr(module, "time", clock)
+    hook = register_optimizer_step_post_hook(clock.step)
+    yield clock
+    hook.remove()
+
+
 @pytest.fixture
 def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -105,11 +132,10 @@ def one_rank(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_collectives_are_measured_where_they_hold_up_the_step(one_rank: None) -> None:
-    watch, originals = (
-        Stopwatch(torch.device("cpu")),
-        {name: getattr(dist, name, None) for name in COLLECTIVES},
-    )
+def test_collectives_are_measured_where_they_hold_up_the_step(one_rank: None, clock: Clock) -> None:
+    clock.every_reading = 1.0
+    watch = Stopwatch(torch.device("cpu"))
+    originals = {name: getattr(dist, name, None) for name in COLLECTIVES}
     collectives, value = TimedCollectives(watch, "collective"), torch.ones(3)
     collectives.install()
     dist.all_reduce(value)  # not on: not counted
@@ -117,12 +143,10 @@ def test_collectives_are_measured_where_they_hold_up_the_step(one_rank: None) ->
     dist.all_reduce(value)
     work = dist.all_reduce(value, async_op=True)
     assert work is not None
-    time.sleep(0.05)  # overlaps
+    clock.now += 100  # overlaps
     work.wait()
     assert work.is_completed()
-    read = watch.read()["collective"]
-    assert read.number == 2
-    assert 0 < read.seconds < 0.05
+    assert watch.read()["collective"] == (2.0, 2)  # of the first, from its call; of the second, its wait
     assert watch.read() == {}
     collectives.remove()
     assert {name: getattr(dist, name, None) for name in COLLECTIVES} == originals
@@ -163,13 +187,17 @@ def _saved(trainer: Trainer, folder: Path) -> Path:
 TIMES = {"time/student_iteration_ms", "time/fake_score_iteration_ms", "time/data_wait_ms"}
 
 
-def test_a_run_logs_where_its_time_goes(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_logs_where_its_time_goes(tiny: Path, tmp_path: Path, clock: Clock) -> None:
     throughput = Throughput(every_n_batches=4, peak_tflops=2.0)
     trainer = trained(tiny, tmp_path, throughput, updates=7)
     latest = throughput.latest
     assert latest.keys() >= TIMES
-    # A student's iteration updates the fake score too.
-    assert latest["time/student_iteration_ms"] > latest["time/fake_score_iteration_ms"] > 0
+    # Fake score and discriminator step in each iteration, the student in every second.
+    assert latest["time/student_iteration_ms"] == 6000.0
+    assert latest["time/fake_score_iteration_ms"] == 4000.0
+    assert latest["time/data_wait_ms"] == 0.0
+    assert latest["throughput/images_per_second"] == 16 / 20
+    assert latest["throughput/student_updates_per_second"] == 2 / 20
     assert latest["throughput/mfu"] == latest["throughput/tflops_per_device"] / 2
     # Operations by hand: the same two kinds of iterations in turn.
     known = throughput.state_dict()["operations"]
