@@ -180,10 +180,10 @@ def decode_text(content: Bytes, where: str) -> str:
 
 
 def decode_json(content: Bytes, where: str) -> dict[str, Any]:
-    """Decode a JSON object with valid Unicode strings and a nesting depth of at most 64."""
+    """Decode a JSON object with unique keys, valid Unicode strings and a nesting depth of at most 64."""
     _check_length(content, where)
     try:
-        value = json.loads(str(content, "utf-8-sig"))
+        value = json.loads(str(content, "utf-8-sig"), object_pairs_hook=unique_keys)
         _check_json(value)
     except (ValueError, RecursionError) as error:
         raise BadSampleError(f"{where}: the json member cannot be parsed ({_short(error)}).") from error

@@ -109,12 +109,12 @@ def decode_deep_grey(content: Bytes) -> NDArray[np.uint16] | None:
     opened = open_image(content)
     if not opened.mode.startswith("I;16"):
         return None
-    exif = orientation(opened)
     try:
         opened.load()
-        grey = _upright(np.asarray(opened).astype(np.uint16), exif)
+        grey = np.asarray(opened).astype(np.uint16)
     except Exception as error:  # as in open_image
         raise UndecodableImageError(_reason(error)) from error
+    grey = _upright(grey, orientation(opened))
     return np.repeat(grey[:, :, None], 3, axis=2)
 
 
@@ -164,7 +164,11 @@ def open_image(content: Bytes) -> Image.Image:
 
 
 def orientation(opened: Image.Image) -> int:
-    """EXIF orientation that is still to be undone, 1 (none) to 8; 1 if missing or damaged, and for TIFF, which PIL undoes."""
+    """EXIF orientation that is still to be undone, 1 (none) to 8; 1 if missing or damaged, and for TIFF, which PIL undoes.
+
+    Of a PNG, PIL decodes the pixels for it, which may stand before its EXIF, and does so once: load an image first to see the
+    error of one that is cut.
+    """
     if opened.format == "TIFF":
         return 1
     try:
@@ -192,7 +196,6 @@ def _upright(pixels: NDArray[_Depth], exif: int) -> NDArray[_Depth]:
 
 def _loaded(opened: Image.Image, upright: bool) -> Image.Image:
     """Load the image and convert it to RGB."""
-    exif = orientation(opened) if upright else 1
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -200,6 +203,7 @@ def _loaded(opened: Image.Image, upright: bool) -> Image.Image:
         converted = _rgb(opened)
     except Exception as error:  # as in open_image
         raise UndecodableImageError(_reason(error)) from error
+    exif = orientation(opened) if upright else 1
     return converted if exif == 1 else Image.fromarray(_upright(np.asarray(converted), exif))
 
 

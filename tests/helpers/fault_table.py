@@ -100,10 +100,22 @@ def _float_grey() -> bytes:
     return stream.getvalue()
 
 
+def _half(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def _ends_in_zeros(content: bytes) -> bytes:
+    return _half(content).ljust(len(content), b"\0")
+
+
 SAMPLES: dict[str, Change] = {
     "an image that is no image": _member("png", b"<html>404</html>"),
     "an image cut short": _member("png", _image()[:-40]),
     "a JPEG that ends in zeros": _member("png", _image("JPEG", (64, 64))[:900] + bytes(3000)),
+    "a PNG that ends in zeros": _member("png", _ends_in_zeros(_image(size=(64, 64)))),
+    "a WebP that ends in zeros (no checksum shows it)": _member(
+        "png", _ends_in_zeros(_image("WEBP", (64, 64)))
+    ),
     "an image of more than 100,000,000 pixels": _member("png", _bomb()),
     "a format that is not opened (EPS)": _member("png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"),
     "grey of 32 bits": _member("png", _float_grey()),
@@ -114,6 +126,7 @@ SAMPLES: dict[str, Change] = {
     "a caption with zero bytes": _member("txt", b"a red" + bytes(7)),
     "an empty caption": _member("txt", b" \n"),
     "json that cannot be parsed": _member("json", b'{"a": '),
+    "json with a key twice": _member("json", b'{"original_width": 8, ' + _json()[1:]),
     "json with half a surrogate pair": _member("json", _json(caption="\ud800")),
     "json nested 1,000 deep": _member("json", b'{"a":' * 1000 + b"1" + b"}" * 1000),
     "original_width of -5": _member("json", _json(original_width=-5)),
@@ -135,10 +148,6 @@ LATENTS: dict[str, Change] = {
 }
 
 
-def _half(content: bytes) -> bytes:
-    return content[: len(content) // 2]
-
-
 def _changed_header(content: bytes, by: bytes) -> bytes:
     start = content.index(f"{BAD}.png".encode())
     return content[:start] + by + content[start + len(by) :]
@@ -146,9 +155,7 @@ def _changed_header(content: bytes, by: bytes) -> bytes:
 
 TARS: dict[str, Callable[[bytes], bytes]] = {
     "a tar cut in the middle": _half,
-    "a tar whose second half is zeros": lambda content: (
-        _half(content) + bytes(len(content) - len(content) // 2)
-    ),
+    "a tar whose second half is zeros": _ends_in_zeros,
     "a header of zeros": lambda content: _changed_header(content, bytes(512)),
     "two tars, one after the other": lambda content: content + content,
     "a flipped bit in a header": lambda content: _changed_header(content, b"8"),

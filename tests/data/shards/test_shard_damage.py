@@ -213,6 +213,7 @@ BAD_JSON: dict[str, bytes] = {
     "UTF-16": '{"a": 1}'.encode("utf-16"),
     "zeros": b'{"a": 1}' + bytes(20),
     "a list": b"[1]",
+    "a key twice": b'{"noise_seed": 1, "noise_seed": 2}',
 }
 
 

@@ -175,6 +175,22 @@ def test_a_jpeg_that_ends_in_zeros_was_cut() -> None:
     assert np.array_equal(decode_pixels(content + bytes(100)), decode_pixels(content))
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("end", ["zeros", "a hole"])
+def test_a_png_with_a_part_of_zeros_was_cut(bits: int, end: str) -> None:
+    """PIL decodes a PNG to look for EXIF behind its pixels, and only the first time says what is wrong with them."""
+    stream = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 1 << bits, (64, 64, 3)[: 3 if bits == 8 else 2])
+    Image.fromarray(pixels.astype(np.uint8 if bits == 8 else np.uint16)).save(stream, "PNG")
+    content, half = stream.getvalue(), stream.tell() // 2
+    cut = content[:half] + bytes(half if end == "zeros" else 512)
+    for decoder in (decode_pixels, decode_pil, decode_deep_grey):
+        if decoder is decode_deep_grey and bits == 8:
+            continue  # it leaves such an image to the others
+        with pytest.raises(UndecodableImageError, match="broken|truncated"):
+            decoder((cut + content[len(cut) :])[: len(content)])
+
+
 def test_elongated_images_are_not_blown_up() -> None:
     stream = io.BytesIO()
     Image.new("RGB", (60_000, 1)).save(stream, "PNG")
