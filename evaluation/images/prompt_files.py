@@ -98,6 +98,12 @@ class PromptList:
                 f"{len(image_names)} images and {len(self.captions)} captions in '{source}'; give one caption an image, in "
                 "the order of the images' names, or a table with the images' names."
             )
+        column = self._column_in_another_order(image_names)
+        if column is not None:
+            raise UserError(
+                f"the column '{column}' of '{source}' has the images' names in another order than theirs, in which captions "
+                f"without names are taken; call the column {NAME_COLUMNS[0]}, or leave it out."
+            )
         return self
 
     def digest(self) -> str:
@@ -133,6 +139,20 @@ class PromptList:
                 "paths relative to the folder of the images into it."
             )
         return found
+
+    def _column_in_another_order(self, image_names: Sequence[str]) -> str | None:
+        """A column of the table that holds most of the images' names, not called like one, and not in their order."""
+        numbers = {_file_name(name): number for number, name in enumerate(image_names)}
+        for column in self.records[0] if self.records else ():
+            values = [record.get(column) for record in self.records or ()]
+            named = [_file_name(str(value)) if isinstance(value, str | int) else "" for value in values]
+            found = [(row, numbers[name]) for row, name in enumerate(named) if name in numbers]
+            # Most of them, each once: a column of small counts is no list of the images 0.png, 1.png, ...
+            if len({number for _, number in found}) > len(image_names) // 2 and any(
+                row != number for row, number in found
+            ):
+                return str(column)
+        return None
 
     def _shares_names(self, image_names: Sequence[str]) -> bool:
         """Whether to compare file names rather than COCO image ids."""
@@ -341,9 +361,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> PromptList:
     if caption is None:
         raise ValueError(f"no column named {', '.join(CAPTION_COLUMNS)}, but {', '.join(map(str, rows[0]))}")
     name, category = _column(rows[0], NAME_COLUMNS), _column(rows[0], CATEGORY_COLUMNS)
-    named = [] if name is None else [row[name] for row in rows if isinstance(row[name], str | int)]
-    # None of them in HPSv2, whose image_path lists the compared images, nor in tables that hold the images themselves.
-    names = tuple(map(str, named)) if named else None
+    named = [] if name is None else [found for row in rows if (found := _name(row[name], name)) is not None]
+    names = tuple(named) if named else None
     if named and len(named) < len(rows):
         raise ValueError(f"{len(rows) - len(named)} of {len(rows)} rows have no {name}")
     return PromptList(
@@ -352,6 +371,23 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> PromptList:
         categories=None if category is None else tuple(str(row.get(category) or "none") for row in rows),
         records=tuple(rows),
     )
+
+
+def _name(value: Any, column: str) -> str | None:
+    """The name of an image in a table; None where there is none, as in HPSv2, whose image_path lists the compared images.
+
+    A table that holds the images themselves has their bytes, and perhaps their path beside them.
+
+    Raises:
+        ValueError: for a number with a fraction, as tables with a gap have in place of ids.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("path")
+    if value is None or isinstance(value, list | bytes):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError(f"a {column} is {value!r:.60}, but must be a string or a whole number")
+    return str(value)
 
 
 def _column(row: Mapping[str, Any], wanted: Sequence[str]) -> str | None:

@@ -62,6 +62,51 @@ def test_names_match_by_relative_path_first_and_never_by_chance() -> None:
     assert dotted.of_images(["v1.6.png", "v1.5.png"], "f") == ["two", "one"]
 
 
+@pytest.mark.parametrize("column", ["path", "id", "img", "Image Name", "Unnamed: 0"])
+def test_a_column_that_names_the_images_in_another_order_is_not_passed_over(
+    column: str, tmp_path: Path
+) -> None:
+    rows = {"2.jpg": "two", "a/0.jpg": "zero", "1.jpg": "one"}
+    table = tmp_path / "a.csv"
+
+    def write(cells: dict[str, str]) -> PromptList:
+        lines = [
+            f"{name.removesuffix('.jpg') if column == 'id' else name},{text}" for name, text in cells.items()
+        ]
+        table.write_text("\n".join([f"{column},caption", *lines]))
+        return read_prompts(table)
+
+    names = ["0.png", "1.png", "2.png"]
+    with pytest.raises(
+        UserError, match=f"the column '{column}' of 'f' has the images' names in another order"
+    ):
+        write(rows).of_images(names, "f")
+    # In their order it does no harm, nor do small counts that are numbers of images too.
+    assert write({"0.jpg": "zero", "1.jpg": "one", "2.jpg": "two"}).of_images(names, "f") == [
+        "zero",
+        "one",
+        "two",
+    ]
+    counted = PromptList(("a", "b", "c"), records=tuple({"count": count} for count in (1, 1, 1)))
+    assert counted.of_images(names, "f") == ["a", "b", "c"]
+
+
+def test_names_of_other_types_are_text_or_refused(tmp_path: Path) -> None:
+    names = ["0.png", "1.png"]
+    held = [
+        {"image": {"bytes": "x", "path": "1.png"}, "text": "one"},
+        {"image": {"path": "0.png"}, "text": "zero"},
+    ]
+    (tmp_path / "held.json").write_text(json.dumps(held))
+    assert read_prompts(tmp_path / "held.json").of_images(names, "f") == ["zero", "one"]
+    for value in (1.0, True):  # what pandas makes of ids with a gap
+        (tmp_path / "ids.json").write_text(
+            json.dumps([{"image_id": value, "text": "a"}, {"image_id": 0, "text": "b"}])
+        )
+        with pytest.raises(UserError, match=f"a image_id is {value}, but must be a string or a whole number"):
+            read_prompts(tmp_path / "ids.json")
+
+
 def test_images_of_coco_match_by_id_or_by_count() -> None:
     names = tuple(f"COCO_val2014_{i:012d}.jpg" for i in (9, 25, 42))
     coco = PromptList(("nine", "twenty-five", "forty-two"), names, "coco")
