@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from PIL import Image
 
 from data.shards.images import MAX_IMAGE_BYTES, OTHER_SUFFIXES, SUFFIXES
 from data.shards.locations import is_remote, leaves
+from evaluation.images.set_digest import checksum, digest_of
 from evaluation.images.shard_images import ShardImages, decoded_image
 from sdxs_lightning.core.errors import UserError
 
@@ -120,13 +119,13 @@ class FolderImages:
         stamp = self.stamp()
         if self._digest[0] != stamp:
             with ThreadPoolExecutor(4) as threads:  # zlib releases the GIL
-                sums = list(threads.map(_checksum, [self.folder / name for name in self.names]))
-            self._digest = stamp, _digest(self.names, sums)
+                sums = list(threads.map(lambda name: checksum((self.folder / name).read_bytes()), self.names))
+            self._digest = stamp, digest_of(self.names, sums)
         return self._digest[1]
 
     def stamp(self) -> str:
         states = ((self.folder / name).stat() for name in self.names)
-        return _digest(self.names, (f"{state.st_mtime_ns} {state.st_size}" for state in states))
+        return digest_of(self.names, (f"{state.st_mtime_ns} {state.st_size}" for state in states))
 
 
 class ZipImages:
@@ -182,11 +181,11 @@ class ZipImages:
 
     def digest(self) -> str:
         """Equals the digest of the zipped folder."""
-        return _digest(self.names, self._sums)
+        return digest_of(self.names, self._sums)
 
     def stamp(self) -> str:
         state = self.path.stat()
-        return _digest([self.path.name], [f"{state.st_mtime_ns} {state.st_size}"])
+        return digest_of([self.path.name], [f"{state.st_mtime_ns} {state.st_size}"])
 
     def __getstate__(self) -> dict[str, Any]:
         """State without the open file, which cannot be pickled."""
@@ -295,16 +294,3 @@ def _formats(names: Iterable[str]) -> str:
     same = {"jpeg": "jpg", "jfif": "jpg", "tiff": "tif"}
     endings = (PurePosixPath(name).suffix.lower()[1:] for name in names)
     return "+".join(sorted({same.get(ending, ending) for ending in endings}))
-
-
-def _checksum(file: Path) -> str:
-    """Size and CRC-32, as zip files store them for their members."""
-    content = file.read_bytes()
-    return f"{len(content)} {zlib.crc32(content):08x}"
-
-
-def _digest(names: Sequence[str], states: Iterable[str]) -> str:
-    """Digest of names without their common parent folders, so that `val2014.zip` equals the folder `val2014`."""
-    common = len(os.path.commonpath([os.path.dirname(name) for name in names])) if names else 0
-    lines = [f"{name[common:].lstrip('/')} {state}" for name, state in zip(names, states, strict=True)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -24,6 +24,7 @@ from data.shards.index import ShardSet
 from data.shards.locations import is_remote
 from data.shards.remote.shard_file import ShardFile
 from data.shards.store import ShardStore
+from evaluation.images.set_digest import checksum, digest_of
 from sdxs_lightning.core.errors import UserError
 
 INDEX_FOLDER = Path.home() / ".cache" / "sdxs-lightning" / "shard-index"
@@ -64,6 +65,7 @@ class ShardImages:
             for row in range(len(shard))
         ]
         self._ends = list(accumulate(self._shards.sizes))
+        self._digest = ("", "")
 
     def read(self, number: int) -> Image.Image:
         _, content, where = self._member(number, IMAGE_MEMBERS)
@@ -89,7 +91,11 @@ class ShardImages:
         return texts
 
     def digest(self) -> str:
-        return self._shards.fingerprint[:16]
+        stamp = self.stamp()
+        if self._digest[0] != stamp:
+            contents = (self._member(number, IMAGE_MEMBERS)[1] for number in range(len(self.names)))
+            self._digest = stamp, digest_of(self.names, (checksum(one or b"") for one in contents))
+        return self._digest[1]
 
     def stamp(self) -> str:
         places = [shard.location for shard in self._shards.shards]

@@ -29,7 +29,7 @@ from evaluation.protocols.names import CAPTION_METRICS, FRECHET_METRICS
 from evaluation.protocols.protocols import REPOSITORY
 from evaluation.protocols.references import Reference
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.core.model_hash import hash_weights
+from sdxs_lightning.core.model_hash import files_below, hash_weights
 
 FEATURE_SETS: dict[str, Callable[..., SampledMetric]] = {
     "kid": KernelDistance,
@@ -162,7 +162,7 @@ def _shared(weights: tuple[tuple[str, str], ...], stamps: tuple[object, ...]) ->
 
 def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, modification times and sizes of a file or of the files in a folder."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = sorted(files_below(path)) if path.is_dir() else [path]
     return tuple(
         (str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.is_file()
     )

@@ -40,7 +40,7 @@ from evaluation.runner.control_quality import Estimates, QualityMetrics
 from evaluation.runner.machine import where
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.image_condition import ImageCondition
-from sdxs_lightning.core.model_hash import hash_weights
+from sdxs_lightning.core.model_hash import hash_model, hash_weights
 
 if TYPE_CHECKING:
     from evaluation.evaluate import EvaluateOptions
@@ -228,7 +228,7 @@ def _identity(condition: ImageCondition) -> dict[str, str]:
     if network is None:
         return {"read_by": description_of(condition)}
     named = str(getattr(condition, "folder", None) or getattr(condition, "model", None))
-    weights = hash_weights(named) if Path(named).is_dir() else named  # else a hub id
+    weights = hash_model(named) if Path(named).is_dir() else named  # else a hub id
     return {"read_by": type(condition).__name__, "weights_sha256": weights}
 
 

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 NOT_MEASURED = ("safety_checker", "feature_extractor", "requires_safety_checker", "image_encoder")
 """Pipeline components that are not used in measurements."""
+
+
+def files_below(folder: str | Path, above: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """All files below a folder, those of linked folders too: a pipeline may take its VAE from another one by a link.
+
+    Args:
+        folder: where to begin.
+        above: folders that it is in, so that a link to one of them is not followed for ever.
+    """
+    if (real := os.path.realpath(folder)) in above:
+        return
+    for path in Path(folder).iterdir():
+        if path.is_dir():
+            yield from files_below(path, above | {real})
+        elif path.is_file():
+            yield path
 
 
 def hash_weights(folder: str | Path) -> str:
@@ -17,7 +35,7 @@ def hash_weights(folder: str | Path) -> str:
     Raises:
         FileNotFoundError: if there are none.
     """
-    files = sorted(Path(folder).rglob("*.safetensors"))
+    files = sorted(file for file in files_below(folder) if file.suffix == ".safetensors")
     if not files:
         raise FileNotFoundError(f"no .safetensors under {folder}")
     digest = hashlib.sha256()
@@ -44,11 +62,10 @@ def hash_model(folder: str | Path) -> str:
         FileNotFoundError: if there are no weights.
     """
     folder = Path(folder)
-    if not any(folder.rglob("*.safetensors")):
+    found = list(files_below(folder))
+    if not any(file.suffix == ".safetensors" for file in found):
         raise FileNotFoundError(f"no .safetensors under {folder}")
-    files = sorted(
-        file for file in folder.rglob("*") if file.is_file() and _is_read(file.relative_to(folder))
-    )
+    files = sorted(file for file in found if _is_read(file.relative_to(folder)))
     states = [file.stat() for file in files]
     return _hash_files(
         folder, tuple((file, one.st_mtime_ns, one.st_size) for file, one in zip(files, states, strict=True))

@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sdxs_lightning.core.model_hash import files_below
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.sources import resolve_unet
@@ -83,7 +84,7 @@ def model_fingerprint(family: Family, unet: str | None) -> str:
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(
-            path for path in folder.rglob("*") if path.suffix in (".json", ".txt", ".safetensors")
+            path for path in files_below(folder) if path.suffix in (".json", ".txt", ".safetensors")
         ):
             digest.update(file.name.encode())
             with file.open("rb") as stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from data.shards.writer import ShardWriter
 from evaluation.evaluate import main
+from evaluation.images.image_sets import open_images
 from evaluation.metrics.frechet import FeatureStatistics
 from evaluation.protocols.image_protocol import ImageProtocol, Measurement
 from evaluation.protocols.protocols import IMAGE_PROTOCOLS
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.core.model_hash import hash_model
+from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from tests.helpers.evaluated_images import (
     COUNT,
     WORDS,
@@ -124,6 +128,36 @@ def test_a_model_hash_is_over_what_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError):
         hash_model(tmp_path / "empty")
+
+
+def test_a_model_hash_is_over_linked_folders_too(tmp_path: Path) -> None:
+    """A pipeline may take its VAE or its U-Net from another folder by a link."""
+    base = save_tiny_sd(tmp_path / "sd")
+    first, weights = hash_model(base), hash_weights(base)
+    (base / "unet").rename(tmp_path / "unet")
+    (base / "unet").symlink_to(tmp_path / "unet")
+    (base / "unet" / "back").symlink_to(base)  # which is not followed for ever
+    assert (hash_model(base), hash_weights(base)) == (first, weights)
+    file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)] += 1
+    save_file(tensors, file, {"format": "pt"})
+    assert hash_model(base) != first and hash_weights(base) != weights
+
+
+def test_shards_are_known_by_their_images_alone(tmp_path: Path) -> None:
+    """Not by sizes, which other images may share, nor by captions, of which FID knows nothing."""
+    digests = []
+    for seed, words in ((0, "a"), (1, "a"), (0, "longer words")):
+        folder = tmp_path / f"{seed}{words}"
+        with ShardWriter(folder, samples_per_shard=2) as writer:
+            for number in range(3):
+                stream = io.BytesIO()
+                pixels = np.random.RandomState(seed + number).randint(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(stream, "PNG", compress_level=0)
+                writer.write({"png": stream.getvalue(), "txt": words}, f"{number}")
+        digests.append(open_images(str(folder)).digest())
+    assert digests[0] == digests[2] != digests[1]
 
 
 # References.
