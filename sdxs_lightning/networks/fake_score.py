@@ -14,8 +14,9 @@ from sdxs_lightning.networks.adapter_views import BaseView
 from sdxs_lightning.networks.denoiser import Denoiser, Prediction
 from sdxs_lightning.networks.feature_taps import bottleneck_shape
 from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input
-from sdxs_lightning.networks.lora import LoRA, cast_base
+from sdxs_lightning.networks.lora import LoRA, cast_base, each_merged, plain_shapes
 from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_denoiser, save_adapters_only
+from sdxs_lightning.networks.student_generator import StudentGenerator
 
 
 class FakeScore(Network):
@@ -101,24 +102,27 @@ class FakeScore(Network):
         cast_base(self.denoiser.unet, dtype)
         return BaseView(self.denoiser)
 
-    def check_alignment(self, student: Network) -> None:
+    def check_alignment(self, student: StudentGenerator) -> None:
         """Raises ValueError if the weights are to be aligned with those of a student of another architecture."""
-        own, other = ({n: p.shape for n, p in each.named_parameters()} for each in (self, student))
+        own, other = (plain_shapes(each.denoiser.unet) for each in (self, student))
         if self.alignment and own != other:
             unlike = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
             raise ValueError(
                 f"fake_score.alignment is {self.alignment}, and {len(unlike)} tensors of the student differ from the fake "
-                f"score's, such as {unlike[0]}; set alignment to 0, or train a student of the base's architecture without lora."
+                f"score's, such as {unlike[0]}; set alignment to 0, or train a student of the base's architecture."
             )
 
     @torch.no_grad()
-    def align(self, student: Network) -> None:
-        """Moves the weights towards the student's by the share `alignment`.
+    def align(self, student: StudentGenerator) -> None:
+        """Moves the weights towards the student's, its adapters merged, by the share `alignment`.
 
         Source: SenseFlow, arXiv:2506.00523, section 3.1.
         """
-        if self.alignment:
-            torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), self.alignment)
+        if not self.alignment:
+            return
+        own, unet = dict(self.denoiser.unet.named_parameters()), student.denoiser.unet
+        for name, weight in each_merged(unet, dict(unet.named_parameters())):
+            own[name].lerp_(weight, self.alignment)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Returns the noise prediction (B, C, h, w), float32."""

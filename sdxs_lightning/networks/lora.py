@@ -8,7 +8,7 @@ Source: LoRA, arXiv:2106.09685, section 4.1.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -141,32 +141,47 @@ def cast_base(unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def merged_weights(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+def merged_weights(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Merges the adapters: W + alpha / rank * B A under the names of the network without adapters.
 
     Args:
-        unet: the network; without adapters, `weights` is returned.
+        unet: the network; without adapters, they are `weights`.
         weights: `unet.state_dict()`, unsharded; not modified.
 
     Returns:
         Tensors by name, in the dtype of W; the sum is computed in float64, so that merging rounds once.
     """
+    return dict(each_merged(unet, weights))
+
+
+def each_merged(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The items of `merged_weights`, computed one at a time; `weights` may be `named_parameters()`, sharded or not."""
     config = getattr(unet, "peft_config", {}).get(ADAPTER)
     if config is None:
-        return weights
+        yield from weights.items()
+        return
     scale = config.lora_alpha / config.r
-    merged: dict[str, Tensor] = {}
     for name, value in weights.items():
         if _is_adapter(name):
             continue
-        plain = name.replace(".base_layer.", ".")
-        layer = name.removesuffix(".base_layer.weight")
+        plain, layer = plain_name(name), name.removesuffix(".base_layer.weight")
         if layer == name:
-            merged[plain] = value
+            yield plain, value
             continue
         down, up = (weights[f"{layer}.lora_{part}.{ADAPTER}.weight"].double().flatten(1) for part in "AB")
-        merged[plain] = (value.double() + scale * (up @ down).view(value.shape)).to(value.dtype)
-    return merged
+        yield plain, (value.double() + scale * (up @ down).view(value.shape)).to(value.dtype)
+
+
+def plain_shapes(unet: UNet2DConditionModel) -> dict[str, torch.Size]:
+    """Shapes of the weights by their names in the network without adapters."""
+    return {
+        plain_name(name): weight.shape for name, weight in unet.named_parameters() if not _is_adapter(name)
+    }
+
+
+def plain_name(name: str) -> str:
+    """Name of a weight in the network without adapters."""
+    return name.replace(".base_layer.", ".")
 
 
 def _is_adapter(name: str) -> bool:

@@ -181,8 +181,8 @@ MUTATIONS = (
     Mutation(
         "alignment in the wrong direction",
         f"{NETWORKS}/fake_score.py",
-        "torch._foreach_lerp_(list(self.parameters()), list(student.parameters()), self.alignment)",
-        "torch._foreach_lerp_(list(student.parameters()), list(self.parameters()), self.alignment)",
+        "own[name].lerp_(weight, self.alignment)",
+        "weight.lerp_(own[name], self.alignment)",
         "tests/training/distillation/test_cheaper_updates.py::test_alignment_moves_the_fake_score_by_its_share_after_a_student_update",
     ),
     Mutation(

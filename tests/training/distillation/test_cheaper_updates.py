@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from lightning.pytorch import Callback, Trainer
 
 from sdxs_lightning.callbacks.export import Export
@@ -17,14 +18,14 @@ from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream, integers, normal, uniform
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.networks.fake_score import FakeScore
-from sdxs_lightning.networks.lora import LoRA
+from sdxs_lightning.networks.lora import LoRA, merged_weights
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.term import LatentSample, NoisyLatents
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
-from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
+from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
 from tests.helpers.tiny_distillation import built, distillation, fit, sample_of, weights
 
 Base = Callable[[str], Path]
@@ -163,8 +164,11 @@ def test_reuse_has_to_divide_the_ratio() -> None:
     assert [schedule.updates_at(index).student for index in range(5)] == [True, False, True, False, True]
 
 
-def test_alignment_moves_the_fake_score_by_its_share_after_a_student_update(base: Base, shards: Path) -> None:
-    """Against a run without: the fake score of one iteration differs by the pull alone, taken before its own update."""
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_alignment_moves_the_fake_score_by_its_share_after_a_student_update(
+    base: Base, shards: Path, lora: LoRA | None
+) -> None:
+    """Its own updates are of size zero, so that the pull alone is seen; towards a student with its adapters merged."""
     schedule = UpdateSchedule(max_student_updates=9, fake_score_updates_per_student_update=1)
     still = partial(torch.optim.SGD, lr=0.0)
     module = built(
@@ -172,27 +176,32 @@ def test_alignment_moves_the_fake_score_by_its_share_after_a_student_update(base
             base("sd-epsilon"),
             gan=False,
             update_schedule=schedule,
+            student=StudentGenerator(SGD, lora=lora),
             fake_score=FakeScore(still, alignment=0.25),
         )
     )
     assert module.fake_score is not None
     before = weights(module.fake_score)
     fit(module, shards, batches=1)
-    student = weights(module.student)
+    unet = module.student.denoiser.unet
+    student = merged_weights(unet, unet.state_dict())
     for name, found in weights(module.fake_score).items():
-        torch.testing.assert_close(found, 0.75 * before[name] + 0.25 * student[name])
+        expected = 0.75 * before[name] + 0.25 * student[name.removeprefix("denoiser.unet.")]
+        torch.testing.assert_close(found, expected)
         # Equal at the start, so the pull is visible wherever the student moved.
     assert any(not torch.equal(found, before[name]) for name, found in weights(module.fake_score).items())
 
 
-def test_alignment_needs_equal_architectures(base: Base) -> None:
+def test_alignment_needs_equal_architectures(base: Base, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="set alignment to 0, or lora to null"):
         FakeScore(SGD, lora=LoRA(rank=2), alignment=0.1)
     with pytest.raises(ValueError, match=r"alignment must be in \[0, 1\), got 1"):
         FakeScore(SGD, alignment=1.0)
+    config = {name: value for name, value in tiny_sd_unet().config.items() if name[0] != "_"}
+    UNet2DConditionModel(**config | {"mid_block_type": None}).save_pretrained(tmp_path)
     module = distillation(
         base("sd-epsilon"),
-        student=StudentGenerator(SGD, lora=LoRA(rank=2)),
+        student=StudentGenerator(SGD, weights=str(tmp_path)),
         fake_score=FakeScore(SGD, alignment=0.1),
     )
     with pytest.raises(ValueError, match="tensors of the student differ from the fake score's"):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.networks.fake_score import FakeScore
-from sdxs_lightning.networks.lora import LoRA, lora_parameters, merged_weights
+from sdxs_lightning.networks.lora import LoRA, each_merged, lora_parameters, merged_weights
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.pairs.target_pairs import PairSettings
@@ -66,9 +66,22 @@ def train(base: Path, shards: Path, out: Path) -> None:
             "resumed": arrived(resumed),
             "sent": save.counted.sent,
             "sharded": all(isinstance(p, DTensor) for p in module.parameters()),
+            "merged": merged_shards(module),
         }
         if trainer.is_global_zero:
             torch.save(results, out / f"{strategy}.pt")
+
+
+def merged_shards(module: OneStepDistillation) -> dict[str, torch.Tensor]:
+    """The student's weights with its adapters, as a fake score is aligned with: each rank merges its own shards."""
+    unet, found = module.student.denoiser.unet, {}
+    weights = dict(unet.named_parameters())
+    for name, value in each_merged(unet, weights):
+        if isinstance(value, DTensor):
+            assert value.placements == weights.get(name, value).placements == (Shard(0),), name
+            value = value.full_tensor()
+        found[name] = value.detach()
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +123,11 @@ def test_two_processes_are_one(two_processes: Path, one_process: OneStepDistilla
         if ".lora_B." in name:
             moved = max(moved, float((value - start[name]).abs().max()) / atol)
     assert moved > 10, "the bound would hide a wrong update"
+    unet = one_process.student.denoiser.unet
+    for name, value in merged_weights(unet, unet.state_dict()).items():
+        atol = tolerance_of(value, "adam", LR, ITERATIONS, GRADIENT_CLIP_NORM)
+        torch.testing.assert_close(results["merged"].pop(name), value, rtol=0, atol=atol, msg=name)
+    assert not results["merged"]
     assert one_process.ema is not None
     with one_process.ema.applied():
         unet = one_process.ema.denoiser.unet
