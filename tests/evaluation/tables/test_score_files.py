@@ -1,0 +1,124 @@
+"""What is computed from score files: spreads over seeds, summaries, paired differences."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation.benchmarks.tables.__main__ import main
+from evaluation.benchmarks.tables.score_files import (
+    COMPARED,
+    mean_differences,
+    seed_differences,
+    summarise_scores,
+)
+from evaluation.benchmarks.tables.scores import over_seeds
+from tests.helpers.refusals import refusal
+from tests.helpers.tiny_run import ROOT
+
+RESULTS = ROOT / "evaluation" / "results"
+
+
+def test_a_row_is_the_spread_over_its_seeds() -> None:
+    def scores(fid: float, cost: float | None = 3.0) -> dict[str, Any]:
+        rest = {"clip_score": 1.0, "caption_accuracy": 0.5, "attribute_accuracy": 0.6, "diversity": 0.1}
+        return {"fid": fid, **rest, "cpu_seconds": cost, "parameters": 7}
+
+    row = over_seeds({0: scores(1.0), 5: scores(4.0)})
+    assert row["fid"] == {"mean": 2.5, "smallest": 1.0, "largest": 4.0, "values": [1.0, 4.0]}
+    assert row["seeds"] == [0, 5] and row["parameters"] == 7
+    assert over_seeds({0: scores(1.0, None)})["cpu_seconds"] is None  # unknown is not 0
+    partly = over_seeds({0: scores(1.0, None), 1: scores(1.0)})["cpu_seconds"]
+    assert (partly["mean"], partly["values"]) == (3.0, [None, 3.0])
+
+
+REPORT: dict[str, Any] = json.loads((RESULTS / "quickstart_seed0.json").read_text())
+
+
+def reports() -> dict[str, dict[str, Any]]:
+    """The committed one, and one with a FID higher by 1 and another seed."""
+    other = copy.deepcopy(REPORT)
+    other["seed"] = 1
+    other["student"]["fid"] += 1
+    return {"a.json": REPORT, "b.json": other}
+
+
+def test_summary_of_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = []
+    for name, report in reports().items():
+        (tmp_path / name).write_text(json.dumps(report))
+        files.append(str(tmp_path / name))
+    main(["seeds", *files, "--out", str(tmp_path / "out" / "seeds.json")])
+    summary, fid = json.loads((tmp_path / "out" / "seeds.json").read_text()), REPORT["student"]["fid"]
+    assert summary["student"]["fid"] == pytest.approx(
+        {"mean": fid + 0.5, "smallest": fid, "largest": fid + 1}
+    )
+    assert summary["student_before"]["fid"]["mean"] == REPORT["student_before"]["fid"]
+    assert summary["seeds"] == [0, 1]
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| student | "))
+    assert f" | {fid + 0.5:.2f} ({fid:.2f} to {fid + 1:.2f}) | " in row
+    (tmp_path / "a.json").write_text("{}")
+    assert "seeds: a report has no field 'protocol'" in refusal(main, ["seeds", *files], capsys)
+
+
+def test_the_committed_summaries_follow_from_the_committed_scores() -> None:
+    files = {
+        f"quickstart_seed{seed}.json": json.loads((RESULTS / f"quickstart_seed{seed}.json").read_text())
+        for seed in range(3)
+    }
+    assert summarise_scores(files) == json.loads((RESULTS / "quickstart_seeds.json").read_text())
+    rows = json.loads((RESULTS / "toy_recipes.json").read_text())["rows"]
+    for name in ("toy_finish_versus_none", "toy_segmented_versus_dmd2"):
+        stored = json.loads((RESULTS / f"{name}.json").read_text())
+        found = mean_differences(rows, [tuple(pair.split(":")) for pair in stored.pop("pairs")])
+        for score, numbers in stored.items():
+            assert found[score] == pytest.approx(numbers, rel=1e-9), (name, score)
+
+
+@pytest.mark.parametrize("key", ["base_sha256", "student_updates"])
+def test_reports_of_another_setting_are_refused(key: str) -> None:
+    both = reports()
+    both["b.json"][key] = "other"
+    with pytest.raises(ValueError, match=f"b.json has {key} other and a.json has .* not comparable"):
+        summarise_scores(both)
+    with pytest.raises(ValueError, match=r"seeds \[0, 0\]; give one report for each seed"):
+        summarise_scores({"a.json": REPORT, "b.json": REPORT})
+
+
+def row(seeds: list[int], values: list[float | None]) -> dict[str, Any]:
+    return {"seeds": seeds, **{score: {"values": values} for score in COMPARED}}
+
+
+ROWS = {
+    "a": row([0, 1, 2], [3.0, 5.0, 9.0]),
+    "b": row([2, 0, 7], [4.0, 1.0, 0.0]),
+    "c": row([0, 1], [None, 1.0]),
+}
+
+
+def test_paired_differences_match_seeds_and_leave_out_what_a_row_lacks() -> None:
+    assert sorted(seed_differences(ROWS, [("a", "b")], "fid")) == [2.0, 5.0]
+    assert sorted(seed_differences(ROWS, [("a", "b"), ("a", "c")], "fid")) == [2.0, 4.0, 5.0]
+    assert seed_differences(ROWS, [("a", "c")], "fid") == [4.0]
+    found = mean_differences(ROWS, [("a", "b"), ("a", "c")])["caption_accuracy"]
+    assert found["mean"] == pytest.approx(11 / 3) and found["differences"] == 3
+    assert found["standard_error"] == pytest.approx(((25 + 1 + 16) / 9 / 2 / 3) ** 0.5)
+
+
+def test_paired_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.json"
+    table.write_text(json.dumps({"rows": ROWS}))
+    main(["paired", str(table), "--pairs", "a:b", "--out", str(tmp_path / "paired.json")])
+    written = json.loads((tmp_path / "paired.json").read_text())
+    assert written["pairs"] == ["a:b"] and written["fid"]["mean"] == 3.5
+    assert "| FID | +3.5000 |" in capsys.readouterr().out
+    for pair, message in (
+        ("a:nobody", "there are no values of 'nobody' by seed; there are a, b, c"),
+        ("a:c", "shape_score: a standard error needs at least two differences, got 1"),
+        ("a", "--pairs takes ROW:ROW, got 'a'"),
+    ):
+        assert f"tables paired: {message}" in refusal(main, ["paired", str(table), "--pairs", pair], capsys)
