@@ -28,7 +28,6 @@ from sdxs_lightning.core.errors import RunStopped
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny_run import ROOT
 
-
 DISTINCT = {(recipe.configs, recipe.flags): row for row, recipe in RECIPES.items()}
 """One row of those that differ by their start alone, by settings."""
 
