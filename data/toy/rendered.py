@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data.toy.world import Split, Style, captions, image_at
+from data.toy.world import Split, Style, captions, image_at, parse_caption, render
 
 _RENDER_BATCH = 250
 
@@ -34,6 +34,21 @@ def render_batch(
         [image_at(split, index, styles[index % len(styles)]) for index in range(start, start + count)]
     )
     return torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous()
+
+
+def render_captions(prompts: Sequence[str], ids: Tensor, style: Style | None = None) -> Tensor:
+    """An image of each caption: (B, 3, 32, 32) uint8.
+
+    Args:
+        prompts: B captions of the world.
+        ids: (B,), int64; an id decides what its caption leaves open.
+        style: how it is drawn.
+    """
+    drawn = [
+        render(parse_caption(prompt), np.random.default_rng(number), style)
+        for prompt, number in zip(prompts, ids.tolist(), strict=True)
+    ]
+    return torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2).contiguous()
 
 
 class RenderedSplit(Dataset[int]):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
+from data.toy.rendered import render_captions
 from data.toy.training.style_classifier import STYLES, StyleClassifier
 from evaluation.benchmarks.tables.score_files import read_scores, write_scores
 from evaluation.benchmarks.tables.scores import SHEET_COLUMNS
-from evaluation.images.generate import ImageMaker, RealImages
+from evaluation.images.generate import ImageMaker
 from evaluation.images.samples import PipelineImages, load_pipeline, move_pipeline
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
 from evaluation.metrics.diversity import diversity
@@ -98,8 +99,8 @@ def lora(options: LoraOptions) -> str:
         digest = None if source is None else hash_lora(source)
         key = f"{name}, seed {seed}" if source else name
         if known.get(key, {}).get("lora_sha256", "") != digest:
-            pipeline = _pipeline(options, source, scale)
-            known[key] = {"row": name, "seed": seed, "lora_sha256": digest, **scorer(pipeline)}
+            maker = _real(options).get(name) or _pipeline(options, source, scale)
+            known[key] = {"row": name, "seed": seed, "lora_sha256": digest, **scorer(maker)}
             sys.stderr.write(f"{key}: {known[key]}\n")
         runs[key] = known[key]
         write_scores(
@@ -113,8 +114,10 @@ def lora(options: LoraOptions) -> str:
 
 
 def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:
-    """(row, LoRA, scale, seed); the first LoRA is measured at every scale, the others at 1."""
-    found: list[tuple[str, str | None, float, int]] = [(PLAIN, None, 0.0, 0)]
+    """(row, LoRA, scale, seed); the first LoRA is measured at every scale, the others at 1. Real images come first."""
+    found: list[tuple[str, str | None, float, int]] = [
+        (name, None, 0.0, 0) for name in (*_real(options), PLAIN)
+    ]
     for index, argument in enumerate(options.lora):
         name, _, folder = argument.partition("=")
         if not (name and folder):
@@ -125,6 +128,12 @@ def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:
             row = name if scale == 1.0 else f"{name}, scale {scale:g}"
             found += [(row, folder.replace("{seed}", str(seed)), scale, seed) for seed in options.seeds]
     return found
+
+
+def _real(options: LoraOptions) -> dict[str, ImageMaker]:
+    """By row, makers of the world's own images of the prompts: what a perfect model's diversity is."""
+    styles: dict[str, Any] = {"real": None, f"real, {options.style}": options.style}
+    return {name: partial(render_captions, style=style) for name, style in styles.items()}
 
 
 def _pipeline(options: LoraOptions, source: str | None, scale: float) -> PipelineImages:
@@ -152,21 +161,11 @@ def _rows(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _sheet(options: LoraOptions, protocol: Protocol) -> Image.Image:
-    """Real images of the style, then a row for each row of the table, first seed; the same prompts and noise."""
+    """A row for each row of the table, first seed; the same prompts and noise."""
     prompts, ids = protocol.captions()[:SHEET_COLUMNS], torch.arange(SHEET_COLUMNS)
-    images = {
-        "real": RealImages(protocol.split)(prompts, ids),
-        "real\nstyle": _styled(options, protocol, ids),
-    }
-    seen: Sequence[tuple[str, str | None, float, int]] = [
-        run for run in _runs(options) if run[3] in (0, options.seeds[0])
-    ]
-    for name, source, scale, _ in seen:
-        images.setdefault(name.replace(", ", "\n"), _pipeline(options, source, scale)(prompts, ids))
+    images: dict[str, torch.Tensor] = {}
+    for name, source, scale, seed in _runs(options):
+        if seed in (0, options.seeds[0]):
+            maker = _real(options).get(name) or _pipeline(options, source, scale)
+            images.setdefault(name.replace(", ", "\n"), maker(prompts, ids))
     return sheet(images, prompts)
-
-
-def _styled(options: LoraOptions, protocol: Protocol, ids: torch.Tensor) -> torch.Tensor:
-    from data.toy.rendered import render_batch
-
-    return render_batch(protocol.split, len(ids), 0, [options.style])  # type: ignore[list-item]

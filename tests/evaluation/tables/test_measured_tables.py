@@ -131,13 +131,18 @@ def test_loras_are_scored_by_scale_and_kept(tmp_path: Path, capfd: pytest.Captur
     main([*arguments, "--scales", "0", "1", "--out", str(out)])
     # Of the libraries' own lines none: bars of loading, modules to keep in float32, text encoders without LoRA.
     assert [line.split(":")[0] for line in capfd.readouterr().err.splitlines()] == [
+        "real",
+        "real, textured",
         "plain",
         "mine, scale 0, seed 3",
         "mine, seed 3",
     ]
     first = json.loads(out.read_text())
-    assert list(first["rows"]) == ["plain", "mine, scale 0", "mine"]
-    plain, zero, styled = (first["rows"][row] for row in first["rows"])
+    assert list(first["rows"]) == ["real", "real, textured", "plain", "mine, scale 0", "mine"]
+    real, textured, plain, zero, styled = (first["rows"][row] for row in first["rows"])
+    for images, share in ((real, 0.0), (textured, 1.0)):
+        assert images["caption_accuracy"]["mean"] == 1.0 and images["style_accuracy"]["mean"] == share
+        assert images["diversity"]["mean"] == pytest.approx(0.32, abs=0.1)
     assert [plain[key]["mean"] for key in toy_lora.SCORES] == [zero[key]["mean"] for key in toy_lora.SCORES]
     assert plain["diversity"]["mean"] != styled["diversity"]["mean"]
     first["runs"]["mine, seed 3"]["diversity"] = 77.0
