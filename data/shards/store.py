@@ -135,7 +135,10 @@ class ShardStore:
                 f"The output of '{location}' cannot be read from the middle; set data.cache_folder, where it is kept."
             )
         path = self.patience.retry(
-            lambda: cache.fetch(location, stamp, state=self._state_of(location)), location
+            lambda: cache.fetch(
+                location, stamp, state=self._state_of(location), tag=self._tag_of(location, stamp)
+            ),
+            location,
         )
         assert path is not None
         return path
@@ -151,15 +154,22 @@ class ShardStore:
         )
 
     def _remote_members(self, url: str, stamp: Stamp) -> Iterator[TarMember]:
+        if stamp.size < 0:
+            raise OSError(
+                f"'{url}': its server does not state the shard's size; set data.cache_folder, where complete shards are kept."
+            )
         yield from members_of(url, Slices(self._ranges(url, stamp)), stamp.size)
 
     def _ranges(self, url: str, stamp: Stamp) -> RemoteRanges:
+        return RemoteRanges(url, self.patience, stamp, self._state_of(url), self._tag_of(url, stamp))
+
+    def _tag_of(self, url: str, stamp: Stamp) -> str | None:
         of, tag = self._tags.get(url, (None, None))
-        return RemoteRanges(url, self.patience, stamp, self._state_of(url), tag if of == stamp else None)
+        return tag if of == stamp else None
 
     def _fetch(self, url: str, stamp: Stamp) -> None:
         assert self.cache is not None
-        self.cache.fetch(url, stamp, wait=False, state=self._state_of(url))
+        self.cache.fetch(url, stamp, wait=False, state=self._state_of(url), tag=self._tag_of(url, stamp))
 
     def _state_of(self, url: str) -> Callable[[], Stamp]:
         return lambda: self.stamp(url)

@@ -21,7 +21,9 @@ class Server(BaseHTTPRequestHandler):
     """Serves files by name; each entry of `faults` spoils one request.
 
     A number is a status; "silent" never answers, "refused" closes the connection, "half" stops in the middle, "drip" sends a
-    byte at a time, and "short" half of the bytes as if that were all.
+    byte at a time, and "short" half of the bytes as if that were all. "whole" is the complete file, whatever was asked for,
+    "page" a page of the server's own, "elsewhere" the bytes before, "other state" those of another file, "long" more than it
+    states, and "nonsense" is no HTTP.
     """
 
     protocol_version = "HTTP/1.1"
@@ -49,6 +51,10 @@ class Server(BaseHTTPRequestHandler):
         if fault in ("silent", "refused"):
             self.close_connection = True
             return
+        if fault == "nonsense":
+            self.wfile.write(b"<html>\r\n\r\n")
+            self.close_connection = True
+            return
         content, tag = self.files[name], f'"{self.tags.get(name, name)}"'
         first, last = 0, len(content) - 1
         if wanted:
@@ -60,12 +66,19 @@ class Server(BaseHTTPRequestHandler):
             status = 412
         if fault == "short":
             body = body[: len(body) // 2]
+        if fault == "elsewhere":
+            first, last = first - 512, last - 512
+            body = content[first : last + 1]
+        if fault == "other state":
+            body, tag = bytes(len(body)), '"other"'
+        if fault in ("whole", "page"):
+            body, wanted, status = content if fault == "whole" else b"<html>back soon</html>", None, 200
         self.send_response(status)
         if status >= 400 and self.retry_after is not None:
             self.send_header("Retry-After", self.retry_after)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("ETag", tag)
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(len(body) - 100 * (fault == "long")))
         if wanted:
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
         self.end_headers()

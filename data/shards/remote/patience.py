@@ -121,10 +121,14 @@ def _reason(error: BaseException) -> str:
 
 
 def http_status(error: BaseException) -> int | None:
-    """HTTP status of an error of aiohttp (`status`) or botocore (`response`), or of its cause."""
+    """HTTP status of an error of aiohttp (`status`) or botocore (`response`), or of its cause.
+
+    None for an answer that is no HTTP, to which aiohttp gives status 400 (and the parser's error as cause).
+    """
     response = getattr(error, "response", None)
     metadata = response.get("ResponseMetadata", {}) if isinstance(response, Mapping) else {}
-    for found in (getattr(error, "status", None), metadata.get("HTTPStatusCode")):
+    status = getattr(error, "status", None) if error.__cause__ is None else None
+    for found in (status, metadata.get("HTTPStatusCode")):
         if isinstance(found, int):
             return found
     return http_status(error.__cause__) if error.__cause__ is not None else None

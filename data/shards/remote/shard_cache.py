@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from data.shards.locations import Stamp, file_name, file_system, is_pipe
+from data.shards.locations import Stamp, file_name, file_system, is_http, is_pipe
 from data.shards.remote.patience import Patience
 from data.shards.tar_headers import BrokenShardError
 
@@ -73,6 +73,7 @@ class ShardCache:
         stamp: Stamp = UNKNOWN,
         wait: bool = True,
         state: Callable[[], Stamp] | None = None,
+        tag: str | None = None,
     ) -> Path | None:
         """Fetch a shard unless it is cached.
 
@@ -81,6 +82,7 @@ class ShardCache:
             stamp: required state of the remote file.
             wait: whether to wait for another process that is fetching it; otherwise None is returned immediately.
             state: looks up the current state of the remote file, to find out whether it was replaced meanwhile.
+            tag: the ETag of the required state, if it has one.
 
         Raises:
             BrokenShardError: if a command fails, if the shard is larger than the cache, or if it was replaced meanwhile.
@@ -92,13 +94,14 @@ class ShardCache:
             if (found := self.find(url, stamp)) is None:
                 partial = path.with_suffix(".partial")
                 with open(partial, "wb") as target:
-                    self._copy(url, target)
+                    came_with = self._copy(url, target)
                     target.flush()
                     os.fsync(
                         target.fileno()
                     )  # otherwise a machine crash may leave a file of the right size full of zeros
                 size = partial.stat().st_size
-                if stamp != UNKNOWN and state is not None and state() != stamp:
+                other = tag is not None and came_with not in (None, tag)
+                if other or (stamp != UNKNOWN and state is not None and state() != stamp):
                     partial.unlink(missing_ok=True)
                     raise BrokenShardError(
                         f"{url} was replaced while it was fetched; start again, which indexes it anew."
@@ -118,7 +121,9 @@ class ShardCache:
             return found
         return None
 
-    def _copy(self, url: str, target: Any) -> None:
+    def _copy(self, url: str, target: Any) -> str | None:
+        """Copies a complete shard; returns the ETag with which a web server sent it."""
+        tag: str | None = None
         if is_pipe(url):
             from webdataset.gopen import gopen  # local: imports torch
 
@@ -130,9 +135,17 @@ class ShardCache:
                 raise BrokenShardError(f"The command '{url}' failed ({error}).") from error
         else:
             system, path = file_system(url)
-            with system.open(path, "rb", block_size=_COPY_BYTES, cache_type="readahead") as stream:
-                while part := self._patience.answer(lambda: stream.read(_COPY_BYTES)):
+            # One answer of a web server: many of them do not serve ranges, or say so only when asked for a large one.
+            block_bytes = 0 if is_http(url) else _COPY_BYTES
+            opened = self._patience.answer(
+                lambda: system.open(path, "rb", block_size=block_bytes, cache_type="readahead")
+            )
+            with opened as stream:
+                if is_http(url):
+                    tag = stream.r.headers.get("ETag")
+                while part := self._patience.answer(lambda: _part(stream)):
                     target.write(part)
+        return tag
 
     def _evict(self, size: int, url: str) -> None:
         if size > self.limit_bytes:
@@ -164,6 +177,15 @@ class ShardCache:
 
     def _shards(self) -> list[Path]:
         return list(self.folder.glob("*.tar"))
+
+
+def _part(stream: Any) -> bytes:
+    """The next _COPY_BYTES of a stream, which may return fewer at a time; less at its end."""
+    parts, left = [], _COPY_BYTES
+    while left and (read := stream.read(left)):
+        parts.append(read)
+        left -= len(read)
+    return b"".join(parts)
 
 
 def _size_file(path: Path) -> Path:

@@ -6,15 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from data.shards.locations import Stamp, file_system
+from data.shards.locations import Stamp, file_system, is_http
 from data.shards.remote.patience import Patience, http_status
 from data.shards.remote.shard_cache import UNKNOWN
+from data.shards.remote.web import WrongAnswerError, web_range
 from data.shards.tar_headers import BrokenShardError
 
 _SCAN_BYTES = 1 << 20  # read-ahead while scanning the headers of a remote tar
-_PRECONDITION_FAILED = 412
+_PRECONDITION_FAILED, _BEYOND_THE_END = 412, 416
 
 
 class ShardFile(ABC):
@@ -79,29 +79,34 @@ class RemoteRanges:
             OSError: if it cannot be read, or if the server does not serve ranges.
         """
         read = self.patience.retry(lambda: self._ask(start, end), self.url)
-        if len(read) > end - start:
+        if read is None:
             raise OSError(
-                f"'{self.url}': {len(read):,} bytes came where {end - start:,} were asked for, so its server does not "
-                "serve ranges; set data.cache_folder, where complete shards are kept."
+                f"'{self.url}': the complete file came where a range was asked for, so its server does not serve ranges; set "
+                "data.cache_folder, where complete shards are kept."
             )
         return read
 
-    def _ask(self, start: int, end: int) -> bytes:
-        system, name = file_system(self.url)
-        options: dict[str, Any] = {}
-        if self.tag is not None:
-            options["headers"] = (system.kwargs.get("headers") or {}) | {"If-Match": self.tag}
+    def _ask(self, start: int, end: int) -> bytes | None:
+        """One try; None if the server does not serve ranges."""
         try:
-            read: bytes = self.patience.answer(lambda: system.cat_file(name, start=start, end=end, **options))
+            read = self.patience.answer(lambda: self._sent(start, end))
+            expected = end - start if self.stamp.size < 0 else min(end, self.stamp.size) - start
+            if read is not None and len(read) != expected and (self.stamp.size >= 0 or len(read) > expected):
+                raise WrongAnswerError(f"{len(read):,} bytes came where {expected:,} were asked for")
         except Exception as error:  # file system packages define their own exceptions
-            if http_status(error) == _PRECONDITION_FAILED:
-                raise replaced(self.url, self.stamp, self._now()) from error
+            status = http_status(error)
+            if isinstance(error, WrongAnswerError) or status in (_PRECONDITION_FAILED, _BEYOND_THE_END):
+                now = self._now()
+                if now != self.stamp or status == _PRECONDITION_FAILED:
+                    raise replaced(self.url, self.stamp, now) from error
             raise
-        expected = min(end, self.stamp.size) - start
-        if self.stamp.size >= 0 and len(read) < expected:
-            if (now := self._now()) != self.stamp:
-                raise replaced(self.url, self.stamp, now)
-            raise OSError(f"{len(read):,} bytes came where {expected:,} were asked for")
+        return read
+
+    def _sent(self, start: int, end: int) -> bytes | None:
+        system, name = file_system(self.url)
+        if is_http(self.url):
+            return web_range(system, name, start, end, self.stamp.size, self.tag)
+        read: bytes = system.cat_file(name, start=start, end=end)
         return read
 
     def _now(self) -> Stamp:

@@ -159,6 +159,57 @@ def test_an_answer_of_the_wrong_length_is_asked_for_again(
     assert cached.cache is not None and cached.cache.path_of(url, stamp).read_bytes() == files["00000.tar"]
 
 
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("elsewhere", "bytes 1000-1599 were asked for, and the server states 'bytes 488-1087/"),
+        ("other state", "the bytes of another state of the file came"),
+        ("page", "22 bytes of type application/octet-stream came instead of a range"),
+        ("nonsense", "ClientResponseError: 400"),
+        ("long", "500 bytes came where 600 were asked for"),
+    ],
+)
+def test_an_answer_with_other_bytes_is_asked_for_again(
+    server: tuple[str, type[Server]],
+    files: dict[str, bytes],
+    clock: Clock,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+    reason: str,
+) -> None:
+    file = ShardStore().open(server[0] + "/00000.tar")
+    server[1].faults[:] = [fault]
+    with caplog.at_level(logging.WARNING, logger="data.shards.remote.patience"):
+        for start in (1000, 2000):
+            assert bytes(file.read(start, 600)) == files["00000.tar"][start : start + 600]
+    assert reason in caplog.text
+
+
+def test_a_server_without_ranges_needs_a_cache_into_which_a_shard_comes_in_one_answer(
+    server: tuple[str, type[Server]],
+    files: dict[str, bytes],
+    clock: Clock,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    url, handler = server[0] + "/00000.tar", server[1]
+    handler.faults = During(clock, 10_000, "whole")
+    with pytest.raises(OSError, match="its server does not serve ranges; set data.cache_folder"):
+        ShardStore().open(url).read(1000, 600)
+    assert not clock.waits
+    assert bytes(ShardStore().open(url).read(0, len(files["00000.tar"]))) == files["00000.tar"]
+    monkeypatch.setattr("data.shards.remote.shard_cache._COPY_BYTES", 1000)
+    cached = ShardStore(ShardCache(tmp_path, 1))
+    handler.seen.clear()
+    stamp = cached.stamp(url)
+    assert len(list(cached.members(url, stamp))) == 2 * PER_SHARD
+    assert [request.method for request in handler.seen].count("GET") == 1
+    # Bytes of another state than that of which the HEAD spoke, as from the replicas of a store.
+    handler.faults = [200, 200, "other state"]
+    with pytest.raises(BrokenShardError, match="was replaced while it was fetched"):
+        ShardStore(ShardCache(tmp_path / "other", 1)).members(url)
+
+
 def test_a_shard_that_is_replaced_while_it_is_read_by_ranges(
     server: tuple[str, type[Server]], files: dict[str, bytes], clock: Clock
 ) -> None:
