@@ -186,16 +186,13 @@ class TrainingCLI(LightningCLI):
             self._check_process_count()
             _record_collectives(Path(self.trainer.default_root_dir))
             join_elastic_group(self.trainer)
-            newest = self.config.ckpt_path in ("last", "auto")
-            path = chosen_checkpoint(self.trainer, self.config.ckpt_path, says_damaged=not newest)
             config = TrainingParser.environment.as_written(self.config).as_dict() | {"code": origin()}
-            resume = Resume(self.trainer, config, older_ones=newest)
+            resume = Resume(self.trainer, config, newest=self.config.ckpt_path in ("last", "auto"))
             for callback in callbacks:
                 if isinstance(callback, Checkpointing):
                     callback.resume = resume
-            self._check_folder_first(callbacks, resume)
-            self._resume_from(path)
-            self.trainer.fit(self.model, self.datamodule, weights_only=None if path is None else True)
+            self._check_folder_first(callbacks)
+            self.trainer.fit(self.model, self.datamodule)
             self._report_nothing_done(resume.path)
         finally:
             for interruption in interruptions:
@@ -204,32 +201,30 @@ class TrainingCLI(LightningCLI):
                 if isinstance(callback, SaveConfig) and callback.lock is not None:
                     callback.lock.release()
 
-    def _resume_from(self, path: str | None) -> None:
+    def _choose_checkpoint(self, says_damaged: bool = True) -> None:
+        """Sets on all ranks what `--ckpt_path` means to rank 0; a network file system may show the others an old listing.
+
+        Raises:
+            UserError: on all ranks.
+        """
+        ranks = Ranks()
+        path = problem = None
+        if ranks.first:
+            try:
+                path = chosen_checkpoint(self.trainer, self.config.ckpt_path, says_damaged)
+            except UserError as error:
+                problem = str(error)
+        path, problem = ranks.of_first((path, problem))
+        if problem is not None:
+            raise UserError(problem)
         # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
         self.trainer.ckpt_path = path
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLog):
                 logger.resumed = path is not None
 
-    def _choose_with_lock(self) -> None:
-        """What `last` and `auto` mean now, on all ranks.
-
-        The run that held the lock may have saved since, and a network file system may show the other ranks an old listing.
-        """
-        ranks = Ranks()
-        path = problem = None
-        if ranks.first:
-            try:
-                path = chosen_checkpoint(self.trainer, self.config.ckpt_path)
-            except UserError as error:
-                problem = str(error)
-        path, problem = ranks.of_first((path, problem))
-        if problem is not None:
-            raise UserError(problem)
-        self._resume_from(path)
-
-    def _check_folder_first(self, callbacks: Sequence[pl.Callback], resume: Resume) -> None:
-        """Locks and checks the run's folder once the ranks are connected.
+    def _check_folder_first(self, callbacks: Sequence[pl.Callback]) -> None:
+        """Chooses the checkpoint, and locks and checks the run's folder, once the ranks are connected.
 
         The callbacks' `setup` would be too late: the data sets the fault file of an earlier run aside in `prepare_data`, and
         the logger its metrics.csv, and both may be those of a run that is still training.
@@ -239,10 +234,13 @@ class TrainingCLI(LightningCLI):
 
         def checked_first() -> None:
             for callback in callbacks:
+                if isinstance(callback, Interruption):
+                    callback.watch_ranks(self.trainer)
+            self._choose_checkpoint(says_damaged=False)  # refused before the folder is made
+            for callback in callbacks:
                 if isinstance(callback, SaveConfig):
                     callback.take_lock(self.trainer)
-            if resume.older_ones:
-                self._choose_with_lock()
+            self._choose_checkpoint()  # the run that held the lock may have saved since
             for callback in callbacks:
                 if isinstance(callback, Checkpointing):
                     callback.refuse_earlier_run(self.trainer)

@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from sdxs_lightning.callbacks.interruption import Interruption
-from sdxs_lightning.core.errors import Interrupted, RankLost, one_line
+from sdxs_lightning.core.errors import Interrupted, RunStopped, one_line
 
 TRACEBACK = "SDXS_TRACEBACK"
 """Environment variable: set to 1, errors that are reported in a sentence show their traceback too."""
@@ -57,7 +57,7 @@ def report(error: BaseException, agreed: bool, shown: Callable[[str], str]) -> N
     sys.stderr.write(f"{word}{f' on rank {rank}' if rank else ''}: {text}\n")
 
 
-def lost_rank(trainer: pl.Trainer | None, error: Exception) -> RankLost | None:
+def lost_rank(trainer: pl.Trainer | None, error: Exception) -> RunStopped | None:
     """The rank whose end made a collective fail here, if that is what happened."""
     callbacks: list[pl.Callback] = getattr(trainer, "callbacks", [])
     monitor = next((one.monitor for one in callbacks if isinstance(one, Interruption)), None)

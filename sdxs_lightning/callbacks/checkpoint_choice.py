@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
+from sdxs_lightning.callbacks.checkpoint_writer import META
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.core.errors import UserError
 
@@ -19,7 +20,7 @@ def chosen_checkpoint(trainer: pl.Trainer, wanted: str | None, says_damaged: boo
     Args:
         trainer: with its strategy and callbacks.
         wanted: the option: a path, "last", "auto" or None.
-        says_damaged: whether rank 0 names the damaged checkpoints that are passed over.
+        says_damaged: whether to name the damaged checkpoints that are passed over.
 
     Raises:
         UserError: if it is not there, not complete, or of another strategy.
@@ -30,6 +31,8 @@ def chosen_checkpoint(trainer: pl.Trainer, wanted: str | None, says_damaged: boo
     if path is None:
         _refuse_automatic_resume(trainer)
         return None
+    if path.name == folders.MANIFEST:
+        path = path.parent
     if (path / folders.MANIFEST).exists() or (path / folders.STATE).exists():
         if not folders.complete(path):
             raise UserError(
@@ -39,6 +42,11 @@ def chosen_checkpoint(trainer: pl.Trainer, wanted: str | None, says_damaged: boo
         path = path / folders.STATE
     if not path.exists():
         raise UserError(f"--ckpt_path '{path}' does not exist; give a checkpoint, 'last' or 'auto'.")
+    if path.is_dir() and not (path / META).exists():
+        raise UserError(
+            f"--ckpt_path '{path}' is a folder, and not of a checkpoint; give one like '{folders.checkpoint_name(500, 3000)}', "
+            "'last' or 'auto'."
+        )
     if path.is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
         raise UserError(
             f"the checkpoint '{path}' is sharded; resume with --config configs/hardware/fsdp2.yaml, which reads it on any "
@@ -61,10 +69,10 @@ def _newest(trainer: pl.Trainer, wanted: str, says_damaged: bool) -> Path | None
             f"--ckpt_path {wanted} looks for the newest complete checkpoint in '{folder}' and found {found};"
             f" {way} to begin a new run, or give the run's folder as --trainer.default_root_dir."
         )
-    if damaged and says_damaged and trainer.is_global_zero:
+    if damaged and says_damaged:
         sys.stderr.write(
-            f"resume: {', '.join(path.name for path in damaged)} in '{folder}' are not complete checkpoints (a file is "
-            f"missing or shorter than {folders.MANIFEST} says) and are left where they are; the newest complete one is "
+            f"resume: not complete in '{folder}' (a file is missing or shorter than {folders.MANIFEST} says), and left "
+            f"there: {', '.join(path.name for path in damaged)}; the newest complete checkpoint is "
             f"{newest.name if newest is not None else 'none'}.\n"
         )
     return newest

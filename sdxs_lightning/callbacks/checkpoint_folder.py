@@ -143,7 +143,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         content = json.loads((folder / MANIFEST).read_text())
         if "turns" in content:  # the name of "iterations" until version 0.1
             content["iterations"] = content.pop("turns")
-        manifest = Manifest(**content)
+        manifest = Manifest(**{name: content[name] for name in Manifest._fields if name in content})
         sums = manifest.checksums or {}
         numbers = [*manifest.age, manifest.iterations, *manifest.sizes.values()]
         typed = all(type(number) is int for number in numbers) and isinstance(sums, dict)
@@ -202,10 +202,11 @@ def newest_complete_checkpoint(folder: str | Path) -> Path | None:
 
 
 def incomplete_checkpoints(folder: Path) -> list[Path]:
-    """Returns the folders that are not complete checkpoints, unfinished writes included."""
+    """Returns the checkpoints that are not complete, unfinished writes included; not a folder of another name."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not complete(path))
+    named = (path for path in folder.iterdir() if path.name.lstrip(".").startswith("update_"))
+    return sorted(path for path in named if path.is_dir() and not complete(path))
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -110,7 +110,7 @@ class Checkpointing(Checkpoint):
             UserError: on all ranks, if they cannot.
         """
         if self.resume is None and self in trainer.checkpoint_callbacks:
-            self.resume = Resume(trainer, {}, older_ones=False)
+            self.resume = Resume(trainer, {}, newest=False)
         folder = self.run_folder(trainer)
         self._refuse_together(self._unwritable(folder) if self.ranks.first else None)
         self._refuse_together(unshared(folder, self.ranks))

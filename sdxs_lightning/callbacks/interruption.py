@@ -7,13 +7,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.counts import counts_of
-from sdxs_lightning.callbacks.rank_monitor import DONE, FAILED, RankMonitor
+from sdxs_lightning.callbacks.rank_monitor import RankMonitor
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.core.child_process import SIGNALS
-from sdxs_lightning.core.errors import Interrupted, RunStopped
+from sdxs_lightning.core.errors import Interrupted
 
 
 class Interruption(Checkpoint):
@@ -60,6 +61,10 @@ class Interruption(Checkpoint):
         # Lightning broadcasts its own flag and reads it back on every batch, which synchronises with the device.
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
 
+    def watch_ranks(self, trainer: pl.Trainer) -> None:
+        """Starts the monitor. A collective, as soon as the ranks are connected. Idempotent."""
+        self.monitor.start(self.ranks, lambda: trainer.state.status == TrainerStatus.INTERRUPTED)
+
     def restore(self) -> None:
         """Restores the previous signal handlers."""
         for number, handler in self._before.items():
@@ -82,7 +87,7 @@ class Interruption(Checkpoint):
             Interrupted: on all ranks.
         """
         self.install(trainer)
-        self.monitor.start(self.ranks)
+        self.watch_ranks(trainer)
         self._stop_before_training()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -148,7 +153,7 @@ class Interruption(Checkpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         self.restore()
-        self.monitor.stop(DONE if isinstance(exception, RunStopped) else FAILED)
+        self.monitor.stop(exception)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reports this rank as done to the other ranks' monitors."""

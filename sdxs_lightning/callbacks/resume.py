@@ -6,6 +6,7 @@ weights change, with the same result on every rank.
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
+from sdxs_lightning.callbacks.checkpoint_writer import META
 from sdxs_lightning.callbacks.optimizer_settings import (
     Settings,
     apply_settings,
@@ -32,7 +34,7 @@ from sdxs_lightning.callbacks.run_identity import (
     compare_weights,
     identity_of,
 )
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import UserError, first_line
 
 KEY = "run"
 """Key of the checkpoint's entry with identity, optimizer settings and configuration."""
@@ -46,16 +48,16 @@ class Resume:
     Args:
         trainer: the Trainer, before `fit`.
         config: the run's resolved configuration, to report what changed; {} reports nothing.
-        older_ones: whether the checkpoint is "the newest", which `trainer.ckpt_path` names: one that has changed on disk is
-            then passed over for an older one.
+        newest: whether the checkpoint is to be the newest one of its folder: one that has changed on disk is then passed over
+            for another of the run's.
     """
 
-    def __init__(self, trainer: pl.Trainer, config: Mapping[str, Any], older_ones: bool) -> None:
-        self.trainer, self.older_ones = trainer, older_ones
+    def __init__(self, trainer: pl.Trainer, config: Mapping[str, Any], newest: bool) -> None:
+        self.trainer, self.newest = trainer, newest
         self.config = flat(config)
         self.ranks = Ranks()
         self.path: Path | None = None
-        """The checkpoint that was loaded: the one asked for, or an older one."""
+        """The checkpoint that was loaded: the one asked for, or another one."""
         self.settings: Settings | None = None
         """Settings of optimizers and schedulers as configured, before any step or restoring."""
         self._saved: dict[str, Any] = {}
@@ -81,16 +83,15 @@ class Resume:
     def _resume_start(
         self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None
     ) -> None:
-        if self.older_ones:
-            # Chosen anew with the folder locked, after Lightning was given one.
-            checkpoint_path = self.trainer.ckpt_path
+        # The command line chooses once the ranks are connected and the folder is locked, after Lightning has looked.
+        checkpoint_path = self.trainer.ckpt_path or checkpoint_path
         if not checkpoint_path:
             self._load(checkpoint_path, weights_only)
             return
         path = self.path = self.verified(Path(checkpoint_path))
         module = self.trainer.lightning_module
         if path.is_dir():
-            self._saved = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+            self._saved = read_state(path / META)
             self._check_identity()
             names = FileSystemReader(path).read_metadata().state_dict_metadata.items()
             sizes = {name: tuple(one.size) for name, one in names if hasattr(one, "size")}
@@ -100,7 +101,7 @@ class Resume:
             }
             check_shapes(saved, module)
         else:
-            self._saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            self._saved = read_state(path)
             self._check_identity()
             state = self._saved.pop("state_dict", {})
             check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, module)
@@ -111,7 +112,7 @@ class Resume:
         self._load(path, True)
 
     def verified(self, path: Path) -> Path:
-        """Returns the checkpoint, or an older one, whose files match the checksums of its manifest. A collective.
+        """Returns the checkpoint, or else the newest other one, whose files match the checksums of its manifest. A collective.
 
         Args:
             path: its `state.ckpt`; without a manifest next to it checksums are not verified.
@@ -121,32 +122,33 @@ class Resume:
         """
         path = Path(self.ranks.of_first(str(path)))
         candidates = [path.parent]
-        if self.older_ones:
+        if self.newest:
             complete = self.ranks.of_first(
                 [str(one) for one in folders.complete_checkpoints(path.parents[1])]
             )
-            older = [Path(one) for one in complete if Path(one) != path.parent]
-            candidates += reversed(older)
+            candidates += reversed([Path(one) for one in complete if Path(one) != path.parent])
         for folder in candidates:
             state = path if folder == path.parent else folder / folders.STATE
             changed = self._changed_file(folder, state)
             if changed is None:
                 if folder != path.parent:
-                    self._say(f"resuming from the older checkpoint {folder} instead.")
+                    self._say(f"resuming from {folder} instead.")
                 return state
             problem = (
                 f"the checkpoint {folder} has changed since it was written ({changed} cannot be read, or does not match its "
                 "checksum)"
+                if folders.read_manifest(folder) is not None
+                else f"'{state}' is not a checkpoint that can be read"
             )
-            if self.older_ones:
+            if self.newest:
                 self._say(f"{problem}; it is left where it is.")
-        way = "every other one has too" if self.older_ones else "take an older one, or --ckpt_path last"
+        way = "every other one has too" if self.newest else "take another one, or --ckpt_path last"
         raise UserError(f"{problem}; {way}.")
 
     def _changed_file(self, folder: Path, state: Path) -> str | None:
         manifest = folders.read_manifest(folder)
         if manifest is None or manifest.checksums is None:
-            return self.ranks.of_first(None if self.ranks.first and _is_readable(state) else state.name)
+            return self.ranks.of_first(_unreadable(state) if self.ranks.first else None)
         own = sorted(manifest.checksums)[self.ranks.number :: self.ranks.count]
         sums: dict[str, str] = {}
         for part in self.ranks.gathered(folders.checksums(folder, own)):
@@ -242,15 +244,30 @@ class Resume:
             sys.stderr.write(f"resume: {text}\n")
 
 
-def _is_readable(path: Path) -> bool:
-    """Whether a checkpoint without checksums can be opened; of a folder of shards only the metadata is read."""
+def _unreadable(path: Path) -> str | None:
+    """The name of a checkpoint without checksums if it cannot be read; of a folder of shards only the metadata is read."""
     try:
-        torch.load(
-            path / "meta.pt" if path.is_dir() else path, map_location="cpu", mmap=True, weights_only=True
-        )
-    except Exception:
-        return False
-    return True
+        read_state(path / META if path.is_dir() else path)
+    except UserError:
+        return path.name
+    return None
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A file of a checkpoint, its tensors mapped.
+
+    Raises:
+        UserError: if it is not one.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"'{path}' is not a checkpoint of this program ({first_line(error)}); take another one."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise UserError(f"'{path}' is not a checkpoint of this program; take another one.")
+    return loaded
 
 
 def _named(classes: Sequence[str | None], roles: list[str]) -> str:

@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -85,7 +86,8 @@ class RunLock:
         """Removes the lock if it is still this process's."""
         self._released.set()
         if self._token is not None and _read(self.path).get("token") == self._token:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk is read-only by now; the next run finds the lock stale
+                self.path.unlink()
         self._token = None
 
     def _remove(self, stale: dict[str, Any]) -> None:

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import copy
+import errno
 import gc
 import json
 import os
 import signal
+import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from diffusers import StableDiffusionPipeline
+from torch._C._distributed_c10d import HashStore
 
 from data.shards.datamodule import ShardDataModule
+from sdxs_lightning import cli
 from sdxs_lightning.callbacks import checkpoint_folder as folders
-from sdxs_lightning.callbacks.run_folder import RunLock
+from sdxs_lightning.callbacks import checkpoint_writer
+from sdxs_lightning.callbacks.rank_monitor import RankMonitor
+from sdxs_lightning.callbacks.ranks import Ranks
+from sdxs_lightning.callbacks.run_folder import LOCK, RunLock
 from sdxs_lightning.cli import main
+from sdxs_lightning.core.errors import UserError
 from tests.helpers.processes import Ended, train_in_ranks
 from tests.helpers.tiny_run import tiny_config, write_config
 
@@ -270,6 +281,86 @@ def test_a_full_disk_on_one_of_two_processes_ends_both(config: dict[str, Any], t
     assert [rank.code for rank in ended] == [4, 0], ended
     assert "the checkpoint of student update 4 could not be written" in ended[0].said
     assert newest(tmp_path).name == "update_00000002-batch_00000004"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (
+            UserError("the base is another one."),
+            2,
+            "rank 1 (host {}, process {}) ended: the base is another one.",
+        ),
+        (ValueError(), 5, "rank 1 (host {}, process {}) has not answered for 0 s"),
+    ],
+)
+def test_an_end_of_one_rank_alone_ends_the_others(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], error: Exception, code: int, said: str
+) -> None:
+    """With its sentence and exit code; but not one that is ending too, and still writes a checkpoint."""
+    store, codes = HashStore(), list[int]()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        monitors[0]._ended.set()
+
+    monkeypatch.setattr(os, "_exit", leave)
+    monitors = [RankMonitor(seconds=0.3) for _ in range(3)]
+    for rank, monitor in enumerate(monitors):
+        ranks: Any = SimpleNamespace(count=3, number=rank, wait=lambda: None)
+        monitor.start(ranks, lambda rank=rank: rank == 2)  # type: ignore[misc]
+    time.sleep(0.5)
+    assert not codes
+    monitors[1].stop(error)
+    end = time.monotonic() + 20
+    while not codes and time.monotonic() < end:
+        time.sleep(0.05)
+    monitors[2].stop()
+    assert codes == [code]
+    assert f"error: {said.format(socket.gethostname(), os.getpid())}" in capfd.readouterr().err
+    explained = monitors[0].explain(ValueError("connection closed"))
+    assert explained is not None and explained.exit_code == code
+
+
+def test_all_ranks_resume_from_what_rank_0_chose(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A rank that looks for itself may see an old listing of a network disk, and end alone."""
+
+    class Second(Ranks):
+        first = False
+
+        def of_first(self, value: Any) -> Any:
+            return None, "rank 0 found none."
+
+    def looks(*_: Any) -> None:
+        raise AssertionError("only rank 0 looks for checkpoints")
+
+    monkeypatch.setattr(cli, "Ranks", Second)
+    monkeypatch.setattr(cli, "chosen_checkpoint", looks)
+    assert train(tmp_path, config, "--ckpt_path", "last") == 2
+    assert "error: rank 0 found none." in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_becomes_read_only_ends_the_run_with_its_sentence(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Not with a traceback of the lock, which cannot be removed either."""
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(checkpoint_writer, "_begin", refuse)
+    unlink = Path.unlink
+
+    def refuse_lock(path: Path, missing_ok: bool = False) -> None:
+        (refuse if path.name == LOCK else unlink)(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", refuse_lock)
+    assert train(tmp_path, config) == 4
+    assert "(read-only file system, " in capfd.readouterr().err
 
 
 @pytest.mark.timeout(1200)

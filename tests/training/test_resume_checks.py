@@ -12,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
 
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks import run_folder
+from sdxs_lightning.callbacks.checkpoint_choice import chosen_checkpoint
 from sdxs_lightning.callbacks.optimizer_settings import apply_settings, settings_of
+from sdxs_lightning.callbacks.resume import read_state
 from sdxs_lightning.callbacks.run_folder import LOCK, RunLock
 from sdxs_lightning.callbacks.run_identity import compare_weights, identity_of
 from sdxs_lightning.cli import main
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.matched_features import PixelFeatures
@@ -422,8 +426,7 @@ def test_a_changed_checkpoint_is_passed_over_for_an_older_one(
     )
     code, said = resume(None, "auto", updates=2)
     assert code == 0
-    assert "resuming from the older checkpoint" in said
-    assert "update_00000001-batch_00000001 instead" in said
+    assert f"resume: resuming from {newest.with_name('update_00000001-batch_00000001')} instead." in said
     assert "nothing to do" not in said  # though it ends where the damaged checkpoint is
     assert checkpoints(tmp_path)[-1] == "update_00000002-batch_00000002"
     content[len(content) // 2] ^= 4
@@ -474,8 +477,11 @@ def test_a_checkpoint_with_a_missing_part_is_passed_over_and_said(
     os.truncate(newest / folders.STATE, 1000)
     code, said = resume(updates=2)
     assert code == 0
-    assert f"{newest.name} in '{newest.parent}' are not complete checkpoints" in said
-    assert "the newest complete one is update_00000001-batch_00000001." in said
+    assert f"resume: not complete in '{newest.parent}' (a file is missing or shorter" in said
+    assert (
+        f"left there: {newest.name}; the newest complete checkpoint is update_00000001-batch_00000001."
+        in said
+    )
     assert "nothing to do" not in said
 
 
@@ -607,3 +613,25 @@ def test_the_launcher_started_as_many_processes_as_the_configuration_has(
         monkeypatch.setenv(name, value)
     code, said = resume()
     assert (code, message in said) == (2, True)
+
+
+def test_what_is_no_checkpoint_is_told_from_one(tmp_path: Path) -> None:
+    trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    folder = tmp_path / "checkpoints" / folders.checkpoint_name(1, 2)
+    folders.partial_of(folder).mkdir(parents=True)
+    torch.save(["no dict"], folders.partial_of(folder) / folders.STATE)
+    folders.seal(folder, 1, 1, 2)
+    (folder.parent / "lost+found").mkdir()
+    # A manifest with an entry that a later version has added is complete.
+    manifest = json.loads((folder / folders.MANIFEST).read_text())
+    (folder / folders.MANIFEST).write_text(json.dumps(manifest | {"added_later": 1}))
+    for wanted in ("auto", "last", str(folder), str(folder / folders.MANIFEST)):
+        assert chosen_checkpoint(trainer, wanted) == str(folder / folders.STATE), wanted
+    for wanted in (str(folder.parent), ""):
+        with pytest.raises(UserError, match=r"is a folder, and not of a checkpoint; give one like 'update_"):
+            chosen_checkpoint(trainer, wanted)
+    for foreign in (folder / folders.STATE, folder / folders.MANIFEST):
+        with pytest.raises(UserError, match=f"'{foreign}' is not a checkpoint of this program"):
+            read_state(foreign)
+    shutil.rmtree(folder)
+    assert chosen_checkpoint(trainer, "auto") is None  # the other folder is no damaged checkpoint
