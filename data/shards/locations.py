@@ -45,6 +45,18 @@ def expand_braces(pattern: str) -> list[str]:
     return [expanded for choice in choices for expanded in expand_braces(before + choice + after)]
 
 
+def _expanded(pattern: str) -> list[str]:
+    """`expand_braces`, but a command is one before: whether commands are trusted is asked of what is written.
+
+    Raises:
+        ValueError: for braces that make "pipe:".
+    """
+    found = expand_braces(pattern)
+    if not is_pipe(pattern) and any(map(is_pipe, found)):
+        raise ValueError(f"'{pattern}' is a command after its braces are expanded; write pipe: before them.")
+    return found
+
+
 def is_pipe(location: str) -> bool:
     """Whether the location is a command whose output is the shard."""
     return location.startswith("pipe:")
@@ -93,12 +105,13 @@ def find_locations(shards: str | Path | Sequence[str | Path], gone: str | None =
 
     Raises:
         FileNotFoundError: if one of them matches no file; URLs without a glob are only checked when indexed.
+        ValueError: for a pattern of which braces make a command.
     """
     patterns = [shards] if isinstance(shards, str | Path) else list(shards)
     lists = [
         _remote_files(expanded) if is_remote(expanded) else _local_files(expanded, gone)
         for pattern in patterns
-        for expanded in expand_braces(str(pattern))
+        for expanded in _expanded(str(pattern))
     ]
     # Each once; within one list they are.
     found = lists[0] if len(lists) == 1 else list(dict.fromkeys(chain.from_iterable(lists)))

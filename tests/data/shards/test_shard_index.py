@@ -18,6 +18,7 @@ from data.shards.index import (
     scan_shard,
     sidecar_path,
 )
+from data.shards.locations import find_locations
 from data.shards.scan import scan_members
 from data.shards.tar_headers import BrokenShardError, TarMember, tar_members
 
@@ -164,6 +165,16 @@ def test_find_shards(tmp_path: Path) -> None:
         paths[1],
     ]
     assert expand_braces("{a,b}{1..2}") == ["a1", "a2", "b1", "b2"]
+
+
+@pytest.mark.parametrize("pattern", ["p{i,i}pe:touch ran", "{pipe:touch ran,x}", "{x,{p,q}ipe:touch ran}"])
+def test_braces_make_no_command(pattern: str) -> None:
+    """Configurations and commands ask of what is written whether commands are trusted."""
+    with pytest.raises(
+        ValueError, match="is a command after its braces are expanded; write pipe: before them"
+    ):
+        find_locations(pattern)
+    assert find_locations("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
 
 
 def test_no_shards(tmp_path: Path) -> None:
