@@ -1,7 +1,9 @@
 """LightningDataModule of shards: the same global batches for any number of ranks and workers, exactly resumable."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -14,6 +16,7 @@ from data.shards.images import Fitting
 from data.shards.index import ShardSet, discard_outdated
 from data.shards.layout import Content, EmptyCaptions
 from data.shards.loader import Pass, ShardLoader
+from data.shards.locations import is_remote
 from data.shards.order.buckets import AnyOrder, BucketOrder, Buckets
 from data.shards.order.mixture import Source
 from data.shards.order.run_order import OrderSpec
@@ -33,6 +36,10 @@ _ADVICE = {
     "weights": "set the weights of data.sources back",
     "buckets": "set data.buckets back",
 }
+
+
+_SETTINGS_FILES = ("images.json", "latents.json", "pairs.json")
+"""Names of the settings of prepared sets."""
 
 
 @dataclass(frozen=True)
@@ -333,10 +340,10 @@ class ShardDataModule(pl.LightningDataModule):
         """
         for name, now in self._identity().items():
             if state_dict.get(name, now) != now:
+                advice = _ADVICE.get(name, _ADVICE["shards"])  # a fingerprint of them
                 raise ValueError(
                     f"The checkpoint was written with {name} {state_dict[name]}, but this run has {now}: its "
-                    f"position would mean other samples. To resume, {_ADVICE[name]}; otherwise start a new "
-                    "run from the weights."
+                    f"position would mean other samples. To resume, {advice}; otherwise start a new run from the weights."
                 )
 
     def _identity(self) -> dict[str, Any]:
@@ -350,7 +357,25 @@ class ShardDataModule(pl.LightningDataModule):
             "order_version": self.dataset.order.version,
             "weights": [source.weight for source in self.settings.mixture],
             "buckets": None if self.settings.buckets is None else repr(self.settings.buckets),
+            **self._made_with(),
         }
+
+    def _made_with(self) -> dict[str, str]:
+        """Fingerprints of what the shards were made from, such as the VAE, from the settings that `prepare` keeps beside them.
+
+        Latents of another VAE have the same sizes, and so do not change the fingerprint of the shards.
+        """
+        found: dict[str, str] = {}
+        for number, opened in enumerate(self._open()):
+            location = opened.table.locations[0]
+            for name in () if is_remote(location) else _SETTINGS_FILES:
+                try:
+                    settings = json.loads(Path(location).with_name(name).read_text())
+                    kept = {key: str(one) for key, one in settings.items() if key.endswith("_fingerprint")}
+                except (OSError, ValueError, AttributeError):  # none there, or not of prepare
+                    continue
+                found |= {f"{key} (set {number})": one for key, one in kept.items()}
+        return found
 
     def _open(self, store: ShardStore | None = None) -> list[ShardSet]:
         settings = self.settings

@@ -1,6 +1,7 @@
 """Global batches independent of ranks and workers; resume at the exact sample under Lightning."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,22 @@ def test_resume_into_other_shards_is_refused(uninterrupted: tuple[list[Any], Pat
         ValueError, match=r"written with shards .* point data.shards at the shards that the run began with"
     ):
         fit(tmp_path, checkpoint=uninterrupted[1] / "step-4.ckpt")
+
+
+def test_latents_of_another_vae_are_other_samples(folder: Path, tmp_path: Path) -> None:
+    """They have the same keys and sizes; `prepare latents` keeps what they were made with beside them."""
+
+    def data(vae: str | None, name: str) -> ShardDataModule:
+        copy = shutil.copytree(folder, tmp_path / name)
+        if vae is not None:
+            (copy / "latents.json").write_text(json.dumps({"vae_fingerprint": vae, "model": name}))
+        return ShardDataModule(str(copy), 2)
+
+    before = data("a", "first").state_dict()
+    for same in (data("a", "moved"), data(None, "without settings")):
+        same.load_state_dict(before)
+    with pytest.raises(ValueError, match=r"written with vae_fingerprint \(set 0\) a, but this run has b"):
+        data("b", "again").load_state_dict(before)
 
 
 def test_every_setting_can_stand_in_a_yaml(folder: Path, tmp_path: Path) -> None:
