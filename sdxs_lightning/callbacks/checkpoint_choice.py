@@ -36,8 +36,8 @@ def chosen_checkpoint(trainer: pl.Trainer, wanted: str | None, says_damaged: boo
     if (path / folders.MANIFEST).exists() or (path / folders.STATE).exists():
         if not folders.complete(path):
             raise UserError(
-                f"the checkpoint '{path}' is not complete: a file is missing or shorter than its {folders.MANIFEST} says; "
-                "take an older one, or --ckpt_path last for the newest complete one."
+                f"the checkpoint '{path}' is not complete: a file is missing or shorter than its {folders.MANIFEST} says, or "
+                "that has changed; take an older one, or --ckpt_path last for the newest complete one."
             )
         path = path / folders.STATE
     if not path.exists():
@@ -71,8 +71,8 @@ def _newest(trainer: pl.Trainer, wanted: str, says_damaged: bool) -> Path | None
         )
     if damaged and says_damaged:
         sys.stderr.write(
-            f"resume: not complete in '{folder}' (a file is missing or shorter than {folders.MANIFEST} says), and left "
-            f"there: {', '.join(path.name for path in damaged)}; the newest complete checkpoint is "
+            f"resume: not complete in '{folder}' (a file is missing or shorter than {folders.MANIFEST} says, or that has "
+            f"changed), and left there: {', '.join(path.name for path in damaged)}; the newest complete checkpoint is "
             f"{newest.name if newest is not None else 'none'}.\n"
         )
     return newest

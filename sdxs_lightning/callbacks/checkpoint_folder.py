@@ -6,8 +6,10 @@
 
 A checkpoint is written under a name that starts with a dot, synced to disk, and then renamed: a crash at any moment leaves the
 previous ones intact. By the manifest, a checkpoint with a missing or truncated file is never chosen, and one with changed
-contents is rejected on load.
+contents is rejected on load; the manifest has a checksum of itself.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -17,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -41,11 +43,23 @@ class Manifest(NamedTuple):
     resumed from an older one. 0 until version 0.1."""
     checksums: dict[str, str] | None = None
     """`checksum` of every file; None until version 0.1."""
+    own_checksum: str | None = None
+    """`hash_of_entries` of the file; None until version 0.1."""
 
     @property
     def age(self) -> tuple[int, int, int]:
         """Sort key of a run's checkpoints, newest last; by counters rather than clocks."""
         return self.starts, self.batches, self.student_updates
+
+    def with_checksum(self) -> Manifest:
+        """The same with its `own_checksum`: a flipped bit in a counter would make another checkpoint the newest one."""
+        return self._replace(own_checksum=hash_of_entries(self._asdict()))
+
+
+def hash_of_entries(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all entries of a manifest, those of a later version too, but for this hash."""
+    entries = {name: value for name, value in manifest.items() if name != "own_checksum"}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
 
 
 def checkpoint_name(student_updates: int, batches: int) -> str:
@@ -125,7 +139,7 @@ def seal(
     known = dict(sums or {})
     known |= {name: checksum(partial / name) for name in names if name not in known}
     manifest = Manifest(sizes, time.time(), student_updates, iterations, batches, starts, known)
-    (partial / MANIFEST).write_text(json.dumps(manifest._asdict(), indent=1) + "\n")
+    (partial / MANIFEST).write_text(json.dumps(manifest.with_checksum()._asdict(), indent=1) + "\n")
     _force_to_disk(partial / MANIFEST)
     for inner in sorted(path for path in partial.rglob("*") if path.is_dir()):
         _force_to_disk(inner)
@@ -138,16 +152,17 @@ def seal(
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """Returns the manifest of a checkpoint, or None if it cannot be read."""
+    """Returns the manifest of a checkpoint, or None if it cannot be read or has changed since it was written."""
     try:
         content = json.loads((folder / MANIFEST).read_text())
+        whole = content.get("own_checksum") in (None, hash_of_entries(content))
         if "turns" in content:  # the name of "iterations" until version 0.1
             content["iterations"] = content.pop("turns")
         manifest = Manifest(**{name: content[name] for name in Manifest._fields if name in content})
         sums = manifest.checksums or {}
         numbers = [*manifest.age, manifest.iterations, *manifest.sizes.values()]
         typed = all(type(number) is int for number in numbers) and isinstance(sums, dict)
-        return manifest if typed else None
+        return manifest if typed and whole else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 

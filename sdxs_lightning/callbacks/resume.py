@@ -29,8 +29,11 @@ from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.run_identity import (
     ADVICE,
     ROUNDED,
+    SETTINGS,
+    TOKENIZERS,
     WEIGHTS,
     check_shapes,
+    compare_settings,
     compare_weights,
     identity_of,
 )
@@ -159,13 +162,14 @@ class Resume:
 
     def _check_identity(self) -> None:
         saved: dict[str, Any] = self._saved.get(KEY, {}).get("identity", {})
-        now = identity_of(self.trainer.lightning_module, frozen_like=saved.get(WEIGHTS, {}))
+        now = identity_of(self.trainer.lightning_module, saved.get(WEIGHTS, {}), TOKENIZERS in saved)
         differences: dict[str, str | None] = {
             name: None if before == now.get(name) else f"{name} {before}, and this run has {now.get(name)}"
             for name, before in saved.items()
-            if name not in (WEIGHTS, ROUNDED)
+            if name not in (WEIGHTS, ROUNDED, SETTINGS)
         }
         differences[WEIGHTS], self._not_compared = compare_weights(saved, now)
+        differences[SETTINGS] = compare_settings(saved.get(SETTINGS, {}), now[SETTINGS])
         for name, difference in differences.items():
             if difference:
                 raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,9 +16,15 @@ from sdxs_lightning.objectives.term import StudentTerm
 
 WEIGHTS, ROUNDED = "frozen weights", "frozen weights in bfloat16"
 """Entries of the identity: fingerprints of the frozen networks by attribute path, as loaded and rounded."""
+SETTINGS, TOKENIZERS = "network settings", "tokenizers"
+_BASE = "the base that the run began with (model.init_args.family)"
 ADVICE = {
-    "prediction_type": "the base that the run began with (model.init_args.family)",
-    "noise schedule": "the base that the run began with (model.init_args.family)",
+    "prediction_type": _BASE,
+    "noise schedule": _BASE,
+    "latent scale": _BASE,
+    TOKENIZERS: _BASE,
+    SETTINGS: "the config.json that the run began with, of the base (model.init_args.family.init_args.base) or of the weights' "
+    "own folder",
     "timesteps": "the conditioning timestep that the run began with (family.init_args.conditioning_timestep, or "
     "conditioning_timestep or timesteps of student.init_args)",
     WEIGHTS: "the frozen network that the run began with (model.init_args.family.init_args.base, or the path of its "
@@ -25,12 +32,19 @@ ADVICE = {
 }
 
 
-def identity_of(module: pl.LightningModule, frozen_like: Iterable[str] = ()) -> dict[str, Any]:
+_NO_SETTING = ("dtype", "torch_dtype", "transformers_version", "architectures")
+"""Entries of a config.json that say how a network was stored."""
+
+
+def identity_of(
+    module: pl.LightningModule, frozen_like: Iterable[str] = (), with_tokenizers: bool = False
+) -> dict[str, Any]:
     """Everything that a stage trains against, besides its data, and that must not change on a resume.
 
     Args:
         module: a built stage.
         frozen_like: names of the frozen networks to include; those that load lazily are loaded.
+        with_tokenizers: whether to load the tokenizers if they have not been used.
     """
     identity: dict[str, Any] = {}
     family = getattr(module, "family", None)
@@ -40,6 +54,10 @@ def identity_of(module: pl.LightningModule, frozen_like: Iterable[str] = ()) -> 
         identity["noise schedule"] = hashlib.sha256(alpha.round(decimals=5).numpy().tobytes()).hexdigest()[
             :16
         ]
+        identity["latent scale"] = [family.scaling_factor, family.shift_factor]
+        tokenizers = family.tokenizer_digest(with_tokenizers)
+        if tokenizers is not None:
+            identity[TOKENIZERS] = tokenizers
     timesteps = getattr(getattr(module, "student", None), "timesteps", None)
     if timesteps is not None:
         identity["timesteps"] = [int(step) for step in timesteps]
@@ -51,7 +69,27 @@ def identity_of(module: pl.LightningModule, frozen_like: Iterable[str] = ()) -> 
         found = dict(_frozen(module, set()))
     identity[WEIGHTS] = {name: one.fingerprint for name, one in found.items() if one.fingerprint is not None}
     identity[ROUNDED] = {name: found[name].rounded_fingerprint for name in identity[WEIGHTS]}
+    networks: dict[str, nn.Module] = {"": module, **{name: one.module for name, one in found.items()}}
+    identity[SETTINGS] = {
+        name: own for prefix, one in networks.items() for name, own in _settings_in(one, prefix).items()
+    }
     return identity
+
+
+def _settings_in(module: nn.Module, prefix: str) -> dict[str, dict[str, Any]]:
+    """What the weights of each network in a module do not tell, such as its number of heads: its config.json."""
+    from diffusers import ConfigMixin
+    from transformers import PreTrainedModel
+
+    found: dict[str, dict[str, Any]] = {}
+    for path, network in module.named_modules(prefix=prefix):
+        inside = any(path.startswith(f"{outer}.") for outer in found)  # whose settings follow from that one's
+        if isinstance(network, ConfigMixin | PreTrainedModel) and not inside:
+            config = network.config
+            settings = config.to_dict() if isinstance(network, PreTrainedModel) else dict(config)
+            kept = {name: one for name, one in settings.items() if name[0] != "_" and name not in _NO_SETTING}
+            found[path] = json.loads(json.dumps(kept, default=str))
+    return found
 
 
 def _frozen(holder: Any, seen: set[int], prefix: str = "") -> Iterable[tuple[str, Frozen[nn.Module]]]:
@@ -112,6 +150,21 @@ def compare_weights(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[s
         elif (before != other) if old == new else (rounded != now[ROUNDED][name]):
             return f"{name} weights {before}, and this run loaded {other}", lines
     return None, lines
+
+
+def compare_settings(
+    saved: Mapping[str, Mapping[str, Any]], now: Mapping[str, Mapping[str, Any]]
+) -> str | None:
+    """The first difference between the settings of networks, or None.
+
+    Settings that only one side has are those of another version of a library.
+    """
+    for network in sorted(saved.keys() & now.keys()):
+        before, after = saved[network], now[network]
+        for name in sorted(before.keys() & after.keys()):
+            if before[name] != after[name]:
+                return f"{name} {before[name]} of {network}, and this run has {after[name]}"
+    return None
 
 
 def _dtype(fingerprint: str) -> str:

@@ -58,6 +58,9 @@ class Family(Protocol):
     ) -> Conditioning:
         """Embeds B captions, with unconditional embeddings, under no_grad."""
 
+    def tokenizer_digest(self, load: bool) -> str | None:
+        """16-digit hex hash of how prompts become token ids; None if the tokenizers are not loaded, unless `load`."""
+
     def encode(self, images: Tensor) -> Tensor:
         """Encodes images (B, 3, H, W) in [-1, 1] to scaled latents (B, C, h, w), float32: the VAE's means, under no_grad."""
 

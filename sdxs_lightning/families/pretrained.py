@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -33,6 +35,9 @@ from sdxs_lightning.families.network_types import (
 )
 from sdxs_lightning.families.sources import resolve_base, resolve_unet
 from sdxs_lightning.families.weights import load_network
+
+_PROBE = "A photo of 2 Red\tcars, 13 dogs & l'\u00e9t\u00e9 \u2014 \u96e8 \U0001f600!"
+"""A text of letters, digits and signs, whose ids tell tokenizers of one vocabulary apart."""
 
 
 class PretrainedBase(ABC):
@@ -161,6 +166,23 @@ class PretrainedBase(ABC):
             if name in self.__dict__:
                 self.__dict__[name].to(self._device)
         return self
+
+    def tokenizer_digest(self, load: bool) -> str | None:
+        """16-digit hex hash of how prompts become token ids.
+
+        Args:
+            load: whether to load the tokenizers; None is returned otherwise, unless they have been used.
+        """
+        return self._tokenizer_digest if load or "_tokenizers" in self.__dict__ else None
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        # Not of the files, which differ between versions of transformers.
+        told = [
+            [sorted(one.get_vocab().items()), self._token_ids(one, [_PROBE]).tolist()]
+            for one in self._tokenizers
+        ]
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def _token_ids(self, tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
         """(B, tokens), int64: padded and truncated to the encoder's length, like in the diffusers pipelines."""

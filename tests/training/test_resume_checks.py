@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +23,10 @@ from sdxs_lightning.callbacks.checkpoint_choice import chosen_checkpoint
 from sdxs_lightning.callbacks.optimizer_settings import apply_settings, settings_of
 from sdxs_lightning.callbacks.resume import read_state
 from sdxs_lightning.callbacks.run_folder import LOCK, RunLock
-from sdxs_lightning.callbacks.run_identity import compare_weights, identity_of
+from sdxs_lightning.callbacks.run_identity import compare_settings, compare_weights, identity_of
 from sdxs_lightning.cli import main
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.matched_features import PixelFeatures
@@ -152,6 +154,22 @@ def other_scheduler(**settings: Any) -> Callable[[Path], None]:
     return change
 
 
+def other_setting(file: str, **settings: Any) -> Callable[[Path], None]:
+    def change(base: Path) -> None:
+        (base / file).write_text(json.dumps(json.loads((base / file).read_text()) | settings))
+
+    return change
+
+
+def other_ids(base: Path) -> None:
+    """Swaps the ids of two letters in the vocabulary."""
+    file = base / "tokenizer" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -162,8 +180,9 @@ def other_scheduler(**settings: Any) -> Callable[[Path], None]:
             "prediction_type epsilon, and this run has v_prediction",
         ),
         (other_scheduler(beta_end=0.013), "noise schedule "),
+        (other_setting("unet/config.json", freq_shift=1), "freq_shift 0 of ema"),
     ],
-    ids=["U-Net", "text encoder", "prediction type", "schedule"],
+    ids=["U-Net", "text encoder", "prediction type", "schedule", "setting"],
 )
 def test_another_base_is_refused(
     resume: Callable[..., tuple[int, str]], tmp_path: Path, change: Callable[[Path], None], message: str
@@ -291,6 +310,59 @@ def test_networks_of_terms_and_those_that_load_on_first_use_are_compared(
     assert {name for name in before if now[name] != before[name]} == {names[network]}
 
 
+def test_what_weights_do_not_tell_is_compared(base: Callable[[str], Path], tmp_path: Path) -> None:
+    """Heads, activations, the scale of latents and token ids: with the same weights the base is another one."""
+    folder = tmp_path / "base"
+    shutil.copytree(base("sd-epsilon"), folder)
+
+    def identity(like: dict[str, Any]) -> dict[str, Any]:
+        stage = built(distillation(folder, gan=False))
+        if not like:
+            assert "tokenizers" not in identity_of(stage)  # which no prompt has needed yet
+            stage.family.encode_prompts([""])
+        return identity_of(stage, like.get("frozen weights", ()), with_tokenizers=bool(like))
+
+    before = identity({})
+    assert identity(before) == before
+    changes: dict[str, dict[str, Any]] = {
+        "unet": {"attention_head_dim": 1, "freq_shift": 1},
+        "text_encoder": {"hidden_act": "relu"},
+        "vae": {"scaling_factor": 7.5},
+    }
+    for name, settings in changes.items():
+        other_setting(f"{name}/config.json", **settings)(folder)
+    other_ids(folder)
+    now = identity(before)
+    changed = {name for name in before if now[name] != before[name]}
+    assert changed == {"network settings", "latent scale", "tokenizers"}
+    own, others = before["network settings"], now["network settings"]
+    found = {name: {key for key in own[name] if own[name][key] != others[name][key]} for name in own}
+    heads = set(changes["unet"])
+    assert found == {
+        "real_score.unet": heads,
+        "student.denoiser.unet": heads,
+        "fake_score.denoiser.unet": heads,
+        "ema.denoiser.unet": heads,
+        "family.text_encoders.0": {"hidden_act"},
+    }
+    message = compare_settings(own, others)
+    assert message == "attention_head_dim 2 of ema.denoiser.unet, and this run has 1"
+    # What only one side has is a setting of another version of a library.
+    assert compare_settings({"a": {"x": 1, "old": 2}}, {"a": {"x": 1, "new": 3}, "b": {}}) is None
+
+
+def test_tokenizers_are_told_apart_by_ids_and_lengths(base: Callable[[str], Path], tmp_path: Path) -> None:
+    digests = []
+    for number, change in enumerate(
+        (None, other_ids, other_setting("tokenizer/tokenizer_config.json", model_max_length=5))
+    ):
+        folder = shutil.copytree(base("sd-epsilon"), tmp_path / str(number))
+        if change is not None:
+            change(folder)
+        digests.append(StableDiffusion(str(folder)).tokenizer_digest(load=True))
+    assert len(set(digests)) == 3
+
+
 @pytest.mark.parametrize("changed", [False, True])
 def test_weights_in_bfloat16_are_compared_with_those_in_float32(
     base: Callable[[str], Path], tmp_path: Path, changed: bool
@@ -414,10 +486,10 @@ def test_a_changed_checkpoint_is_passed_over_for_an_older_one(
         content = bytearray(len(content))
     (newest / folders.STATE).write_bytes(content)
     if "without" in damage:
-        manifest = json.loads((newest / folders.MANIFEST).read_text())
-        (newest / folders.MANIFEST).write_text(
-            json.dumps({k: v for k, v in manifest.items() if k != "checksums"})
-        )
+        manifest = folders.read_manifest(newest)
+        assert manifest is not None
+        first_version = manifest._replace(checksums=None, own_checksum=None)._asdict()
+        (newest / folders.MANIFEST).write_text(json.dumps(first_version))
     code, said = resume(None, str(newest))
     assert code == 2
     assert (
@@ -443,9 +515,10 @@ def test_a_clock_that_is_ahead_deletes_nothing(
 ) -> None:
     folder = tmp_path / "run" / "checkpoints"
     first = folder / "update_00000001-batch_00000001"
-    manifest = json.loads((first / folders.MANIFEST).read_text())
-    manifest["saved_at"] += 3600
-    (first / folders.MANIFEST).write_text(json.dumps(manifest))
+    manifest = folders.read_manifest(first)
+    assert manifest is not None
+    ahead = manifest._replace(saved_at=manifest.saved_at + 3600).with_checksum()
+    (first / folders.MANIFEST).write_text(json.dumps(ahead._asdict()))
 
     def keep_one(config: dict[str, Any]) -> None:
         config["trainer"]["callbacks"][1]["init_args"]["keep"] = 1
@@ -462,11 +535,29 @@ def test_a_run_that_went_back_keeps_what_it_writes_now(
     folder = tmp_path / "run" / "checkpoints"
     (folder / "update_00000002-batch_00000002").rename(folder / "update_00000009-batch_00000009")
     abandoned = folder / "update_00000009-batch_00000009"
-    manifest = json.loads((abandoned / folders.MANIFEST).read_text())
-    manifest |= {"student_updates": 9, "iterations": 9, "batches": 9}
-    (abandoned / folders.MANIFEST).write_text(json.dumps(manifest))
+    manifest = folders.read_manifest(abandoned)
+    assert manifest is not None
+    later = manifest._replace(student_updates=9, iterations=9, batches=9).with_checksum()
+    (abandoned / folders.MANIFEST).write_text(json.dumps(later._asdict()))
     assert resume(None, str(folder / "update_00000001-batch_00000001"), updates=2)[0] == 0
     assert checkpoints(tmp_path) == ["update_00000009-batch_00000009", "update_00000002-batch_00000002"]
+
+
+def test_a_manifest_that_has_changed_is_no_manifest(trained: tuple[Path, Any], tmp_path: Path) -> None:
+    """One flipped bit in a counter of the older checkpoint would make it the newest, and `keep` would delete the other."""
+    folder = shutil.copytree(trained[0] / "run" / "checkpoints", tmp_path / "checkpoints")
+    older, newest = folders.complete_checkpoints(folder)
+    file = older / folders.MANIFEST
+    content = file.read_text()
+    for name in ("starts", "batches", "student_updates", "saved_at"):
+        digit = re.search(rf'"{name}": (\d)', content)
+        assert digit is not None
+        place = digit.start(1)
+        file.write_text(content[:place] + chr(ord(content[place]) ^ 4) + content[place + 1 :])
+        assert folders.complete_checkpoints(folder) == [newest]
+        assert folders.incomplete_checkpoints(folder) == [older]
+    file.write_text(content)
+    assert folders.complete_checkpoints(folder) == [older, newest]
 
 
 def test_a_checkpoint_with_a_missing_part_is_passed_over_and_said(
@@ -623,8 +714,9 @@ def test_what_is_no_checkpoint_is_told_from_one(tmp_path: Path) -> None:
     folders.seal(folder, 1, 1, 2)
     (folder.parent / "lost+found").mkdir()
     # A manifest with an entry that a later version has added is complete.
-    manifest = json.loads((folder / folders.MANIFEST).read_text())
-    (folder / folders.MANIFEST).write_text(json.dumps(manifest | {"added_later": 1}))
+    manifest = json.loads((folder / folders.MANIFEST).read_text()) | {"added_later": 1}
+    manifest["own_checksum"] = folders.hash_of_entries(manifest)
+    (folder / folders.MANIFEST).write_text(json.dumps(manifest))
     for wanted in ("auto", "last", str(folder), str(folder / folders.MANIFEST)):
         assert chosen_checkpoint(trainer, wanted) == str(folder / folders.STATE), wanted
     for wanted in (str(folder.parent), ""):
