@@ -1,1 +1,1 @@
-"""Mistakes that a reviewer would try in the distillation, and the fast test that each must make fail."""
+"""Mistakes that a reviewer would try, and the fast test that each must make fail."""
