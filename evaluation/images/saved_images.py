@@ -103,11 +103,21 @@ class SavedImages:
         os.replace(file.name, path)
 
     def read(self, numbers: Sequence[int]) -> list[Image.Image]:
-        """Read saved images."""
+        """Read saved images.
+
+        Raises:
+            UserError: for one that cannot be read, as a machine that lost its power leaves it.
+        """
         images = []
         for number in numbers:
-            with Image.open(self.path(number), formats=("PNG",)) as opened:
-                images.append(opened.convert("RGB"))
+            path = self.path(number)
+            try:
+                with Image.open(path, formats=("PNG",)) as opened:
+                    images.append(opened.convert("RGB"))
+            except (OSError, SyntaxError) as error:  # Pillow raises the latter for a broken chunk of a PNG
+                raise UserError(
+                    f"--save_images: '{path}' cannot be read ({error}); remove it, and it is made again."
+                ) from error
         return images
 
 

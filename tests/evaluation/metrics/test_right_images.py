@@ -226,6 +226,13 @@ def test_layouts_that_other_benchmarks_read(tmp_path: Path) -> None:
     assert (tmp_path / "g" / "00000" / "samples" / "00000.png").is_file()
     assert (tmp_path / "t" / "samples" / "a b_000000.png").is_file()
     assert (tmp_path / "f" / "stanford_0.txt").read_text() == "a/b\n"
+    content = named.path(0).read_bytes()
+    for damaged in (b"", content[:50], content[:-20] + bytes(20)):
+        named.path(0).write_bytes(damaged)
+        with pytest.raises(
+            UserError, match=r"stanford_0\.png' cannot be read .*; remove it, and it is made again"
+        ):
+            named.read([0])
     with pytest.raises(UserError, match="repeat, or lead out of the folder"):
         SavedImages(str(tmp_path / "o"), ("a",), names=("../x",)).begin({})
 
