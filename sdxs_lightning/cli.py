@@ -15,12 +15,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf.errors import OmegaConfBaseException
 
-from sdxs_lightning.callbacks import checkpoint_folder as folders
-from sdxs_lightning.callbacks.checkpoint_choice import chosen_checkpoint
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.elastic import join_elastic_group
 from sdxs_lightning.callbacks.interruption import Interruption
-from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.resume import Resume
 from sdxs_lightning.callbacks.run_folder import origin
 from sdxs_lightning.callbacks.save_config import SaveConfig
@@ -37,7 +34,12 @@ from sdxs_lightning.run_ends import (
     report,
     started_by_rank_zero,
 )
-from sdxs_lightning.training.run_logs import RunLog
+from sdxs_lightning.run_start import (
+    check_folder_first,
+    check_process_count,
+    record_collectives,
+    report_nothing_done,
+)
 from sdxs_lightning.trust import CODE_LOADERS, Trust, texts
 
 os.environ.setdefault(
@@ -183,96 +185,23 @@ class TrainingCLI(LightningCLI):
         for interruption in interruptions:
             interruption.install(self.trainer)
         try:
-            self._check_process_count()
-            _record_collectives(Path(self.trainer.default_root_dir))
+            check_process_count(self.trainer)
+            record_collectives(Path(self.trainer.default_root_dir))
             join_elastic_group(self.trainer)
             config = TrainingParser.environment.as_written(self.config).as_dict() | {"code": origin()}
             resume = Resume(self.trainer, config, newest=self.config.ckpt_path in ("last", "auto"))
             for callback in callbacks:
                 if isinstance(callback, Checkpointing):
                     callback.resume = resume
-            self._check_folder_first(callbacks)
+            check_folder_first(self.trainer, self.config.ckpt_path)
             self.trainer.fit(self.model, self.datamodule)
-            self._report_nothing_done(resume.path)
+            report_nothing_done(self.trainer, resume.path)
         finally:
             for interruption in interruptions:
                 interruption.restore()
             for callback in callbacks:
                 if isinstance(callback, SaveConfig) and callback.lock is not None:
                     callback.lock.release()
-
-    def _choose_checkpoint(self, says_damaged: bool = True) -> None:
-        """Sets on all ranks what `--ckpt_path` means to rank 0; a network file system may show the others an old listing.
-
-        Raises:
-            UserError: on all ranks.
-        """
-        ranks = Ranks()
-        path = problem = None
-        if ranks.first:
-            try:
-                path = chosen_checkpoint(self.trainer, self.config.ckpt_path, says_damaged)
-            except UserError as error:
-                problem = str(error)
-        path, problem = ranks.of_first((path, problem))
-        if problem is not None:
-            raise UserError(problem)
-        # As an attribute, so that the DataModule sees in prepare_data whether this run resumes.
-        self.trainer.ckpt_path = path
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunLog):
-                logger.resumed = path is not None
-
-    def _check_folder_first(self, callbacks: Sequence[pl.Callback]) -> None:
-        """Chooses the checkpoint, and locks and checks the run's folder, once the ranks are connected.
-
-        The callbacks' `setup` would be too late: the data sets the fault file of an earlier run aside in `prepare_data`, and
-        the logger its metrics.csv, and both may be those of a run that is still training.
-        """
-        connector = self.trainer._data_connector
-        prepare_data = connector.prepare_data
-
-        def checked_first() -> None:
-            for callback in callbacks:
-                if isinstance(callback, Interruption):
-                    callback.watch_ranks(self.trainer)
-            self._choose_checkpoint(says_damaged=False)  # refused before the folder is made
-            for callback in callbacks:
-                if isinstance(callback, SaveConfig):
-                    callback.take_lock(self.trainer)
-            self._choose_checkpoint()  # the run that held the lock may have saved since
-            for callback in callbacks:
-                if isinstance(callback, Checkpointing):
-                    callback.refuse_earlier_run(self.trainer)
-            prepare_data()
-
-        connector.prepare_data = checked_first  # type: ignore[method-assign]
-
-    def _report_nothing_done(self, path: Path | None) -> None:
-        manifest = folders.read_manifest(path.parent) if path is not None else None
-        batches = self.trainer.fit_loop.epoch_loop.total_batch_idx + 1
-        if (
-            path is not None
-            and manifest is not None
-            and batches <= manifest.batches
-            and self.trainer.is_global_zero
-        ):
-            sys.stderr.write(
-                f"nothing to do: the checkpoint {path.parent} is at the end of the run (student update "
-                f"{manifest.student_updates}); raise update_schedule.max_student_updates or trainer.max_steps to continue.\n"
-            )
-
-    def _check_process_count(self) -> None:
-        environment = self.trainer._accelerator_connector.cluster_environment
-        if not environment.creates_processes_externally:
-            return
-        count, wanted = environment.world_size(), self.trainer.num_nodes * self.trainer.num_devices
-        if count != wanted:
-            raise UserError(
-                f"the launcher started {count} processes, but trainer.num_nodes {self.trainer.num_nodes} x trainer.devices "
-                f"{self.trainer.num_devices} are {wanted}; start one process per device (sbatch --ntasks-per-node, torchrun "
-                "--nproc-per-node), or change trainer.num_nodes and trainer.devices."
-            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -339,13 +268,6 @@ def _quiet() -> None:
         ".*does not have many workers.*",  # latents are read faster than a worker can hand them over
     ):
         warnings.filterwarnings("ignore", message)
-
-
-def _record_collectives(folder: Path) -> None:
-    """Lets NCCL keep its last collectives, and write them to the run's folder when one exceeds its time-out."""
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    os.environ.setdefault("TORCH_FR_DUMP_ON_TIMEOUT", "1")
-    os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder.resolve() / "nccl_trace_rank_"))
 
 
 def _build(arguments: Sequence[str] | None) -> TrainingCLI:

@@ -42,6 +42,7 @@ TOP = {
     "publishing",
     "renamed",
     "run_ends",
+    "run_start",
     "train_command",
     "trust",
 }

@@ -8,22 +8,22 @@ from typing import Any
 
 import pytest
 
-from sdxs_lightning.cli import TrainingCLI, main
+from sdxs_lightning.cli import main
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.run_start import check_process_count
 from tests.helpers.tiny_run import tiny_config, write_config
 
 
-def command_line(external: bool, started: int, nodes: int, devices: int) -> Any:
+def trainer_of(external: bool, started: int, nodes: int, devices: int) -> Any:
     environment = SimpleNamespace(creates_processes_externally=external, world_size=lambda: started)
     connector = SimpleNamespace(cluster_environment=environment)
-    trainer = SimpleNamespace(_accelerator_connector=connector, num_nodes=nodes, num_devices=devices)
-    return SimpleNamespace(trainer=trainer)
+    return SimpleNamespace(_accelerator_connector=connector, num_nodes=nodes, num_devices=devices)
 
 
 @pytest.mark.parametrize(("started", "nodes", "devices"), [(1, 2, 8), (8, 2, 8), (16, 1, 8), (3, 1, 2)])
 def test_a_wrong_number_of_tasks_is_one_sentence(started: int, nodes: int, devices: int) -> None:
     with pytest.raises(UserError) as refused:
-        TrainingCLI._check_process_count(command_line(True, started, nodes, devices))
+        check_process_count(trainer_of(True, started, nodes, devices))
     said = str(refused.value)
     assert f"the launcher started {started} processes" in said
     assert f"trainer.num_nodes {nodes} x trainer.devices {devices} are {nodes * devices}" in said
@@ -31,8 +31,8 @@ def test_a_wrong_number_of_tasks_is_one_sentence(started: int, nodes: int, devic
 
 
 def test_the_right_number_and_lightnings_own_processes_pass() -> None:
-    TrainingCLI._check_process_count(command_line(True, 16, 2, 8))
-    TrainingCLI._check_process_count(command_line(False, 1, 1, 8))
+    check_process_count(trainer_of(True, 16, 2, 8))
+    check_process_count(trainer_of(False, 1, 1, 8))
 
 
 @pytest.mark.parametrize(
