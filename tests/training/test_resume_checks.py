@@ -8,11 +8,13 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, StepLR
@@ -242,19 +244,18 @@ def test_other_networks_are_refused_in_a_sentence(
         "fake_score none" in said
     )
 
-    def narrow(config: dict[str, Any]) -> None:
-        unet = tmp_path / "narrow"
-        settings = json.loads((tmp_path / "base" / "unet" / "config.json").read_text())
-        from diffusers import UNet2DConditionModel
-
-        widths = [width // 2 for width in settings["block_out_channels"]]
-        settings |= {"block_out_channels": widths, "norm_num_groups": settings["norm_num_groups"] // 2 or 1}
-        UNet2DConditionModel.from_config(settings).save_pretrained(unet)
-        config["model"]["init_args"]["student"]["init_args"]["weights"] = str(unet)
-
-    code, said = resume(narrow)
+    code, said = resume(partial(narrow, folder=tmp_path))
     assert code == 2
-    assert "has another architecture: " in said
+    assert "was written with block_out_channels [8, 8] of" in said and "and this run has [4, 4]" in said
+
+
+def narrow(config: dict[str, Any], folder: Path) -> None:
+    """A student of half the base's width."""
+    settings = json.loads((folder / "base" / "unet" / "config.json").read_text())
+    widths = [width // 2 for width in settings["block_out_channels"]]
+    settings |= {"block_out_channels": widths, "norm_num_groups": settings["norm_num_groups"] // 2 or 1}
+    UNet2DConditionModel.from_config(settings).save_pretrained(folder / "narrow")
+    config["model"]["init_args"]["student"]["init_args"]["weights"] = str(folder / "narrow")
 
 
 def test_a_checkpoint_without_average_is_refused_and_one_without_identity_resumes(
@@ -266,6 +267,8 @@ def test_a_checkpoint_without_average_is_refused_and_one_without_identity_resume
     old = {name: value for name, value in original.items() if name != "run"}
     torch.save(old, tmp_path / "run" / "old.ckpt")
     assert resume(None, str(tmp_path / "run" / "old.ckpt"))[0] == 0
+    code, said = resume(partial(narrow, folder=tmp_path), str(tmp_path / "run" / "old.ckpt"))
+    assert code == 2 and "has another architecture: " in said
     old["state_dict"] = {name: one for name, one in old["state_dict"].items() if not name.startswith("ema.")}
     torch.save(old, tmp_path / "run" / "no_ema.ckpt")
     code, said = resume(None, str(tmp_path / "run" / "no_ema.ckpt"), updates=9)
