@@ -124,9 +124,10 @@ def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:
             raise ValueError(
                 f"--lora takes NAME=FOLDER, such as score=outputs/lora/seed{{seed}}/lora, got '{argument}'."
             )
+        seeds = options.seeds if "{seed}" in folder else options.seeds[:1]
         for scale in options.scales if index == 0 else (1.0,):
             row = name if scale == 1.0 else f"{name}, scale {scale:g}"
-            found += [(row, folder.replace("{seed}", str(seed)), scale, seed) for seed in options.seeds]
+            found += [(row, folder.replace("{seed}", str(seed)), scale, seed) for seed in seeds]
     return found
 
 

@@ -182,7 +182,7 @@ class LoraOptions(Measuring):
     student: str
     """Pipeline folder of the student, or of the base."""
     lora: Annotated[tuple[str, ...], Option(metavar="NAME=FOLDER")]
-    """LoRAs; {seed} in a folder stands for each seed."""
+    """LoRAs; {seed} in a folder stands for each seed, and one without it is measured once."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the trainings."""
     scales: tuple[float, ...] = (1.0,)

@@ -113,16 +113,19 @@ def test_loras_are_scored_by_scale_and_kept(tmp_path: Path, capfd: pytest.Captur
     base, out = ROOT / "data" / "toy" / "base", tmp_path / "lora.json"
     unet = add_lora(StableDiffusion(str(base)).load_unet(), LoRA(rank=1))
     move(unet, 0.1)
-    (tmp_path / "seed3").mkdir()
-    write_lora(tmp_path / "seed3", live_adapters(unet.state_dict(), None))
+    for seed in (3, 4):
+        (tmp_path / f"seed{seed}").mkdir()
+        write_lora(tmp_path / f"seed{seed}", live_adapters(unet.state_dict(), None))
     arguments = [
         "lora",
         "--student",
         str(base),
         "--lora",
         f"mine={tmp_path}/seed{{seed}}",
+        f"again={tmp_path}/seed3",
         "--seeds",
         "3",
+        "4",
         "--diversity_prompts",
         "1",
         "--samples",
@@ -135,17 +138,25 @@ def test_loras_are_scored_by_scale_and_kept(tmp_path: Path, capfd: pytest.Captur
         "real, textured",
         "plain",
         "mine, scale 0, seed 3",
+        "mine, scale 0, seed 4",
         "mine, seed 3",
+        "mine, seed 4",
+        "again, seed 3",
     ]
     first = json.loads(out.read_text())
-    assert list(first["rows"]) == ["real", "real, textured", "plain", "mine, scale 0", "mine"]
-    real, textured, plain, zero, styled = (first["rows"][row] for row in first["rows"])
+    assert list(first["rows"]) == ["real", "real, textured", "plain", "mine, scale 0", "mine", "again"]
+    real, textured, plain, zero, styled, again = first["rows"].values()
+    assert (styled["seeds"], again["seeds"]) == ([3, 4], [3])  # a folder without {seed} is one LoRA
+    assert [again[key]["values"] for key in toy_lora.SCORES] == [
+        styled[key]["values"][:1] for key in toy_lora.SCORES
+    ]
     for images, share in ((real, 0.0), (textured, 1.0)):
         assert images["caption_accuracy"]["mean"] == 1.0 and images["style_accuracy"]["mean"] == share
         assert images["diversity"]["mean"] == pytest.approx(0.32, abs=0.1)
     assert [plain[key]["mean"] for key in toy_lora.SCORES] == [zero[key]["mean"] for key in toy_lora.SCORES]
     assert plain["diversity"]["mean"] != styled["diversity"]["mean"]
-    first["runs"]["mine, seed 3"]["diversity"] = 77.0
+    for seed in (3, 4):
+        first["runs"][f"mine, seed {seed}"]["diversity"] = 77.0
     out.write_text(json.dumps(first))
     main([*arguments, "--out", str(out)])
     assert (
