@@ -15,6 +15,9 @@ from torch import Tensor
 
 from evaluation.metrics.collectives import global_rank
 
+MOST_COUNTED = 10**12
+"""Images of statistics that are believed: more would be a number of another kind."""
+
 
 @dataclass(frozen=True)
 class FeatureStatistics:
@@ -117,12 +120,15 @@ def _read(path: Path) -> tuple[Tensor, Tensor, int, dict[str, Any]]:
         or count.dtype.kind not in "iu"
         or int(count) < 0
         or int(count) == 1
+        or int(count) > MOST_COUNTED
         or not isinstance(stored, dict)
     ):
         raise ValueError(
-            f"{path}: 'n' is {count.tolist()}, but statistics are of 2 or more images, and 'protocol' has to be a JSON object"
+            f"{path}: 'n' is {count.tolist()}, but statistics are of 2 to {MOST_COUNTED:,} images, and 'protocol' has to be a "
+            "JSON object"
         )
     _check_covariance(covariance, path)
+    _check_rank(covariance, int(count), path)
     return torch.from_numpy(mean), torch.from_numpy(covariance), int(count), stored
 
 
@@ -147,6 +153,26 @@ def _check_covariance(covariance: np.ndarray[Any, Any], path: Path) -> None:
         raise ValueError(
             f"{path}: 'sigma' has the negative eigenvalue {least:.3g}, so that it is no covariance; write the statistics again"
         ) from None
+
+
+def _check_rank(covariance: np.ndarray[Any, Any], count: int, path: Path) -> None:
+    """Check the covariance against the number of images, on which the bias of the distance depends.
+
+    Raises:
+        ValueError: if all images are equal, or the covariance is of more images than `count`, where that is known (not 0).
+    """
+    if not covariance.any():
+        raise ValueError(
+            f"{path}: 'sigma' is zero, which is of images that are all equal; write the statistics again"
+        )
+    if not 2 <= count <= len(covariance):
+        return
+    values = np.linalg.eigvalsh(covariance)[::-1]
+    if values[count - 1] > 1e-4 * values[0]:
+        raise ValueError(
+            f"{path}: 'n' is {count}, and {count} images have a covariance with at most {count - 1} eigenvalues above 0, but "
+            "that of the file has more; correct 'n', or write the statistics again"
+        )
 
 
 class Sums(NamedTuple):

@@ -169,6 +169,9 @@ def test_shards_are_known_by_their_images_alone(tmp_path: Path) -> None:
         ({"sigma": -np.eye(16)}, "negative eigenvalue -1"),
         ({"sigma": np.diag([1.0] * 15 + [-0.5])}, "negative eigenvalue -0.5"),
         ({"sigma": np.eye(16) + np.triu(np.ones((16, 16)), 1) * 0.1}, "not symmetric"),
+        ({"sigma": np.zeros((16, 16))}, "images that are all equal"),
+        ({"n": 5}, "5 images have a covariance with at most 4 eigenvalues"),
+        ({"n": 2**62}, "statistics are of 2 to 1,000,000,000,000 images"),
         ({"n": -3}, "'n' is -3"),
         ({"n": 2.5}, "'n' is 2.5"),
         ({"n": 1}, "'n' is 1"),
@@ -195,6 +198,8 @@ def test_rounding_is_no_reason_to_refuse(tmp_path: Path) -> None:
     covariance[0, 1] += 1e-7
     np.savez(tmp_path / "a.npz", mu=features.mean(0).numpy(), sigma=covariance)
     assert FeatureStatistics.load(tmp_path / "a.npz").count == 0
+    np.savez(tmp_path / "b.npz", mu=features.mean(0).numpy(), sigma=covariance, n=10)
+    assert FeatureStatistics.load(tmp_path / "b.npz").count == 10
 
 
 def test_a_damaged_file_of_statistics_is_refused(refused: Refused, images: Path, tmp_path: Path) -> None:
