@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline
 from torch._C._distributed_c10d import HashStore
 
 from data.shards.datamodule import ShardDataModule
-from sdxs_lightning import cli
+from sdxs_lightning import run_start
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks import checkpoint_writer
 from sdxs_lightning.callbacks.rank_monitor import RankMonitor
@@ -337,8 +337,8 @@ def test_all_ranks_resume_from_what_rank_0_chose(
     def looks(*_: Any) -> None:
         raise AssertionError("only rank 0 looks for checkpoints")
 
-    monkeypatch.setattr(cli, "Ranks", Second)
-    monkeypatch.setattr(cli, "chosen_checkpoint", looks)
+    monkeypatch.setattr(run_start, "Ranks", Second)
+    monkeypatch.setattr(run_start, "chosen_checkpoint", looks)
     assert train(tmp_path, config, "--ckpt_path", "last") == 2
     assert "error: rank 0 found none." in capfd.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -5,7 +5,7 @@ import json
 import os
 import struct
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from data.shards.checks import SampleCheck, odd_latents
 from data.shards.decoders import BadSampleError, decode, decode_latents
 from data.shards.index import ShardSet, index_shard, save_index, sidecar_path
 from data.shards.layout import Part, missing_member
-from data.shards.remote.patience import Patience
 from data.shards.remote.shard_cache import ShardCache
-from data.shards.remote.shard_file import RemoteFile, RemoteRanges
+from data.shards.remote.shard_file import RemoteFile
 from data.shards.sidecar import load_sidecar
 from data.shards.store import ShardStore
 from data.shards.tar_headers import BrokenShardError, tar_members
@@ -467,17 +466,6 @@ def test_a_transfer_that_was_cut_is_no_shard(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match=r"133,119 bytes came, but the server states 133,120"):
         cache.fetch(f"file://{path}", stamp)
     assert len(index_shard(f"file://{path}", folder, store)) == 40 and len(copied) == 3
-
-
-def test_a_server_that_ignores_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Whole:
-        def cat_file(self, name: str, start: int, end: int) -> bytes:
-            return WHOLE
-
-    find: Callable[[], Path | None] = lambda: None  # noqa: E731
-    monkeypatch.setattr("data.shards.remote.shard_file.file_system", lambda url: (Whole(), url))
-    with pytest.raises(OSError, match=r"133,120 bytes came where 5 were asked for.* set data\.cache_folder"):
-        RemoteFile(RemoteRanges("http://h/s.tar", Patience()), find).read(0, 5)
 
 
 def test_names_that_are_no_utf8(tmp_path: Path) -> None:
