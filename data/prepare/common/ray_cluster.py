@@ -52,6 +52,9 @@ def ray_cluster(options: DeviceOptions, network: bool) -> Iterator[RayCluster]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     # Ray's coming default, and its present one warns: CUDA_VISIBLE_DEVICES of a task without GPUs is left alone.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # Under `uv run` Ray would start the tasks by `uv run` in a copy of the working folder, where --no-sync finds no packages
+    # and Ray waits for ever. The nodes have the environment.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     try:
         import ray
     except ImportError:
