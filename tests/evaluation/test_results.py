@@ -39,7 +39,7 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 13
+    assert len(shown) == len(set(shown)) == 14
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -53,6 +53,21 @@ def test_the_table_of_speed_is_its_files() -> None:
     assert f"\n\n{table(measured)}\n\n" in PAGE
     written = " ".join(PAGE.replace("\\\n", " ").split())
     assert f"{measured['command']} --out evaluation/results/latency_cpu.json" in written
+
+
+def test_what_is_said_of_distillation_alone_is_its_file() -> None:
+    rows, teacher = result("toy_cold")["rows"], result("toy_teacher")["toy"]["teacher"]
+    plain, aligned = rows["cold_dmd2"], rows["cold_aligned"]
+    text, readme = " ".join(PAGE.split()), " ".join((ROOT / "README.md").read_text().split())
+    gained = 100 * (aligned["caption_accuracy"]["mean"] - plain["caption_accuracy"]["mean"])
+    cost = aligned["cpu_seconds"]["mean"] / plain["cpu_seconds"]["mean"]
+    assert f"at {cost:.2f} times the processor time, {gained:.0f} points more and a lower FID" in text
+    assert aligned["fid"]["mean"] < plain["fid"]["mean"]
+    before, after = (
+        100 * one for one in (teacher["1"]["caption_accuracy"], aligned["caption_accuracy"]["mean"])
+    )
+    assert f"has {before:.1f} % in one step" in text
+    assert f"from {before:.0f} to {after:.0f} % by itself" in readme
 
 
 def test_the_table_of_passes_is_its_file() -> None:
