@@ -10,7 +10,7 @@ CONTROLNET, CONTROLNET_TESTS = (
     "sdxs_lightning/stages/controlnet",
     "tests/training/test_controlnet_training.py",
 )
-CALLBACKS, RESUME = "sdxs_lightning/callbacks", "tests/training/test_resume_checks.py"
+CALLBACKS, RESUME = "sdxs_lightning/callbacks", "tests/training/resume"
 RIGHT, SHARDS = "tests/evaluation/metrics/test_right", "data/shards"
 STEP_BY_HAND = (
     "tests/training/distillation/test_training_step.py::test_an_iteration_equals_the_same_step_in_plain_torch"
@@ -263,63 +263,63 @@ MUTATIONS = (
         f"{CALLBACKS}/run_identity.py",
         "        if isinstance(value, Frozen):\n            yield here, value",
         "        if isinstance(value, Frozen) and not prefix:\n            yield here, value",
-        f"{RESUME}::test_networks_of_terms_and_those_that_load_on_first_use_are_compared",
+        f"{RESUME}/test_run_identity.py::test_networks_of_terms_and_those_that_load_on_first_use_are_compared",
     ),
     Mutation(
         "prediction type left out of the identity",
         f"{CALLBACKS}/run_identity.py",
         'identity["prediction_type"] = family.prediction_type',
         "pass",
-        f"{RESUME}::test_another_base_is_refused[prediction type]",
+        f"{RESUME}/test_run_identity.py::test_another_base_is_refused[prediction type]",
     ),
     Mutation(
         "heads and activations left out of the identity",
         f"{CALLBACKS}/run_identity.py",
         "if isinstance(network, ConfigMixin | PreTrainedModel) and not inside:",
         "if False:",
-        f"{RESUME}::test_what_weights_do_not_tell_is_compared",
+        f"{RESUME}/test_run_identity.py::test_what_weights_do_not_tell_is_compared",
     ),
     Mutation(
         "tokenizers left out of the identity",
         f"{CALLBACKS}/run_identity.py",
         "if tokenizers is not None:",
         "if False:",
-        f"{RESUME}::test_what_weights_do_not_tell_is_compared",
+        f"{RESUME}/test_run_identity.py::test_what_weights_do_not_tell_is_compared",
     ),
     Mutation(
         "checksum not verified",
         f"{CALLBACKS}/checkpoint_folder.py",
         "if wanted.get(name, value) != value",
         "if False",
-        f"{RESUME}::test_a_changed_checkpoint_is_passed_over_for_an_older_one[bit]",
+        f"{RESUME}/test_checkpoint_choice.py::test_a_changed_checkpoint_is_passed_over_for_an_older_one[bit]",
     ),
     Mutation(
         "checkpoints ordered by time",
         f"{CALLBACKS}/checkpoint_folder.py",
         "return self.starts, self.batches, self.student_updates",
         "return int(self.saved_at), self.batches, self.student_updates",
-        f"{RESUME}::test_a_clock_that_is_ahead_deletes_nothing",
+        f"{RESUME}/test_checkpoint_choice.py::test_a_clock_that_is_ahead_deletes_nothing",
     ),
     Mutation(
         "a changed manifest believed",
         f"{CALLBACKS}/checkpoint_folder.py",
         "return manifest if typed and whole else None",
         "return manifest if typed else None",
-        f"{RESUME}::test_a_manifest_that_has_changed_is_no_manifest",
+        f"{RESUME}/test_checkpoint_choice.py::test_a_manifest_that_has_changed_is_no_manifest",
     ),
     Mutation(
         "lock ignored",
         f"{CALLBACKS}/run_folder.py",
         "if self._is_alive(owner):",
         "if False:",
-        f"{RESUME}::test_a_lock_of_another_host_is_watched",
+        f"{RESUME}/test_run_lock.py::test_a_lock_of_another_host_is_watched",
     ),
     Mutation(
         "learning rate of the checkpoint kept",
         f"{CALLBACKS}/optimizer_settings.py",
         'group["lr"] = group["lr"] * new_lr / old_lr if old_lr else new_lr',
         "pass",
-        f"{RESUME}::test_a_restored_schedule_goes_on_as_if_begun_with_the_new_rate",
+        f"{RESUME}/test_optimizer_settings.py::test_a_restored_schedule_goes_on_as_if_begun_with_the_new_rate",
     ),
     Mutation(
         "a class of anyone imported",
