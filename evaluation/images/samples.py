@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.images.image_sets import NumberedImages
-from evaluation.images.prompt_files import captions_digest
+from evaluation.images.prompt_list import captions_digest
 from evaluation.networks.image_steps import apply_steps, still_to_do
 from evaluation.protocols.names import SCHEDULERS
 from sdxs_lightning.core.errors import UserError

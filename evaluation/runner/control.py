@@ -30,7 +30,7 @@ from evaluation.images.control_sets import (
     network_of,
 )
 from evaluation.images.controlled_pipeline import ControlledPipeline
-from evaluation.images.prompt_files import captions_digest
+from evaluation.images.prompt_list import captions_digest
 from evaluation.images.samples import ModelSamples
 from evaluation.metrics.control_adherence import ControlAdherence
 from evaluation.protocols.image_protocol import metric_hash

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.prepare.common.shared_work import Workforce
 from evaluation.images.image_sets import NumberedImages, open_images
-from evaluation.images.prompt_files import captions_digest
+from evaluation.images.prompt_list import captions_digest
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
 from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.sampled import PerImageMetric, SampledMetric

@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evaluation.images.image_sets import open_images
-from evaluation.images.prompt_files import PromptList, read_prompts, without_ending
+from evaluation.images.prompt_files import read_prompts
+from evaluation.images.prompt_list import PromptList, without_ending
 from evaluation.images.samples import ModelSamples, Samples, StoredSamples
 from evaluation.images.saved_images import SavedImages
 from evaluation.metrics.frechet import FeatureStatistics

@@ -19,7 +19,8 @@ from torchvision.transforms.functional import center_crop
 
 from data.shards.writer import ShardWriter
 from evaluation.images.image_sets import open_images
-from evaluation.images.prompt_files import PromptList, read_prompts
+from evaluation.images.prompt_files import read_prompts
+from evaluation.images.prompt_list import PromptList
 from evaluation.images.samples import StoredSamples
 from evaluation.images.shard_images import ShardImages
 from evaluation.networks.clip_models import CLIP_PRESETS

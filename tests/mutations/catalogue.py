@@ -345,7 +345,7 @@ MUTATIONS = (
     # What a measured number depends on.
     Mutation(
         "order of captions left out of their digest",
-        "evaluation/images/prompt_files.py",
+        "evaluation/images/prompt_list.py",
         "json.dumps(list(captions))",
         "json.dumps(sorted(captions))",
         f"{RIGHT}_numbers.py::test_captions_in_another_order_are_measured_again",
@@ -387,7 +387,7 @@ MUTATIONS = (
     ),
     Mutation(
         "captions matched by file name alone",
-        "evaluation/images/prompt_files.py",
+        "evaluation/images/prompt_list.py",
         'places = by_path.get(without_ending(name)) or by_file.get(key(name) or "", [])',
         'places = by_file.get(key(name) or "", [])',
         f"{RIGHT}_captions.py::test_names_match_by_relative_path_first_and_never_by_chance",

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from evaluation.images.image_sets import open_images
-from evaluation.images.prompt_files import PromptList, read_prompts
+from evaluation.images.prompt_files import read_prompts
+from evaluation.images.prompt_list import PromptList
 from sdxs_lightning.core.errors import UserError
 from tests.helpers.evaluated_images import (
     COUNT,
