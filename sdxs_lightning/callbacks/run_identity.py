@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.core.frozen import Frozen
+from sdxs_lightning.core.frozen import Frozen, is_comparable
 from sdxs_lightning.objectives.term import StudentTerm
 
 WEIGHTS, ROUNDED = "frozen weights", "frozen weights in bfloat16"
@@ -142,6 +142,9 @@ def compare_weights(saved: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[s
     for name, before in saved.get(WEIGHTS, {}).items():
         other = now[WEIGHTS].get(name)
         if other is None:
+            continue
+        if not is_comparable(before):
+            lines.append(f"{name} weights (the checkpoint is of an older version, so they were not compared)")
             continue
         old, new = _dtype(before), _dtype(other)
         rounded = saved.get(ROUNDED, {}).get(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from sdxs_lightning.core.frozen import fingerprint_of, is_comparable
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.lora import LoRA, add_lora
@@ -183,17 +184,9 @@ def load_denoiser(
 def frozen_fingerprint(network: nn.Module) -> str | None:
     """Fingerprint of the frozen weights, which checkpoints do not hold; None without any, or on the meta device.
 
-    Hashes only the first values of each tensor: two checkpoints of one architecture differ there, and hashing 2.6 billion
-    weights would be slow. Call it before casting or sharding.
+    Call it before casting or sharding.
     """
-    frozen = {name: p for name, p in network.named_parameters() if not p.requires_grad}
-    if not frozen or any(parameter.is_meta for parameter in frozen.values()):
-        return None
-    digest = hashlib.sha256()
-    for name, parameter in frozen.items():
-        digest.update(name.encode())
-        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return fingerprint_of({name: p for name, p in network.named_parameters() if not p.requires_grad})
 
 
 def check_frozen_weights(
@@ -211,7 +204,12 @@ def check_frozen_weights(
     """
     for role, found in now.items():
         before = checkpoint.get("frozen_weights", {}).get(role, found)
-        if before != found:
+        if before is not None and not is_comparable(before):
+            rank_zero_warn(
+                f"the frozen weights of {role} were not compared with those that the run began with: its checkpoint is of an "
+                "older version."
+            )
+        elif before != found:
             option = options.get(role, "family.init_args.base")
             raise ValueError(
                 f"the checkpoint's {role} was trained on frozen weights with fingerprint {before}, and this run loaded weights "

@@ -261,6 +261,15 @@ def test_what_weights_do_not_tell_is_compared(base: Callable[[str], Path], tmp_p
     assert compare_settings({"a": {"x": 1, "old": 2}}, {"a": {"x": 1, "new": 3}, "b": {}}) is None
 
 
+def test_fingerprints_of_an_older_version_are_not_compared_which_is_said() -> None:
+    saved = {"frozen weights": {"teacher": "float32:0123456789abcdef"}}
+    now = {"frozen weights": {"teacher": "float32:2:0123456789abcdef"}}
+    assert compare_weights(saved, now) == (
+        None,
+        ["teacher weights (the checkpoint is of an older version, so they were not compared)"],
+    )
+
+
 def test_tokenizers_are_told_apart_by_ids_and_lengths(base: Callable[[str], Path], tmp_path: Path) -> None:
     digests = []
     for number, change in enumerate(
