@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.file_modes import apply_umask
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import pipeline_variant, read_json
@@ -87,6 +88,7 @@ def export_pipeline(
     base_vae = pipeline.vae if vae is None else family.load_vae()
     if isinstance(base_vae, AutoencoderKL):
         absorb_shift(base_vae)
+    _cast(copy, dtype)
     for network in (*pipeline.components.values(), base_vae):
         if isinstance(network, nn.Module):
             nn.Module.to(network, dtype=dtype)  # the override of diffusers warns about every cast
@@ -215,7 +217,9 @@ def write_controlnet(controlnet: ControlNetModel, folder: Path, dtype: torch.dty
     weights = cast(dict[str, Tensor], get_model_state_dict(controlnet, options=options))
     if first_rank:
         with new_folder(folder) as written:
-            save_controlnet(plain_controlnet(controlnet, weights), written, dtype)
+            plain = plain_controlnet(controlnet, weights)
+            _cast(plain, dtype)
+            save_controlnet(plain, written, dtype)
 
 
 def write_adapters(
@@ -245,10 +249,25 @@ def write_adapters(
 
 
 def write_unet(unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> None:
-    """Writes a U-Net folder, completely or not at all; an existing one is replaced. The U-Net is cast to `dtype`."""
-    nn.Module.to(unet, dtype=dtype)  # the override of diffusers warns about every cast
+    """Writes a U-Net folder, completely or not at all; an existing one is replaced. The U-Net is cast to `dtype`.
+
+    Raises:
+        UserError: for weights that `dtype` cannot hold, and NaN.
+    """
+    _cast(unet, dtype)
     with new_folder(folder) as written:
         unet.save_pretrained(written, safe_serialization=True)
+
+
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a network in place; raises UserError if a weight is not finite then."""
+    nn.Module.to(network, dtype=dtype)  # the override of diffusers warns about every cast
+    for name, weight in network.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(
+                f"the {type(network).__name__}'s {name} has NaN, or values that {str(dtype).removeprefix('torch.')} cannot "
+                "hold; write float32 if it is not that already, or find where the weights are from."
+            )
 
 
 def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:

@@ -106,6 +106,7 @@ def merge(options: MergeOptions) -> str:
     from sdxs_lightning.networks.lora_files import add_to_weights, parameter_count, read_lora
 
     _check_new(options.out)
+    _check_outside(options.out, options.model)
     unet = _load(options.model, "--model")
     scales = options.scale * len(options.lora) if len(options.scale) == 1 else options.scale
     lines = []
@@ -180,6 +181,13 @@ def _write(options: ExtractOptions | ConvertOptions, adapters: object) -> Path:
 def _check_new(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out '{out}' exists and is not empty; remove it or give another one.")
+
+
+def _check_outside(out: Path, model: str) -> None:
+    if Path(model).exists() and out.resolve().is_relative_to(Path(model).resolve()):
+        raise UserError(
+            f"--out '{out}' is inside of --model '{model}', which is copied; give a folder beside it."
+        )
 
 
 def _load(model: str, option: str) -> UNet2DConditionModel:

@@ -40,7 +40,7 @@ def extract_lora(
         targets: ends of the names of the layers.
 
     Raises:
-        ValueError: for networks of different shapes, or without a difference.
+        ValueError: for networks of different shapes, with NaN or infinity, or without a difference.
 
     Source: Eckart-Young; the randomised decomposition is Halko et al., arXiv:0909.4061, algorithm 4.4.
     """
@@ -54,9 +54,13 @@ def extract_lora(
     adapters: Adapters = {}
     whole, kept, left_out = 0.0, 0.0, 0
     for name, old in before.items():
-        change = after[name].float() - old.float()
-        if not change.any():
+        if _equal_but_for_rounding(old, after[name]):
             continue
+        change = after[name].float() - old.float()
+        if not change.isfinite().all():
+            raise ValueError(
+                f"{name} holds NaN or infinity in one of the two U-Nets; give networks that draw."
+            )
         layer = name.removesuffix(".weight")
         if not any(f".{layer}".endswith(f".{target}") for target in targets) or change.dim() not in (2, 4):
             left_out += 1
@@ -68,6 +72,17 @@ def extract_lora(
             "the two U-Nets do not differ in any of the target layers; there is nothing to extract."
         )
     return Extraction(adapters, min(kept / whole, 1.0), left_out)
+
+
+def _equal_but_for_rounding(old: Tensor, new: Tensor) -> bool:
+    """Whether two tensors are the same, or one of them the other as stored in half precision, whose rounding is no tuning."""
+    if torch.equal(old, new):
+        return True
+    return any(
+        torch.equal(one.to(half).float(), other.float())
+        for half in (torch.float16, torch.bfloat16)
+        for one, other in ((old, new), (new, old))
+    )
 
 
 def low_rank(change: Tensor, rank: int) -> tuple[LowRank, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -97,6 +98,7 @@ def read_lora(source: str | Path, unet: UNet2DConditionModel, option: str = "lor
     tensors, metadata = _read_tensors(path, option)
     named = f"{option} '{path}'"
     _check_kind(tensors, named)
+    settings = _settings_of(metadata, path, named)
     text = {name for name in tensors if name.startswith(_TEXT)}
     others = len({match["layer"] for name in text if (match := _PART.match(name))})
     tensors = {name: tensor for name, tensor in tensors.items() if name not in text}
@@ -106,7 +108,7 @@ def read_lora(source: str | Path, unet: UNet2DConditionModel, option: str = "lor
         tensors = _from_original_names(tensors, unet, named)
     layers = {name: module for name, module in unet.named_modules() if _is_layer(module)}
     adapters = _grouped(tensors, layers, named)
-    alphas = _alphas(tensors, metadata, path, layers)
+    alphas = _alphas(tensors, settings, layers, named)
     found: Adapters = {}
     for name, (down, up) in adapters.items():
         found[name] = _checked(name, down, up, alphas.get(name), layers[name], named)
@@ -114,6 +116,8 @@ def read_lora(source: str | Path, unet: UNet2DConditionModel, option: str = "lor
         raise ValueError(
             f"{named} adapts no layer of a U-Net ({others} of text encoders); give a LoRA that does."
         )
+    if not any(one.alpha and one.up.any() and one.down.any() for one in found.values()):
+        raise ValueError(f"{named} changes nothing, since its matrices or alphas are 0; was it ever trained?")
     return LoraFile(found, others)
 
 
@@ -172,6 +176,25 @@ def _check_kind(tensors: Iterable[str], named: str) -> None:
             )
 
 
+def _settings_of(metadata: Mapping[str, str], path: Path, named: str) -> dict[str, Any]:
+    """The settings that diffusers writes into the header, or PEFT beside the file; empty without either."""
+    if _METADATA in metadata:
+        try:
+            whole = json.loads(metadata[_METADATA])
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{named} has a header whose {_METADATA} is not readable as JSON ({error}); write the file again."
+            ) from error
+        if not isinstance(whole, dict):
+            raise ValueError(
+                f"{named} has a header whose {_METADATA} is no JSON object; write the file again."
+            )
+        return {key.removeprefix("unet."): value for key, value in whole.items()}
+    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
+        return read_json(path.parent / PEFT_CONFIG)
+    return {}
+
+
 def _from_original_names(
     tensors: dict[str, Tensor], unet: UNet2DConditionModel, named: str
 ) -> dict[str, Tensor]:
@@ -221,7 +244,11 @@ def _grouped(
             unknown.append(match["layer"])
             continue
         part = "down" if match["part"] in ("lora_A", "lora_down", "lora.down") else "up"
-        parts.setdefault(layer, {})[part] = tensor
+        if part in parts.setdefault(layer, {}):
+            raise ValueError(
+                f"{named} has the layer {layer} under two names, such as '{key}'; remove one of them."
+            )
+        parts[layer][part] = tensor
     if unknown:
         raise ValueError(
             f"{named} adapts {len(set(unknown))} layer(s) that this U-Net does not have, such as {unknown[0]}; it was trained "
@@ -234,24 +261,25 @@ def _grouped(
 
 
 def _alphas(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], path: Path, layers: Iterable[str]
+    tensors: Mapping[str, Tensor], settings: Mapping[str, Any], layers: Iterable[str], named: str
 ) -> dict[str, float]:
-    """Alphas by layer, from tensors (kohya), the header (diffusers) or the config beside the file (PEFT)."""
+    """Alphas by layer, from tensors (kohya), or the settings of diffusers and PEFT."""
     names = {_flat(name): name for name in layers}
     found = {
-        _flat(_ALPHA.sub("", key)): float(tensor) for key, tensor in tensors.items() if key.endswith("alpha")
+        _flat(_ALPHA.sub("", key)): _alpha(tensor, key, named)
+        for key, tensor in tensors.items()
+        if key.endswith("alpha")
     }
     by_tensor = {names.get(flat) or names.get(f"{flat}_0", flat): value for flat, value in found.items()}
-    settings: dict[str, Any] = {}
-    if _METADATA in metadata:
-        whole = json.loads(metadata[_METADATA])
-        settings = {key.removeprefix("unet."): value for key, value in whole.items()}
-    elif path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
-        settings = read_json(path.parent / PEFT_CONFIG)
     if "lora_alpha" not in settings:
         return by_tensor
-    pattern = settings.get("alpha_pattern") or {}
-    by_config = {name: _by_pattern(pattern, name, float(settings["lora_alpha"])) for name in layers}
+    usual = _alpha(settings["lora_alpha"], "lora_alpha", named)
+    patterns = _patterns(settings.get("alpha_pattern") or {}, named)
+    by_config = {
+        # The first that a name ends with counts, as in PEFT.
+        name: next((value for pattern, value in patterns if pattern.match(name)), usual)
+        for name in layers
+    }
     if settings.get("use_rslora"):  # scaled by alpha / sqrt(rank), which is alpha' / rank for this alpha'
         ranks = {
             _flat(m["layer"]): len(t) for k, t in tensors.items() if (m := _PART.match(k)) and "lora_A" in k
@@ -260,11 +288,26 @@ def _alphas(
     return by_config | by_tensor
 
 
-def _by_pattern(pattern: Mapping[str, float], layer: str, usual: float) -> float:
-    """The value of the first pattern that a layer's name ends with, as PEFT reads `alpha_pattern`."""
-    return next(
-        (float(value) for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", layer)), usual
-    )
+def _alpha(value: Any, key: str, named: str) -> float:
+    single = value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, int | float)
+    alpha = float(value) if single else math.nan
+    if not math.isfinite(alpha):
+        found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) and not single else value
+        raise ValueError(
+            f"{named}: '{key}' is {found}, and an alpha is one finite number; the file is unusable."
+        )
+    return alpha
+
+
+def _patterns(given: Any, named: str) -> list[tuple[re.Pattern[str], float]]:
+    """PEFT's `alpha_pattern`: alphas by regular expressions of the ends of layers' names."""
+    try:
+        return [
+            (re.compile(rf"(.*\.)?({key})$"), _alpha(value, f"alpha_pattern.{key}", named))
+            for key, value in given.items()
+        ]
+    except (AttributeError, re.error) as error:
+        raise ValueError(f"{named}: alpha_pattern cannot be read ({error}); write the file again.") from error
 
 
 def _checked(
@@ -272,7 +315,16 @@ def _checked(
 ) -> LowRank:
     weight = getattr(layer, "base_layer", layer).weight
     assert isinstance(weight, Tensor)
-    rank, convolution = len(down), weight.dim() == 4
+    if not (down.is_floating_point() and up.is_floating_point()):
+        raise ValueError(
+            f"{named}: the matrices of {name} are {down.dtype}; a quantised LoRA cannot be read, give it in float16 or float32."
+        )
+    rank, convolution = len(down) if down.dim() else 0, weight.dim() == 4
+    if rank == 0 or up.dim() < 2 or up.shape[1] != rank:
+        raise ValueError(
+            f"{named}: the matrices of {name}, {tuple(down.shape)} and {tuple(up.shape)}, have no common rank of 1 or more; "
+            "the file is unusable."
+        )
     if convolution and down.dim() == 2:  # a 1x1 convolution stored as a linear layer
         down, up = down[:, :, None, None], up[:, :, None, None]
     if not convolution and down.dim() == 4:

@@ -49,6 +49,10 @@ def publish(options: PublishOptions) -> str:
         raise UserError(
             f"--out '{options.out}' exists and is not a folder of this command; remove it or give another one."
         )
+    if options.out.resolve().is_relative_to(run.exported.resolve()):
+        raise UserError(
+            f"--out '{options.out}' is inside of '{run.exported}', which is copied; give another folder."
+        )
     partner = partner_folder(run, options.partner)
     settings = (
         _stored_settings(options.out)

@@ -23,6 +23,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, seed in (("one", 0), ("two", 1)):
         (folder / name).mkdir()
         write_lora(folder / name, adapters_of(trained("sd", seed=seed)), dtype=torch.float32)
+    (folder / "huge").mkdir()
+    huge = {name: one._replace(up=one.up * 1e6) for name, one in adapters_of(trained("sd")).items()}
+    write_lora(folder / "huge", huge, dtype=torch.float32)
     return folder
 
 
@@ -95,6 +98,8 @@ def test_a_file_is_converted(world: Path, tmp_path: Path) -> None:
     [
         (["--scale", "1", "2", "3", "--out", "{new}"], "--scale has 3 values for 1 LoRAs"),
         (["--out", "{base}"], "exists and is not empty"),
+        (["--out", "{base}/new"], "is inside of --model"),
+        (["--out", "{new}", "--lora", "{huge}"], "has NaN, or values that float16 cannot hold"),
         (["--lora", "none.safetensors", "--out", "{new}"], "--lora: there is no file or folder"),
         (["--model", "none", "--out", "{new}"], "--model 'none' is neither a U-Net folder"),
     ],
@@ -103,9 +108,9 @@ def test_refusals_are_one_sentence(
     world: Path, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["--model", "{base}", "--lora", "{one}", *arguments]
-    places = {"base": world / "base", "one": world / "one", "new": tmp_path / "new"}
+    places = {name: world / name for name in ("base", "one", "huge")} | {"new": tmp_path / "new"}
     with pytest.raises(SystemExit) as end:
         main(["merge", *(one.format(**places) for one in given)])
     said = capsys.readouterr().err
     assert end.value.code == 2 and message in said and said.count("\n") == 1
-    assert not (tmp_path / "new").exists()
+    assert not (tmp_path / "new").exists() and not (world / "base" / "new").exists()

@@ -420,8 +420,43 @@ def broken(how: str, folder: Path) -> Path:
         tensors["unet.conv_in.weight"] = torch.ones(3)
     if how == "unknown layer":
         tensors["unet.down_blocks.7.conv.lora_A.weight"] = torch.ones(3)
-    save_file(tensors, path)
+    _break_numbers(how, tensors)
+    save_file(tensors, path, HEADERS.get(how))
     return path
+
+
+HEADERS = {
+    how: {"lora_adapter_metadata": text}
+    for how, text in {
+        "header": "{",
+        "header's list": "[1]",
+        "header's alpha": '{"unet.lora_alpha": NaN}',
+        "header's null": '{"unet.lora_alpha": null}',
+        "header's pattern": '{"unet.lora_alpha": 4, "unet.alpha_pattern": {"(": 1}}',
+        "header's patterns": '{"unet.lora_alpha": 4, "unet.alpha_pattern": [1]}',
+        "header's zero": '{"unet.lora_alpha": 0}',
+    }.items()
+}
+
+
+def _break_numbers(how: str, tensors: dict[str, Tensor]) -> None:
+    first = next(name for name in tensors if ".lora_A." in name)
+    second, layer = first.replace("lora_A", "lora_B"), first.removesuffix(".lora_A.weight")
+    if how.startswith("alpha"):
+        tensors[f"{layer}.alpha"] = {"nan": torch.tensor(torch.nan), "list": torch.ones(3)}[how.split()[1]]
+    if how == "no rank":
+        tensors[first], tensors[second] = tensors[first][:0], tensors[second][:, :0]
+    if how == "other ranks":
+        tensors[first] = tensors[first][:1]
+    if how == "number":
+        tensors[first] = torch.tensor(1.0)
+    if how == "bytes":
+        tensors[first] = tensors[first].to(torch.int8)
+    if how == "zeros":
+        tensors.update({name: one * 0 for name, one in tensors.items() if ".lora_B." in name})
+    if how == "twice":
+        kohya = f"lora_unet_{layer.removeprefix('unet.').replace('.', '_')}"
+        tensors[f"{kohya}.lora_down.weight"] = tensors[first].clone()
 
 
 @pytest.mark.parametrize(
@@ -438,6 +473,21 @@ def broken(how: str, folder: Path) -> Path:
         ("nan", "hold NaN or infinity"),
         ("weights", "'unet.conv_in.weight', which is no part of a LoRA"),
         ("unknown layer", "1 layer\\(s\\) that this U-Net does not have, such as"),
+        ("alpha nan", "alpha' is nan, and an alpha is one finite number"),
+        ("alpha list", "alpha' is of shape \\(3,\\), and an alpha is one finite number"),
+        ("no rank", "have no common rank of 1 or more"),
+        ("other ranks", "have no common rank of 1 or more"),
+        ("number", "have no common rank of 1 or more"),
+        ("bytes", "torch.int8; a quantised LoRA cannot be read"),
+        ("zeros", "changes nothing, since its matrices or alphas are 0"),
+        ("twice", "under two names"),
+        ("header", "header whose lora_adapter_metadata is not readable as JSON"),
+        ("header's list", "lora_adapter_metadata is no JSON object"),
+        ("header's alpha", "'lora_alpha' is nan"),
+        ("header's null", "'lora_alpha' is None"),
+        ("header's zero", "changes nothing"),
+        ("header's pattern", "alpha_pattern cannot be read"),
+        ("header's patterns", "alpha_pattern cannot be read"),
     ],
 )
 def test_what_cannot_be_used_is_refused(how: str, message: str, tmp_path: Path) -> None:
@@ -487,6 +537,12 @@ def test_extraction_refuses_what_has_no_difference() -> None:
         extract_lora(unet_of("sd"), unet_of("pruned"), 2, TARGETS)
     with pytest.raises(ValueError, match="do not differ"):
         extract_lora(unet_of("sd"), unet_of("sd"), 2, TARGETS)
+    with pytest.raises(ValueError, match="do not differ"):  # but for rounding
+        extract_lora(unet_of("sd").half(), unet_of("sd"), 2, TARGETS)
+    broken = unet_of("sd")
+    broken.get_submodule("down_blocks.0.resnets.0.conv1").weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="down_blocks.0.resnets.0.conv1.weight holds NaN or infinity"):
+        extract_lora(unet_of("sd"), broken, 2, TARGETS)
 
 
 def test_the_files_have_the_names_that_readers_look_for(tmp_path: Path) -> None:
