@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.disk_room import SMALLEST_FILE_BYTES, check_room
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
-from sdxs_lightning.core.image_formats import readable_formats
+from sdxs_lightning.core.image_formats import as_rgb, readable_formats
 from sdxs_lightning.core.option_bounds import LARGEST_SCALE, LARGEST_SIDE_PX, MOST_STEPS
 
 if TYPE_CHECKING:
@@ -183,12 +183,12 @@ def _images(
 
 def _read(file: Path, option: str, size: tuple[int, int]) -> Image.Image:
     """The image at a size (height, width)."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(file, formats=readable_formats()) as image:
-            return image.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            return as_rgb(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{option} '{file}' cannot be read as an image ({error}).") from error
 
 

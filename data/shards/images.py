@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from data.shards.order.sample_order import Draw, draw
 from sdxs_lightning.core.errors import OneLineError
-from sdxs_lightning.core.image_formats import FORMATS, readable_formats
+from sdxs_lightning.core.image_formats import FORMATS, as_rgb, readable_formats
 
 MAX_PIXELS = 100_000_000
 """Limit on decoded images, since a file of a few kB can claim any size; 10,000 x 10,000 exceeds any training image."""
@@ -36,7 +36,6 @@ OTHER_SUFFIXES = (
 """File extensions of unsupported image formats; folders with such files are refused rather than read without them."""
 
 _ORIENTATION = 0x0112
-_STRIP_PIXELS = 1 << 22  # transparency is composited in strips, which avoids three full-size copies
 
 _Depth = TypeVar("_Depth", np.uint8, np.uint16)
 Bytes = bytes | memoryview
@@ -200,39 +199,11 @@ def _loaded(opened: Image.Image, upright: bool) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             opened.load()  # raises for a truncated JPEG instead of filling it with grey
-        converted = _rgb(opened)
+        converted = as_rgb(opened)
     except Exception as error:  # as in open_image
         raise UndecodableImageError(_reason(error)) from error
     exif = orientation(opened) if upright else 1
     return converted if exif == 1 else Image.fromarray(_upright(np.asarray(converted), exif))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        return _rgb_of_deep_grey(image)
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"its pixels are 32-bit numbers (mode {image.mode}), whose black and white are not known; store 8 or 16 bits"
-        )
-    if not (image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info):
-        return image.convert("RGB")
-    composed = Image.new("RGB", image.size)
-    rows = max(1, _STRIP_PIXELS // image.width)
-    for top in range(0, image.height, rows):
-        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-        strip.info = image.info
-        white = Image.new("RGBA", strip.size, "white")
-        composed.paste(Image.alpha_composite(white, strip.convert("RGBA")).convert("RGB"), (0, top))
-    return composed
-
-
-def _rgb_of_deep_grey(image: Image.Image) -> Image.Image:
-    """Upper 8 bits of 16-bit grey, as Pillow and libpng treat 16-bit colour; Pillow's own conversion clips to white."""
-    values = np.asarray(image).astype(np.uint16)
-    grey = (values >> 8).astype(np.uint8)
-    if isinstance(transparent := image.info.get("transparency"), int):
-        grey[values == transparent] = 255
-    return Image.fromarray(grey).convert("RGB")
 
 
 def _reason(error: Exception) -> str:

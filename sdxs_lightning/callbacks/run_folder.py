@@ -209,6 +209,16 @@ def write_start(folder: Path, machines: Sequence[Mapping[str, str]], resumed_fro
         file.write(json.dumps(start) + "\n")
 
 
+def last_beginning(folder: Path) -> datetime | None:
+    """When a run was last started without a checkpoint, in STARTS; None if that does not say."""
+    try:
+        starts = [json.loads(line) for line in (folder / STARTS).read_text(encoding="utf-8").splitlines()]
+        times = [datetime.fromisoformat(one["started"]) for one in starts if one["resumed_from"] is None]
+    except (OSError, ValueError, TypeError, KeyError):  # of an older version, or cut off
+        return None
+    return max(times, default=None)
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     try:
         found = subprocess.run(

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from sdxs_lightning.core.errors import UserError, first_line
+from sdxs_lightning.core.image_formats import as_rgb
 from sdxs_lightning.families.folders import check_libraries, pipeline_variant, read_json
 from sdxs_lightning.inference.generator import OneStepGenerator
 
@@ -174,7 +175,7 @@ class Studio:
             )
         height, width = self.generator.model.size
         scale = max(width / image.width, height / image.height)
-        wide = image.convert("RGB").resize(
+        wide = as_rgb(image).resize(
             (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
             Image.Resampling.LANCZOS,
         )

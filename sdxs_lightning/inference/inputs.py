@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.image_formats import as_rgb
 
 Images = Sequence[Any] | Tensor | np.ndarray[Any, Any] | Image.Image
 """One image or several: PIL, uint8 arrays (H, W, 3), or a uint8 tensor (B, 3, H, W)."""
@@ -106,7 +107,10 @@ def image_tensor(images: Images, count: int, size: tuple[int, int], what: str) -
 def _frame(image: Any, index: int, what: str) -> Tensor:
     """One image as (3, H, W) uint8."""
     if isinstance(image, Image.Image):
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        try:
+            return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
+        except ValueError as error:
+            raise UserError(f"{what}[{index}]: {error}.") from error
     if isinstance(image, Tensor):
         frame, channels = image.cpu(), 0
     else:

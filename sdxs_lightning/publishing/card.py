@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from sdxs_lightning.publishing.calling import Settings, Snippet
-from sdxs_lightning.publishing.runs import Kind, Run
-from sdxs_lightning.publishing.scores import SECTION, Number, table
+from sdxs_lightning.publishing.runs import FAMILIES, Kind, Run
+from sdxs_lightning.publishing.scores import SECTION, Number, cell, table
 
 WHAT: dict[Kind, str] = {
     "pipeline": "A {steps} text-to-image student",
@@ -23,9 +23,6 @@ NAMES = {
     "openrail++": "CreativeML Open RAIL++-M",
     "apache-2.0": "Apache License 2.0",
 }
-
-TAGS = {"StableDiffusion": "stable-diffusion", "StableDiffusionXL": "stable-diffusion-xl"}
-"""The hub's tag of each family."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ def write_card(facts: Facts) -> str:
         _calling(facts),
         "## Samples",
         "| | prompt |\n|---|---|\n"
-        + "\n".join(f"| ![]({file}) | {_cell(prompt)} |" for file, prompt in facts.samples),
+        + "\n".join(f"| ![]({file}) | {cell(prompt)} |" for file, prompt in facts.samples),
         SECTION,
         _measured(facts),
         "## Made from",
@@ -79,7 +76,7 @@ def _header(facts: Facts) -> str:
     run = facts.run
     results = [number.result() for number in facts.numbers]
     relation = {"lora": "adapter", "controlnet": "adapter"}.get(run.kind, "finetune")
-    tags = [*([] if run.for_base else ["sdxs", "one-step"]), TAGS[run.family_name]]
+    tags = [*([] if run.for_base else ["sdxs", "one-step"]), FAMILIES[run.family_name]]
     tags += {"lora": ["lora"], "controlnet": ["controlnet"], "decoder": ["autoencoder"]}.get(run.kind, [])
     settings: dict[str, Any] = {"base_model": facts.base_model, "base_model_relation": relation}
     data = ModelCardData(
@@ -178,7 +175,7 @@ def _made_from(facts: Facts) -> str:
         ("code", f"commit `{commit}`{changed}" if commit else "commit unknown"),
         ("versions", versions or "unknown"),
     ]
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {cell(value)} |" for name, value in rows)])
 
 
 def _licence(facts: Facts) -> str:
@@ -199,8 +196,3 @@ def _licence(facts: Facts) -> str:
 
 def _steps(count: int) -> str:
     return "one step" if count == 1 else f"{count} steps"
-
-
-def _cell(text: str) -> str:
-    """Text that a row of a Markdown table can hold."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -6,13 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sdxs_lightning.callbacks.run_folder import ORIGIN
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError, first_line
-from sdxs_lightning.core.image_formats import readable_formats
+from sdxs_lightning.core.image_formats import as_rgb, readable_formats
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.publishing.calling import (
     CONDITION,
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from sdxs_lightning.publish import PublishOptions
 
 MANIFEST = "publish.json"
-"""Marks a folder that this command wrote: its name, how its code calls it, and the hashes of its files."""
+"""Marks a folder that this command wrote: its name, code, licence, how the code calls it, and the hashes of its files."""
+NOTED = {"name", "calling", "code", "licence", "files"}
+"""What it has to hold."""
 ADDED = {"", ".md", ".txt", ".png", ".jpg", ".webp", ".gif"}
 """Kinds of files that may be added to a folder by hand: the licence, pictures for the card."""
 
@@ -44,6 +46,7 @@ def publish(options: PublishOptions) -> str:
     """
     _check_repo_id(options.repo_id)
     run = read_run(options.run)
+    _check_options(options, run)
     known = (options.out / MANIFEST).is_file()
     if options.out.exists() and not known and (not options.out.is_dir() or any(options.out.iterdir())):
         raise UserError(
@@ -55,7 +58,7 @@ def publish(options: PublishOptions) -> str:
         )
     partner = partner_folder(run, options.partner)
     settings = (
-        _stored_settings(options.out)
+        _stored_settings(options)
         if known
         else settings_of(run, partner, options.steps, options.guidance_scale, options.scale)
     )
@@ -73,6 +76,21 @@ def publish(options: PublishOptions) -> str:
     if options.repo_id is not None:
         lines.append(f"uploaded: {upload(options.out, options.repo_id, options.private)}")
     return "\n".join(lines)
+
+
+def _check_options(options: PublishOptions, run: Run) -> None:
+    """Raises UserError for options that would be without effect."""
+    if options.base_model is not None and hub_id(options.base_model) is None:
+        raise UserError(f"--base_model is '{options.base_model}'; give the base's hub id (org/name).")
+    students = "LoRAs and ControlNets of a student"
+    useless = {
+        "student": (run.for_base or run.kind == "pipeline", students),
+        "partner": (run.kind == "pipeline", "LoRAs, ControlNets and decoders"),
+        "condition": (run.kind != "controlnet", "ControlNets"),
+    }
+    for name, (is_useless, whose) in useless.items():
+        if getattr(options, name) is not None and is_useless:
+            raise UserError(f"--{name} is of {whose}, and this run made a {run.kind}; leave it out.")
 
 
 def _check_repo_id(repo_id: str | None) -> None:
@@ -158,9 +176,9 @@ def _add(
         resolution=resolution,
         settings=settings,
     )
-    (folder / "README.md").write_text(write_card(facts))
+    (folder / "README.md").write_text(write_card(facts), encoding="utf-8")
     content = {"name": name, "kind": run.kind, "partner": partner_name, "calling": asdict(settings)}
-    content |= {"files": _files(folder)}
+    content |= {"code": snippets[0].code, "licence": licence, "files": _files(folder)}
     (folder / MANIFEST).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -195,16 +213,15 @@ def _add_kohya(run: Run, partner: Path, folder: Path) -> None:
 
 
 def _add_condition(condition: Path | None, folder: Path, resolution: tuple[int, int]) -> None:
-    from PIL import Image, ImageDraw, UnidentifiedImageError
+    from PIL import Image, ImageDraw
 
     height, width = resolution
     if condition is not None:
         try:
-            Image.open(condition, formats=readable_formats()).convert("RGB").resize((width, height)).save(
-                folder / CONDITION
-            )
-        except (FileNotFoundError, UnidentifiedImageError) as error:
-            raise UserError(f"--condition '{condition}' is no image ({error}).") from error
+            with Image.open(condition, formats=readable_formats()) as opened:
+                as_rgb(opened).resize((width, height)).save(folder / CONDITION)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"--condition '{condition}' cannot be read as an image ({error}).") from error
         return
     image = Image.new("RGB", (width, height))
     box = (width // 4, height // 4, 3 * width // 4, 3 * height // 4)
@@ -225,18 +242,40 @@ def _resolution(pipeline: Path) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------- checking, uploading
 
 
-def _stored_settings(folder: Path) -> Settings:
+def _stored_settings(options: PublishOptions) -> Settings:
     """How the card's code in a folder of this command calls the model.
 
     Raises:
-        UserError: for a folder of an older version.
+        UserError: for a folder of an older version, or options that say something else.
     """
-    found = read_json(folder / MANIFEST)
-    if "files" not in found or "calling" not in found:
+    found = _manifest(options.out)
+    settings = Settings(**found["calling"])
+    for name in ("steps", "guidance_scale", "scale"):
+        given = getattr(options, name)
+        if given is not None and given != getattr(settings, name):
+            raise UserError(
+                f"--{name} is {given}, and the card's code in '{options.out}' has {getattr(settings, name)}; remove the folder "
+                "and run again."
+            )
+    return settings
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What this command noted of a folder; raises UserError for that of another version, or a damaged one."""
+    try:
+        found = read_json(folder / MANIFEST)
+    except ValueError as error:
+        raise UserError(f"{error} Remove '{folder}' and run again.") from error
+    names = {field.name for field in fields(Settings)}
+    if (
+        not found.keys() >= NOTED
+        or not isinstance(found["calling"], dict)
+        or found["calling"].keys() != names
+    ):
         raise UserError(
-            f"'{folder}' is of an older version of this command, which noted less; remove it and run again."
+            f"'{folder}' is of another version of this command, which noted other things; remove it and run again."
         )
-    return Settings(**found["calling"])
+    return found
 
 
 def check_folder(folder: Path, run: Run, numbers: Sequence[Number], repo_id: str | None) -> None:
@@ -246,8 +285,10 @@ def check_folder(folder: Path, run: Run, numbers: Sequence[Number], repo_id: str
         UserError: for other files than were written or than the run's, a number that is not the run's, or another name than
             the card's.
     """
-    manifest = read_json(folder / MANIFEST)
+    manifest = _manifest(folder)
     written, found = manifest["files"], _files(folder)
+    if not (folder / "README.md").is_file():
+        raise UserError(f"'{folder / 'README.md'}' is missing; remove the folder and run again.")
     for name in sorted(written.keys() | found.keys()):
         added = name not in written and Path(name).suffix in ADDED and not name.startswith("scores/")
         if written.get(name) != found.get(name) and not added:
@@ -264,7 +305,12 @@ def check_folder(folder: Path, run: Run, numbers: Sequence[Number], repo_id: str
             f"--repo_id is {repo_id}, and the card's code calls {manifest['name']}; remove '{folder}' and run again with "
             "--repo_id."
         )
-    check_card((folder / "README.md").read_text(), numbers)
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    if manifest["code"] not in text:
+        raise UserError(
+            f"'{folder / 'README.md'}' has other code than made the samples and was measured; remove the folder and run again."
+        )
+    check_card(text, numbers, manifest["licence"])
 
 
 def upload(folder: Path, repo_id: str, private: bool) -> str:

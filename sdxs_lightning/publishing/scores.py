@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdxs_lightning.callbacks.run_folder import ORIGIN
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import UserError, one_line
 from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from sdxs_lightning.networks.lora_files import hash_lora
 from sdxs_lightning.publishing.calling import Settings
@@ -84,14 +86,14 @@ class Number:
         """Row of the card's table."""
         guided = "" if self.guidance_scale is None else f"{self.guidance_scale:g}"
         return (
-            self.title,
+            cell(self.title),
             f"{self.value:.6g}",
             self.interval,
             str(self.samples),
             "" if self.steps is None else str(self.steps),
             "none" if self.guidance_scale is not None and self.guidance_scale <= 1 else guided,
             "" if self.scale is None else f"{self.scale:g}",
-            self.protocol,
+            cell(self.protocol),
             f"`{self.hash}`",
         )
 
@@ -108,8 +110,13 @@ class Number:
             metric_type=self.metric,
             metric_name=self.title,
             metric_value=self.value,
-            metric_args={name: found[name] for name in names if name in names[:4] or found[name] is not None},
+            metric_args={name: found[name] for name in names if found[name] is not None},
         )
+
+
+def cell(text: str) -> str:
+    """Text that a row of a Markdown table can hold."""
+    return one_line(text).replace("|", "\\|")
 
 
 def table(numbers: Sequence[Number]) -> str:
@@ -139,7 +146,10 @@ def read_scores(run: Run, settings: Settings, partner: Path) -> Scores:
         UserError: for a number that contradicts its own file or the card's code: of other weights, another student or base,
             other steps, outside its interval, changed settings.
     """
-    exported, paired = hash_of_export(run), hash_of_partner(run, partner)
+    try:
+        exported, paired = hash_of_export(run), hash_of_partner(run, partner)
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(str(error)) from error
     numbers, skipped = [], []
     for path in sorted([*run.folder.glob("*.json"), *run.folder.glob("scores/*.json")]):
         source = path.relative_to(run.folder).as_posix()
@@ -254,6 +264,18 @@ def _numbers_of(content: dict[str, Any], kind: Kind, path: Path, source: str) ->
 
 def _check(number: Number, top: Any, settings: dict[str, Any], path: Path) -> None:
     """Raises UserError if a number contradicts the rest of its file."""
+    for name in ("value", "low", "high", "guidance_scale", "scale"):
+        found = getattr(number, name)
+        if found is not None and not (isinstance(found, int | float) and math.isfinite(found)):
+            raise UserError(
+                f"'{path}': {name} of {number.metric} is {found!r}, and not a finite number; measure again."
+            )
+    counted = settings.get("samples")
+    if number.samples < 1 or (isinstance(counted, int) and number.samples > counted):
+        raise UserError(
+            f"'{path}': {number.metric} says {number.samples} images, and its settings {counted}: the file was altered, "
+            "measure again."
+        )
     if isinstance(top, int | float) and float(top) != number.value:
         raise UserError(
             f"'{path}' has two values of {number.metric}, {top} and {number.value}: the file was altered, measure again."
@@ -275,15 +297,16 @@ def hash_of(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check_card(text: str, numbers: Sequence[Number]) -> None:
+def check_card(text: str, numbers: Sequence[Number], licence: str) -> None:
     """Checks that each number of a card is one of the run's, with all that it depends on.
 
     Args:
         text: the card: the table of its section "Measured", and the results in its header.
         numbers: those of the run's score files.
+        licence: of the base, which the header has to name.
 
     Raises:
-        UserError: for a number that is not found there, or a card whose header cannot be parsed.
+        UserError: for a number that is not found there, a card whose header cannot be parsed, or another licence.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -291,17 +314,23 @@ def check_card(text: str, numbers: Sequence[Number]) -> None:
         raise UserError(f"README.md has no section '{SECTION}' for the run's numbers; write the card again.")
     known = {_plain(number.cells()) for number in numbers} | {HEAD, ("---",) * len(HEAD)}
     for row in _rows(text):
-        if _plain(row.strip().strip("|").split("|")) not in known:
+        if _plain(_cells(row)) not in known:
             raise UserError(
                 f"README.md has a row that the run's scores do not have: {row.strip()}. Write the card again, or measure again."
             )
     try:
         data = ModelCard(text, ignore_metadata_errors=False).data
+        given = data.to_dict().get("license")
         results = (data.eval_results if isinstance(data, ModelCardData) else None) or []
     except Exception as error:  # huggingface_hub raises what yaml and its own checks raise
         raise UserError(
             f"the header of README.md cannot be parsed ({' '.join(str(error).split())})."
         ) from error
+    if given != licence:
+        raise UserError(
+            f"the header of README.md has the license {given}, and what was made from the base is under its {licence}; write "
+            "that there."
+        )
     expected = [number.result() for number in numbers]
     for result in results:
         if result not in expected:
@@ -317,10 +346,15 @@ def _rows(text: str) -> list[str]:
     for line in text.splitlines():
         if line.lstrip().startswith(("# ", "## ")):
             inside = line.strip() == SECTION
-        hashed = line.lstrip().startswith("|") and any(_is_hash(cell) for cell in _plain(line.split("|")))
+        hashed = line.lstrip().startswith("|") and any(_is_hash(one) for one in _plain(_cells(line)))
         if hashed or (inside and "|" in line):
             found.append(line)
     return found
+
+
+def _cells(row: str) -> list[str]:
+    """Cells of a row of a table; a bar with a backslash in front is text."""
+    return re.split(r"(?<!\\)\|", row.strip().removeprefix("|").removesuffix("|"))
 
 
 def _plain(cells: Sequence[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from evaluation.images.samples import ModelSamples, PipelineImages, StudentImage
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.inference.generator import OneStepGenerator, sample_images
+from sdxs_lightning.inference.inputs import image_tensor
 from sdxs_lightning.inference.model_folder import is_student
 from sdxs_lightning.lora import ConvertOptions, convert
 from tests.helpers.students import KINDS, PROMPTS, SEEDS, condition, stock_images
@@ -324,3 +325,14 @@ def test_a_lora_of_text_encoders_too(student: Students, tmp_path: Path) -> None:
     )
     found = OneStepGenerator.load(student("sd"), lora=out, device="cpu").generate(PROMPTS)
     assert int((found.int() - expected.int()).abs().max()) <= 1
+
+
+def test_deep_and_transparent_images_are_read_as_in_training() -> None:
+    """Pillow's own conversion clips 16-bit grey to white, and drops alpha."""
+    deep = np.linspace(0, 65535, 16, dtype=np.uint16).reshape(4, 4)
+    (frame,) = image_tensor(Image.fromarray(deep), 1, (4, 4), "image")
+    assert np.array_equal(frame.numpy(), np.broadcast_to(deep >> 8, (3, 4, 4)))
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert image_tensor(clear, 1, (4, 4), "image").unique().tolist() == [255]
+    with pytest.raises(UserError, match=r"image\[0\]: its pixels are 32-bit numbers"):
+        image_tensor(Image.new("F", (4, 4)), 1, (4, 4), "image")

@@ -14,6 +14,7 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from PIL import Image
 
@@ -290,6 +291,10 @@ def in_file(name: str) -> Callable[[Path], None]:
     return alter
 
 
+def put(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
 def other_line_ends(folder: Path) -> None:
     path = folder / "hub" / "README.md"
     text = path.read_text().replace("| FID | 31.25 |", "| FID | 21.25 |")
@@ -337,6 +342,15 @@ def other_weights(folder: Path) -> None:
         (in_file("samples/0.png"), "0.png' is not what was written there"),
         (in_file("scores/other.json"), "other.json' is not what was written there"),
         (in_scores(seconds=1.0), "scores/scores.json' is not what is in the run"),
+        (in_scores(fid=None, fid_value=float("nan")), "value of fid is nan, and not a finite number"),
+        (in_scores(fid_low="a"), "low of fid is 'a', and not a finite number"),
+        (in_scores(guidance_scale=float("nan")), "guidance_scale of fid is nan, and not a finite number"),
+        (in_scores(fid_samples=30000), "fid says 30000 images, and its settings 40"),
+        (in_card("guidance_scale=0,", "guidance_scale=7.5,"), "has other code than made the samples"),
+        (in_card("license: creativeml-openrail-m", "license: mit"), "has the license mit, and what was made"),
+        (lambda mine: (mine / "hub" / "README.md").unlink(), "README.md' is missing"),
+        (lambda mine: put(mine / "hub" / "publish.json", "[]"), "must hold a JSON object, got a list"),
+        (lambda mine: put(mine / "hub" / "publish.json", "{}"), "is of another version of this command"),
         (in_card("license:", "license: ["), "the header of README.md cannot be parsed"),
         (other_weights, ".safetensors' is not what was written there"),
     ],
@@ -373,6 +387,22 @@ def test_a_folder_can_be_edited_and_is_checked_again(mine: Path, capsys: pytest.
         (["{student}", "--out", "{out}", "--scale", "4"], "--scale is of LoRAs and ControlNets"),
         (["{student}", "--out", "{hub}", "--repo_id", "me/other"], "the card's code calls your-name/student"),
         (["{unfinished}", "--out", "{out}"], "so the run is not finished"),
+        (["{student}", "--out", "{student}/pipeline/hub"], "is inside of"),
+        (["{student}", "--out", "{hub}", "--base_model", "a folder"], "give the base's hub id (org/name)"),
+        (
+            ["{student}", "--out", "{out}", "--student", "a/b"],
+            "--student is of LoRAs and ControlNets of a student",
+        ),
+        (["{student}", "--out", "{out}", "--partner", "{hub}"], "--partner is of LoRAs, ControlNets and"),
+        (
+            ["{student}", "--out", "{out}", "--condition", "{hub}"],
+            "--condition is of ControlNets, and this run",
+        ),
+        (
+            ["{student}", "--out", "{out}", "--licence", "no: ["],
+            "--licence is 'no: ['; give --licence in the",
+        ),
+        (["{student}", "--out", "{hub}", "--steps", "4"], "--steps is 4, and the card's code in"),
     ],
 )
 def test_refusals(mine: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,6 +411,76 @@ def test_refusals(mine: Path, arguments: list[str], message: str, capsys: pytest
     places = {name: mine / name for name in ("new", "out", "student", "hub", "unfinished")}
     assert message in refusal([one.format(**places) for one in arguments], capsys)
     assert not (mine / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "message"),
+    [
+        ("model", "x", "model is 'x'"),
+        ("model.init_args", None, "model.init_args.family is None"),
+        ("model.init_args.family.init_args", {}, "model.init_args.family.init_args.base is None"),
+        (
+            "model.init_args.family.class_path",
+            "a.B;open('x', 'w')",
+            "the family is \"B;open('x', 'w')\", and cards",
+        ),
+        ("model.init_args.student", "x", "model.init_args.student.init_args is 'x'"),
+        ("model.init_args.style", "x", "model.init_args.style is 'x'"),
+        ("data", None, "data is None"),
+        ("data.init_args", [1], "data.init_args is [1]"),
+    ],
+)
+def test_what_is_no_configuration_of_a_stage(
+    mine: Path, entry: str, value: object, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = mine / "student" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    *names, last = entry.split(".")
+    inner = config
+    for name in names:
+        inner = inner[name]
+    inner[last] = value
+    path.write_text(yaml.safe_dump(config))
+    assert message in refusal([str(mine / "student"), "--out", str(mine / "out"), *SHORT], capsys)
+
+
+def test_an_export_of_another_run_in_the_folder(mine: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    student = mine / "student"
+    arguments = [str(student), "--out", str(mine / "hub")]
+    (student / "starts.jsonl").write_text('{"started": "2020-01-01T00:00:00+00:00", "resumed_from": null}\n')
+    main(arguments)
+    with (student / "starts.jsonl").open("a") as file:
+        file.write('{"started": "2999-01-01T00:00:00+00:00", "resumed_from": "a"}\n')
+    main(arguments)
+    with (student / "starts.jsonl").open("a") as file:
+        file.write('{"started": "2999-01-01T00:00:00+00:00", "resumed_from": null}\n')
+    assert "began anew on 2999-01-01 00:00 UTC and has not exported since" in refusal(arguments, capsys)
+    (student / "starts.jsonl").unlink()
+    (student / "lora").mkdir()
+    assert "has pipeline/ and lora/, and a run makes one of them" in refusal(arguments, capsys)
+
+
+def test_what_a_table_cannot_hold_is_escaped(mine: Path) -> None:
+    """Names of protocols and metrics without interval, whose entries the header leaves out."""
+    in_scores(protocol={"name": "mine|b\nc"}, fid_low=None, fid_high=None)(mine)
+    main([str(mine / "student"), "--out", str(mine / "new"), *SHORT])
+    text = (mine / "new" / "README.md").read_text()
+    assert "| FID | 31.25 | none | 40 | 1 | none |  | mine\\|b c | `" in text
+    assert header_of(mine / "new").eval_results[0].metric_args.keys() == {  # type: ignore[index, union-attr]
+        "hash",
+        "samples",
+        "steps",
+        "guidance_scale",
+    }
+
+
+def test_a_deep_condition_image_keeps_its_range(world: Path, tmp_path: Path) -> None:
+    depth = np.linspace(0, 65535, 32 * 32, dtype=np.uint16).reshape(32, 32)
+    Image.fromarray(depth).save(tmp_path / "depth.png")
+    arguments = [str(world / "controlnet"), "--out", str(tmp_path / "hub"), *LICENCE, "--prompts", PROMPTS[0]]
+    main([*arguments, "--condition", str(tmp_path / "depth.png")])
+    found = np.asarray(Image.open(tmp_path / "hub" / "condition.png"))
+    assert np.array_equal(found, np.repeat((depth >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
 def test_a_known_base_needs_no_licence(mine: Path) -> None:
