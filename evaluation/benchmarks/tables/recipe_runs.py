@@ -13,7 +13,7 @@ from evaluation.protocols.protocols import REPOSITORY
 from sdxs_lightning.core.errors import RunStopped
 
 MODEL = "--model.init_args."
-DISTILL, FINISH, METHODS = "toy/distill.yaml", "toy/finish.yaml", "methods"
+QUICKSTART, DISTILL, FINISH, METHODS = "quickstart.yaml", "toy/distill.yaml", "toy/finish.yaml", "methods"
 WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
 SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
@@ -82,6 +82,21 @@ RECIPES: dict[str, Recipe] = {
     ),
     "cold_aligned": Recipe(
         (DISTILL, f"{METHODS}/alignment.yaml"), flags=(*_ALIGNED, *_COLD, f"{_UPDATES}=222")
+    ),
+    # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
+    "quickstart": Recipe((QUICKSTART,)),
+    "quickstart_regression": Recipe(
+        (QUICKSTART,),
+        flags=(
+            f"{MODEL}fake_score=null",
+            f"{MODEL}distribution_matching=null",
+            f"{MODEL}pairs.count=4096",
+            f"{MODEL}student.init_args.optimizer.init_args.lr=7.0e-4",
+            f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_updates=0",
+            f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",  # as toy/warmup.yaml
+            f"{MODEL}update_schedule.warmup_updates=1020",
+            f"{_UPDATES}=1020",
+        ),
     ),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
