@@ -97,7 +97,7 @@ def caught(mutation: Mutation, folder: Path) -> bool:
     if source.count(mutation.right) != 1:
         raise ValueError(
             f"{mutation.name}: {mutation.file} has its line {source.count(mutation.right)} times, not once; update "
-            "tests/mutations/catalogue.py."
+            "tests/mutations/method.py and use.py."
         )
     file.write_text(source.replace(mutation.right, mutation.wrong))
     try:
@@ -116,7 +116,9 @@ def main() -> int:
     options = parser.parse_args()
     chosen = [one for one in MUTATIONS if options.only is None or one.name in options.only]
     if not chosen:
-        parser.error(f"no mutation is named {', '.join(options.only)}; see tests/mutations/catalogue.py")
+        parser.error(
+            f"no mutation is named {', '.join(options.only)}; see tests/mutations/method.py and use.py"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_repository(folder)

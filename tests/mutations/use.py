@@ -152,7 +152,7 @@ MUTATIONS = (
     ),
     Mutation(
         "16 bits clipped",
-        f"{SHARDS}/images.py",
+        f"{CORE}/image_formats.py",
         "grey = (values >> 8).astype(np.uint8)",
         "grey = values.clip(0, 255).astype(np.uint8)",
         "tests/data/shards/test_shard_images.py::test_16_bit_grey_is_scaled_and_not_clipped",
