@@ -28,7 +28,7 @@ import jsonargparse._typehints
 import pytest
 import torch
 
-from tests.helpers.processes import start_fork_server
+from tests.helpers.ranks.processes import start_fork_server
 
 STARTED = pytest.StashKey[float]()
 REFERENCE_SECONDS = 0.18

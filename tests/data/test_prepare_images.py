@@ -30,7 +30,7 @@ from data.shards.order.sample_order import SampleOrder
 from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
 from tests.helpers.preparing import files, killed_in_its_second_shard, refused
-from tests.helpers.processes import PRELOAD
+from tests.helpers.ranks.processes import PRELOAD
 
 SIZES = [(40, 30), (64, 32), (33, 50), (20, 20), (48, 48), (31, 64), (100, 20), (36, 36), (41, 32)]
 """Width, height."""

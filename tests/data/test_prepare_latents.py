@@ -28,7 +28,7 @@ from data.shards.store import ShardStore
 from data.shards.writer import ShardWriter
 from sdxs_lightning.families.detect import detect_family
 from tests.helpers.preparing import files, killed_in_its_second_shard, refused
-from tests.helpers.processes import PRELOAD
+from tests.helpers.ranks.processes import PRELOAD
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_vae
 
 # Of numpy's, inside diffusers.

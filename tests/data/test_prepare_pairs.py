@@ -22,7 +22,7 @@ from data.toy.world import captions
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.pair_noise import noise_seeds, pair_noise
 from tests.helpers.preparing import killed_in_its_second_shard, refused
-from tests.helpers.processes import PRELOAD
+from tests.helpers.ranks.processes import PRELOAD
 from tests.helpers.tiny import LATENT_SHAPE, RESOLUTION_PX, save_tiny_sd, save_tiny_sdxl
 
 # Of numpy's, inside diffusers.

@@ -27,7 +27,7 @@ from data.prepare.common.shard_files import PreparedSample, make_shard, read_sta
 from sdxs_lightning.core.errors import UserError
 from tests.helpers import faulty_store
 from tests.helpers.preparing import files, refused, shared_command
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.processes import in_ranks
 
 COUNT, PER_SHARD = 24, 2
 

@@ -38,9 +38,9 @@ from sdxs_lightning.networks.lora_files import hash_lora, live_adapters, write_l
 from sdxs_lightning.publishing.calling import Settings
 from sdxs_lightning.publishing.runs import Run
 from sdxs_lightning.publishing.scores import read_scores
-from tests.helpers.evaluation_worker import shared_evaluation
 from tests.helpers.metric_networks import random_images
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.evaluation_worker import shared_evaluation
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny import save_tiny_sd, save_tiny_sdxl, tiny_sd_unet
 from tests.helpers.tiny_distillation import distillation

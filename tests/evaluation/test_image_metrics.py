@@ -25,9 +25,9 @@ from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.evaluation.test_callbacks import fit
-from tests.helpers.image_metrics_worker import SMALL, callback, made, measure_share
 from tests.helpers.metric_networks import random_images
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.image_metrics_worker import SMALL, callback, made, measure_share
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.tiny_distillation import distillation
 
 CPU = torch.device("cpu")

@@ -28,8 +28,8 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.csv_log import RunCSVLogger
 from sdxs_lightning.training.run_logs import RunJSONLogger, RunTensorBoardLogger
-from tests.helpers.processes import in_ranks
-from tests.helpers.throughput_worker import SLOW_SECONDS, train_with_a_slow_rank
+from tests.helpers.ranks.processes import in_ranks
+from tests.helpers.ranks.throughput_worker import SLOW_SECONDS, train_with_a_slow_rank
 from tests.helpers.tiny_distillation import distillation, save_base, save_shards
 
 

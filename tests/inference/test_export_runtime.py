@@ -35,7 +35,7 @@ from sdxs_lightning.inference.exporting.openvino_files import write_openvino
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.model_folder import MANIFEST, ModelFolder
 from sdxs_lightning.inference.openvino_networks import openvino_core
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.students import KINDS, PROMPTS, SEEDS, condition, save_student
 
 SIZES = [(32, 32), (24, 40), (48, 32), (40, 40)]

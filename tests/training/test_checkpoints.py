@@ -22,7 +22,7 @@ from sdxs_lightning.callbacks.checkpoint_staging import Rounding, Staging
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.counts import Counts
 from sdxs_lightning.memory_plan.checkpoint_bytes import CheckpointBytes, averaged_names, checkpoint_bytes
-from tests.helpers.processes import train_in_ranks
+from tests.helpers.ranks.processes import train_in_ranks
 from tests.helpers.tiny_distillation import built, distillation, fit
 from tests.helpers.tiny_run import tiny_config, write_config
 from tests.training.test_interruption import ADAM, assert_equal, newest, train, with_callback

@@ -27,7 +27,7 @@ from sdxs_lightning.stages.decoder import DecoderDistillation
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_decoding import SAMPLER, SGD, TOPOLOGY, decoding, save_dinov2, save_tiny_autoencoder
 from tests.helpers.tiny_distillation import family_of, fit, weights
-from tests.training.test_resume import Witness, same
+from tests.training.resume.test_resume import Witness, same
 
 Base = Callable[[str], Path]
 

@@ -30,7 +30,7 @@ from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.callbacks.run_folder import LOCK, RunLock
 from sdxs_lightning.cli import main
 from sdxs_lightning.core.errors import UserError
-from tests.helpers.processes import Ended, train_in_ranks
+from tests.helpers.ranks.processes import Ended, train_in_ranks
 from tests.helpers.tiny_run import tiny_config, write_config
 
 ADAM = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3}}

@@ -35,7 +35,7 @@ from sdxs_lightning.objectives.knowledge_distillation import (
 from sdxs_lightning.stages.prune_distill import PrunedUNetDistillation
 from sdxs_lightning.surgery.topology import Stage, Topology
 from sdxs_lightning.training.lr_schedules import TrapezoidLR
-from tests.helpers.processes import train_in_ranks
+from tests.helpers.ranks.processes import train_in_ranks
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
 from tests.helpers.tiny_distillation import KINDS, family_of, weights
 from tests.helpers.tiny_run import tiny_config, write_config

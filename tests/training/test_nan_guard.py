@@ -16,7 +16,7 @@ from sdxs_lightning.callbacks.checkpoint_writer import CheckpointWriter, Snapsho
 from sdxs_lightning.callbacks.counts import Counts
 from sdxs_lightning.callbacks.nan_guard import NEVER, NanGuard, networks_with_bad_weights
 from sdxs_lightning.cli import main
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.tiny_run import tiny_config, write_config
 
 

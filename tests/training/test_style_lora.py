@@ -38,9 +38,9 @@ from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.stages.lora import StyleDistillation, StyleLoRA
 from sdxs_lightning.surgery.pruning import prune
 from sdxs_lightning.surgery.topology import Topology
-from tests.helpers.distributed_worker import strategy_of
 from tests.helpers.planned import ONE_CPU
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.distributed_worker import strategy_of
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import built, family_of, fit, weights
 from tests.networks.test_lora import move

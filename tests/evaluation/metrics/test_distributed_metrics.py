@@ -10,8 +10,8 @@ import pytest
 
 from evaluation.images.generate import rank_batches
 from evaluation.protocols.protocols import PROTOCOLS
-from tests.helpers.evaluation_worker import COUNT, UPDATES, measure_everything, measured, scores
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.evaluation_worker import COUNT, UPDATES, measure_everything, measured, scores
+from tests.helpers.ranks.processes import in_ranks
 
 
 @pytest.fixture(scope="module")

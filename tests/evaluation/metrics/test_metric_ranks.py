@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.metric_ranks import COUNT, measure_in_ranks, measured
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.metric_ranks import COUNT, measure_in_ranks, measured
+from tests.helpers.ranks.processes import in_ranks
 
 
 @pytest.fixture(scope="module")

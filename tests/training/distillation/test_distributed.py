@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from tests.helpers.distributed_worker import (
+from tests.helpers.ranks.distributed_worker import (
     ADAMW_LR,
     CASES,
     DENOISING_UPDATES,
@@ -27,7 +27,7 @@ from tests.helpers.distributed_worker import (
     module_for,
     train_everything,
 )
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.rounding import tolerance_of
 from tests.helpers.tiny_decoding import save_dinov2
 from tests.helpers.tiny_distillation import built, fit

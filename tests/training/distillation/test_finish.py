@@ -23,7 +23,7 @@ from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.tiny_decoding import SGD, pixel_gan, save_dinov2, save_tiny_autoencoder
 from tests.helpers.tiny_distillation import built, distillation, fit, sample_of, weights
-from tests.training.test_resume import Witness, same
+from tests.training.resume.test_resume import Witness, same
 
 Base = Callable[[str], Path]
 ADAM = partial(torch.optim.Adam, lr=1e-3)

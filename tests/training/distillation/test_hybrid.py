@@ -14,10 +14,10 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.memory_plan.hardware import read_hardware
 from sdxs_lightning.memory_plan.planner import MemoryPlan, Planner
 from sdxs_lightning.training.sharding import ShardedNetworks, mesh_shape
-from tests.helpers.distributed_worker import arrived
-from tests.helpers.hybrid_worker import MICRO_BATCHES, Sent, adapters, controlnet, gan, train_everything
 from tests.helpers.planned import ONE_CPU
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.distributed_worker import arrived
+from tests.helpers.ranks.hybrid_worker import MICRO_BATCHES, Sent, adapters, controlnet, gan, train_everything
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.tiny_distillation import built
 
 pytestmark = pytest.mark.timeout(600)

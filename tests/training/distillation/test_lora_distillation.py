@@ -29,7 +29,7 @@ from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import built, distillation, family_of, fit, save_base, weights
 from tests.helpers.tiny_run import tiny_config, write_config
-from tests.training.test_resume import Witness, same
+from tests.training.resume.test_resume import Witness, same
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)

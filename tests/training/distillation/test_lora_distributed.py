@@ -21,8 +21,8 @@ from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
-from tests.helpers.distributed_worker import STRATEGIES, SaveAfter, arrived, strategy_of
-from tests.helpers.processes import in_ranks
+from tests.helpers.ranks.distributed_worker import STRATEGIES, SaveAfter, arrived, strategy_of
+from tests.helpers.ranks.processes import in_ranks
 from tests.helpers.rounding import ADAM_EPS, tolerance_of
 from tests.helpers.tiny_distillation import built, distillation, fit
 

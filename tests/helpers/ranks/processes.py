@@ -22,9 +22,9 @@ PRELOAD = [
     "sdxs_lightning.cli",
     "sdxs_lightning.families.sd",
     "transformers.models.clip.modeling_clip",
-    "tests.helpers.evaluation_worker",
-    "tests.helpers.metric_ranks",
-    "tests.helpers.distributed_worker",
+    "tests.helpers.ranks.evaluation_worker",
+    "tests.helpers.ranks.metric_ranks",
+    "tests.helpers.ranks.distributed_worker",
     "tests.helpers.faults",
     # What a run of two sharded ranks imports later, each rank by itself.
     "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",

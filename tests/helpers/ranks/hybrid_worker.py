@@ -23,7 +23,7 @@ from sdxs_lightning.stages.controlnet.training import ControlNetTraining
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.sharding import ShardedNetworks
-from tests.helpers.distributed_worker import CountSent, arrived
+from tests.helpers.ranks.distributed_worker import CountSent, arrived
 from tests.helpers.tiny_distillation import batches_of, distillation, family_of, fit
 
 ITERATIONS = 10

@@ -25,8 +25,8 @@ from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
 from evaluation.networks.frozen_clip import FrozenClip
 from evaluation.protocols.protocols import PROTOCOLS
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
-from tests.helpers.distributed_worker import STRATEGIES, strategy_of
 from tests.helpers.metric_networks import random_images, small_protocols
+from tests.helpers.ranks.distributed_worker import STRATEGIES, strategy_of
 from tests.helpers.tiny_distillation import distillation, fit
 
 UPDATES = 2
