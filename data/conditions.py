@@ -14,6 +14,7 @@ Without `condition`, control images are read from the shards (`cond.png`): given
 
 from __future__ import annotations
 
+import math
 import zlib
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +33,9 @@ from sdxs_lightning.core.image_condition import ImageCondition
 __all__ = ["Canny", "Depth", "ImageCondition", "Sketch", "SoftEdge"]
 
 _Floats = NDArray[np.float32]
+_LARGEST_BLUR_PX = 1000
+_MOST_VARIED = 100
+"""Beyond these an option is a typing error; OpenCV fails, or the condition is black."""
 
 
 class UnloadableConditionError(UserError, ValueError):
@@ -48,18 +52,18 @@ class Canny:
             ControlNet works with sparse and with dense edges; 0 varies nothing.
 
     Raises:
-        ValueError: unless 0 <= low <= high and vary is 0 or more.
+        ValueError: unless 0 <= low <= high and vary is from 0 to 100.
 
     Source: Canny, "A computational approach to edge detection", PAMI 1986; ControlNet, arXiv:2302.05543, section 4.
     """
 
     def __init__(self, low: int = 100, high: int = 200, vary: float = 0.0) -> None:
-        if not 0 <= low <= high:
+        if not 0 <= low <= high < math.inf:
             raise ValueError(
                 f"Canny needs 0 <= low <= high, got low {low} and high {high}; see data.condition."
             )
-        if not vary >= 0:
-            raise ValueError(f"Canny needs a vary of 0 or more, got {vary}; see data.condition.")
+        if not 0 <= vary <= _MOST_VARIED:
+            raise ValueError(f"Canny needs a vary from 0 to {_MOST_VARIED}, got {vary}; see data.condition.")
         self.low, self.high, self.vary = low, high, vary
 
     def __call__(self, image: Pixels) -> Pixels:
@@ -114,7 +118,7 @@ class Sketch:
         threshold: of u.
 
     Raises:
-        ValueError: unless blur is positive.
+        ValueError: unless blur is positive, and sharpness and threshold are finite.
 
     Source: after Winnemoeller et al., "XDoG: An eXtended difference-of-Gaussians compendium", 2012.
     """
@@ -124,6 +128,11 @@ class Sketch:
 
     def __init__(self, blur: float = 1.0, sharpness: float = 20.0, threshold: float = 0.4) -> None:
         _check_blur("Sketch", blur)
+        for name, value in (("sharpness", sharpness), ("threshold", threshold)):
+            if not math.isfinite(value):
+                raise ValueError(
+                    f"Sketch needs a finite {name}, got {value}; see data.condition.init_args.{name}."
+                )
         self.blur, self.sharpness, self.threshold = blur, sharpness, threshold
 
     def __call__(self, image: Pixels) -> Pixels:
@@ -217,9 +226,9 @@ class Depth:
 
 
 def _check_blur(name: str, blur: float) -> None:
-    if not blur > 0:
+    if not 0 < blur <= _LARGEST_BLUR_PX:
         raise ValueError(
-            f"{name} needs a blur above 0 pixels, got {blur}; see data.condition.init_args.blur."
+            f"{name} needs a blur above 0 pixels and up to {_LARGEST_BLUR_PX}, got {blur}; see data.condition.init_args.blur."
         )
 
 

@@ -71,6 +71,14 @@ class ControlNetSource:
             raise ValueError(
                 f"controlnet.conditioning_scale must be 0 or more, got {self.conditioning_scale}."
             )
+        if self.conditioning_channels < 1:
+            raise ValueError(
+                f"controlnet.conditioning_channels must be 1 or more, got {self.conditioning_channels}."
+            )
+        if self.stem_widths is not None and not (self.stem_widths and min(self.stem_widths) >= 1):
+            raise ValueError(
+                f"controlnet.stem_widths must be widths of 1 or more, got {list(self.stem_widths)}; null takes the usual ones."
+            )
 
     def make(self, unet: UNet2DConditionModel, family: Family, option: str) -> ControlNetModel:
         """Loads or makes the ControlNet of a U-Net, in training mode, float32.
@@ -94,6 +102,7 @@ class ControlNetSource:
         factor = family.resolution // family.latent_shape()[1]
         if self.weights is not None:
             controlnet = load_controlnet(self.weights)
+            self._check_stem(controlnet, option)
         else:
             widths = self.stem_widths or STEM_WIDTHS[: factor.bit_length()]
             channels = self.conditioning_channels
@@ -115,6 +124,20 @@ class ControlNetSource:
         elif self.train:
             controlnet.requires_grad_(True)
         return controlnet.train()
+
+    def _check_stem(self, controlnet: ControlNetModel, option: str) -> None:
+        """Raises ValueError if loaded weights have another stem than these settings name."""
+        config = controlnet.config
+        found = {
+            "conditioning_channels": config["conditioning_channels"],
+            "stem_widths": tuple(config["conditioning_embedding_out_channels"]),
+        }
+        for name, value in found.items():
+            wanted = getattr(self, name)
+            if wanted is not None and (tuple(wanted) if name == "stem_widths" else wanted) != value:
+                raise ValueError(
+                    f"{option}.{name} is {wanted}, and {option}.weights '{self.weights}' has {value}; set {name} to that."
+                )
 
 
 class _WithControlNet(Denoiser):

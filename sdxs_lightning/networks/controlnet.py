@@ -299,6 +299,11 @@ def check_fits(controlnet: ControlNetModel, unet: UNet2DConditionModel, named: s
     prompts = controlnet.config["cross_attention_dim"], unet.config["cross_attention_dim"]
     if _short(prompts[0], "") != _short(prompts[1], ""):
         raise ValueError(f"{named} reads prompts of width {prompts[0]}, and the U-Net {prompts[1]}.")
+    kinds = [
+        "SDXL" if one.config["addition_embed_type"] == "text_time" else "SD" for one in (controlnet, unet)
+    ]
+    if kinds[0] != kinds[1]:
+        raise ValueError(f"{named} is of the kind of {kinds[0]}, and the U-Net of that of {kinds[1]}.")
 
 
 def _encoder_settings() -> list[str]:

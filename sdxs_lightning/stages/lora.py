@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class StyleLoRA:
     """A LoRA of the base.
 
     Raises:
-        ValueError: for a scale of 0.
+        ValueError: for a scale of 0, NaN or infinity.
     """
 
     path: str
@@ -33,9 +34,9 @@ class StyleLoRA:
     """Factor of the LoRA in the real score."""
 
     def __post_init__(self) -> None:
-        if self.scale == 0:
+        if self.scale == 0 or not math.isfinite(self.scale):
             raise ValueError(
-                "style.scale is 0, which is the base without the style; set 1, or another factor."
+                f"style.scale is {self.scale}; set 1, or another factor (0 is the base without the style)."
             )
 
 

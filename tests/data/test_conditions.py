@@ -91,6 +91,10 @@ def test_canny_is_opencvs_and_by_its_thresholds() -> None:
     assert Canny(0, 10)(image).mean() > Canny(800, 1500)(image).mean()
     with pytest.raises(ValueError, match="Canny needs 0 <= low <= high, got low 3 and high 2"):
         Canny(3, 2)
+    with pytest.raises(ValueError, match="high inf"):  # all images would be black
+        Canny(3, float("inf"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="vary from 0 to 100, got inf"):
+        Canny(vary=float("inf"))
 
 
 def test_soft_edges_are_scharrs_gradient_of_the_blurred_image() -> None:
@@ -105,16 +109,21 @@ def test_soft_edges_are_scharrs_gradient_of_the_blurred_image() -> None:
     # Twice the contrast, the same edges.
     faint = (image.astype(int) // 2).astype(np.uint8)
     assert np.abs(SoftEdge()(faint).astype(int) - SoftEdge()(image)).max() <= 2
-    with pytest.raises(ValueError, match="SoftEdge needs a blur above 0 pixels, got 0"):
+    with pytest.raises(ValueError, match="SoftEdge needs a blur above 0 pixels and up to 1000, got 0"):
         SoftEdge(0)
+    with pytest.raises(ValueError, match="up to 1000, got inf"):
+        SoftEdge(float("inf"))
 
 
 def test_a_sketch_draws_the_dark_side_of_edges_only() -> None:
     drawn = Sketch()(square())[:, :, 0]
     assert drawn[9, 22] == drawn.max() > 200 and drawn[11, 22] == 0  # outside, on the dark ground
     assert Sketch(threshold=-100.0)(square()).max() == 0
-    with pytest.raises(ValueError, match="Sketch needs a blur above 0 pixels, got -1"):
+    with pytest.raises(ValueError, match="Sketch needs a blur above 0 pixels and up to 1000, got -1"):
         Sketch(blur=-1)
+    for name in ("sharpness", "threshold"):
+        with pytest.raises(ValueError, match=f"Sketch needs a finite {name}, got nan"):
+            Sketch(**{name: float("nan")})
 
 
 def test_depth_is_the_networks(depth_folder: Path) -> None:
@@ -252,7 +261,7 @@ def test_thresholds_of_canny_vary_with_the_image_and_only_with_it() -> None:
     assert any(more > fixed for fixed, more in counts) and any(less < fixed for fixed, less in counts)
     assert all(np.array_equal(varied(one), pickle.loads(pickle.dumps(varied))(one)) for one in soft)
     assert all(np.array_equal(plain(one), Canny(30, 60, vary=0.0)(one)) for one in soft)
-    with pytest.raises(ValueError, match=r"Canny needs a vary of 0 or more, got -1"):
+    with pytest.raises(ValueError, match=r"Canny needs a vary from 0 to 100, got -1"):
         Canny(vary=-1.0)
 
 

@@ -261,6 +261,12 @@ def test_a_controlnet_of_another_student_is_refused() -> None:
     unet, smaller = tiny_sd_unet(), prune(tiny_sd_unet(), TOPOLOGIES["two-stages"])[0]
     with pytest.raises(ValueError, match=r"has 6 down residuals of widths \[8, 8, 8, .*takes 4 of"):
         check_fits(controlnet_from_unet(unet, STEM), smaller, "student.controlnet.weights 'x'")
+    sdxl = tiny_sdxl_unet()
+    alike = UNet2DConditionModel(
+        **dict(sdxl.config) | {"cross_attention_dim": unet.config.cross_attention_dim}
+    )
+    with pytest.raises(ValueError, match="'x' is of the kind of SD, and the U-Net of that of SDXL"):
+        check_fits(controlnet_from_unet(unet, STEM), alike, "student.controlnet.weights 'x'")
     narrow = UNet2DConditionModel(**dict(unet.config) | {"cross_attention_dim": 16})
     with pytest.raises(ValueError, match="reads prompts of width 32, and the U-Net 16"):
         check_fits(controlnet_from_unet(unet, STEM), narrow, "student.controlnet.weights 'x'")
@@ -285,3 +291,15 @@ def test_sources_are_checked(tmp_path: Path) -> None:
         ControlNetSource(train=False)
     with pytest.raises(ValueError, match="conditioning_scale must be 0 or more, got -1"):
         ControlNetSource(conditioning_scale=-1.0)
+    with pytest.raises(ValueError, match="conditioning_channels must be 1 or more, got 0"):
+        ControlNetSource(conditioning_channels=0)
+    for widths in ((), (8, 0)):
+        with pytest.raises(ValueError, match="stem_widths must be widths of 1 or more"):
+            ControlNetSource(stem_widths=widths)
+    save_controlnet(controlnet_from_unet(unet, (8, 16), conditioning_channels=1), tmp_path / "one")
+    one = str(tmp_path / "one")
+    ControlNetSource(one, conditioning_channels=1, stem_widths=(8, 16)).make(unet, family, "x")
+    with pytest.raises(ValueError, match="x.conditioning_channels is 3, and x.weights .* has 1; set"):
+        ControlNetSource(one).make(unet, family, "x")
+    with pytest.raises(ValueError, match=r"x.stem_widths is \(4, 4\), and x.weights .* has \(8, 16\)"):
+        ControlNetSource(one, conditioning_channels=1, stem_widths=(4, 4)).make(unet, family, "x")

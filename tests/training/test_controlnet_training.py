@@ -418,6 +418,9 @@ def test_batches_without_conditions_or_with_others_are_refused(base: Base) -> No
 def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
     with pytest.raises(ValueError, match=r"control\.noise_redrawn is a share in \[0, 1\], got 2"):
         ControlSettings(noise_redrawn=2.0)
+    for scale in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match=f"control.conditioning_scale must be 0 or more, got {scale}"):
+            ControlSettings(conditioning_scale=scale)
     with pytest.raises(ValueError, match=r"student\.controlnet\.train is false"):
         ControlledStudent(SGD, controlnet=ControlNetSource("x", train=False))
     pairs, schedule = PairSettings("on_the_fly"), {"update_schedule": MIXED, "regression": Regression()}

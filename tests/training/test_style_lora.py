@@ -155,7 +155,12 @@ def test_without_a_style_the_first_gradient_is_zero(
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     given = read_lora(style(kind), family_of(base(kind)).load_unet()).adapters
-    write_lora(nothing, {name: LowRank(a.down, 0 * a.up, a.alpha) for name, a in given.items()})
+    # Too small to change any weight; a LoRA of zeros is refused.
+    write_lora(
+        nothing,
+        {name: LowRank(a.down, 1e-20 * a.up, a.alpha) for name, a in given.items()},
+        dtype=torch.float32,
+    )
     for source in (nothing, style(kind)):
         # Guidance 1 in both scores, so that they are equal without a style.
         module = built(
@@ -258,6 +263,8 @@ def test_a_missing_style_is_named_when_the_run_starts(base: Base, tmp_path: Path
         built(stage(base("sd-epsilon"), tmp_path / "none"))
     with pytest.raises(ValueError, match="style.scale is 0"):
         StyleLoRA("style", scale=0)
+    with pytest.raises(ValueError, match="style.scale is nan"):
+        StyleLoRA("style", scale=float("nan"))
 
 
 # -------------------------------------------------------------------------------------------- the base's LoRA, denoising

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -44,7 +45,7 @@ class ControlSettings:
     """How the condition takes part in the distillation.
 
     Raises:
-        ValueError: for a share outside [0, 1].
+        ValueError: for a share outside [0, 1], or a scale below 0.
     """
 
     base_controlnet: str | None = None
@@ -62,6 +63,8 @@ class ControlSettings:
         for name in ("noise_redrawn", "condition_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"control.{name} is a share in [0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.conditioning_scale < math.inf:
+            raise ValueError(f"control.conditioning_scale must be 0 or more, got {self.conditioning_scale}.")
 
 
 class ControlNetDistillation(OneStepDistillation):
