@@ -209,7 +209,10 @@ def _add_kohya(run: Run, partner: Path, folder: Path) -> None:
 
     unet = load_network(UNet2DConditionModel, resolve_unet(str(partner)))
     (folder / "kohya").mkdir()
-    write_lora(folder / "kohya", read_lora(run.exported, unet).adapters, "kohya")
+    try:
+        write_lora(folder / "kohya", read_lora(run.exported, unet).adapters, "kohya")
+    except ValueError as error:  # of another network than the partner's, or never trained
+        raise UserError(str(error)) from error
 
 
 def _add_condition(condition: Path | None, folder: Path, resolution: tuple[int, int]) -> None:

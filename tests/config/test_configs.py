@@ -21,6 +21,7 @@ from tests.helpers.tiny import tiny_sd_unet, tiny_sdxl_unet
 from tests.helpers.tiny_decoding import save_dinov2
 from tests.helpers.tiny_distillation import family_of, save_base, save_shards
 from tests.helpers.tiny_run import ROOT
+from tests.networks.test_lora import move
 
 CONFIGS = ROOT / "configs"
 OVERLAYS = {
@@ -234,7 +235,7 @@ def save_style(folder: Path, kind: str) -> Path:
     if not path.exists():
         path.mkdir()
         unet = tiny_sdxl_unet(stages=2) if kind == "sdxl" else tiny_sd_unet(stages=2)
-        add_lora(unet, LoRA(rank=2))
+        move(add_lora(unet, LoRA(rank=2)), 0.1)
         write_lora(path, live_adapters(unet.state_dict(), None))
     return path
 

@@ -209,6 +209,11 @@ def test_an_explicit_partner(world: Path, tmp_path: Path, capsys: pytest.Capture
     )
     said = refusal([*arguments, "--partner", str(world / "base" / "sd-epsilon")], capsys)
     assert "DDIMScheduler" in said or "student" in said
+    narrow = finished_run(tmp_path / "narrow", "pipeline", save_tiny_sdxl(tmp_path / "sdxl-epsilon"))
+    (tmp_path / "lora" / "scores.json").unlink()
+    assert "it was trained for another base" in refusal(
+        [*arguments, "--partner", str(narrow / "pipeline")], capsys
+    )
     main([*arguments, "--partner", str(world / "student" / "pipeline")])
     text = (tmp_path / "hub" / "README.md").read_text()
     assert f'from_pretrained("{world / "student" / "pipeline"}")' in text
