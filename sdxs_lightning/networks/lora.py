@@ -8,6 +8,7 @@ Source: LoRA, arXiv:2106.09685, section 4.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"lora.rank must be 1 or more, got {self.rank}.")
-        if self.alpha is not None and self.alpha <= 0:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"lora.alpha must be above 0, or null for the rank, got {self.alpha}.")
         if not self.targets:
             raise ValueError(

@@ -155,6 +155,7 @@ def test_only_adapters_learn_and_they_depend_on_their_seed_only() -> None:
     [
         ({"rank": 0}, r"lora\.rank must be 1 or more, got 0"),
         ({"alpha": -1.0}, r"lora\.alpha must be above 0, or null for the rank, got -1\.0"),
+        ({"alpha": float("nan")}, r"lora\.alpha must be above 0, or null for the rank, got nan"),
         ({"targets": ()}, r"lora\.targets names no layer; leave it out"),
         (
             {"targets": ("to_q", "to_x")},
