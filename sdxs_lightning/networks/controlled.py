@@ -102,7 +102,12 @@ class ControlNetSource:
         factor = family.resolution // family.latent_shape()[1]
         if self.weights is not None:
             controlnet = load_controlnet(self.weights)
-            self._check_stem(controlnet, option)
+            channels = controlnet.config["conditioning_channels"]
+            if channels != self.conditioning_channels:
+                raise ValueError(
+                    f"{option}.conditioning_channels is {self.conditioning_channels}, and {option}.weights '{self.weights}' "
+                    f"has {channels}; set it to that."
+                )
         else:
             widths = self.stem_widths or STEM_WIDTHS[: factor.bit_length()]
             channels = self.conditioning_channels
@@ -124,20 +129,6 @@ class ControlNetSource:
         elif self.train:
             controlnet.requires_grad_(True)
         return controlnet.train()
-
-    def _check_stem(self, controlnet: ControlNetModel, option: str) -> None:
-        """Raises ValueError if loaded weights have another stem than these settings name."""
-        config = controlnet.config
-        found = {
-            "conditioning_channels": config["conditioning_channels"],
-            "stem_widths": tuple(config["conditioning_embedding_out_channels"]),
-        }
-        for name, value in found.items():
-            wanted = getattr(self, name)
-            if wanted is not None and (tuple(wanted) if name == "stem_widths" else wanted) != value:
-                raise ValueError(
-                    f"{option}.{name} is {wanted}, and {option}.weights '{self.weights}' has {value}; set {name} to that."
-                )
 
 
 class _WithControlNet(Denoiser):
