@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ def parse_size(text: str) -> tuple[int, int]:
         ValueError: for anything else.
     """
     sides = text.lower().split("x")
-    if len(sides) not in (1, 2) or not all(side.isdigit() for side in sides):
+    if len(sides) not in (1, 2) or not all(side.isdecimal() for side in sides):
         raise ValueError("must be a side in pixels, 512, or height and width, 512x768")
     if max(map(int, sides)) > LARGEST_SIDE_PX:
         raise ValueError(f"a side is at most {LARGEST_SIDE_PX} px")
@@ -51,7 +52,7 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
 
     model: Annotated[str, Option(metavar="DIR")]
     """Diffusers folder of a student, or its export for --backend."""
-    prompt: tuple[str, ...]
+    prompt: Annotated[tuple[str, ...], Option(called=("prompts",))]
     """What to draw; several make several images."""
     out: Annotated[Path, Option(metavar="PATH")]
     """A .png file for one image, or a folder."""
@@ -165,6 +166,7 @@ def _images(
 ) -> list[Image.Image]:
     from PIL import Image
 
+    from sdxs_lightning.inference.generator import NotFiniteWarning
     from sdxs_lightning.inference.inputs import image_size
 
     size = image_size(options.size, generator.model.size, generator.multiple)
@@ -177,7 +179,12 @@ def _images(
     if options.image is not None:
         given |= {"image": _read(options.image, "--image", size), "strength": options.strength}
     seeds = range(options.seed + start, options.seed + start + len(prompts))
-    images = generator.generate(prompts, list(seeds), size=size, **given)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", NotFiniteWarning)
+            images = generator.generate(prompts, list(seeds), size=size, **given)
+    except NotFiniteWarning as warning:
+        raise UserError(str(warning)) from warning
     return [Image.fromarray(frame) for frame in images.permute(0, 2, 3, 1).numpy()]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.inference.inputs import finite
 
 if TYPE_CHECKING:
     from sdxs_lightning.networks.lora_files import LowRank
@@ -69,8 +70,12 @@ class ScaledAdapter:
 
     @torch.no_grad()
     def apply(self, scale: float) -> None:
-        """Sets the weights, computed in float32 and rounded once."""
-        self._scale = scale
+        """Sets the weights, computed in float32 and rounded once.
+
+        Raises:
+            UserError: for a scale that is not finite.
+        """
+        self._scale = finite(scale, "lora_scale")
         for (module, update), plain in zip(self._updates, self._plain, strict=True):
             weight = _weight(module)
             if scale == 0:

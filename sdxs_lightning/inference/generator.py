@@ -10,6 +10,7 @@ A student has guidance 0, so a negative prompt would change nothing, and there i
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.inference.inputs import (
     Images,
     draw,
+    finite,
     image_size,
     image_tensor,
     noise_generators,
+    prompt_list,
     seed_list,
     to_device,
     torch_dtype,
@@ -44,6 +47,10 @@ OPTIONS: Mapping[str, tuple[str, ...]] = {
 GRAPHS = 64
 """Compiled graphs, one for each combination of batch size, image size and kind of inputs; torch's own limit is 8, beyond which
 it goes on uncompiled, without a word."""
+
+
+class NotFiniteWarning(UserWarning):
+    """Images that a network's NaN or infinity made black or white."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,8 @@ class OneStepGenerator:
         Raises:
             UserError: for a folder of another kind, a missing extra, or adapters that do not fit.
         """
+        if backend not in OPTIONS:
+            raise UserError(f"`backend` is '{backend}', but must be one of {', '.join(OPTIONS)}.")
         unknown = sorted(options.keys() - set(OPTIONS[backend]))
         if unknown:
             accepted = ", ".join(OPTIONS[backend]) or "none"
@@ -159,7 +168,7 @@ class OneStepGenerator:
         control_images: Images | None = None,
         image: Images | None = None,
         strength: float | None = None,
-        size: int | tuple[int, int] | None = None,
+        size: int | Sequence[int] | None = None,
         control_scale: float = 1.0,
         latents: Tensor | None = None,
     ) -> Tensor:
@@ -172,18 +181,29 @@ class OneStepGenerator:
                 uint8 tensor (B, 3, H, W), of the output's size.
             image: image to change instead of noise, likewise.
             strength: how much of it is replaced, above 0 and at most 1; see `SamplingPlan.from_strength`. Needs `image`.
-            size: side, or (height, width), multiples of 8; None is the size of the training, or that of `image`.
+            size: side, or (height, width), multiples of 8; None is the size of the training.
             control_scale: weight of the ControlNet.
             latents: (B, C, h, w), N(0, 1), instead of the first noise of the seeds, which then give that of later steps only.
 
         Returns:
-            (B, 3, H, W), uint8, on the CPU; NaN, from an overflow in half precision, is black.
+            (B, 3, H, W), uint8, on the CPU. NaN, from an overflow in half precision, is black, and `NotFiniteWarning` says so.
 
         Raises:
             UserError: for inputs that do not fit the model or each other.
         """
         images = self.sample(prompts, seeds, control_images, image, strength, size, control_scale, latents)
-        return to_uint8(images.nan_to_num(-1.0)).cpu()
+        finite_rows = images.isfinite().flatten(1).all(dim=1)
+        pixels = to_uint8(images.nan_to_num(-1.0)).cpu()
+        broken = int((~finite_rows.cpu()).sum())
+        if broken:
+            dtype = str(self.networks.dtype).removeprefix("torch.")
+            warnings.warn(
+                f"{broken} of {len(pixels)} images have NaN or infinity, drawn black or white: {dtype} overflows in this "
+                "model, or its weights or the LoRA's scale are wrong; try fp32.",
+                NotFiniteWarning,
+                stacklevel=2,
+            )
+        return pixels
 
     @torch.inference_mode()
     def sample(
@@ -193,14 +213,12 @@ class OneStepGenerator:
         control_images: Images | None = None,
         image: Images | None = None,
         strength: float | None = None,
-        size: int | tuple[int, int] | None = None,
+        size: int | Sequence[int] | None = None,
         control_scale: float = 1.0,
         latents: Tensor | None = None,
     ) -> Tensor:
         """Like `generate`, before rounding: (B, 3, H, W), about [-1, 1], on the backend's device."""
-        listed = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not listed:
-            raise UserError("there is no prompt; give at least one.")
+        listed = prompt_list(prompts)
         if (image is None) != (strength is None):
             missing = "strength" if strength is None else "image"
             raise UserError(f"`image` and `strength` belong together, and `{missing}` is missing.")
@@ -252,7 +270,7 @@ class OneStepGenerator:
             )
         stacked = image_tensor(images, count, pixels, "control_images")
         values = to_device(stacked, self.networks.device).float() / 255
-        return Control(values.to(self.networks.dtype), float(scale))
+        return Control(values.to(self.networks.dtype), finite(scale, "control_scale"))
 
     def _encoded(
         self, images: Images, pixels: tuple[int, int], generators: Sequence[torch.Generator]

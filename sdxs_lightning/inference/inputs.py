@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,24 +20,53 @@ Images = Sequence[Any] | Tensor | np.ndarray[Any, Any] | Image.Image
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Of networks, by the names of command lines."""
+SEEDS = -(2**63), 2**64 - 1
+"""What torch.Generator takes."""
 
 
 def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype by its short name.
 
     Raises:
-        UserError: for another name.
+        UserError: for another name, or a dtype in which networks do not run.
     """
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found not in (*DTYPES.values(), torch.float64):
         raise UserError(f"`dtype` is '{dtype}', but must be one of {', '.join(DTYPES)}.")
-    return DTYPES[dtype]
+    return found
 
 
-def image_size(
-    size: int | tuple[int, int] | None, trained: tuple[int, int], multiple: int
-) -> tuple[int, int]:
+def prompt_list(prompts: str | Iterable[str]) -> list[str]:
+    """One prompt or several as a list.
+
+    Raises:
+        UserError: without any, or for one that is no text, such as bytes of a command line that are no UTF-8.
+    """
+    listed = [prompts] if isinstance(prompts, str) or not isinstance(prompts, Iterable) else list(prompts)
+    if not listed:
+        raise UserError("there is no prompt; give at least one.")
+    for i, prompt in enumerate(listed):
+        if not isinstance(prompt, str):
+            raise UserError(f"`prompts`[{i}] is a {type(prompt).__name__}, expected text.")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"`prompts`[{i}] is '{prompt}', which is no text in UTF-8.") from error
+    return listed
+
+
+def finite(value: float, name: str) -> float:
+    """A number, such as a scale.
+
+    Raises:
+        UserError: for NaN and infinity, of which nothing but black images would come.
+    """
+    if not math.isfinite(value):
+        raise UserError(f"`{name}` is {value:g}, but must be a finite number.")
+    return float(value)
+
+
+def image_size(size: int | Sequence[int] | None, trained: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width of the output, pixels.
 
     Args:
@@ -48,7 +79,11 @@ def image_size(
     """
     if size is None:
         return trained
-    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        sides = [operator.index(side) for side in (size if isinstance(size, Sequence) else (size, size))]
+        height, width = sides
+    except (TypeError, ValueError) as error:
+        raise UserError(f"`size` is {size!r}, but must be a side in pixels, or (height, width).") from error
     if min(height, width) < multiple or height % multiple or width % multiple:
         raise UserError(
             f"`size` is {height}x{width}, but height and width must be multiples of {multiple}; the nearest is "
@@ -66,14 +101,27 @@ def seed_list(seeds: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed per prompt; one number counts on from there, None from 0.
 
     Raises:
-        UserError: unless there are as many seeds as prompts.
+        UserError: unless there are as many seeds as prompts, and all are integers of torch's range.
     """
-    if seeds is None or isinstance(seeds, int):
-        first = seeds or 0
-        return list(range(first, first + count))
-    if len(seeds) != count:
-        raise UserError(f"there are {len(seeds)} seeds for {count} prompt(s); give one for each.")
-    return [int(seed) for seed in seeds]
+    listed: Sequence[Any] = range(count)
+    if isinstance(seeds, Sequence | Tensor | np.ndarray):
+        listed = list(seeds)
+        if len(listed) != count:
+            raise UserError(f"there are {len(listed)} seeds for {count} prompt(s); give one for each.")
+    elif seeds is not None:
+        first = _seed(seeds)
+        listed = range(first, first + count)
+    return [_seed(seed) for seed in listed]
+
+
+def _seed(value: Any) -> int:
+    try:
+        seed = operator.index(value)
+    except TypeError as error:
+        raise UserError(f"`seeds` has {value!r}, but a seed is an integer.") from error
+    if not SEEDS[0] <= seed <= SEEDS[1]:
+        raise UserError(f"`seeds` has {seed}, and torch takes those from -2**63 to 2**64 - 1.")
+    return seed
 
 
 def image_tensor(images: Images, count: int, size: tuple[int, int], what: str) -> Tensor:
@@ -88,8 +136,8 @@ def image_tensor(images: Images, count: int, size: tuple[int, int], what: str) -
     Raises:
         UserError: for another number, size, dtype or number of channels.
     """
-    single = isinstance(images, Image.Image) or (not isinstance(images, Sequence) and images.ndim == 3)
-    listed: Sequence[Any] = [images] if single else list(images)  # type: ignore[arg-type]
+    several = isinstance(images, Sequence) or (isinstance(images, Tensor | np.ndarray) and images.ndim > 3)
+    listed: Sequence[Any] = list(images) if several else [images]  # type: ignore[arg-type]
     frames = [_frame(one, i, what) for i, one in enumerate(listed)]
     if len(frames) not in (1, count):
         raise UserError(
@@ -115,8 +163,10 @@ def _frame(image: Any, index: int, what: str) -> Tensor:
         frame, channels = image.cpu(), 0
     else:
         array = np.asarray(image)
-        if array.ndim != 3:
-            raise UserError(f"{what}[{index}] has shape {array.shape}, expected (height, width, 3).")
+        if array.ndim != 3 or array.dtype == object:
+            raise UserError(
+                f"{what}[{index}] is {array.dtype} of shape {array.shape}, expected uint8 (height, width, 3)."
+            )
         frame, channels = torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1), 2
     if frame.ndim != 3 or frame.shape[0] != 3 or frame.dtype != torch.uint8:
         expected = "(3, height, width)" if channels == 0 else "(height, width, 3)"

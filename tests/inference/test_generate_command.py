@@ -74,6 +74,8 @@ def test_control_and_image(student: Students, tmp_path: Path) -> None:
             "--out is 'one.jpg', and images are written as .png; give such a file, or a folder",
         ),
         (["--size", "12x"], "--size is '12x', but must be a side in pixels"),
+        (["--size", "\u00b2"], "--size is '\u00b2', but must be a side in pixels"),
+        (["--prompt", "a \udcff"], "--prompt[0] is 'a \\udcff', which is no text in UTF-8"),
         (["--size", "30"], "--size is 30x30, but height and width must be multiples of 8"),
         (["--image", "missing.png", "--strength", "0.5"], "--image 'missing.png' cannot be read as an image"),
         (["--model", "nowhere"], "there is no model in 'nowhere'"),
@@ -111,3 +113,13 @@ def test_messages(
     with pytest.raises(SystemExit) as stop:
         main([*usual, *line])
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_broken_image_is_an_error(
+    student: Students, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OneStepGenerator, "sample", lambda *_, **__: torch.full((1, 3, 32, 32), torch.nan))
+    with pytest.raises(SystemExit) as stop:
+        main(["--model", str(student("sd")), "--prompt", "a", "--out", str(tmp_path / "one.png")])
+    assert stop.value.code == 2 and "1 of 1 images have NaN or infinity" in capsys.readouterr().err
+    assert not (tmp_path / "one.png").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch import Tensor
 from evaluation.images.samples import ModelSamples, PipelineImages, StudentImages, load_pipeline
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import to_uint8
-from sdxs_lightning.inference.generator import OneStepGenerator, sample_images
+from sdxs_lightning.inference.generator import NotFiniteWarning, OneStepGenerator, sample_images
 from sdxs_lightning.inference.inputs import image_tensor
 from sdxs_lightning.inference.model_folder import is_student
 from sdxs_lightning.lora import ConvertOptions, convert
@@ -216,7 +217,17 @@ def test_timesteps_are_copied_to_the_device_once(
     [
         ({"size": 36}, r"`size` is 36x36, but height and width must be multiples of 8; the nearest is 32x32"),
         ({"size": (32, 4)}, "`size` is 32x4"),
+        (
+            {"size": (32, 32, 3)},
+            r"`size` is \(32, 32, 3\), but must be a side in pixels, or \(height, width\)",
+        ),
+        ({"size": 32.0}, r"`size` is 32.0, but must be a side"),
         ({"seeds": [1]}, r"1 seeds for 2 prompt\(s\)"),
+        ({"seeds": [1.5, 2]}, "`seeds` has 1.5, but a seed is an integer"),
+        ({"seeds": 2**64 - 1}, r"`seeds` has 18446744073709551616, and torch takes those from -2\*\*63 to"),
+        ({"prompts": [PROMPTS[0], "a \udcff"]}, r"`prompts`\[1\] is 'a .udcff', which is no text in UTF-8"),
+        ({"prompts": None}, r"`prompts`\[0\] is a NoneType, expected text"),
+        ({"image": 3, "strength": 0.5}, r"image\[0\] is int64 of shape \(\), expected uint8"),
         (
             {"image": condition(2, (32, 32))},
             "`image` and `strength` belong together, and `strength` is missing",
@@ -233,7 +244,7 @@ def test_timesteps_are_copied_to_the_device_once(
 def test_inputs_that_do_not_fit(given: dict[str, Any], message: str, student: Students) -> None:
     generator = OneStepGenerator.load(student("sd"), device="cpu")
     with pytest.raises(UserError, match=message):
-        generator.generate(PROMPTS, **given)
+        generator.generate(**{"prompts": PROMPTS} | given)
     with pytest.raises(UserError, match="there is no prompt"):
         generator.generate([])
 
@@ -249,8 +260,32 @@ def test_wrong_number_and_kind_of_control_images(student: Students) -> None:
         UserError, match=r"control_images\[0\] is torch.float32 of shape \(3, 32, 32\), expected uint8"
     ):
         generator.generate(PROMPTS, control_images=condition(2, (32, 32)) / 255)
-    with pytest.raises(UserError, match=r"control_images\[0\] has shape \(32, 32\)"):
+    with pytest.raises(UserError, match=r"control_images\[0\] is uint8 of shape \(32, 32\), expected"):
         generator.generate(PROMPTS, control_images=[np.zeros((32, 32), np.uint8)])
+    with pytest.raises(UserError, match="`control_scale` is nan, but must be a finite number"):
+        generator.generate(PROMPTS, control_images=condition(2, (32, 32)), control_scale=float("nan"))
+
+
+def test_seeds_and_sizes_of_numpy_are_numbers_too(student: Students) -> None:
+    generator = OneStepGenerator.load(student("sd"), device="cpu")
+    expected = generator.generate(PROMPTS, [3, 4], size=(32, 40))
+    for seeds in (np.int64(3), np.array([3, 4]), torch.tensor([3, 4])):
+        found = generator.generate(PROMPTS, seeds, size=(np.int64(32), 40))  # type: ignore[arg-type]
+        assert torch.equal(found, expected)
+
+
+def test_broken_images_are_no_silent_black(student: Students) -> None:
+    folder = student("sd")
+    with pytest.raises(UserError, match="`lora_scale` is inf, but must be a finite number"):
+        OneStepGenerator.load(folder, lora=f"{folder}-lora", lora_scale=float("inf"), device="cpu")
+    generator = OneStepGenerator.load(folder, lora=f"{folder}-lora", device="cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate(PROMPTS)
+    generator.set_lora_scale(1e38)
+    with pytest.warns(NotFiniteWarning, match="2 of 2 images have NaN or infinity, .*: float32 overflows"):
+        images = generator.generate(PROMPTS)
+    assert int(images.max()) == 0
 
 
 def test_strength_of_few_steps(student: Students) -> None:
@@ -296,6 +331,10 @@ def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
         OneStepGenerator.load(student("sd"), steps=4)
     with pytest.raises(UserError, match="`dtype` is 'half', but must be one of fp32, fp16, bf16"):
         OneStepGenerator.load(student("sd"), dtype="half")
+    with pytest.raises(UserError, match="`dtype` is 'torch.int8', but must be one of"):
+        OneStepGenerator.load(student("sd"), dtype=torch.int8)
+    with pytest.raises(UserError, match="`backend` is 'tensorrt', but must be one of torch, onnx, openvino"):
+        OneStepGenerator.load(student("sd"), backend="tensorrt")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="down residuals of widths|reads prompts of width"):
         OneStepGenerator.load(student("sdxl"), controlnet=f"{student('sd')}-controlnet")
     with pytest.raises(UserError, match="trained for another base"):
