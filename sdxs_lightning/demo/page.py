@@ -83,6 +83,9 @@ _LIVE: dict[str, Any] = {
     "concurrency_limit": None,
     "api_visibility": "private",
 }
+UPLOADED: dict[str, Any] = {"type": "pil", "image_mode": None}
+"""Of fields for images, which come as they are: gradio's own conversion drops transparency, clips 16 bits, and leaves the
+palette of a GIF unread."""
 _Handler = Callable[..., tuple[Any, Any]]
 
 
@@ -150,13 +153,13 @@ def _image_tab(studio: Studio) -> None:
         with gr.Column():
             image = gr.Image(
                 sources=["upload", "webcam"],
-                type="numpy",
+                **UPLOADED,
                 streaming=False,
                 label="Image",
                 elem_id="image-input",
             )
             webcam = gr.Image(
-                sources=["webcam"], type="numpy", streaming=True, label="Webcam, live", elem_id="image-webcam"
+                sources=["webcam"], **UPLOADED, streaming=True, label="Webcam, live", elem_id="image-webcam"
             )
             prompt, seed = _prompt("image"), _seed()
             way = gr.Radio(ways, value=ways[0], label="Keep of the image", elem_id="image-way")

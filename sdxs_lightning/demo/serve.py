@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.image_formats import readable_formats
 from sdxs_lightning.demo.studio import MAX_PIXELS, Condition, Studio, stock_base
 from sdxs_lightning.inference.generator import OneStepGenerator
 
@@ -56,6 +57,9 @@ def launch(options: DemoOptions) -> Any:
     from sdxs_lightning.demo.page import CSS, SCRIPT, build, theme
 
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+    Image.ID[:] = (
+        readable_formats()
+    )  # gradio opens what visitors upload with every decoder that is registered
     app = build(studio(options))
     try:
         app.launch(

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sdxs_lightning.core.errors import UserError, first_line
 from sdxs_lightning.core.image_formats import as_rgb
@@ -102,12 +102,12 @@ class Studio:
 
     def text(self, visitor: str, prompt: str, seed: int, count: int) -> Made | None:
         """Images of a prompt; None where a newer request came."""
-        seeds = range(int(seed), int(seed) + int(count))
+        seeds = range(whole_seed(seed), whole_seed(seed) + int(count))
         return self._make(visitor, [prompt] * len(seeds), seeds)
 
     def sketch(self, visitor: str, prompt: str, seed: int, drawing: Any, scale: float) -> Made | None:
         """An image along a drawing (H, W, 4 or 3) uint8, whose strokes are dark on white or on nothing."""
-        lines = self._resized(Image.fromarray(strokes(drawing)))
+        lines = fitted(Image.fromarray(strokes(drawing)), self.generator.model.size)
         return self._make(visitor, [prompt], [seed], (lines,), control_images=lines, control_scale=scale)
 
     def image(
@@ -115,13 +115,13 @@ class Studio:
         visitor: str,
         prompt: str,
         seed: int,
-        image: Any,
+        image: Image.Image,
         strength: float,
         controlled: bool,
         scale: float,
     ) -> Made | None:
-        """An image like another: from its noisy latents, or, `controlled`, along its condition."""
-        picture = self._resized(Image.fromarray(np.asarray(image)[..., :3]))
+        """An image like another, of any mode: from its noisy latents, or, `controlled`, along its condition."""
+        picture = fitted(image, self.generator.model.size)
         if not controlled:
             return self._make(visitor, [prompt], [seed], (), image=picture, strength=strength)
         if self.condition is None:
@@ -139,9 +139,11 @@ class Studio:
         if base is None:
             raise UserError("the demo runs without a base; start it with --base DIR.")
 
+        number = whole_seed(seed)
+
         def work() -> Made:
             started = time.perf_counter()
-            image = base(prompt, seed)
+            image = base(prompt, number)
             return Made([image], time.perf_counter() - started)
 
         return self._base_turns.run(visitor, work)
@@ -155,32 +157,48 @@ class Studio:
         lora_scale: float = 0.0,
         **given: Any,
     ) -> Made | None:
+        numbers = [whole_seed(seed) for seed in seeds]
+
         def work() -> Made:
             if self.has_lora and lora_scale != self._lora_scale:
                 self.generator.set_lora_scale(lora_scale)
                 self._lora_scale = lora_scale
             started = time.perf_counter()
-            images = self.generator.generate(list(prompts), [int(seed) for seed in seeds], **given)
+            images = self.generator.generate(list(prompts), numbers, **given)
             seconds = time.perf_counter() - started
             frames = images.permute(0, 2, 3, 1).numpy()
             return Made([Image.fromarray(frame) for frame in frames], seconds, inputs)
 
         return self._newest_wins.run(visitor, work)
 
-    def _resized(self, image: Image.Image) -> Image.Image:
-        """At the student's size, the middle of it where the shape differs."""
-        if image.width * image.height > MAX_PIXELS:
-            raise UserError(
-                f"the image has {image.width}x{image.height} pixels; up to {MAX_PIXELS // 1_000_000} million are accepted."
-            )
-        height, width = self.generator.model.size
-        scale = max(width / image.width, height / image.height)
-        wide = as_rgb(image).resize(
-            (max(width, round(image.width * scale)), max(height, round(image.height * scale))),
-            Image.Resampling.LANCZOS,
+
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image as RGB at a size (height, width), the middle of it where the shape differs.
+
+    Raises:
+        UserError: for one that is too large, or cannot be RGB.
+    """
+    if image.width * image.height > MAX_PIXELS:
+        raise UserError(
+            f"the image has {image.width}x{image.height} pixels; up to {MAX_PIXELS // 1_000_000} million are accepted."
         )
-        left, top = (wide.width - width) // 2, (wide.height - height) // 2
-        return wide.crop((left, top, left + width, top + height))
+    try:
+        pixels = as_rgb(image)
+    except ValueError as error:
+        raise UserError(f"the image cannot be used: {error}.") from error
+    # Cut and scaled in one: a line of 1 x 16 million pixels, scaled first, would be larger than any memory.
+    return ImageOps.fit(pixels, size[::-1], Image.Resampling.LANCZOS)
+
+
+def whole_seed(value: Any) -> int:
+    """The seed of a page's field.
+
+    Raises:
+        UserError: for an empty field, as while a visitor types another number.
+    """
+    if value is None:
+        raise UserError("Give a seed, a whole number.")
+    return int(value)
 
 
 def strokes(drawing: Any) -> Any:

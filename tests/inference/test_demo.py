@@ -20,7 +20,7 @@ from evaluation.metrics.control_adherence import EdgeAdherence
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.demo.__main__ import DemoOptions
 from sdxs_lightning.demo.serve import condition_named, studio
-from sdxs_lightning.demo.studio import Made, NewestWins, Studio, stock_base, strokes
+from sdxs_lightning.demo.studio import Made, NewestWins, Studio, fitted, stock_base, strokes
 from sdxs_lightning.inference.generator import OneStepGenerator
 from tests.helpers.students import PROMPTS, condition
 from tests.helpers.tiny import save_tiny_sdxl
@@ -123,7 +123,9 @@ def test_what_a_page_sends_is_cut(student: Students) -> None:
     page._handler(make, "sketch", drawing_first=True)(request, "d" * 10_000, "b" * 10_000)
     assert seen == ["a" * 400, 1, "d" * 10_000, "b" * 400]
     with page.build(Studio(OneStepGenerator.load(student("sd"), device="cpu"))) as built:
+        images = [block for block in built.blocks.values() if isinstance(block, gradio.Image)]
         shown = [block.value for block in built.blocks.values() if isinstance(block, gradio.Markdown)]
+    assert [(one.type, one.image_mode) for one in images] == [("pil", None)] * 2
     assert page.NEEDS_CONTROLNET in shown and page.NEEDS_LORA in shown
     for config in re.findall(r"configs/\S+?\.yaml", page.NEEDS_CONTROLNET + page.NEEDS_LORA):
         assert (ROOT / config).is_file()
@@ -161,7 +163,7 @@ def test_pages_show_the_generators_images(student: Students) -> None:
     assert lines.size == (32, 32) and pixels(lines).float().mean() < 20 and pixels(lines).max() > 200
     expected = plain.generate(PROMPTS[0], 4, control_images=lines)
     assert torch.equal(pixels(sketch.images[0]), expected[0])
-    photo = condition(1, (48, 64))[0].permute(1, 2, 0).numpy()
+    photo = Image.fromarray(condition(1, (48, 64))[0].permute(1, 2, 0).numpy())
     near = room.image("v", PROMPTS[0], 4, photo, 0.5, False, 1.0)
     along = room.image("v", PROMPTS[0], 4, photo, 0.5, True, 1.0)
     assert near is not None and along is not None and along.inputs[0].size == (32, 32)
@@ -234,15 +236,59 @@ def _same(file: Path, other: Path) -> bool:
     return other.is_file() and other.read_bytes() == file.read_bytes()
 
 
+def test_an_uploaded_image_is_read_as_it_looks(tmp_path: Path) -> None:
+    """As its RGB twin."""
+    gradio = pytest.importorskip("gradio")
+    from sdxs_lightning.demo import page
+
+    values = np.random.default_rng(0).integers(0, 256, (40, 32), dtype=np.uint8)
+    grey = Image.fromarray(values)
+    clear, white = Image.new("RGBA", (32, 40), (255, 0, 0, 0)), Image.new("L", (32, 40), 255)
+    deep = Image.fromarray(values.astype(np.uint16) * 257)
+    field = gradio.Image(**page.UPLOADED)
+    for name, sent, twin in (
+        ("a.gif", grey.convert("P"), grey),
+        ("b.png", clear, white),
+        ("c.png", deep, grey),
+    ):
+        sent.save(tmp_path / name)
+        payload = gradio.data_classes.ImageData(path=str(tmp_path / name), orig_name=name)
+        found = fitted(field.preprocess(payload), (40, 32))
+        assert torch.equal(pixels(found), pixels(twin.convert("RGB"))), name
+
+
+def test_a_line_of_pixels_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled first, 1 x 16 million pixels that a visitor uploads would become 32 x 512 million."""
+    sizes: list[tuple[int, int]] = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image,
+        "resize",
+        lambda image, size, *given, **named: sizes.append(size) or resize(image, size, *given, **named),
+    )
+    assert fitted(Image.new("RGB", (1, 10_000), "red"), (32, 48)).size == (48, 32)
+    assert sizes == [(48, 32)]
+
+
 def test_what_the_demo_refuses(student: Students) -> None:
     room = Studio(OneStepGenerator.load(student("sd"), device="cpu"))
-    photo = np.zeros((32, 32, 3), np.uint8)
+    photo = Image.new("RGB", (32, 32))
     with pytest.raises(UserError, match="start it with --controlnet"):
         room.image("v", "a", 0, photo, 0.5, True, 1.0)
     with pytest.raises(UserError, match="start it with --base"):
         room.by_base("v", "a", 0)
     with pytest.raises(UserError, match="5000x4000 pixels; up to 16 million are accepted"):
-        room.image("v", "a", 0, np.zeros((4000, 5000, 3), np.uint8), 0.5, False, 1.0)
+        room.image("v", "a", 0, Image.new("RGB", (5000, 4000)), 0.5, False, 1.0)
+    with pytest.raises(
+        UserError, match=r"the image cannot be used: its pixels are 32-bit numbers \(mode F\)"
+    ):
+        room.image("v", "a", 0, Image.new("F", (32, 32)), 0.5, False, 1.0)
+    for empty in (
+        lambda: room.text("v", "a", None, 1),
+        lambda: room.image("v", "a", None, photo, 0.5, False, 1),
+    ):
+        with pytest.raises(UserError, match="Give a seed, a whole number"):
+            empty()  # type: ignore[no-untyped-call]
     with pytest.raises(UserError, match="--condition 'edges' is none of canny, sketch, soft_edge, depth"):
         condition_named("edges")
     with pytest.raises(UserError, match="there is no model in 'nowhere'"):
