@@ -32,7 +32,8 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
@@ -40,7 +41,7 @@ import jsonargparse
 from sdxs_lightning.command_options import Option, OptionField, fields_of
 from sdxs_lightning.core.errors import RunStopped, UserError, first_line, is_out_of_memory, nearest
 
-__all__ = ["Command", "Option", "parse_options", "run_command", "run_subcommand"]
+__all__ = ["Command", "Option", "parse_options", "run_command", "run_subcommand", "terminated_as_exit"]
 
 Options = TypeVar("Options")
 MEMORY_OPTIONS = (
@@ -99,6 +100,24 @@ def run_command(
         sys.exit(128 + signal.SIGINT)
     if result:
         sys.stdout.write(f"{result}\n")
+
+
+@contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """SIGTERM ends the block like an error, so that its temporary folders and its processes end too."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def run_subcommand(

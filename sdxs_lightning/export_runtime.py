@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.command_line import Option, run_command, terminated_as_exit
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 from sdxs_lightning.core.option_bounds import LARGEST_SCALE, LARGEST_SIDE_PX, MOST_STEPS
 
@@ -80,7 +78,7 @@ def run(options: ExportRuntimeOptions) -> str:
     from sdxs_lightning.callbacks.checkpoint_folder import write_failure
 
     try:
-        with _terminated_as_exit():
+        with terminated_as_exit():
             return _export(options, out)
     except OSError as error:
         problem = write_failure(error)
@@ -90,11 +88,16 @@ def run(options: ExportRuntimeOptions) -> str:
 
 
 def _check_replaceable(out: Path, sources: Sequence[str | None]) -> None:
-    """Refuses to replace what is no earlier export, or holds what is read or the working folder.
+    """Refuses to replace what is no earlier export, or holds what is read or the working folder, and to write into a source.
 
     Raises:
         UserError: if it would.
     """
+    for one in (Path(source).resolve() for source in sources if source is not None):
+        if one.is_dir() and one in out.resolve().parents:
+            raise UserError(
+                f"--out '{out}' is inside of '{one}', whose files would no longer be its own; give another folder."
+            )
     if not out.exists():
         return
     kept = [Path(one) for one in sources if one is not None and Path(one).exists()] + [Path.cwd()]
@@ -109,7 +112,7 @@ def _check_replaceable(out: Path, sources: Sequence[str | None]) -> None:
 
 def _default_out(options: ExportRuntimeOptions) -> Path:
     model = Path(options.model)
-    parts = [model.name, options.to] + ([options.dtype] if options.dtype else [])
+    parts = [model.resolve().name, options.to] + ([options.dtype] if options.dtype else [])
     return model.resolve().parent / "-".join(parts)
 
 
@@ -150,24 +153,6 @@ def _sizes(out: Path) -> list[str]:
         f"written to {out}:",
         *(f"  {file.relative_to(out).as_posix():<36} {file.stat().st_size / 1e6:10.1f} MB" for file in files),
     ]
-
-
-@contextmanager
-def _terminated_as_exit() -> Iterator[None]:
-    """SIGTERM ends the block like an error, so that the temporary folder goes too."""
-
-    def stop(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from evaluation.benchmarks.gpu.inference import student_of
 from evaluation.benchmarks.gpu.options import SECTIONS, GpuOptions, Section
 from evaluation.benchmarks.gpu.random_base import Kind, RandomBase
 from evaluation.benchmarks.gpu.section import SectionRun
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 pytestmark = pytest.mark.timeout(600)
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,12 +156,39 @@ def test_a_section_out_of_time_ends_with_its_children(
     assert sections["well"]["status"] == "complete"
 
 
+def test_an_interrupted_command_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job's end sends SIGTERM, which would leave the section alone with the GPU, and its rows in a temporary folder."""
+    use(monkeypatch, slow="hangs", well="ends_well")
+    join, run = ForkServerProcess.join, runner._exit_code
+    tasks: list[Any] = []
+    monkeypatch.setattr(runner, "_exit_code", lambda task: tasks.append(task) or run(task))  # type: ignore[func-returns-value]
+
+    def terminated(process: Any, timeout: float | None = None) -> None:
+        rows = Path(tasks[0].rows)
+        while timeout is not None and not (rows.exists() and "pid" in rows.read_text()):
+            time.sleep(0.05)
+        if timeout is not None:
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc, call-arg]
+        join(process, timeout)
+
+    monkeypatch.setattr(ForkServerProcess, "join", terminated)
+    with pytest.raises(SystemExit) as stop:
+        runner.run(options(tmp_path / "gpu.json"))
+    assert stop.value.code == 143
+    sections = sections_of(tmp_path / "gpu.json")
+    assert list(sections) == ["slow"] and sections["slow"]["status"] == "interrupted"
+    assert sections["slow"]["rows"][0] == {"labels": {"what": "first"}, "value": 1.0}
+    assert not is_alive(sections["slow"]["rows"][1]["pid"])
+
+
 def test_a_section_on_a_gpu_is_no_fork_of_a_process_that_asked_for_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """diffusers asks while it is imported, so that CUDA refuses to start in a fork of the fork server."""
     use(monkeypatch, fork="tells_its_fork")
-    found = runner._run_section("fork", options(tmp_path / "gpu.json", device="cuda"), 300, 300, [])
+    found, _ = runner._run_section("fork", options(tmp_path / "gpu.json", device="cuda"), 300, 300, [])
     assert found["status"] == "complete", found
     assert found["rows"] == [{"labels": {"what": "bad fork"}, "value": False}]
 
@@ -197,9 +225,26 @@ def test_files_that_are_not_this_machines_are_refused(tmp_path: Path) -> None:
     out.write_text(json.dumps({"machine": {"device": "NVIDIA H100"}, "tiny": False, "sections": {}}))
     with pytest.raises(UserError, match=r"is of .*H100.*give another --out"):
         runner.run(options(out))
-    out.write_text("[]")
-    with pytest.raises(UserError, match="is not a result of this command"):
-        runner.run(options(out))
+    machine = runner._machine("cpu")
+    for content in (
+        "[]",
+        json.dumps({"machine": machine, "tiny": True}),
+        json.dumps({"machine": machine, "tiny": True, "sections": {"toy": {"status": "complete"}}}),
+        json.dumps({"machine": machine, "tiny": True, "sections": {"toy": {"status": "", "rows": [{}]}}}),
+    ):
+        out.write_text(content)
+        with pytest.raises(UserError, match="is not a result of this command"):
+            runner.run(options(out))
+
+
+def test_a_file_that_cannot_be_written_is_found_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use(monkeypatch, one="ends_well")
+    monkeypatch.setattr(runner, "_run_section", lambda *_: pytest.fail("a section ran"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointNotWritten, match=r"--out '.*gpu.json' could not be written: "):
+        runner.run(options(tmp_path / "file" / "gpu.json"))
 
 
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from evaluation.benchmarks.gpu.options import SECTIONS, GpuOptions
 from evaluation.benchmarks.gpu.section import Row, Task, run_section
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.command_line import terminated_as_exit
+from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
 PRELOADED = ["evaluation.benchmarks.gpu.distillation", "evaluation.benchmarks.gpu.stages"]
 OVERRUN = 2.0
@@ -37,34 +38,50 @@ def run(options: GpuOptions) -> str:
 
     Raises:
         UserError: without a GPU, or for an earlier file of another machine or another size.
+        CheckpointNotWritten: if the file cannot be written.
     """
     if options.dry_run:
         return _expected(options)
+    with terminated_as_exit():
+        return _measured(options)
+
+
+def _measured(options: GpuOptions) -> str:
+    """Runs the sections and returns the table."""
     deadline = time.monotonic() + 60 * options.minutes
     machine = _machine(options.device)
     results = _earlier(options, machine)
+    _write(options.out, results)  # a folder that cannot be written is found before the first minute of a GPU
     names = [name for name in SECTIONS if name in options.only or not options.only]
     for name in names:
         earlier = results["sections"].get(name, {"status": "did not fit", "rows": []})
         if options.resume and earlier["status"] == "complete" and not _failed(earlier["rows"]):
             continue
         left = deadline - time.monotonic()
-        if left >= SHORTEST_SECONDS:
-            # The last one may take all that is left.
-            expected = left if name == names[-1] else min(left, SECTIONS[name].seconds)
-            seconds = min(left, OVERRUN * expected)
-            results["sections"][name] = _run_section(name, options, seconds, expected, earlier["rows"])
-        else:
+        if left < SHORTEST_SECONDS:
             results["sections"].setdefault(name, earlier)
+            _write(options.out, results)
+            continue
+        # The last one may take all that is left.
+        expected = left if name == names[-1] else min(left, SECTIONS[name].seconds)
+        section, stopped = _run_section(
+            name, options, min(left, OVERRUN * expected), expected, earlier["rows"]
+        )
+        results["sections"][name] = section
         _write(options.out, results)
+        if stopped is not None:
+            raise stopped
     return as_table(results)
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
     written = out.with_name(f"{out.name}.part")
-    written.write_text(json.dumps(results, indent=1) + "\n")
-    written.replace(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(json.dumps(results, indent=1) + "\n")
+        written.replace(out)
+    except OSError as error:
+        raise CheckpointNotWritten(f"--out '{out}' could not be written: {error}") from error
 
 
 def _machine(device: str) -> dict[str, Any]:
@@ -87,7 +104,9 @@ def _earlier(options: GpuOptions, machine: dict[str, Any]) -> dict[str, Any]:
     try:
         earlier: dict[str, Any] = json.loads(options.out.read_text())
         same = (earlier["machine"], earlier["tiny"]) == (machine, options.tiny)
-    except (ValueError, KeyError, TypeError) as error:
+        for section in earlier["sections"].values():
+            _check_section(section)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"'{options.out}' is not a result of this command; give another --out.") from error
     if not same:
         raise UserError(
@@ -97,14 +116,24 @@ def _earlier(options: GpuOptions, machine: dict[str, Any]) -> dict[str, Any]:
     return earlier
 
 
+def _check_section(section: dict[str, Any]) -> None:
+    """Raises an error of Python for what `_run_section` does not return."""
+    for row in section["rows"]:
+        row["labels"].items()
+    section["status"].strip()
+
+
 def _failed(rows: list[Row]) -> list[Row]:
     return [row for row in rows if "error" in row]
 
 
 def _run_section(
     name: str, options: GpuOptions, seconds: float, expected: float, earlier: list[Row]
-) -> dict[str, Any]:
-    """The rows that a section wrote until its end, however it ended, in the place of its earlier ones."""
+) -> tuple[dict[str, Any], BaseException | None]:
+    """The rows that a section wrote until its end, in the place of its earlier ones, and what ends the command with it.
+
+    However the section ended: by itself, killed, or by Ctrl-C or SIGTERM, which are for the command and returned.
+    """
     known = [row for row in earlier if "error" not in row] if options.resume else []
     with tempfile.TemporaryDirectory() as folder:
         rows, log = Path(folder) / "rows.jsonl", Path(folder) / "log.txt"
@@ -120,10 +149,14 @@ def _run_section(
             known=known,
         )
         started = time.monotonic()
-        code = _exit_code(task)
+        code, stopped = None, None
+        try:
+            code = _exit_code(task)
+        except (KeyboardInterrupt, SystemExit) as error:
+            stopped = error
         lines = [json.loads(line) for line in _whole_lines(rows)]
         section: dict[str, Any] = {
-            "status": _status(code),
+            "status": "interrupted" if stopped else _status(code),
             "seconds": round(time.monotonic() - started, 1),
             "rows": _merged(earlier, [line for line in lines if "labels" in line]),
         }
@@ -131,7 +164,7 @@ def _run_section(
             section["ended_in"] = lines[-1]["begun"]
         if code:
             section["error"] = log.read_text(errors="replace")[-2000:] if log.exists() else ""
-        return section
+        return section, stopped
 
 
 def _exit_code(task: Task) -> int | None:

@@ -22,6 +22,7 @@ from evaluation.benchmarks.latency.report import chart, table
 from evaluation.benchmarks.latency.subjects import Subject, serve_quietly
 from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
+from sdxs_lightning.command_line import terminated_as_exit
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.model_hash import hash_model
 from sdxs_lightning.inference.exporting.export import export_runtime
@@ -41,6 +42,7 @@ def latency(options: LatencyOptions) -> str:
     """Measures, writes the files, returns the table."""
     options = _resolved(options)
     with ExitStack() as stack:
+        stack.enter_context(terminated_as_exit())
         work = options.work or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="latency-")))
         work.mkdir(parents=True, exist_ok=True)
         subjects = _subjects(options, work)
