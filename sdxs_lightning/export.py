@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -166,8 +165,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
         written = Path(temporary) / "complete"
         yield written
         apply_umask(written)
-        if folder.exists():
-            shutil.rmtree(folder)
+        if (
+            folder.exists()
+        ):  # removed with the temporary folder, since a kill in mid-removal would leave half of it
+            os.replace(folder, Path(temporary) / "replaced")
         os.replace(written, folder)
 
 

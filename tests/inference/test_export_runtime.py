@@ -405,6 +405,7 @@ def test_only_an_earlier_export_is_replaced(
         (tmp_path, "is in it"),
         (tmp_path / "notes", "is no earlier export"),
         (tmp_path / "notes" / "thesis.txt", "is no earlier export"),
+        (model / "unet" / "export", f"is inside of '{model}'"),
     ):
         with pytest.raises(SystemExit) as stop:
             main([str(model), "--to", "single-file", "--out", str(out)])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.inference.adapters import ScaledAdapter
 from sdxs_lightning.inference.graph_networks import DOWN_RESIDUAL, MID_RESIDUAL
 from sdxs_lightning.inference.model_folder import ModelFolder
@@ -84,7 +85,7 @@ def parts(model: ModelFolder, adapted: Adapted, dtype: torch.dtype) -> Iterator[
     yield _decoder(model, vae, dtype)
     try:
         source = encoder_folder(model, vae)
-    except Exception:  # a student without encoder makes images from noise only
+    except UserError:  # a student without encoder makes images from noise only
         return
     if source != "vae":
         vae = load_part(model, source)
@@ -186,6 +187,10 @@ class _Encoder(nn.Module):
         return (scaled.to(sample.dtype),)
 
 
+def _cast(network: nn.Module, dtype: torch.dtype) -> None:
+    nn.Module.to(network, dtype=dtype)  # the override of diffusers warns about every cast
+
+
 def _text_encoder(model: ModelFolder, name: str, dtype: torch.dtype) -> Part:
     encoder: Any = load_part(model, name).to(dtype)
     hidden = model.has_pooled_prompts
@@ -242,7 +247,7 @@ def _prompt_width(unet: Any) -> int:
 
 
 def _unet(model: ModelFolder, unet: Any, controlled: bool, dtype: torch.dtype) -> Part:
-    unet.to(dtype)
+    _cast(unet, dtype)
     added = _added(unet, dtype)
     inputs = _noisy(model, dtype, _prompt_width(unet)) | added
     if controlled:
@@ -267,7 +272,7 @@ def _residuals(unet: Any, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _controlnet(model: ModelFolder, controlnet: Any, dtype: torch.dtype) -> Part:
-    controlnet.to(dtype)
+    _cast(controlnet, dtype)
     factor = model.factor
     images = torch.zeros(_BATCH, 3, *(side * factor for side in _LATENT_SIDES), dtype=dtype)
     added = _added(controlnet, dtype)
@@ -281,7 +286,7 @@ def _controlnet(model: ModelFolder, controlnet: Any, dtype: torch.dtype) -> Part
 
 def _decoder(model: ModelFolder, vae: Any, dtype: torch.dtype) -> Part:
     float32 = bool(vae.config.get("force_upcast", False))
-    vae.to(torch.float32 if float32 else dtype)
+    _cast(vae, torch.float32 if float32 else dtype)
     inputs = {"latent_sample": torch.zeros(_BATCH, model.latent_channels, *_LATENT_SIDES, dtype=dtype)}
     module = _Decoder(vae, model.scale_of("vae"), float32)
     axes = _axes(inputs, ["sample"])
@@ -290,7 +295,7 @@ def _decoder(model: ModelFolder, vae: Any, dtype: torch.dtype) -> Part:
 
 def _encoder(model: ModelFolder, vae: Any, source: str, dtype: torch.dtype) -> Part:
     float32 = bool(vae.config.get("force_upcast", False))
-    vae.to(torch.float32 if float32 else dtype)
+    _cast(vae, torch.float32 if float32 else dtype)
     sides = [side * model.factor for side in (8, 8)]
     inputs = {"sample": torch.zeros(_BATCH, 3, *sides, dtype=dtype)}
     tiny = type(vae).__name__ == "AutoencoderTiny"
