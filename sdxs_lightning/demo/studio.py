@@ -100,12 +100,12 @@ class Studio:
         if has_lora:
             generator.set_lora_scale(0.0)
 
-    def text(self, visitor: str, prompt: str, seed: int, count: int) -> Made | None:
+    def text(self, visitor: str, prompt: str, seed: int | None, count: int) -> Made | None:
         """Images of a prompt; None where a newer request came."""
         seeds = range(whole_seed(seed), whole_seed(seed) + int(count))
         return self._make(visitor, [prompt] * len(seeds), seeds)
 
-    def sketch(self, visitor: str, prompt: str, seed: int, drawing: Any, scale: float) -> Made | None:
+    def sketch(self, visitor: str, prompt: str, seed: int | None, drawing: Any, scale: float) -> Made | None:
         """An image along a drawing (H, W, 4 or 3) uint8, whose strokes are dark on white or on nothing."""
         lines = fitted(Image.fromarray(strokes(drawing)), self.generator.model.size)
         return self._make(visitor, [prompt], [seed], (lines,), control_images=lines, control_scale=scale)
@@ -114,7 +114,7 @@ class Studio:
         self,
         visitor: str,
         prompt: str,
-        seed: int,
+        seed: int | None,
         image: Image.Image,
         strength: float,
         controlled: bool,
@@ -129,11 +129,11 @@ class Studio:
         lines = Image.fromarray(self.condition(np.asarray(picture)))
         return self._make(visitor, [prompt], [seed], (lines,), control_images=lines, control_scale=scale)
 
-    def styled(self, visitor: str, prompt: str, seed: int, scale: float) -> Made | None:
+    def styled(self, visitor: str, prompt: str, seed: int | None, scale: float) -> Made | None:
         """An image with the LoRA at a scale."""
         return self._make(visitor, [prompt], [seed], (), lora_scale=scale)
 
-    def by_base(self, visitor: str, prompt: str, seed: int) -> Made | None:
+    def by_base(self, visitor: str, prompt: str, seed: int | None) -> Made | None:
         """The base's image of a prompt."""
         base = self.base
         if base is None:
@@ -152,7 +152,7 @@ class Studio:
         self,
         visitor: str,
         prompts: Sequence[str],
-        seeds: Sequence[int],
+        seeds: Sequence[int | None],
         inputs: tuple[Image.Image, ...] = (),
         lora_scale: float = 0.0,
         **given: Any,
@@ -190,7 +190,7 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return ImageOps.fit(pixels, size[::-1], Image.Resampling.LANCZOS)
 
 
-def whole_seed(value: Any) -> int:
+def whole_seed(value: int | None) -> int:
     """The seed of a page's field.
 
     Raises:

@@ -170,7 +170,7 @@ def test_an_interrupted_command_keeps_what_was_measured(
         while timeout is not None and not (rows.exists() and "pid" in rows.read_text()):
             time.sleep(0.05)
         if timeout is not None:
-            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc, call-arg]
+            signal.getsignal(signal.SIGTERM)(signal.SIGTERM, None)  # type: ignore[operator, misc]
         join(process, timeout)
 
     monkeypatch.setattr(ForkServerProcess, "join", terminated)
