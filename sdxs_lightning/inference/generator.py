@@ -196,10 +196,11 @@ class OneStepGenerator:
         pixels = to_uint8(images.nan_to_num(-1.0)).cpu()
         broken = int((~finite_rows.cpu()).sum())
         if broken:
-            dtype = str(self.networks.dtype).removeprefix("torch.")
+            half = self.networks.dtype in (torch.float16, torch.bfloat16)
+            cause = "half precision overflows in this model, try fp32; or" if half else "perhaps"
             warnings.warn(
-                f"{broken} of {len(pixels)} images have NaN or infinity, drawn black or white: {dtype} overflows in this "
-                "model, or its weights or the LoRA's scale are wrong; try fp32.",
+                f"{broken} of {len(pixels)} images have NaN or infinity, drawn black or white: {cause} its weights have NaN, "
+                "or the LoRA's scale is too large.",
                 NotFiniteWarning,
                 stacklevel=2,
             )

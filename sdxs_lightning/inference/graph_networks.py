@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.errors import UserError, first_line
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.inference.networks import Control, Prompts
 
@@ -107,6 +108,13 @@ class GraphNetworks(ABC):
             sides = [-(-side // 2**halvings) for side in (height, width)]
             zeros[name] = np.zeros((batch, channels, *sides), dtype=sample.dtype)
         return zeros
+
+
+def unloadable(file: Path, error: Exception) -> UserError:
+    """For a graph that a runtime does not load; runtimes raise classes of their own."""
+    return UserError(
+        f"'{file}' cannot be loaded ({first_line(error)}); was a file cut off? Export the model again."
+    )
 
 
 def _penultimate(outputs: Arrays) -> np.ndarray[Any, Any]:

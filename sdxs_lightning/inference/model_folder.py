@@ -69,7 +69,12 @@ class ModelFolder:
         missing = [name for name in needed if not (path / name).is_dir()]
         if missing:
             raise UserError(f"'{folder}' lacks the component folder(s) {', '.join(missing)}.")
-        if model.unet_config.get("time_cond_proj_dim") is not None:
+        try:
+            guided = model.unet_config.get("time_cond_proj_dim") is not None
+            _ = model.vae_config
+        except (FileNotFoundError, ValueError) as error:
+            raise UserError(str(error)) from error
+        if guided:
             raise UserError(
                 f"'{folder}' takes the guidance scale as an input (time_cond_proj_dim), which this generator does not give it: "
                 "run it in diffusers, pipeline(prompt, num_inference_steps=1, guidance_scale=2), or measure it by `python -m "

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.inference.graph_networks import Arrays, GraphNetworks
+from sdxs_lightning.inference.graph_networks import Arrays, GraphNetworks, unloadable
 from sdxs_lightning.inference.model_folder import ModelFolder
 
 PROVIDERS = {
@@ -63,9 +63,11 @@ class OnnxNetworks(GraphNetworks):
         options.log_severity_level = 3  # it warns about each initializer that it folds
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
-        return self._runtime.InferenceSession(
-            str(self._model.path / part / "model.onnx"), options, providers=self._providers
-        )
+        file = self._model.path / part / "model.onnx"
+        try:
+            return self._runtime.InferenceSession(str(file), options, providers=self._providers)
+        except Exception as error:
+            raise unloadable(file, error) from error
 
 
 def import_onnxruntime() -> Any:

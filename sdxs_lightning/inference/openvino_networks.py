@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.inference.graph_networks import Arrays, GraphNetworks
+from sdxs_lightning.inference.graph_networks import Arrays, GraphNetworks, unloadable
 from sdxs_lightning.inference.model_folder import ModelFolder
 
 FILE = "openvino_model.xml"
@@ -59,7 +59,11 @@ class OpenVinoNetworks(GraphNetworks):
         return {port.get_any_name(): np.array(value) for port, value in outputs.items()}
 
     def _compile(self, part: str, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Any:
-        network = self._core.read_model(self._model.path / part / FILE)
+        file = self._model.path / part / FILE
+        try:
+            network = self._core.read_model(file)
+        except Exception as error:
+            raise unloadable(file, error) from error
         if shapes:
             network.reshape({name: list(shape) for name, shape in shapes})
         return self._core.compile_model(network, self._device, self._settings).create_infer_request()

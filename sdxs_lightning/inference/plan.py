@@ -112,6 +112,11 @@ class SamplingPlan:
                 f"the scheduler of '{named}' sets {' and '.join(wrong)}, which no student was trained with."
             )
         several = kind == "LCMScheduler"
+        if several and not isinstance(config.get("original_inference_steps"), int):
+            raise _is_a_base(
+                named,
+                "has an LCMScheduler without original_inference_steps, which says how many a student takes",
+            )
         count = (steps or int(config["original_inference_steps"])) if several else 1
         if steps not in (None, count):
             raise UserError(f"'{named}' is a student of one step, got `steps` {steps}.")
@@ -124,10 +129,10 @@ class SamplingPlan:
         import diffusers
 
         # diffusers' own object, once: its float32 product differs from a float64 one in the last digits.
-        scheduler = getattr(diffusers, kind).from_config(dict(config))
         try:
+            scheduler = getattr(diffusers, kind).from_config(dict(config))
             scheduler.set_timesteps(count)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise UserError(f"'{named}' cannot take {count} steps: {error}") from error
         plan = cls(
             (), str(config.get("prediction_type", "epsilon")), tuple(scheduler.alphas_cumprod.tolist())

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.errors import UserError, first_line
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.inference.networks import Networks, Prompts
 
@@ -25,15 +26,23 @@ class PromptEncoder:
     Args:
         model: whose tokenizers are read.
         networks: whose text encoders run.
+
+    Raises:
+        UserError: for unreadable tokenizers.
     """
 
     def __init__(self, model: ModelFolder, networks: Networks) -> None:
         from transformers import CLIPTokenizer
 
         folders = [model.path / name.replace("text_encoder", "tokenizer") for name in model.encoders]
-        self._tokenizers: list[CLIPTokenizer] = [
-            CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders
-        ]
+        try:
+            self._tokenizers: list[CLIPTokenizer] = [
+                CLIPTokenizer.from_pretrained(folder, local_files_only=True) for folder in folders
+            ]
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"the tokenizer in '{model.path}' cannot be read ({first_line(error)}); was a file cut off?"
+            ) from error
         self._networks = networks
         self._kept: OrderedDict[str, Prompts] = OrderedDict()
 

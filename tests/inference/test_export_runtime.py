@@ -416,7 +416,7 @@ def test_only_an_earlier_export_is_replaced(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], student: Students) -> None:
+def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], tmp_path: Path) -> None:
     folder = exported("sd", "onnx", adapted=False)
     with pytest.raises(
         UserError, match="is an export for onnx, got `backend` torch; give `backend` onnx, or the diffusers"
@@ -433,6 +433,11 @@ def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], stu
         generator.generate(PROMPTS, control_images=condition(2, (32, 32)))
     with pytest.raises(UserError, match="is an export for onnx, got `backend` torch"):
         export_runtime(folder, folder.with_name("again"), "onnx")
+    cut = tmp_path / "cut"
+    shutil.copytree(folder, cut)
+    (cut / "unet" / "model.onnx").write_bytes((folder / "unet" / "model.onnx").read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"unet/model.onnx' cannot be loaded .* was a file cut off"):
+        OneStepGenerator.load(cut, backend="onnx").generate("a")
 
 
 @pytest.mark.parametrize(

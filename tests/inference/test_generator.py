@@ -283,7 +283,7 @@ def test_broken_images_are_no_silent_black(student: Students) -> None:
         warnings.simplefilter("error")
         generator.generate(PROMPTS)
     generator.set_lora_scale(1e38)
-    with pytest.warns(NotFiniteWarning, match="2 of 2 images have NaN or infinity, .*: float32 overflows"):
+    with pytest.warns(NotFiniteWarning, match="2 of 2 images have NaN or infinity, .*: perhaps its weights"):
         images = generator.generate(PROMPTS)
     assert int(images.max()) == 0
 
@@ -339,6 +339,29 @@ def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
         OneStepGenerator.load(student("sdxl"), controlnet=f"{student('sd')}-controlnet")
     with pytest.raises(UserError, match="trained for another base"):
         OneStepGenerator.load(student("sdxl"), lora=f"{student('sd')}-lora")
+
+
+def test_files_that_are_cut_off(student: Students, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(student("sd"), folder)
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    lcm = json.dumps(scheduler | {"_class_name": "LCMScheduler"})
+    for file, content, message in (
+        ("unet/config.json", "{", "is not readable as JSON"),
+        ("vae/config.json", "{", "is not readable as JSON"),
+        ("scheduler/scheduler_config.json", lcm, "an LCMScheduler without original_inference_steps"),
+        (
+            "scheduler/scheduler_config.json",
+            json.dumps(scheduler | {"num_train_timesteps": "x"}),
+            "cannot take 1 steps: ",
+        ),
+        ("tokenizer/tokenizer.json", "", "the tokenizer in .* cannot be read .*; was a file cut off"),
+    ):
+        before = (folder / file).read_text()
+        (folder / file).write_text(content)
+        with pytest.raises(UserError, match=message):
+            OneStepGenerator.load(folder, device="cpu")
+        (folder / file).write_text(before)
 
 
 def test_a_lora_of_text_encoders_too(student: Students, tmp_path: Path) -> None:

@@ -196,6 +196,11 @@ def test_a_file_that_reads_back_otherwise_is_not_written(
     monkeypatch.setattr(single_file, "original_unet", swapped)
     with pytest.raises(UserError, match=r"2 of them different \(time_embedding.linear_1.bias"):
         export_single_file(student, tmp_path / "out", "fp16")
+    monkeypatch.undo()
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(single_file, "original_clip", lambda *_: {"clip.weight": torch.tensor([1e6])})
+    with pytest.raises(UserError, match="clip.weight has NaN, or values that fp16 cannot hold"):
+        export_single_file(student, tmp_path / "out", "fp16")
     assert not (tmp_path / "out").exists()
 
 

@@ -151,6 +151,7 @@ def _tiny(model: ModelFolder) -> dict[str, dict[str, Tensor]]:
 
 
 def _save(tensors: Mapping[str, Tensor], file: Path, dtype: str) -> None:
+    """Writes tensors; raises UserError for one that is not finite in `dtype`."""
     from safetensors.torch import save_file
 
     chosen = DTYPES[dtype]
@@ -159,6 +160,12 @@ def _save(tensors: Mapping[str, Tensor], file: Path, dtype: str) -> None:
         name: (value.to(chosen) if value.is_floating_point() else value).contiguous().clone()
         for name, value in tensors.items()
     }
+    broken = next((name for name, value in cast.items() if not value.isfinite().all()), None)
+    if broken is not None:
+        raise UserError(
+            f"the weight {broken} has NaN, or values that {dtype} cannot hold, so nothing was written; give --dtype fp32 if it "
+            "is not that already, or find where the weights are from."
+        )
     save_file(cast, file, metadata={"format": "pt"})
 
 
