@@ -7,7 +7,7 @@ import re
 import shlex
 from importlib import import_module
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
 import pytest
@@ -39,7 +39,7 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 14
+    assert len(shown) == len(set(shown)) == 15
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -68,6 +68,37 @@ def test_what_is_said_of_distillation_alone_is_its_file() -> None:
     )
     assert f"has {before:.1f} % in one step" in text
     assert f"from {before:.0f} to {after:.0f} % by itself" in readme
+
+
+def test_what_is_said_of_the_quickstarts_distillation_is_its_files() -> None:
+    """Over pairs of equal seeds, against regression in the same time; and what more distillation reaches."""
+    control = result("toy_quickstart_regression")["rows"]["quickstart_regression"]
+    students = [result(f"quickstart_seed{seed}")["student"] for seed in control["seeds"]]
+    text, readme = " ".join(PAGE.split()), " ".join((ROOT / "README.md").read_text().split())
+
+    def paired(name: str) -> tuple[float, float]:
+        gained = [student[name] - one for student, one in zip(students, control[name]["values"], strict=True)]
+        return mean(gained), stdev(gained) / len(gained) ** 0.5
+
+    points, error = (100 * one for one in paired("caption_accuracy"))
+    assert f"brings {points:.1f} points more of caption accuracy (standard error {error:.1f})" in text
+    distance, error = paired("fid")
+    assert f"costs {distance:.2f} of FID ({error:.2f})" in text
+    shape, error = paired("shape_score")
+    assert "the same shape score" in text and abs(shape) < 2 * error
+    longer = {name: one["value"] for name, one in result("toy_longer")["metrics"].items()}
+    accuracy = 100 * longer["caption_accuracy"]
+    share = longer["caption_accuracy"] / result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
+    assert (
+        f"ends at {accuracy:.1f} % of caption accuracy, {share:.2f} of the base's, and a shape score of "
+        f"{longer['shape_score']:.3f} with {100 * longer['clean_images']:.1f} % clean images" in text
+    )
+    assert f"FID rises to {longer['fid']:.2f}" in text
+    regression = 100 * control["caption_accuracy"]["mean"]
+    assert (
+        f"reaches {regression:.1f} % (three seeds); 700 more updates of distillation {accuracy:.1f} %"
+        in readme
+    )
 
 
 def test_the_table_of_passes_is_its_file() -> None:
