@@ -151,6 +151,11 @@ class OneStepGenerator:
                     f"`{name}` is '{value}', but an export has its adapters inside; give them to "
                     f"sdxs_lightning.export_runtime (--{name}), or take `backend` torch."
                 )
+        if chosen != torch.float32:
+            raise UserError(
+                f"`dtype` is '{dtype}', but an export has the precision that it was made in; leave it out, or export again "
+                "with sdxs_lightning.export_runtime (--dtype)."
+            )
         if compiled:
             raise UserError(f"`compiled` is for `backend` torch; {backend} compiles its own graph.")
         if backend == "onnx":

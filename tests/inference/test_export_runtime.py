@@ -426,6 +426,8 @@ def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], tmp
         OneStepGenerator.load(folder, backend="onnx", lora="x")
     with pytest.raises(UserError, match="`compiled` is for `backend` torch"):
         OneStepGenerator.load(folder, backend="onnx", compiled=True)
+    with pytest.raises(UserError, match="`dtype` is 'fp16', but an export has the precision that it was"):
+        OneStepGenerator.load(folder, backend="onnx", dtype="fp16")
     generator = OneStepGenerator.load(folder, backend="onnx")
     with pytest.raises(UserError, match="this export has no LoRA whose scale could change"):
         generator.set_lora_scale(0.5)

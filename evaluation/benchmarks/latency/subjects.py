@@ -89,7 +89,9 @@ def _generator(subject: Subject) -> Callable[[int], dict[str, float]]:
     from sdxs_lightning.inference.generator import OneStepGenerator
 
     options: dict[str, Any] = {}
-    if subject.backend != "torch":
+    if subject.backend == "torch":
+        options["dtype"] = subject.dtype
+    else:
         options["threads"] = subject.threads
     if subject.backend == "openvino":
         options["static_shapes"] = True
@@ -98,7 +100,6 @@ def _generator(subject: Subject) -> Callable[[int], dict[str, float]]:
         subject.backend,
         subject.controlnet if subject.backend == "torch" else None,
         device=subject.device,
-        dtype=subject.dtype,
         compiled=subject.compiled,
         **options,
     )
