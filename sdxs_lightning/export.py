@@ -165,9 +165,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         written = Path(temporary) / "complete"
         yield written
         apply_umask(written)
-        if (
-            folder.exists()
-        ):  # removed with the temporary folder, since a kill in mid-removal would leave half of it
+        if folder.exists():
+            # Removed with the temporary folder, since a kill in mid-removal would leave half of it.
             os.replace(folder, Path(temporary) / "replaced")
         os.replace(written, folder)
 

@@ -102,6 +102,8 @@ class Export(Checkpoint):
             if self.fake_score:
                 assert isinstance(pl_module, FakeScoreExportable)
                 pl_module.write_fake_score(folder.parent / "fake_score", self.dtype)
+        except UserError as error:  # weights that the dtype cannot hold; the other ranks wait below
+            problem = str(error).rstrip(".")
         except Exception as error:
             problem = write_failure(error)
             if problem is None:
@@ -112,7 +114,7 @@ class Export(Checkpoint):
             more = f" --trainer.max_steps {trainer.global_step + 1}" if trainer.max_steps > 0 else ""
             raise CheckpointNotWritten(
                 f"the {pl_module.export_name} could not be written to '{folder}' ({problem}); the last checkpoint is complete. "
-                f"Make room or set another folder of the callback Export, and run again with --ckpt_path last{more}."
+                f"Make room or set another folder or dtype of the callback Export, and run again with --ckpt_path last{more}."
             )
         updates = getattr(pl_module, "student_updates", trainer.global_step)
         rank_zero_info(f"Exported the {pl_module.export_name} after {updates} updates: {folder}")

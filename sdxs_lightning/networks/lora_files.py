@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdxs_lightning.core.errors import first_line
+from sdxs_lightning.core.errors import UserError, first_line
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.weights import PICKLES
 
@@ -395,13 +395,13 @@ def write_lora(
         dtype: of the matrices.
 
     Raises:
-        ValueError: if a value is too large for the dtype.
+        UserError: if a value is too large for the dtype.
     """
     tensors: dict[str, Tensor] = {}
     for layer, update in adapters.items():
         down, up = update.down.to(dtype), (update.alpha / update.rank * update.up).to(dtype)
         if not (down.isfinite().all() and up.isfinite().all()):
-            raise ValueError(
+            raise UserError(
                 f"the LoRA of {layer} has values that {dtype} cannot hold; write float32 instead."
             )
         if form == "kohya":

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.networks.controlnet import StudentControlNet, controlnet_from_unet
 from sdxs_lightning.networks.lora import ADAPTER, TARGETS, LoRA, add_lora, merged_weights
 from sdxs_lightning.networks.lora_extraction import extract_lora
@@ -498,7 +499,7 @@ def test_what_cannot_be_used_is_refused(how: str, message: str, tmp_path: Path) 
 
 def test_a_value_that_float16_cannot_hold_is_not_written(tmp_path: Path) -> None:
     adapters = {n: a._replace(up=a.up * 1e6) for n, a in adapters_of(trained("sd")).items()}
-    with pytest.raises(ValueError, match="write float32 instead"):
+    with pytest.raises(UserError, match="write float32 instead"):
         write_lora(tmp_path, adapters)
 
 

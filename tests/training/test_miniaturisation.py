@@ -420,6 +420,23 @@ def test_a_full_disk_leaves_the_earlier_export(base: Base, shards: Path, tmp_pat
     assert blocked.read_text() == "no folder"
 
 
+def test_weights_that_the_exports_dtype_cannot_hold_leave_the_earlier_export(
+    base: Base, shards: Path, tmp_path: Path
+) -> None:
+    class Grown(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            for parameter in pl_module.parameters():
+                parameter.data.fill_(1e6)
+
+    module = stage(base("sd-epsilon"))
+    message = (
+        r"could not be written to .*has NaN, or values that float16 cannot hold; .*another folder or dtype"
+    )
+    with pytest.raises(CheckpointNotWritten, match=message):
+        fit(module, shards, 1, callbacks=[Grown(), Export(str(tmp_path / "unet"), dtype="float16")])
+    assert not (tmp_path / "unet").exists()
+
+
 def command(folder: Path, run: str, **trainer: Any) -> dict[str, Any]:
     """The stage as the command line reads it, for three steps of two micro-batches of 4 in all."""
     config = tiny_config(folder)
