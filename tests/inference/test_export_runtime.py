@@ -319,7 +319,9 @@ def test_memory_is_bounded_by_the_weights(tmp_path: Path) -> None:
     (done,) = in_ranks(print_memory, (tmp_path,), tmp_path, count=1)
     assert done.code == 0, done.said
     beside, inside = map(float, done.said.split()[-2:])
-    assert beside < 0.8  # parts of them pass through, but never a copy
+    assert (
+        beside < 1
+    )  # parts of them pass through, of which the allocator keeps more or less, but never a copy
     assert inside > 1  # what is measured is seen: inside the file they are copied
 
 

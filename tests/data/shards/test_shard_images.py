@@ -27,6 +27,7 @@ from data.shards.images import (
 )
 from data.shards.order.sample_order import Draw, draw
 from data.shards.writer import ShardWriter
+from sdxs_lightning.core import image_formats
 
 
 def smooth(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -157,7 +158,7 @@ def test_transparency_is_composed_in_strips(monkeypatch: pytest.MonkeyPatch, row
     rgba, palette = io.BytesIO(), io.BytesIO()
     Image.fromarray(pixels).save(rgba, "PNG")
     Image.fromarray(pixels[..., :3]).quantize(16).save(palette, "PNG", transparency=3)
-    monkeypatch.setattr(images, "_STRIP_PIXELS", rows * 30)
+    monkeypatch.setattr(image_formats, "_STRIP_PIXELS", rows * 30)
     white = Image.new("RGBA", (30, 40), "white")
     for stream in (rgba, palette):
         with Image.open(stream) as opened:
