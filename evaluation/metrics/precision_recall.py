@@ -46,7 +46,7 @@ class PrecisionRecall(FeatureSetMetric):
         share = inside(real, fake, radii(fake, self.neighbours)).mean()
         recall = Estimate(float(share), len(fake))
         if len(fake) // 2 > self.neighbours:
-            half = half_splits_error(_recalls_of_halves(fake, real, self.neighbours))
+            half = half_splits_error(*_recalls_of_halves(fake, real, self.neighbours))
             recall = replace(recall, low=max(recall.value - half, 0.0), high=min(recall.value + half, 1.0))
         return [precision, recall]
 
@@ -65,8 +65,15 @@ def inside(features: Tensor, centres: Tensor, reach: Tensor, chunk: int = 4096) 
     return torch.cat(found).float()
 
 
-def _recalls_of_halves(fake: Tensor, real: Tensor, neighbours: int, chunk: int = 1024) -> Tensor:
-    """Recall of both halves of SPLITS random splits of the fake images, (SPLITS, 2); each distance is computed once."""
+def _recalls_of_halves(
+    fake: Tensor, real: Tensor, neighbours: int, chunk: int = 1024
+) -> tuple[Tensor, float]:
+    """Recall of both halves of SPLITS random splits of the fake images; each distance is computed once.
+
+    Returns:
+        The recalls, (SPLITS, 2), and the part of their variance that single real images have: those that one half covers and
+        the other does not.
+    """
     draws = torch.Generator().manual_seed(0)
     orders = [torch.randperm(len(fake), generator=draws) for _ in range(SPLITS)]
     kept = torch.zeros(2 * SPLITS, len(fake), dtype=torch.bool)
@@ -77,11 +84,15 @@ def _recalls_of_halves(fake: Tensor, real: Tensor, neighbours: int, chunk: int =
     kept = kept.to(fake.device)
     reach = torch.cat([_radii_among(rows, fake, kept, neighbours) for rows in fake.split(chunk)], dim=1)
     reach[~kept] = -1  # empty balls for images of the other half
-    hits = torch.zeros(len(reach), dtype=torch.float64, device=fake.device)
+    hits = torch.zeros(SPLITS, 2, dtype=torch.float64, device=fake.device)
+    differing = torch.zeros((), dtype=torch.float64, device=fake.device)
     for rows in real.split(chunk):
         distances = torch.cdist(rows, fake)
-        hits += torch.stack([(distances <= row).any(dim=1).sum() for row in reach])
-    return (hits / len(real)).reshape(SPLITS, 2).cpu()
+        covered = torch.stack([(distances <= row).any(dim=1) for row in reach]).reshape(SPLITS, 2, -1)
+        hits += covered.sum(dim=2)
+        differing += (covered[:, 0] != covered[:, 1]).sum()
+    own = float(differing) / SPLITS / 2 / len(real) ** 2
+    return (hits / len(real)).cpu(), own
 
 
 def _radii_among(rows: Tensor, features: Tensor, kept: Tensor, neighbours: int, nearest: int = 64) -> Tensor:

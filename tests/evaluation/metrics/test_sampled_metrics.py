@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -12,10 +14,11 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation.metrics.diversity import PromptDiversity
+from evaluation.metrics.estimates import SPLITS, student_t
 from evaluation.metrics.feature_sets import FeatureSetMetric
 from evaluation.metrics.frechet import FrechetDistance
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
-from evaluation.metrics.precision_recall import PrecisionRecall
+from evaluation.metrics.precision_recall import PrecisionRecall, inside, radii
 from evaluation.metrics.sampled import PerImageMetric, SampledMetric
 
 
@@ -127,6 +130,27 @@ def test_kid_is_torch_fidelitys() -> None:
     assert number(metric)[0] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-9)
     found = metric.estimates()["kid"]
     assert found.low is not None and found.low < found.value
+
+
+def test_recalls_interval_counts_the_real_images_that_one_half_alone_covers() -> None:
+    generator = torch.Generator().manual_seed(3)
+    real, fake = torch.randn(400, 4, generator=generator), 0.8 * torch.randn(80, 4, generator=generator)
+    draws = torch.Generator().manual_seed(0)
+    squares, own = [], []
+    for _ in range(SPLITS):
+        order = torch.randperm(80, generator=draws)
+        halves = (fake[order[:40]], fake[order[40:]])
+        first, second = (inside(real, half, radii(half, 3)) for half in halves)
+        squares.append(float(first.mean() - second.mean()) ** 2 / 2)
+        own.append(float((first - second).square().sum()) / 2 / 400**2)
+    of_halves, alone = fmean(squares), fmean(own)
+    assert 0.05 * of_halves < alone < 0.9 * of_halves
+    half_width = student_t(10) * math.sqrt(0.6 * alone + (of_halves - alone) / 2)
+    found = PrecisionRecall(PIXELS, reference=real)
+    found.add(fake)
+    recall = found.estimates()["recall"]
+    assert recall.high is not None and recall.high < 1
+    assert recall.high - recall.value == pytest.approx(half_width, rel=1e-5)
 
 
 def test_precision_and_recall_are_torch_fidelitys_and_not_swapped() -> None:
