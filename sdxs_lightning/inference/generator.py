@@ -197,9 +197,12 @@ class OneStepGenerator:
             UserError: for inputs that do not fit the model or each other.
         """
         images = self.sample(prompts, seeds, control_images, image, strength, size, control_scale, latents)
-        finite_rows = images.isfinite().flatten(1).all(dim=1)
-        pixels = to_uint8(images.nan_to_num(-1.0)).cpu()
-        broken = int((~finite_rows.cpu()).sum())
+        whole = images.isfinite().flatten(1).all(dim=1, keepdim=True)
+        pixels = to_uint8(images.nan_to_num(-1.0))
+        # One copy to the host for both: each waits for the device.
+        copied = torch.cat((pixels.flatten(1), whole.to(torch.uint8)), dim=1).cpu()
+        pixels = copied[:, :-1].reshape(pixels.shape)
+        broken = int((copied[:, -1] == 0).sum())
         if broken:
             half = self.networks.dtype in (torch.float16, torch.bfloat16)
             cause = "half precision overflows in this model, try fp32; or" if half else "perhaps"

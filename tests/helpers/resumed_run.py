@@ -48,3 +48,20 @@ def saved(folder: Path) -> dict[str, Any]:
     assert newest is not None
     loaded: dict[str, Any] = torch.load(newest / folders.STATE, weights_only=True)
     return loaded
+
+
+def same(one: Any, two: Any, where: str = "") -> None:
+    """Equal to the last bit, through dicts, lists and tensors."""
+    assert type(one) is type(two), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), where
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys(), where
+        for key in one:
+            same(one[key], two[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two), where
+        for i, (first, second) in enumerate(zip(one, two, strict=True)):
+            same(first, second, f"{where}[{i}]")
+    else:
+        assert one == two, where

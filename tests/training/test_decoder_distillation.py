@@ -24,10 +24,11 @@ from sdxs_lightning.networks.tiny_decoder import DecoderTopology, TinyDecoder, l
 from sdxs_lightning.objectives.decoder_distillation import ProjectedAdversarial
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 from sdxs_lightning.stages.decoder import DecoderDistillation
+from tests.helpers.resumed_run import same
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_decoding import SAMPLER, SGD, TOPOLOGY, decoding, save_dinov2, save_tiny_autoencoder
 from tests.helpers.tiny_distillation import family_of, fit, weights
-from tests.training.resume.test_resume import Witness, same
+from tests.training.resume.test_resume import Witness
 
 Base = Callable[[str], Path]
 

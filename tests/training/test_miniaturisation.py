@@ -36,6 +36,7 @@ from sdxs_lightning.stages.prune_distill import PrunedUNetDistillation
 from sdxs_lightning.surgery.topology import Stage, Topology
 from sdxs_lightning.training.lr_schedules import TrapezoidLR
 from tests.helpers.ranks.processes import train_in_ranks
+from tests.helpers.resumed_run import same
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
 from tests.helpers.tiny_distillation import KINDS, family_of, weights
 from tests.helpers.tiny_run import tiny_config, write_config
@@ -251,23 +252,6 @@ def test_every_optimizer_step_counts_and_accumulation_is_one_batch(base: Base, s
         module.ema.parameters(), module.student.parameters(), reference.parameters(), strict=True
     ):
         torch.testing.assert_close(now, 0.75 * before + 0.25 * new, rtol=1e-5, atol=1e-7)
-
-
-def same(one: Any, two: Any, where: str = "") -> None:
-    """Equal to the last bit, through dicts, lists and tensors."""
-    assert type(one) is type(two), where
-    if isinstance(one, Tensor):
-        assert torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            same(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), where
-        for i, (first, second) in enumerate(zip(one, two, strict=True)):
-            same(first, second, f"{where}[{i}]")
-    else:
-        assert one == two, where
 
 
 @pytest.mark.parametrize("kind", ["sd-v_prediction", "sdxl-epsilon"])

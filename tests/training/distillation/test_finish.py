@@ -20,10 +20,11 @@ from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.resumed_run import same
 from tests.helpers.tiny import tiny_batch
 from tests.helpers.tiny_decoding import SGD, pixel_gan, save_dinov2, save_tiny_autoencoder
 from tests.helpers.tiny_distillation import built, distillation, fit, sample_of, weights
-from tests.training.resume.test_resume import Witness, same
+from tests.training.resume.test_resume import Witness
 
 Base = Callable[[str], Path]
 ADAM = partial(torch.optim.Adam, lr=1e-3)

@@ -26,10 +26,11 @@ from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.lora import LoRA, add_lora, lora_parameters
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from tests.helpers.resumed_run import same
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import built, distillation, family_of, fit, save_base, weights
 from tests.helpers.tiny_run import tiny_config, write_config
-from tests.training.resume.test_resume import Witness, same
+from tests.training.resume.test_resume import Witness
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -20,6 +20,7 @@ from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.lr_schedules import TwoPhaseLR
+from tests.helpers.resumed_run import same
 from tests.helpers.tiny_distillation import batches_of, distillation, fit
 
 Base = Callable[[str], Path]
@@ -67,23 +68,6 @@ class Witness(Callback):
         self.seen.append((tuple(batch.sample_ids), tuple(batch.positions.tolist())))
         if batches_of(trainer) in self.paths:
             trainer.save_checkpoint(self.paths[batches_of(trainer)])
-
-
-def same(one: Any, two: Any, where: str = "") -> None:
-    """Equal to the last bit, through dicts, lists and tensors."""
-    assert type(one) is type(two), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, two), where
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys(), where
-        for key in one:
-            same(one[key], two[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two), where
-        for i, (first, second) in enumerate(zip(one, two, strict=True)):
-            same(first, second, f"{where}[{i}]")
-    else:
-        assert one == two, where
 
 
 # 2: in the warm-up, whose pairs have to be made again; 14: after all kinds of iterations, and in the second epoch (an epoch is
