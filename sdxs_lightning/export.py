@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -34,6 +38,11 @@ if TYPE_CHECKING:
         LCMScheduler,
         UNet2DConditionModel,
     )
+
+COMPLETE, REPLACED = "complete", "replaced"
+"""What the temporary folder of a folder that is written holds."""
+LEFTOVER_SECONDS = 86_400
+"""Age of a temporary folder that a killed process left."""
 
 
 def export_pipeline(
@@ -159,16 +168,42 @@ def absorb_shift(vae: AutoencoderKL) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends without an error; an existing folder is replaced."""
+    """A temporary folder that becomes `folder` when the block ends without an error; an existing folder is replaced.
+
+    Of two that are written at once the one that ends later stays. What a killed process left is removed a day later.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(folder)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        written = Path(temporary) / "complete"
+        written = Path(temporary) / COMPLETE
         yield written
         apply_umask(written)
-        if folder.exists():
-            # Removed with the temporary folder, since a kill in mid-removal would leave half of it.
-            os.replace(folder, Path(temporary) / "replaced")
-        os.replace(written, folder)
+        _put_in_place(written, folder, Path(temporary) / REPLACED)
+
+
+def _put_in_place(written: Path, folder: Path, aside: Path) -> None:
+    """Moves `written` to `folder`; what is there goes into `aside`, since a kill in mid-removal would leave half of it."""
+    aside.mkdir()
+    for attempt in range(100):
+        with suppress(FileNotFoundError):
+            os.replace(folder, aside / str(attempt))
+        try:
+            os.replace(written, folder)
+            return
+        except OSError as error:
+            # Another process has put its own there in between.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+    raise OSError(errno.EBUSY, f"other processes keep writing '{folder}'")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes the temporary folders of killed processes: those that nothing has been added to for a day."""
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}-????????"):
+        with suppress(OSError):
+            inside = {one.name for one in leftover.iterdir()}
+            if inside <= {COMPLETE, REPLACED} and time.time() - leftover.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(leftover)
 
 
 def fitting_tiny_vae(folder: str, family: Family) -> AutoencoderTiny:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,8 @@ from sdxs_lightning.inference.plan import SamplingPlan
 Backend = Literal["torch", "onnx", "openvino"]
 MANIFEST = "sdxs_runtime.json"
 """In exports for a runtime: what it is, and what a caller must know."""
+FORMAT = 1
+"""Of the manifest."""
 LAYOUTS: Mapping[str, tuple[Layout, float]] = {
     kind.layout.pipeline_class: (kind.layout, kind.kl_scaling_factor)
     for kind in (StableDiffusion, StableDiffusionXL)
@@ -54,7 +56,7 @@ class ModelFolder:
             )
         try:
             kind = str(read_json(path / "model_index.json").get("_class_name"))
-            manifest = read_json(path / MANIFEST) if (path / MANIFEST).is_file() else None
+            manifest = _read_manifest(path / MANIFEST) if (path / MANIFEST).is_file() else None
             scheduler = read_json(path / "scheduler" / "scheduler_config.json")
         except (FileNotFoundError, ValueError) as error:
             raise UserError(str(error)) from error
@@ -128,6 +130,39 @@ class ModelFolder:
         """scaling_factor of a VAE folder, "vae" or "vae_large"; what pipelines multiply and divide latents by."""
         tiny = read_json(self.path / vae / "config.json").get("_class_name") == "AutoencoderTiny"
         return float(latent_scale(self.path / vae, 1.0 if tiny else LAYOUTS[self.pipeline_class][1])[0])
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """Reads an export's manifest.
+
+    Raises:
+        ValueError: if something that the generator needs of it is missing or has another form.
+    """
+    content = read_json(file)
+    if content.get("format") != FORMAT:
+        raise ValueError(
+            f"'{file}' has format {content.get('format')!r}, and this version reads {FORMAT}; export the model again with it."
+        )
+    needed: dict[str, Callable[[Any], bool]] = {
+        "runtime": lambda value: value in ("onnx", "openvino"),
+        "pipeline_class": lambda value: isinstance(value, str),
+        "dtype": lambda value: value in ("fp32", "fp16", "int8"),
+        "input_dtype": lambda value: value in ("float32", "float16"),
+        "control_residuals": _are_residuals,
+    }
+    for name, fits in needed.items():
+        if not fits(content.get(name)):
+            raise ValueError(
+                f"'{file}' has {name} {content.get(name)!r}, which no export writes; was it edited? Export the model again."
+            )
+    return content
+
+
+def _are_residuals(value: Any) -> bool:
+    """Whether these are names, channels and halvings of inputs."""
+    return isinstance(value, list) and all(
+        isinstance(one, list) and [type(part) for part in one] == [str, int, int] for one in value
+    )
 
 
 def is_student(folder: str | Path, steps: int) -> bool:

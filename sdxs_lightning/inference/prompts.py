@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,6 +24,8 @@ CAPACITY = 256
 
 class PromptEncoder:
     """Embeds prompts like diffusers' pipelines: padded, truncated, no attention mask; the last used ones are kept.
+
+    The first prompt that is truncated is named in a warning.
 
     Args:
         model: whose tokenizers are read.
@@ -45,11 +49,13 @@ class PromptEncoder:
             ) from error
         self._networks = networks
         self._kept: OrderedDict[str, Prompts] = OrderedDict()
+        self._named_a_truncated_one = False
 
     def __call__(self, prompts: Sequence[str]) -> Prompts:
         """Embeds B prompts."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._kept]
         if new:
+            self._warn_of_truncation(new)
             embedded = self._networks.encode_prompts(self._token_ids(new))
             for i, prompt in enumerate(new):
                 pooled = None if embedded.pooled is None else embedded.pooled[i : i + 1].clone()
@@ -62,6 +68,22 @@ class PromptEncoder:
         embeds = torch.cat([one.embeds for one in found])
         pooled_rows = [one.pooled for one in found if one.pooled is not None]
         return Prompts(embeds, torch.cat(pooled_rows) if pooled_rows else None)
+
+    def _warn_of_truncation(self, prompts: list[str]) -> None:
+        if self._named_a_truncated_one:
+            return
+        tokenizer = self._tokenizers[0]
+        longest = tokenizer.model_max_length
+        for prompt, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids, strict=True):
+            if len(ids) > longest:
+                lost = tokenizer.decode(ids[longest - 1 : -1])
+                warnings.warn(
+                    f"the prompt {textwrap.shorten(prompt, 60)!r} has {len(ids)} tokens and the text encoder takes {longest}: "
+                    f"{textwrap.shorten(lost, 60)!r} is left out. Further ones are not named.",
+                    stacklevel=3,
+                )
+                self._named_a_truncated_one = True
+                return
 
     def _token_ids(self, prompts: list[str]) -> list[Tensor]:
         return [

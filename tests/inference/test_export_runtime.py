@@ -418,6 +418,23 @@ def test_only_an_earlier_export_is_replaced(
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_an_edited_manifest_is_refused(exported: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    shutil.copytree(exported("sd", "onnx", adapted=False), folder)
+    before = json.loads((folder / MANIFEST).read_text())
+    for change, message in (
+        ({"format": 2}, "has format 2, and this version reads 1"),
+        ({"runtime": None}, "has runtime None, which no export writes; was it edited"),
+        ({"dtype": "half"}, "has dtype 'half', which no"),
+        ({"input_dtype": "int64"}, "has input_dtype 'int64', which no"),
+        ({"pipeline_class": 3}, "has pipeline_class 3, which no"),
+        ({"control_residuals": [["a", 1]]}, r"has control_residuals \[\['a', 1\]\], which no"),
+    ):
+        (folder / MANIFEST).write_text(json.dumps(before | change))
+        with pytest.raises(UserError, match=message):
+            OneStepGenerator.load(folder, backend="onnx")
+
+
 def test_an_export_refuses_what_it_has_inside(exported: Callable[..., Path], tmp_path: Path) -> None:
     folder = exported("sd", "onnx", adapted=False)
     with pytest.raises(

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPTokenizer
 
 from evaluation.images.samples import ModelSamples, PipelineImages, StudentImages, load_pipeline
 from sdxs_lightning.core.errors import UserError
@@ -146,6 +147,23 @@ def test_prompts_are_embedded_once(student: Students) -> None:
     first = generator.generate([*PROMPTS, PROMPTS[0]], 0)
     assert calls == [2]
     assert torch.equal(generator.generate([*PROMPTS, PROMPTS[0]], 0), first) and calls == [2]
+
+
+def test_a_prompt_that_is_cut_is_named_once(student: Students) -> None:
+    generator = OneStepGenerator.load(student("sd"), device="cpu")
+    longest = CLIPTokenizer.from_pretrained(student("sd") / "tokenizer").model_max_length
+    fits = " ".join(["red"] * (longest - 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate([fits], [0])
+    message = (
+        rf"the prompt 'red red .*' has {longest + 1} tokens and the text encoder takes {longest}: 'circle' is"
+    )
+    with pytest.warns(UserWarning, match=message):
+        generator.generate([f"{fits} circle", f"{fits} square"], [0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        generator.generate([f"{fits} star"], [0])
 
 
 def test_the_compiled_step_is_one_graph(student: Students, monkeypatch: pytest.MonkeyPatch) -> None:

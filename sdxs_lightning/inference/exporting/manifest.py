@@ -9,7 +9,7 @@ from typing import Any
 from sdxs_lightning.families.folders import card_licence
 from sdxs_lightning.inference.exporting.graphs import Adapted
 from sdxs_lightning.inference.graph_networks import DOWN_RESIDUAL, MID_RESIDUAL
-from sdxs_lightning.inference.model_folder import ModelFolder
+from sdxs_lightning.inference.model_folder import FORMAT, ModelFolder
 
 Residual = tuple[str, int, int]
 """Input of the U-Net, channels, and how often the sides of the latents are halved (rounded up)."""
@@ -23,10 +23,10 @@ def manifest(
     residuals: list[Residual],
     licence: str | None,
 ) -> dict[str, Any]:
-    """The manifest of an export; `check` adds what its comparison with PyTorch found."""
+    """The manifest of an export; `export_runtime` adds what its comparison with PyTorch found."""
     half_inputs = runtime == "onnx" and dtype == "fp16"
     return {
-        "format": 1,
+        "format": FORMAT,
         "runtime": runtime,
         "dtype": dtype,
         "input_dtype": "float16" if half_inputs else "float32",
