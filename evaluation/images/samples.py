@@ -28,6 +28,7 @@ from sdxs_lightning.families.quiet import quiet_libraries
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.inputs import torch_dtype
 from sdxs_lightning.inference.model_folder import is_student
+from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.lora_files import add_to_weights, hash_lora, lora_file, read_lora
 
 Reader = Callable[[Sequence[int]], list[Image.Image]]
@@ -88,8 +89,10 @@ class PipelineImages:
     timesteps: tuple[int, ...] = ()
     """Timesteps of the sampling steps, descending; () leaves them to the scheduler."""
 
-    def __call__(self, captions: Sequence[str], sample_ids: Tensor) -> Tensor:
-        """(B,3,H,W) uint8 images for B captions and their sample ids (B,) int64."""
+    def __call__(
+        self, captions: Sequence[str], sample_ids: Tensor, negative_prompts: Sequence[str] | None = None
+    ) -> Tensor:
+        """(B,3,H,W) uint8 images for B captions, their sample ids (B,) int64 and, where given, B negative prompts."""
         unet = self.pipeline.unet
         side = unet.config.sample_size
         if self.image_px is not None:
@@ -99,7 +102,7 @@ class PipelineImages:
             self.seed, Stream.EVALUATION, sample_ids.to(device), (unet.config.in_channels, side, side)
         )
         images: Tensor = self.pipeline(
-            prompt=list(captions),
+            **self._prompts(captions, negative_prompts),
             latents=noise.to(unet.dtype),
             num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale,
@@ -113,6 +116,13 @@ class PipelineImages:
         return to_uint8(
             images.float().nan_to_num(0.0) * 2 - 1
         )  # NaN from half-precision overflow becomes black on every platform
+
+    def _prompts(self, captions: Sequence[str], negative_prompts: Sequence[str] | None) -> dict[str, Any]:
+        if negative_prompts is None:
+            return {"prompt": list(captions)}
+        if self.pipeline.unet.config.get("time_cond_proj_dim") is None:
+            return {"prompt": list(captions), "negative_prompt": list(negative_prompts)}
+        return negative_prompt_inputs(self.pipeline, captions, negative_prompts)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ TITLES = {
     "fid_ratio": "FID / base's",
     "caption_accuracy_ratio": "caption accuracy / base's",
     "ms_per_image": "ms/image",
+    "removed": "removed by the negative prompt",
     "relative_time": "time, last row = 1",
     "relative_cost": "cost of the stage, warmup = 1",
 }
@@ -114,6 +115,7 @@ FORMATS: dict[str, Callable[[float], str]] = {
     "caption_accuracy": _percent,
     "attribute_accuracy": _percent,
     "style_accuracy": _percent,
+    "removed": _percent,
     "diversity": "{:.3f}".format,
     "sharpness": "{:.2f}".format,
     "psnr_db": "{:.1f}".format,

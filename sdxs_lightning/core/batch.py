@@ -27,6 +27,11 @@ class Conditioning:
     """(B, C, H, W), float in [0, 1], as in diffusers' ControlNetModel."""
     guidance_scales: Tensor | None = None
     """(B,), float32: for U-Nets with the guidance scale as an input (`time_cond_proj_dim`); others ignore it. 1 means none."""
+    negative_prompt_shift: Tensor | None = None
+    """Same shape as prompt_embeds: the unconditional encoding minus that of a negative prompt, 0 without one. For U-Nets with
+    the guidance scale as an input, which get the sum of both; others ignore it, and are guided by negative_prompt_embeds."""
+    negative_pooled_prompt_shift: Tensor | None = None
+    """Same shape as pooled_prompt_embeds, likewise, SDXL only."""
 
     def __post_init__(self) -> None:
         if self.prompt_embeds.ndim != 3 or not self.prompt_embeds.is_floating_point():
@@ -45,13 +50,19 @@ class Conditioning:
         _check_tensor("add_time_ids", self.add_time_ids, (batch_size, 6), floating=True)
         _check_tensor("control_images", self.control_images, (batch_size, None, None, None), floating=True)
         _check_tensor("guidance_scales", self.guidance_scales, (batch_size,), floating=True)
-        _check_twin("prompt_embeds", self.prompt_embeds, self.negative_prompt_embeds)
-        _check_twin("pooled_prompt_embeds", self.pooled_prompt_embeds, self.negative_pooled_prompt_embeds)
+        prompts, pooled = self.prompt_embeds, self.pooled_prompt_embeds
+        _check_twin("prompt_embeds", prompts, "negative_prompt_embeds", self.negative_prompt_embeds)
+        _check_twin("prompt_embeds", prompts, "negative_prompt_shift", self.negative_prompt_shift)
+        name = "negative_pooled_prompt_embeds"
+        _check_twin("pooled_prompt_embeds", pooled, name, self.negative_pooled_prompt_embeds)
+        name = "negative_pooled_prompt_shift"
+        _check_twin("pooled_prompt_embeds", pooled, name, self.negative_pooled_prompt_shift)
         if self.pooled_prompt_embeds is not None and (
             (self.negative_prompt_embeds is None) != (self.negative_pooled_prompt_embeds is None)
+            or (self.negative_prompt_shift is None) != (self.negative_pooled_prompt_shift is None)
         ):
             raise ValueError(
-                "negative_prompt_embeds and negative_pooled_prompt_embeds go together in SDXL, got only one."
+                "negative_prompt_embeds and negative_pooled_prompt_embeds go together in SDXL, got only one; so do the shifts."
             )
 
     def __len__(self) -> int:
@@ -108,6 +119,42 @@ class Conditioning:
         return replace(
             uncond, **{name: torch.cat([half, getattr(self, name)]) for name, half in _tensors(uncond)}
         )
+
+    def with_negative_prompts(
+        self, embeds: Tensor, pooled_embeds: Tensor | None, chosen: Tensor
+    ) -> "Conditioning":
+        """Returns these prompts with negative ones, for guidance and for U-Nets that take them as an input.
+
+        Args:
+            embeds: of B negative prompts, shape of prompt_embeds.
+            pooled_embeds: theirs, shape of pooled_prompt_embeds; None for SD.
+            chosen: (B,), bool: samples that get theirs; the others keep none.
+
+        Raises:
+            ValueError: if there are no unconditional embeddings.
+        """
+        uncond = self.unconditional()
+        negative = torch.where(chosen[:, None, None], embeds, uncond.prompt_embeds)
+        changes = {
+            "negative_prompt_embeds": negative,
+            "negative_prompt_shift": uncond.prompt_embeds - negative,
+        }
+        if pooled_embeds is not None and uncond.pooled_prompt_embeds is not None:
+            pooled = torch.where(chosen[:, None], pooled_embeds, uncond.pooled_prompt_embeds)
+            changes["negative_pooled_prompt_embeds"] = pooled
+            changes["negative_pooled_prompt_shift"] = uncond.pooled_prompt_embeds - pooled
+        return replace(self, **changes)
+
+    def shifted(self) -> "Conditioning":
+        """Returns the prompts that a U-Net gets which takes negative prompts: their embeddings plus the shifts."""
+        if self.negative_prompt_shift is None:
+            return self
+        pooled = self.pooled_prompt_embeds
+        if pooled is not None:
+            assert self.negative_pooled_prompt_shift is not None
+            pooled = pooled + self.negative_pooled_prompt_shift
+        embeds = self.prompt_embeds + self.negative_prompt_shift
+        return replace(self, prompt_embeds=embeds, pooled_prompt_embeds=pooled)
 
     def unet_kwargs(self) -> dict[str, Any]:
         """Returns the keyword arguments of UNet2DConditionModel, under diffusers' names."""
@@ -218,15 +265,15 @@ def _check_tensor(name: str, tensor: Tensor | None, shape: tuple[int | None, ...
         )
 
 
-def _check_twin(name: str, tensor: Tensor | None, negative: Tensor | None) -> None:
-    if negative is None:
+def _check_twin(name: str, tensor: Tensor | None, twin_name: str, twin: Tensor | None) -> None:
+    if twin is None:
         return
     if tensor is None:
-        raise ValueError(f"negative_{name} was given without {name}.")
-    if negative.shape != tensor.shape:
+        raise ValueError(f"{twin_name} was given without {name}.")
+    if twin.shape != tensor.shape:
         raise ValueError(
-            f"negative_{name} must have the shape of {name}, {tuple(tensor.shape)}, got "
-            f"{tuple(negative.shape)}; expand one row over the batch."
+            f"{twin_name} must have the shape of {name}, {tuple(tensor.shape)}, got {tuple(twin.shape)}; expand one row over "
+            "the batch."
         )
 
 

@@ -58,6 +58,8 @@ class Stream(IntEnum):
     GUIDANCE_NOISE = 25
     GUIDANCE_TIMESTEP = 26
     GUIDANCE_SCALE = 27
+    NEGATIVE_PROMPT = 28
+    NEGATIVE_SHARE = 29
 
 
 def normal(seed: int, stream: int, positions: Tensor, shape: tuple[int, ...]) -> Tensor:

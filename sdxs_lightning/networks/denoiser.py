@@ -138,11 +138,11 @@ class Denoiser(nn.Module):
     ) -> Tensor:
         """Raw output of the U-Net or its encoder; None computes the residuals."""
         dtype = next(self.unet.parameters()).dtype
-        arguments = conditioning.to(dtype=dtype).unet_kwargs()
+        dimensions = self.unet.config.get("time_cond_proj_dim")
         if residuals is None:
             residuals = self._residuals(noisy_latents, timesteps, conditioning)
-        arguments |= residuals
-        dimensions = self.unet.config.get("time_cond_proj_dim")
+        prompts = conditioning if dimensions is None else conditioning.shifted()
+        arguments = prompts.to(dtype=dtype).unet_kwargs() | dict(residuals)
         if dimensions is not None and conditioning.guidance_scales is not None:
             arguments["timestep_cond"] = guidance_embedding(conditioning.guidance_scales, dimensions).to(
                 dtype

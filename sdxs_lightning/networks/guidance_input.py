@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from sdxs_lightning.core.seeding import Stream, uniform
+from sdxs_lightning.core.seeding import Stream, integers, uniform
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -31,6 +31,12 @@ class GuidanceInput:
     """Scale of the images that are made during training."""
     dimensions: int = 256
     """Dimensions of the embedding, even; 256 is LCM's."""
+    negative_prompts: tuple[str, ...] = ()
+    """Negative prompts of training samples, which the real score is guided away from; each sample draws one. The student gets
+    the prompt's embeddings plus those of "" minus those of the negative prompt, so an empty one changes nothing. All are
+    encoded in every iteration: dozens rather than thousands."""
+    negative_share: float = 0.5
+    """Share of the samples that have one."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.low <= self.default <= self.high:
@@ -40,10 +46,24 @@ class GuidanceInput:
             )
         if self.dimensions < 4 or self.dimensions % 2:
             raise ValueError(f"student.guidance.dimensions must be even, 4 or more, got {self.dimensions}.")
+        if not 0 < self.negative_share <= 1:
+            raise ValueError(
+                f"student.guidance.negative_share is a share above 0 and up to 1, got {self.negative_share}; without negative "
+                "prompts leave negative_prompts empty."
+            )
+        if isinstance(self.negative_prompts, str) or "" in self.negative_prompts:
+            raise ValueError(
+                f"student.guidance.negative_prompts is a list of prompts that are not empty, got {self.negative_prompts!r}."
+            )
 
     def draw(self, seed: int, positions: Tensor) -> Tensor:
         """Guidance scales (B,), float32, uniform in the range."""
         return self.low + (self.high - self.low) * uniform(seed, Stream.GUIDANCE_SCALE, positions)
+
+    def draw_negative_prompts(self, seed: int, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Index (B,), int64, of each sample's negative prompt, and which samples have theirs: (B,), bool."""
+        drawn = integers(seed, Stream.NEGATIVE_PROMPT, positions, 0, len(self.negative_prompts))
+        return drawn, uniform(seed, Stream.NEGATIVE_SHARE, positions) < self.negative_share
 
 
 def guidance_embedding(guidance_scales: Tensor, dimensions: int) -> Tensor:

@@ -1,6 +1,6 @@
 """The toy world's tables: `python -m evaluation.benchmarks.tables COMMAND`.
 
-Eight commands measure and write a score file (JSON), two compute from score files, and `show` prints their tables. Existing
+Nine commands measure and write a score file (JSON), two compute from score files, and `show` prints their tables. Existing
 measurements for the same weights and protocol are kept, so an interrupted command resumes when it is run again.
 """
 
@@ -24,6 +24,7 @@ COMMANDS = tuple(
         ("size_conditioning", "SizeConditioning", "size_conditioning"),
         ("lora", "Lora", "lora"),
         ("image_to_image", "ImageToImage", "image_to_image"),
+        ("guidance", "Guidance", "guidance"),
         ("seeds", "Seeds", "score_files"),
         ("paired", "Paired", "score_files"),
         ("show", "Show", "score_files"),

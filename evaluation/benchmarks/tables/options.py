@@ -206,6 +206,36 @@ class LoraOptions(Measuring):
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuidanceOptions(Measuring):
+    """Scores a student with the guidance scale as an input: quality and diversity by scale, and what negative prompts remove.
+
+    Captions of two objects do not state the background; the negative prompt of each of their images is a caption that states
+    the background which the image has without it.
+    """
+
+    EXAMPLES: ClassVar[str] = f"""
+    {PROGRAM} guidance --student outputs/toy-guidance-input/pipeline --base data/toy/base --out guidance.json
+    """
+
+    student: str
+    """Pipeline folder of the student."""
+    base: str | None = None
+    """Pipeline folder of the base, to compare with, in --base_steps."""
+    base_steps: Count = 8
+    """Sampler steps of the base."""
+    scales: Annotated[tuple[float, ...], Option(at_least=1)] = (1.0, 1.5, 2.0, 3.0, 4.5)
+    """Guidance scales; 1 means none."""
+    diversity_prompts: Count = 50
+    """Prompts of the diversity, each with eight images."""
+    protocol: ToyProtocol = "toy"
+    """Protocol."""
+    out: Path
+    """Score file to write or to extend."""
+    sheet: Path | None = None
+    """PNG file of samples."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageToImageOptions:
     """Scores image to image with a student of several steps: agreement with the input and with the prompt, by strength."""
 

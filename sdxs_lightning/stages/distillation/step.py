@@ -206,7 +206,9 @@ class OneStepDistillation(DistillationNetworks):
         """
         noise, conditioning, target = self._inputs(batch, terms)
         scale = None if target is None or self.pairs is None else self.pairs.settings.guidance_scale
-        conditioning = with_guidance(self.student, conditioning, batch.positions, scale, self.seed)
+        conditioning = with_guidance(
+            self.student, self.family, conditioning, batch.positions, scale, self.seed
+        )
         needing_images = [name for name, term in terms.items() if term.needs_images]
         if needing_images and batch.images is None:
             raise ValueError(

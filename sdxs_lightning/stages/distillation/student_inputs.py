@@ -62,15 +62,39 @@ def image_starts(
 
 def with_guidance(
     student: StudentGenerator,
+    family: Family,
     conditioning: Conditioning,
     positions: Tensor,
     scale_of_pairs: float | None,
     seed: int,
 ) -> Conditioning:
-    """Conditioning with the guidance scales of a student that has them as an input: the pairs', or drawn for each sample."""
-    if student.guidance is None:
+    """Conditioning of a student with the guidance scale as an input: scales, and negative prompts; else unchanged.
+
+    Args:
+        student: says what it takes.
+        family: encodes negative prompts.
+        conditioning: of B prompts.
+        positions: (B,), int64, of the samples in the run.
+        scale_of_pairs: guidance scale of the pairs that the samples are of, which were made without negative prompts; None
+            draws a scale and a negative prompt for each sample.
+        seed: of the run.
+    """
+    guidance = student.guidance
+    if guidance is None:
         return conditioning
-    scales = student.guidance.draw(seed, positions)
+    scales = guidance.draw(seed, positions)
     if scale_of_pairs is not None:
-        scales = torch.full_like(scales, scale_of_pairs)
-    return replace(conditioning, guidance_scales=scales)
+        return replace(conditioning, guidance_scales=torch.full_like(scales, scale_of_pairs))
+    conditioning = replace(conditioning, guidance_scales=scales)
+    if not guidance.negative_prompts:
+        return conditioning
+    drawn, chosen = guidance.draw_negative_prompts(seed, positions)
+    # All of them, since to encode the drawn ones their numbers would have to come to the host.
+    known = family.encode_prompts(list(guidance.negative_prompts))
+    return conditioning.with_negative_prompts(
+        known.prompt_embeds[drawn], _rows(known.pooled_prompt_embeds, drawn), chosen
+    )
+
+
+def _rows(tensor: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor[index]

@@ -12,11 +12,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from evaluation.images.samples import PipelineImages, load_pipeline
 from sdxs_lightning.callbacks.export import Export
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.guidance import guide
-from sdxs_lightning.core.seeding import Stream
+from sdxs_lightning.core.latents import to_uint8
+from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.inference.model_folder import ModelFolder
+from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input, guidance_embedding
 from sdxs_lightning.networks.lora import LoRA
@@ -29,6 +32,7 @@ from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.term import term_gradients
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
+from sdxs_lightning.stages.distillation.student_inputs import with_guidance
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import built, distillation, fit, sample_of, weights
@@ -146,9 +150,108 @@ def test_it_trains_and_stock_diffusers_runs_it_at_any_scale(base: Base, shards: 
         StudentGenerator(SGD, weights=str(tmp_path / "pipeline")).build(module.family)
 
 
+NEGATIVE = replace(RANGE, negative_prompts=("a blue square", "a red"), negative_share=0.6)
+
+
+@pytest.mark.parametrize("name", ["sd-epsilon", "sdxl-epsilon"])
+def test_the_real_score_is_guided_away_from_each_samples_negative_prompt(base: Base, name: str) -> None:
+    module = built(distillation(base(name), student=StudentGenerator(SGD, guidance=NEGATIVE), gan=False))
+    assert module.real_score is not None and module.fake_score is not None
+    batch = tiny_batch(8)
+    sample = module._sample(batch, module.terms.distillation)
+    drawn, chosen = NEGATIVE.draw_negative_prompts(module.seed, batch.positions)
+    assert set(drawn.tolist()) == {0, 1} and 0 < int(chosen.sum()) < 8
+    texts = [NEGATIVE.negative_prompts[i] for i in drawn.tolist()]
+    plain, negative = module.family.encode_prompts(batch.captions), module.family.encode_prompts(texts)
+    uncond = plain.unconditional()
+    seen: dict[str, tuple[Any, Any]] = {}
+    networks = {"student": module.student.denoiser, "fake": module.fake_score.denoiser}
+    networks["real"] = module.real_score.module
+    for role, network in networks.items():
+        forward = network.unet.forward
+
+        def noted(*args: Any, role: str = role, forward: Any = forward, **kwargs: Any) -> Any:
+            seen[role] = (
+                kwargs["encoder_hidden_states"],
+                kwargs.get("added_cond_kwargs", {}).get("text_embeds"),
+            )
+            return forward(*args, **kwargs)
+
+        network.unet.forward = noted
+    sample = module._sample(batch, module.terms.distillation)
+    term_gradients({"dm": DistributionMatching(guidance_scale=99.0)}, sample, module.context)
+    pooled: Any = plain.pooled_prompt_embeds, uncond.pooled_prompt_embeds, negative.pooled_prompt_embeds
+    kinds: list[Any] = [
+        (0, (plain.prompt_embeds, uncond.prompt_embeds, negative.prompt_embeds), chosen[:, None, None])
+    ]
+    kinds += [(1, pooled, chosen[:, None])] if name == "sdxl-epsilon" else []
+    for part, (own, without, against), which in kinds:
+        against = torch.where(which, against, without)
+        torch.testing.assert_close(seen["real"][part], torch.cat([against, own]))
+        for role in ("student", "fake"):
+            torch.testing.assert_close(seen[role][part], own + without - against)
+            assert torch.equal(seen[role][part][~chosen], own[~chosen])  # none changes nothing
+    assert (name == "sdxl-epsilon") == (seen["real"][1] is not None)
+
+
+def test_pairs_have_no_negative_prompts(base: Base) -> None:
+    module = built(
+        distillation(
+            base("sd-epsilon"),
+            student=StudentGenerator(SGD, guidance=NEGATIVE),
+            pairs=PairSettings(count=8, sampler_steps=2, sampler_batch_size=4, guidance_scale=3.0),
+            regression=Regression(phase="always"),
+        )
+    )
+    plain = module.family.encode_prompts(tiny_batch(4).captions)
+    given = with_guidance(module.student, module.family, plain, tiny_batch(4).positions, 3.0, 0)
+    assert (
+        given.negative_prompt_shift is None and given.negative_prompt_embeds is plain.negative_prompt_embeds
+    )
+    assert given.guidance_scales is not None and set(given.guidance_scales.tolist()) == {3.0}
+
+
+@pytest.mark.parametrize("name", ["sd-epsilon", "sdxl-epsilon"])
+def test_stock_diffusers_takes_negative_prompts(base: Base, tmp_path: Path, name: str) -> None:
+    module = built(distillation(base(name), student=StudentGenerator(SGD, guidance=NEGATIVE), gan=False))
+    with torch.no_grad():
+        module.student.denoiser.unet.time_embedding.cond_proj.weight.normal_(std=0.3)
+    module.write_export(tmp_path / "pipeline", average=False, dtype=torch.float32)
+    pipeline = load_pipeline(str(tmp_path / "pipeline"))
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, negatives = ["a red circle", "a green square"], ["a blue square", ""]
+    maker = PipelineImages(pipeline, steps=1, guidance_scale=2.0, seed=0)
+    ids = torch.tensor([0, 1])
+    images, plain = maker(prompts, ids, negatives), maker(prompts, ids)
+    # Up to rounding: given embeddings and those of a prompt are the same operations.
+    assert (images[1].int() - plain[1].int()).abs().max() <= 1
+    assert (images[0].int() - plain[0].int()).abs().max() > 3
+    conditioning = module.family.encode_prompts(prompts)
+    known = module.family.encode_prompts(negatives)
+    conditioning = conditioning.with_negative_prompts(
+        known.prompt_embeds, known.pooled_prompt_embeds, torch.tensor([True, False])
+    )
+    noise = normal(0, Stream.EVALUATION, ids, LATENT_SHAPE)
+    with torch.no_grad():
+        latents = module.student(noise, replace(conditioning, guidance_scales=torch.tensor([2.0, 2.0])))
+        ours = to_uint8(module.family.decode(latents))
+    assert (images.int() - ours.int()).abs().max() <= 1
+    with pytest.raises(UserError, match="1 negative prompts for 2 prompts"):
+        negative_prompt_inputs(pipeline, prompts, ["a"])
+    with pytest.raises(
+        UserError, match="does not take the guidance scale as an input .* pass negative_prompt"
+    ):
+        negative_prompt_inputs(load_pipeline(str(base(name))), prompts, negatives)
+
+
 def test_what_does_not_go_together_is_refused(base: Base) -> None:
     with pytest.raises(ValueError, match="1 <= low <= default <= high, got low 2.0, default 1.75"):
         GuidanceInput(low=2.0)
+    with pytest.raises(ValueError, match="negative_share is a share above 0 and up to 1, got 0"):
+        GuidanceInput(negative_prompts=("a",), negative_share=0.0)
+    for wrong in ("blurry", ("blurry", "")):
+        with pytest.raises(ValueError, match="negative_prompts is a list of prompts that are not empty, got"):
+            GuidanceInput(negative_prompts=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be even, 4 or more, got 7"):
         GuidanceInput(dimensions=7)
     with pytest.raises(ValueError, match="student.lora freezes all but adapters"):
