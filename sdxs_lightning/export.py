@@ -96,7 +96,7 @@ def export_pipeline(
     base_vae = pipeline.vae if vae is None else family.load_vae()
     if isinstance(base_vae, AutoencoderKL):
         absorb_shift(base_vae)
-    _cast(copy, dtype)
+    cast_finite(copy, dtype)
     for network in (*pipeline.components.values(), base_vae):
         if isinstance(network, nn.Module):
             nn.Module.to(network, dtype=dtype)  # the override of diffusers warns about every cast
@@ -253,7 +253,7 @@ def write_controlnet(controlnet: ControlNetModel, folder: Path, dtype: torch.dty
     if first_rank:
         with new_folder(folder) as written:
             plain = plain_controlnet(controlnet, weights)
-            _cast(plain, dtype)
+            cast_finite(plain, dtype)
             save_controlnet(plain, written, dtype)
 
 
@@ -289,13 +289,17 @@ def write_unet(unet: UNet2DConditionModel, folder: Path, dtype: torch.dtype) -> 
     Raises:
         UserError: for weights that `dtype` cannot hold, and NaN.
     """
-    _cast(unet, dtype)
+    cast_finite(unet, dtype)
     with new_folder(folder) as written:
         unet.save_pretrained(written, safe_serialization=True)
 
 
-def _cast(network: nn.Module, dtype: torch.dtype) -> None:
-    """Casts a network in place; raises UserError if a weight is not finite then."""
+def cast_finite(network: nn.Module, dtype: torch.dtype) -> None:
+    """Casts a network in place.
+
+    Raises:
+        UserError: if a weight is not finite then.
+    """
     nn.Module.to(network, dtype=dtype)  # the override of diffusers warns about every cast
     for name, weight in network.named_parameters():
         if not weight.isfinite().all():

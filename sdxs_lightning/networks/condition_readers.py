@@ -15,11 +15,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sdxs_lightning.core.seeding import Stream, normal, uniform
+from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.foreign import check_transformers
 from sdxs_lightning.families.quiet import quiet_libraries
 
@@ -114,10 +116,17 @@ class ReaderNetwork(nn.Module):
         channels: of the condition images.
         widths: channels at each resolution, from the image's down; each is half the one before.
         seed: of the initial weights.
+
+    Raises:
+        ValueError: without a channel, or without widths of 1 or more.
     """
 
     def __init__(self, channels: int = 3, widths: tuple[int, ...] = (16, 32, 64, 96), seed: int = 0) -> None:
         super().__init__()
+        if channels < 1 or not widths or min(widths) < 1:
+            raise ValueError(
+                f"a condition reader needs channels and widths of 1 or more, got channels {channels} and widths {list(widths)}."
+            )
         self.channels, self.widths = channels, tuple(widths)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -132,8 +141,16 @@ class ReaderNetwork(nn.Module):
         """Condition images before the sigmoid.
 
         Args:
-            images: (B, 3, H, W), float, in [-1, 1]; H and W multiples of 2^(number of widths - 1).
+            images: (B, 3, H, W), float, in [-1, 1]; H and W at least 2^(number of widths).
+
+        Raises:
+            ValueError: for smaller images, of which a single pixel would be left.
         """
+        if min(images.shape[-2:]) < 2 ** len(self.widths):
+            raise ValueError(
+                f"a condition reader of {len(self.widths)} widths reads images from {2 ** len(self.widths)} pixels on, got "
+                f"{images.shape[-2]}x{images.shape[-1]}; give it fewer widths."
+            )
         features = [self.stem(images.to(self.head.weight.dtype))]
         for layer in self.down:
             features.append(layer(features[-1]))
@@ -155,7 +172,7 @@ class ReaderNetwork(nn.Module):
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: for weights of another network.
+            ValueError: for unreadable files, weights of another network, or NaN.
         """
         folder = Path(folder)
         if not (folder / WEIGHTS_FILE).is_file() or not (folder / CONFIG_FILE).is_file():
@@ -164,15 +181,25 @@ class ReaderNetwork(nn.Module):
                 "with `python train.py --config configs/toy/control_reader.yaml`, or give its folder as "
                 "reader.init_args.weights."
             )
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        reader = cls(config["channels"], tuple(config["widths"]))
+        config = read_json(folder / CONFIG_FILE)
+        channels, widths = config.get("channels"), config.get("widths")
+        if not isinstance(channels, int) or not (
+            isinstance(widths, list) and all(isinstance(one, int) for one in widths)
+        ):
+            raise ValueError(f"'{folder / CONFIG_FILE}' has no channels and widths of a condition reader.")
+        reader = cls(channels, tuple(widths))
         if torch.get_default_device().type == "meta":
             return reader
-        weights = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
         try:
+            weights = {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
             reader.load_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(f"'{folder / WEIGHTS_FILE}' does not fit its {CONFIG_FILE}: {error}") from error
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"'{folder / WEIGHTS_FILE}' is cut off, or does not fit its {CONFIG_FILE} ({error})."
+            ) from error
+        broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+        if broken is not None:
+            raise ValueError(f"'{folder / WEIGHTS_FILE}' has NaN or infinity in {broken}; train it again.")
         return reader.eval()
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from data.conditions import SoftEdge
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.core.seeding import normal
 from sdxs_lightning.networks.condition_readers import LearnedReader, ReaderNetwork, SoftEdgeReader
@@ -114,5 +115,12 @@ def test_a_reader_learns_its_pairs_and_is_loaded_again(base: Base, shards: Path,
     loaded = LearnedReader(str(tmp_path / "reader")).load()
     images = normal(0, 0, torch.arange(2), (3, 32, 32))
     assert torch.equal(loaded(images), training.ema.module(images))
+    training.write_export(tmp_path / "half", average=True, dtype=torch.float16)
+    assert all(one.dtype == torch.float32 for one in training.ema.module.parameters())
+    with torch.no_grad():
+        training.ema.module.head.bias.fill_(1e6)
+    with pytest.raises(UserError, match="ReaderNetwork's head.bias has NaN, or values that float16 cannot"):
+        training.write_export(tmp_path / "half", average=True, dtype=torch.float16)
+    assert LearnedReader(str(tmp_path / "half")).load().head.bias.abs().max() < 10  # the earlier one is kept
     with pytest.raises(FileNotFoundError, match="there is no condition reader in 'nowhere'"):
         ReaderNetwork.from_pretrained("nowhere")

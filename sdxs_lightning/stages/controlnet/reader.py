@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
@@ -14,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sdxs_lightning.core.batch import TrainingBatch
 from sdxs_lightning.core.frozen import Dtype
-from sdxs_lightning.export import new_folder
+from sdxs_lightning.export import cast_finite, new_folder
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.condition_readers import ReaderNetwork, diffused
 from sdxs_lightning.stages.controlnet.control_images import control_images_of
@@ -98,11 +99,16 @@ class ConditionReaderTraining(AveragedTraining):
         return diffused(images, self.noise, self.seed, batch.positions)
 
     def write_export(self, folder: Path, average: bool, dtype: torch.dtype) -> None:
-        """Writes the reader's folder, for `LearnedReader`."""
+        """Writes the reader's folder, for `LearnedReader`.
+
+        Raises:
+            UserError: for weights that `dtype` cannot hold, and NaN.
+        """
         if self.global_rank == 0:
-            source = cast(ReaderNetwork, self.ema.module) if average else self.reader
+            source = copy.deepcopy(cast(ReaderNetwork, self.ema.module) if average else self.reader)
+            cast_finite(source, dtype)
             with new_folder(folder) as written:
-                source.to(dtype).save_pretrained(written)
+                source.save_pretrained(written)
 
     def plan_networks(self) -> list[PlannedNetwork]:
         return [
