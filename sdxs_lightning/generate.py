@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.disk_room import SMALLEST_FILE_BYTES, check_room
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
-from sdxs_lightning.core.image_formats import as_rgb, readable_formats
+from sdxs_lightning.core.image_formats import fitted, readable_formats
 from sdxs_lightning.core.option_bounds import LARGEST_SCALE, LARGEST_SIDE_PX, MOST_STEPS
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
     controlnet: Annotated[str | None, Option(metavar="DIR")] = None
     """ControlNet (torch; exports have theirs inside)."""
     control_image: Annotated[Path | None, Option(metavar="FILE", called=("control_images",))] = None
-    """Condition of the ControlNet: edges, a sketch, depth; scaled to the output's size."""
+    """Condition of the ControlNet: edges, a sketch, depth; scaled to the output's size, its middle where the shape differs."""
     control_scale: Scale = 1.0
     """Weight of the ControlNet."""
     lora: Annotated[str | None, Option(metavar="FILE")] = None
@@ -79,7 +79,7 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
     lora_scale: Scale = 1.0
     """Weight of the LoRA."""
     image: Annotated[Path | None, Option(metavar="FILE")] = None
-    """Image to change; scaled to the output's size. Needs --strength."""
+    """Image to change; scaled to the output's size, its middle where the shape differs. Needs --strength."""
     strength: float | None = None
     """How much of --image is replaced, above 0 and at most 1."""
     steps: Annotated[int | None, Option(at_least=1, at_most=MOST_STEPS)] = None
@@ -194,7 +194,7 @@ def _read(file: Path, option: str, size: tuple[int, int]) -> Image.Image:
 
     try:
         with Image.open(file, formats=readable_formats()) as image:
-            return as_rgb(image).resize((size[1], size[0]), Image.Resampling.LANCZOS)
+            return fitted(image, size)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{option} '{file}' cannot be read as an image ({error}).") from error
 

@@ -49,6 +49,18 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return composed
 
 
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image as it looks (EXIF), as RGB, at a size (height, width); the middle of it where the shape differs.
+
+    Raises:
+        ValueError: for pixels that are 32-bit numbers.
+    """
+    from PIL import Image, ImageOps
+
+    # Cut and scaled in one: a line of 1 x 16 million pixels, scaled first, would be larger than any memory.
+    return ImageOps.fit(as_rgb(ImageOps.exif_transpose(image)), size[::-1], Image.Resampling.LANCZOS)
+
+
 def _rgb_of_deep_grey(image: Image.Image) -> Image.Image:
     """Upper 8 bits of 16-bit grey, as Pillow and libpng treat 16-bit colour; Pillow's own conversion clips to white."""
     import numpy as np

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sdxs_lightning.core.errors import UserError, first_line
-from sdxs_lightning.core.image_formats import as_rgb
+from sdxs_lightning.core.image_formats import fitted
 from sdxs_lightning.families.folders import check_libraries, pipeline_variant, read_json
 from sdxs_lightning.inference.generator import OneStepGenerator
 
@@ -107,7 +107,7 @@ class Studio:
 
     def sketch(self, visitor: str, prompt: str, seed: int | None, drawing: Any, scale: float) -> Made | None:
         """An image along a drawing (H, W, 4 or 3) uint8, whose strokes are dark on white or on nothing."""
-        lines = fitted(Image.fromarray(strokes(drawing)), self.generator.model.size)
+        lines = uploaded(Image.fromarray(strokes(drawing)), self.generator.model.size)
         return self._make(visitor, [prompt], [seed], (lines,), control_images=lines, control_scale=scale)
 
     def image(
@@ -121,7 +121,7 @@ class Studio:
         scale: float,
     ) -> Made | None:
         """An image like another, of any mode: from its noisy latents, or, `controlled`, along its condition."""
-        picture = fitted(image, self.generator.model.size)
+        picture = uploaded(image, self.generator.model.size)
         if not controlled:
             return self._make(visitor, [prompt], [seed], (), image=picture, strength=strength)
         if self.condition is None:
@@ -172,8 +172,8 @@ class Studio:
         return self._newest_wins.run(visitor, work)
 
 
-def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """An image as RGB at a size (height, width), the middle of it where the shape differs.
+def uploaded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A visitor's image as RGB at a size (height, width).
 
     Raises:
         UserError: for one that is too large, or cannot be RGB.
@@ -183,11 +183,9 @@ def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
             f"the image has {image.width}x{image.height} pixels; up to {MAX_PIXELS // 1_000_000} million are accepted."
         )
     try:
-        pixels = as_rgb(image)
+        return fitted(image, size)
     except ValueError as error:
         raise UserError(f"the image cannot be used: {error}.") from error
-    # Cut and scaled in one: a line of 1 x 16 million pixels, scaled first, would be larger than any memory.
-    return ImageOps.fit(pixels, size[::-1], Image.Resampling.LANCZOS)
 
 
 def whole_seed(value: int | None) -> int:

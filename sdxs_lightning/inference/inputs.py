@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from sdxs_lightning.core.errors import UserError
@@ -156,7 +156,7 @@ def _frame(image: Any, index: int, what: str) -> Tensor:
     """One image as (3, H, W) uint8."""
     if isinstance(image, Image.Image):
         try:
-            return torch.from_numpy(np.array(as_rgb(image))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(as_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
         except ValueError as error:
             raise UserError(f"{what}[{index}]: {error}.") from error
     if isinstance(image, Tensor):

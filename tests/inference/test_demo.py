@@ -20,7 +20,7 @@ from evaluation.metrics.control_adherence import EdgeAdherence
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.demo.__main__ import DemoOptions
 from sdxs_lightning.demo.serve import condition_named, studio
-from sdxs_lightning.demo.studio import Made, NewestWins, Studio, fitted, stock_base, strokes
+from sdxs_lightning.demo.studio import Made, NewestWins, Studio, stock_base, strokes, uploaded
 from sdxs_lightning.inference.generator import OneStepGenerator
 from tests.helpers.students import PROMPTS, condition
 from tests.helpers.tiny import save_tiny_sdxl
@@ -253,7 +253,7 @@ def test_an_uploaded_image_is_read_as_it_looks(tmp_path: Path) -> None:
     ):
         sent.save(tmp_path / name)
         payload = gradio.data_classes.ImageData(path=str(tmp_path / name), orig_name=name)
-        found = fitted(field.preprocess(payload), (40, 32))
+        found = uploaded(field.preprocess(payload), (40, 32))
         assert torch.equal(pixels(found), pixels(twin.convert("RGB"))), name
 
 
@@ -266,7 +266,7 @@ def test_a_line_of_pixels_is_cut_before_it_is_scaled(monkeypatch: pytest.MonkeyP
         "resize",
         lambda image, size, *given, **named: sizes.append(size) or resize(image, size, *given, **named),  # type: ignore[func-returns-value]
     )
-    assert fitted(Image.new("RGB", (1, 10_000), "red"), (32, 48)).size == (48, 32)
+    assert uploaded(Image.new("RGB", (1, 10_000), "red"), (32, 48)).size == (48, 32)
     assert sizes == [(48, 32)]
 
 

@@ -58,10 +58,21 @@ def test_control_and_image(student: Students, tmp_path: Path) -> None:
     assert torch.equal(
         read(tmp_path / "one.png"), generator.generate(PROMPTS[0], 0, edges, control_scale=0.5)[0]
     )
-    main([*line, str(tmp_path / "two.png"), "--image", str(tmp_path / "edges.png"), "--strength", "0.5"])
-    assert torch.equal(
-        read(tmp_path / "two.png"), generator.generate(PROMPTS[0], 0, image=edges, strength=0.5)[0]
-    )
+    expected = generator.generate(PROMPTS[0], 0, image=edges, strength=0.5)[0]
+    # A photo lies on its side in the file (EXIF), and a wider one keeps its shape: its middle is taken.
+    upright = Image.open(tmp_path / "edges.png")
+    wider = Image.new("RGB", (64, 32), "red")
+    wider.paste(upright, (16, 0))
+    wider.save(tmp_path / "wider.png")
+    lying = Image.Exif()
+    lying[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "lying.png", exif=lying)
+    for name in ("edges", "wider", "lying"):
+        given = ["--image", str(tmp_path / f"{name}.png"), "--strength", "0.5"]
+        main([*line, str(tmp_path / "two.png"), *given])
+        assert torch.equal(read(tmp_path / "two.png"), expected), name
+    with Image.open(tmp_path / "lying.png") as photo:
+        assert torch.equal(generator.generate(PROMPTS[0], 0, image=photo, strength=0.5)[0], expected)
 
 
 @pytest.mark.parametrize(
