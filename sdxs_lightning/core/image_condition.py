@@ -16,3 +16,13 @@ class ImageCondition(Protocol):
     def __call__(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Condition image (H, W, 3), uint8, of an image (H, W, 3), uint8 RGB."""
         ...
+
+
+def description_of(condition: ImageCondition) -> str:
+    """Name and settings of a condition, without the device: "Canny(low=10, high=30, vary=0.0)"."""
+    settings = {
+        name: value
+        for name, value in vars(condition).items()
+        if isinstance(value, int | float | str) and name != "device"
+    }
+    return f"{type(condition).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"

@@ -70,7 +70,9 @@ class TorchNetworks:
         try:
             parts = {name: load_part(model, name) for name in ("unet", "vae", *model.encoders)}
             if controlnet is not None:
-                parts["controlnet"] = load_fitting_controlnet(controlnet, parts["unet"])
+                parts["controlnet"] = load_fitting_controlnet(
+                    controlnet, parts["unet"], model.factor, f"controlnet '{controlnet}'"
+                )
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         adapter = None if lora is None else ScaledAdapter.load(lora, parts["unet"], lora_scale)
@@ -200,17 +202,25 @@ def load_part(model: ModelFolder, name: str) -> nn.Module:
     return loaded.eval().requires_grad_(False)
 
 
-def load_fitting_controlnet(source: str | Path, unet: Any) -> nn.Module:
-    """A ControlNet whose residuals the U-Net takes, float32, on the CPU.
+def load_fitting_controlnet(source: str | Path, unet: Any, factor: int, named: str) -> nn.Module:
+    """A ControlNet for RGB images whose residuals the U-Net takes, float32, on the CPU.
+
+    Args:
+        source: its folder or hub id.
+        unet: the network that gets the residuals.
+        factor: how many times smaller the latents are than images.
+        named: its option and value, for messages.
 
     Raises:
         FileNotFoundError: where there is none.
-        ValueError: for one of another U-Net.
+        ValueError: for one of another U-Net or VAE, or of other condition images than RGB.
     """
-    from sdxs_lightning.networks.controlnet import check_fits, load_controlnet
+    from sdxs_lightning.networks.controlnet import check_fits, check_reads_rgb, check_stem, load_controlnet
 
     controlnet = load_controlnet(source)
-    check_fits(controlnet, unet, f"controlnet '{source}'")
+    check_fits(controlnet, unet, named)
+    check_stem(controlnet, factor, named)
+    check_reads_rgb(controlnet, named)
     loaded: nn.Module = controlnet.eval().requires_grad_(False)
     return loaded
 

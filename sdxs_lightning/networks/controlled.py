@@ -6,13 +6,15 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families import Family
+from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.network_types import ControlNetModel, UNet2DConditionModel
 from sdxs_lightning.networks.adapter_views import BaseView
 from sdxs_lightning.networks.denoiser import Denoiser
@@ -71,6 +73,11 @@ class ControlNetSource:
             raise ValueError(
                 f"controlnet.conditioning_scale must be 0 or more, got {self.conditioning_scale}."
             )
+        if self.train and self.conditioning_scale == 0:
+            raise ValueError(
+                "controlnet.conditioning_scale is 0, which multiplies the residuals and their gradients: nothing would be "
+                "trained; give a scale above 0."
+            )
         if self.conditioning_channels < 1:
             raise ValueError(
                 f"controlnet.conditioning_channels must be 1 or more, got {self.conditioning_channels}."
@@ -95,6 +102,7 @@ class ControlNetSource:
         from sdxs_lightning.networks.controlnet import (
             STEM_WIDTHS,
             check_fits,
+            check_stem,
             controlnet_from_unet,
             load_controlnet,
         )
@@ -115,13 +123,7 @@ class ControlNetSource:
                 unet, widths, channels, self.mid_block, self.stem_init, self.seed
             )
         check_fits(controlnet, unet, f"{option}.weights '{self.weights}'")
-        found = controlnet.config["conditioning_embedding_out_channels"]
-        if 2 ** (len(found) - 1) != factor:
-            raise ValueError(
-                f"the stem {list(found)} of {option} makes condition images {2 ** (len(found) - 1)} times smaller, and the "
-                f"latents of '{family.base}' are {factor} times smaller than images; give "
-                f"{factor.bit_length()} stem_widths, or another ControlNet."
-            )
+        check_stem(controlnet, factor, option, f"the latents of '{family.base}'")
         if self.lora is not None:
             add_lora(controlnet, self.lora)
             for name in NEW_PARTS:
@@ -251,10 +253,14 @@ class ControlledStudent(StudentGenerator):
         compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
 
     Raises:
-        ValueError: for a ControlNet that is not trained, or both conditioning_timestep and timesteps.
+        ValueError: for a ControlNet that is not trained, or both conditioning_timestep and timesteps; in `build` for other
+            timesteps than the exported student's, or one that takes a guidance scale.
     """
 
     denoiser: ControlledDenoiser
+    without_guidance: ClassVar[str] = (
+        "a ControlNet of such a student cannot be trained; give one of a single scale as student.init_args.weights"
+    )
 
     def __init__(
         self,
@@ -287,6 +293,7 @@ class ControlledStudent(StudentGenerator):
         if hasattr(self, "denoiser"):
             return
         super().build(family)
+        self._check_timesteps()
         source, unet = self.controlnet_source, self.denoiser.unet
         controlnet = source.make(unet, family, "student.controlnet")
         if self._switches[0]:
@@ -296,6 +303,39 @@ class ControlledStudent(StudentGenerator):
         self.denoiser = ControlledDenoiser(self.denoiser, controlnet, source.conditioning_scale, "unet")
         if source.lora is not None:
             save_adapters_only(self)
+
+    def _check_timesteps(self) -> None:
+        """Refuses a student that was exported at other timesteps: its ControlNet would be used at those."""
+        exported = None if self._weights is None else exported_timesteps(Path(self._weights))
+        if exported is not None and exported != list(self.timesteps):
+            raise ValueError(
+                f"student.weights '{self._weights}' is a student of the timesteps {exported} by its scheduler, and its "
+                f"ControlNet would be trained at {list(self.timesteps)}; set student.init_args.conditioning_timestep "
+                "(timesteps, for several) to the student's."
+            )
+
+
+def exported_timesteps(weights: Path) -> list[int] | None:
+    """The timesteps of a student by the scheduler beside its U-Net; None for weights that are no exported student.
+
+    Args:
+        weights: pipeline folder, or its U-Net folder.
+    """
+    pipeline = weights.parent if weights.name == "unet" else weights
+    if not (pipeline / "scheduler" / "scheduler_config.json").is_file():
+        return None
+    config = read_json(pipeline / "scheduler" / "scheduler_config.json")
+    kind, steps = config.get("_class_name"), config.get("original_inference_steps")
+    if kind == "DDIMScheduler" and config.get("timestep_spacing") == "trailing":
+        return [config["num_train_timesteps"] - 1]
+    if kind == "LCMScheduler" and isinstance(steps, int):
+        from diffusers import LCMScheduler
+
+        scheduler = LCMScheduler.from_config(config)
+        scheduler.set_timesteps(steps)
+        found: list[int] = scheduler.timesteps.tolist()
+        return found
+    return None
 
 
 class ControlledFakeScore(FakeScore):

@@ -306,6 +306,36 @@ def check_fits(controlnet: ControlNetModel, unet: UNet2DConditionModel, named: s
         raise ValueError(f"{named} is of the kind of {kinds[0]}, and the U-Net of that of {kinds[1]}.")
 
 
+def check_stem(controlnet: ControlNetModel, factor: int, named: str, latents: str = "the latents") -> None:
+    """Checks that the stem brings condition images of the images' size to the size of the latents.
+
+    Args:
+        controlnet: the ControlNet.
+        factor: how many times smaller the latents are than images.
+        named: the ControlNet's option and value, for the message.
+        latents: whose latents they are, for the message.
+
+    Raises:
+        ValueError: unless it does.
+    """
+    widths = controlnet.config["conditioning_embedding_out_channels"]
+    if 2 ** (len(widths) - 1) != factor:
+        raise ValueError(
+            f"the stem {list(widths)} of {named} makes condition images {2 ** (len(widths) - 1)} times smaller, and {latents} "
+            f"are {factor} times smaller than images; give {factor.bit_length()} stem_widths, or another ControlNet."
+        )
+
+
+def check_reads_rgb(controlnet: ControlNetModel, named: str) -> None:
+    """Raises ValueError unless the condition images have the three channels of those that are read from files."""
+    channels = controlnet.config["conditioning_channels"]
+    if channels != 3:
+        raise ValueError(
+            f"{named} reads condition images of {channels} channel(s), and these have 3; train one with "
+            "controlnet.conditioning_channels 3."
+        )
+
+
 def _encoder_settings() -> list[str]:
     """Names of the settings that a ControlNet shares with a U-Net."""
     shared = _parameters(StudentControlNet).keys() & _parameters(UNet2DConditionModel).keys()

@@ -58,7 +58,8 @@ class LoRA:
     alpha: float | None = None
     """The adapter is scaled by alpha / rank; None is the rank, a scale of 1."""
     targets: tuple[str, ...] = TARGETS
-    """Name suffixes of the linear layers and convolutions that get adapters."""
+    """Name suffixes of the linear layers and convolutions that get adapters. By default the usual ones that the network has: a
+    ControlNet, for example, has no upsampler."""
     seed: int = 0
     """Seed of the matrices A. The matrices B start at zero, so the network starts unchanged."""
     weights: str | None = None
@@ -90,7 +91,10 @@ def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
     """
     from peft import LoraConfig
 
-    for target in lora.targets:
+    targets = tuple(lora.targets)
+    if targets == TARGETS:
+        targets = tuple(target for target in targets if _layers(unet, target))
+    for target in targets:
         _check_target(unet, target)
     # On the meta device, in the memory plan, weights change nothing.
     start = None if next(unet.parameters()).is_meta else lora.weights
@@ -100,7 +104,7 @@ def add_lora(unet: UNet2DConditionModel, lora: LoRA) -> UNet2DConditionModel:
         r=lora.rank,
         # peft declares an int but only divides, so a float works.
         lora_alpha=lora.rank if lora.alpha is None else lora.alpha,  # type: ignore[arg-type]
-        target_modules=list(lora.targets),
+        target_modules=list(targets),
     )
     # A random state of its own, so that adapters do not depend on earlier draws, which differ between ranks.
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
@@ -190,10 +194,15 @@ def _is_adapter(name: str) -> bool:
 
 
 def _check_target(unet: UNet2DConditionModel, target: str) -> None:
-    layers = [module for name, module in unet.named_modules() if f".{name}".endswith(f".{target}")]
+    layers = _layers(unet, target)
     if not layers or not all(isinstance(layer, nn.Linear | nn.Conv2d) for layer in layers):
         found = f"is a {type(layers[0]).__name__}" if layers else "is no layer of this U-Net"
         raise ValueError(
             f"lora.targets: '{target}' {found}; give ends of names of linear layers or convolutions, such as "
             f"{', '.join(TARGETS[:4])}, or leave lora.targets out."
         )
+
+
+def _layers(unet: UNet2DConditionModel, target: str) -> list[nn.Module]:
+    """The modules whose names end so."""
+    return [module for name, module in unet.named_modules() if f".{name}".endswith(f".{target}")]

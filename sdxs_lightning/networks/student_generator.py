@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -55,6 +56,10 @@ class StudentGenerator(Network):
     """Share of the samples that begin from an image, at a step after the first."""
     guidance: GuidanceInput | None = None
     """The guidance scale as an input; None without."""
+    without_guidance: ClassVar[str] = (
+        "set student.init_args.guidance, such as {low: 1.0, high: 4.5}, or start from other weights"
+    )
+    """What to do, where the weights take the scale and `guidance` is None."""
 
     def __init__(
         self,
@@ -119,8 +124,8 @@ class StudentGenerator(Network):
             add_guidance_input(self.denoiser.unet, self.guidance.dimensions)
         elif self.denoiser.unet.config.get("time_cond_proj_dim") is not None:
             raise ValueError(
-                "the student's weights take the guidance scale as an input (time_cond_proj_dim): set "
-                "student.init_args.guidance, such as {low: 1.0, high: 4.5}, or start from other weights."
+                "the student's weights take the guidance scale as an input (time_cond_proj_dim): "
+                f"{self.without_guidance}."
             )
         self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
         if self.lora is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from sdxs_lightning.inference.generator import NotFiniteWarning, OneStepGenerato
 from sdxs_lightning.inference.inputs import image_tensor
 from sdxs_lightning.inference.model_folder import is_student
 from sdxs_lightning.lora import ConvertOptions, convert
+from sdxs_lightning.networks.controlnet import controlnet_from_unet, save_controlnet
 from tests.helpers.students import KINDS, PROMPTS, SEEDS, condition, stock_images
 
 SIZES = [(32, 32), (24, 40), (48, 32), (40, 40)]
@@ -355,6 +357,14 @@ def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
         OneStepGenerator.load(student("sd"), backend="tensorrt")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="down residuals of widths|reads prompts of width"):
         OneStepGenerator.load(student("sdxl"), controlnet=f"{student('sd')}-controlnet")
+    unet = UNet2DConditionModel.from_pretrained(student("sd") / "unet")
+    for settings, message in (
+        ({"stem_widths": (8, 8, 8, 8)}, r"controlnet '.*' makes condition images 8 times smaller"),
+        ({"stem_widths": (8, 8), "conditioning_channels": 1}, r"reads condition images of 1 channel\(s\)"),
+    ):
+        save_controlnet(controlnet_from_unet(unet, **settings), tmp_path / "controlnet")
+        with pytest.raises(UserError, match=message):
+            OneStepGenerator.load(student("sd"), controlnet=tmp_path / "controlnet")
     with pytest.raises(UserError, match="trained for another base"):
         OneStepGenerator.load(student("sdxl"), lora=f"{student('sd')}-lora")
 

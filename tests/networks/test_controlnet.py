@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.backward_simulation import one_step
-from sdxs_lightning.networks.controlled import ControlledDenoiser, ControlNetSource
+from sdxs_lightning.networks.controlled import ControlledDenoiser, ControlledStudent, ControlNetSource
 from sdxs_lightning.networks.controlnet import (
     StudentControlNet,
     build_controlnet,
@@ -39,6 +40,7 @@ from sdxs_lightning.networks.controlnet import (
     stock_controlnet,
 )
 from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.guidance_input import add_guidance_input
 from sdxs_lightning.surgery.config import meta_unet, prune_config
 from sdxs_lightning.surgery.presets import PRESETS
 from sdxs_lightning.surgery.pruning import prune
@@ -291,6 +293,9 @@ def test_sources_are_checked(tmp_path: Path) -> None:
         ControlNetSource(train=False)
     with pytest.raises(ValueError, match="conditioning_scale must be 0 or more, got -1"):
         ControlNetSource(conditioning_scale=-1.0)
+    with pytest.raises(ValueError, match="conditioning_scale is 0, which .* nothing would be trained"):
+        ControlNetSource(conditioning_scale=0.0)
+    ControlNetSource("x", train=False, conditioning_scale=0.0)  # the base's, switched off
     with pytest.raises(ValueError, match="conditioning_channels must be 1 or more, got 0"):
         ControlNetSource(conditioning_channels=0)
     for widths in ((), (8, 0)):
@@ -301,3 +306,23 @@ def test_sources_are_checked(tmp_path: Path) -> None:
     ControlNetSource(one, conditioning_channels=1, stem_widths=(8, 16)).make(unet, family, "x")
     with pytest.raises(ValueError, match="x.conditioning_channels is 3, and x.weights .* has 1; set"):
         ControlNetSource(one).make(unet, family, "x")
+
+
+def test_a_student_is_controlled_at_the_timesteps_of_its_export(tmp_path: Path) -> None:
+    family = StableDiffusion(str(save_tiny_sd(tmp_path / "base")))
+    student, sgd = tmp_path / "student", partial(torch.optim.SGD, lr=0.1)
+    for steps, other in (([699], [999]), ([999, 499], [999])):
+        export_pipeline(
+            family.load_unet(), family, student, steps[0], timesteps=steps if len(steps) > 1 else None
+        )
+        for weights in (student, student / "unet"):
+            ControlledStudent(sgd, weights=str(weights), timesteps=steps).build(family)
+            refused = rf"is a student of the timesteps \[{', '.join(map(str, steps))}\] .* trained at \[999\]"
+            with pytest.raises(ValueError, match=refused):
+                ControlledStudent(sgd, weights=str(weights), timesteps=other).build(family)
+    ControlledStudent(sgd, weights=str(tmp_path / "base"), timesteps=[499]).build(family)  # no exported one
+    guided = family.load_unet()
+    add_guidance_input(guided, 8)
+    guided.save_pretrained(tmp_path / "guided")
+    with pytest.raises(ValueError, match="take the guidance scale .* such a student cannot be trained"):
+        ControlledStudent(sgd, weights=str(tmp_path / "guided")).build(family)

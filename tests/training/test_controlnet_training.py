@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from data.conditions import Canny
 from sdxs_lightning.callbacks.export import Exportable
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.networks.condition_readers import SoftEdgeReader
@@ -191,6 +193,10 @@ def test_lora_trains_adapters_and_the_new_parts_and_is_merged_on_export(
         SGD, controlnet=ControlNetSource(lora=LoRA(rank=2, targets=("to_q", "conv1")))
     )
     module = built(joint(base("sd-v_prediction"), student=student))
+    # The usual targets, of which a ControlNet has no upsampler.
+    usual = ControlNetSource(lora=LoRA(rank=2)).make(module.student.denoiser.unet, module.family, "x")
+    adapted = {n.split(".lora_")[0] for n, _ in usual.named_parameters() if ".lora_" in n}
+    assert any(n.endswith("downsamplers.0.conv") for n in adapted) and any("ff.net.2" in n for n in adapted)
     trained = {name for name, p in module.student.named_parameters() if p.requires_grad}
     assert all("lora_" in name or ".controlnet_" in name for name in trained) and len(trained) > 20
     frozen = {n: p.detach().clone() for n, p in module.student.named_parameters() if n not in trained}
@@ -415,6 +421,20 @@ def test_batches_without_conditions_or_with_others_are_refused(base: Base) -> No
         control_images_of(control_batch(2), family, 1)
 
 
+def test_pairs_get_conditions_of_the_datas_kind(base: Base) -> None:
+    module = joint(base("sd-v_prediction"), condition=Canny(10, 30))
+    settings = SimpleNamespace(condition=Canny(10, 30))
+    module._trainer = SimpleNamespace(datamodule=SimpleNamespace(settings=settings))  # type: ignore[assignment]
+    module.configure_model()
+    module.on_fit_start()
+    for other in (Canny(), Inverted()):
+        settings.condition = other
+        with pytest.raises(
+            ValueError, match=r"Canny\(low=10, .* and data.condition (Canny\(low=100|Inverted)"
+        ):
+            module.on_fit_start()
+
+
 def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
     with pytest.raises(ValueError, match=r"control\.noise_redrawn is a share in \[0, 1\], got 2"):
         ControlSettings(noise_redrawn=2.0)
@@ -431,6 +451,12 @@ def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
         ValueError, match=r"conditioning_scale is 1.0 and control.conditioning_scale 0.8, of one"
     ):
         sdxs(base("sd-v_prediction"), Path("x"), control=ControlSettings("x", conditioning_scale=0.8))
+    for named in (None, "y"):
+        with pytest.raises(
+            ValueError, match=f"fake_score.controlnet is 'x', frozen, and control.base_controlnet is {named}"
+        ):
+            sdxs(base("sd-v_prediction"), Path("x"), control=ControlSettings(named))
+    sdxs(base("sd-v_prediction"), Path("x"), control=ControlSettings("./x/"))
     family = family_of(base("sd-v_prediction"))
     with pytest.raises(ValueError, match="base_controlnet goes together with output_distillation"):
         ControlNetTraining(family, SGD, output_distillation=OutputDistillation())

@@ -76,7 +76,10 @@ def parts(model: ModelFolder, adapted: Adapted, dtype: torch.dtype) -> Iterator[
         yield _text_encoder(model, name, dtype)
     unet = load_part(model, "unet")
     if adapted.controlnet is not None:
-        yield _controlnet(model, load_fitting_controlnet(adapted.controlnet, unet), dtype)
+        named = f"controlnet '{adapted.controlnet}'"
+        yield _controlnet(
+            model, load_fitting_controlnet(adapted.controlnet, unet, model.factor, named), dtype
+        )
     if adapted.lora is not None:
         ScaledAdapter.load(adapted.lora, unet, adapted.lora_scale).start()
     yield _unet(model, unet, adapted.controlnet is not None, dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from sdxs_lightning.core.batch import TrainingBatch
-from sdxs_lightning.core.image_condition import ImageCondition
+from sdxs_lightning.core.image_condition import ImageCondition, description_of
 from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.adapter_views import BaseView
@@ -121,6 +122,24 @@ class ControlNetDistillation(OneStepDistillation):
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         rank_zero_info(f"ControlNet: {trained:,} trained parameters on a frozen student.")
 
+    def on_fit_start(self) -> None:
+        """Moves the frozen networks, and checks that both sources of conditions make the same.
+
+        Raises:
+            ValueError: if `condition` is not what makes the data's.
+        """
+        super().on_fit_start()
+        data = getattr(self.trainer, "datamodule", None)
+        made: ImageCondition | None = getattr(getattr(data, "settings", None), "condition", None)
+        if self.condition is None or made is None:
+            return
+        own, datas = description_of(self.condition), description_of(made)
+        if own != datas:
+            raise ValueError(
+                f"model.init_args.condition is {own}, of the target sampler's images, and data.condition {datas}: the "
+                "ControlNet would learn both as one. Set them to the same."
+            )
+
     def _load_real_score(self) -> Denoiser:
         """The base, with its ControlNet if there is one, which the fake score shares where it is frozen there too."""
         plain = super()._load_real_score()
@@ -144,7 +163,7 @@ class ControlNetDistillation(OneStepDistillation):
         fake, named = self.fake_score, self.control.base_controlnet
         if named is None or not isinstance(fake, ControlledFakeScore) or fake.controlnet_source.train:
             return None
-        return fake if fake.controlnet_source.weights == named else None
+        return fake if _same_source(fake.controlnet_source.weights, named) else None
 
     def _check_settings(self) -> None:
         pairs = None if self.pairs is None else self.pairs.settings
@@ -154,6 +173,15 @@ class ControlNetDistillation(OneStepDistillation):
                 "other images, and the ControlNet would learn to ignore them. Set model.init_args.condition to what makes the "
                 "data's conditions (data.conditions, or a class of your own), or pairs.source to batch, for pairs with "
                 "condition images."
+            )
+        named, frozen = self.control.base_controlnet, None
+        if isinstance(self.fake_score, ControlledFakeScore) and not self.fake_score.controlnet_source.train:
+            frozen = self.fake_score.controlnet_source.weights
+        if frozen is not None and not _same_source(frozen, named):
+            raise ValueError(
+                f"fake_score.controlnet is '{frozen}', frozen, and control.base_controlnet is {named}: the two scores would "
+                "differ by it, and not by what the student makes. Name it as control.base_controlnet too, or let the fake "
+                "score learn one (fake_score.controlnet.train: true)."
             )
         fake = self._fake_score_with_the_base_controlnet
         scale = self.control.conditioning_scale
@@ -251,3 +279,8 @@ class ControlNetDistillation(OneStepDistillation):
             if isinstance(one, ControlledDenoiser | ControlledBaseView) and "controlnet" in one.__dict__
         }
         return networks + [PlannedNetwork("base_controlnet", one, "frozen") for one in frozen.values()]
+
+
+def _same_source(one: str | None, other: str | None) -> bool:
+    """Whether two folders or hub ids are the same, however their paths are written."""
+    return one is not None and other is not None and os.path.normpath(one) == os.path.normpath(other)
