@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from data.prepare.common.options import DeviceOptions
-from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES, SCHEDULERS, parse_weights
+from evaluation.protocols.names import (
+    METRIC_NAMES,
+    PROTOCOL_NAMES,
+    REFERENCE_METRICS,
+    SCHEDULERS,
+    TOY_PROTOCOLS,
+    parse_weights,
+)
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
 from sdxs_lightning.core.option_bounds import (
@@ -70,7 +77,7 @@ class EvaluateOptions(ComputeOptions):
         --captions captions_val2014.json --reference coco2014.npz --out teacher.json
     python -m evaluation.evaluate --model sdxl/ --protocol coco2014-30k-256 --captions captions_val2014.json \
         --reference coco2014.npz --out shared/teacher.json --ray ray-head:6379
-    python -m evaluation.evaluate --model outputs/quickstart/pipeline --control toy --condition canny \
+    python -m evaluation.evaluate --model data/toy/student --control toy --condition canny \
         --controlnet outputs/toy-controlnet-joint/controlnet --protocol toy --out control.json
     python -m evaluation.evaluate --images samples.zip --protocol clean --reference real.npz --metrics fid --out samples.json
     """
@@ -156,8 +163,9 @@ class EvaluateOptions(ComputeOptions):
             raise ValueError("--control needs --model, --controlnet and --condition.")
         if self.control is not None:
             self._check_control()
-        if self.control is None and (self.controlnet is not None or self.condition is not None):
-            raise ValueError("--controlnet and --condition go with --control, the set of conditions.")
+        if self.control is None:
+            self._refuse_options_of_control()
+        self._check_out()
         if (self.scheduler or self.timesteps) and self.model is None:
             raise ValueError("--scheduler and --timesteps are those of a --model; --images are made already.")
         if list(self.timesteps) != sorted(set(self.timesteps), reverse=True):
@@ -174,6 +182,25 @@ class EvaluateOptions(ComputeOptions):
                 "--save_images keeps what a --model makes; with --images there is nothing to save."
             )
 
+    def _check_out(self) -> None:
+        """Refuses, before anything is measured, a file that cannot hold the result or that another one would replace."""
+        if self.out is not None and (self.out.is_dir() or self.out.suffix in (".md", ".html", ".png")):
+            raise ValueError(
+                f"--out is '{self.out}', and the result is a .json file, beside which others of its name are written; give "
+                "such a file."
+            )
+
+    def _refuse_options_of_control(self) -> None:
+        if self.controlnet is not None or self.condition is not None:
+            raise ValueError("--controlnet and --condition go with --control, the set of conditions.")
+        scales = {one.name: one.default for one in fields(self)}["conditioning_scales"]
+        for name, given in (
+            ("make_conditions", self.make_conditions),
+            ("conditioning_scales", self.conditioning_scales != scales),
+        ):
+            if given:
+                raise ValueError(f"--{name} goes with --control, the set of conditions; leave it out.")
+
     def _check_control(self) -> None:
         for name in ("captions", "save_images", "work", "processes", "ray"):
             if getattr(self, name) is not None:
@@ -184,6 +211,17 @@ class EvaluateOptions(ComputeOptions):
         if self.control == "toy" and self.image_px is not None:
             raise ValueError(
                 "--image_px does not go with --control toy, whose images have their size; leave it out."
+            )
+        for name in ("metrics", "reference", "weights"):
+            if getattr(self, name) and self.protocol in TOY_PROTOCOLS:
+                raise ValueError(
+                    f"protocol {self.protocol} is the toy world's own, with its metrics, networks and reference; leave out "
+                    f"--{name}, or choose another --protocol."
+                )
+        if self.reference is not None and not set(REFERENCE_METRICS) & set(self.metrics):
+            raise ValueError(
+                f"--reference is '{self.reference}', and with --control those of --metrics are measured, of which none "
+                "compares with it; name one, such as fid, or leave it out."
             )
         if not self.conditioning_scales:
             raise ValueError("--conditioning_scales is empty; name at least one, such as 1.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evaluation.callbacks.score_curve import ScoreCurve
-from evaluation.callbacks.student_updates import student_updates_of
+from evaluation.callbacks.student_updates import check_counts, student_updates_of
 from evaluation.images.control_sets import (
     CONDITIONS,
     ControlledPrompts,
@@ -19,7 +19,6 @@ from evaluation.images.control_sets import (
     ShardControlSet,
     ToyControlSet,
     adherence_of,
-    description_of,
     made_by,
     measurable,
     network_of,
@@ -29,7 +28,7 @@ from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
 from evaluation.runner.control import Board, ControlledMaker, control_sheet
 from evaluation.runner.control_quality import QualityMetrics
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.core.image_condition import ImageCondition
+from sdxs_lightning.core.image_condition import ImageCondition, description_of
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation
@@ -70,6 +69,9 @@ class ControlMetrics(ScoreCurve):
         batch_size: images per call on each device.
         resolution: side to which the set's images are resized and cropped; None takes them unchanged.
         at_start: also before the first update.
+
+    Raises:
+        ValueError: for numbers below 1; in the setup UserError, for a set, condition or protocol that do not go together.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class ControlMetrics(ScoreCurve):
         at_start: bool = False,
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
+        check_counts("ControlMetrics", samples=samples, batch_size=batch_size)
         self._named, self.control, self.protocol = condition, control, protocol
         self.condition: ImageCondition | None = None
         """How it is read, known since the setup."""
@@ -98,7 +101,7 @@ class ControlMetrics(ScoreCurve):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Opens the set and loads the metric networks, so that a missing one is reported before training starts."""
         if not isinstance(pl_module, ControlNetDistillation):
-            raise TypeError(
+            raise UserError(
                 f"ControlMetrics needs a ControlNetDistillation, got a {type(pl_module).__name__}; remove it from "
                 "trainer.callbacks."
             )
@@ -109,7 +112,11 @@ class ControlMetrics(ScoreCurve):
         self._quality = QualityMetrics(self.protocol, pl_module.device)
         found = find_protocol(self.protocol)
         if self.control == "toy":
-            assert isinstance(found, Protocol)
+            if not isinstance(found, Protocol):
+                raise UserError(
+                    f"ControlMetrics: control toy goes with protocol toy or toy-val, got {self.protocol}; or name shards as "
+                    "control."
+                )
             split = get_protocol(self.protocol, samples=self.samples).split
             self._set = ToyControlSet(split, self.samples, self.condition)
         else:
@@ -117,6 +124,16 @@ class ControlMetrics(ScoreCurve):
             made = self.make_conditions and not isinstance(self.condition, ReadCondition)
             condition = self.condition if made else None
             self._set = ShardControlSet(self.control, self.resolution, self.samples, condition)
+        self._check_size(self._set, pl_module.family.resolution)
+
+    def _check_size(self, control_set: ControlSet, side: int) -> None:
+        height, width = control_set.batch([0]).controls_uint8.shape[-2:]
+        if (height, width) != (side, side):
+            instead = "name shards of its size" if self.control == "toy" else f"set resolution to {side}"
+            raise UserError(
+                f"ControlMetrics: the images of `control` '{self.control}' are {height}x{width}, and the student's "
+                f"{side}x{side}; {instead}."
+            )
 
     def scores_of(self, trainer: pl.Trainer, module: OneStepDistillation) -> dict[str, float]:
         assert isinstance(module, ControlNetDistillation) and self._quality is not None

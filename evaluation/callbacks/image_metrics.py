@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.callbacks.score_curve import ScoreCurve
-from evaluation.callbacks.student_updates import averaged_student
+from evaluation.callbacks.student_updates import averaged_student, check_counts
 from evaluation.images.generate import ImageMaker, rank_batches
 from evaluation.images.prompt_files import read_prompts
 from evaluation.images.samples import stacked
@@ -62,6 +62,7 @@ class ImageMetrics(ScoreCurve):
         at_start: bool = False,
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
+        check_counts("ImageMetrics", samples=samples, batch_size=batch_size)
         if protocol not in IMAGE_PROTOCOLS:
             raise UserError(
                 f"ImageMetrics takes one of {', '.join(IMAGE_PROTOCOLS)}, got '{protocol}'; DistillationMetrics measures "

@@ -17,7 +17,13 @@ from torch import Tensor
 from evaluation.callbacks.independence import require_independent
 from evaluation.callbacks.progress import Throughput, peak_memory_gib
 from evaluation.callbacks.sample_grids import DistillationMetrics
-from evaluation.callbacks.student_updates import averaged_student, callback_of, paused, student_updates_of
+from evaluation.callbacks.student_updates import (
+    averaged_student,
+    callback_of,
+    check_counts,
+    paused,
+    student_updates_of,
+)
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.grids import progress_curves, sheet
@@ -78,6 +84,7 @@ class Report(pl.Callback):
         classifier: str | None = None,
         reference: str | None = None,
     ) -> None:
+        check_counts("RunReport", samples=samples, columns=columns, batch_size=batch_size)
         changes = {"samples": samples, "clip": clip, "classifier": classifier, "reference": reference}
         self.protocol = get_protocol(protocol, **changes)
         self.folder, self.batch_size = folder, batch_size

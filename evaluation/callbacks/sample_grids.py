@@ -12,7 +12,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from evaluation.callbacks.progress import ProgressBar, Throughput
 from evaluation.callbacks.score_curve import ScoreCurve
-from evaluation.callbacks.student_updates import StudentUpdateCallback, averaged_student, vae_on_device
+from evaluation.callbacks.student_updates import (
+    StudentUpdateCallback,
+    averaged_student,
+    check_counts,
+    vae_on_device,
+)
 from evaluation.images.prompt_files import read_prompts
 from evaluation.protocols.protocols import get_protocol
 from evaluation.reports.grids import sheet
@@ -48,6 +53,7 @@ class DistillationMetrics(ScoreCurve):
         reference: str | None = None,
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
+        check_counts(type(self).__name__, samples=samples, batch_size=batch_size)
         changes = {"samples": samples, "clip": clip, "classifier": classifier, "reference": reference}
         self.protocol = get_protocol(protocol, **changes)
         self.batch_size = batch_size
@@ -96,6 +102,7 @@ class SampleGrids(StudentUpdateCallback):
         at_start: bool = True,
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
+        check_counts(type(self).__name__, images=images)
         chosen = get_protocol(protocol, samples=images)
         if isinstance(prompts, str):
             prompts = list(read_prompts(prompts).captions[:images])

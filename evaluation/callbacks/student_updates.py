@@ -15,6 +15,7 @@ from torch import Tensor
 
 from evaluation.images.generate import SampledImages
 from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
 C = TypeVar("C", bound=pl.Callback)
@@ -60,10 +61,10 @@ def student_updates_of(module: pl.LightningModule) -> int:
     """Student updates so far.
 
     Raises:
-        TypeError: unless the module is a OneStepDistillation.
+        UserError: unless the module is a OneStepDistillation.
     """
     if not isinstance(module, OneStepDistillation):
-        raise TypeError(
+        raise UserError(
             f"this callback needs a OneStepDistillation, got a {type(module).__name__}; remove it from trainer.callbacks"
         )
     return module.student_updates
@@ -109,6 +110,13 @@ def release_gpu(networks: Sequence[Any], device: torch.device) -> None:
         if hasattr(network, "to"):
             network.to(torch.device("cpu"))
     torch.cuda.empty_cache()
+
+
+def check_counts(callback: str, **counts: int | None) -> None:
+    """Raises ValueError for a number of images below 1; None is the protocol's."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise ValueError(f"{name} of the callback {callback} must be at least 1, got {count}")
 
 
 class StudentUpdateCallback(pl.Callback):

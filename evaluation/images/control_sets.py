@@ -65,9 +65,13 @@ class ToyControlSet:
         split: "val" or "test".
         count: number of samples.
         condition: makes the condition images.
+
+    Raises:
+        UserError: for a reader.
     """
 
     def __init__(self, split: Split, count: int, condition: ImageCondition) -> None:
+        _check_makes(condition, "take shards with cond.png as `control`")
         self.split, self.count, self.condition = split, count, condition
 
     def batch(self, sample_ids: Sequence[int]) -> ControlledPrompts:
@@ -87,12 +91,14 @@ class ShardControlSet:
         condition: makes the condition images of the images; None reads cond.png.
 
     Raises:
-        UserError: if there are fewer samples.
+        UserError: if there are fewer samples, or for a reader.
     """
 
     def __init__(
         self, shards: str, resolution: int | None, count: int | None, condition: ImageCondition | None
     ) -> None:
+        if condition is not None:
+            _check_makes(condition, "leave out `make_conditions`, so that cond.png is read")
         self._data = ShardDataModule(
             shards,
             1,
@@ -104,13 +110,13 @@ class ShardControlSet:
         try:
             self._data.setup()
         except (OSError, ValueError) as error:
-            raise UserError(f"--control '{shards}': {error}") from error
+            raise UserError(f"`control` '{shards}': {error}") from error
         assert self._data.dataset is not None
         self.count = count or len(self._data.dataset)
         if self.count > len(self._data.dataset):
             raise UserError(
-                f"--control '{shards}' holds {len(self._data.dataset)} samples, and {self.count} are wanted; give --samples "
-                f"{len(self._data.dataset)}, or a larger set."
+                f"`control` '{shards}' holds {len(self._data.dataset)} samples, and {self.count} are wanted; set `samples` to "
+                f"{len(self._data.dataset)}, or take a larger set."
             )
 
     def batch(self, sample_ids: Sequence[int]) -> ControlledPrompts:
@@ -127,6 +133,9 @@ class ReadCondition:
     Args:
         folder: of the reader. Not the one that the ControlNet was trained with, which it may have learnt to deceive: train a
             second one with another seed.
+
+    Raises:
+        ValueError: at the first image, for a reader of other conditions than grey or RGB.
     """
 
     def __init__(self, folder: str) -> None:
@@ -135,7 +144,13 @@ class ReadCondition:
     @cached_property
     def network(self) -> ReaderNetwork:
         """The reader, on the CPU."""
-        return ReaderNetwork.from_pretrained(self.folder)
+        network = ReaderNetwork.from_pretrained(self.folder)
+        if network.channels not in (1, 3):
+            raise ValueError(
+                f"the reader in '{self.folder}' reads conditions of {network.channels} channels, and those of images have 3; "
+                "train one with model.channels 3."
+            )
+        return network
 
     @torch.no_grad()
     def __call__(self, image: np.ndarray) -> np.ndarray:
@@ -174,7 +189,7 @@ def made_by(condition: str) -> ImageCondition:
         return _MADE[condition]()
     if kind in ("depth", "reader") and folder:
         return Depth(folder) if kind == "depth" else ReadCondition(folder)
-    raise UserError(f"--condition '{condition}' is none of {', '.join(CONDITIONS)}.")
+    raise UserError(f"`condition` '{condition}' is none of {', '.join(CONDITIONS)}.")
 
 
 def measurable(condition: ImageCondition) -> ImageCondition:
@@ -182,14 +197,6 @@ def measurable(condition: ImageCondition) -> ImageCondition:
     if isinstance(condition, Canny) and condition.vary:
         return Canny(condition.low, condition.high)
     return condition
-
-
-def description_of(condition: ImageCondition) -> str:
-    """Name and settings of a condition, for result files: "Canny(low=10, high=30, vary=0.0)"."""
-    settings = {
-        name: value for name, value in vars(condition).items() if isinstance(value, int | float | str)
-    }
-    return f"{type(condition).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
 
 
 def network_of(condition: ImageCondition) -> torch.nn.Module | None:
@@ -214,13 +221,21 @@ def adherence_of(
     """
     if isinstance(condition, BackgroundBar):
         if classifier is None:
-            raise UserError("--condition background_bar is the toy world's; use it with a toy protocol.")
+            raise UserError("`condition` background_bar is the toy world's; use it with a toy protocol.")
         return BarAdherence(ClassifiedBar(classifier))
     if isinstance(condition, Depth):
         return DepthAdherence(condition)
     if isinstance(condition, Canny | SoftEdge | Sketch):
         return EdgeAdherence(condition, tolerance_px)
     return ReaderAdherence(condition)
+
+
+def _check_makes(condition: ImageCondition, instead: str) -> None:
+    if isinstance(condition, ReadCondition):
+        raise UserError(
+            f"a set's conditions are what is asked for, and the reader in '{condition.folder}' only guesses them from the "
+            f"images; {instead}."
+        )
 
 
 def _stacked(frames: Sequence[np.ndarray]) -> Tensor:

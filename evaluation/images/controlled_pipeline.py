@@ -14,6 +14,7 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.inference.inputs import torch_dtype
+from sdxs_lightning.inference.torch_networks import load_fitting_controlnet
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,12 @@ class ControlledPipeline:
         Raises:
             UserError: if one of them is missing, or does not fit the other.
         """
-        from sdxs_lightning.networks.controlnet import check_fits, load_controlnet
-
         samples.check()
+        plain = samples.pipeline(device)
         try:
-            controlnet = load_controlnet(folder)
-            plain = samples.pipeline(device)
-            check_fits(controlnet, plain.unet, f"--controlnet '{folder}'")
+            controlnet = load_fitting_controlnet(
+                folder, plain.unet, plain.vae_scale_factor, f"--controlnet '{folder}'"
+            )
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         pipeline = with_controlnet(plain, controlnet)
@@ -63,10 +63,19 @@ class ControlledPipeline:
 
     @torch.no_grad()
     def __call__(self, prompts: ControlledPrompts, sample_ids: Tensor) -> Tensor:
-        pipeline = self.pipeline
+        """Images (B,3,H,W) uint8, of the size of the condition images.
+
+        Raises:
+            UserError: for a size that the model cannot draw, and for images of NaN or infinity.
+        """
+        pipeline, factor = self.pipeline, self.pipeline.vae_scale_factor
         controls = prompts.controls_uint8.to(pipeline.device).float() / 255
-        side = controls.shape[-1] // pipeline.vae_scale_factor
-        shape = pipeline.unet.config.in_channels, controls.shape[-2] // pipeline.vae_scale_factor, side
+        height, width = controls.shape[-2:]
+        if height % factor or width % factor:
+            raise UserError(
+                f"the set's images are {height}x{width}, and the model draws multiples of {factor}; give --image_px."
+            )
+        shape = pipeline.unet.config.in_channels, height // factor, width // factor
         noise = normal(self.seed, Stream.EVALUATION, sample_ids.to(pipeline.device), shape)
         images: Tensor = pipeline(
             prompt=list(prompts.captions),
@@ -79,7 +88,13 @@ class ControlledPipeline:
             generator=[torch.Generator().manual_seed(number) for number in sample_ids.tolist()],
             output_type="pt",
         ).images
-        return to_uint8(images.float().nan_to_num(0.0) * 2 - 1)
+        broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+        if broken:
+            raise UserError(
+                f"{broken} of {len(images)} images at conditioning scale {self.conditioning_scale:g} have NaN or infinity: the "
+                "weights of --controlnet or --model have it, or half precision overflows (--precision fp32)."
+            )
+        return to_uint8(images.float() * 2 - 1)
 
     @torch.no_grad()
     def reconstructed(self, prompts: ControlledPrompts, sample_ids: Tensor) -> Tensor:

@@ -21,11 +21,9 @@ from data.prepare.common.machine import choose_device
 from evaluation.images.control_sets import (
     ControlledPrompts,
     ControlSet,
-    ReadCondition,
     ShardControlSet,
     ToyControlSet,
     adherence_of,
-    description_of,
     made_by,
     network_of,
 )
@@ -39,7 +37,7 @@ from evaluation.reports.grids import sheet
 from evaluation.runner.control_quality import Estimates, QualityMetrics
 from evaluation.runner.machine import where
 from sdxs_lightning.core.errors import UserError
-from sdxs_lightning.core.image_condition import ImageCondition
+from sdxs_lightning.core.image_condition import ImageCondition, description_of
 from sdxs_lightning.core.model_hash import hash_model, hash_weights
 
 if TYPE_CHECKING:
@@ -144,11 +142,6 @@ def open_control_set(options: EvaluateOptions, condition: ImageCondition) -> tup
             raise UserError(f"--control toy goes with --protocol toy or toy-val, got {options.protocol}.")
         toy = get_protocol(options.protocol, samples=options.samples)
         return ToyControlSet(toy.split, toy.samples, condition), toy.seed
-    if options.make_conditions and isinstance(condition, ReadCondition):
-        raise UserError(
-            "--make_conditions makes the conditions that are asked for, and a reader only guesses them; leave it out, so that "
-            "cond.png is read."
-        )
     made = condition if options.make_conditions else None
     found = ShardControlSet(options.control, options.image_px, options.samples, made)
     return found, protocol.seed

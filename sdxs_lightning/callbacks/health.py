@@ -14,6 +14,7 @@ from torch import Tensor
 from sdxs_lightning.callbacks.diagnosis import Diagnosis, Thresholds
 from sdxs_lightning.callbacks.sample_diversity import BottleneckFeatures, measure_diversity
 from sdxs_lightning.core.batch import TrainingBatch
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.objectives.matched_features import MatchedFeatures
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 
@@ -73,10 +74,10 @@ class Health(Callback):
         """Checks the stage.
 
         Raises:
-            TypeError: for a stage other than OneStepDistillation.
+            UserError: for a stage other than OneStepDistillation.
         """
         if not isinstance(pl_module, OneStepDistillation):
-            raise TypeError(
+            raise UserError(
                 f"Health follows a OneStepDistillation, not a {type(pl_module).__name__}; take it out of trainer.callbacks."
             )
 

@@ -6,20 +6,29 @@ import json
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from PIL import Image
 from torch import Tensor
 
 from data.conditions import Canny
+from data.prepare.images.image_files import encode_image
+from data.shards.writer import ShardWriter
 from data.toy.background_bar import BackgroundBar
 from data.toy.datamodule import ToyDataModule
 from evaluation.callbacks.control_metrics import ControlMetrics, condition_of
+from evaluation.callbacks.sample_grids import SampleGrids
 from evaluation.evaluate import EvaluateOptions
 from evaluation.evaluate import main as evaluate
 from evaluation.images.control_sets import (
     ControlledPrompts,
+    ReadCondition,
+    ShardControlSet,
     ToyControlSet,
     adherence_of,
     made_by,
@@ -38,7 +47,7 @@ from sdxs_lightning.export import export_pipeline, write_adapters
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.networks.condition_readers import LearnedReader, ReaderNetwork, SoftEdgeReader
 from sdxs_lightning.networks.controlled import ControlledFakeScore, ControlledStudent
-from sdxs_lightning.networks.controlnet import controlnet_from_unet, save_controlnet
+from sdxs_lightning.networks.controlnet import STEM_WIDTHS, controlnet_from_unet, save_controlnet
 from sdxs_lightning.networks.lora import LoRA, add_lora, lora_parameters
 from sdxs_lightning.networks.lora_files import hash_lora
 from sdxs_lightning.objectives.condition_consistency import ConditionConsistency
@@ -180,9 +189,16 @@ def test_a_reader_that_is_trained_through_does_not_measure(tiny: tuple[Path, Pat
     for seed in (0, 1):
         ReaderNetwork(widths=(8, 16), seed=seed).save_pretrained(tmp_path / str(seed))
     contents: Any = ["latents", "control_images"]
+    images = tmp_path / "images"
+    with ShardWriter(images, samples_per_shard=2) as writer:
+        for i, control in enumerate(ToyControlSet("val", 2, Canny()).batch(range(2)).controls_uint8):
+            frame = encode_image(Image.fromarray(control.permute(1, 2, 0).numpy()), "png", 100)
+            writer.write({"txt": f"{i}", "png": frame, "cond.png": frame})
     for seed, message in ((0, "the student trains through condition_reader"), (1, None)):
         module = module_of(base, LearnedReader(str(tmp_path / "0")))
-        callback = ControlMetrics(f"reader:{tmp_path / str(seed)}", samples=2)
+        callback = ControlMetrics(
+            f"reader:{tmp_path / str(seed)}", str(images), make_conditions=False, protocol="clean", samples=2
+        )
         with pytest.raises(UserError, match=message) if message else nullcontext():
             fit(module, shards, 1, contents=contents, callbacks=[callback], default_root_dir=tmp_path)
 
@@ -249,18 +265,78 @@ def test_the_command_measures_what_it_was_told(tmp_path: Path, monkeypatch: pyte
     assert len(hashes) == 2  # of two conditioning scales
 
 
-def test_what_is_refused() -> None:
+def test_a_stage_or_protocol_that_does_not_fit_the_callback_is_refused(tiny: tuple[Path, Path]) -> None:
+    module: Any = module_of(tiny[0])
+    with pytest.raises(UserError, match="control toy goes with protocol toy or toy-val, got clean"):
+        ControlMetrics("canny", protocol="clean").setup(SimpleNamespace(), module, "fit")  # type: ignore[arg-type]
+    module.family.resolution = 64
+    with pytest.raises(UserError, match="the images of `control` 'toy' are 32x32, and the student's 64x64"):
+        ControlMetrics("canny").setup(SimpleNamespace(), module, "fit")  # type: ignore[arg-type]
+    with pytest.raises(
+        UserError, match="ControlMetrics needs a ControlNetDistillation, got a LightningModule"
+    ):
+        ControlMetrics("canny").setup(SimpleNamespace(), LightningModule(), "fit")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="needs a OneStepDistillation, got a LightningModule; remove it"):
+        SampleGrids().on_train_start(SimpleNamespace(), LightningModule())  # type: ignore[arg-type]
+
+
+def test_images_of_nan_and_of_other_sizes_end_the_measurement(tmp_path: Path) -> None:
+    unet = StableDiffusion("data/toy/base").load_unet()
+    controlnet = controlnet_from_unet(unet, (16, 32))
+    torch.nn.init.constant_(controlnet.controlnet_mid_block.bias, float("nan"))
+    save_controlnet(controlnet, tmp_path)
+    made = ControlledPipeline.load(ModelSamples("data/toy/student", ()), str(tmp_path), torch.device("cpu"))
+    prompts = ToyControlSet("val", 2, Canny()).batch(range(2))
+    with pytest.raises(UserError, match="2 of 2 images at conditioning scale 0 have NaN or infinity"):
+        made.at(0.0)(prompts, torch.arange(2))
+    odd = prompts._replace(controls_uint8=prompts.controls_uint8[..., :31])
+    with pytest.raises(UserError, match="the set's images are 32x31, and the model draws multiples of 2"):
+        made(odd, torch.arange(2))
+    for stem, message in (((8, 8, 8), "4 times smaller"), (STEM_WIDTHS, "8 times smaller")):
+        save_controlnet(controlnet_from_unet(unet, stem), tmp_path)
+        with pytest.raises(UserError, match=rf"--controlnet '.*' makes condition images {message}"):
+            ControlledPipeline.load(ModelSamples("data/toy/student", ()), str(tmp_path), torch.device("cpu"))
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--control needs --model, --controlnet and --condition"):
         EvaluateOptions(model="x", control="toy")
     with pytest.raises(ValueError, match="--controlnet and --condition go with --control"):
         EvaluateOptions(model="x", controlnet="y")
     whole: dict[str, Any] = {"model": "x", "control": "y", "controlnet": "z", "condition": "canny"}
-    for name, value in (("captions", "a"), ("save_images", Path("a")), ("work", Path("a")), ("processes", 2)):
+    refused: dict[str, Any] = {"captions": "a", "save_images": Path("a"), "work": Path("a"), "processes": 2}
+    for name, value in refused.items():
         with pytest.raises(ValueError, match=f"--{name} does not go with --control"):
             EvaluateOptions(**whole | {name: value})
     with pytest.raises(ValueError, match="--image_px does not go with --control toy"):
         EvaluateOptions(**whole | {"control": "toy", "image_px": 64})
-    with pytest.raises(UserError, match="--condition 'hed' is none of canny"):
+    refused = {"make_conditions": True, "conditioning_scales": (0.5,)}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=f"--{name} goes with --control"):
+            EvaluateOptions(model="x", **{name: value})
+    refused = {"metrics": ("kid",), "reference": "r.npz", "weights": ("inception=a",)}
+    for name, value in refused.items():
+        with pytest.raises(ValueError, match=f"protocol toy is the toy world's own, .* leave out --{name}"):
+            EvaluateOptions(**whole | {name: value})
+    with pytest.raises(ValueError, match="--reference is 'r.npz', .* of which none compares with it"):
+        EvaluateOptions(**whole | {"reference": "r.npz", "protocol": "clean", "metrics": ("clip_score",)})
+    for out in (tmp_path, tmp_path / "x.png", tmp_path / "x.html", tmp_path / "x.md"):
+        with pytest.raises(ValueError, match="--out is .* and the result is a .json file"):
+            EvaluateOptions(model="x", out=out)
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"samples of the callback ControlMetrics .* got {count}"):
+            ControlMetrics(samples=count)
+        with pytest.raises(ValueError, match=f"batch_size of the callback ControlMetrics .* got {count}"):
+            ControlMetrics(batch_size=count)
+    reader = ReadCondition(str(tmp_path))
+    with pytest.raises(UserError, match="only guesses them from the images; take shards with cond.png"):
+        ToyControlSet("val", 2, reader)
+    with pytest.raises(UserError, match="only guesses them .* leave out `make_conditions`"):
+        ShardControlSet("nowhere", None, None, reader)
+    ReaderNetwork(channels=4, widths=(4, 4)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="reads conditions of 4 channels, and those of images have 3"):
+        reader(np.zeros((32, 32, 3), np.uint8))
+    with pytest.raises(UserError, match="`condition` 'hed' is none of canny"):
         made_by("hed")
     with pytest.raises(UserError, match=r"conditions are not made by data\.condition, so say how"):
         condition_of(None)

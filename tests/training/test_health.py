@@ -18,6 +18,7 @@ from torch import Tensor
 from sdxs_lightning.callbacks.diagnosis import Thresholds
 from sdxs_lightning.callbacks.health import Health
 from sdxs_lightning.core.batch import Conditioning
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families import Family
@@ -260,5 +261,5 @@ def test_features_of_a_network_that_is_not_there_are_refused(base: Base, shards:
 
 
 def test_another_stage_is_refused() -> None:
-    with pytest.raises(TypeError, match="follows a OneStepDistillation, not a LightningModule"):
+    with pytest.raises(UserError, match="follows a OneStepDistillation, not a LightningModule"):
         Health().setup(Trainer(accelerator="cpu", logger=False, barebones=True), LightningModule(), "fit")
