@@ -223,7 +223,7 @@ class GuidanceOptions(Measuring):
     """Pipeline folder of the base, to compare with, in --base_steps."""
     base_steps: Count = 8
     """Sampler steps of the base."""
-    scales: Annotated[tuple[float, ...], Option(at_least=1)] = (1.0, 1.5, 2.0, 3.0, 4.5)
+    scales: Annotated[tuple[float, ...], Option(at_least=1)] = (1.0, 1.5, 2.0, 3.0)
     """Guidance scales; 1 means none."""
     diversity_prompts: Count = 50
     """Prompts of the diversity, each with eight images."""
