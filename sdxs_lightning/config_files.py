@@ -17,6 +17,7 @@ Flags are applied after all files, `--key null` included.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ class MergedArguments:
 def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     """Merges the `--config` files of a command line.
 
-    `--a.b null` is merged too: jsonargparse (4.53) reads null for a `str | None` two classes deep as the string "None".
+    `--a.b null` is merged too, and so are the nulls of `--a.b '{"c": null}'`: jsonargparse (4.53) reads null for a `str | None`
+    two classes deep as the string "None".
 
     Raises:
         UserError: for a file that is missing, no YAML, or includes itself.
@@ -116,7 +118,10 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
             nulls.append(name[2:])
         else:
             nulls = [null for null in nulls if f"--{null}" != name]
-            flags.append((name, chunk))
+            kept, inner = _without_nulls(value)
+            nulls += [f"{name[2:]}.{key}" for key in inner]
+            if kept or not inner:
+                flags.append((name, [f"{name}={kept}"] if inner else chunk))
     settings: Settings = {}
     for file in files:
         settings = merge(settings, file.settings, trust)
@@ -242,6 +247,29 @@ def _chunks(arguments: Sequence[str]) -> Iterator[list[str]]:
         takes = (first.startswith("--") or first in CONFIG_FLAGS) and "=" not in first
         value = bool(waiting) and takes and not waiting[0].startswith("--") and waiting[0] not in CONFIG_FLAGS
         yield [first, waiting.pop(0)] if value else [first]
+
+
+def _without_nulls(value: str) -> tuple[str, list[str]]:
+    """A flag's value without the nulls of its mapping, and their dotted keys; "" if nothing else is in it."""
+    if not value.startswith("{"):
+        return value, []
+    try:
+        mapping = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value, []  # the parser says what is wrong with it
+    keys = list[str]()
+
+    def kept(node: Settings, path: str) -> Settings:
+        found: Settings = {}
+        for name, one in node.items():
+            if one is None:
+                keys.append(f"{path}{name}")
+            else:
+                found[name] = kept(one, f"{path}{name}.") if isinstance(one, dict) else one
+        return found
+
+    rest = kept(mapping, "") if isinstance(mapping, dict) else {}
+    return (json.dumps(rest) if rest else "") if keys else value, keys
 
 
 def _nested(key: str, settings: Settings) -> Settings:

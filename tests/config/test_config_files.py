@@ -153,6 +153,19 @@ def test_null_flags_are_merged_and_the_last_flag_wins(write: Any) -> None:
     assert line.arguments[1:] == ["--data.x=1", "--ckpt_path", "null"]
 
 
+def test_nulls_inside_a_flag_are_merged(write: Any) -> None:
+    write("a.yaml", "model: {class_path: m.M, init_args: {control: {weights: a, train: false}}}")
+    inside = '{"train": true, "weights": null, "lora": {"rank": 2, "alpha": null}}'
+    for flag in ([f"--model.control={inside}"], ["--model.control", inside]):
+        line = read_arguments(["--config", "a.yaml", *flag, "--plan"])
+        control = {"weights": None, "train": False, "lora": {"alpha": None}}
+        assert line.settings == {"model": {"class_path": "m.M", "init_args": {"control": control}}}
+        assert line.arguments[1:] == ['--model.control={"train": true, "lora": {"rank": 2}}', "--plan"]
+    line = read_arguments(["--config", "a.yaml", '--model.control={"weights": null}', "--data={1"])
+    assert line.settings["model"]["init_args"]["control"] == {"weights": None, "train": False}
+    assert line.arguments[1:] == ["--data={1"]
+
+
 def test_old_names_are_reported_with_their_new_ones(write: Any) -> None:
     old = "sdxs_lightning.modules.miniaturisation.Miniaturisation"
     write("a.yaml", f"model:\n  class_path: {old}\n  init_args:\n    curriculum: {{warmup_updates: 3}}\n")
