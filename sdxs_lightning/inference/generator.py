@@ -232,7 +232,7 @@ class OneStepGenerator:
             missing = "strength" if strength is None else "image"
             raise UserError(f"`image` and `strength` belong together, and `{missing}` is missing.")
         pixels = image_size(size, self.model.size, self.multiple)
-        plan = self.plan if strength is None else self.plan.from_strength(strength)
+        plan = self.plan if strength is None else self.plan.from_strength(finite(strength, "strength"))
         generators = noise_generators(seed_list(seeds, len(listed)))
         start = None if image is None else self._encoded(image, pixels, generators)
         noises = self._noises(plan, generators, pixels, latents)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,10 @@ def finite(value: float, name: str) -> float:
     """A number, such as a scale.
 
     Raises:
-        UserError: for NaN and infinity, of which nothing but black images would come.
+        UserError: for NaN and infinity, of which nothing but black images would come, and for what is no number.
     """
-    if not math.isfinite(value):
-        raise UserError(f"`{name}` is {value:g}, but must be a finite number.")
+    if not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"`{name}` is {value!r}, but must be a finite number.")
     return float(value)
 
 

@@ -284,6 +284,10 @@ def test_wrong_number_and_kind_of_control_images(student: Students) -> None:
         generator.generate(PROMPTS, control_images=[np.zeros((32, 32), np.uint8)])
     with pytest.raises(UserError, match="`control_scale` is nan, but must be a finite number"):
         generator.generate(PROMPTS, control_images=condition(2, (32, 32)), control_scale=float("nan"))
+    no_numbers: tuple[Any, ...] = ("0.5", torch.tensor(0.5), float("nan"))
+    for strength in no_numbers:
+        with pytest.raises(UserError, match="`strength` is .*, but must be a finite number"):
+            generator.generate(PROMPTS, image=condition(2, (32, 32)), strength=strength)
 
 
 def test_seeds_and_sizes_of_numpy_are_numbers_too(student: Students) -> None:

@@ -72,6 +72,7 @@ def image_scores(
 def image_to_image(options: ImageToImageOptions) -> str:
     """Scores the inputs themselves, each strength, and text to image; existing scores of the same files are kept."""
     protocol = get_protocol(options.protocol, samples=options.samples)
+    makers = list(_makers(options))  # refuses a model before anything is measured
     classifier = ProtocolNetworks.load(protocol).classifier
     settings: dict[str, Any] = {
         "student_sha256": hash_model(options.student),
@@ -86,7 +87,7 @@ def image_to_image(options: ImageToImageOptions) -> str:
     ids = torch.arange(min(SHEET_COLUMNS, len(captions)))
     shown = other_prompts(captions)[: len(ids)]
     real = RealImages(protocol.split)(captions[: len(ids)], ids)
-    for name, maker in _makers(options):
+    for name, maker in makers:
         single = hash_model(options.single) if name == ONE_STEP and options.single is not None else None
         if known.get(name, {}).get("single_sha256", "") != single:
             known[name] = {
@@ -108,7 +109,7 @@ def _makers(options: ImageToImageOptions) -> Iterator[tuple[str, Maker]]:
     """(row, maker); a student of one step stands beside the student's own first step."""
     student = OneStepGenerator.load(options.student, device="cpu")
     for strength in options.strengths:
-        student.plan.from_strength(strength)  # refuses one before anything is measured
+        student.plan.from_strength(strength)  # refuses one that leaves no step
     yield "input", lambda prompts, seeds, images: images
     for strength in options.strengths:
         yield f"strength {strength:g}", _with_strength(student, strength)

@@ -199,3 +199,16 @@ def test_bad_input_is_one_sentence(
     assert "has none of pairs, fid_ratio" in refusal(main, ["show", out], capsys)
     Path(out).write_text("[]")
     assert "out.json is not a score file" in refusal(main, ["show", out], capsys)
+
+
+def test_image_to_image_refuses_a_model_before_it_measures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student, out = str(ROOT / "data/toy/student"), tmp_path / "scores.json"
+    for given, message in (
+        (["--student", "nowhere"], "there is no model in 'nowhere'"),
+        (["--student", student, "--single", str(ROOT / "data/toy/base")], "is a base of many steps"),
+    ):
+        line = ["image_to_image", *given, "--samples", "2", "--out", str(out)]
+        assert message in refusal(main, line, capsys)
+        assert not out.exists()
