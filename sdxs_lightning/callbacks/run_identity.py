@@ -12,11 +12,13 @@ from torch import nn
 
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.frozen import Frozen, is_comparable
+from sdxs_lightning.core.image_condition import description_of
 from sdxs_lightning.objectives.term import StudentTerm
 
 WEIGHTS, ROUNDED = "frozen weights", "frozen weights in bfloat16"
 """Entries of the identity: fingerprints of the frozen networks by attribute path, as loaded and rounded."""
 SETTINGS, TOKENIZERS = "network settings", "tokenizers"
+CONDITION = "condition images by"
 _BASE = "the base that the run began with (model.init_args.family)"
 ADVICE = {
     "prediction_type": _BASE,
@@ -27,6 +29,7 @@ ADVICE = {
     "own folder",
     "timesteps": "the conditioning timestep that the run began with (family.init_args.conditioning_timestep, or "
     "conditioning_timestep or timesteps of student.init_args)",
+    CONDITION: "the condition that the run began with (data.init_args.condition)",
     WEIGHTS: "the frozen network that the run began with (model.init_args.family.init_args.base, or the path of its "
     "weights)",
 }
@@ -39,7 +42,7 @@ _NO_SETTING = ("dtype", "torch_dtype", "transformers_version", "architectures")
 def identity_of(
     module: pl.LightningModule, frozen_like: Iterable[str] = (), with_tokenizers: bool = False
 ) -> dict[str, Any]:
-    """Everything that a stage trains against, besides its data, and that must not change on a resume.
+    """Everything that a stage trains against, besides its samples, and that must not change on a resume.
 
     Args:
         module: a built stage.
@@ -61,6 +64,9 @@ def identity_of(
     timesteps = getattr(getattr(module, "student", None), "timesteps", None)
     if timesteps is not None:
         identity["timesteps"] = [int(step) for step in timesteps]
+    condition = _condition_of(module)
+    if condition is not None:
+        identity[CONDITION] = condition
     found = dict(_frozen(module, set()))
     missing = [name for name in frozen_like if name not in found]
     if missing:
@@ -74,6 +80,13 @@ def identity_of(
         name: own for prefix, one in networks.items() for name, own in _settings_in(one, prefix).items()
     }
     return identity
+
+
+def _condition_of(module: pl.LightningModule) -> str | None:
+    """What makes the data's condition images, unless the shards bring them."""
+    data = getattr(module._trainer, "datamodule", None)
+    made = getattr(getattr(data, "settings", None), "condition", None)
+    return None if made is None else description_of(made)
 
 
 def _settings_in(module: nn.Module, prefix: str) -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from data.conditions import Canny, Sketch
+from data.shards.datamodule import ShardDataModule
 from sdxs_lightning.callbacks import checkpoint_folder as folders
 from sdxs_lightning.callbacks.run_identity import compare_settings, compare_weights, identity_of
+from sdxs_lightning.core.image_condition import ImageCondition
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.networks.image_features import Dinov2Features
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
@@ -113,6 +117,20 @@ def test_another_conditioning_timestep_is_refused(resume: Callable[..., tuple[in
     code, said = resume(change)
     assert code == 2
     assert "written with timesteps [999], and this run has [399]" in said
+
+
+def test_what_makes_condition_images_is_compared(base: Callable[[str], Path]) -> None:
+    stage: Any = built(distillation(base("sd-epsilon"), gan=False))
+
+    def found(condition: ImageCondition | None) -> Any:
+        data = ShardDataModule("shards", 4, contents=["images", "control_images"], condition=condition)
+        stage._trainer = SimpleNamespace(datamodule=data)
+        return identity_of(stage).get("condition images by")
+
+    canny = found(Canny(low=50))
+    assert canny == "Canny(low=50, high=200, vary=0.0)" == found(Canny(low=50))
+    assert found(None) is None  # the shards bring them
+    assert len({canny, found(Canny(low=60)), found(Sketch())}) == 3
 
 
 def test_guidance_may_change_and_is_listed(resume: Callable[..., tuple[int, str]]) -> None:
