@@ -168,7 +168,9 @@ class Report(pl.Callback):
         """Report row of the current averaged student."""
         maker = averaged_student(trainer, module, self.protocol.seed)
         scores = self._measure(trainer, self.protocol, self._networks, maker, self.prompts, module.device)
-        return {"nfe": 1, **scores, "ms_per_image": milliseconds_per_image(maker, self.prompts[0])}
+        assert isinstance(module, OneStepDistillation)
+        steps = len(module.student.timesteps)
+        return {"nfe": steps, **scores, "ms_per_image": milliseconds_per_image(maker, self.prompts[0])}
 
     def _measure(
         self,

@@ -12,6 +12,7 @@ from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.errors import UserError
 
 
+@torch.no_grad()
 def negative_prompt_inputs(
     pipeline: Any, prompts: Sequence[str], negative_prompts: Sequence[str]
 ) -> dict[str, Tensor]:
@@ -26,19 +27,24 @@ def negative_prompt_inputs(
         `prompt_embeds`, and `pooled_prompt_embeds` for SDXL.
 
     Raises:
-        UserError: for a pipeline without the guidance scale as an input, or another number of negative prompts.
+        UserError: for a pipeline without the guidance scale as an input, a single string, or not one
+            negative prompt for each prompt.
     """
     if pipeline.unet.config.get("time_cond_proj_dim") is None:
         raise UserError(
             "this model does not take the guidance scale as an input (its U-Net has no time_cond_proj_dim), and so no negative "
             "prompts: train with student.guidance and its negative_prompts, or, for a base, pass negative_prompt."
         )
+    if isinstance(prompts, str) or isinstance(negative_prompts, str):
+        raise UserError(
+            f"prompts and negative prompts are lists of strings, for one image too, got {prompts!r} and {negative_prompts!r}."
+        )
     if len(negative_prompts) != len(prompts):
         raise UserError(
             f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one for each."
         )
-    chosen = torch.tensor([bool(one) for one in negative_prompts], device=pipeline.device)
     plain, negative = _encoded(pipeline, prompts), _encoded(pipeline, negative_prompts)
+    chosen = torch.tensor([bool(one) for one in negative_prompts], device=plain.prompt_embeds.device)
     given = plain.with_negative_prompts(
         negative.prompt_embeds, negative.pooled_prompt_embeds, chosen
     ).shifted()
@@ -52,7 +58,7 @@ def _encoded(pipeline: Any, prompts: Sequence[str]) -> Conditioning:
     """The prompts and their unconditional counterpart, encoded by the pipeline."""
     found = pipeline.encode_prompt(
         prompt=list(prompts),
-        device=pipeline.device,
+        device=pipeline._execution_device,  # `device` is the CPU under enable_model_cpu_offload
         num_images_per_prompt=1,
         do_classifier_free_guidance=True,
     )

@@ -33,8 +33,8 @@ class GuidanceInput:
     """Dimensions of the embedding, even; 256 is LCM's."""
     negative_prompts: tuple[str, ...] = ()
     """Negative prompts of training samples, which the real score is guided away from; each sample draws one. The student gets
-    the prompt's embeddings plus those of "" minus those of the negative prompt, so an empty one changes nothing. All are
-    encoded in every iteration: dozens rather than thousands."""
+    the prompt's embeddings plus the unconditional ones minus those of the negative prompt. All are encoded in every iteration:
+    dozens rather than thousands."""
     negative_share: float = 0.5
     """Share of the samples that have one."""
 

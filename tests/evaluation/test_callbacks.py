@@ -176,11 +176,13 @@ def test_report_has_the_contracts_keys(world: Path, toy_networks: dict[str, str]
     stored = json.loads((tmp_path / "teacher.json").read_text())
     stored["toy"]["teacher"]["3"]["fid"] = 123.0
     (tmp_path / "teacher.json").write_text(json.dumps(stored))
-    fit(world, tmp_path, callbacks(), updates=2)
+    trainer, module = fit(world, tmp_path, callbacks(), updates=2)
     again = json.loads((tmp_path / "report.json").read_text())
     assert again["teacher"]["3"]["fid"] == 123.0
     assert again["teacher"]["1"]["fid"] == report["teacher"]["1"]["fid"]
     assert again["student"]["fid"] == report["student"]["fid"]
+    module.student.timesteps = [999, 499]
+    assert trainer.callbacks[1]._student(trainer, module)["nfe"] == 2
 
 
 def test_a_missing_network_is_reported_before_training(

@@ -25,7 +25,7 @@ from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.term import DistillationContext, StudentTerm
 from sdxs_lightning.pairs.target_pairs import PairSettings, TargetPairs
 from sdxs_lightning.stages.distillation.gan import Gan
-from sdxs_lightning.stages.distillation.setup import Terms, check_needs
+from sdxs_lightning.stages.distillation.setup import Terms, check_guidance_is_trained, check_needs
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.manual_optimization import ManualOptimization
 from sdxs_lightning.training.plannable import PlannedNetwork
@@ -72,6 +72,7 @@ class DistillationNetworks(ManualOptimization):
     ) -> None:
         super().__init__(accumulate_grad_batches, gradient_clip_norm)
         check_needs(terms, update_schedule, pairs, fake_score, discriminator)
+        check_guidance_is_trained(student, terms, update_schedule)
         self.family = family
         self.student = student
         self.fake_score = fake_score
@@ -132,7 +133,9 @@ class DistillationNetworks(ManualOptimization):
             self.fake_score.check_alignment(self.student)
         self.ema = StudentEma(self.student, self.ema_decay)
         if self._needs_real_score:
-            self.real_score = Frozen(self._load_real_score()).to(dtype=self.real_score_dtype)
+            real_score = self._load_real_score()
+            self._check_real_score(real_score)
+            self.real_score = Frozen(real_score).to(dtype=self.real_score_dtype)
         for term in self._all_terms:
             term.build(self.family, self.context)
         self._build_pairs()
@@ -146,6 +149,16 @@ class DistillationNetworks(ManualOptimization):
         if shared is not None:
             return shared
         return Denoiser(self.family.load_unet(), self.family.schedule, self.family.prediction_type)
+
+    def _check_real_score(self, real_score: Denoiser) -> None:
+        """Refuses a base that has been distilled, such as an LCM: its output is no score, and has its guidance already."""
+        taken = real_score.unet.config.get("time_cond_proj_dim") is not None
+        if taken and any(term.needs_real_score for term in self._all_terms):
+            raise ValueError(
+                f"the base '{self.family.base}' takes the guidance scale as an input (time_cond_proj_dim), as LCMs do, and "
+                "cannot be the real score: give the model that it was distilled from as model.init_args.family, and this one "
+                "at most as student.init_args.weights."
+            )
 
     def _build_pairs(self) -> None:
         """Loads the target sampler's own network, if it has one."""

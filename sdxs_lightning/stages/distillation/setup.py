@@ -165,6 +165,24 @@ def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | Non
         )
 
 
+def check_guidance_is_trained(
+    student: StudentGenerator, terms: Terms, update_schedule: UpdateSchedule
+) -> None:
+    """Raises ValueError if a student with the guidance scale as an input learns one scale only, that of pairs, or none."""
+    if student.guidance is None:
+        return
+    for phase in terms.of_run(update_schedule):
+        objectives = [getattr(term, "objective", term) for term in phase.values()]
+        guides = any(getattr(one, "guidance_scale", 1.0) != 1.0 for one in objectives)
+        if guides and not any(term.needs_pairs for term in phase.values()):
+            return
+    raise ValueError(
+        "student.guidance needs updates of the student without pairs, which have one scale, in which the real score is guided: "
+        "leave objectives with pairs to the warm-up (regression.phase), and give distribution_matching or an entry of "
+        "objectives a guidance_scale above 1; or set student.guidance to null."
+    )
+
+
 def check_needs(
     terms: Terms,
     update_schedule: UpdateSchedule,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -24,18 +25,20 @@ from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input, guidance_embedding
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.decoupled_guidance import DecoupledGuidance
 from sdxs_lightning.objectives.distribution_matching import (
     DistributionMatching,
     distribution_matching_gradient,
 )
 from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 from sdxs_lightning.objectives.term import term_gradients
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.student_inputs import with_guidance
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
-from tests.helpers.tiny_distillation import built, distillation, fit, sample_of, weights
+from tests.helpers.tiny_distillation import built, distillation, family_of, fit, sample_of, weights
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -108,7 +111,7 @@ def test_it_trains_and_stock_diffusers_runs_it_at_any_scale(base: Base, shards: 
     module = guided(
         base("sd-epsilon"),
         pairs=PairSettings(count=8, sampler_steps=2, sampler_batch_size=4, guidance_scale=3.0),
-        regression=Regression(phase="always"),
+        regression=Regression(),
         update_schedule=UpdateSchedule(
             max_student_updates=9, warmup_updates=1, fake_score_updates_per_student_update=1
         ),
@@ -200,7 +203,8 @@ def test_pairs_have_no_negative_prompts(base: Base) -> None:
             base("sd-epsilon"),
             student=StudentGenerator(SGD, guidance=NEGATIVE),
             pairs=PairSettings(count=8, sampler_steps=2, sampler_batch_size=4, guidance_scale=3.0),
-            regression=Regression(phase="always"),
+            regression=Regression(),
+            update_schedule=UpdateSchedule(max_student_updates=9, warmup_updates=1),
         )
     )
     plain = module.family.encode_prompts(tiny_batch(4).captions)
@@ -242,6 +246,15 @@ def test_stock_diffusers_takes_negative_prompts(base: Base, tmp_path: Path, name
         UserError, match="does not take the guidance scale as an input .* pass negative_prompt"
     ):
         negative_prompt_inputs(load_pipeline(str(base(name))), prompts, negatives)
+    with pytest.raises(UserError, match="lists of strings, for one image too, got 'a red circle' and 'a"):
+        negative_prompt_inputs(pipeline, "a red circle", "a blue cross")
+    assert not any(one.requires_grad for one in negative_prompt_inputs(pipeline, prompts, negatives).values())
+    # enable_model_cpu_offload: the pipeline's device is the CPU, and its networks run on another one.
+    devices = {"device": torch.device("meta"), "_execution_device": torch.device("cpu")}
+    pipeline.__class__ = type("Offloaded", (type(pipeline),), devices)
+    assert {one.device.type for one in negative_prompt_inputs(pipeline, prompts, negatives).values()} == {
+        "cpu"
+    }
 
 
 def test_what_does_not_go_together_is_refused(base: Base) -> None:
@@ -264,3 +277,24 @@ def test_what_does_not_go_together_is_refused(base: Base) -> None:
         guided(
             base("sd-epsilon"), pairs=PairSettings(guidance_scale=7.0), regression=Regression(phase="always")
         )
+
+
+def test_a_range_that_no_update_of_the_student_learns_is_refused(base: Base) -> None:
+    pairs = PairSettings(count=8, sampler_steps=2, sampler_batch_size=4, guidance_scale=3.0)
+    always = {"pairs": pairs, "regression": Regression(phase="always")}
+    unguided = {"distribution_matching": DistributionMatching(guidance_scale=1.0)}
+    for settings in (always, unguided):
+        with pytest.raises(ValueError, match="student.guidance needs updates of the student without pairs"):
+            guided(base("sd-epsilon"), **settings)
+    guided(base("sd-epsilon"), **unguided, objectives={"guidance": DecoupledGuidance()})
+    guided(base("sd-epsilon"), segmented=SegmentedScoreDistillation(lambda_start=0.0, lambda_end=0.0))
+
+
+def test_a_base_that_takes_a_guidance_scale_is_no_real_score(base: Base, tmp_path: Path) -> None:
+    folder = tmp_path / "sd-epsilon"
+    shutil.copytree(base("sd-epsilon"), folder)
+    unet = family_of(folder).load_unet()
+    add_guidance_input(unet, 16)
+    unet.save_pretrained(folder / "unet")
+    with pytest.raises(ValueError, match="as LCMs do, and cannot be the real score: give the model that"):
+        guided(folder).configure_model()
