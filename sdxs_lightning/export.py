@@ -185,14 +185,17 @@ def _put_in_place(written: Path, folder: Path, aside: Path) -> None:
     """Moves `written` to `folder`; what is there goes into `aside`, since a kill in mid-removal would leave half of it."""
     aside.mkdir()
     for attempt in range(100):
+        earlier = aside / str(attempt)
         with suppress(FileNotFoundError):
-            os.replace(folder, aside / str(attempt))
+            os.replace(folder, earlier)
         try:
             os.replace(written, folder)
             return
         except OSError as error:
             # Another process has put its own there in between.
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                if earlier.exists():
+                    os.replace(earlier, folder)
                 raise
     raise OSError(errno.EBUSY, f"other processes keep writing '{folder}'")
 

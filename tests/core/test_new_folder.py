@@ -57,6 +57,18 @@ def test_two_that_write_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(one.name for one in tmp_path.iterdir()) == ["export", "overtaken"]
 
 
+def test_an_earlier_folder_survives_one_that_cannot_be_put_in_place(tmp_path: Path) -> None:
+    folder = tmp_path / "export"
+    folder.mkdir()
+    (folder / "earlier.txt").touch()
+    with pytest.raises(FileNotFoundError), new_folder(folder):
+        pass  # nothing was written
+    assert [one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*")] == [
+        "export",
+        "export/earlier.txt",
+    ]
+
+
 def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
     old, young, foreign = (tmp_path / f".export-{name}" for name in ("abcd1234", "abcd1235", "abcd1236"))
     for leftover in (old, young, foreign):
