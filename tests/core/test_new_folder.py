@@ -1,5 +1,6 @@
 """Exports can be read by those whom the umask lets read, and two of them, or a killed one, leave nothing behind."""
 
+import errno
 import os
 import shutil
 import time
@@ -57,16 +58,25 @@ def test_two_that_write_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert sorted(one.name for one in tmp_path.iterdir()) == ["export", "overtaken"]
 
 
-def test_an_earlier_folder_survives_one_that_cannot_be_put_in_place(tmp_path: Path) -> None:
+def test_an_earlier_folder_survives_one_that_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "export"
     folder.mkdir()
     (folder / "earlier.txt").touch()
-    with pytest.raises(FileNotFoundError), new_folder(folder):
-        pass  # nothing was written
-    assert [one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*")] == [
-        "export",
-        "export/earlier.txt",
-    ]
+    replace = os.replace
+
+    def refused(source: Path, target: Path) -> None:
+        if source.name == "complete":
+            raise OSError(errno.EIO, "the disk fails")
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk fails"):
+        patch.setattr(os, "replace", refused)
+        with new_folder(folder) as written:
+            written.mkdir()
+    left = sorted(one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*"))
+    assert left == ["export", "export/earlier.txt"]
 
 
 def test_what_a_killed_process_left_is_removed_a_day_later(tmp_path: Path) -> None:
