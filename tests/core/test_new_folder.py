@@ -71,10 +71,9 @@ def test_an_earlier_folder_survives_one_that_cannot_be_put_in_place(
             raise OSError(errno.EIO, "the disk fails")
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk fails"):
-        patch.setattr(os, "replace", refused)
-        with new_folder(folder) as written:
-            written.mkdir()
+    monkeypatch.setattr(os, "replace", refused)
+    with pytest.raises(OSError, match="the disk fails"), new_folder(folder) as written:
+        written.mkdir()
     left = sorted(one.relative_to(tmp_path).as_posix() for one in tmp_path.rglob("*"))
     assert left == ["export", "export/earlier.txt"]
 
