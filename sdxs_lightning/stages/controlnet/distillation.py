@@ -129,7 +129,7 @@ class ControlNetDistillation(OneStepDistillation):
             ValueError: if `condition` is not what makes the data's.
         """
         super().on_fit_start()
-        data = getattr(self.trainer, "datamodule", None)
+        data = getattr(self._trainer, "datamodule", None)  # none where memory is planned
         made: ImageCondition | None = getattr(getattr(data, "settings", None), "condition", None)
         if self.condition is None or made is None:
             return
