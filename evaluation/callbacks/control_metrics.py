@@ -87,7 +87,7 @@ class ControlMetrics(ScoreCurve):
         at_start: bool = False,
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
-        check_counts("ControlMetrics", samples=samples, batch_size=batch_size)
+        check_counts(type(self).__name__, samples=samples, batch_size=batch_size)
         self._named, self.control, self.protocol = condition, control, protocol
         self.condition: ImageCondition | None = None
         """How it is read, known since the setup."""

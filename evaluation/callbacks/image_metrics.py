@@ -62,7 +62,7 @@ class ImageMetrics(ScoreCurve):
         at_start: bool = False,
     ) -> None:
         super().__init__(every_n_student_updates, at_start)
-        check_counts("ImageMetrics", samples=samples, batch_size=batch_size)
+        check_counts(type(self).__name__, samples=samples, batch_size=batch_size)
         if protocol not in IMAGE_PROTOCOLS:
             raise UserError(
                 f"ImageMetrics takes one of {', '.join(IMAGE_PROTOCOLS)}, got '{protocol}'; DistillationMetrics measures "

@@ -84,7 +84,7 @@ class Report(pl.Callback):
         classifier: str | None = None,
         reference: str | None = None,
     ) -> None:
-        check_counts("RunReport", samples=samples, columns=columns, batch_size=batch_size)
+        check_counts(type(self).__name__, samples=samples, columns=columns, batch_size=batch_size)
         changes = {"samples": samples, "clip": clip, "classifier": classifier, "reference": reference}
         self.protocol = get_protocol(protocol, **changes)
         self.folder, self.batch_size = folder, batch_size
