@@ -21,8 +21,13 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 
 import functools
 import gc
+import sys
 import time
 from typing import Any
+
+# Images often forbid bytecode: each of the suite's processes would compile its libraries anew, more than half of its start.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    sys.dont_write_bytecode = False
 
 import jsonargparse._typehints
 import pytest

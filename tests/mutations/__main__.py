@@ -124,6 +124,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         copy_repository(folder)
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # which tests/conftest.py would answer
         sys.dont_write_bytecode = True
         for library in LIBRARIES:
             import_module(library)
