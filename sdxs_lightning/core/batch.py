@@ -145,6 +145,10 @@ class Conditioning:
             changes["negative_pooled_prompt_shift"] = uncond.pooled_prompt_embeds - pooled
         return replace(self, **changes)
 
+    def guidance_scale(self, default: float) -> float | Tensor:
+        """Guidance scales of the samples, (B, 1, 1, 1); without any the default."""
+        return default if self.guidance_scales is None else self.guidance_scales.view(-1, 1, 1, 1)
+
     def shifted(self) -> "Conditioning":
         """Returns the prompts that a U-Net gets which takes negative prompts: their embeddings plus the shifts."""
         if self.negative_prompt_shift is None:

@@ -71,8 +71,7 @@ class LatentSample:
         """Guidance scales of the samples, (B, 1, 1, 1), if the student has them as an input; else the default. A default of 1
         stays: that term does not guide.
         """
-        scales = self.conditioning.guidance_scales
-        return default if scales is None or default == 1.0 else scales.view(-1, 1, 1, 1)
+        return default if default == 1.0 else self.conditioning.guidance_scale(default)
 
     def every(self, nth: int) -> LatentSample:
         """Returns every n-th sample of the batch."""

@@ -97,16 +97,17 @@ class SchedulerSampler:
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Maps noise (B, C, h, w) to scaled latents (B, C, h, w), float32."""
+        """Maps noise (B, C, h, w) to scaled latents (B, C, h, w), float32; guidance scales of the conditioning go first."""
         assert self._class is not None
         # A new instance per call, since some keep the outputs of the previous sample.
         scheduler = self._class(**self._config)
         scheduler.set_timesteps(self.steps, device=noise.device)
         latents = noise.float() * scheduler.init_noise_sigma
+        guidance_scale = conditioning.guidance_scale(self.guidance_scale)
         for timestep in scheduler.timesteps:
             scaled = scheduler.scale_model_input(latents, timestep)
             output = self.denoiser.guided_output(
-                scaled, timestep.expand(len(noise)), conditioning, self.guidance_scale
+                scaled, timestep.expand(len(noise)), conditioning, guidance_scale
             )
             latents = scheduler.step(output, timestep, latents).prev_sample
         result: Tensor = latents.float()

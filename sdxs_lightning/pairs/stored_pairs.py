@@ -19,6 +19,8 @@ from sdxs_lightning.pairs.target_sampler import TargetSampler
 
 Extract = Callable[[Tensor], Tensor]
 """Maps images (B, 3, H, W) in [-1, 1] to their condition images (B, C, H, W), uint8."""
+Guide = Callable[[Conditioning, Tensor], Conditioning]
+"""Gives B prompts the guidance scales and negative prompts that positions (B,), int64, determine."""
 
 
 class PickedPairs(NamedTuple):
@@ -44,6 +46,7 @@ class StoredPairs:
         targets: (n, C, h, w), scaled latents.
         seed: seed of the run.
         controls: (n, C, H, W), uint8, condition images of the targets' images; None without a ControlNet.
+        guide: gave each target its guidance scale and negative prompt, by the pair's index; None if all have the same.
     """
 
     def __init__(
@@ -53,11 +56,13 @@ class StoredPairs:
         targets: Tensor,
         seed: int,
         controls: Tensor | None = None,
+        guide: Guide | None = None,
     ) -> None:
         self.conditioning = conditioning
         self.targets, self.controls = targets, controls
         self._twin = twin
         self._seed = seed
+        self._guide = guide
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -68,7 +73,10 @@ class StoredPairs:
         # student's noise is free here, since the noise comes from the pair.
         chosen = integers(self._seed, Stream.STUDENT_NOISE, positions, 0, len(self))
         noise = normal(self._seed, Stream.PAIRS, chosen, tuple(self.targets.shape[1:]))
-        return PickedPairs(noise, self._conditioning_of(chosen), self.targets[chosen])
+        conditioning = self._conditioning_of(chosen)
+        if self._guide is not None:
+            conditioning = self._guide(conditioning, chosen)
+        return PickedPairs(noise, conditioning, self.targets[chosen])
 
     def _conditioning_of(self, chosen: Tensor) -> Conditioning:
         values = {entry.name: getattr(self.conditioning, entry.name) for entry in fields(Conditioning)}
@@ -92,6 +100,7 @@ def sample_pairs(
     sampler: TargetSampler | SchedulerSampler,
     seed: int,
     extract: Extract | None = None,
+    guide: Guide | None = None,
 ) -> StoredPairs:
     """Samples the pairs; the work is divided among ranks, and every rank gets all pairs.
 
@@ -103,6 +112,7 @@ def sample_pairs(
         sampler: samples the targets.
         seed: seed of the run; with a pair's index it determines the pair's noise.
         extract: makes the condition images of the targets' images; None without a ControlNet.
+        guide: gives each pair, by its index, a guidance scale and a negative prompt; None is the sampler's scale.
 
     Returns:
         The same pairs on every rank, and after a resume.
@@ -121,14 +131,15 @@ def sample_pairs(
         index = torch.arange(first, past, device=family.schedule.alpha.device)
         prompts = [captions[i % len(captions)] for i in range(first, past)]
         noise = normal(seed, Stream.PAIRS, index, family.latent_shape())
-        batches.append(sampler(noise, family.encode_prompts(prompts)))
+        conditioning = family.encode_prompts(prompts)
+        batches.append(sampler(noise, conditioning if guide is None else guide(conditioning, index)))
         controls += [] if extract is None else [extract(family.decode(batches[-1]))]
         if len(batches) % 4 == 0:
             rank_zero_info(f"pairs: {world_size * (past - rank * share)} of {world_size * share}")
     targets = _gather(torch.cat(batches), world_size)[:count]
     prompts = [captions[i % len(captions)] for i in range(count)]
     made = _gather(torch.cat(controls), world_size)[:count] if controls else None
-    return StoredPairs(*_encode(family, prompts, batch_size), targets, seed, made)
+    return StoredPairs(*_encode(family, prompts, batch_size), targets, seed, made, guide)
 
 
 @torch.no_grad()
@@ -138,6 +149,7 @@ def planned_pairs(
     family: Family,
     sampler: TargetSampler | SchedulerSampler,
     with_controls: bool = False,
+    guide: Guide | None = None,
 ) -> StoredPairs:
     """Replaces `sample_pairs` in the memory plan, with the same peak and the same stored tensors.
 
@@ -147,15 +159,18 @@ def planned_pairs(
         family: a family without weights.
         sampler: a one-step sampler on the meta device.
         with_controls: whether condition images are stored too.
+        guide: as `sample_pairs` gets it.
     """
     device = family.schedule.alpha.device
     at_once = min(count, batch_size)
     noise = torch.empty(at_once, *family.latent_shape(), device=device)
-    sampler(noise, family.encode_prompts([""] * at_once))
+    conditioning = family.encode_prompts([""] * at_once)
+    index = torch.arange(at_once, device=device)
+    sampler(noise, conditioning if guide is None else guide(conditioning, index))
     targets = torch.empty(count, *family.latent_shape(), device=device)
     side = family.resolution
     controls = torch.empty(count, 3, side, side, dtype=torch.uint8, device=device) if with_controls else None
-    return StoredPairs(*_encode(family, [""] * count, batch_size), targets, 0, controls)
+    return StoredPairs(*_encode(family, [""] * count, batch_size), targets, 0, controls, guide)
 
 
 def _encode(family: Family, prompts: list[str], batch_size: int) -> tuple[Conditioning, Conditioning]:

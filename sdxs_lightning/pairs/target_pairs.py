@@ -24,6 +24,7 @@ from sdxs_lightning.pairs.ode_schedulers import check_scheduler
 from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
 from sdxs_lightning.pairs.stored_pairs import (
     Extract,
+    Guide,
     PickedPairs,
     StoredPairs,
     planned_pairs,
@@ -56,8 +57,9 @@ class PairSettings:
     """Number of pairs in memory; each costs `sampler_steps` guided network calls."""
     sampler_steps: int = 15
     """Number of steps of the target sampler."""
-    guidance_scale: float = 3.0
-    """Guidance scale of the target sampler; 1 means none."""
+    guidance_scale: float | None = 3.0
+    """Guidance scale of the target sampler; 1 means none. Null, for a student with `student.guidance`, gives each pair a scale
+    and a negative prompt as `student.guidance` draws them: the student learns what they do from the sampler's images."""
     spacing: Spacing = "trailing"
     """Timestep spacing of the target sampler; "trailing" starts at the noise level of the student's input."""
     scheduler: str | None = None
@@ -72,8 +74,14 @@ class PairSettings:
             raise ValueError(
                 f"pairs.source is '{self.source}', accepted are {', '.join(get_args(PairSource))}."
             )
-        scale = read_guidance_scale("pairs.guidance_scale", self.guidance_scale)
-        object.__setattr__(self, "guidance_scale", scale)
+        if self.guidance_scale is not None:
+            scale = read_guidance_scale("pairs.guidance_scale", self.guidance_scale)
+            object.__setattr__(self, "guidance_scale", scale)
+        elif not self.samples:
+            raise ValueError(
+                f"pairs.guidance_scale is null, but the pairs of pairs.source '{self.source}' are ready: give the scale that "
+                "they were made with, or set pairs.source to memory or on_the_fly."
+            )
         for name in ("count", "sampler_steps", "sampler_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pairs.{name} must be 1 or more, got {getattr(self, name)}.")
@@ -112,6 +120,8 @@ class TargetPairs:
         """The target sampler's network if it is not the real score; sharded and planned like it."""
         self.extract: Extract | None = None
         """Makes condition images of the targets' images, for pairs in memory; set by the stage `controlnet`."""
+        self.guide: Guide | None = None
+        """Gives each pair its guidance scale and negative prompt; set by the stage if `settings.guidance_scale` is None."""
         self._seed = seed
         self._family: Family | None = None
         self._sampler: TargetSampler | SchedulerSampler | None = None
@@ -162,6 +172,7 @@ class TargetPairs:
                 self._sampler,
                 self._seed,
                 self.extract,
+                self.guide,
             )
 
     def plan(self, real_score: Denoiser | None) -> bool:
@@ -181,6 +192,7 @@ class TargetPairs:
             self._family,
             self._sampler,
             self.extract is not None,
+            self.guide,
         )
         return True
 
@@ -247,6 +259,8 @@ class TargetPairs:
         assert self._family is not None and self._sampler is not None, "start() comes first"
         noise = normal(self._seed, Stream.STUDENT_NOISE, batch.positions, self._family.latent_shape())
         conditioning = self._family.encode_prompts(batch.captions)
+        if self.guide is not None:
+            conditioning = self.guide(conditioning, batch.positions)
         return PickedPairs(noise, conditioning, self._sampler(noise, conditioning))
 
     def _make_sampler(
@@ -257,8 +271,14 @@ class TargetPairs:
         denoiser = real_score if self.own is None else self.own.module
         assert denoiser is not None, "pairs of the base need the real score"
         settings = self.settings
+        if settings.guidance_scale is None and denoiser.unet.config.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                "pairs.guidance_scale is null, and the target sampler's network takes the guidance scale as an input "
+                "(time_cond_proj_dim), as LCMs do, and is not to be guided: take what it was distilled from, or a number."
+            )
         name = settings.scheduler if scheduler else None
-        return make_sampler(denoiser, steps, settings.guidance_scale, settings.spacing, name)
+        # Each pair's own scale goes before the sampler's.
+        return make_sampler(denoiser, steps, settings.guidance_scale or 1.0, settings.spacing, name)
 
 
 def _captions(datamodule: object, count: int) -> list[str]:

@@ -44,14 +44,13 @@ class TargetSampler:
 
     @torch.no_grad()
     def __call__(self, noise: Tensor, conditioning: Conditioning) -> Tensor:
-        """Maps noise (B, C, h, w) to scaled latents (B, C, h, w), float32."""
+        """Maps noise (B, C, h, w) to scaled latents (B, C, h, w), float32; guidance scales of the conditioning go first."""
         latents = noise.float()
+        guidance_scale = conditioning.guidance_scale(self.guidance_scale)
         schedule = self.denoiser.schedule
         for timestep, previous in zip(self.timesteps, self._previous, strict=True):
             timesteps = self._full(timestep, latents)
-            _, pred_x0, noise_pred = self.denoiser.guided(
-                latents, timesteps, conditioning, self.guidance_scale
-            )
+            _, pred_x0, noise_pred = self.denoiser.guided(latents, timesteps, conditioning, guidance_scale)
             goal = self._full(max(previous, 0), latents)
             latents = schedule.alpha_t(goal) * pred_x0 + schedule.sigma_t(goal) * noise_pred
         return latents

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from sdxs_lightning.objectives.term import DistillationContext, StudentTerm
 from sdxs_lightning.pairs.target_pairs import PairSettings, TargetPairs
 from sdxs_lightning.stages.distillation.gan import Gan
 from sdxs_lightning.stages.distillation.setup import Terms, check_guidance_is_trained, check_needs
+from sdxs_lightning.stages.distillation.student_inputs import drawn_guidance
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from sdxs_lightning.training.manual_optimization import ManualOptimization
 from sdxs_lightning.training.plannable import PlannedNetwork
@@ -72,7 +74,7 @@ class DistillationNetworks(ManualOptimization):
     ) -> None:
         super().__init__(accumulate_grad_batches, gradient_clip_norm)
         check_needs(terms, update_schedule, pairs, fake_score, discriminator)
-        check_guidance_is_trained(student, terms, update_schedule)
+        check_guidance_is_trained(student, terms, update_schedule, pairs)
         self.family = family
         self.student = student
         self.fake_score = fake_score
@@ -161,9 +163,14 @@ class DistillationNetworks(ManualOptimization):
             )
 
     def _build_pairs(self) -> None:
-        """Loads the target sampler's own network, if it has one."""
-        if self.pairs is not None:
-            self.pairs.build(self.family)
+        """Loads the target sampler's own network, if it has one, and lets pairs have scales of their own, if they do."""
+        if self.pairs is None:
+            return
+        self.pairs.build(self.family)
+        guidance = self.student.guidance
+        if self.pairs.settings.guidance_scale is None:
+            assert guidance is not None  # checked in setup.py
+            self.pairs.guide = partial(drawn_guidance, guidance, self.family, seed=self.seed)
 
     def _shard(self, mesh: DeviceMesh, policy: MixedPrecisionPolicy) -> None:
         assert self.ema is not None

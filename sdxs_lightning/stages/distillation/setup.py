@@ -154,11 +154,16 @@ def check_pair_source(pairs: PairSettings | None, reads_conditions: bool) -> Non
 
 
 def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | None) -> None:
-    """Raises ValueError if a student with the guidance scale as an input does not learn the pairs' scale."""
+    """Raises ValueError if a student with the guidance scale as an input does not learn the pairs' scale, or there is none."""
     guidance = student.guidance
-    if guidance is None or pairs is None:
+    if pairs is None or (guidance is None and pairs.guidance_scale is not None):
         return
-    if not guidance.low <= pairs.guidance_scale <= guidance.high:
+    if guidance is None:
+        raise ValueError(
+            "pairs.guidance_scale is null, so that student.guidance draws each pair's scale, and that is null too; give "
+            "pairs.guidance_scale a number of at least 1, or set student.guidance."
+        )
+    if pairs.guidance_scale is not None and not guidance.low <= pairs.guidance_scale <= guidance.high:
         raise ValueError(
             f"pairs.guidance_scale is {pairs.guidance_scale}, outside the range of student.guidance ({guidance.low} to "
             f"{guidance.high}), at whose scale the student learns the pairs; change one of them."
@@ -166,20 +171,23 @@ def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | Non
 
 
 def check_guidance_is_trained(
-    student: StudentGenerator, terms: Terms, update_schedule: UpdateSchedule
+    student: StudentGenerator, terms: Terms, update_schedule: UpdateSchedule, pairs: PairSettings | None
 ) -> None:
     """Raises ValueError if a student with the guidance scale as an input learns one scale only, that of pairs, or none."""
     if student.guidance is None:
         return
+    drawn_pairs = pairs is not None and pairs.guidance_scale is None
     for phase in terms.of_run(update_schedule):
         objectives = [getattr(term, "objective", term) for term in phase.values()]
         guides = any(getattr(one, "guidance_scale", 1.0) != 1.0 for one in objectives)
-        if guides and not any(term.needs_pairs for term in phase.values()):
+        of_pairs = any(term.needs_pairs for term in phase.values())
+        if drawn_pairs if of_pairs else guides:
             return
     raise ValueError(
-        "student.guidance needs updates of the student without pairs, which have one scale, in which the real score is guided: "
-        "leave objectives with pairs to the warm-up (regression.phase), and give distribution_matching or an entry of "
-        "objectives a guidance_scale above 1; or set student.guidance to null."
+        "student.guidance needs updates of the student at more than one scale: pairs with scales of their own "
+        "(pairs.guidance_scale null), or updates without pairs in which the real score is guided, for which leave objectives "
+        "with pairs to the warm-up (regression.phase) and give distribution_matching or an entry of objectives a "
+        "guidance_scale above 1; or set student.guidance to null."
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from sdxs_lightning.core.batch import Conditioning, TrainingBatch
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.backward_simulation import ImageStarts, draw_image_starts
+from sdxs_lightning.networks.guidance_input import GuidanceInput
 from sdxs_lightning.networks.student_generator import StudentGenerator
 
 
@@ -80,12 +81,19 @@ def with_guidance(
         seed: of the run.
     """
     guidance = student.guidance
-    if guidance is None:
+    if guidance is None or conditioning.guidance_scales is not None:  # pairs with scales of their own
         return conditioning
-    scales = guidance.draw(seed, positions)
     if scale_of_pairs is not None:
-        return replace(conditioning, guidance_scales=torch.full_like(scales, scale_of_pairs))
-    conditioning = replace(conditioning, guidance_scales=scales)
+        scales = torch.full((len(conditioning),), scale_of_pairs, device=positions.device)
+        return replace(conditioning, guidance_scales=scales)
+    return drawn_guidance(guidance, family, conditioning, positions, seed)
+
+
+def drawn_guidance(
+    guidance: GuidanceInput, family: Family, conditioning: Conditioning, positions: Tensor, seed: int
+) -> Conditioning:
+    """B prompts with the guidance scale and the negative prompt that each position draws; arguments as of `with_guidance`."""
+    conditioning = replace(conditioning, guidance_scales=guidance.draw(seed, positions))
     if not guidance.negative_prompts:
         return conditioning
     drawn, chosen = guidance.draw_negative_prompts(seed, positions)
