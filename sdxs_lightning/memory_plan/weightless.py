@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families import Family
@@ -113,7 +114,9 @@ class WeightlessFamily:
     def vae(self) -> AutoencoderKL | AutoencoderTiny:
         """The base's `vae`, used by `encode` and `decode`; built on first use."""
         folder = self._family.folder / "vae"
-        with META:
+        # Not counted as live bytes: only the first of the profile's two runs builds it, which would change the growth with the
+        # batch.
+        with _disable_current_modes(), META:
             vae = vae_class(folder).from_config(read_json(folder / "config.json"))
         return vae.eval().requires_grad_(False)
 

@@ -17,6 +17,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from data.conditions import Canny
 from sdxs_lightning.callbacks.export import Exportable
 from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.memory_plan.hardware import read_hardware
+from sdxs_lightning.memory_plan.live_bytes import ShapeMemory
+from sdxs_lightning.memory_plan.planner import Planner
+from sdxs_lightning.memory_plan.step_memory import BatchShape, run_step
 from sdxs_lightning.networks.condition_readers import SoftEdgeReader
 from sdxs_lightning.networks.controlled import (
     ControlledBaseView,
@@ -39,6 +43,7 @@ from sdxs_lightning.stages.controlnet.control_images import control_images_of, w
 from sdxs_lightning.stages.controlnet.distillation import ControlNetDistillation, ControlSettings
 from sdxs_lightning.stages.controlnet.training import ControlNetTraining
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.planned import ONE_CPU
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import (
     batches_of,
@@ -401,6 +406,28 @@ def test_a_new_controlnet_of_the_fake_score_has_its_own_rate(base: Base) -> None
         assert moved_by == pytest.approx(1e-3 if ".controlnet." in name else 1e-5, rel=0.05), name
     with pytest.raises(ValueError, match=r"controlnet_lr is 0.1 and fake_score.controlnet.train false"):
         ControlledFakeScore(SGD, controlnet=ControlNetSource("x", train=False), controlnet_lr=0.1)
+
+
+# ------------------------------------------------------------------------------------------------------- the memory plan
+
+
+@pytest.mark.parametrize("way", ["joint", "extracted"])
+def test_the_memory_plan_counts_what_the_vae_decodes(base: Base, way: str) -> None:
+    """`joint` decodes the student's samples for the reader; pairs have their targets decoded for condition images."""
+    settings: dict[str, Any] = {}
+    if way == "extracted":
+        schedule = UpdateSchedule(max_student_updates=2, warmup_updates=2)
+        settings = {"fake_score": None, "objectives": None, "update_schedule": schedule}
+        settings |= {"pairs": PairSettings("on_the_fly"), "regression": Regression(), "condition": Canny()}
+    module = joint(base("sd-v_prediction"), **settings)
+    planner = Planner(module, read_hardware(ONE_CPU), 2, ("latents", "control_images"))
+    plan, size = planner.plan(), 12
+    assert "vae" in {network.name for network in plan.networks}
+    batch = BatchShape(LATENT_SHAPE, accumulate=1, control_images=32)
+    known = planner.stage, planner.networks, planner.hardware, batch, {"student": 0, "fake_score": 0}
+    counted = run_step(*known, ShapeMemory(), size)
+    peaks = [max(live for live, _ in line.live) for line in counted]
+    assert [one.total for one in plan.step.phase_peaks(size)] == peaks
 
 
 # -------------------------------------------------------------------------------------------------------------- messages

@@ -223,10 +223,10 @@ class ControlNetDistillation(OneStepDistillation):
 
     def _extracted(self, target: Tensor | None) -> Tensor:
         assert self.condition is not None and target is not None
-        if target.device.type == "meta":
-            side = self.family.resolution
-            return target.new_empty(len(target), 3, side, side)
-        return extracted(self.condition, self.family.decode(target)).float() / 255
+        images = self.family.decode(target)
+        if images.is_meta:  # the memory plan, which counts the decoding
+            return torch.empty_like(images)
+        return extracted(self.condition, images).float() / 255
 
     def _real_batch(self, batch: TrainingBatch, fake: LatentSample) -> RealBatch:
         real = super()._real_batch(batch, fake)
