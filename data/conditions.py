@@ -29,13 +29,13 @@ from data.shards.images import Pixels
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.core.image_condition import ImageCondition
+from sdxs_lightning.core.option_bounds import LARGEST_BLUR_PX
 
 __all__ = ["Canny", "Depth", "ImageCondition", "Sketch", "SoftEdge"]
 
 _Floats = NDArray[np.float32]
-_LARGEST_BLUR_PX = 1000
 _MOST_VARIED = 100
-"""Beyond these an option is a typing error; OpenCV fails, or the condition is black."""
+"""Beyond it `vary` is a typing error; the condition is black."""
 
 
 class UnloadableConditionError(UserError, ValueError):
@@ -226,9 +226,9 @@ class Depth:
 
 
 def _check_blur(name: str, blur: float) -> None:
-    if not 0 < blur <= _LARGEST_BLUR_PX:
+    if not 0 < blur <= LARGEST_BLUR_PX:
         raise ValueError(
-            f"{name} needs a blur above 0 pixels and up to {_LARGEST_BLUR_PX}, got {blur}; see data.condition.init_args.blur."
+            f"{name} needs a blur above 0 pixels and up to {LARGEST_BLUR_PX}, got {blur}; see data.condition.init_args.blur."
         )
 
 

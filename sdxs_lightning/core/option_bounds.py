@@ -12,3 +12,5 @@ MOST_STEPS = 1000
 """Sampling steps; a schedule has as many timesteps."""
 MOST_SECONDS = 1_000_000
 """Of waiting for a server: over eleven days."""
+LARGEST_BLUR_PX = 1000
+"""Standard deviation of a blur, in pixels, beyond which OpenCV fails, or the condition is black."""

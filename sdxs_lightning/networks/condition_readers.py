@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sdxs_lightning.core.option_bounds import LARGEST_BLUR_PX
 from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.foreign import check_transformers
@@ -43,13 +44,14 @@ class SoftEdgeReader:
         blur: standard deviation of the blur, in pixels; as in the condition.
 
     Raises:
-        ValueError: unless blur is positive.
+        ValueError: unless blur is above 0 and up to 1000; of the network, for images that are smaller than half its filter.
     """
 
     def __init__(self, blur: float = 1.5) -> None:
-        if not blur > 0:
+        if not 0 < blur <= LARGEST_BLUR_PX:
             raise ValueError(
-                f"SoftEdgeReader needs a blur above 0 pixels, got {blur}; see reader.init_args.blur."
+                f"SoftEdgeReader needs a blur above 0 pixels and up to {LARGEST_BLUR_PX}, got {blur}; see "
+                "reader.init_args.blur."
             )
         self.blur = blur
 
@@ -246,6 +248,7 @@ class _SoftEdge(nn.Module):
 
     def __init__(self, blur: float) -> None:
         super().__init__()
+        self.blur = blur
         # OpenCV's size of a Gaussian for float images, and its borders ("reflect" is BORDER_REFLECT_101).
         side = round(blur * 8 + 1) | 1
         place = torch.arange(side) - side // 2
@@ -261,6 +264,11 @@ class _SoftEdge(nn.Module):
         batch, channels, height, width = images.shape
         bytes_like = ((images.float() + 1) * 127.5).reshape(batch * channels, 1, height, width)
         half = len(self.kernel) // 2
+        if half >= min(height, width):
+            raise ValueError(
+                f"SoftEdgeReader with a blur of {self.blur:g} pixels reads images from {half + 1} pixels on, got "
+                f"{height}x{width}; give a smaller reader.init_args.blur."
+            )
         padded = F.pad(bytes_like, (half, half, half, half), mode="reflect")
         smooth = F.conv2d(F.conv2d(padded, self.kernel[None, None, None]), self.kernel[None, None, :, None])
         gradient = F.conv2d(F.pad(smooth, (1, 1, 1, 1), mode="reflect"), self.scharr)

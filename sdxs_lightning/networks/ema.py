@@ -17,6 +17,12 @@ from sdxs_lightning.networks.network import save_without
 from sdxs_lightning.networks.student_generator import StudentGenerator
 
 
+def check_decay(decay: float) -> None:
+    """Raises ValueError for a decay with which an average would never move, or not be one."""
+    if not 0 <= decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {decay}; change model.init_args.ema_decay.")
+
+
 class DenoiserEma(nn.Module):
     """Exponential moving average of a denoiser, initialised as a copy of it.
 
@@ -34,8 +40,7 @@ class DenoiserEma(nn.Module):
 
     def __init__(self, denoiser: Denoiser, decay: float) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {decay}; change model.init_args.ema_decay.")
+        check_decay(decay)
         self.decay = decay
         adapted = bool(lora_parameters(denoiser.unet))
         self.denoiser: Denoiser = AveragedView(denoiser) if adapted else denoiser.copy_for_average()

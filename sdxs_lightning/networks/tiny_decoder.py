@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from sdxs_lightning.families.network_types import AutoencoderTiny
+from sdxs_lightning.networks.ema import check_decay
 from sdxs_lightning.networks.network import Network, without_autocast
 
 
@@ -248,8 +249,7 @@ class DecoderAverage(nn.Module):
 
     def __init__(self, decoder: TinyDecoder, decay: float) -> None:
         super().__init__()
-        if not 0 <= decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {decay}; change model.init_args.ema_decay.")
+        check_decay(decay)
         self.decay = decay
         self.decoder = copy.deepcopy(decoder.decoder).eval().requires_grad_(False)
 

@@ -17,6 +17,7 @@ from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.denoiser import Denoiser
+from sdxs_lightning.networks.ema import check_decay
 from sdxs_lightning.objectives.denoising import denoising_loss
 from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.training.averaged_training import AveragedTraining
@@ -52,6 +53,7 @@ class DenoisingTraining(AveragedTraining):
         from diffusers import UNet2DConditionModel
 
         super().__init__(optimizer, lr_scheduler)
+        check_decay(ema_decay)
         self.family = family
         self.output, self.caption_dropout, self.seed = output, caption_dropout, seed
         unet = UNet2DConditionModel.from_config(family.unet_config)

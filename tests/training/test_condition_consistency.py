@@ -20,6 +20,7 @@ from sdxs_lightning.core.seeding import normal
 from sdxs_lightning.networks.condition_readers import LearnedReader, ReaderNetwork, SoftEdgeReader
 from sdxs_lightning.objectives.condition_consistency import ConditionConsistency, condition_distance
 from sdxs_lightning.stages.controlnet.reader import ConditionReaderTraining
+from tests.helpers.planned import teacher
 from tests.helpers.tiny_distillation import (
     built,
     control_batch,
@@ -38,6 +39,18 @@ def test_the_soft_edge_reader_is_the_condition(base: Base) -> None:
     expected = torch.from_numpy(made).permute(0, 3, 1, 2).float() / 255
     assert (read - expected).abs().max() < 1.5 / 255  # the rounding to bytes
     assert expected.std() > 0.1
+
+
+def test_a_blur_that_is_wider_than_the_image_has_a_sentence() -> None:
+    for blur in (0.0, -1.0, 1001.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"a blur above 0 pixels and up to 1000, got {blur}"):
+            SoftEdgeReader(blur)
+    reader = SoftEdgeReader(2.0).load()
+    assert reader(torch.zeros(1, 3, 9, 20)).shape == (1, 3, 9, 20)
+    with pytest.raises(
+        ValueError, match="a blur of 2 pixels reads images from 9 pixels on, got 8x20; give a"
+    ):
+        reader(torch.zeros(1, 3, 8, 20))
 
 
 class ReaderOf:
@@ -91,6 +104,15 @@ def test_distances_are_the_formulas() -> None:
     for distance, value in (("cross_entropy", entropy), ("mse", (0.0625 + 0.01) / 2), ("l1", 0.175)):
         given = read.logit() if distance == "cross_entropy" else read
         assert float(condition_distance(given, wanted, distance)) == pytest.approx(value, rel=1e-5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
+def test_an_average_that_never_moves_is_refused(base: Base, decay: float) -> None:
+    refused = rf"ema_decay must be in \[0, 1\), got {decay}; change model.init_args.ema_decay"
+    with pytest.raises(ValueError, match=refused):
+        ConditionReaderTraining(family_of(base("sd-v_prediction")), torch.optim.Adam, ema_decay=decay)
+    with pytest.raises(ValueError, match=refused):
+        teacher(base("sd-v_prediction"), ema_decay=decay)
 
 
 def test_a_reader_learns_its_pairs_and_is_loaded_again(base: Base, shards: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from sdxs_lightning.core.frozen import Dtype
 from sdxs_lightning.export import cast_finite, new_folder
 from sdxs_lightning.families import Family
 from sdxs_lightning.networks.condition_readers import ReaderNetwork, diffused
+from sdxs_lightning.networks.ema import check_decay
 from sdxs_lightning.stages.controlnet.control_images import control_images_of
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
@@ -61,6 +62,7 @@ class ConditionReaderTraining(AveragedTraining):
             raise ValueError(
                 f"noise is a sigma in [0, 1), got {noise}; images become sqrt(1 - sigma^2) x + sigma n."
             )
+        check_decay(ema_decay)
         self.family, self.noise, self.seed = family, noise, seed
         self.real_score_dtype: torch.dtype = getattr(torch, real_score_dtype)
         self.reader = ReaderNetwork(channels, tuple(widths), seed)
