@@ -353,7 +353,7 @@ class ControlledFakeScore(FakeScore):
         compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
 
     Raises:
-        ValueError: if both weights and lora are set, or a rate for a frozen ControlNet.
+        ValueError: if both weights and lora are set, or a rate for a frozen ControlNet, or one that is not above 0.
     """
 
     denoiser: ControlledDenoiser
@@ -373,6 +373,11 @@ class ControlledFakeScore(FakeScore):
         if controlnet_lr is not None and not controlnet.train:
             raise ValueError(
                 f"fake_score.controlnet_lr is {controlnet_lr} and fake_score.controlnet.train false; set one of them back."
+            )
+        # torch checks the optimizer's own rate alone.
+        if controlnet_lr is not None and not 0 < controlnet_lr < math.inf:
+            raise ValueError(
+                f"fake_score.controlnet_lr must be above 0, got {controlnet_lr}; null is the optimizer's own."
             )
         self.controlnet_source, self.controlnet_lr = controlnet, controlnet_lr
 

@@ -404,6 +404,9 @@ def test_a_new_controlnet_of_the_fake_score_has_its_own_rate(base: Base) -> None
     moves = {n: float((p.detach() - start[n]).abs().max()) for n, p in fake_score.named_parameters()}
     for name, moved_by in moves.items():  # AdamW's first step is about lr
         assert moved_by == pytest.approx(1e-3 if ".controlnet." in name else 1e-5, rel=0.05), name
+    for rate in (0.0, -1e-4, float("nan")):
+        with pytest.raises(ValueError, match=f"fake_score.controlnet_lr must be above 0, got {rate}"):
+            ControlledFakeScore(SGD, controlnet_lr=rate)
     with pytest.raises(ValueError, match=r"controlnet_lr is 0.1 and fake_score.controlnet.train false"):
         ControlledFakeScore(SGD, controlnet=ControlNetSource("x", train=False), controlnet_lr=0.1)
 
@@ -465,6 +468,16 @@ def test_pairs_get_conditions_of_the_datas_kind(base: Base) -> None:
 def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
     with pytest.raises(ValueError, match=r"control\.noise_redrawn is a share in \[0, 1\], got 2"):
         ControlSettings(noise_redrawn=2.0)
+    with pytest.raises(ValueError, match=r"conditioning_scale is 0.5 and control.base_controlnet null"):
+        ControlSettings(conditioning_scale=0.5)
+    for share in (1.0, -0.1, float("nan")):
+        refused = (
+            rf"condition_dropout is a share in \[0, 1\), got {share}; at 1 the ControlNet would never see"
+        )
+        with pytest.raises(ValueError, match=f"^control.{refused}"):
+            ControlSettings(condition_dropout=share)
+        with pytest.raises(ValueError, match=f"^{refused}"):
+            ControlNetTraining(family_of(base("sd-v_prediction")), SGD, condition_dropout=share)
     for scale in (-1.0, float("nan")):
         with pytest.raises(ValueError, match=f"control.conditioning_scale must be 0 or more, got {scale}"):
             ControlSettings(conditioning_scale=scale)
@@ -489,8 +502,8 @@ def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
         ControlNetTraining(family, SGD, output_distillation=OutputDistillation())
     with pytest.raises(ValueError, match="the ControlNet has no objective"):
         ControlNetTraining(family, SGD, task=None)
-    refused = ConditionConsistency(SoftEdgeReader(), distance="cross_entropy")
-    module = joint(base("sd-v_prediction"), objectives={"condition": refused})
+    no_logits = ConditionConsistency(SoftEdgeReader(), distance="cross_entropy")
+    module = joint(base("sd-v_prediction"), objectives={"condition": no_logits})
     with pytest.raises(ValueError, match="cross_entropy, which needs the logits .* SoftEdgeReader has none"):
         module.configure_model()
     term = ConditionConsistency(SoftEdgeReader())

@@ -53,6 +53,14 @@ def extracted(condition: ImageCondition, images: Tensor) -> Tensor:
     return torch.from_numpy(made).permute(0, 3, 1, 2).to(images.device)
 
 
+def check_dropout(option: str, share: float) -> None:
+    """Raises ValueError for a share of dropped condition images with which none would be left, or that is none."""
+    if not 0 <= share < 1:
+        raise ValueError(
+            f"{option} is a share in [0, 1), got {share}; at 1 the ControlNet would never see a condition."
+        )
+
+
 def with_some_dropped(control_images: Tensor, share: float, seed: int, positions: Tensor) -> Tensor:
     """Makes a share of the condition images black, drawn by seed and position."""
     if share == 0:

@@ -30,6 +30,7 @@ from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.objectives.term import LatentSample, StudentTerm
 from sdxs_lightning.stages.controlnet.control_images import (
+    check_dropout,
     control_images_of,
     extracted,
     with_some_dropped,
@@ -46,7 +47,7 @@ class ControlSettings:
     """How the condition takes part in the distillation.
 
     Raises:
-        ValueError: for a share outside [0, 1], or a scale below 0.
+        ValueError: for a share out of range, a scale below 0, or one of a ControlNet that there is not.
     """
 
     base_controlnet: str | None = None
@@ -61,11 +62,17 @@ class ControlSettings:
     """Share of the samples whose condition image is black."""
 
     def __post_init__(self) -> None:
-        for name in ("noise_redrawn", "condition_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"control.{name} is a share in [0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.noise_redrawn <= 1:
+            raise ValueError(f"control.noise_redrawn is a share in [0, 1], got {self.noise_redrawn}.")
+        check_dropout("control.condition_dropout", self.condition_dropout)
         if not 0 <= self.conditioning_scale < math.inf:
             raise ValueError(f"control.conditioning_scale must be 0 or more, got {self.conditioning_scale}.")
+        if self.base_controlnet is None and self.conditioning_scale != 1:
+            raise ValueError(
+                f"control.conditioning_scale is {self.conditioning_scale} and control.base_controlnet null: it is the scale of "
+                "that ControlNet; name one, or leave it out (the student's and the fake score's have controlnet."
+                "conditioning_scale)."
+            )
 
 
 class ControlNetDistillation(OneStepDistillation):

@@ -34,7 +34,11 @@ from sdxs_lightning.objectives.knowledge_distillation import (
     TaskLoss,
 )
 from sdxs_lightning.objectives.term import LatentSample, NoisyLatents
-from sdxs_lightning.stages.controlnet.control_images import control_images_of, with_some_dropped
+from sdxs_lightning.stages.controlnet.control_images import (
+    check_dropout,
+    control_images_of,
+    with_some_dropped,
+)
 from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
@@ -266,6 +270,6 @@ class ControlNetTraining(AveragedTraining):
             )
         if not self.controlnet_source.train:
             raise ValueError("controlnet.train is false, and this ControlNet is what is trained.")
-        for name in ("caption_dropout", "condition_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share in [0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is a share in [0, 1], got {self.caption_dropout}.")
+        check_dropout("condition_dropout", self.condition_dropout)
