@@ -11,7 +11,8 @@ All `--config` files are merged here, before jsonargparse sees them, into one co
   has it.
 - `${...}` is resolved after merging (by OmegaConf), so a reference follows what a later file or flag says.
 
-Flags are applied after all files, `--key null` included.
+Flags are applied after all files, `--key null` included. One that names another class drops the `init_args` too;
+those that a subclass does not have are left out.
 """
 
 from __future__ import annotations
@@ -97,7 +98,8 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     """Merges the `--config` files of a command line.
 
     `--a.b null` is merged too, and so are the nulls of `--a.b '{"c": null}'`: jsonargparse (4.53) reads null for a `str | None`
-    two classes deep as the string "None".
+    two classes deep as the string "None". So are the classes that flags name: jsonargparse would keep all arguments that the
+    new class has too, such as the condition of another data set.
 
     Raises:
         UserError: for a file that is missing, no YAML, or includes itself.
@@ -125,6 +127,9 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     settings: Settings = {}
     for file in files:
         settings = merge(settings, file.settings, trust)
+    for name, chunk in flags:
+        value = chunk[1] if len(chunk) == 2 else chunk[0].partition("=")[2]
+        settings = merge(settings, _other_class(name[2:], value, settings, trust), trust)
     for key in nulls:
         settings = merge(settings, _nested(key, settings), trust)
     merged = [f"--config={_exact_yaml(settings)}"] if settings else []
@@ -272,13 +277,42 @@ def _without_nulls(value: str) -> tuple[str, list[str]]:
     return (json.dumps(rest) if rest else "") if keys else value, keys
 
 
-def _nested(key: str, settings: Settings) -> Settings:
-    """{"a": {"b": None}} for "a.b"; `init_args` may be left out, as in jsonargparse's flags."""
+def _other_class(key: str, value: str, settings: Settings, trust: Trust) -> Settings:
+    """{"a": {"class_path": new}} for a flag that gives a setting another class, no subclass of the one it has; else {}."""
+    key = key.removesuffix(".class_path")
+    below: Any = _at(key, settings)
+    old = below.get("class_path") if isinstance(below, dict) else None
+    if value.startswith("{"):
+        try:
+            mapping = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return {}  # the parser says what is wrong with it
+        value = str(mapping.get("class_path", old)) if isinstance(mapping, dict) else ""
+    # A name without its module is that of a class that the parser knows.
+    if not isinstance(old, str) or value in (old, old.rpartition(".")[2]):
+        return {}
+    if not all(part.isidentifier() for part in value.split(".")) or _is_subclass(value, old, trust):
+        return {}
+    return _nested(key, settings, {"class_path": value})
+
+
+def _at(key: str, settings: Settings) -> Any:
+    """The value of a dotted key, None if there is none; `init_args` may be left out, as in jsonargparse's flags."""
+    found: Any = _nested(key, settings)
+    value: Any = settings
+    while isinstance(found, dict) and isinstance(value, dict):
+        ((name, found),) = found.items()
+        value = value.get(name)
+    return value
+
+
+def _nested(key: str, settings: Settings, value: Any = None) -> Settings:
+    """{"a": {"b": value}} for "a.b"; `init_args` may be left out, as in jsonargparse's flags."""
     name, _, rest = key.partition(".")
     if "class_path" in settings and name not in ("class_path", "init_args", "dict_kwargs"):
-        return {"init_args": _nested(key, settings.get("init_args") or {})}
+        return {"init_args": _nested(key, settings.get("init_args") or {}, value)}
     below = settings.get(name)
-    return {name: _nested(rest, below if isinstance(below, dict) else {}) if rest else None}
+    return {name: _nested(rest, below if isinstance(below, dict) else {}, value) if rest else value}
 
 
 def _read(path: Path, including: Sequence[Path]) -> str:

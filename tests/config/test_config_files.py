@@ -166,6 +166,35 @@ def test_nulls_inside_a_flag_are_merged(write: Any) -> None:
     assert line.arguments[1:] == ["--data={1"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--model.data=collections.OrderedDict"], False),
+        (["--model.init_args.data", "collections.OrderedDict"], False),
+        (["--model.data.class_path", "collections.OrderedDict"], False),
+        (['--model.data={"class_path": "collections.OrderedDict", "init_args": {"x": 2}}'], False),
+        (["--model.data=OrderedDict"], False),  # a class that the parser knows by its name
+        (["--model.data=Counter"], True),
+        (["--model.data=collections.Counter"], True),
+        (["--model.data=tests.config.test_config_files.Tally"], True),
+        (['--model.data={"eps": 2}'], True),
+        (["--model.data={1"], True),
+        (["--model.data.eps=collections.OrderedDict"], True),
+        (["--model.other=collections.OrderedDict", "--plan"], True),
+    ],
+)
+def test_a_flag_that_names_another_class_drops_what_the_files_gave_the_old_one(
+    write: Any, flags: list[str], kept: bool
+) -> None:
+    inner = "{class_path: collections.Counter, init_args: {condition: canny, eps: 1}}"
+    write("a.yaml", f"model: {{class_path: m.M, init_args: {{data: {inner}}}}}")
+    line = read_arguments(["--trust=collections,tests", "--config", "a.yaml", *flags])
+    data = line.settings["model"]["init_args"]["data"]
+    assert data.get("init_args") == ({"condition": "canny", "eps": 1} if kept else None)
+    assert (data["class_path"] == "collections.Counter") == kept
+    assert line.arguments[1:] == flags  # which the parser applies, and checks
+
+
 def test_old_names_are_reported_with_their_new_ones(write: Any) -> None:
     old = "sdxs_lightning.modules.miniaturisation.Miniaturisation"
     write("a.yaml", f"model:\n  class_path: {old}\n  init_args:\n    curriculum: {{warmup_updates: 3}}\n")
