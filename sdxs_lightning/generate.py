@@ -48,7 +48,8 @@ class GenerateOptions:
 python -m sdxs_lightning.generate --model outputs/quickstart/pipeline --prompt "a red circle" --out image.png
 python -m sdxs_lightning.generate --model exports/student-openvino --backend openvino --prompt "a cat" "a dog" --out images/
 python -m sdxs_lightning.generate --model student/ --controlnet canny/ --control_image edges.png --prompt "house" --out a.png
-python -m sdxs_lightning.generate --model student/ --image photo.png --strength 0.5 --prompt "in winter" --out winter.png"""
+python -m sdxs_lightning.generate --model student/ --image photo.png --strength 0.5 --prompt "in winter" --out winter.png
+python -m sdxs_lightning.generate --model guided/ --guidance_scale 2 --negative_prompt blurry --prompt "a cat" --out a.png"""
 
     model: Annotated[str, Option(metavar="DIR")]
     """Diffusers folder of a student, or its export for --backend."""
@@ -82,6 +83,10 @@ python -m sdxs_lightning.generate --model student/ --image photo.png --strength 
     """Image to change; scaled to the output's size, its middle where the shape differs. Needs --strength."""
     strength: float | None = None
     """How much of --image is replaced, above 0 and at most 1."""
+    guidance_scale: Annotated[float | None, Option(at_least=0, at_most=LARGEST_SCALE)] = None
+    """Of a student that takes it as an input (student.guidance), which needs it; 1 means none."""
+    negative_prompt: str | None = None
+    """What is not to be seen, for a student that was trained with negative prompts."""
     steps: Annotated[int | None, Option(at_least=1, at_most=MOST_STEPS)] = None
     """Of a student of several steps; by default all that its scheduler has."""
     batch_size: Annotated[int, Option(at_least=1)] = 4
@@ -178,6 +183,10 @@ def _images(
         }
     if options.image is not None:
         given |= {"image": _read(options.image, "--image", size), "strength": options.strength}
+    if options.guidance_scale is not None:
+        given["guidance_scale"] = options.guidance_scale
+    if options.negative_prompt is not None:
+        given["negative_prompts"] = options.negative_prompt
     seeds = range(options.seed + start, options.seed + start + len(prompts))
     try:
         with warnings.catch_warnings():

@@ -104,6 +104,11 @@ def studio(options: DemoOptions) -> Studio:
         lora_scale=0.0,
         compiled=options.compiled,
     )
+    if generator.model.takes_guidance:
+        raise UserError(
+            f"--model '{model}' takes the guidance scale as an input, which the demo does not give; see `python -m "
+            "sdxs_lightning.generate --guidance_scale 2`, or diffusers."
+        )
     networks = generator.networks
     drawn = base and stock_base(
         base, options.base_steps, options.base_guidance_scale, networks.device, networks.dtype

@@ -5,7 +5,7 @@
 
 Equal to the stock diffusers pipeline of the same folder with num_inference_steps as the student has, guidance_scale=0 and
 generator=[torch.Generator().manual_seed(seed), ...], without its scheduler object, its second text encoding and its copies.
-A student has guidance 0, so a negative prompt would change nothing, and there is none.
+A student has guidance 0 and no negative prompts, unless it was trained with them as inputs (`student.guidance`).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.latents import from_uint8, to_uint8
+from sdxs_lightning.inference.guidance import with_guidance
 from sdxs_lightning.inference.inputs import (
     Images,
     draw,
@@ -137,7 +138,7 @@ class OneStepGenerator:
             raise UserError(
                 f"{unknown[0]} is no argument of load; further ones of the backend {backend}: {accepted}."
             )
-        model = ModelFolder.read(folder, backend, steps)
+        model = ModelFolder.read(folder, backend, steps, guided=backend == "torch")
         chosen = torch_dtype(dtype)
         if backend == "torch":
             from sdxs_lightning.inference.torch_networks import TorchNetworks
@@ -176,6 +177,8 @@ class OneStepGenerator:
         size: int | Sequence[int] | None = None,
         control_scale: float = 1.0,
         latents: Tensor | None = None,
+        guidance_scale: float | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
     ) -> Tensor:
         """Makes an image for each prompt.
 
@@ -189,6 +192,8 @@ class OneStepGenerator:
             size: side, or (height, width), multiples of 8; None is the size of the training.
             control_scale: weight of the ControlNet.
             latents: (B, C, h, w), N(0, 1), instead of the first noise of the seeds, which then give that of later steps only.
+            guidance_scale: for a student that takes it as an input, which needs it; 1 means none.
+            negative_prompts: for one that was trained with some: one for all or for each prompt, "" for none.
 
         Returns:
             (B, 3, H, W), uint8, on the CPU. NaN, from an overflow in half precision, is black, and `NotFiniteWarning` says so.
@@ -196,7 +201,18 @@ class OneStepGenerator:
         Raises:
             UserError: for inputs that do not fit the model or each other.
         """
-        images = self.sample(prompts, seeds, control_images, image, strength, size, control_scale, latents)
+        images = self.sample(
+            prompts,
+            seeds,
+            control_images,
+            image,
+            strength,
+            size,
+            control_scale,
+            latents,
+            guidance_scale,
+            negative_prompts,
+        )
         whole = images.isfinite().flatten(1).all(dim=1, keepdim=True)
         pixels = to_uint8(images.nan_to_num(-1.0))
         # One copy to the host for both: each waits for the device.
@@ -225,6 +241,8 @@ class OneStepGenerator:
         size: int | Sequence[int] | None = None,
         control_scale: float = 1.0,
         latents: Tensor | None = None,
+        guidance_scale: float | None = None,
+        negative_prompts: str | Sequence[str] | None = None,
     ) -> Tensor:
         """Like `generate`, before rounding: (B, 3, H, W), about [-1, 1], on the backend's device."""
         listed = prompt_list(prompts)
@@ -238,10 +256,13 @@ class OneStepGenerator:
         noises = self._noises(plan, generators, pixels, latents)
         if start is not None:
             noises[0] = plan.renoise(plan.steps[0], start, noises[0])
+        embedded = with_guidance(
+            self.model, self._encode, self._encode(listed), guidance_scale, negative_prompts
+        )
         sample = Sample(
             noises[0],
             tuple(noises[1:]),
-            self._encode(listed),
+            embedded,
             self._time_ids(len(listed), pixels),
             self._control(control_images, control_scale, len(listed), pixels),
         )

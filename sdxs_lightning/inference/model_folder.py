@@ -37,13 +37,16 @@ class ModelFolder:
     """None for a diffusers folder."""
 
     @classmethod
-    def read(cls, folder: str | Path, backend: Backend, steps: int | None = None) -> ModelFolder:
+    def read(
+        cls, folder: str | Path, backend: Backend, steps: int | None = None, guided: bool = False
+    ) -> ModelFolder:
         """Reads and checks a folder.
 
         Args:
             folder: of the model.
             backend: what is to run it.
             steps: as in `SamplingPlan.from_scheduler`.
+            guided: whether a student with the guidance scale as an input is accepted too.
 
         Raises:
             UserError: for a missing or incomplete folder, one for another backend, or another kind of model.
@@ -72,17 +75,22 @@ class ModelFolder:
         if missing:
             raise UserError(f"'{folder}' lacks the component folder(s) {', '.join(missing)}.")
         try:
-            guided = model.unet_config.get("time_cond_proj_dim") is not None
+            taken = model.takes_guidance
             _ = model.vae_config
         except (FileNotFoundError, ValueError) as error:
             raise UserError(str(error)) from error
-        if guided:
+        if taken and not guided:
             raise UserError(
-                f"'{folder}' takes the guidance scale as an input (time_cond_proj_dim), which this generator does not give it: "
-                "run it in diffusers, pipeline(prompt, num_inference_steps=1, guidance_scale=2), or measure it by `python -m "
-                "evaluation.evaluate --guidance_scale 2`."
+                f"'{folder}' takes the guidance scale as an input (time_cond_proj_dim), which is not given here: run it by "
+                "`python -m sdxs_lightning.generate --guidance_scale 2` or in diffusers, pipeline(prompt, "
+                "num_inference_steps=1, guidance_scale=2), or measure it by `python -m evaluation.evaluate --guidance_scale 2`."
             )
         return model
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the U-Net takes the guidance scale as an input."""
+        return self.unet_config.get("time_cond_proj_dim") is not None
 
     @property
     def layout(self) -> Layout:

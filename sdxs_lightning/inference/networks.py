@@ -18,6 +18,21 @@ class Prompts:
     """(B, tokens, d)."""
     pooled: Tensor | None
     """(B, p); None for SD."""
+    guidance: Tensor | None = None
+    """(B, g): embedding of the guidance scale, for a U-Net that takes it."""
+    shift: Tensor | None = None
+    """(B, tokens, d): what negative prompts add to the embeds that such a U-Net gets; a ControlNet gets them without."""
+    pooled_shift: Tensor | None = None
+    """(B, p): likewise; None for SD."""
+
+    def shifted(self) -> Prompts:
+        """The prompts that the U-Net gets."""
+        if self.shift is None:
+            return self
+        pooled = self.pooled
+        if pooled is not None and self.pooled_shift is not None:
+            pooled = pooled + self.pooled_shift
+        return Prompts(self.embeds + self.shift, pooled, self.guidance)
 
 
 @dataclass(frozen=True)

@@ -140,11 +140,13 @@ class TorchNetworks:
                 return_dict=False,
             )
             residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+        given = prompts.shifted()
         output: Tensor = unet(
             latents,
             placed,
-            encoder_hidden_states=prompts.embeds,
-            added_cond_kwargs=added,
+            encoder_hidden_states=given.embeds,
+            timestep_cond=given.guidance,
+            added_cond_kwargs=None if added is None else added | {"text_embeds": given.pooled},
             return_dict=False,
             **residuals,
         )[0]

@@ -142,7 +142,7 @@ def test_it_trains_and_stock_diffusers_runs_it_at_any_scale(base: Base, shards: 
     default = module.generate(["a red circle"], noise)
     torch.testing.assert_close(images[2.0], (default / 2 + 0.5).clamp(0, 1), rtol=1e-3, atol=1e-3)
     assert (images[1.0] - images[4.0]).abs().max() > 0.01
-    with pytest.raises(UserError, match="run it in diffusers, pipeline"):
+    with pytest.raises(UserError, match="or in diffusers, pipeline"):
         ModelFolder.read(tmp_path / "pipeline", "torch")
     # It goes on from there.
     again = StudentGenerator(SGD, weights=str(tmp_path / "pipeline"), guidance=RANGE)

@@ -1,0 +1,159 @@
+"""The generator with students that take the guidance scale and negative prompts as inputs, against stock diffusers."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from torch import Tensor
+
+from evaluation.images.samples import load_pipeline
+from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.demo.__main__ import DemoOptions
+from sdxs_lightning.demo.serve import studio
+from sdxs_lightning.generate import main
+from sdxs_lightning.inference.exporting.export import export_runtime
+from sdxs_lightning.inference.generator import OneStepGenerator
+from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
+from sdxs_lightning.networks.controlnet import load_controlnet
+from sdxs_lightning.networks.guidance_input import add_guidance_input
+from tests.helpers.students import PROMPTS, SEEDS, condition
+
+Students = Callable[[str], Path]
+NEGATIVE = ["blurry", ""]
+
+
+@pytest.fixture(scope="module")
+def guided(student: Students, tmp_path_factory: pytest.TempPathFactory) -> Students:
+    """A student of KINDS with a guidance scale as an input that matters."""
+    root = tmp_path_factory.mktemp("guided")
+
+    def folder(name: str) -> Path:
+        if not (root / name).is_dir():
+            shutil.copytree(student(name), root / name)
+            shutil.copytree(f"{student(name)}-controlnet", root / f"{name}-controlnet")
+            unet = UNet2DConditionModel.from_pretrained(student(name) / "unet")
+            add_guidance_input(unet, 16)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                unet.time_embedding.cond_proj.weight.normal_(std=0.5, generator=generator)
+            unet.save_pretrained(root / name / "unet")
+        return root / name
+
+    return folder
+
+
+def stock(folder: Path, scale: float, negative: list[str] | None = None, **given: Any) -> Tensor:
+    """(2, 3, H, W) in [0, 1], by diffusers' own pipeline."""
+    pipeline: Any = load_pipeline(str(folder))
+    texts: dict[str, Any] = {"prompt": PROMPTS}
+    if negative is not None:
+        texts = negative_prompt_inputs(pipeline, PROMPTS, negative)
+    if "image" in given:
+        name = type(pipeline).__name__.replace("Pipeline", "ControlNetPipeline")
+        controlnet = load_controlnet(Path(f"{folder}-controlnet"))
+        pipeline = getattr(diffusers, name)(**pipeline.components, controlnet=controlnet)
+    pipeline.set_progress_bar_config(disable=True)
+    images: Tensor = pipeline(
+        **texts,
+        guidance_scale=scale,
+        num_inference_steps=4 if "4" in folder.name else 1,
+        generator=[torch.Generator().manual_seed(seed) for seed in SEEDS],
+        output_type="pt",
+        **given,
+    ).images
+    return images.float()
+
+
+def pixels(folder: Path, scale: float, **given: Any) -> Tensor:
+    controlnet = f"{folder}-controlnet" if "control_images" in given else None
+    generator = OneStepGenerator.load(folder, controlnet=controlnet, device="cpu")
+    return (generator.sample(PROMPTS, SEEDS, guidance_scale=scale, **given).float() / 2 + 0.5).clamp(0, 1)
+
+
+def largest(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd-midless", "sd-4-steps"])
+def test_equals_the_stock_pipeline_at_every_scale(name: str, guided: Students) -> None:
+    folder = guided(name)
+    images = {scale: pixels(folder, scale) for scale in (1.0, 3.0)}
+    for scale, found in images.items():
+        assert largest(found, stock(folder, scale)) <= 1e-5
+    assert largest(images[1.0], images[3.0]) > 0.01
+    assert torch.equal(pixels(folder, 0.0), images[1.0])  # 0 is read as no guidance, as everywhere
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+def test_negative_prompts_are_those_of_training(name: str, guided: Students) -> None:
+    folder = guided(name)
+    found = pixels(folder, 2.0, negative_prompts=NEGATIVE)
+    assert largest(found, stock(folder, 2.0, NEGATIVE)) <= 1e-5
+    without = pixels(folder, 2.0)
+    assert largest(found[:1], without[:1]) > 0.01
+    assert largest(found[1:], without[1:]) == 0  # an empty one changes nothing
+    assert torch.equal(pixels(folder, 2.0, negative_prompts="blurry")[:1], found[:1])
+
+
+def test_a_controlnet_gets_the_prompts_without_negative_ones(guided: Students) -> None:
+    folder, images = guided("sd"), condition(2, (32, 32))
+    found = pixels(folder, 2.0, control_images=images)
+    assert largest(found, stock(folder, 2.0, image=images.float() / 255)) <= 1e-5
+    generator = OneStepGenerator.load(folder, controlnet=f"{folder}-controlnet", device="cpu")
+    seen = []
+    controlnet = generator.networks.parts["controlnet"]  # type: ignore[attr-defined]
+    controlnet.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    generator.generate(PROMPTS, SEEDS, images, guidance_scale=2.0)
+    generator.generate(PROMPTS, SEEDS, images, guidance_scale=2.0, negative_prompts="blurry")
+    assert len(seen) == 2 and torch.equal(seen[0], seen[1])
+
+
+def test_the_command_takes_both(guided: Students, tmp_path: Path) -> None:
+    folder, out = guided("sd"), tmp_path / "one.png"
+    line = ["--model", str(folder), "--prompt", PROMPTS[0], "--seed", str(SEEDS[0]), "--device", "cpu"]
+    main([*line, "--guidance_scale", "3", "--negative_prompt", "blurry", "--out", str(out)])
+    generator = OneStepGenerator.load(folder, device="cpu")
+    expected = generator.generate(PROMPTS[0], SEEDS[0], guidance_scale=3.0, negative_prompts="blurry")
+    found = torch.from_numpy(np.asarray(Image.open(out)).copy()).permute(2, 0, 1)
+    assert int((found.int() - expected[0].int()).abs().max()) <= 1
+
+
+def test_what_does_not_fit_is_refused(guided: Students, student: Students, tmp_path: Path) -> None:
+    generator = OneStepGenerator.load(guided("sd"), device="cpu")
+    with pytest.raises(
+        UserError, match="takes the guidance scale as an input: give `guidance_scale`, a number"
+    ):
+        generator.generate(PROMPTS)
+    for wrong in (0.5, -1.0, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="`guidance_scale` is .* but must be a number of at least 1"):
+            generator.generate(PROMPTS, guidance_scale=wrong)
+    with pytest.raises(
+        UserError, match="3 negative prompts for 2 prompts; give one for all, or one for each"
+    ):
+        generator.generate(PROMPTS, guidance_scale=2.0, negative_prompts=["a", "b", "c"])
+    plain = OneStepGenerator.load(student("sd"), device="cpu")
+    with pytest.raises(
+        UserError, match="`guidance_scale` is 2.0, but the student in .* leave it out, or train"
+    ):
+        plain.generate(PROMPTS, guidance_scale=2.0)
+    with pytest.raises(UserError, match="`negative_prompts` is 'blurry', but the student in .* takes none"):
+        plain.generate(PROMPTS, negative_prompts="blurry")
+    with pytest.raises(
+        UserError, match="takes the guidance scale as an input, which the demo does not give; see"
+    ):
+        studio(DemoOptions(model=str(guided("sd"))))
+    with pytest.raises(
+        UserError, match="which is not given here: run it by `python -m sdxs_lightning.generate"
+    ):
+        export_runtime(guided("sd"), tmp_path / "out", "onnx", "fp32")
