@@ -51,9 +51,9 @@ class PublishOptions:
     prompts: tuple[str, ...] = ()
     """Prompts of the samples; the first is that of the card's code."""
     scale: Annotated[float | None, Option(at_least=0, at_most=LARGEST_SCALE)] = None
-    """Scale of a LoRA (1) or ControlNet (0.8) in the card's code."""
+    """Scale of a LoRA (1) or ControlNet (that of its training) in the card's code."""
     condition: Path | None = None
-    """Condition image of a ControlNet's samples."""
+    """Condition image of a ControlNet's samples; its middle where the shape differs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -206,15 +206,15 @@ def settings_of(
         partner: as from `partner_folder`.
         steps: of a base; None is 25.
         guidance_scale: of a base; None is 7.5.
-        scale: of a LoRA or ControlNet; None is 1 for a LoRA and 0.8 for a ControlNet.
+        scale: of a LoRA or ControlNet; None is 1 for a LoRA and that of the training for a ControlNet.
 
     Raises:
         UserError: for settings that the model does not have.
     """
     if scale is not None and run.kind in ("pipeline", "decoder"):
         raise UserError(f"--scale is of LoRAs and ControlNets, and the run made a {run.kind}.")
-    scales = {"lora": 1.0, "controlnet": 0.8}
-    scale = scales.get(run.kind) if scale is None else scale
+    if scale is None and run.kind in ("lora", "controlnet"):
+        scale = 1.0 if run.kind == "lora" else run.conditioning_scale
     if run.for_base:
         guided = 7.5 if guidance_scale is None else guidance_scale
         return Settings(steps or 25, guided, scale)

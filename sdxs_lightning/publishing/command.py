@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdxs_lightning.callbacks.run_folder import ORIGIN
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError, first_line
-from sdxs_lightning.core.image_formats import as_rgb, readable_formats
+from sdxs_lightning.core.image_formats import fitted, readable_formats
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.publishing.calling import (
     CONDITION,
@@ -222,7 +222,7 @@ def _add_condition(condition: Path | None, folder: Path, resolution: tuple[int, 
     if condition is not None:
         try:
             with Image.open(condition, formats=readable_formats()) as opened:
-                as_rgb(opened).resize((width, height)).save(folder / CONDITION)
+                fitted(opened, (height, width)).save(folder / CONDITION)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"--condition '{condition}' cannot be read as an image ({error}).") from error
         return

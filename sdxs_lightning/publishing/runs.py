@@ -38,6 +38,10 @@ _ENTRIES: tuple[tuple[str, type | tuple[type, ...], bool], ...] = (
     ("model.init_args.family.class_path", str, True),
     ("model.init_args.family.init_args.base", str, True),
     ("model.init_args.student.init_args", dict, False),
+    ("model.init_args.student.init_args.controlnet", dict, False),
+    ("model.init_args.student.init_args.controlnet.conditioning_scale", (int, float), False),
+    ("model.init_args.controlnet", dict, False),
+    ("model.init_args.controlnet.conditioning_scale", (int, float), False),
     ("model.init_args.style", dict, False),
     ("model.init_args.style.path", str, False),
     ("model.init_args.style.scale", (int, float), False),
@@ -102,6 +106,12 @@ class Run:
         if self.kind == "decoder":
             return self.base
         return self.student or self.settings.get("weights") or self.base
+
+    @property
+    def conditioning_scale(self) -> float:
+        """The controlnet_conditioning_scale at which a ControlNet was trained, of a student or of a base."""
+        holder = self.settings if self.for_base else self.settings["student"]["init_args"]
+        return float((holder.get("controlnet") or {}).get("conditioning_scale", 1.0))
 
     @property
     def data(self) -> str:

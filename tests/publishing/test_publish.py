@@ -488,6 +488,29 @@ def test_a_deep_condition_image_keeps_its_range(world: Path, tmp_path: Path) -> 
     assert np.array_equal(found, np.repeat((depth >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
+def test_a_controlnet_is_called_as_it_was_trained(world: Path, tmp_path: Path) -> None:
+    """At the scale of its training, and with a condition image whose shapes keep theirs."""
+    square = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint32).reshape(32, 32, 3).astype(np.uint8))
+    wide = Image.new("RGB", (64, 32), "red")
+    wide.paste(square, (16, 0))
+    wide.save(tmp_path / "wide.png")
+    for kind, holder, scale in (("controlnet", "student", 0.5), ("base-controlnet", "model", 1.5)):
+        run = tmp_path / f"run-{kind}"
+        shutil.copytree(world / kind, run)
+        file = run / "config.yaml"
+        config = yaml.safe_load(file.read_text())
+        arguments = config["model"]["init_args"]
+        owner = arguments["student"]["init_args"] if holder == "student" else arguments
+        owner["controlnet"] = {"conditioning_scale": scale}
+        file.write_text(yaml.safe_dump(config))
+        out = tmp_path / kind
+        sampler = [] if holder == "student" else ["--steps", "4", "--guidance_scale", "3"]
+        line = [str(run), "--out", str(out), *SHORT, *sampler, "--condition", str(tmp_path / "wide.png")]
+        main(line)
+        assert f"controlnet_conditioning_scale={scale}," in (out / "README.md").read_text()
+        assert np.array_equal(np.asarray(Image.open(out / "condition.png")), np.asarray(square))
+
+
 def test_a_known_base_needs_no_licence(mine: Path) -> None:
     name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     main([str(mine / "student"), "--out", str(mine / "new"), "--base_model", name, "--prompts", PROMPTS[0]])
