@@ -29,7 +29,7 @@ ADVICE = {
     "own folder",
     "timesteps": "the conditioning timestep that the run began with (family.init_args.conditioning_timestep, or "
     "conditioning_timestep or timesteps of student.init_args)",
-    CONDITION: "the condition that the run began with (data.init_args.condition)",
+    CONDITION: "the condition that the run began with (data.init_args.condition; model.init_args.condition)",
     WEIGHTS: "the frozen network that the run began with (model.init_args.family.init_args.base, or the path of its "
     "weights)",
 }
@@ -83,10 +83,14 @@ def identity_of(
 
 
 def _condition_of(module: pl.LightningModule) -> str | None:
-    """What makes the data's condition images, unless the shards bring them."""
-    data = getattr(module._trainer, "datamodule", None)
-    made = getattr(getattr(data, "settings", None), "condition", None)
-    return None if made is None else description_of(made)
+    """What makes condition images: the data's, or those of pairs; None if there are none."""
+    data = getattr(getattr(module._trainer, "datamodule", None), "settings", None)
+    # Where both are made, the stage checks that they are the same.
+    made = getattr(data, "condition", None) or getattr(module, "condition", None)
+    if made is not None:
+        return description_of(made)
+    stored = "control_images" in (getattr(data, "contents", None) or ())
+    return "nobody, since the shards bring them" if stored else None
 
 
 def _settings_in(module: nn.Module, prefix: str) -> dict[str, dict[str, Any]]:

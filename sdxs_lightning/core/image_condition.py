@@ -1,6 +1,6 @@
 """The interface of what makes condition images from images; `data/conditions.py` has implementations."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,24 @@ class ImageCondition(Protocol):
 
 def description_of(condition: ImageCondition) -> str:
     """Name and settings of a condition, without the device: "Canny(low=10, high=30, vary=0.0)"."""
-    settings = {
-        name: value
-        for name, value in vars(condition).items()
-        if isinstance(value, int | float | str) and name != "device"
-    }
-    return f"{type(condition).__name__}({', '.join(f'{name}={value!r}' for name, value in settings.items())})"
+    # As it is sent to workers: without a network that it loads at its first image; of a class with __slots__ several parts.
+    state: Any = condition.__getstate__()
+    parts = state if isinstance(state, tuple) else (state,)
+    # A frozen dataclass with slots lists its values.
+    own = [part if isinstance(part, dict) else dict(enumerate(part)) for part in parts if part]
+    settings = [
+        f"{name}={value!r}"
+        for part in own
+        for name, value in part.items()
+        if name != "device" and _is_plain(value)
+    ]
+    return f"{type(condition).__name__}({', '.join(settings)})"
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value prints as what it says, and not as where it lies."""
+    if isinstance(value, dict):
+        return _is_plain([*value.items()])
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, int | float | str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,9 @@ from transformers import (
 from data.conditions import Canny, Depth, ImageCondition, Sketch, SoftEdge
 from data.shards.datamodule import ShardDataModule
 from data.shards.writer import ShardWriter
+from data.toy.background_bar import BackgroundBar
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.core.image_condition import description_of
 from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.networks.condition_readers import DepthReader
 
@@ -292,3 +295,50 @@ def test_depth_maps_of_16_bits_keep_their_precision(tmp_path: Path) -> None:
     torch.testing.assert_close(found[None][0], expected.expand(3, -1, -1), rtol=0, atol=1e-7)
     assert len(found[20].unique()) > 250  # of 400 pixels; 8 bits would leave 23 values
     assert abs(float(found[20].mean()) - float(expected[:, 4:44].mean())) < 1e-4
+
+
+class Strokes:
+    """A condition of one's own."""
+
+    def __init__(self, widths: list[int], colour: str | None = None) -> None:
+        self.widths, self.colour, self.found = widths, colour, object()
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return image
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """One without a `__dict__`."""
+
+    widths: tuple[int, ...]
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return image
+
+
+class Dots:
+    """One whose settings are in slots."""
+
+    __slots__ = ("device", "size")
+
+    def __init__(self, size: int) -> None:
+        self.size, self.device = size, "cpu"
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        return image
+
+
+@pytest.mark.parametrize(
+    ("condition", "description"),
+    [
+        (Strokes([1, 2]), "Strokes(widths=[1, 2], colour=None)"),
+        (Strokes([1, 3], "red"), "Strokes(widths=[1, 3], colour='red')"),
+        (Lines((1, 2)), "Lines(0=(1, 2))"),
+        (Dots(3), "Dots(size=3)"),
+        (SoftEdge(2.0), "SoftEdge(blur=2.0)"),
+        (BackgroundBar(), "BackgroundBar()"),
+    ],
+)
+def test_a_description_has_all_settings(condition: ImageCondition, description: str) -> None:
+    assert description_of(condition) == description

@@ -121,15 +121,18 @@ def test_another_conditioning_timestep_is_refused(resume: Callable[..., tuple[in
 
 def test_what_makes_condition_images_is_compared(base: Callable[[str], Path]) -> None:
     stage: Any = built(distillation(base("sd-epsilon"), gan=False))
+    contents: Any = ["images", "control_images"]
 
     def found(condition: ImageCondition | None) -> Any:
-        data = ShardDataModule("shards", 4, contents=["images", "control_images"], condition=condition)
+        data = ShardDataModule("shards", 4, contents=contents, condition=condition)
         stage._trainer = SimpleNamespace(datamodule=data)
         return identity_of(stage).get("condition images by")
 
     canny = found(Canny(low=50))
     assert canny == "Canny(low=50, high=200, vary=0.0)" == found(Canny(low=50))
-    assert found(None) is None  # the shards bring them
+    assert found(None) == "nobody, since the shards bring them"
+    stage.condition = Canny(low=70)  # of pairs
+    assert (found(None), found(Canny(low=50))) == ("Canny(low=70, high=200, vary=0.0)", canny)
     assert len({canny, found(Canny(low=60)), found(Sketch())}) == 3
 
 
