@@ -496,7 +496,8 @@ def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:
             ValueError, match=f"fake_score.controlnet is 'x', frozen, and control.base_controlnet is {named}"
         ):
             sdxs(base("sd-v_prediction"), Path("x"), control=ControlSettings(named))
-    sdxs(base("sd-v_prediction"), Path("x"), control=ControlSettings("./x/"))
+    for same in ("./x/", str(Path("x").absolute())):
+        sdxs(base("sd-v_prediction"), Path("x"), control=ControlSettings(same))
     family = family_of(base("sd-v_prediction"))
     with pytest.raises(ValueError, match="base_controlnet goes together with output_distillation"):
         ControlNetTraining(family, SGD, output_distillation=OutputDistillation())

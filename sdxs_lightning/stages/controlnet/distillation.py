@@ -290,4 +290,4 @@ class ControlNetDistillation(OneStepDistillation):
 
 def _same_source(one: str | None, other: str | None) -> bool:
     """Whether two folders or hub ids are the same, however their paths are written."""
-    return one is not None and other is not None and os.path.normpath(one) == os.path.normpath(other)
+    return one is not None and other is not None and os.path.realpath(one) == os.path.realpath(other)
