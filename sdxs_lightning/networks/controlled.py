@@ -16,6 +16,7 @@ from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.families.network_types import ControlNetModel, UNet2DConditionModel
+from sdxs_lightning.families.sources import resolve_unet
 from sdxs_lightning.networks.adapter_views import BaseView
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.fake_score import FakeScore
@@ -306,7 +307,7 @@ class ControlledStudent(StudentGenerator):
 
     def _check_timesteps(self) -> None:
         """Refuses a student that was exported at other timesteps: its ControlNet would be used at those."""
-        exported = None if self._weights is None else exported_timesteps(Path(self._weights))
+        exported = None if self._weights is None else exported_timesteps(resolve_unet(self._weights))
         if exported is not None and exported != list(self.timesteps):
             raise ValueError(
                 f"student.weights '{self._weights}' is a student of the timesteps {exported} by its scheduler, and its "
@@ -315,19 +316,19 @@ class ControlledStudent(StudentGenerator):
             )
 
 
-def exported_timesteps(weights: Path) -> list[int] | None:
+def exported_timesteps(unet: Path) -> list[int] | None:
     """The timesteps of a student by the scheduler beside its U-Net; None for weights that are no exported student.
 
     Args:
-        weights: pipeline folder, or its U-Net folder.
+        unet: its U-Net folder.
     """
-    pipeline = weights.parent if weights.name == "unet" else weights
-    if not (pipeline / "scheduler" / "scheduler_config.json").is_file():
+    scheduler_config = unet.parent / "scheduler" / "scheduler_config.json"
+    if unet.name != "unet" or not scheduler_config.is_file():
         return None
-    config = read_json(pipeline / "scheduler" / "scheduler_config.json")
+    config = read_json(scheduler_config)
     kind, steps = config.get("_class_name"), config.get("original_inference_steps")
     if kind == "DDIMScheduler" and config.get("timestep_spacing") == "trailing":
-        return [config["num_train_timesteps"] - 1]
+        return [config.get("num_train_timesteps", 1000) - 1]  # diffusers' default
     if kind == "LCMScheduler" and isinstance(steps, int):
         from diffusers import LCMScheduler
 

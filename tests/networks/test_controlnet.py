@@ -24,6 +24,7 @@ from evaluation.benchmarks.full_size import sd21_unet_config
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.noise_schedule import NoiseSchedule
 from sdxs_lightning.export import export_pipeline
+from sdxs_lightning.families import hub
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.networks.backward_simulation import one_step
@@ -308,14 +309,17 @@ def test_sources_are_checked(tmp_path: Path) -> None:
         ControlNetSource(one).make(unet, family, "x")
 
 
-def test_a_student_is_controlled_at_the_timesteps_of_its_export(tmp_path: Path) -> None:
+def test_a_student_is_controlled_at_the_timesteps_of_its_export(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     family = StableDiffusion(str(save_tiny_sd(tmp_path / "base")))
     student, sgd = tmp_path / "student", partial(torch.optim.SGD, lr=0.1)
     for steps, other in (([699], [999]), ([999, 499], [999])):
         export_pipeline(
             family.load_unet(), family, student, steps[0], timesteps=steps if len(steps) > 1 else None
         )
-        for weights in (student, student / "unet"):
+        monkeypatch.setattr(hub, "fetch", lambda *_: student)
+        for weights in (student, student / "unet", "org/student"):
             ControlledStudent(sgd, weights=str(weights), timesteps=steps).build(family)
             refused = rf"is a student of the timesteps \[{', '.join(map(str, steps))}\] .* trained at \[999\]"
             with pytest.raises(ValueError, match=refused):
