@@ -11,7 +11,7 @@ from torch import Tensor
 from data.toy.attributes import CLASSES
 from data.toy.training.classifier import AttributeClassifier
 from data.toy.world import parse_caption
-from evaluation.benchmarks.tables.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.score_files import KeptRows
 from evaluation.benchmarks.tables.scores import SHEET_COLUMNS, Scorer
 from evaluation.images.samples import PipelineImages, load_pipeline, move_pipeline
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
@@ -42,27 +42,26 @@ def guidance(options: GuidanceOptions) -> str:
         "diversity_prompts": options.diversity_prompts,
         "protocol": protocol.describe(),
     }
-    stored = read_scores(options.out) if options.out.is_file() else {}
-    known = stored.get("rows", {}) if all(stored.get(key) == value for key, value in settings.items()) else {}
+    kept = KeptRows(options.out, settings, lambda rows: {**settings, "rows": rows, **where(scorer.device)})
     classifier = AttributeClassifier.from_pretrained(protocol.path(protocol.classifier)).to(scorer.device)
     prompts = protocol.captions()
-    rows: dict[str, Any] = {}
+    few = prompts[: options.diversity_prompts]
     examples: dict[str, Tensor] = {}
     for name, maker in _makers(options, protocol.seed, scorer.device):
         negative = f"{name}, negative prompt"
-        if name not in known or negative not in known:
-            few = prompts[: options.diversity_prompts]
-            known[name] = scorer(name, maker, prompts) | {
-                "diversity": diversity(maker, few, scorer.networks.clip)
-            }
-            known[negative] = removed(maker, prompts, classifier, options.batch_size)
-        rows |= {name: known[name], negative: known[negative]}
+        row = kept.known.get(name) or {
+            **scorer(name, maker, prompts),
+            "diversity": diversity(maker, few, scorer.networks.clip),
+        }
+        kept.add(name, row)
+        kept.add(
+            negative, kept.known.get(negative) or removed(maker, prompts, classifier, options.batch_size)
+        )
         if options.sheet is not None:
             examples |= _examples(name, maker, prompts, classifier)
-        write_scores(options.out, {**settings, "rows": rows, **where(scorer.device)})
     if options.sheet is not None:
         sheet(examples, _pairs(prompts)[0][:SHEET_COLUMNS]).save(options.sheet)
-    return write_scores(options.out, {**settings, "rows": rows, **where(scorer.device)})
+    return kept.finish()
 
 
 def removed(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evaluation.benchmarks.tables.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.score_files import KeptRows
 from evaluation.benchmarks.tables.scores import SHEET_COLUMNS
 from evaluation.images.generate import RealImages
 from evaluation.metrics.caption_accuracy import CaptionAccuracy, Classifier
@@ -79,9 +79,8 @@ def image_to_image(options: ImageToImageOptions) -> str:
         "ordered_by": ORDERED_BY,
         "protocol": protocol.describe(),
     }
-    stored = read_scores(options.out) if options.out.is_file() else {}
-    known = stored.get("rows", {}) if all(stored.get(key) == value for key, value in settings.items()) else {}
-    rows: dict[str, Any] = {}
+    machine = where(torch.device("cpu"))
+    kept = KeptRows(options.out, settings, lambda rows: {**settings, "rows": rows, **machine})
     examples: dict[str, Tensor] = {}
     captions = protocol.captions()
     ids = torch.arange(min(SHEET_COLUMNS, len(captions)))
@@ -89,20 +88,20 @@ def image_to_image(options: ImageToImageOptions) -> str:
     real = RealImages(protocol.split)(captions[: len(ids)], ids)
     for name, maker in makers:
         single = hash_model(options.single) if name == ONE_STEP and options.single is not None else None
-        if known.get(name, {}).get("single_sha256", "") != single:
-            known[name] = {
+        row = kept.known.get(name, {})
+        if row.get("single_sha256", "") != single:
+            row = {
                 "single_sha256": single,
                 "estimates": image_scores(maker, protocol, classifier, options.batch_size),
             }
-            sys.stderr.write(f"{name}: {known[name]}\n")
-        rows[name] = known[name]
+            sys.stderr.write(f"{name}: {row}\n")
+        kept.add(name, row)
         if options.sheet is not None:
             seeds = [protocol.seed + i for i in ids.tolist()]
             examples[name.replace(", ", "\n")] = maker(shown, seeds, real)
-        write_scores(options.out, {**settings, "rows": rows, **where(torch.device("cpu"))})
     if options.sheet is not None:
         sheet(examples, shown).save(options.sheet)
-    return write_scores(options.out, {**settings, "rows": rows, **where(torch.device("cpu"))})
+    return kept.finish()
 
 
 def _makers(options: ImageToImageOptions) -> Iterator[tuple[str, Maker]]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.toy.rendered import render_captions
 from data.toy.training.style_classifier import STYLES, StyleClassifier
-from evaluation.benchmarks.tables.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.score_files import KeptRows
 from evaluation.benchmarks.tables.scores import SHEET_COLUMNS
 from evaluation.images.generate import ImageMaker
 from evaluation.images.samples import PipelineImages, load_pipeline, move_pipeline
@@ -92,25 +92,25 @@ def lora(options: LoraOptions) -> str:
         "diversity_prompts": options.diversity_prompts,
         "protocol": protocol.describe(),
     }
-    stored = read_scores(options.out) if options.out.is_file() else {}
-    known = stored.get("runs", {}) if all(stored.get(key) == value for key, value in settings.items()) else {}
-    runs: dict[str, dict[str, Any]] = {}
+    machine = where(torch.device("cpu"))
+    kept = KeptRows(
+        options.out,
+        settings,
+        lambda runs: {**settings, "rows": _rows(runs), "runs": runs, **machine},
+        key="runs",
+    )
     for name, source, scale, seed in _runs(options):
         digest = None if source is None else hash_lora(source)
         key = f"{name}, seed {seed}" if source else name
-        if known.get(key, {}).get("lora_sha256", "") != digest:
+        run = kept.known.get(key, {})
+        if run.get("lora_sha256", "") != digest:
             maker = _real(options).get(name) or _pipeline(options, source, scale)
-            known[key] = {"row": name, "seed": seed, "lora_sha256": digest, **scorer(maker)}
-            sys.stderr.write(f"{key}: {known[key]}\n")
-        runs[key] = known[key]
-        write_scores(
-            options.out, {**settings, "rows": _rows(runs), "runs": runs, **where(torch.device("cpu"))}
-        )
+            run = {"row": name, "seed": seed, "lora_sha256": digest, **scorer(maker)}
+            sys.stderr.write(f"{key}: {run}\n")
+        kept.add(key, run)
     if options.sheet is not None:
         _sheet(options, protocol).save(options.sheet)
-    return write_scores(
-        options.out, {**settings, "rows": _rows(runs), "runs": runs, **where(torch.device("cpu"))}
-    )
+    return kept.finish()
 
 
 def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from data.toy.training.classifier import AttributeClassifier
 from data.toy.world import captions
-from evaluation.benchmarks.tables.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.score_files import KeptRows
 from evaluation.benchmarks.tables.scores import student_images
 from evaluation.images.generate import ImageMaker, RealImages, Reconstructions
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
@@ -62,18 +62,19 @@ def quality(options: QualityOptions) -> str:
     """Measure rows that are missing or whose weights have changed."""
     protocol = get_protocol("toy", samples=options.samples)
     settings = {"protocol": protocol.describe(), "guidance_scale": options.guidance_scale}
-    stored = read_scores(options.out) if options.out.is_file() else {}
-    known = stored.get("rows", {}) if all(stored.get(key) == value for key, value in settings.items()) else {}
     device = torch.device(options.device)
+    kept = KeptRows(
+        options.out,
+        settings,
+        lambda rows: {**settings, "ordered_by": ORDERED_BY, "rows": rows, **where(device)},
+    )
     measure = Measurer(protocol, device, options.batch_size)
-    rows: dict[str, Any] = {}
     for label, (digest, maker, prompts) in makers(options, protocol, device).items():
-        row = known.get(label, {})
+        row = kept.known.get(label, {})
         if row.get("weights_sha256") != digest:
             row = {"weights_sha256": digest, "estimates": measure(maker, prompts)}
-        rows[label] = row
-        write_scores(options.out, {**settings, "ordered_by": ORDERED_BY, "rows": rows, **where(device)})
-    return write_scores(options.out, {**settings, "ordered_by": ORDERED_BY, "rows": rows, **where(device)})
+        kept.add(label, row)
+    return kept.finish()
 
 
 def makers(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,47 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def write_scores(path: Path | None, content: Mapping[str, Any]) -> str:
-    """Write a score file if a path is given; returns its table."""
+    """Write a score file, whole or not at all, if a path is given; returns its table."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        partial = path.with_name(f"{path.name}.partial")
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, path)
     return score_file_markdown(content)
+
+
+class KeptRows:
+    """Rows of a score file that outlive an interruption: each is written as soon as it is measured, beside the known ones.
+
+    Args:
+        path: of the file; its rows are known if it was written with the same settings.
+        settings: what all rows depend on.
+        content: makes the file's content, with the settings, of rows.
+        key: of the rows in the content.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        content: Callable[[dict[str, Any]], dict[str, Any]],
+        key: str = "rows",
+    ) -> None:
+        self._path, self._content = path, content
+        self._rows: dict[str, Any] = {}
+        stored = read_scores(path) if path.is_file() else {}
+        same = all(stored.get(name) == value for name, value in settings.items())
+        self.known: dict[str, Any] = stored.get(key, {}) if same else {}
+        """Rows of the file, by name."""
+
+    def add(self, name: str, row: Any) -> None:
+        """Takes a row, known or new."""
+        self._rows[name] = row
+        write_scores(self._path, self._content(self.known | self._rows))
+
+    def finish(self) -> str:
+        """Drops the known rows that were not added again; returns the table."""
+        return write_scores(self._path, self._content(self._rows))
 
 
 @as_user_errors()

@@ -22,7 +22,7 @@ from evaluation.benchmarks.tables.recipe_runs import (
     run_folder,
     train_recipe,
 )
-from evaluation.benchmarks.tables.score_files import read_scores, write_scores
+from evaluation.benchmarks.tables.score_files import KeptRows, write_scores
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages
 from evaluation.metrics.diversity import diversity
@@ -176,13 +176,11 @@ def unets(options: UNetsOptions) -> str:
         "guidance_scale": options.guidance_scale,
         "protocol": protocol.describe(),
     }
-    stored = read_scores(options.out) if options.out.is_file() else {}
-    known = stored.get("rows", {}) if all(stored.get(key) == value for key, value in settings.items()) else {}
+    kept = KeptRows(options.out, settings, lambda rows: {**settings, "rows": rows, **where(device)})
     scorer, prompts = Scorer(protocol, options), protocol.captions()
-    rows: dict[str, dict[str, Any]] = {}
     for name, path in networks.items():
         digest = hash_weights(path or family.folder / "unet")
-        row = known.get(name, {})
+        row = kept.known.get(name, {})
         scores = dict(row["steps"]) if row.get("unet_sha256") == digest else {}
         unet = family.load_unet(path).eval().requires_grad_(False)
         denoiser = Denoiser(unet, family.schedule, family.prediction_type).to(device)
@@ -192,8 +190,8 @@ def unets(options: UNetsOptions) -> str:
                 scores[count] = scorer(f"{name}, {count} steps", maker, prompts)
             scores[count]["ms_per_image"] = milliseconds_per_image(maker, prompts[0])
         parameters = sum(parameter.numel() for parameter in unet.parameters())
-        rows[name] = {"unet": path, "unet_sha256": digest, "parameters": parameters, "steps": scores}
-    return write_scores(options.out, {**settings, "rows": rows, **where(device)})
+        kept.add(name, {"unet": path, "unet_sha256": digest, "parameters": parameters, "steps": scores})
+    return kept.finish()
 
 
 @as_user_errors()

@@ -12,9 +12,12 @@ import pytest
 from evaluation.benchmarks.tables.__main__ import main
 from evaluation.benchmarks.tables.score_files import (
     COMPARED,
+    KeptRows,
     mean_differences,
+    read_scores,
     seed_differences,
     summarise_scores,
+    write_scores,
 )
 from evaluation.benchmarks.tables.scores import over_seeds
 from tests.helpers.refusals import refusal
@@ -122,3 +125,40 @@ def test_paired_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         ("a", "--pairs takes ROW:ROW, got 'a'"),
     ):
         assert f"tables paired: {message}" in refusal(main, ["paired", str(table), "--pairs", pair], capsys)
+
+
+def test_known_rows_outlive_an_interruption(tmp_path: Path) -> None:
+    path, settings = tmp_path / "scores" / "table.json", {"protocol": {"name": "toy"}, "seed": 0}
+
+    def content(rows: dict[str, Any]) -> dict[str, Any]:
+        return {**settings, "rows": rows}
+
+    first = KeptRows(path, settings, content)
+    assert first.known == {}
+    for name in ("one", "two", "three"):
+        first.add(name, {"fid": len(name)})
+    assert "| three | 5.00 |" in first.finish()
+
+    again = KeptRows(path, settings, content)
+    assert list(again.known) == ["one", "two", "three"]
+    again.add("one", {"fid": 9})  # and here it is stopped
+    assert read_scores(path)["rows"] == {"one": {"fid": 9}, "two": {"fid": 3}, "three": {"fid": 5}}
+    again.finish()
+    assert read_scores(path) == {**settings, "rows": {"one": {"fid": 9}}}
+    assert KeptRows(path, {**settings, "seed": 1}, content).known == {}
+    assert KeptRows(path, settings, content, key="runs").known == {}
+
+
+def test_a_score_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table.json"
+    write_scores(path, {"rows": {"one": {"fid": 1}}})
+
+    def full(self: Path, text: str) -> int:
+        with self.open("w") as file:
+            file.write(text[:10])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_scores(path, {"rows": {"one": {"fid": 2}}})
+    assert read_scores(path)["rows"] == {"one": {"fid": 1}}
