@@ -456,13 +456,14 @@ def test_pairs_get_conditions_of_the_datas_kind(base: Base) -> None:
     settings = SimpleNamespace(condition=Canny(10, 30))
     module._trainer = SimpleNamespace(datamodule=SimpleNamespace(settings=settings))  # type: ignore[assignment]
     module.configure_model()
-    module.on_fit_start()
     for other in (Canny(), Inverted()):
-        settings.condition = other
+        module, settings.condition = joint(base("sd-v_prediction"), condition=Canny(10, 30)), other
+        module._trainer = SimpleNamespace(datamodule=SimpleNamespace(settings=settings))  # type: ignore[assignment]
         with pytest.raises(
             ValueError, match=r"Canny\(low=10, .* and data.condition (Canny\(low=100|Inverted)"
         ):
-            module.on_fit_start()
+            module.configure_model()
+        assert not hasattr(module.student, "denoiser")  # nothing was loaded for it
 
 
 def test_settings_that_contradict_each_other_are_refused(base: Base) -> None:

@@ -119,9 +119,14 @@ class ControlNetDistillation(OneStepDistillation):
             self.pairs.extract = lambda images: extracted(condition, images)
 
     def configure_model(self) -> None:
-        """Builds all networks, and shards each if the strategy has a device mesh. Idempotent."""
+        """Builds all networks, and shards each if the strategy has a device mesh. Idempotent.
+
+        Raises:
+            ValueError: if `condition` is not what makes the data's.
+        """
         if self.ema is not None:
             return
+        self._check_conditions()  # before minutes of loading
         super().configure_model()
         student = self.student.denoiser
         # nn.Module's own to(): that of diffusers warns about every cast.
@@ -129,13 +134,8 @@ class ControlNetDistillation(OneStepDistillation):
         trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
         rank_zero_info(f"ControlNet: {trained:,} trained parameters on a frozen student.")
 
-    def on_fit_start(self) -> None:
-        """Moves the frozen networks, and checks that both sources of conditions make the same.
-
-        Raises:
-            ValueError: if `condition` is not what makes the data's.
-        """
-        super().on_fit_start()
+    def _check_conditions(self) -> None:
+        """Checks that both sources of conditions make the same."""
         data = getattr(self._trainer, "datamodule", None)  # none where memory is planned
         made: ImageCondition | None = getattr(getattr(data, "settings", None), "condition", None)
         if self.condition is None or made is None:
