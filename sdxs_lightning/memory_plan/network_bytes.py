@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,10 +38,26 @@ class NetworkBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def network_bytes(network: PlannedNetwork, shards: int) -> NetworkBytes:
-    """Computes the bytes of a network; gradients have the dtype of their weights, as in torch."""
+def each_network_bytes(networks: Iterable[PlannedNetwork], shards: int) -> tuple[NetworkBytes, ...]:
+    """The bytes of several networks; weights that an average shares with the trained network before it count there only."""
+    counted: set[int] = set()
+    found = []
+    for network in networks:
+        found.append(network_bytes(network, shards, counted))
+        counted |= {id(parameter) for parameter in network.module.parameters()}
+    return tuple(found)
+
+
+def network_bytes(network: PlannedNetwork, shards: int, counted: Collection[int] = ()) -> NetworkBytes:
+    """Computes the bytes of a network; gradients have the dtype of their weights, as in torch.
+
+    Args:
+        network: the network.
+        shards: among how many processes it is sharded.
+        counted: ids of parameters to leave out.
+    """
     shards = shards if network.sharded else 1
-    parameters = list(network.module.parameters())
+    parameters = [p for p in network.module.parameters() if id(p) not in counted]
     trainable = [p for p in parameters if p.requires_grad] if network.role == "trained" else []
     buffers = sum(buffer.nbytes for buffer in network.module.buffers())
     state = state_per_element(network) if trainable else 0

@@ -15,6 +15,7 @@ from sdxs_lightning.memory_plan.checkpoint_bytes import CheckpointBytes, checkpo
 from sdxs_lightning.memory_plan.hardware import ASSUMED_GPUS, Hardware
 from sdxs_lightning.memory_plan.network_bytes import (
     NetworkBytes,
+    each_network_bytes,
     gathered_bytes,
     network_bytes,
     update_workspace,
@@ -152,7 +153,7 @@ class Planner:
             batch_size=self.batch_size,
             accumulate=accumulate,
             resolution=self.family.resolution,
-            networks=tuple(network_bytes(one, hardware.shards) for one in networks),
+            networks=each_network_bytes(networks, hardware.shards),
             buffers=self._buffers(hardware),
             checkpointed=tuple(one.name for one in trained if _is_checkpointed(one)),
             step=step,

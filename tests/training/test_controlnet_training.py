@@ -433,6 +433,17 @@ def test_the_memory_plan_counts_what_the_vae_decodes(base: Base, way: str) -> No
     assert [one.total for one in plan.step.phase_peaks(size)] == peaks
 
 
+def test_the_memory_plan_counts_weights_under_adapters_once(base: Base) -> None:
+    student = ControlledStudent(SGD, controlnet=ControlNetSource(lora=LoRA(rank=2)))
+    module = joint(base("sd-v_prediction"), student=student)
+    plan = Planner(module, read_hardware(ONE_CPU), 2, ("latents", "control_images")).plan()
+    rows = {row.name: row for row in plan.networks}
+    assert rows["ema"].parameters == rows["student"].trainable < rows["student"].parameters
+    assert rows["student"].weights - rows["ema"].weights == 4 * (
+        rows["student"].parameters - rows["student"].trainable
+    )
+
+
 # -------------------------------------------------------------------------------------------------------------- messages
 
 
