@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import statistics
@@ -19,6 +18,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.callbacks.checkpointing import Checkpointing
 from sdxs_lightning.callbacks.nan_guard import NanGuard
 from sdxs_lightning.command_line import Option, run_command
@@ -149,8 +149,7 @@ def run(options: StallOptions) -> str:
     """Measures, and writes the file."""
     result = measure(options)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(options.out, result)
     return "\n".join(f"{name}: {value}" for name, value in result.items())
 
 

@@ -10,17 +10,19 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from evaluation.benchmarks.tables.score_files import read_scores
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
 from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import PerImageMetric, SampledMetric
+from evaluation.reports.result_file import write_result
 
 if TYPE_CHECKING:
     from evaluation.benchmarks.coverage import CoverageOptions
@@ -91,11 +93,10 @@ def coverage(build: Callable[[], SampledMetric], count: int, trials: int) -> dic
     return results
 
 
-def coverage_table(
+def coverage_rows(
     counts: Sequence[int], scale: float, wanted: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Coverage by number of images, then by metric."""
-    table: dict[str, Any] = {}
+) -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Number of images, metric, and its coverage, one after the other as they are measured."""
     for count in counts:
         for name, build in metrics(count).items():
             if wanted and name not in wanted:
@@ -106,29 +107,26 @@ def coverage_table(
             trials = max(2, round(trials * scale))
             started = time.perf_counter()
             for number, row in coverage(build, count, trials).items():
-                label = (
-                    number
-                    if name in (number, "precision and recall", "inception score", "mean of images")
-                    else name
-                )
-                table.setdefault(str(count), {})[label] = row
+                own = name in (number, "precision and recall", "inception score", "mean of images")
+                label = number if own else name
                 sys.stderr.write(f"N = {count}, {label}: {row['coverage']:.1%} of {trials}\n")
+                yield str(count), label, row
             sys.stderr.write(f"  {time.perf_counter() - started:.0f} s\n")
-    return table
 
 
 def run(options: CoverageOptions) -> str | None:
-    """Run the trials; keeps the file's results for other numbers of images and other metrics."""
+    """Run the trials; each result is written at once, beside the file's for other numbers of images and other metrics."""
     torch.set_num_threads(1)
-    table = coverage_table(options.counts, options.scale, options.metrics)
+    table: dict[str, Any] = {}
     if options.out is not None and options.out.is_file():
-        known = json.loads(options.out.read_text())["coverage_of_95_percent_intervals"]
-        counts = sorted(known.keys() | table.keys(), key=int)
-        table = {count: known.get(count, {}) | table.get(count, {}) for count in counts}
-    result = {"dimensions": DIMENSIONS, "real_images": REAL_IMAGES, "coverage_of_95_percent_intervals": table}
-    text = json.dumps(result, indent=2)
-    if options.out is None:
-        return text
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(f"{text}\n")
-    return None
+        table = read_scores(options.out)["coverage_of_95_percent_intervals"]
+    for count, label, row in coverage_rows(options.counts, options.scale, options.metrics):
+        table.setdefault(count, {})[label] = row
+        table = {key: table[key] for key in sorted(table, key=int)}
+        if options.out is not None:
+            write_result(options.out, _result(table))
+    return json.dumps(_result(table), indent=2) if options.out is None else None
+
+
+def _result(table: dict[str, Any]) -> dict[str, Any]:
+    return {"dimensions": DIMENSIONS, "real_images": REAL_IMAGES, "coverage_of_95_percent_intervals": table}

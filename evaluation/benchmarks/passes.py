@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.command_line import Option, run_command
 
 if TYPE_CHECKING:
@@ -116,8 +117,7 @@ def run(options: PassesOptions) -> str:
     """Counts, and returns the table."""
     found = {base: count_all(base) for base in options.base}
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"passes_per_student_update": found}, indent=2) + "\n")
+        write_result(options.out, {"passes_per_student_update": found})
     return "\n".join(f"{base}:\n\n{passes_table(rows)}" for base, rows in found.items())
 
 

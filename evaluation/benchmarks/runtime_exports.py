@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from evaluation.latency import MODELS
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import UserError
 
@@ -68,7 +69,7 @@ def run(options: RuntimeExportsOptions) -> str:
             # After each, since one takes minutes and the next may need more memory.
             if options.out is not None:
                 result = known | {options.random_weights: list(rows.values())}
-                options.out.write_text(json.dumps(result, indent=1) + "\n")
+                write_result(options.out, result)
     return table(list(rows.values()))
 
 

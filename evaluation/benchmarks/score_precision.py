@@ -6,13 +6,13 @@ rounding of either may swamp it. DMD2 runs the real score in bfloat16, and fake 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.command_line import Option, run_command
 
 if TYPE_CHECKING:
@@ -71,9 +71,8 @@ def run(options: ScorePrecisionOptions) -> str:
 
     rows = measure(options)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         settings = {"guidance_scale": options.guidance_scale, "samples": options.samples}
-        options.out.write_text(json.dumps({"relative_error": rows, **settings}, indent=2) + "\n")
+        write_result(options.out, {"relative_error": rows, **settings})
     cells = [[name, *(f"{row[str(t)]:.2%}" for t in TIMESTEPS)] for name, row in rows.items()]
     return markdown_table(["timestep", *map(str, TIMESTEPS)], cells)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import platform
 import resource
@@ -20,6 +19,7 @@ from typing import Annotated, Any, ClassVar, NamedTuple
 
 from PIL import Image
 
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import UserError
 
@@ -147,8 +147,7 @@ def run(options: StartUpOptions) -> str:
             load = {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 2)}
             result = {"commands": rows, "repeats": repeat, "python": platform.python_version(), **load}
             if options.out is not None:
-                options.out.parent.mkdir(parents=True, exist_ok=True)
-                options.out.write_text(json.dumps(result, indent=2) + "\n")
+                write_result(options.out, result)
     return table(rows)
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, cast
 
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.command_line import Option, run_command
 
 if TYPE_CHECKING:
@@ -69,9 +70,8 @@ def run(options: StepProfileOptions) -> str:
     finally:
         torch.set_num_threads(threads)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"rows": found, "batch_size": options.batch_size, **where(torch.device("cpu"))}
-        options.out.write_text(json.dumps(content, indent=2) + "\n")
+        machine = where(torch.device("cpu"))
+        write_result(options.out, {"rows": found, "batch_size": options.batch_size, **machine})
     names = ["images per second, DMD2's = 1", *next(iter(found.values()))["shares"]]
     cells = [
         [name, f"{row['speed']:.2f}", *(f"{share:.1%}" for share in row["shares"].values())]

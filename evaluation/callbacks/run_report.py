@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.grids import progress_curves, sheet
 from evaluation.reports.markdown import score_file_markdown
+from evaluation.reports.result_file import write_result
 from evaluation.runner.machine import milliseconds_per_image, where
 from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import (
@@ -137,7 +137,7 @@ class Report(pl.Callback):
         for name, measured in self._to_store.items():
             store(folder / OWN_RESULTS, name, measured)
         report = self._compose(trainer, pl_module, student, entry, curve)
-        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_result(folder / "report.json", report)
         sheet(rows, [self.prompts[index] for index in self.sample_ids.tolist()]).save(folder / "samples.png")
         label = f"teacher, {self.teacher_steps[0]} steps"
         warmup_updates = pl_module.update_schedule.warmup_updates

@@ -7,7 +7,6 @@ the image that the condition was made from, beyond which no output can go.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from evaluation.metrics.control_adherence import ControlAdherence
 from evaluation.protocols.image_protocol import metric_hash
 from evaluation.protocols.protocols import Protocol, find_protocol, get_protocol
 from evaluation.reports.grids import sheet
+from evaluation.reports.result_file import write_result
 from evaluation.runner.control_quality import Estimates, QualityMetrics
 from evaluation.runner.machine import where
 from sdxs_lightning.core.errors import UserError
@@ -205,8 +205,7 @@ def evaluate_control(options: EvaluateOptions) -> str:
     }
     page = control_markdown(result)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+        write_result(options.out, result)
         options.out.with_suffix(".md").write_text(page + "\n")
         ids = torch.arange(min(GRID_COLUMNS, control_set.count))
         prompts = control_set.batch(ids.tolist())

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from data.toy.world import captions
 from evaluation.images.generate import ImageMaker, RealImages, Reconstructions, SampledImages
 from evaluation.protocols.protocols import Protocol
+from evaluation.reports.result_file import write_result
 from evaluation.runner.machine import milliseconds_per_image, where
 from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from sdxs_lightning.core.timesteps import Spacing
@@ -143,5 +144,4 @@ def add_timings(entry: Entry, teacher: Teacher, caption: str) -> Entry:
 def store(file: Path, name: str, entry: Entry) -> None:
     """Store an entry in a JSON file, keeping those of other protocols."""
     stored = json.loads(file.read_text()) if file.is_file() else {}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(stored | {name: entry}, indent=2) + "\n")
+    write_result(file, stored | {name: entry})

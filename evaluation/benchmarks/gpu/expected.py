@@ -16,6 +16,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.command_line import run_command
 
 if TYPE_CHECKING:
@@ -59,8 +60,7 @@ def run(options: ExpectedOptions) -> str:
     rows.append(counted("sd15", replace(plain["sd15"], gradient_checkpointing=True)))
     found: dict[str, Any] = {"training": rows, "host": host()}
     found["host_share"] = shares(rows[0], found["host"])
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_result(options.out, found)
     return _table(found)
 
 

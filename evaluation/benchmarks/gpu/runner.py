@@ -16,6 +16,7 @@ from typing import Any
 
 from evaluation.benchmarks.gpu.options import SECTIONS, GpuOptions
 from evaluation.benchmarks.gpu.section import Row, Task, run_section
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.command_line import terminated_as_exit
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
 
@@ -75,11 +76,8 @@ def _measured(options: GpuOptions) -> str:
 
 
 def _write(out: Path, results: dict[str, Any]) -> None:
-    written = out.with_name(f"{out.name}.part")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        written.write_text(json.dumps(results, indent=1) + "\n")
-        written.replace(out)
+        write_result(out, results)
     except OSError as error:
         raise CheckpointNotWritten(f"--out '{out}' could not be written: {error}") from error
 

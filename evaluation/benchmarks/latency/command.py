@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import statistics
@@ -20,6 +19,7 @@ from data.prepare.common.machine import choose_device
 from evaluation.benchmarks.latency.random_models import random_model
 from evaluation.benchmarks.latency.report import chart, table
 from evaluation.benchmarks.latency.subjects import Subject, serve_quietly
+from evaluation.reports.result_file import write_result
 from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import terminated_as_exit
@@ -57,8 +57,7 @@ def latency(options: LatencyOptions) -> str:
     }
     page = table(result)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_result(options.out, result)
         options.out.with_suffix(".md").write_text(page + "\n")
         chart(result, options.out.with_suffix(".png"))
     return page

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.reports.markdown import score_file_markdown, spread
+from evaluation.reports.result_file import write_result
 from evaluation.user_errors import as_user_errors
 
 if TYPE_CHECKING:
@@ -37,12 +37,9 @@ def read_scores(path: Path) -> dict[str, Any]:
 
 
 def write_scores(path: Path | None, content: Mapping[str, Any]) -> str:
-    """Write a score file, whole or not at all, if a path is given; returns its table."""
+    """Write a score file if a path is given; returns its table."""
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial")
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, path)
+        write_result(path, content)
     return score_file_markdown(content)
 
 

@@ -29,6 +29,7 @@ from evaluation.metrics.diversity import diversity
 from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.grids import sheet
 from evaluation.reports.markdown import score_file_markdown, spread
+from evaluation.reports.result_file import write_result
 from evaluation.runner.machine import milliseconds_per_image, where
 from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import Teacher, add_timings, look_up, measure_missing, store
@@ -119,7 +120,7 @@ def student_scores(root: Path, row: str, seed: int, scorer: Scorer) -> dict[str,
         "parameters": sum(parameter.numel() for parameter in maker.pipeline.unet.parameters()),
         **key,
     }
-    kept.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(kept, result)
     return result
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from evaluation.benchmarks import interval_coverage
+from evaluation.benchmarks.coverage import CoverageOptions
 from evaluation.benchmarks.interval_coverage import coverage, metrics
 from evaluation.metrics.control_adherence import (
     BarAdherence,
@@ -186,3 +191,25 @@ def test_intervals_hold_the_mean_of_other_draws(metric: str, trials: int, bound:
     for name, row in found.items():
         assert row["coverage"] >= bound, (name, row)
         assert row["half_width"] > 0
+
+
+def test_the_coverage_command_keeps_what_it_has_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, build = tmp_path / "coverage.json", interval_coverage.coverage
+
+    def stopped(make: Any, count: int, trials: int) -> dict[str, dict[str, float]]:
+        found = build(make, count, trials)
+        if "mean" in found:
+            raise KeyboardInterrupt
+        return found
+
+    known = {"coverage_of_95_percent_intervals": {"7": {"fid": {"coverage": 0.5}}}}
+    out.write_text(json.dumps(known))
+    monkeypatch.setattr(interval_coverage, "coverage", stopped)
+    options = CoverageOptions(counts=(50,), scale=0.002, metrics=("fid", "mean of images"), out=out)
+    with pytest.raises(KeyboardInterrupt):
+        interval_coverage.run(options)
+    table = json.loads(out.read_text())["coverage_of_95_percent_intervals"]
+    assert table["7"] == known["coverage_of_95_percent_intervals"]["7"] and list(table) == ["7", "50"]
+    assert set(table["50"]) == {"fid"} and 0 <= table["50"]["fid"]["coverage"] <= 1
