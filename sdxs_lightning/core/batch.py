@@ -145,6 +145,15 @@ class Conditioning:
             changes["negative_pooled_prompt_shift"] = uncond.pooled_prompt_embeds - pooled
         return replace(self, **changes)
 
+    def guided_as(self, other: "Conditioning") -> "Conditioning":
+        """Returns these prompts with what a U-Net with the guidance scale as an input gets of other ones' guidance."""
+        return replace(
+            self,
+            guidance_scales=other.guidance_scales,
+            negative_prompt_shift=other.negative_prompt_shift,
+            negative_pooled_prompt_shift=other.negative_pooled_prompt_shift,
+        )
+
     def guidance_scale(self, default: float) -> float | Tensor:
         """Guidance scales of the samples, (B, 1, 1, 1); without any the default."""
         return default if self.guidance_scales is None else self.guidance_scales.view(-1, 1, 1, 1)

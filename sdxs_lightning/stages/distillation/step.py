@@ -7,7 +7,6 @@ A *student update* is a step of the student's optimizer; progress, schedules and
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -329,9 +328,8 @@ class OneStepDistillation(DistillationNetworks):
         """The batch with its encoded prompts, which equal the sample's unless that was made from a pair."""
         own = fake.conditioning
         if fake.target is not None:
-            own = replace(
-                self.family.encode_prompts(batch.captions), guidance_scales=fake.conditioning.guidance_scales
-            )
+            # Whatever the halves do not share would tell them apart.
+            own = self.family.encode_prompts(batch.captions).guided_as(fake.conditioning)
         return RealBatch(batch, own, self.seed, fake.use)
 
     def plan_step(self, batch: TrainingBatch) -> Iterator[PlannedPhase]:

@@ -123,6 +123,25 @@ def check_shifts(module: OneStepDistillation, conditioning: Conditioning, positi
     torch.testing.assert_close(conditioning.negative_prompt_shift, none - against)
 
 
+@pytest.mark.parametrize("name", ["sd-v_prediction", "sdxl-epsilon"])
+def test_a_discriminator_sees_the_pairs_guidance_in_both_halves(base: Base, name: str) -> None:
+    pairs, always = replace(DRAWN, source="on_the_fly"), Regression(phase="always")
+    student, schedule = StudentGenerator(SGD, guidance=GUIDANCE), UpdateSchedule(max_student_updates=2)
+    module = built(
+        distillation(base(name), pairs=pairs, regression=always, student=student, update_schedule=schedule)
+    )
+    assert module.pairs is not None and module.real_score is not None
+    module.pairs.start(module.real_score.module, None)
+    batch = tiny_batch(6)
+    fake = module._sample(batch, module.terms.distillation)
+    real = module._real_batch(replace(batch, captions=["a green ring"] * 6), fake).conditioning
+    assert torch.equal(real.prompt_embeds, module.family.encode_prompts(["a green ring"] * 6).prompt_embeds)
+    taken = ["guidance_scales", "negative_prompt_shift"]
+    taken += ["negative_pooled_prompt_shift"] if name.startswith("sdxl") else []
+    for one in taken:
+        assert torch.equal(getattr(real, one), getattr(fake.conditioning, one)), one
+
+
 def test_a_scheduler_takes_each_samples_scale(base: Base) -> None:
     module = built(warm_up(base("sd-v_prediction")))
     assert module.real_score is not None
