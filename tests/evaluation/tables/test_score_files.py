@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from evaluation.benchmarks.tables.score_files import (
     write_scores,
 )
 from evaluation.benchmarks.tables.scores import over_seeds
+from evaluation.reports.result_file import write_result
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny_run import ROOT
 
@@ -162,3 +164,16 @@ def test_a_score_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     with pytest.raises(OSError, match="no space left"):
         write_scores(path, {"rows": {"one": {"fid": 2}}})
     assert read_scores(path)["rows"] == {"one": {"fid": 1}}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_links_pipes_and_devices_stay_what_they_are(tmp_path: Path) -> None:
+    file, link, pipe = tmp_path / "file.json", tmp_path / "link.json", tmp_path / "pipe"
+    link.symlink_to(file)
+    write_result(link, {"fid": 1})
+    assert link.is_symlink() and read_scores(file) == {"fid": 1}
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_result(pipe, {"fid": 2})
+    assert json.loads(os.read(reader, 1000)) == {"fid": 2} and pipe.is_fifo()
+    os.close(reader)
