@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.disk_room import SMALLEST_FILE_BYTES, check_room
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
+from sdxs_lightning.core.guidance_scale import read_guidance_scale
 from sdxs_lightning.core.image_formats import fitted, readable_formats
 from sdxs_lightning.core.option_bounds import LARGEST_SCALE, LARGEST_SIDE_PX, MOST_STEPS
 
@@ -85,7 +86,7 @@ python -m sdxs_lightning.generate --model guided/ --guidance_scale 2 --negative_
     """How much of --image is replaced, above 0 and at most 1."""
     guidance_scale: Annotated[float | None, Option(at_least=0, at_most=LARGEST_SCALE)] = None
     """Of a student that takes it as an input (student.guidance), which needs it; 1 means none."""
-    negative_prompt: str | None = None
+    negative_prompt: Annotated[str | None, Option(called=("negative_prompts",))] = None
     """What is not to be seen, for a student that was trained with negative prompts."""
     steps: Annotated[int | None, Option(at_least=1, at_most=MOST_STEPS)] = None
     """Of a student of several steps; by default all that its scheduler has."""
@@ -93,6 +94,9 @@ python -m sdxs_lightning.generate --model guided/ --guidance_scale 2 --negative_
     """Images at once."""
 
     def __post_init__(self) -> None:
+        if self.guidance_scale is not None:  # here, since each batch would say again that 0 is read as 1
+            scale = read_guidance_scale("--guidance_scale", self.guidance_scale)
+            object.__setattr__(self, "guidance_scale", scale)
         if (self.image is None) != (self.strength is None):
             raise ValueError("--image and --strength belong together.")
         self._refuse_without_effect()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from numbers import Real
+from typing import Any
 
 import torch
 
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.guidance_scale import read_guidance_scale
 from sdxs_lightning.families.folders import read_json
+from sdxs_lightning.inference.inputs import prompt_list
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.inference.networks import Prompts
 from sdxs_lightning.networks.guidance_input import guidance_embedding
@@ -50,6 +53,11 @@ def with_guidance(
             f"the student in '{model.path}' takes the guidance scale as an input: give `guidance_scale`, a number of the range "
             "that it was trained for (student.guidance), such as 2; 1 means none."
         )
+    if not isinstance(guidance_scale, Real):
+        raise UserError(
+            f"`guidance_scale` is {guidance_scale!r}, but must be one number of at least 1 for all prompts, where 1 means no "
+            "guidance."
+        )
     try:
         scale = read_guidance_scale("`guidance_scale`", guidance_scale)
     except ValueError as error:
@@ -69,12 +77,13 @@ def _with_negative(
     if negative_prompts is None:
         return prompts
     count = len(prompts.embeds)
-    texts = [negative_prompts] * count if isinstance(negative_prompts, str) else list(negative_prompts)
+    several = isinstance(negative_prompts, Iterable) and not isinstance(negative_prompts, str)
+    texts: list[Any] = list(negative_prompts) if several else [negative_prompts] * count
     if len(texts) != count:
         raise UserError(
             f"{len(texts)} negative prompts for {count} prompts; give one for all, or one for each."
         )
-    none, negative = encode([""]), encode(texts)
+    none, negative = encode([""]), encode(prompt_list(texts, "negative_prompts"))
     if _empty_is_zero(model):
         pooled = None if none.pooled is None else torch.zeros_like(none.pooled)
         none = Prompts(torch.zeros_like(none.embeds), pooled)

@@ -37,8 +37,8 @@ def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return found
 
 
-def prompt_list(prompts: str | Iterable[str]) -> list[str]:
-    """One prompt or several as a list.
+def prompt_list(prompts: str | Iterable[str], name: str = "prompts") -> list[str]:
+    """One prompt or several as a list; `name` is for messages.
 
     Raises:
         UserError: without any, or for one that is no text, such as bytes of a command line that are no UTF-8.
@@ -48,11 +48,11 @@ def prompt_list(prompts: str | Iterable[str]) -> list[str]:
         raise UserError("there is no prompt; give at least one.")
     for i, prompt in enumerate(listed):
         if not isinstance(prompt, str):
-            raise UserError(f"`prompts`[{i}] is a {type(prompt).__name__}, expected text.")
+            raise UserError(f"`{name}`[{i}] is a {type(prompt).__name__}, expected text.")
         try:
             prompt.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"`prompts`[{i}] is '{prompt}', which is no text in UTF-8.") from error
+            raise UserError(f"`{name}`[{i}] is '{prompt}', which is no text in UTF-8.") from error
     return listed
 
 

@@ -25,6 +25,7 @@ from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.controlnet import load_controlnet
 from sdxs_lightning.networks.guidance_input import add_guidance_input
+from tests.helpers.refusals import refusal
 from tests.helpers.students import PROMPTS, SEEDS, condition
 
 Students = Callable[[str], Path]
@@ -129,6 +130,22 @@ def test_the_command_takes_both(guided: Students, tmp_path: Path) -> None:
     assert int((found.int() - expected[0].int()).abs().max()) <= 1
 
 
+def test_the_command_reads_the_scale_once_and_names_its_own_options(
+    guided: Students, student: Students, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--device", "cpu", "--batch_size", "1", "--prompt", *PROMPTS, "--out", str(tmp_path / "images")]
+    main(["--model", str(guided("sd")), "--guidance_scale", "0", *line])
+    assert capsys.readouterr().err.count("--guidance_scale 0 is read as 1: no guidance.") == 1
+    for scale in ("0.5", "nan", "-1", "inf"):
+        assert "--guidance_scale" in refusal(
+            main, ["--model", "none", "--guidance_scale", scale, *line], capsys
+        )
+    said = refusal(main, ["--model", str(student("sd")), "--negative_prompt", "blurry", *line], capsys)
+    assert "generate: --negative_prompt is 'blurry', but the student in" in said
+    said = refusal(main, ["--model", str(guided("sd")), "--negative_prompt", "blurry", *line], capsys)
+    assert "takes the guidance scale as an input: give --guidance_scale, a number" in said
+
+
 def test_what_does_not_fit_is_refused(guided: Students, student: Students, tmp_path: Path) -> None:
     generator = OneStepGenerator.load(guided("sd"), device="cpu")
     with pytest.raises(
@@ -138,6 +155,13 @@ def test_what_does_not_fit_is_refused(guided: Students, student: Students, tmp_p
     for wrong in (0.5, -1.0, float("nan"), float("inf")):
         with pytest.raises(UserError, match="`guidance_scale` is .* but must be a number of at least 1"):
             generator.generate(PROMPTS, guidance_scale=wrong)
+    for several in ("2", [2.0, 3.0], torch.tensor(2.0)):
+        with pytest.raises(UserError, match="`guidance_scale` is .* but must be one number of at least 1"):
+            generator.generate(PROMPTS, guidance_scale=several)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"`negative_prompts`\[1\] is a NoneType, expected text"):
+        generator.generate(PROMPTS, guidance_scale=2.0, negative_prompts=["a", None])  # type: ignore[list-item]
+    with pytest.raises(UserError, match=r"`negative_prompts`\[0\] is a int, expected text"):
+        generator.generate(PROMPTS, guidance_scale=2.0, negative_prompts=3)  # type: ignore[arg-type]
     with pytest.raises(
         UserError, match="3 negative prompts for 2 prompts; give one for all, or one for each"
     ):
