@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,8 @@ from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscre
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import PerImageMetric, SampledMetric
 from evaluation.reports.result_file import write_result
+from evaluation.user_errors import as_user_errors
+from sdxs_lightning.core.errors import UserError
 
 if TYPE_CHECKING:
     from evaluation.benchmarks.coverage import CoverageOptions
@@ -114,18 +117,34 @@ def coverage_rows(
             sys.stderr.write(f"  {time.perf_counter() - started:.0f} s\n")
 
 
+@as_user_errors()
 def run(options: CoverageOptions) -> str | None:
     """Run the trials; each result is written at once, beside the file's for other numbers of images and other metrics."""
     torch.set_num_threads(1)
-    table: dict[str, Any] = {}
-    if options.out is not None and options.out.is_file():
-        table = read_scores(options.out)["coverage_of_95_percent_intervals"]
+    accepted = metrics(REAL_IMAGES)
+    for name in options.metrics:
+        if name not in accepted:
+            raise UserError(f"--metrics has '{name}', but takes {', '.join(map(repr, accepted))}.")
+    table = _known(options.out) if options.out is not None and options.out.is_file() else {}
     for count, label, row in coverage_rows(options.counts, options.scale, options.metrics):
         table.setdefault(count, {})[label] = row
         table = {key: table[key] for key in sorted(table, key=int)}
         if options.out is not None:
             write_result(options.out, _result(table))
     return json.dumps(_result(table), indent=2) if options.out is None else None
+
+
+def _known(file: Path) -> dict[str, Any]:
+    """The table of an earlier run."""
+    table = read_scores(file).get("coverage_of_95_percent_intervals")
+    if not isinstance(table, dict) or not all(
+        key.isdecimal() and isinstance(table[key], dict) for key in table
+    ):
+        raise UserError(
+            f"--out '{file}' is there and has no coverage_of_95_percent_intervals by number of images, so it is not of this "
+            "command; give another file."
+        )
+    return table
 
 
 def _result(table: dict[str, Any]) -> dict[str, Any]:

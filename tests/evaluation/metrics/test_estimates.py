@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evaluation.benchmarks import interval_coverage
-from evaluation.benchmarks.coverage import CoverageOptions
+from evaluation.benchmarks.coverage import CoverageOptions, main
 from evaluation.benchmarks.interval_coverage import coverage, metrics
 from evaluation.metrics.control_adherence import (
     BarAdherence,
@@ -30,6 +30,7 @@ from evaluation.metrics.estimates import (
     student_t,
 )
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance, frechet_distance
+from tests.helpers.refusals import refusal
 
 DIMENSIONS = 16
 
@@ -213,3 +214,27 @@ def test_the_coverage_command_keeps_what_it_has_measured(
     table = json.loads(out.read_text())["coverage_of_95_percent_intervals"]
     assert table["7"] == known["coverage_of_95_percent_intervals"]["7"] and list(table) == ["7", "50"]
     assert set(table["50"]) == {"fid"} and 0 <= table["50"]["fid"]["coverage"] <= 1
+
+
+def test_the_coverage_command_refuses_what_it_cannot_extend(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "coverage.json"
+    line = ["--counts", "50", "--scale", "0.002", "--out", out]
+    said = refusal(main, [*line, "--metrics", "fid", "fid0"], capsys)
+    assert "--metrics has 'fid0', but takes 'fid', 'kid'" in said
+    assert not out.exists()
+    key = "coverage_of_95_percent_intervals"
+    for text in (
+        '{"rows": {}}',
+        f'{{"{key}": [1]}}',
+        f'{{"{key}": {{"fid": {{}}}}}}',
+        f'{{"{key}": {{"7": 1}}}}',
+    ):
+        out.write_text(text)
+        assert f"--out '{out}' is there and has no {key}" in refusal(
+            main, [*line, "--metrics", "fid"], capsys
+        )
+        assert out.read_text() == text
+    out.write_text("{")
+    assert f"{out} is not JSON" in refusal(main, [*line, "--metrics", "fid"], capsys)
