@@ -161,7 +161,7 @@ def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | Non
     if guidance is None:
         raise ValueError(
             "pairs.guidance_scale is null, so that student.guidance draws each pair's scale, and that is null too; give "
-            "pairs.guidance_scale a number of at least 1, or set student.guidance."
+            "pairs.guidance_scale a number of at least 1, or, for a student that is trained whole, set student.guidance."
         )
     if pairs.guidance_scale is not None and not guidance.low <= pairs.guidance_scale <= guidance.high:
         raise ValueError(

@@ -15,6 +15,7 @@ from torch import Tensor
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input
+from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
@@ -174,6 +175,8 @@ def test_what_does_not_go_together_is_refused(base: Base) -> None:
         ValueError, match=r"student.guidance draws each pair's scale, and that is null too; give"
     ):
         warm_up(base("sd-v_prediction"), student=StudentGenerator(SGD))
+    with pytest.raises(ValueError, match="or, for a student that is trained whole, set student.guidance"):
+        warm_up(base("sd-v_prediction"), student=StudentGenerator(SGD, lora=LoRA(rank=2)))
     with pytest.raises(
         ValueError, match="student.guidance needs updates of the student at more than one scale"
     ):
