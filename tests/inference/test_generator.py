@@ -168,7 +168,7 @@ def test_a_prompt_that_is_cut_is_named_once(student: Students) -> None:
         generator.generate([f"{fits} star"], [0])
 
 
-def test_the_compiled_step_is_one_graph(student: Students, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_step_is_one_graph(guided: Students, monkeypatch: pytest.MonkeyPatch) -> None:
     """From noise to pixels, once for a shape; the C++ compiler, which takes minutes, is left out."""
     graphs: list[Any] = []
 
@@ -177,7 +177,7 @@ def test_the_compiled_step_is_one_graph(student: Students, monkeypatch: pytest.M
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    folder = student("sd-midless")
+    folder = guided("sd-midless")
     controlnet = f"{folder}-controlnet"
     generator = OneStepGenerator.load(folder, controlnet=controlnet, device="cpu", compiled=True)
     plain = OneStepGenerator.load(folder, controlnet=controlnet, device="cpu")
@@ -190,12 +190,13 @@ def test_the_compiled_step_is_one_graph(student: Students, monkeypatch: pytest.M
             "strength": strength,
             "control_images": images,
             "control_scale": i / 8,
+            "guidance_scale": 1 + i / 8,
         }
         assert largest(pixels(generator, **given), pixels(plain, **given)) <= 1e-5
     assert len(graphs) == 1
     monkeypatch.setattr("sdxs_lightning.inference.generator.GRAPHS", 1)
     with pytest.raises(UserError, match="more than 1 combinations of batch size, image size and inputs"):
-        generator.sample(PROMPTS, SEEDS, size=24)
+        generator.sample(PROMPTS, SEEDS, size=24, guidance_scale=2.0)
 
 
 def test_a_compiled_image_stays_what_it_is(student: Students, monkeypatch: pytest.MonkeyPatch) -> None:

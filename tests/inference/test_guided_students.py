@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,6 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
@@ -19,37 +19,17 @@ from evaluation.images.samples import load_pipeline
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.demo.__main__ import DemoOptions
 from sdxs_lightning.demo.serve import studio
+from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.generate import main
 from sdxs_lightning.inference.exporting.export import export_runtime
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.controlnet import load_controlnet
-from sdxs_lightning.networks.guidance_input import add_guidance_input
 from tests.helpers.refusals import refusal
 from tests.helpers.students import PROMPTS, SEEDS, condition
 
 Students = Callable[[str], Path]
 NEGATIVE = ["blurry", ""]
-
-
-@pytest.fixture(scope="module")
-def guided(student: Students, tmp_path_factory: pytest.TempPathFactory) -> Students:
-    """A student of KINDS with a guidance scale as an input that matters."""
-    root = tmp_path_factory.mktemp("guided")
-
-    def folder(name: str) -> Path:
-        if not (root / name).is_dir():
-            shutil.copytree(student(name), root / name)
-            shutil.copytree(f"{student(name)}-controlnet", root / f"{name}-controlnet")
-            unet = UNet2DConditionModel.from_pretrained(student(name) / "unet")
-            add_guidance_input(unet, 16)
-            generator = torch.Generator().manual_seed(0)
-            with torch.no_grad():
-                unet.time_embedding.cond_proj.weight.normal_(std=0.5, generator=generator)
-            unet.save_pretrained(root / name / "unet")
-        return root / name
-
-    return folder
 
 
 def stock(folder: Path, scale: float, negative: list[str] | None = None, **given: Any) -> Tensor:
@@ -103,6 +83,21 @@ def test_negative_prompts_are_those_of_training(name: str, guided: Students) -> 
     assert largest(found[:1], without[:1]) > 0.01
     assert largest(found[1:], without[1:]) == 0  # an empty one changes nothing
     assert torch.equal(pixels(folder, 2.0, negative_prompts="blurry")[:1], found[:1])
+
+
+def test_the_empty_prompt_of_sdxl_is_zeros_unless_the_folder_encodes_it(
+    guided: Students, tmp_path: Path
+) -> None:
+    folder = tmp_path / "sdxl"
+    shutil.copytree(guided("sdxl"), folder)
+    zeros = pixels(folder, 2.0, negative_prompts=NEGATIVE)
+    index = read_json(folder / "model_index.json")
+    assert index["force_zeros_for_empty_prompt"] is True
+    index["force_zeros_for_empty_prompt"] = False
+    (folder / "model_index.json").write_text(json.dumps(index))
+    encoded = pixels(folder, 2.0, negative_prompts=NEGATIVE)
+    assert largest(encoded, stock(folder, 2.0, NEGATIVE)) <= 1e-5
+    assert largest(encoded[:1], zeros[:1]) > 0.01 and largest(encoded[1:], zeros[1:]) == 0
 
 
 def test_a_controlnet_gets_the_prompts_without_negative_ones(guided: Students) -> None:
