@@ -173,21 +173,24 @@ def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | Non
 def check_guidance_is_trained(
     student: StudentGenerator, terms: Terms, update_schedule: UpdateSchedule, pairs: PairSettings | None
 ) -> None:
-    """Raises ValueError if a student with the guidance scale as an input learns one scale only, that of pairs, or none."""
+    """Raises ValueError if a student with the guidance scale as an input learns one scale only, that of pairs, or none, or
+    learns in the warm-up what the scale does and no longer afterwards.
+    """
     if student.guidance is None:
         return
     drawn_pairs = pairs is not None and pairs.guidance_scale is None
-    for phase in terms.of_run(update_schedule):
-        objectives = [getattr(term, "objective", term) for term in phase.values()]
-        guides = any(getattr(one, "guidance_scale", 1.0) != 1.0 for one in objectives)
-        of_pairs = any(term.needs_pairs for term in phase.values())
-        if drawn_pairs if of_pairs else guides:
-            return
+    # Updates at drawn scales without guidance would make all of them alike again.
+    last = terms.of_run(update_schedule)[-1]
+    objectives = [getattr(term, "objective", term) for term in last.values()]
+    guides = any(getattr(one, "guidance_scale", 1.0) != 1.0 for one in objectives)
+    of_pairs = any(term.needs_pairs for term in last.values())
+    if drawn_pairs if of_pairs else guides:
+        return
     raise ValueError(
-        "student.guidance needs updates of the student at more than one scale: pairs with scales of their own "
-        "(pairs.guidance_scale null), or updates without pairs in which the real score is guided, for which leave objectives "
-        "with pairs to the warm-up (regression.phase) and give distribution_matching or an entry of objectives a "
-        "guidance_scale above 1; or set student.guidance to null."
+        "student.guidance needs updates of the student at more than one scale, to the end of the run: pairs with scales of "
+        "their own (pairs.guidance_scale null; after a warm-up with regression.phase always), or updates without pairs in "
+        "which the real score is guided, for which leave objectives with pairs to the warm-up (regression.phase) and give "
+        "distribution_matching or an entry of objectives a guidance_scale above 1; or set student.guidance to null."
     )
 
 

@@ -17,6 +17,7 @@ from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.student_generator import StudentGenerator
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.pairs.scheduler_sampler import SchedulerSampler
 from sdxs_lightning.pairs.target_pairs import PairSettings
@@ -181,6 +182,15 @@ def test_what_does_not_go_together_is_refused(base: Base) -> None:
         ValueError, match="student.guidance needs updates of the student at more than one scale"
     ):
         warm_up(base("sd-v_prediction"), replace(DRAWN, guidance_scale=2.0))
+    later: dict[str, Any] = {
+        "pairs": DRAWN,
+        "student": StudentGenerator(SGD, guidance=GUIDANCE),
+        "distribution_matching": DistributionMatching(guidance_scale=1.0),
+        "update_schedule": UpdateSchedule(max_student_updates=2, warmup_updates=1),
+    }
+    with pytest.raises(ValueError, match="more than one scale, to the end of the run: pairs with scales of"):
+        distillation(base("sd-v_prediction"), regression=Regression(), **later)
+    distillation(base("sd-v_prediction"), regression=Regression(phase="always"), **later)
     module = built(warm_up(base("sd-v_prediction"), replace(DRAWN, source="on_the_fly")))
     assert module.pairs is not None and module.real_score is not None
     add_guidance_input(module.real_score.module.unet, 16)
