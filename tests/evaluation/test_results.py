@@ -39,13 +39,29 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 16
+    assert len(shown) == len(set(shown)) == 17
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
         assert path.name in PAGE or path.name == "README.md", f"{path.name} is in no section"
     for path in RESULTS.glob("*.png"):
         assert path.name in PAGE, f"{path.name} is in no section"
+
+
+def test_what_is_said_of_guidance_as_an_input_is_its_file() -> None:
+    rows, said = result("toy_guidance_input")["rows"], " ".join(PAGE.split())
+    own, base = rows["guidance 3, negative prompt"], rows["base, guidance 3, negative prompt"]
+    plain = result("toy_controlnet_canny")["chance"]["caption_accuracy"]
+    removed, kept = [[100 * row[key] for row in (own, base)] for key in ("removed", "caption_accuracy")]
+    assert f"removes its background from {removed[0]:.0f} % of the images (base {removed[1]:.0f} %)" in said
+    assert f"costs captions as there ({kept[0]:.0f} and {kept[1]:.0f} % keep theirs)" in said
+    lost = 100 * (plain - rows["guidance 1.5"]["caption_accuracy"])
+    assert (
+        f"is {lost:.0f} points of captions against the shipped student ({100 * plain:.1f} % of these" in said
+    )
+    assert rows["guidance 2"]["caption_accuracy"] > plain
+    scales = [rows[f"guidance {scale}"]["diversity"] for scale in ("1", "1.5", "2", "3", "4")]
+    assert scales == sorted(scales, reverse=True)
 
 
 def test_the_table_of_speed_is_its_files() -> None:
