@@ -194,8 +194,9 @@ def test_the_readme_says_what_control_and_style_reach() -> None:
     )
 
 
-def test_the_table_of_exports_is_its_file() -> None:
-    (rows,) = result("runtime_exports").values()
+@pytest.mark.parametrize("name", ["runtime_exports", "runtime_exports_1024"])
+def test_the_table_of_exports_is_its_file(name: str) -> None:
+    (rows,) = result(name).values()
     assert f"\n\n{runtime_exports.table(rows)}\n\n" in PAGE
 
 
