@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from evaluation.latency import MODELS
 from evaluation.reports.result_file import write_result
+from evaluation.runner.memory import peak_resident_bytes
 from sdxs_lightning.command_line import Option, run_command
 from sdxs_lightning.core.errors import UserError
 
@@ -177,8 +177,8 @@ def _measured_export(
         file.stat().st_size for file in model.glob("*/*.safetensors") if file.parent.name != "vae_large"
     )
     stored += sum(file.stat().st_size for file in (controlnet or work / "none").glob("*.safetensors"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return row | {"megabytes": sizes, "peak_over_weights": peak / (2 * stored)}  # stored in half precision
+    peak = peak_resident_bytes() / (2 * stored)  # stored in half precision
+    return row | {"megabytes": sizes, "peak_over_weights": peak}
 
 
 if __name__ == "__main__":

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import socket
-import sys
 import time
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -26,6 +24,7 @@ from rich.progress import (
 from evaluation.callbacks.step_flops import StepFlops, peak_tflops
 from evaluation.callbacks.step_timing import FetchTimer, Mark, Span, Stopwatch, TimedCollectives
 from evaluation.callbacks.student_updates import log_now, paused_seconds
+from evaluation.runner.memory import peak_resident_bytes
 from sdxs_lightning.callbacks.counts import counts_of
 from sdxs_lightning.callbacks.ranks import Ranks
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
@@ -37,8 +36,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Peak memory of this process: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return resident / (2**30 if sys.platform == "darwin" else 2**20)  # macOS counts bytes, Linux KiB
+    return peak_resident_bytes() / 2**30
 
 
 class Window(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evaluation.benchmarks.latency.stopwatch import Stopwatch
+from evaluation.runner.memory import peak_resident_bytes
 
 Kind = Literal["generator", "stock", "base"]
 PROMPTS = ("a red circle above a blue square", "a green star", "a small yellow triangle", "a white square")
@@ -75,7 +75,7 @@ def peak_megabytes(device: str) -> float:
         import torch
 
         return torch.cuda.max_memory_allocated() / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    return peak_resident_bytes() / 1e6
 
 
 def _prepared(subject: Subject) -> Callable[[int], dict[str, float]]:
