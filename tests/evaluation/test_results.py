@@ -64,11 +64,32 @@ def test_what_is_said_of_guidance_as_an_input_is_its_file() -> None:
     assert scales == sorted(scales, reverse=True)
 
 
-def test_the_table_of_speed_is_its_files() -> None:
-    measured = result("latency_cpu")
+@pytest.mark.parametrize("name", ["latency_cpu", "latency_cpu_backends"])
+def test_the_tables_of_speed_are_their_files(name: str) -> None:
+    measured = result(name)
     assert f"\n\n{table(measured)}\n\n" in PAGE
     written = " ".join(PAGE.replace("\\\n", " ").split())
-    assert f"{measured['command']} --out evaluation/results/latency_cpu.json" in written
+    assert f"{measured['command']} --out evaluation/results/{name}.json" in written
+
+
+def test_what_is_said_of_speed_is_its_files() -> None:
+    first, second = [
+        {row["subject"]: row["seconds"] for row in result(name)["rows"]}
+        for name in ("latency_cpu", "latency_cpu_backends")
+    ]
+    said, eager = " ".join(PAGE.split()), second["student, torch"]
+    shares = [second[f"student, {name}"] / eager for name in ("torch-compiled", "onnx fp32", "openvino fp32")]
+    assert (
+        f"the step takes {shares[0]:.2f} times its eager time, in ONNX Runtime {shares[1]:.2f} times, in OpenVINO "
+        f"{shares[2]:.2f} times" in said
+    )
+    ratios = [
+        rows["student, diffusers, KL decoder"] / rows["student, openvino fp32"] for rows in (first, second)
+    ]
+    assert (
+        f"{ratios[0]:.1f} times as fast as diffusers with the KL decoder in the first run and {ratios[1]:.1f} times"
+        in said
+    )
 
 
 def test_what_is_said_of_distillation_alone_is_its_file() -> None:
