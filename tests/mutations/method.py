@@ -200,10 +200,18 @@ MUTATIONS = (
     ),
     Mutation(
         "one guidance scale for all samples",
-        f"{OBJECTIVES}/term.py",
-        "default == 1.0 else scales.view(-1, 1, 1, 1)",
-        "default == 1.0 else scales[:1].view(-1, 1, 1, 1)",
+        "sdxs_lightning/core/batch.py",
+        "is None else self.guidance_scales.view(-1, 1, 1, 1)",
+        "is None else self.guidance_scales[:1].view(-1, 1, 1, 1)",
         "tests/training/distillation/test_guidance_input.py::test_the_real_score_is_guided_by_each_samples_scale",
+    ),
+    Mutation(
+        "pairs of another scale than their student is told",
+        "sdxs_lightning/pairs/stored_pairs.py",
+        "conditioning = self._guide(conditioning, chosen)",
+        "conditioning = self._guide(conditioning, positions)",
+        "tests/training/distillation/test_guidance_of_pairs.py::"
+        "test_pairs_in_memory_have_each_their_scale_and_negative_prompt[sd-v_prediction]",
     ),
     Mutation(
         "adapters on in a controlled real score",
