@@ -30,7 +30,7 @@ from sdxs_lightning.pairs.target_sampler import TargetSampler
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, save_tiny_sd, tiny_batch
-from tests.helpers.tiny_distillation import StopAfter, distillation, family_of, moved, weights
+from tests.helpers.tiny_distillation import Captions, StopAfter, distillation, family_of, moved, weights
 
 # Of numpy's, inside diffusers.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -39,13 +39,6 @@ Base = Callable[[str], Path]
 KINDS = ["sd-v_prediction", "sdxl-epsilon"]
 SEED = 5
 SETTINGS: dict[str, Any] = {"sampler_steps": 3, "guidance_scale": 2.0, "count": 7}
-
-
-class Captions:
-    """What of a DataModule the pairs in memory ask for."""
-
-    def train_captions(self, count: int) -> list[str]:
-        return tiny_batch(5).captions
 
 
 @pytest.fixture(scope="module")

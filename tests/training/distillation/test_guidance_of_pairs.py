@@ -25,7 +25,7 @@ from sdxs_lightning.pairs.target_sampler import TargetSampler
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
-from tests.helpers.tiny_distillation import built, distillation, fit, weights
+from tests.helpers.tiny_distillation import Captions, built, distillation, fit, weights
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -40,13 +40,6 @@ GUIDANCE = GuidanceInput(
 )
 DRAWN = PairSettings(count=COUNT, sampler_steps=STEPS, sampler_batch_size=4, guidance_scale=None)
 WARMUP = UpdateSchedule(max_student_updates=2, warmup_updates=2)
-
-
-class Captions:
-    """What of a DataModule the pairs in memory ask for."""
-
-    def train_captions(self, count: int) -> list[str]:
-        return tiny_batch(5).captions
 
 
 def warm_up(base: Path, pairs: PairSettings = DRAWN, **settings: Any) -> OneStepDistillation:
