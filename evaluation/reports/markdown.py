@@ -23,7 +23,7 @@ TITLES = {
     "ms_per_image": "ms/image",
     "removed": "removed by the negative prompt",
     "relative_time": "time, last row = 1",
-    "relative_cost": "cost of the stage, warmup = 1",
+    "relative_cost": "processor time, first row = 1",
 }
 LOWER_IS_BETTER = {"fid", "patch_fid", "fd_dinov2", "kid", "cmmd"}
 
@@ -207,7 +207,8 @@ def _report_markdown(content: Mapping[str, Any]) -> str:
 def _rows_markdown(content: Mapping[str, Any]) -> str:
     """Markdown of recipes (a row each), U-Nets (a row per number of steps) or size conditions."""
     rows: dict[str, StoredScores] = {}
-    unit = content["rows"].get("warmup", {}).get("cpu_seconds")
+    costs = (scores.get("cpu_seconds") for scores in content["rows"].values())
+    unit = next(filter(None, costs), None) if len(content["rows"]) > 1 else None
     for label, scores in content["rows"].items():
         for steps, scores_at in scores.get("steps", {}).items():
             rows[f"{label}, {steps} steps"] = {**scores_at, "parameters": scores["parameters"]}

@@ -1,10 +1,10 @@
-"""Stage `teacher`: trains a U-Net from scratch by denoising; the toy base was made this way."""
+"""Stage `teacher`: trains a U-Net by denoising, from scratch or from another; the toy bases were made this way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -16,6 +16,8 @@ from sdxs_lightning.core.noise_schedule import target_of
 from sdxs_lightning.core.seeding import Stream
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families import Family
+from sdxs_lightning.families.sources import resolve_unet
+from sdxs_lightning.families.weights import load_network
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.ema import check_decay
 from sdxs_lightning.objectives.denoising import denoising_loss
@@ -23,9 +25,47 @@ from sdxs_lightning.stages.data_sample import data_sample
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.plannable import PlannedNetwork, PlannedPhase
 
+if TYPE_CHECKING:
+    from diffusers import UNet2DConditionModel
+
+
+BRANCH_OUTPUTS = ("to_out.0", "ff.net.2", "proj_out", "conv2", "add_embedding.linear_2")
+"""Last layers of what a U-Net adds to its state: attentions, feed-forward layers, transformers, ResNet blocks, conditions."""
+
+
+def begin_from(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> list[str]:
+    """Copies into a fresh U-Net the tensors of another that have its names and shapes.
+
+    Last layers of branches that the other lacks become zero, so that a U-Net which only adds branches computes what the other
+    does. All else that is not copied keeps its random values.
+
+    Args:
+        unet: changed in place.
+        weights: of the other U-Net.
+
+    Returns:
+        Names of the tensors that were not copied.
+
+    Raises:
+        ValueError: if not one tensor fits.
+    """
+    own = unet.state_dict()
+    fits = {
+        name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape
+    }
+    if not fits:
+        raise ValueError("weights: not one tensor of this U-Net has the name and shape of one of the base's.")
+    unet.load_state_dict(fits, strict=False)
+    new = [name for name in own if name not in fits]
+    with torch.no_grad():
+        for name in new:
+            if name not in weights and name.rpartition(".")[0].endswith(BRANCH_OUTPUTS):
+                own[name].zero_()
+    return new
+
 
 class DenoisingTraining(AveragedTraining):
-    """Trains a randomly initialised U-Net of the base's config with the base's text encoder, latents and schedule.
+    """Trains a U-Net of the base's config with the base's text encoder, latents and schedule.
 
     The loss is the mean square error of the network's raw output (epsilon or v). For v it weighs errors of the clean
     latents by SNR + 1, so that the high noise levels, where layout and binding are decided, count as much as the low ones.
@@ -38,6 +78,11 @@ class DenoisingTraining(AveragedTraining):
         caption_dropout: probability of dropping a caption ("" in SD, zeros in SDXL), for classifier-free guidance.
         ema_decay: decay of the averaged weights, per step.
         seed: seed of noise, timesteps and dropout, which are drawn per sample position.
+        weights: U-Net or pipeline folder to begin from (see `begin_from`), whose architecture and prediction may be others;
+            None begins from random weights.
+
+    Raises:
+        ValueError: if `weights` has no tensor that fits.
     """
 
     def __init__(
@@ -49,6 +94,7 @@ class DenoisingTraining(AveragedTraining):
         caption_dropout: float = 0.1,
         ema_decay: float = 0.999,
         seed: int = 0,
+        weights: str | None = None,
     ) -> None:
         from diffusers import UNet2DConditionModel
 
@@ -57,6 +103,8 @@ class DenoisingTraining(AveragedTraining):
         self.family = family
         self.output, self.caption_dropout, self.seed = output, caption_dropout, seed
         unet = UNet2DConditionModel.from_config(family.unet_config)
+        if weights is not None:
+            begin_from(unet, load_network(UNet2DConditionModel, resolve_unet(weights)).state_dict())
         self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
         self.denoiser.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(

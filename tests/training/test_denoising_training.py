@@ -16,14 +16,14 @@ from sdxs_lightning.core.noise_schedule import add_noise, target_of
 from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families.sd import StableDiffusion
-from sdxs_lightning.stages.teacher import DenoisingTraining
+from sdxs_lightning.stages.teacher import DenoisingTraining, begin_from
 from sdxs_lightning.training.lr_schedules import TrapezoidLR
 from tests.helpers.tiny import tiny_batch
 
 Base = Callable[[str], Path]
 
 
-def stage(base: Path, output: Path, seed: int = 3) -> DenoisingTraining:
+def stage(base: Path, output: Path, seed: int = 3, weights: str | None = None) -> DenoisingTraining:
     torch.manual_seed(1)  # not that of the tiny base
     return DenoisingTraining(
         StableDiffusion(str(base)),
@@ -33,6 +33,7 @@ def stage(base: Path, output: Path, seed: int = 3) -> DenoisingTraining:
         caption_dropout=0.5,
         ema_decay=0.5,
         seed=seed,
+        weights=weights,
     )
 
 
@@ -111,6 +112,61 @@ def test_saves_the_average_and_nothing_frozen(base: Base, shards: Path, tmp_path
         expected = 0.25 * seen[0][name] + 0.25 * seen[1][name] + 0.5 * seen[2][name]
         torch.testing.assert_close(value.float(), expected, rtol=2e-3, atol=1e-4)
         assert not torch.equal(seen[2][name], start[name])
+
+
+def small_unet(**settings: object) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        attention_head_dim=8,
+        cross_attention_dim=24,
+        use_linear_projection=True,
+        **settings,
+    )
+
+
+def test_begins_as_the_unet_without_the_added_branches() -> None:
+    """More transformer layers and SDXL's added conditions do not change what is computed; they learn from there."""
+    torch.manual_seed(0)
+    source = small_unet(transformer_layers_per_block=1)
+    unet = small_unet(
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 12,
+    )
+    new = begin_from(unet, source.state_dict())
+    assert {name for name in new if "add_embedding" not in name} == {
+        name for name in unet.state_dict() if "transformer_blocks.1." in name
+    }
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24)
+    added = {"text_embeds": torch.randn(2, 12), "time_ids": torch.randint(1, 64, (2, 6)).float()}
+    output = unet(*inputs, added_cond_kwargs=added).sample
+    torch.testing.assert_close(output, source(*inputs).sample)
+    output.square().mean().backward()
+    for name, parameter in unet.named_parameters():
+        if name in new and name.endswith(("to_out.0.weight", "ff.net.2.weight", "linear_2.weight")):
+            assert parameter.grad is not None and parameter.grad.any(), name
+
+
+def test_begins_from_the_weights_that_are_named(base: Base, tmp_path: Path) -> None:
+    folder = base("sd-v_prediction")
+    module = stage(folder, tmp_path, weights=str(folder))
+    for value, other in zip(
+        module.denoiser.unet.parameters(),
+        UNet2DConditionModel.from_pretrained(folder / "unet").parameters(),
+        strict=True,
+    ):
+        assert torch.equal(value, other.float())
+
+
+def test_refuses_weights_of_which_nothing_fits() -> None:
+    with pytest.raises(ValueError, match="weights: not one tensor of this U-Net has the name and shape"):
+        begin_from(small_unet(), {"conv_in.weight": torch.zeros(3, 3), "elsewhere": torch.zeros(2)})
 
 
 def test_resume_is_exact(base: Base, shards: Path, tmp_path: Path) -> None:

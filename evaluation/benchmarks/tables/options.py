@@ -53,6 +53,8 @@ class RecipesOptions(Measuring):
     """Score file to write."""
     sheet: Annotated[Path | None, Option(deprecated=("picture",))] = None
     """PNG file of samples of the first seed."""
+    curves: Path | None = None
+    """PNG file of quality against processor time; rows whose names differ by _halfx, _2x and so on form a line."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,19 +41,38 @@ def _finish_of(row: str) -> Recipe:
 
 PRUNED = "outputs/toy-miniaturise/unet"
 _NO_GAN = (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")
-_RATIO = f"{MODEL}update_schedule.fake_score_updates_per_student_update"
-_ALIGNED = (
-    *_NO_GAN,
-    f"{_RATIO}=1",
-    f"{MODEL}student.init_args.optimizer.init_args.lr=2.0e-4",
-    f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.1",
-    f"{MODEL}update_schedule.fake_score_only_iterations=10",
-    f"{MODEL}update_schedule.max_student_updates=330",  # the time of 120 at ratio 5
-)
-"""As the quickstart; the overlay in configs/methods is for real bases."""
-_COLD = (*_NO_GAN, f"{MODEL}update_schedule.fake_score_only_iterations=20")
 _UPDATES = f"{MODEL}update_schedule.max_student_updates"
+_HEAD_START = f"{MODEL}update_schedule.fake_score_only_iterations"
+_LARGE_RATE = f"{MODEL}student.init_args.optimizer.init_args.lr=2.0e-4"
+_FAST = (
+    f"{MODEL}update_schedule.fake_score_updates_per_student_update=1",
+    _LARGE_RATE,
+    f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.1",
+)
+"""As many updates of the student as of the fake score, at four times the learning rate."""
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
+
+
+def _cold(updates: int, method: str | None = None, *flags: str) -> Recipe:
+    """Score distillation of the base, without GAN, by a file of configs/methods."""
+    files = (DISTILL,) if method is None else (DISTILL, f"{METHODS}/{method}.yaml")
+    return Recipe(files, flags=(*_NO_GAN, f"{_HEAD_START}=20", f"{_UPDATES}={updates}", *flags))
+
+
+def _regression(pairs: int, updates: int) -> tuple[str, ...]:
+    """Flags of the quickstart without its distillation, at the learning rates of toy/warmup.yaml."""
+    return (
+        f"{MODEL}fake_score=null",
+        f"{MODEL}distribution_matching=null",
+        f"{MODEL}pairs.count={pairs}",
+        f"{MODEL}student.init_args.optimizer.init_args.lr=7.0e-4",
+        f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_updates=0",
+        f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",
+        f"{MODEL}update_schedule.warmup_updates={updates}",
+        f"{_UPDATES}={updates}",
+    )
+
+
 RECIPES: dict[str, Recipe] = {
     "regression": Recipe(WARMUP, flags=_NO_FEATURES),
     "warmup": Recipe(WARMUP),
@@ -64,40 +83,39 @@ RECIPES: dict[str, Recipe] = {
         (DISTILL,), "warmup", (f"{MODEL}distribution_matching.f_divergence.divergence=jensen_shannon",)
     ),
     "dmd2_lora_fake": Recipe((DISTILL,), "warmup", (f"{MODEL}fake_score.init_args.lora.rank=32",)),
-    "dmd2_samples_used_5_times": Recipe((DISTILL, f"{METHODS}/samples_used_again.yaml"), "warmup"),
-    "dmd2_aligned": Recipe((DISTILL, f"{METHODS}/alignment.yaml"), "warmup", _ALIGNED),
-    "dmd2_rescaled_guidance": Recipe((DISTILL, f"{METHODS}/rescaled_guidance.yaml"), "warmup"),
-    "dmd2_long_and_short_guidance": Recipe((DISTILL, f"{METHODS}/long_and_short_guidance.yaml"), "warmup"),
-    "dmd2_half_fake_score_batch": Recipe((DISTILL, f"{METHODS}/small_fake_score_batch.yaml"), "warmup"),
-    "dmd2_score_identity": Recipe((DISTILL, f"{METHODS}/score_identity.yaml"), "warmup"),
-    # From the base, without a warm-up: what a setting itself reaches, in the passes (2,080) of 80 updates at ratio 5.
-    "cold_dmd2": Recipe((DISTILL,), flags=(*_COLD, f"{_UPDATES}=80")),
-    "cold_samples_used_5_times": Recipe(
-        (DISTILL, f"{METHODS}/samples_used_again.yaml"),
-        flags=(
-            *_COLD,
-            f"{MODEL}update_schedule.fake_score_only_iterations=4",
-            f"{_UPDATES}=96",
-        ),
+    # From the base, without a warm-up: what a setting itself reaches, each in 1,080 passes of the U-Net over a batch.
+    "cold_dmd2": _cold(40),
+    "cold_gan": Recipe(
+        (DISTILL,), flags=(f"{MODEL}update_schedule.fake_score_only_iterations=20", f"{_UPDATES}=33")
     ),
-    "cold_aligned": Recipe(
-        (DISTILL, f"{METHODS}/alignment.yaml"), flags=(*_ALIGNED, *_COLD, f"{_UPDATES}=222")
+    "cold_samples_used_5_times": _cold(48, "samples_used_again", f"{_HEAD_START}=4"),
+    "cold_lora_fake": _cold(44, "lora_fake_score", f"{MODEL}fake_score.init_args.lora.rank=32"),
+    "cold_half_fake_score_batch": _cold(64, "small_fake_score_batch"),
+    "cold_decoupled_guidance": _cold(
+        38, "decoupled_guidance", f"{MODEL}objectives.guidance.init_args.guidance_scale=1.5"
     ),
+    "cold_long_and_short_guidance": _cold(38, "long_and_short_guidance"),
+    "cold_score_identity": _cold(35, "score_identity"),
+    "cold_large_rate": _cold(40, None, _LARGE_RATE),
+    "cold_ratio_1": _cold(111, None, *_FAST),
+    "cold_aligned": _cold(111, "alignment", *_FAST),
+    "cold_aligned_half_fake_score_batch": _cold(
+        133, "alignment", *_FAST, f"{MODEL}update_schedule.fake_score_every_nth_sample=2"
+    ),
+    "cold_regression": Recipe((QUICKSTART,), flags=_regression(pairs=1536, updates=200)),
+    # Three of them in half, twice and four times the passes: accuracy against processor time.
+    **{f"cold_dmd2_{times}x": _cold(updates) for times, updates in (("half", 18), (2, 83), (4, 170))},
+    **{
+        f"cold_ratio_1_{times}x": _cold(updates, None, *_FAST)
+        for times, updates in (("half", 51), (2, 231), (4, 471))
+    },
+    **{
+        f"cold_regression_{times}x": Recipe((QUICKSTART,), flags=_regression(pairs, updates))
+        for times, pairs, updates in (("half", 768, 100), (2, 3072, 400), (4, 6144, 800))
+    },
     # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
     "quickstart": Recipe((QUICKSTART,)),
-    "quickstart_regression": Recipe(
-        (QUICKSTART,),
-        flags=(
-            f"{MODEL}fake_score=null",
-            f"{MODEL}distribution_matching=null",
-            f"{MODEL}pairs.count=4096",
-            f"{MODEL}student.init_args.optimizer.init_args.lr=7.0e-4",
-            f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_updates=0",
-            f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",  # as toy/warmup.yaml
-            f"{MODEL}update_schedule.warmup_updates=1020",
-            f"{_UPDATES}=1020",
-        ),
-    ),
+    "quickstart_regression": Recipe((QUICKSTART,), flags=_regression(pairs=4096, updates=1020)),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),

@@ -27,6 +27,7 @@ from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages
 from evaluation.metrics.diversity import diversity
 from evaluation.protocols.protocols import Protocol, get_protocol
+from evaluation.reports.cost_curves import cost_curves
 from evaluation.reports.grids import sheet
 from evaluation.reports.markdown import score_file_markdown, spread
 from evaluation.reports.result_file import write_result
@@ -97,6 +98,8 @@ def recipes(options: RecipesOptions) -> str:
     summary = {row: over_seeds(by_seed) for row, by_seed in rows.items() if by_seed}
     if not summary:
         raise ValueError(f"none of these rows has finished with these seeds under {options.root}")
+    if options.curves is not None:
+        cost_curves(summary, options.curves)
     if options.sheet is not None:
         recipes_sheet(options.root, list(summary), options.seeds[0], protocol).save(options.sheet)
     return write_scores(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from evaluation.benchmarks.tables.__main__ import main
 from evaluation.benchmarks.tables.score_files import (
@@ -21,6 +22,8 @@ from evaluation.benchmarks.tables.score_files import (
     write_scores,
 )
 from evaluation.benchmarks.tables.scores import over_seeds
+from evaluation.reports.cost_curves import cost_curves, lines_of
+from evaluation.reports.markdown import score_file_markdown
 from evaluation.reports.result_file import write_result
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny_run import ROOT
@@ -39,6 +42,40 @@ def test_a_row_is_the_spread_over_its_seeds() -> None:
     assert over_seeds({0: scores(1.0, None)})["cpu_seconds"] is None  # unknown is not 0
     partly = over_seeds({0: scores(1.0, None), 1: scores(1.0)})["cpu_seconds"]
     assert (partly["mean"], partly["values"]) == (3.0, [None, 3.0])
+
+
+def recipe_row(cost: float | None, accuracy: float) -> dict[str, Any]:
+    scores = {"caption_accuracy": accuracy, "shape_score": accuracy / 2, "cpu_seconds": cost}
+    return over_seeds({0: {**scores, "parameters": 7}})
+
+
+def test_costs_are_relative_to_the_first_row_that_has_one() -> None:
+    rows = {"old": recipe_row(None, 0.5), "plain": recipe_row(200.0, 0.6), "fast": recipe_row(50.0, 0.7)}
+    lines = score_file_markdown({"rows": rows}).splitlines()
+    assert lines[0].split(" | ")[-1] == "processor time, first row = 1 |"
+    assert [line.split(" | ")[-1] for line in lines[2:5]] == [" |", "1.00 |", "0.25 |"]
+    assert "processor time" not in score_file_markdown({"rows": {"plain": rows["plain"]}})
+
+
+def test_rows_that_differ_by_their_budget_form_a_line_of_rising_cost(tmp_path: Path) -> None:
+    rows = {
+        "plain_2x": recipe_row(200.0, 0.7),
+        "plain": recipe_row(100.0, 0.6),
+        "other_halfx": recipe_row(60.0, 0.5),
+        "unknown": recipe_row(None, 0.5),
+    }
+    points = {
+        name: [(cost, row["caption_accuracy"]["mean"]) for cost, row in line]
+        for name, line in lines_of(rows).items()
+    }
+    assert points == {"plain": [(100.0, 0.6), (200.0, 0.7)], "other": [(60.0, 0.5)]}
+    cost_curves(rows, tmp_path / "curves.png")
+    with Image.open(tmp_path / "curves.png") as drawn:
+        drawn_colours = drawn.convert("RGB").getcolors(1 << 24)
+        assert drawn.width > 1000 and drawn_colours is not None
+    assert {(31, 119, 180), (255, 127, 14)} <= {colour for _, colour in drawn_colours}  # two lines
+    with pytest.raises(ValueError, match="no row has its processor time"):
+        cost_curves({"unknown": rows["unknown"]}, tmp_path / "none.png")
 
 
 REPORT: dict[str, Any] = json.loads((RESULTS / "quickstart_seed0.json").read_text())
