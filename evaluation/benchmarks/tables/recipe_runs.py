@@ -43,9 +43,11 @@ PRUNED = "outputs/toy-miniaturise/unet"
 _NO_GAN = (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")
 _UPDATES = f"{MODEL}update_schedule.max_student_updates"
 _HEAD_START = f"{MODEL}update_schedule.fake_score_only_iterations"
+_RATIO = f"{MODEL}update_schedule.fake_score_updates_per_student_update"
+_UNALIGNED = f"{MODEL}fake_score.init_args.alignment=0.0"
 _LARGE_RATE = f"{MODEL}student.init_args.optimizer.init_args.lr=2.0e-4"
 _FAST = (
-    f"{MODEL}update_schedule.fake_score_updates_per_student_update=1",
+    f"{_RATIO}=1",
     _LARGE_RATE,
     f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.1",
 )
@@ -115,6 +117,8 @@ RECIPES: dict[str, Recipe] = {
     },
     # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
     "quickstart": Recipe((QUICKSTART,)),
+    "quickstart_unaligned": Recipe((QUICKSTART,), flags=(_UNALIGNED,)),
+    "quickstart_ratio_1": Recipe((QUICKSTART,), flags=(_UNALIGNED, f"{_RATIO}=1", f"{_UPDATES}=589")),
     "quickstart_regression": Recipe((QUICKSTART,), flags=_regression(pairs=4096, updates=1020)),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
