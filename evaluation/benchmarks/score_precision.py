@@ -18,9 +18,6 @@ from sdxs_lightning.command_line import Option, run_command
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from sdxs_lightning.core.batch import Conditioning
-    from sdxs_lightning.networks.denoiser import Denoiser
-
 PROGRAM = "python -m evaluation.benchmarks.score_precision"
 TIMESTEPS = (20, 100, 250, 400, 550, 700, 850, 980)
 
@@ -67,12 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: ScorePrecisionOptions) -> str:
     """Measures, and returns the table."""
-    from evaluation.reports.markdown import markdown_table
-
     rows = measure(options)
     if options.out is not None:
         settings = {"guidance_scale": options.guidance_scale, "samples": options.samples}
         write_result(options.out, {"relative_error": rows, **settings})
+    return table(rows)
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown of relative errors, one row per variant and one column per timestep."""
+    from evaluation.reports.markdown import markdown_table
+
     cells = [[name, *(f"{row[str(t)]:.2%}" for t in TIMESTEPS)] for name, row in rows.items()]
     return markdown_table(["timestep", *map(str, TIMESTEPS)], cells)
 
@@ -80,6 +82,8 @@ def run(options: ScorePrecisionOptions) -> str:
 def measure(options: ScorePrecisionOptions) -> dict[str, dict[str, float]]:
     """Relative error of the score difference by variant and timestep."""
     import torch
+    from rich.console import Console
+    from rich.progress import track
 
     from data.toy.world import captions
     from sdxs_lightning.core.noise_schedule import add_noise
@@ -97,40 +101,31 @@ def measure(options: ScorePrecisionOptions) -> dict[str, dict[str, float]]:
     real, fake, student = denoiser(None), denoiser(options.fake_score), denoiser(options.student)
     prompts, positions = captions("val", options.samples), torch.arange(options.samples)
     exact = family.encode_prompts(prompts)
-    rounded = exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)
+    conditionings = {False: exact, True: exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)}
+    found: dict[str, dict[str, float]] = {name: {} for name in VARIANTS}
     with torch.no_grad():
         noise = normal(0, Stream.STUDENT_NOISE, positions, family.latent_shape())
         latents = one_step(student, noise, exact, options.conditioning_timestep)
         again = normal(0, Stream.SCORE_NOISE, positions, family.latent_shape())
-        found: dict[str, dict[str, float]] = {name: {} for name in VARIANTS}
-        for timestep in TIMESTEPS:
+        for timestep in track(TIMESTEPS, description="timesteps", console=Console(stderr=True)):
             timesteps = torch.full_like(positions, timestep)
             noisy = add_noise(latents, again, timesteps, family.schedule)
-            call = noisy, timesteps, options.guidance_scale
-            reference = _difference(real, fake, exact, *call)
+            # Each pass once: in bfloat16 they are very slow on a CPU without instructions for it.
+            estimates: dict[tuple[str, bool, bool], Tensor] = {}
+            for bf16, prompts_bf16 in ((False, False), (True, False), (True, True)):
+                conditioning = conditionings[prompts_bf16]
+                with _precision(bf16):
+                    guided = real.guided(noisy, timesteps, conditioning, options.guidance_scale)
+                    plain = fake(noisy, timesteps, conditioning)
+                estimates["real", bf16, prompts_bf16] = guided.pred_x0
+                estimates["fake", bf16, prompts_bf16] = plain.pred_x0
+            reference = estimates["fake", False, False] - estimates["real", False, False]
             for name, (real_bf16, fake_bf16, prompts_bf16) in VARIANTS.items():
-                conditioning = rounded if prompts_bf16 else exact
-                difference = _difference(real, fake, conditioning, *call, real_bf16, fake_bf16)
+                difference = (
+                    estimates["fake", fake_bf16, prompts_bf16] - estimates["real", real_bf16, prompts_bf16]
+                )
                 found[name][str(timestep)] = float((difference - reference).norm() / reference.norm())
     return found
-
-
-def _difference(
-    real: Denoiser,
-    fake: Denoiser,
-    conditioning: Conditioning,
-    noisy: Tensor,
-    timesteps: Tensor,
-    guidance_scale: float,
-    real_bf16: bool = False,
-    fake_bf16: bool = False,
-) -> Tensor:
-    """fake_x0 - real_x0, (B, 4, h, w), float32, each network in float32 or under bfloat16 autocast."""
-    with _precision(fake_bf16):
-        fake_x0: Tensor = fake(noisy, timesteps, conditioning).pred_x0
-    with _precision(real_bf16):
-        real_x0: Tensor = real.guided(noisy, timesteps, conditioning, guidance_scale).pred_x0
-    return fake_x0 - real_x0
 
 
 def _precision(bf16: bool) -> Any:
