@@ -105,6 +105,13 @@ RECIPES: dict[str, Recipe] = {
         133, "alignment", *_FAST, f"{MODEL}update_schedule.fake_score_every_nth_sample=2"
     ),
     "cold_regression": Recipe((QUICKSTART,), flags=_regression(pairs=1536, updates=200)),
+    # The trade-off of guidance in training; cold_ratio_1 has 1.5.
+    **{
+        f"cold_guidance_{scale}": _cold(
+            111, None, *_FAST, f"{MODEL}distribution_matching.guidance_scale={scale}"
+        )
+        for scale in ("1", "2", "3", "4.5")
+    },
     # Three of them in half, twice and four times the passes: accuracy against processor time.
     **{f"cold_dmd2_{times}x": _cold(updates) for times, updates in (("half", 18), (2, 83), (4, 170))},
     **{
