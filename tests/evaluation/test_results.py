@@ -16,6 +16,7 @@ from evaluation.__main__ import COMMANDS
 from evaluation.benchmarks import runtime_exports, throughput
 from evaluation.benchmarks.latency.report import table
 from evaluation.benchmarks.passes import passes_table
+from evaluation.benchmarks.score_precision import table as precision_table
 from evaluation.benchmarks.tables import __main__ as tables
 from evaluation.protocols.names import METRIC_NAMES, PROTOCOL_NAMES
 from evaluation.reports.markdown import score_file_markdown
@@ -90,6 +91,15 @@ def test_what_is_said_of_speed_is_its_files() -> None:
         f"{ratios[0]:.1f} times as fast as diffusers with the KL decoder in the first run and {ratios[1]:.1f} times"
         in said
     )
+
+
+def test_what_is_said_of_precision_is_its_file() -> None:
+    errors = result("score_precision")["relative_error"]
+    assert f"\n\n{precision_table(errors)}\n" in PAGE
+    real, both, prompts = errors.values()
+    added = max(both[timestep] - real[timestep] for timestep in real)
+    assert 0 < added < 0.01 < max(real.values()) and both == prompts
+    assert "adds at most 1 point to it, and the prompts nothing" in " ".join(PAGE.split())
 
 
 def test_what_is_said_of_distillation_alone_is_its_file() -> None:
