@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from transformers import CLIPTextModel
 
 from data.toy.datamodule import ToyDataModule, encode
 from data.toy.rendered import render_batch
 from data.toy.training.autoencoder import whiten_latents
 from data.toy.training.classifier import AttributeClassifier
 from data.toy.training.style_classifier import STYLES, StyleClassifier
+from data.toy.training.text_encoder import TextEncoderPairTraining
 from data.toy.world import captions
 from sdxs_lightning.core.latents import to_uint8
 
@@ -129,3 +133,31 @@ def test_a_base_without_autoencoder_is_one_sentence(tmp_path: Path) -> None:
     shutil.copytree(BASE / "base" / "unet", tmp_path / "unet")
     with pytest.raises(FileNotFoundError, match="no autoencoder at .* configs/toy/autoencoder.yaml"):
         ToyDataModule(str(tmp_path))
+
+
+def pair_training(**settings: Any) -> TextEncoderPairTraining:
+    schedule = partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)
+    return TextEncoderPairTraining(torch.optim.SGD, schedule, "unused", **settings)
+
+
+def test_the_text_encoder_pair_misses_all_variance_at_the_mean_and_none_at_the_imitated_states() -> None:
+    training = pair_training(imitated=str(BASE / "base" / "text_encoder"))
+    tokens = training.tokenizer(captions("val", 64), padding="max_length", return_tensors="pt").input_ids
+    base = CLIPTextModel.from_pretrained(BASE / "base" / "text_encoder", torch_dtype=torch.float32)
+    with torch.no_grad():
+        states = base(tokens).last_hidden_state
+    training.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
+    mean = states.mean(dim=(0, 1), keepdim=True).expand_as(states)
+    assert training.further_loss(tokens, states) == 0
+    assert training.further_loss(tokens, mean).item() == pytest.approx(1, abs=1e-3)
+    assert pair_training().further_loss(tokens, mean) == 0
+    own, pooled = training.states(tokens)
+    assert own.shape == states.shape and pooled is not None and pooled.shape == (64, 64)
+    assert not any("imitated" in name for name in training.state_dict())
+
+
+def test_an_imitated_text_encoder_of_another_width_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match="has states of width 128, and both encoders together 64: set hidden_size"
+    ):
+        pair_training(hidden_size=32, imitated=str(BASE / "base" / "text_encoder"))

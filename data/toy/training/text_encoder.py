@@ -24,6 +24,7 @@ from data.toy.tokenizer import CAPTION_TOKENS, build_tokenizer
 from data.toy.training.fitting import ToyTraining
 from data.toy.training.sdxl_base import write_skeleton
 from data.toy.world import parse_caption
+from sdxs_lightning.families.weights import load_network
 
 if TYPE_CHECKING:
     from transformers import CLIPTextConfig, CLIPTokenizer
@@ -73,6 +74,10 @@ class _CaptionTraining(ToyTraining):
         """Token states (B, tokens, d) and the pooled state (B, d), if there is one, of token ids (B, tokens)."""
         raise NotImplementedError
 
+    def further_loss(self, ids: Tensor, states: Tensor) -> Tensor:
+        """What else a subclass trains the token states to be, a scalar."""
+        return states.new_zeros(())
+
     def training_step(self, batch: CaptionedImages, batch_idx: int) -> Tensor:
         """Mean cross-entropy over all predictions."""
         loss, accuracy = self._predict(batch.captions)
@@ -86,7 +91,8 @@ class _CaptionTraining(ToyTraining):
 
     def _predict(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        states, pooled = self.states(tokens.input_ids.to(self.device))
+        ids = tokens.input_ids.to(self.device)
+        states, pooled = self.states(ids)
         targets = attribute_table([parse_caption(caption) for caption in captions]).to(self.device)
         results = [
             attribute_losses(head(states[:, place - len(self.heads)]), targets, attributes)
@@ -95,7 +101,7 @@ class _CaptionTraining(ToyTraining):
         if pooled is not None:
             results.append(attribute_losses(self.pooled_head(pooled), targets, tuple(CLASSES)))
         losses, accuracies = (torch.cat(column) for column in zip(*results, strict=True))
-        return losses.mean(), accuracies.mean()
+        return losses.mean() + self.further_loss(ids, states), accuracies.mean()
 
 
 class TextEncoderTraining(_CaptionTraining):
@@ -138,7 +144,8 @@ class TextEncoderPairTraining(_CaptionTraining):
     only the U-Net's weights.
 
     Trained are the states that SDXL's U-Net reads: the penultimate states of both encoders, concatenated, and the second one's
-    projected pooled state, which here has to predict all attributes.
+    projected pooled state, which here has to predict all attributes. The former also learn to be another encoder's states, so
+    that a U-Net which reads that one can begin to read these.
 
     Args:
         optimizer: from parameters to optimizer.
@@ -147,6 +154,10 @@ class TextEncoderPairTraining(_CaptionTraining):
         vae: folder of the autoencoder, copied into the base.
         hidden_size: width of each encoder's states; the U-Net's cross-attention dimension is twice that.
         layers: transformer layers of each; the last one's output is not read.
+        imitated: folder of a CLIPTextModel of twice the width, with the same tokenizer; None learns attributes alone.
+
+    Raises:
+        ValueError: if the imitated encoder has another width.
     """
 
     def __init__(
@@ -157,11 +168,20 @@ class TextEncoderPairTraining(_CaptionTraining):
         vae: str = "data/toy/base/vae",
         hidden_size: int = 64,
         layers: int = 3,
+        imitated: str | None = None,
     ) -> None:
         from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
         super().__init__(optimizer, lr_scheduler, output)
         self.vae = Path(vae)
+        # In a list: frozen, and no part of this module's weights.
+        self._imitated = [] if imitated is None else [load_network(CLIPTextModel, Path(imitated)).eval()]
+        for encoder in self._imitated:
+            if encoder.config.hidden_size != 2 * hidden_size:
+                raise ValueError(
+                    f"imitated '{imitated}' has states of width {encoder.config.hidden_size}, and both encoders together "
+                    f"{2 * hidden_size}: set hidden_size to half of the former."
+                )
         config = _text_config(self.tokenizer, hidden_size, layers)
         self.text_encoder = CLIPTextModel(config)
         self.text_encoder_2 = CLIPTextModelWithProjection(config)
@@ -172,6 +192,16 @@ class TextEncoderPairTraining(_CaptionTraining):
         first = self.text_encoder(ids, output_hidden_states=True)
         second = self.text_encoder_2(ids, output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+    def further_loss(self, ids: Tensor, states: Tensor) -> Tensor:
+        """Share of the imitated states' variance, over captions and places, that is missed."""
+        if not self._imitated:
+            return states.new_zeros(())
+        with torch.no_grad():
+            expected = self._imitated[0].to(self.device)(ids).last_hidden_state
+        missed = (states - expected).square().mean() / expected.var(dim=(0, 1)).mean()
+        self.log("missed_variance", missed, prog_bar=True, batch_size=len(ids))
+        return missed
 
     def on_fit_end(self) -> None:
         """Writes the encoders (fp16), both tokenizers, the autoencoder, the configs of U-Net and scheduler."""
