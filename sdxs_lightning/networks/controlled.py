@@ -47,10 +47,10 @@ class ControlNetSource:
     conditioning_channels: int = 3
     """Channels of the condition images."""
     stem_widths: tuple[int, ...] | None = None
-    """Widths of the convolutions that bring the condition image to the latents' size, a factor of 2 between two of them; null
-    takes the first of diffusers' [16, 32, 96, 256], as many as the base's VAE needs."""
+    """Widths of a new ControlNet's convolutions that bring the condition image to the latents' size, a factor of 2 between two
+    of them; null takes the first of diffusers' [16, 32, 96, 256], as many as the base's VAE needs."""
     mid_block: Literal["as_unet", "added"] = "as_unet"
-    """"added" gives the ControlNet of a U-Net without mid block one all the same, as the released sketch ControlNet has."""
+    """"added" gives the new ControlNet of a U-Net without mid block one all the same, as the released sketch ControlNet has."""
     stem_init: Literal["zero", "he"] = "zero"
     """How the stem of a new ControlNet starts. "zero" is diffusers' own: the condition reaches the encoder only once the
     residuals' convolutions have moved. "he" (arXiv:1502.01852) shows it from the first update. Residuals start at zero with
