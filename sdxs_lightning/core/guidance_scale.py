@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE
+
 
 def read_guidance_scale(name: str, value: float) -> float:
     """Checks a guidance scale; 0, which diffusers' examples of few-step models write for no guidance, is read as 1.
@@ -15,14 +17,16 @@ def read_guidance_scale(name: str, value: float) -> float:
         value: as given.
 
     Returns:
-        A number of at least 1.
+        A number of at least 1 and at most LARGEST_SCALE.
 
     Raises:
-        ValueError: for other numbers below 1, infinity or NaN.
+        ValueError: for other numbers outside these bounds, or NaN.
     """
     if value == 0:
         sys.stderr.write(f"{name} 0 is read as 1: no guidance.\n")
         return 1.0
-    if not 1 <= value < float("inf"):
-        raise ValueError(f"{name} is {value}, but must be a number of at least 1, where 1 means no guidance.")
+    if not 1 <= value <= LARGEST_SCALE:
+        raise ValueError(
+            f"{name} is {value}, but must be a number of at least 1 and at most {LARGEST_SCALE}, where 1 means no guidance."
+        )
     return value

@@ -27,6 +27,13 @@ class TimestepRange:
                 "`timesteps` of the objective."
             )
 
+    def check(self, total: int, name: str = "a timestep range") -> None:
+        """Raises ValueError if the range leaves a noise schedule of `total` timesteps."""
+        if self.high >= total:
+            raise ValueError(
+                f"{name} must be in [0, {total - 1}], the base's timesteps, got low {self.low} and high {self.high}."
+            )
+
     def contains(self, timesteps: Tensor) -> Tensor:
         """Whether each timestep is in the range: bool, of the shape of timesteps."""
         return (timesteps >= self.low) & (timesteps <= self.high)

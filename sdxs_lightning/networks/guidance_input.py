@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE
 from sdxs_lightning.core.seeding import Stream, integers, uniform
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ class GuidanceInput:
     """Range of the guidance scales that a student learns.
 
     Raises:
-        ValueError: unless 1 <= low <= default <= high.
+        ValueError: unless 1 <= low <= default <= high <= LARGEST_SCALE and low < high, or for dimensions, a share
+            or negative prompts that cannot be.
     """
 
     low: float = 1.0
@@ -39,10 +41,13 @@ class GuidanceInput:
     """Share of the samples that have one."""
 
     def __post_init__(self) -> None:
-        if not 1 <= self.low <= self.default <= self.high:
+        got = f"got low {self.low}, default {self.default}, high {self.high}"
+        if not 1 <= self.low <= self.default <= self.high <= LARGEST_SCALE:
+            raise ValueError(f"student.guidance needs 1 <= low <= default <= high <= {LARGEST_SCALE}, {got}.")
+        if self.low == self.high:
             raise ValueError(
-                f"student.guidance needs 1 <= low <= default <= high, got low {self.low}, default {self.default}, high "
-                f"{self.high}."
+                f"student.guidance is the range of one scale, {got}: widen it, or set student.guidance to null and "
+                "distribution_matching.guidance_scale to that scale."
             )
         if self.dimensions < 4 or self.dimensions % 2:
             raise ValueError(f"student.guidance.dimensions must be even, 4 or more, got {self.dimensions}.")
@@ -51,7 +56,7 @@ class GuidanceInput:
                 f"student.guidance.negative_share is a share above 0 and up to 1, got {self.negative_share}; without negative "
                 "prompts leave negative_prompts empty."
             )
-        if isinstance(self.negative_prompts, str) or "" in self.negative_prompts:
+        if isinstance(self.negative_prompts, str) or not all(map(str.strip, self.negative_prompts)):
             raise ValueError(
                 f"student.guidance.negative_prompts is a list of prompts that are not empty, got {self.negative_prompts!r}."
             )

@@ -96,7 +96,8 @@ class DistributionMatching(StudentTerm):
     guides at all, as DMD2 does."""
     fake_guidance_scale: float = 1.0
     """Guidance scale of the fake score, which then has to learn without prompts too, by `denoising.caption_dropout` (long and
-    short guidance, SiD-LSG, arXiv:2406.01561). 1 means none, as in DMD2."""
+    short guidance, SiD-LSG, arXiv:2406.01561). 1 means none, as in DMD2; else a student with `guidance`
+    draws its own, as above."""
     f_divergence: FDivergence | None = None
     """Another divergence than the reverse KL, with the density ratio of a diffusion GAN's discriminator; null is DMD2."""
 
@@ -116,6 +117,11 @@ class DistributionMatching(StudentTerm):
                 f"distribution_matching.fake_guidance_scale is {fake_scale}, but f_divergence reads the discriminator in an "
                 "unguided pass of the fake score; set fake_guidance_scale to 1, or f_divergence to null."
             )
+        if scale == 1.0 and (self.guidance_rescale or self.guidance_timesteps is not None):
+            raise ValueError(
+                "distribution_matching.guidance_scale is 1, which is no guidance, so guidance_rescale and guidance_timesteps "
+                "change nothing: raise it, or set guidance_rescale to 0 and guidance_timesteps to null."
+            )
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(
                 f"distribution_matching.guidance_rescale must be in [0, 1], got {self.guidance_rescale}."
@@ -134,7 +140,10 @@ class DistributionMatching(StudentTerm):
             fake_logits = None
             if self.f_divergence is None:
                 fake_x0 = context.fake_score.denoiser.guided(
-                    noisy.latents, noisy.timesteps, sample.conditioning, self.fake_guidance_scale
+                    noisy.latents,
+                    noisy.timesteps,
+                    sample.conditioning,
+                    sample.guidance_scale(self.fake_guidance_scale),
                 ).pred_x0
             else:  # the density ratio comes from the same noisy samples and the same pass
                 assert context.discriminator is not None

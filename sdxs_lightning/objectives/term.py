@@ -99,7 +99,12 @@ class LatentSample:
     def renoise(
         self, schedule: NoiseSchedule, timesteps: TimestepRange, timestep_stream: Stream, noise_stream: Stream
     ) -> NoisyLatents:
-        """Forward diffusion to a random timestep per sample; differentiable in `latents`."""
+        """Forward diffusion to a random timestep per sample; differentiable in `latents`.
+
+        Raises:
+            ValueError: for timesteps that the schedule does not have.
+        """
+        timesteps.check(schedule.num_train_timesteps)
         drawn = timesteps.draw(self.drawing_seed, timestep_stream, self.positions)
         noise = normal(self.drawing_seed, noise_stream, self.positions, tuple(self.latents.shape[1:]))
         return NoisyLatents(add_noise(self.latents, noise, drawn, schedule), drawn, noise)

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 
-from sdxs_lightning.training.gradients import clip_gradients
+from sdxs_lightning.training.gradients import check_clip_norm, clip_gradients
 
 
 class AveragedTraining(LightningModule):
@@ -54,12 +54,13 @@ class AveragedTraining(LightningModule):
         """Clips by norm, and logs the norm before clipping.
 
         Raises:
-            ValueError: if gradient_clip_algorithm is "value".
+            ValueError: if gradient_clip_algorithm is "value", or gradient_clip_val not above 0.
         """
         if gradient_clip_algorithm == "value":
             raise ValueError(
                 "gradients are clipped by their norm; take trainer.gradient_clip_algorithm: value out."
             )
+        check_clip_norm("trainer.gradient_clip_val", gradient_clip_val)
         norm = clip_gradients(self.learner.parameters(), gradient_clip_val)
         self.log(f"{self.log_prefix}gradient_norm", norm)
         # On the host: Lightning would copy a number to the device, and wait there for all that the GPU has to do.

@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
+def check_clip_norm(name: str, value: float | None) -> None:
+    """Raises ValueError for a norm with which gradients would vanish (0) or change their sign (below 0)."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{name} must be above 0, or null for no clipping, got {value}.")
+
+
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Clips the gradients to a total 2-norm of max_norm, and returns the norm before clipping.
 

@@ -24,7 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from sdxs_lightning.networks.network import Network
 from sdxs_lightning.training.gradient_average import GradientAverage
-from sdxs_lightning.training.gradients import clip_gradients
+from sdxs_lightning.training.gradients import check_clip_norm, clip_gradients
 from sdxs_lightning.training.sharding import unsharded_parameters
 
 
@@ -36,13 +36,14 @@ class ManualOptimization(LightningModule):
         gradient_clip_norm: maximum gradient norm, per network; None does not clip.
 
     Raises:
-        ValueError: unless accumulate_grad_batches is at least 1.
+        ValueError: unless accumulate_grad_batches is at least 1 and gradient_clip_norm above 0.
     """
 
     def __init__(self, accumulate_grad_batches: int, gradient_clip_norm: float | None) -> None:
         super().__init__()
         if accumulate_grad_batches < 1:
             raise ValueError(f"accumulate_grad_batches must be 1 or more, got {accumulate_grad_batches}.")
+        check_clip_norm("gradient_clip_norm", gradient_clip_norm)
         self.automatic_optimization = False
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_norm = gradient_clip_norm

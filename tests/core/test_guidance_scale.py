@@ -25,7 +25,7 @@ def test_zero_is_read_as_one_and_said(name: str, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("value", [0.5, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("value", [0.5, -1.0, float("inf"), float("nan"), 101.0])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_other_values_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}, but must be a number of at least 1"):

@@ -17,6 +17,7 @@ from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.stages.teacher import DenoisingTraining, begin_from
+from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.lr_schedules import TrapezoidLR
 from tests.helpers.tiny import tiny_batch
 
@@ -162,6 +163,14 @@ def test_begins_from_the_weights_that_are_named(base: Base, tmp_path: Path) -> N
         strict=True,
     ):
         assert torch.equal(value, other.float())
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan")])
+def test_a_clipping_that_erases_or_turns_the_gradients_is_refused(norm: float) -> None:
+    with pytest.raises(
+        ValueError, match="trainer.gradient_clip_val must be above 0, or null for no clipping"
+    ):
+        AveragedTraining.configure_gradient_clipping(None, None, norm)  # type: ignore[arg-type]
 
 
 def test_refuses_weights_of_which_nothing_fits() -> None:

@@ -204,7 +204,7 @@ def check_caption_dropout(
     terms: Mapping[str, StudentTerm | None],
     adversarial: DiffusionAdversarial | None,
 ) -> None:
-    """Raises ValueError unless the fake score learns without prompts exactly where that is used and does no harm."""
+    """Raises ValueError unless the fake score learns without prompts where that is used, and only where it does no harm."""
     dropout = denoising.caption_dropout
     guided = [name for name, term in terms.items() if getattr(term, "fake_guidance_scale", 1.0) != 1.0]
     if guided and not dropout:

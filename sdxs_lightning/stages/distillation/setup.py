@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.networks.discriminator import Discriminator
 from sdxs_lightning.networks.fake_score import FakeScore
 from sdxs_lightning.networks.image_features import ImageFeatures
@@ -12,6 +13,8 @@ from sdxs_lightning.networks.network import Network
 from sdxs_lightning.networks.projected_discriminator import ProjectedDiscriminator
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.decoupled_guidance import DecoupledGuidance
+from sdxs_lightning.objectives.denoising import Denoising
 from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.feature_matching import FeatureMatching, FeatureMatchingTerm
 from sdxs_lightning.objectives.matched_features import MatchedFeatures
@@ -94,6 +97,12 @@ def terms_of(
     for name, extra in (objectives or {}).items():
         if extra is None:  # a later configuration file took it out
             continue
+        matching = 1.0 if distribution_matching is None else distribution_matching.guidance_scale
+        if isinstance(extra, DecoupledGuidance) and matching != 1.0:
+            raise ValueError(
+                f"objectives.{name} is the guidance of the sample, and distribution_matching.guidance_scale is {matching:g}, "
+                f"which guides it a second time: set the latter to 1, or objectives.{name} to null."
+            )
         if name in terms.warmup | terms.distillation:
             raise ValueError(
                 f"objectives.{name} has the name of a built-in objective that is set; rename it, or set {name} to null."
@@ -151,6 +160,30 @@ def check_pair_source(pairs: PairSettings | None, reads_conditions: bool) -> Non
             "pairs.source is 'data', whose noise has nothing to do with its image: without condition images the student would "
             "learn the mean of all images. Take memory, batch or on_the_fly, or the stage controlnet."
         )
+
+
+def check_timesteps(terms: Terms, denoising: Denoising | None, total: int) -> None:
+    """Raises ValueError for timesteps that the base does not have, or guidance at none of those where scores are compared.
+
+    Args:
+        terms: the student's loss terms.
+        denoising: the fake score's loss; None without a fake score.
+        total: number of timesteps of the base's noise schedule.
+    """
+    if denoising is not None:
+        denoising.timesteps.check(total, "denoising.timesteps")
+    for name, term in (terms.warmup | terms.distillation).items():
+        objective = getattr(term, "objective", term)
+        compared = getattr(objective, "timesteps", None)
+        if not isinstance(compared, TimestepRange):
+            continue
+        compared.check(total, f"{name}.timesteps")
+        guided = objective.guidance_timesteps if isinstance(objective, DistributionMatching) else None
+        if guided is not None and (guided.low > compared.high or guided.high < compared.low):
+            raise ValueError(
+                f"{name}.guidance_timesteps is {guided.low} to {guided.high}, and {name}.timesteps {compared.low} to "
+                f"{compared.high}, so that nothing is guided; let them overlap, or set guidance_scale to 1."
+            )
 
 
 def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | None) -> None:

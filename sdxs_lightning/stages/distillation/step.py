@@ -45,6 +45,7 @@ from sdxs_lightning.stages.distillation.networks import DistillationNetworks
 from sdxs_lightning.stages.distillation.setup import (
     check_guidance_of_pairs,
     check_pair_source,
+    check_timesteps,
     gan_of,
     terms_of,
 )
@@ -143,6 +144,9 @@ class OneStepDistillation(DistillationNetworks):
             gradient_clip_norm=gradient_clip_norm,
             seed=seed,
             real_score_dtype=getattr(torch, real_score_dtype),
+        )
+        check_timesteps(
+            self.terms, None if fake_score is None else denoising, family.schedule.num_train_timesteps
         )
         self.denoising = denoising
         self._kept_samples: list[tuple[LatentSample, TrainingBatch]] = []

@@ -91,7 +91,8 @@ def test_the_real_score_is_guided_by_each_samples_scale(base: Base) -> None:
     assert scales is not None and len(set(scales.tolist())) == 4
     assert float(scales.min()) >= 1 and float(scales.max()) <= 4
     term = DistributionMatching(guidance_scale=99.0)
-    found = term_gradients({"dm": term}, sample, module.context)[0]["dm"]
+    terms = {"plain": term, "both": DistributionMatching(guidance_scale=99.0, fake_guidance_scale=98.0)}
+    found = term_gradients(terms, sample, module.context)[0]
     assert sample.guidance_scale(1.0) == 1.0  # a term that does not guide
     noisy = sample.renoise(module.family.schedule, term.timesteps, Stream.SCORE_TIMESTEP, Stream.SCORE_NOISE)
     for index in range(4):
@@ -100,11 +101,16 @@ def test_the_real_score_is_guided_by_each_samples_scale(base: Base) -> None:
         with torch.no_grad():
             cond, uncond = module.real_score.module.unguided_pair(*known)
             real = guide(cond.pred_x0, uncond.pred_x0, float(scales[index]))
-            fake = module.fake_score.predict(*known).pred_x0
-            expected = (
-                distribution_matching_gradient(sample.latents[one], real, fake) / sample.latents.numel()
-            )
-        torch.testing.assert_close(found[one], expected, rtol=1e-3, atol=1e-6)
+            fakes = {
+                "plain": module.fake_score.predict(*known).pred_x0,
+                "both": module.fake_score.denoiser.guided(*known, float(scales[index])).pred_x0,
+            }
+            expected = {
+                name: distribution_matching_gradient(sample.latents[one], real, fake) / sample.latents.numel()
+                for name, fake in fakes.items()
+            }
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name][one], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_it_trains_and_stock_diffusers_runs_it_at_any_scale(base: Base, shards: Path, tmp_path: Path) -> None:
@@ -258,11 +264,15 @@ def test_stock_diffusers_takes_negative_prompts(base: Base, tmp_path: Path, name
 
 
 def test_what_does_not_go_together_is_refused(base: Base) -> None:
-    with pytest.raises(ValueError, match="1 <= low <= default <= high, got low 2.0, default 1.75"):
+    with pytest.raises(ValueError, match="1 <= low <= default <= high <= 100, got low 2.0, default 1.75"):
         GuidanceInput(low=2.0)
     with pytest.raises(ValueError, match="negative_share is a share above 0 and up to 1, got 0"):
         GuidanceInput(negative_prompts=("a",), negative_share=0.0)
-    for wrong in ("blurry", ("blurry", "")):
+    with pytest.raises(ValueError, match="low <= default <= high <= 100, got .* high inf"):
+        GuidanceInput(high=float("inf"))
+    with pytest.raises(ValueError, match="is the range of one scale, got low 2.0, default 2.0, high 2.0"):
+        GuidanceInput(low=2.0, default=2.0, high=2.0)
+    for wrong in ("blurry", ("blurry", ""), (" ",)):
         with pytest.raises(ValueError, match="negative_prompts is a list of prompts that are not empty, got"):
             GuidanceInput(negative_prompts=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must be even, 4 or more, got 7"):

@@ -10,7 +10,9 @@ import pytest
 
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
+from sdxs_lightning.objectives.decoupled_guidance import DecoupledGuidance
 from sdxs_lightning.objectives.denoising import Denoising
+from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.matched_features import EncoderFeatures
 from sdxs_lightning.objectives.regression import Regression
@@ -84,6 +86,24 @@ class Led(StudentTerm):
             "objective led is balanced against distribution_matching, which is not set",
         ),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be 1 or more"),
+        ({"gradient_clip_norm": 0.0}, "gradient_clip_norm must be above 0, or null for no clipping, got 0.0"),
+        ({"gradient_clip_norm": -1.0}, "gradient_clip_norm must be above 0"),
+        (
+            {"distribution_matching": DistributionMatching(timesteps=TimestepRange(20, 1000))},
+            r"distribution_matching.timesteps must be in \[0, 999\], the base's timesteps, got low 20 and high 1000",
+        ),
+        (
+            {"gan": False, "denoising": Denoising(timesteps=TimestepRange(0, 1000))},
+            r"denoising.timesteps must be in \[0, 999\]",
+        ),
+        (
+            {"distribution_matching": DistributionMatching(guidance_timesteps=TimestepRange(0, 19))},
+            "guidance_timesteps is 0 to 19, and distribution_matching.timesteps 20 to 980, so that nothing is guided",
+        ),
+        (
+            {"objectives": {"decoupled": DecoupledGuidance()}},
+            "objectives.decoupled is the guidance of the sample, and distribution_matching.guidance_scale is 1.75",
+        ),
     ],
 )
 def test_parts_that_do_not_go_together(base: Base, settings: dict[str, Any], message: str) -> None:

@@ -138,6 +138,11 @@ def test_both_parts_at_the_same_noise_are_distribution_matching(
 def test_terms_that_guide_are_checked(base: Base, shards: Path) -> None:
     with pytest.raises(ValueError, match="DecoupledGuidance.guidance_scale is 1, which is no guidance"):
         DecoupledGuidance(guidance_scale=1.0)
+    for without in ({"guidance_rescale": 0.7}, {"guidance_timesteps": TimestepRange(20, 500)}):
+        with pytest.raises(ValueError, match="is 1, which is no guidance, so guidance_rescale and"):
+            DistributionMatching(guidance_scale=1.0, **without)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="alpha of ScoreIdentity must be a finite number, .* got inf"):
+        ScoreIdentity(alpha=float("inf"))
     with pytest.raises(ValueError, match=r"sid.fake_guidance_scale guides the fake score, which learns no"):
         distillation(base("sd-epsilon"), objectives={"sid": ScoreIdentity(fake_guidance_scale=2.0)})
     # Beside distribution matching, both are logged and compared.
