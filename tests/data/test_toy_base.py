@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from transformers import CLIPTextModel
 
 from data.toy.datamodule import ToyDataModule, encode
 from data.toy.rendered import render_batch
@@ -20,6 +19,7 @@ from data.toy.training.style_classifier import STYLES, StyleClassifier
 from data.toy.training.text_encoder import TextEncoderPairTraining
 from data.toy.world import captions
 from sdxs_lightning.core.latents import to_uint8
+from sdxs_lightning.families.sd import StableDiffusion
 
 BASE = Path(__file__).parents[2] / "data" / "toy"
 
@@ -141,11 +141,12 @@ def pair_training(**settings: Any) -> TextEncoderPairTraining:
 
 
 def test_the_text_encoder_pair_misses_all_variance_at_the_mean_and_none_at_the_imitated_states() -> None:
-    training = pair_training(imitated=str(BASE / "base" / "text_encoder"))
-    tokens = training.tokenizer(captions("val", 64), padding="max_length", return_tensors="pt").input_ids
-    base = CLIPTextModel.from_pretrained(BASE / "base" / "text_encoder", torch_dtype=torch.float32)
-    with torch.no_grad():
-        states = base(tokens).last_hidden_state
+    training = pair_training(imitated=str(BASE / "base"))
+    texts = captions("val", 64)
+    tokens = training.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
+    states = (
+        StableDiffusion(str(BASE / "base")).encode_prompts(texts).prompt_embeds
+    )  # what the base's U-Net reads
     training.log = lambda *_args, **_kwargs: None  # type: ignore[method-assign]
     mean = states.mean(dim=(0, 1), keepdim=True).expand_as(states)
     assert training.further_loss(tokens, states) == 0
@@ -160,4 +161,4 @@ def test_an_imitated_text_encoder_of_another_width_is_refused() -> None:
     with pytest.raises(
         ValueError, match="has states of width 128, and both encoders together 64: set hidden_size"
     ):
-        pair_training(hidden_size=32, imitated=str(BASE / "base" / "text_encoder"))
+        pair_training(hidden_size=32, imitated=str(BASE / "base"))

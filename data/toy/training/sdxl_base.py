@@ -22,8 +22,10 @@ _COMPONENTS = {
 def write_skeleton(folder: Path, cross_attention_dim: int, pooled_dim: int) -> None:
     """Writes model_index.json and the configs of scheduler and U-Net: SDXL's, at a smaller size.
 
-    As in SDXL: epsilon prediction, no attention in the outermost stage, more transformer layers in the innermost one, pooled
-    embedding, original size, crop and target size added to the timestep embedding, zeros as unconditional embeddings.
+    As in SDXL: no attention in the outermost stage, more transformer layers in the innermost one, pooled embedding, original
+    size, crop and target size added to the timestep embedding, zeros as unconditional embeddings. Unlike SDXL, and like the
+    shipped base and SDXL's own descendants of v-prediction, it predicts v: with epsilon, whose error at high noise is enlarged
+    fifteen times, 3,000 updates reached 73 % of captions.
 
     Args:
         folder: of the base.
@@ -39,7 +41,7 @@ def write_skeleton(folder: Path, cross_attention_dim: int, pooled_dim: int) -> N
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="epsilon",
+        prediction_type="v_prediction",
         timestep_spacing="leading",
         steps_offset=1,
     ).save_pretrained(folder / "scheduler")

@@ -27,7 +27,7 @@ from data.toy.world import parse_caption
 from sdxs_lightning.families.weights import load_network
 
 if TYPE_CHECKING:
-    from transformers import CLIPTextConfig, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 # What each of the last four token states has to predict; captions of up to 12 tokens leave them to padding.
@@ -154,7 +154,8 @@ class TextEncoderPairTraining(_CaptionTraining):
         vae: folder of the autoencoder, copied into the base.
         hidden_size: width of each encoder's states; the U-Net's cross-attention dimension is twice that.
         layers: transformer layers of each; the last one's output is not read.
-        imitated: folder of a CLIPTextModel of twice the width, with the same tokenizer; None learns attributes alone.
+        imitated: pipeline folder whose CLIPTextModel has twice the width, and whose tokenizer is taken; None learns attributes
+            alone.
 
     Raises:
         ValueError: if the imitated encoder has another width.
@@ -170,18 +171,20 @@ class TextEncoderPairTraining(_CaptionTraining):
         layers: int = 3,
         imitated: str | None = None,
     ) -> None:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
         super().__init__(optimizer, lr_scheduler, output)
         self.vae = Path(vae)
-        # In a list: frozen, and no part of this module's weights.
-        self._imitated = [] if imitated is None else [load_network(CLIPTextModel, Path(imitated)).eval()]
-        for encoder in self._imitated:
+        self._imitated: list[CLIPTextModel] = []  # in a list: frozen, and no part of this module's weights
+        if imitated is not None:
+            encoder = load_network(CLIPTextModel, Path(imitated) / "text_encoder").eval()
             if encoder.config.hidden_size != 2 * hidden_size:
                 raise ValueError(
                     f"imitated '{imitated}' has states of width {encoder.config.hidden_size}, and both encoders together "
                     f"{2 * hidden_size}: set hidden_size to half of the former."
                 )
+            self._imitated.append(encoder)
+            self.tokenizer = CLIPTokenizer.from_pretrained(Path(imitated) / "tokenizer")
         config = _text_config(self.tokenizer, hidden_size, layers)
         self.text_encoder = CLIPTextModel(config)
         self.text_encoder_2 = CLIPTextModelWithProjection(config)
