@@ -24,8 +24,8 @@ def write_skeleton(folder: Path, cross_attention_dim: int, pooled_dim: int) -> N
 
     As in SDXL: no attention in the outermost stage, more transformer layers in the innermost one, pooled embedding, original
     size, crop and target size added to the timestep embedding, zeros as unconditional embeddings. Unlike SDXL, and like the
-    shipped base and SDXL's own descendants of v-prediction, it predicts v: with epsilon, whose error at high noise is enlarged
-    fifteen times, 3,000 updates reached 73 % of captions.
+    shipped base and SDXL's own descendants of v-prediction, it predicts v: errors of epsilon at high noise, where layout and
+    binding are decided, are enlarged fifteen times in the image.
 
     Args:
         folder: of the base.
