@@ -17,13 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from evaluation.benchmarks.tables.score_files import read_scores
 from evaluation.metrics.frechet import FeatureStatistics, FrechetDistance
 from evaluation.metrics.inception_score import InceptionScore
 from evaluation.metrics.kernel_distance import KernelDistance, MaximumMeanDiscrepancy
 from evaluation.metrics.precision_recall import PrecisionRecall
 from evaluation.metrics.sampled import PerImageMetric, SampledMetric
-from evaluation.reports.result_file import write_result
+from evaluation.reports.result_file import read_result, write_result
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.errors import UserError
 
@@ -136,7 +135,7 @@ def run(options: CoverageOptions) -> str | None:
 
 def _known(file: Path) -> dict[str, Any]:
     """The table of an earlier run."""
-    table = read_scores(file).get("coverage_of_95_percent_intervals")
+    table = read_result(file).get("coverage_of_95_percent_intervals")
     if not isinstance(table, dict) or not all(
         key.isdecimal() and isinstance(table[key], dict) for key in table
     ):

@@ -40,6 +40,7 @@ from evaluation.runner.teacher_scores import (
     look_up,
     measure_missing,
     store,
+    stored_entry,
 )
 from sdxs_lightning.core.timesteps import Spacing
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
@@ -101,7 +102,12 @@ class Report(pl.Callback):
         self._earlier_seconds = 0.0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Loads the metric networks, so that a missing one is reported before training starts."""
+        """Loads the metric networks and reads the teacher's scores, so that what is missing is reported before training.
+
+        Raises:
+            ValueError: for a file of teacher's scores that is none.
+        """
+        stored_entry(self.teacher_results, self.protocol)
         self._start_seconds = time.perf_counter()
         self._networks = self._networks or ProtocolNetworks.load(self.protocol)
 

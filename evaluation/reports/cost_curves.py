@@ -49,6 +49,7 @@ def cost_curves(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         strict=True,
     ):
         for number, (name, points) in enumerate(lines.items()):
+            points = [(cost, row) for cost, row in points if row.get(key)]  # older runs have fewer scores
             scores = [row[key] for _, row in points]
             means = [factor * score["mean"] for score in scores]
             below = [mean - factor * score["smallest"] for mean, score in zip(means, scores, strict=True)]

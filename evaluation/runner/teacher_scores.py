@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from data.toy.world import captions
 from evaluation.images.generate import ImageMaker, RealImages, Reconstructions, SampledImages
 from evaluation.protocols.protocols import Protocol
-from evaluation.reports.result_file import write_result
+from evaluation.reports.result_file import read_result, write_result
 from evaluation.runner.machine import milliseconds_per_image, where
 from sdxs_lightning.core.model_hash import hash_model, hash_weights
 from sdxs_lightning.core.timesteps import Spacing
@@ -77,17 +76,34 @@ class Teacher:
         return Denoiser(unet, self.family.schedule, self.family.prediction_type).to(self.device)
 
 
+def stored_entry(file: Path, protocol: Protocol) -> Entry | None:
+    """A file's entry for a protocol; None if there is no file, or no entry in it.
+
+    Raises:
+        ValueError: if the file, or the entry, is none of `python -m evaluation.benchmarks.tables teacher`.
+    """
+    entry = read_result(file).get(protocol.name) if file.is_file() else None
+    if entry is None:
+        return None
+    parts = [entry.get(name) for name in ("protocol", "teacher")] if isinstance(entry, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            f"{file}: its entry '{protocol.name}' is none of `python -m evaluation.benchmarks.tables teacher`; remove it, or "
+            "name another file."
+        )
+    return dict(entry)
+
+
 def look_up(files: Sequence[Path], protocol: Protocol, teacher: Teacher) -> Entry:
     """Stored measurements for this protocol and teacher; an empty entry if there are none."""
     fingerprint, key = protocol.fingerprint(), teacher.key()
     entry: Entry = {"protocol": protocol.describe(), "base": teacher.family.base, **key, "teacher": {}}
     for file in files:
-        stored = json.loads(file.read_text()).get(protocol.name) if file.is_file() else None
+        stored = stored_entry(file, protocol)
         if stored is None:
             continue
-        if stored["protocol"]["fingerprint"] == fingerprint and all(
-            stored.get(name) == key[name] for name in key
-        ):
+        same = stored["protocol"].get("fingerprint") == fingerprint
+        if same and all(stored.get(name) == key[name] for name in key):
             entry = {**entry, **stored, "teacher": {**entry["teacher"], **stored["teacher"]}}
         else:
             rank_zero_warn(
@@ -103,6 +119,7 @@ def measure_missing(
     steps: Sequence[int],
     measure_images: Callable[[str, ImageMaker, Sequence[str]], dict[str, float]],
     with_real: bool = True,
+    keep: Callable[[Entry], None] = lambda entry: None,
 ) -> Entry:
     """Complete an entry with the missing measurements.
 
@@ -113,19 +130,23 @@ def measure_missing(
         steps: numbers of teacher steps.
         measure_images: maps (label, maker, captions) to scores; handles progress, ranks and batch size.
         with_real: whether to measure real images and their reconstructions too.
+        keep: gets the entry after each measurement.
     """
     prompts, fresh = protocol.captions(), captions(protocol.fresh_split, protocol.samples)
     real = RealImages(protocol.fresh_split, teacher.device)
     entry = {**entry, "teacher": dict(entry["teacher"])}
     if with_real and "real_vs_real" not in entry:
         entry["real_vs_real"] = measure_images("real images", real, fresh)
+        keep(entry)
     if with_real and "vae_floor" not in entry:
         vae: AutoencoderKL = teacher.family.load_vae().to(teacher.device).eval()
         entry["vae_floor"] = measure_images("reconstructions", Reconstructions(real, vae), fresh)
+        keep(entry)
     for count in steps:
         if str(count) not in entry["teacher"]:
             scores = measure_images(f"{count} steps", teacher.images(count), prompts)
             entry["teacher"][str(count)] = {"nfe": count, **scores}
+            keep(entry)
     return entry
 
 
@@ -143,5 +164,5 @@ def add_timings(entry: Entry, teacher: Teacher, caption: str) -> Entry:
 
 def store(file: Path, name: str, entry: Entry) -> None:
     """Store an entry in a JSON file, keeping those of other protocols."""
-    stored = json.loads(file.read_text()) if file.is_file() else {}
+    stored = read_result(file) if file.is_file() else {}
     write_result(file, stored | {name: entry})

@@ -143,7 +143,7 @@ class OneStepGenerator:
         if backend == "torch":
             from sdxs_lightning.inference.torch_networks import TorchNetworks
 
-            place = _torch_device(device)
+            place = torch_device(device)
             networks: Networks = TorchNetworks.load(model, place, chosen, controlnet, lora, lora_scale)
             return cls(model, networks, compiled)
         for name, value in (("controlnet", controlnet), ("lora", lora)):
@@ -341,7 +341,12 @@ class OneStepGenerator:
         return to_device(ids.expand(count, -1).contiguous(), self.networks.device)
 
 
-def _torch_device(device: str | torch.device) -> torch.device:
+def torch_device(device: str | torch.device) -> torch.device:
+    """The device that an option `device` names; "auto" is a GPU if there is one.
+
+    Raises:
+        UserError: for a name that torch does not know, or a GPU where there is none.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

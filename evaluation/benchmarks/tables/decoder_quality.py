@@ -29,6 +29,7 @@ from sdxs_lightning.core.latents import from_uint8, to_uint8
 from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.export import fitting_tiny_vae
 from sdxs_lightning.families.detect import detect_family
+from sdxs_lightning.inference.generator import torch_device
 from sdxs_lightning.networks.image_features import (
     Dinov2Features,
     FeatureNetwork,
@@ -48,7 +49,7 @@ DIFFERENCE_GAIN = 8
 @as_user_errors()
 def decoder(options: DecoderOptions) -> str:
     """Decode the images' latents with both decoders and compare them."""
-    device = torch.device(options.device)
+    device = torch_device(options.device)
     family = detect_family(options.base)
     kl, tiny = (
         family.load_vae().eval().to(device),

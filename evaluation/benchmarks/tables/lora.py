@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.toy.rendered import render_captions
 from data.toy.training.style_classifier import STYLES, StyleClassifier
-from evaluation.benchmarks.tables.score_files import KeptRows
+from evaluation.benchmarks.tables.score_files import KeptRows, named_folders
 from evaluation.benchmarks.tables.scores import SHEET_COLUMNS
 from evaluation.images.generate import ImageMaker
 from evaluation.images.samples import PipelineImages, load_pipeline, move_pipeline
@@ -118,12 +118,8 @@ def _runs(options: LoraOptions) -> list[tuple[str, str | None, float, int]]:
     found: list[tuple[str, str | None, float, int]] = [
         (name, None, 0.0, 0) for name in (*_real(options), PLAIN)
     ]
-    for index, argument in enumerate(options.lora):
-        name, _, folder = argument.partition("=")
-        if not (name and folder):
-            raise ValueError(
-                f"--lora takes NAME=FOLDER, such as score=outputs/lora/seed{{seed}}/lora, got '{argument}'."
-            )
+    example, taken = "score=outputs/lora/seed{seed}/lora", [name for name, *_ in found]
+    for index, (name, folder) in enumerate(named_folders("--lora", example, options.lora, taken).items()):
         seeds = options.seeds if "{seed}" in folder else options.seeds[:1]
         for scale in options.scales if index == 0 else (1.0,):
             row = name if scale == 1.0 else f"{name}, scale {scale:g}"

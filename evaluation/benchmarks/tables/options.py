@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -9,12 +10,12 @@ from typing import Annotated, ClassVar, Literal
 from evaluation.benchmarks.tables.recipe_runs import RECIPES
 from evaluation.protocols.names import TOY_PROTOCOLS
 from sdxs_lightning.command_line import Option
-from sdxs_lightning.core.option_bounds import MOST_IMAGES
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, MOST_IMAGES
 
 PROGRAM = "python -m evaluation.benchmarks.tables"
 Count = Annotated[int, Option(at_least=1)]
 Counts = Annotated[tuple[int, ...], Option(at_least=1)]
-Guidance = Annotated[float, Option(at_least=1)]
+Guidance = Annotated[float, Option(at_least=1, at_most=LARGEST_SCALE)]
 ToyProtocol = Annotated[str, Option(choices=TOY_PROTOCOLS)]
 
 
@@ -116,7 +117,7 @@ class QualityOptions(Measuring):
     """Numbers of sampler steps."""
     student: Annotated[tuple[str, ...], Option(metavar="NAME=FOLDER")] = ()
     """Pipeline folders, sampled in one step."""
-    samples: Annotated[int | None, Option(at_least=2, at_most=MOST_IMAGES)] = 2000
+    samples: Annotated[int | None, Option(at_least=4, at_most=MOST_IMAGES)] = 2000
     """Number of images, and of real ones to compare with."""
     guidance_scale: Guidance = 1.5
     """Guidance of the base's sampler; 1 means none."""
@@ -225,7 +226,7 @@ class GuidanceOptions(Measuring):
     """Pipeline folder of the base, to compare with, in --base_steps."""
     base_steps: Count = 8
     """Sampler steps of the base."""
-    scales: Annotated[tuple[float, ...], Option(at_least=1)] = (1.0, 1.5, 2.0, 3.0)
+    scales: Annotated[tuple[float, ...], Option(at_least=1, at_most=LARGEST_SCALE)] = (1.0, 1.5, 2.0, 3.0)
     """Guidance scales; 1 means none."""
     diversity_prompts: Count = 50
     """Prompts of the diversity, each with eight images."""
@@ -276,6 +277,15 @@ class SeedsOptions:
     out: Path | None = None
     """Score file to write."""
 
+    def __post_init__(self) -> None:
+        files = [path.resolve() for path in self.reports]
+        again = next(
+            (one for one, file in zip(self.reports, files, strict=True) if files.count(file) > 1), None
+        )
+        if again is not None:
+            raise ValueError(f"the report {again} is given twice; give one for each seed.")
+        _refuse_input_as_output(self.out, self.reports)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PairedOptions:
@@ -292,6 +302,9 @@ class PairedOptions:
     out: Path | None = None
     """Score file to write."""
 
+    def __post_init__(self) -> None:
+        _refuse_input_as_output(self.out, (self.table,))
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShowOptions:
@@ -303,3 +316,11 @@ class ShowOptions:
 
     files: Annotated[tuple[Path, ...], Option(positional=True)]
     """Score files or report.json files."""
+
+
+def _refuse_input_as_output(out: Path | None, read: Sequence[Path]) -> None:
+    """Raises ValueError if the result would replace a file that it is computed from."""
+    if out is not None and out.resolve() in [path.resolve() for path in read]:
+        raise ValueError(
+            f"--out '{out}' is a file that is read, which the result would replace; give another."
+        )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.toy.training.classifier import AttributeClassifier
 from data.toy.world import captions
-from evaluation.benchmarks.tables.score_files import KeptRows
+from evaluation.benchmarks.tables.score_files import KeptRows, named_folders
 from evaluation.benchmarks.tables.scores import student_images
 from evaluation.images.generate import ImageMaker, RealImages, Reconstructions
 from evaluation.metrics.caption_accuracy import CaptionAccuracy
@@ -25,6 +25,7 @@ from evaluation.runner.teacher_scores import Teacher
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.inference.generator import torch_device
 
 if TYPE_CHECKING:
     from evaluation.benchmarks.tables.options import QualityOptions
@@ -62,7 +63,7 @@ def quality(options: QualityOptions) -> str:
     """Measure rows that are missing or whose weights have changed."""
     protocol = get_protocol("toy", samples=options.samples)
     settings = {"protocol": protocol.describe(), "guidance_scale": options.guidance_scale}
-    device = torch.device(options.device)
+    device = torch_device(options.device)
     kept = KeptRows(
         options.out,
         settings,
@@ -92,12 +93,8 @@ def makers(
     }
     for count in sorted(options.steps, reverse=True):
         found[f"base, {count} step{'s' * (count > 1)}"] = base, teacher.images(count), prompts
-    for argument in options.student:
-        name, _, folder = argument.partition("=")
-        if not (name and folder):
-            raise ValueError(
-                f"--student takes NAME=FOLDER, such as late=outputs/quickstart/pipeline, got '{argument}'."
-            )
+    example = "late=outputs/quickstart/pipeline"
+    for name, folder in named_folders("--student", example, options.student, found).items():
         found[name] = hash_weights(folder), student_images(Path(folder), protocol, device), prompts
     return found
 

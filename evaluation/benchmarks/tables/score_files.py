@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from evaluation.reports.markdown import score_file_markdown, spread
-from evaluation.reports.result_file import write_result
+from evaluation.reports.result_file import check_writable, read_result, write_result
 from evaluation.user_errors import as_user_errors
 
 if TYPE_CHECKING:
@@ -17,23 +16,35 @@ if TYPE_CHECKING:
 
 REPORTED = ("shape_score", "clean_images", "fid", "clip_score", "caption_accuracy", "attribute_accuracy")
 COMPARED = ("shape_score", "clean_images", "fid", "clip_score", "caption_accuracy", "diversity")
+MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)
+"""What a score file of another form causes."""
 SHARED = ("base_sha256", "teacher_guidance_scale", "student_updates")
 """Keys, besides the protocol, in which reports of one setting must agree."""
 
 
-def read_scores(path: Path) -> dict[str, Any]:
-    """The content of a score file.
+def named_folders(
+    option: str, example: str, given: Sequence[str], taken: Collection[str] = ()
+) -> dict[str, str]:
+    """Folders by the name of their row, of an option's NAME=FOLDER.
+
+    Args:
+        option: with its dashes.
+        example: of a value.
+        given: the option's values.
+        taken: names that other rows have.
 
     Raises:
-        ValueError: if it is not a JSON object.
+        ValueError: for another form, or a name of two rows, of which one would replace the other.
     """
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a score file: its JSON is not an object")
-    return content
+    found: dict[str, str] = {}
+    for argument in given:
+        name, _, folder = argument.partition("=")
+        if not (name and folder):
+            raise ValueError(f"{option} takes NAME=FOLDER, such as {example}, got '{argument}'.")
+        if name in found or name in taken:
+            raise ValueError(f"{option} '{argument}': there is another row '{name}'; give it another name.")
+        found[name] = folder
+    return found
 
 
 def write_scores(path: Path | None, content: Mapping[str, Any]) -> str:
@@ -51,6 +62,10 @@ class KeptRows:
         settings: what all rows depend on.
         content: makes the file's content, with the settings, of rows.
         key: of the rows in the content.
+
+    Raises:
+        ValueError: for a file that something else wrote, which stays as it is.
+        OSError: for one that cannot be written.
     """
 
     def __init__(
@@ -62,7 +77,13 @@ class KeptRows:
     ) -> None:
         self._path, self._content = path, content
         self._rows: dict[str, Any] = {}
-        stored = read_scores(path) if path.is_file() else {}
+        check_writable(path)
+        stored = read_result(path) if path.is_file() else {}
+        rows = stored.get(key)
+        lacking = [name for name in (*settings, key) if name not in stored]
+        if stored and (lacking or not isinstance(rows, dict) or not all(map(_is_dict, rows.values()))):
+            what = f"it has no {lacking[0]}" if lacking else f"its {key} are none"
+            raise ValueError(f"'{path}' is there and is not of this command ({what}); give another file.")
         same = all(stored.get(name) == value for name, value in settings.items())
         self.known: dict[str, Any] = stored.get(key, {}) if same else {}
         """Rows of the file, by name."""
@@ -77,15 +98,20 @@ class KeptRows:
         return write_scores(self._path, self._content(self._rows))
 
 
+def _is_dict(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
 @as_user_errors()
 def show(options: ShowOptions) -> str:
     """Prints the tables."""
     tables = []
     for path in options.files:
+        content = read_result(path)
         try:
-            tables.append(f"{path}\n\n{score_file_markdown(read_scores(path))}")
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a score file ({error!r})") from error
+            tables.append(f"{path}\n\n{score_file_markdown(content)}")
+        except (*MALFORMED, ValueError) as error:
+            raise ValueError(f"{path} is not a score file, or a damaged one ({error!r})") from error
     return "\n".join(tables).rstrip()
 
 
@@ -94,10 +120,12 @@ def seeds(options: SeedsOptions) -> str:
     """Summarises reports."""
     try:
         return write_scores(
-            options.out, summarise_scores({str(path): read_scores(path) for path in options.reports})
+            options.out, summarise_scores({str(path): read_result(path) for path in options.reports})
         )
     except KeyError as error:
         raise ValueError(f"a report has no field {error}") from error
+    except MALFORMED as error:
+        raise ValueError(f"a report is not one of a run, or a damaged one ({error!r})") from error
 
 
 def summarise_scores(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -147,8 +175,16 @@ def paired(options: PairedOptions) -> str:
         first, separator, second = text.partition(":")
         if not (first and separator and second):
             raise ValueError(f"--pairs takes ROW:ROW, got '{text}'")
+        if first == second:
+            raise ValueError(f"--pairs has '{text}', the difference of a row from itself")
         pairs.append((first, second))
-    found = mean_differences(read_scores(options.table).get("rows", {}), pairs)
+    rows = read_result(options.table).get("rows", {})
+    try:
+        found = mean_differences(rows, pairs)
+    except MALFORMED as error:
+        raise ValueError(
+            f"{options.table} is not a score file of recipes, or a damaged one ({error!r})"
+        ) from error
     return write_scores(options.out, {"pairs": list(options.pairs), **found})
 
 
@@ -158,7 +194,7 @@ def mean_differences(
     """Mean difference of each score and its standard error, over all pairs of rows and seeds.
 
     Raises:
-        ValueError: for fewer than two differences.
+        ValueError: for fewer than two differences, or if no score is known of all rows.
     """
     result = {}
     named = {name for pair in pairs for name in pair}
@@ -173,6 +209,8 @@ def mean_differences(
             "standard_error": statistics.stdev(found) / len(found) ** 0.5,
             "differences": len(found),
         }
+    if not result:
+        raise ValueError(f"the rows {', '.join(sorted(named))} have none of {', '.join(COMPARED)} in common")
     return result
 
 
@@ -190,7 +228,10 @@ def seed_differences(rows: Mapping[str, Any], pairs: Sequence[tuple[str, str]], 
         for name in pair:
             if name not in rows or "values" not in (rows[name][score] or {}):
                 raise ValueError(f"there are no values of '{name}' by seed; there are {', '.join(rows)}")
-            by_seed.append(dict(zip(rows[name]["seeds"], rows[name][score]["values"], strict=True)))
+            seeds, values = rows[name]["seeds"], rows[name][score]["values"]
+            if len(seeds) != len(values):
+                raise ValueError(f"'{name}' has {len(seeds)} seeds and {len(values)} values of {score}")
+            by_seed.append(dict(zip(seeds, values, strict=True)))
         first, second = by_seed
         for seed in first.keys() & second.keys():
             one, other = first[seed], second[seed]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from evaluation.benchmarks.tables.recipe_runs import (
     run_folder,
     train_recipe,
 )
-from evaluation.benchmarks.tables.score_files import KeptRows, write_scores
+from evaluation.benchmarks.tables.score_files import KeptRows, named_folders, write_scores
 from evaluation.images.generate import ImageMaker, RealImages
 from evaluation.images.samples import PipelineImages
 from evaluation.metrics.diversity import diversity
@@ -30,7 +30,7 @@ from evaluation.protocols.protocols import Protocol, get_protocol
 from evaluation.reports.cost_curves import cost_curves
 from evaluation.reports.grids import sheet
 from evaluation.reports.markdown import score_file_markdown, spread
-from evaluation.reports.result_file import write_result
+from evaluation.reports.result_file import check_writable, read_result, write_result
 from evaluation.runner.machine import milliseconds_per_image, where
 from evaluation.runner.scores import ProtocolNetworks, score_images
 from evaluation.runner.teacher_scores import Teacher, add_timings, look_up, measure_missing, store
@@ -38,6 +38,7 @@ from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.families.sd import StableDiffusion
+from sdxs_lightning.inference.generator import torch_device
 from sdxs_lightning.networks.denoiser import Denoiser
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Scorer:
 
     def __init__(self, protocol: Protocol, options: Measuring) -> None:
         self.protocol, self.batch_size = protocol, options.batch_size
-        self.networks, self.device = ProtocolNetworks.load(protocol), torch.device(options.device)
+        self.networks, self.device = ProtocolNetworks.load(protocol), torch_device(options.device)
 
     def __call__(self, label: str, maker: ImageMaker, prompts: Sequence[str]) -> dict[str, float]:
         """Scores one image per prompt."""
@@ -82,6 +83,9 @@ class Scorer:
 @as_user_errors()
 def recipes(options: RecipesOptions) -> str:
     """Train missing runs, score every student, and summarise over seeds."""
+    for path in (options.out, options.sheet, options.curves):
+        if path is not None:
+            check_writable(path)
     protocol = get_protocol(options.protocol, samples=options.samples)
     scorer = Scorer(protocol, options)
     rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows}
@@ -98,13 +102,13 @@ def recipes(options: RecipesOptions) -> str:
     summary = {row: over_seeds(by_seed) for row, by_seed in rows.items() if by_seed}
     if not summary:
         raise ValueError(f"none of these rows has finished with these seeds under {options.root}")
+    content = {"rows": summary, "protocol": protocol.describe(), **where(scorer.device)}
+    table = write_scores(options.out, content)
     if options.curves is not None:
         cost_curves(summary, options.curves)
     if options.sheet is not None:
         recipes_sheet(options.root, list(summary), options.seeds[0], protocol).save(options.sheet)
-    return write_scores(
-        options.out, {"rows": summary, "protocol": protocol.describe(), **where(scorer.device)}
-    )
+    return table
 
 
 def student_scores(root: Path, row: str, seed: int, scorer: Scorer) -> dict[str, Any]:
@@ -113,8 +117,8 @@ def student_scores(root: Path, row: str, seed: int, scorer: Scorer) -> dict[str,
     kept = folder / f"scores_{protocol.name}.json"
     key = {"model_sha256": hash_weights(folder / "pipeline"), "fingerprint": protocol.fingerprint()}
     if kept.is_file():
-        stored: dict[str, Any] = json.loads(kept.read_text())
-        if {name: stored[name] for name in key} == key:
+        stored = read_result(kept)
+        if {name: stored.get(name) for name in key} == key:
             return stored
     maker, prompts = student_images(folder / "pipeline", protocol, scorer.device), protocol.captions()
     result = {
@@ -165,14 +169,8 @@ def recipes_sheet(root: Path, rows: Sequence[str], seed: int, protocol: Protocol
 def unets(options: UNetsOptions) -> str:
     """Score each network at each number of steps; existing scores for the same weights are kept."""
     networks: dict[str, str | None] = {"base": None}
-    for argument in options.unet:
-        name, _, folder = argument.partition("=")
-        if not (name and folder):
-            raise ValueError(
-                f"--unet takes NAME=FOLDER, such as kd=outputs/toy-miniaturise/unet, got '{argument}'."
-            )
-        networks[name] = folder
-    protocol, device = get_protocol(options.protocol, samples=options.samples), torch.device(options.device)
+    networks |= named_folders("--unet", "kd=outputs/toy-miniaturise/unet", options.unet, networks)
+    protocol, device = get_protocol(options.protocol, samples=options.samples), torch_device(options.device)
     family = detect_family(options.base).to(device)
     teacher = Teacher(family, device, options.guidance_scale, seed=protocol.seed)
     settings = {
@@ -201,13 +199,21 @@ def unets(options: UNetsOptions) -> str:
 @as_user_errors()
 def teacher(options: TeacherOptions) -> str:
     """Score the base; existing scores for the same protocol and weights are kept."""
-    device, entries = torch.device(options.device), {}
+    check_writable(options.out)
+    device, entries = torch_device(options.device), {}
     family = StableDiffusion(options.base).to(device)
     for name in options.protocol:
         protocol = get_protocol(name, samples=options.samples)
         base = Teacher(family, device, options.guidance_scale, options.spacing, protocol.seed)
         known = look_up([options.out], protocol, base)
-        entry = measure_missing(known, protocol, base, options.steps, Scorer(protocol, options))
+        entry = measure_missing(
+            known,
+            protocol,
+            base,
+            options.steps,
+            Scorer(protocol, options),
+            keep=partial(store, options.out, name),
+        )
         entries[name] = add_timings(entry, base, protocol.captions()[0])
         store(options.out, name, entries[name])
     return score_file_markdown(entries)

@@ -22,6 +22,7 @@ from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.detect import detect_family
+from sdxs_lightning.inference.generator import torch_device
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.pairs.target_sampler import TargetSampler
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 @as_user_errors()
 def size_conditioning(options: SizeConditioningOptions) -> str:
     """Measure the same prompts and noise under three size conditions, and real images."""
-    protocol, device = get_protocol("toy", samples=options.samples), torch.device(options.device)
+    protocol, device = get_protocol("toy", samples=options.samples), torch_device(options.device)
     family = detect_family(options.base).to(device)
     if family.encode_prompts([""]).add_time_ids is None:
         raise ValueError(

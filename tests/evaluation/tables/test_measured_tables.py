@@ -15,6 +15,7 @@ from evaluation.benchmarks.tables import lora as toy_lora
 from evaluation.benchmarks.tables.__main__ import main
 from evaluation.benchmarks.tables.options import TeacherOptions, UNetsOptions
 from evaluation.benchmarks.tables.size_conditioning import sampled_images, sharpness
+from evaluation.callbacks.run_report import Report
 from evaluation.protocols.protocols import PROTOCOLS, get_protocol
 from evaluation.runner.teacher_scores import GUIDANCE_SCALE, STEPS
 from evaluation.runner.teacher_scores import RESULTS as TEACHER_RESULTS
@@ -98,6 +99,49 @@ def test_the_teacher_is_scored_once(
         with pytest.warns(UserWarning, match="another base or protocol 'toy'"):
             other = run("--steps", "2", *change)
         assert other["toy"]["teacher"]["2"]["fid"] != 77.0
+
+
+def test_the_teachers_scores_are_kept_one_by_one(
+    world: Path,
+    toy_networks: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its 50 steps take an hour; stopped there, the command continues with what it has."""
+    out, measured = tmp_path / "teacher.json", list[str]()
+
+    def measure(self: object, label: str, *given: object) -> dict[str, float]:
+        measured.append(label)
+        if label == "2 steps":
+            raise KeyboardInterrupt
+        return {"fid": 1.0}
+
+    monkeypatch.setattr("evaluation.benchmarks.tables.scores.Scorer.__call__", measure)
+    line = ["teacher", "--base", str(world / "sd-epsilon"), "--out", str(out), "--protocol", "toy"]
+    for steps, expected in (
+        ("1", ["real images", "reconstructions", "1 steps", "2 steps"]),
+        ("3", ["3 steps", "2 steps"]),
+    ):
+        measured.clear()
+        with pytest.raises(SystemExit):
+            main([*line, "--steps", steps, "2"])
+        assert measured == expected
+    assert set(json.loads(out.read_text())["toy"]["teacher"]) == {"1", "3"}
+
+    for damaged in ("[]", '{"toy": "x"}', '{"toy": {"protocol": {}}}'):
+        out.write_text(damaged)
+        assert refusal(main, line, capsys).startswith("tables teacher: ")
+        with pytest.raises(ValueError, match="teacher.json"):  # before the training
+            Report(teacher_results=str(out)).setup(None, None, "fit")  # type: ignore[arg-type]
+        assert out.read_text() == damaged
+
+
+def test_a_device_that_is_none_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(main, ["quality", "--device", "bogus", "--out", tmp_path / "quality.json"], capsys)
+    assert (
+        said == "tables quality: --device is 'bogus', but must be auto, cpu, cuda or another device of torch."
+    )
 
 
 def test_the_default_teacher_is_that_of_run_reports() -> None:

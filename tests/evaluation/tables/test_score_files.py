@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from evaluation.benchmarks.tables.score_files import (
     COMPARED,
     KeptRows,
     mean_differences,
-    read_scores,
+    named_folders,
     seed_differences,
     summarise_scores,
     write_scores,
@@ -24,7 +25,7 @@ from evaluation.benchmarks.tables.score_files import (
 from evaluation.benchmarks.tables.scores import over_seeds
 from evaluation.reports.cost_curves import cost_curves, lines_of
 from evaluation.reports.markdown import score_file_markdown
-from evaluation.reports.result_file import write_result
+from evaluation.reports.result_file import read_result, write_result
 from tests.helpers.refusals import refusal
 from tests.helpers.tiny_run import ROOT
 
@@ -74,6 +75,8 @@ def test_rows_that_differ_by_their_budget_form_a_line_of_rising_cost(tmp_path: P
         drawn_colours = drawn.convert("RGB").getcolors(1 << 24)
         assert drawn.width > 1000 and drawn_colours is not None
     assert {(31, 119, 180), (255, 127, 14)} <= {colour for _, colour in drawn_colours}  # two lines
+    del rows["plain"]["shape_score"]  # of a run that was scored before there was one
+    cost_curves(rows, tmp_path / "curves.png")
     with pytest.raises(ValueError, match="no row has its processor time"):
         cost_curves({"unknown": rows["unknown"]}, tmp_path / "none.png")
 
@@ -181,11 +184,78 @@ def test_known_rows_outlive_an_interruption(tmp_path: Path) -> None:
     again = KeptRows(path, settings, content)
     assert list(again.known) == ["one", "two", "three"]
     again.add("one", {"fid": 9})  # and here it is stopped
-    assert read_scores(path)["rows"] == {"one": {"fid": 9}, "two": {"fid": 3}, "three": {"fid": 5}}
+    assert read_result(path)["rows"] == {"one": {"fid": 9}, "two": {"fid": 3}, "three": {"fid": 5}}
     again.finish()
-    assert read_scores(path) == {**settings, "rows": {"one": {"fid": 9}}}
+    assert read_result(path) == {**settings, "rows": {"one": {"fid": 9}}}
     assert KeptRows(path, {**settings, "seed": 1}, content).known == {}
-    assert KeptRows(path, settings, content, key="runs").known == {}
+
+
+def test_a_file_that_is_not_of_the_command_stays(tmp_path: Path) -> None:
+    path, settings = tmp_path / "table.json", {"protocol": {"name": "toy"}}
+    for stored, why in (
+        ({"rows": {"one": {"fid": 1}}}, "it has no protocol"),
+        ({**settings, "runs": {}}, "it has no rows"),
+        ({**settings, "rows": []}, "its rows are none"),
+        ({**settings, "rows": {"one": 1}}, "its rows are none"),
+    ):
+        path.write_text(json.dumps(stored))
+        with pytest.raises(ValueError, match=re.escape(f"is not of this command ({why}); give another file")):
+            KeptRows(path, settings, lambda rows: {**settings, "rows": rows})
+        assert json.loads(path.read_text()) == stored
+    for folder in (tmp_path, path / "below.json"):
+        with pytest.raises(OSError, match="folder|exists"):  # before anything is measured
+            KeptRows(folder, settings, lambda rows: {**settings, "rows": rows})
+
+
+def test_a_name_of_two_rows_is_refused() -> None:
+    assert named_folders("--unet", "kd=a", ["kd=a", "task=b=c"]) == {"kd": "a", "task": "b=c"}
+    for given in (["kd=a", "kd=b"], ["base=a"]):
+        with pytest.raises(
+            ValueError, match=f"--unet '{given[-1]}': there is another row '{given[-1][:-2]}'"
+        ):
+            named_folders("--unet", "kd=a", given, ["base"])
+    for wrong in ("kd", "=a", "kd="):
+        with pytest.raises(ValueError, match=f"--unet takes NAME=FOLDER, such as kd=a, got '{wrong}'"):
+            named_folders("--unet", "kd=a", [wrong])
+
+
+@pytest.mark.parametrize(
+    ("command", "content"),
+    [
+        ("show", "[" * 100_000),
+        ("show", {}),
+        ("show", {"rows": []}),
+        ("show", {"rows": {"a": {"fid": "low"}}}),
+        ("show", {"rows": {}, "ordered_by": "fid"}),
+        ("show", {"rows": {"a": {"cpu_seconds": {"mean": 0}}, "b": {"cpu_seconds": {"mean": 1}}}}),
+        ("paired", {"rows": {"a": "x", "b": "y"}}),
+        ("paired", {"rows": {name: {"fid": {"values": [1, 2]}} for name in "ab"}}),
+        ("paired", {"rows": {name: row([0, 1], ["x", 1.0]) for name in "ab"}}),  # type: ignore[list-item]
+        ("paired", {"rows": {name: row([0, 1], [1.0]) for name in "ab"}}),
+        ("seeds", REPORT | {"protocol": None}),
+        ("seeds", REPORT | {"student": REPORT["student"] | {"fid": "low"}}),
+    ],
+)
+def test_a_damaged_file_has_a_sentence(
+    command: str, content: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "table.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    more = ["--pairs", "a:b"] if command == "paired" else []
+    assert refusal(main, [command, file, *more], capsys).startswith(f"tables {command}: ")
+
+
+def test_what_is_read_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table, report = tmp_path / "table.json", tmp_path / "report.json"
+    table.write_text(json.dumps({"rows": ROWS}))
+    report.write_text(json.dumps(REPORT))
+    for given in (["paired", table, "--pairs", "a:b", "--out", table], ["seeds", report, "--out", report]):
+        assert "is a file that is read, which the result would replace" in refusal(main, given, capsys)
+    assert "is given twice; give one for each seed" in refusal(main, ["seeds", report, report], capsys)
+    assert "the difference of a row from itself" in refusal(main, ["paired", table, "--pairs", "a:a"], capsys)
+    table.write_text(json.dumps({"rows": {"a": {}, "b": {}}}))
+    said = refusal(main, ["paired", table, "--pairs", "a:b"], capsys)
+    assert "the rows a, b have none of shape_score" in said
 
 
 def test_a_score_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +270,7 @@ def test_a_score_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match="no space left"):
         write_scores(path, {"rows": {"one": {"fid": 2}}})
-    assert read_scores(path)["rows"] == {"one": {"fid": 1}}
+    assert read_result(path)["rows"] == {"one": {"fid": 1}}
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -208,7 +278,7 @@ def test_links_pipes_and_devices_stay_what_they_are(tmp_path: Path) -> None:
     file, link, pipe = tmp_path / "file.json", tmp_path / "link.json", tmp_path / "pipe"
     link.symlink_to(file)
     write_result(link, {"fid": 1})
-    assert link.is_symlink() and read_scores(file) == {"fid": 1}
+    assert link.is_symlink() and read_result(file) == {"fid": 1}
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     write_result(pipe, {"fid": 2})

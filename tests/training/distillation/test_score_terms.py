@@ -140,7 +140,7 @@ def test_terms_that_guide_are_checked(base: Base, shards: Path) -> None:
         DecoupledGuidance(guidance_scale=1.0)
     for without in ({"guidance_rescale": 0.7}, {"guidance_timesteps": TimestepRange(20, 500)}):
         with pytest.raises(ValueError, match="is 1, which is no guidance, so guidance_rescale and"):
-            DistributionMatching(guidance_scale=1.0, **without)  # type: ignore[arg-type]
+            DistributionMatching(guidance_scale=1.0, **without)
     with pytest.raises(ValueError, match="alpha of ScoreIdentity must be a finite number, .* got inf"):
         ScoreIdentity(alpha=float("inf"))
     with pytest.raises(ValueError, match=r"sid.fake_guidance_scale guides the fake score, which learns no"):
