@@ -23,7 +23,7 @@ from sdxs_lightning.callbacks.run_folder import origin
 from sdxs_lightning.callbacks.save_config import SaveConfig
 from sdxs_lightning.config_errors import reference_sentence, sentence, with_place
 from sdxs_lightning.config_files import MergedArguments, read_arguments, refuse_untrusted
-from sdxs_lightning.config_nulls import refuse_nulls
+from sdxs_lightning.config_nulls import refuse_no_groups, refuse_nulls
 from sdxs_lightning.core.errors import RunStopped, UserError
 from sdxs_lightning.environment_values import EnvironmentValues
 from sdxs_lightning.run_ends import (
@@ -120,6 +120,7 @@ class TrainingCLI(LightningCLI):
         self.config = parser.parse_args(args)
         command_line, config = TrainingParser.command_line, self.config.as_dict()
         refuse_nulls(command_line, config)
+        refuse_no_groups(command_line, config)
         command_line.trust.check_locations(texts(config))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:

@@ -19,7 +19,7 @@ from sdxs_lightning.renamed import renamed_in
 from sdxs_lightning.trust import refusal
 
 TRIED = re.compile(
-    r"Does not validate against any|Subtypes: |Errors:|Expected a <class 'NoneType'>|Given value type: "
+    r"Does not validate against any|Subtypes: |Errors:|Expected a <class 'NoneType'>|Given value type: |Expected a path but "
 )
 """Lines of the tree without information of their own."""
 
@@ -65,6 +65,9 @@ def sentence(message: str, options: Iterable[str], command_line: MergedArguments
     if problem.expected is not None:
         what = f"is {problem.value!r}, but {_plain_type(problem.expected)} is accepted"
         return f"{key} {what}{_place(key, command_line)}."
+    group = re.match(r"(?:Not a valid subclass of|Does not implement protocol) (\w+)", problem.text)
+    if group:
+        return f"{key}{_place(key, command_line)} takes a mapping with the options of {group[1]}, or the class_path of one."
     required = re.match(r"the following arguments are required: (.+)", problem.text)
     if required:
         name = ".".join([*problem.key, required[1].partition(",")[0]])

@@ -127,13 +127,16 @@ def read_arguments(arguments: Sequence[str]) -> MergedArguments:
     settings: Settings = {}
     for file in files:
         settings = merge(settings, file.settings, trust)
-    for name, chunk in flags:
-        value = chunk[1] if len(chunk) == 2 else chunk[0].partition("=")[2]
+    flag_values = [
+        (name, chunk[1] if len(chunk) == 2 else chunk[0].partition("=")[2]) for name, chunk in flags
+    ]
+    for name, value in flag_values:
         settings = merge(settings, _other_class(name[2:], value, settings, trust), trust)
     for key in nulls:
         settings = merge(settings, _nested(key, settings), trust)
     merged = [f"--config={_exact_yaml(settings)}"] if settings else []
     set_by_flags = [*(name.lstrip("-").removesuffix("+") for name, _ in flags), *nulls]
+    set_by_flags += [f"{name[2:]}.{key}" for name, value in flag_values for key in _inner_keys(value)]
     keys = frozenset(map(_without_init_args, set_by_flags))
     left = [part for _, chunk in flags for part in chunk]
     return MergedArguments(merged + left, files, settings, keys, trust)
@@ -275,6 +278,22 @@ def _without_nulls(value: str) -> tuple[str, list[str]]:
 
     rest = kept(mapping, "") if isinstance(mapping, dict) else {}
     return (json.dumps(rest) if rest else "") if keys else value, keys
+
+
+def _inner_keys(value: str) -> Iterator[str]:
+    """Dotted keys of all that a flag's mapping sets."""
+    try:
+        mapping = yaml.safe_load(value) if value.startswith("{") else None
+    except yaml.YAMLError:
+        return  # the parser says what is wrong with it
+
+    def keys(node: Any, path: str) -> Iterator[str]:
+        if isinstance(node, dict):
+            for name, one in node.items():
+                yield f"{path}{name}"
+                yield from keys(one, f"{path}{name}.")
+
+    yield from keys(mapping, "")
 
 
 def _other_class(key: str, value: str, settings: Settings, trust: Trust) -> Settings:

@@ -1,6 +1,7 @@
-"""Settings that are null where their type does not accept it.
+"""Settings that are null, or a list or number in the place of a group of options, where their type does not accept it.
 
-jsonargparse (4.53) takes null for "not given" and passes it on as the value, whatever the type: a batch size of None.
+jsonargparse (4.53) takes null for "not given" and passes it on as the value, whatever the type: a batch size of None. A list
+for a dataclass among a class's arguments passes too, and fails where it is built, without the setting's name.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from sdxs_lightning.config_files import MergedArguments
 from sdxs_lightning.core.errors import UserError
@@ -33,10 +34,48 @@ def refuse_nulls(command_line: MergedArguments, config: Mapping[str, Any]) -> No
     for path in _nulls(command_line.settings, ()):
         hint = _refusing_hint(config, path)
         if hint is not None:
-            key = ".".join(path)
-            place = command_line.place(key)
-            where = f" (set {place})" if place else ""
-            raise UserError(f"{key} is null, but {hint} is accepted{where}.")
+            _refuse(command_line, path, "null", hint)
+
+
+def refuse_no_groups(command_line: MergedArguments, config: Mapping[str, Any]) -> None:
+    """Refuses a list or a number where the setting is a group of options, a dataclass.
+
+    Args:
+        command_line: says where it was set.
+        config: the configuration as it was parsed.
+
+    Raises:
+        UserError: naming the setting, its options and its place.
+    """
+    for path, value in _plain_values(config, ()):
+        found = _hint(config, path)
+        group = None if found is None else _group(found[0])
+        if group is not None:
+            names = ", ".join(one.name for one in dataclasses.fields(group))
+            _refuse(command_line, path, repr(value), f"a mapping with {names}")
+
+
+def _refuse(command_line: MergedArguments, path: tuple[str, ...], value: str, accepted: str) -> NoReturn:
+    key = ".".join(path)
+    place = command_line.place(key)
+    where = f" (set {place})" if place else ""
+    raise UserError(f"{key} is {value}, but {accepted} is accepted{where}.")
+
+
+def _plain_values(settings: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Lists and numbers by their path; what is within a list has none."""
+    if isinstance(settings, Mapping):
+        for name, value in settings.items():
+            yield from _plain_values(value, (*path, str(name)))
+    elif isinstance(settings, list | int | float):
+        yield path, settings
+
+
+def _group(hint: Any) -> Any:
+    """The dataclass, if a type accepts nothing else but null."""
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    members = [one for one in (typing.get_args(hint) if union else (hint,)) if one is not types.NoneType]
+    return members[0] if len(members) == 1 and dataclasses.is_dataclass(members[0]) else None
 
 
 def _nulls(settings: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
@@ -49,6 +88,15 @@ def _nulls(settings: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
 
 def _refusing_hint(config: Any, path: tuple[str, ...]) -> str | None:
     """The type of a setting that is null and must not be, in words; None where it may be, or is not null, or is unknown."""
+    found = _hint(config, path)
+    if found is None:
+        return None
+    hint, default, value = found
+    return None if value is not None or default is None or _accepts_none(hint) else _in_words(hint)
+
+
+def _hint(config: Any, path: tuple[str, ...]) -> tuple[Any, Any, Any] | None:
+    """Type, default and value of a setting; None where there is no such setting, or its path ends at a class."""
     node, owner = config, None
     for depth, name in enumerate(path):
         if not isinstance(node, Mapping) or name not in node:
@@ -60,8 +108,7 @@ def _refusing_hint(config: Any, path: tuple[str, ...]) -> str | None:
         hint, default = _parameters(owner).get(name, (Any, None))
         node = node[name]
         if last:
-            accepted = node is not None or default is None or _accepts_none(hint)
-            return None if accepted else _in_words(hint)
+            return hint, default, node
         named = node.get("class_path") if isinstance(node, Mapping) else None
         owner = _class(named) if named else _class(ROOTS.get(name)) if depth == 0 else _dataclass(hint)
     return None

@@ -1,4 +1,4 @@
-"""null where a type does not accept it: one sentence, and no value of None."""
+"""null, or a list, where a type does not accept it: one sentence, and no value of None."""
 
 from __future__ import annotations
 
@@ -50,6 +50,25 @@ def test_null_is_refused_where_it_is_no_value(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model.denoising.timesteps", "[0, 999]"],
+            "denoising.init_args.timesteps is [0, 999], but a mapping with low, high is accepted (set on the command line)",
+        ),
+        (
+            ["--model.pairs", "[1]"],
+            "model.init_args.pairs (set on the command line) takes a mapping with the options of PairSettings, or the",
+        ),
+        (
+            ["--model.fake_score.lora", "x"],
+            "lora is 'x', but LoRA or null is accepted (set on the command line)",
+        ),
+        (
+            [
+                "--model.distribution_matching.timesteps",
+                "{low: 0.5}",
+            ],  # the quickstart's files set another `low`
+            "timesteps.low is '0.5', but int is accepted (set on the command line)",
+        ),
         (
             ["--model.pairs.count", "null", "--plan"],
             "model.init_args.pairs.count is null, but int is accepted",
