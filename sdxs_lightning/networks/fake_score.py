@@ -31,7 +31,8 @@ class FakeScore(Network):
         gradient_checkpointing: recompute blocks in the backward pass: less memory, about a third more compute.
         compile_blocks: torch.compile each block; worthwhile on a GPU for runs longer than minutes.
         alignment: share of the way to the student's weights that the weights move after each student update (SenseFlow's
-            implicit distribution alignment, 1 - lambda there); needs a student of the base's architecture. 0 is DMD2.
+            implicit distribution alignment, 1 - lambda there), those of a warm-up included, after which they are an average of
+            the student's; needs a student of the base's architecture. 0 is DMD2.
 
     Raises:
         ValueError: if both weights and lora are set; for an alignment outside [0, 1), or with lora.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -54,7 +55,10 @@ def begin_from(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> lis
         name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape
     }
     if not fits:
-        raise ValueError("weights: not one tensor of this U-Net has the name and shape of one of the base's.")
+        raise ValueError(
+            "not one tensor of weights has the name and shape of one of this U-Net's: take a U-Net of the same kind, or set "
+            "model.init_args.weights to null."
+        )
     unet.load_state_dict(fits, strict=False)
     new = [name for name in own if name not in fits]
     with torch.no_grad():
@@ -82,7 +86,8 @@ class DenoisingTraining(AveragedTraining):
             None begins from random weights.
 
     Raises:
-        ValueError: if `weights` has no tensor that fits.
+        ValueError: if `weights` has no tensor that fits, unless caption_dropout is a share, or later for an `output` that
+            cannot be a folder.
     """
 
     def __init__(
@@ -100,11 +105,16 @@ class DenoisingTraining(AveragedTraining):
 
         super().__init__(optimizer, lr_scheduler)
         check_decay(ema_decay)
+        if not 0 <= caption_dropout <= 1:
+            raise ValueError(f"caption_dropout is a share in [0, 1], got {caption_dropout}.")
         self.family = family
         self.output, self.caption_dropout, self.seed = output, caption_dropout, seed
         unet = UNet2DConditionModel.from_config(family.unet_config)
         if weights is not None:
-            begin_from(unet, load_network(UNet2DConditionModel, resolve_unet(weights)).state_dict())
+            new = begin_from(unet, load_network(UNet2DConditionModel, resolve_unet(weights)).state_dict())
+            count = len(unet.state_dict())
+            fresh = f"; fresh are {len(new)}, such as {new[0]}" if new else ""
+            rank_zero_info(f"Began from '{weights}' with {count - len(new)} of {count} tensors{fresh}.")
         self.denoiser = Denoiser(unet, family.schedule, family.prediction_type)
         self.denoiser.to(memory_format=torch.channels_last)
         self.ema = AveragedModel(self.denoiser, multi_avg_fn=get_ema_multi_avg_fn(ema_decay)).requires_grad_(
@@ -117,6 +127,15 @@ class DenoisingTraining(AveragedTraining):
 
     def average(self) -> None:
         self.ema.update_parameters(self.denoiser)
+
+    def setup(self, stage: str) -> None:
+        """Makes the folder of the result: diffusers says at the end that it is none, and writes nothing."""
+        try:
+            Path(self.output).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"output is '{self.output}', which cannot be a folder ({error.strerror}); change model.init_args.output."
+            ) from error
 
     def on_fit_start(self) -> None:
         """Moves the frozen text encoder to the device."""

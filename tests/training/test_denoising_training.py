@@ -24,14 +24,16 @@ from tests.helpers.tiny import tiny_batch
 Base = Callable[[str], Path]
 
 
-def stage(base: Path, output: Path, seed: int = 3, weights: str | None = None) -> DenoisingTraining:
+def stage(
+    base: Path, output: Path, seed: int = 3, weights: str | None = None, caption_dropout: float = 0.5
+) -> DenoisingTraining:
     torch.manual_seed(1)  # not that of the tiny base
     return DenoisingTraining(
         StableDiffusion(str(base)),
         partial(torch.optim.SGD, lr=0.05),
         lambda optimizer: TrapezoidLR(optimizer, total_updates=8, rise_updates=2, fall_updates=2),
         output=str(output),
-        caption_dropout=0.5,
+        caption_dropout=caption_dropout,
         ema_decay=0.5,
         seed=seed,
         weights=weights,
@@ -154,9 +156,14 @@ def test_begins_as_the_unet_without_the_added_branches() -> None:
             assert parameter.grad is not None and parameter.grad.any(), name
 
 
-def test_begins_from_the_weights_that_are_named(base: Base, tmp_path: Path) -> None:
+def test_begins_from_the_weights_that_are_named(
+    base: Base, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = base("sd-v_prediction")
-    module = stage(folder, tmp_path, weights=str(folder))
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        module = stage(folder, tmp_path, weights=str(folder))
+    count = len(module.denoiser.unet.state_dict())
+    assert f"Began from '{folder}' with {count} of {count} tensors." in caplog.text
     for value, other in zip(
         module.denoiser.unet.parameters(),
         UNet2DConditionModel.from_pretrained(folder / "unet").parameters(),
@@ -174,8 +181,23 @@ def test_a_clipping_that_erases_or_turns_the_gradients_is_refused(norm: float) -
 
 
 def test_refuses_weights_of_which_nothing_fits() -> None:
-    with pytest.raises(ValueError, match="weights: not one tensor of this U-Net has the name and shape"):
+    with pytest.raises(
+        ValueError, match="not one tensor of weights has the name and shape of one of this U-N"
+    ):
         begin_from(small_unet(), {"conv_in.weight": torch.zeros(3, 3), "elsewhere": torch.zeros(2)})
+
+
+def test_what_would_be_found_at_the_end_is_refused_at_the_start(base: Base, tmp_path: Path) -> None:
+    """diffusers writes nothing to a file in the place of the folder, and says so in a log alone."""
+    (tmp_path / "file").touch()
+    module = stage(base("sd-v_prediction"), tmp_path / "file")
+    with pytest.raises(
+        ValueError, match="/file', which cannot be a folder .*; change model.init_args.output"
+    ):
+        module.setup("fit")
+    for share in (float("nan"), 2.0, -1.0):
+        with pytest.raises(ValueError, match=r"caption_dropout is a share in \[0, 1\], got"):
+            stage(base("sd-v_prediction"), tmp_path, caption_dropout=share)
 
 
 def test_resume_is_exact(base: Base, shards: Path, tmp_path: Path) -> None:

@@ -39,8 +39,9 @@ class UpdateSchedule:
     """Fake score and discriminator learn from every n-th sample of a batch, which n divides: their batch is smaller than the
     student's, and between student updates only these samples are made."""
     warmup_updates: int = 0
-    """Student updates on the warm-up's terms, usually on the target sampler's pairs; no other network is updated. The student's
-    optimizer begins anew after them, as in a stage of its own."""
+    """Student updates on the warm-up's terms, usually on the target sampler's pairs; no other network has a loss then, unless
+    `adversarial.phase` says so, and `fake_score.alignment` acts already. The student's optimizer begins anew after them, as
+    in a stage of its own."""
     fake_score_only_iterations: int = 0
     """Iterations after the warm-up without a student update: an untrained discriminator, and a fake score that has not seen the
     student's samples, would mislead the student."""

@@ -26,7 +26,7 @@ from sdxs_lightning.objectives.term import LatentSample, NoisyLatents
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch, tiny_sd_unet
-from tests.helpers.tiny_distillation import built, distillation, fit, sample_of, weights
+from tests.helpers.tiny_distillation import WARMUP, built, distillation, fit, sample_of, weights
 
 Base = Callable[[str], Path]
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -189,6 +189,26 @@ def test_alignment_moves_the_fake_score_by_its_share_after_a_student_update(
         expected = 0.75 * before[name] + 0.25 * student[name.removeprefix("denoiser.unet.")]
         torch.testing.assert_close(found, expected)
         # Equal at the start, so the pull is visible wherever the student moved.
+    assert any(not torch.equal(found, before[name]) for name, found in weights(module.fake_score).items())
+
+
+def test_alignment_acts_in_the_warm_up_too(base: Base, shards: Path) -> None:
+    """So the fake score begins the distillation as an average of the warm-up's students, not as the base."""
+    warmup = UpdateSchedule(max_student_updates=9, warmup_updates=5)
+    module = built(
+        distillation(
+            base("sd-epsilon"),
+            **WARMUP | {"update_schedule": warmup, "gan": False},
+            fake_score=FakeScore(SGD, alignment=0.25),
+        )
+    )
+    assert module.fake_score is not None
+    before = weights(module.fake_score)
+    fit(module, shards, batches=1)
+    student = module.student.denoiser.unet.state_dict()
+    for name, found in weights(module.fake_score).items():
+        expected = 0.75 * before[name] + 0.25 * student[name.removeprefix("denoiser.unet.")]
+        torch.testing.assert_close(found, expected)
     assert any(not torch.equal(found, before[name]) for name, found in weights(module.fake_score).items())
 
 
