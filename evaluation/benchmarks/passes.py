@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from evaluation.reports.result_file import write_result
+from evaluation.reports.result_file import check_writable, write_result
+from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import Option, run_command
 
 if TYPE_CHECKING:
@@ -113,8 +114,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_command(PROGRAM, PassesOptions, run, arguments)
 
 
+@as_user_errors()
 def run(options: PassesOptions) -> str:
     """Counts, and returns the table."""
+    if options.out is not None:
+        check_writable(options.out)
     found = {base: count_all(base) for base in options.base}
     if options.out is not None:
         write_result(options.out, {"passes_per_student_update": found})

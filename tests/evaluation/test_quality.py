@@ -9,8 +9,10 @@ import pytest
 
 from evaluation.benchmarks.gpu.random_base import config_folder
 from evaluation.benchmarks.passes import Counting, Setting, stage_of
+from evaluation.benchmarks.passes import main as passes_main
 from evaluation.benchmarks.tables import __main__ as tables
 from evaluation.reports.markdown import score_file_markdown
+from tests.helpers.refusals import refusal
 
 
 def test_rows_are_measured_once_and_printed_with_intervals(
@@ -31,6 +33,15 @@ def test_rows_are_measured_once_and_printed_with_intervals(
     out.write_text(json.dumps(content))
     tables.main(command)
     assert json.loads(out.read_text())["rows"]["base, 1 step"] == before  # kept, not measured again
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_passes_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("evaluation.benchmarks.passes.count_all", lambda base: pytest.fail("counted"))
+    assert (
+        refusal(passes_main, ["--out", tmp_path], capsys) == f"passes: '{tmp_path}' is a folder; give a file."
+    )
 
 
 def test_passes_are_those_that_one_counts_by_hand(tmp_path: Path) -> None:
