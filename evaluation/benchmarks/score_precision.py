@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from evaluation.reports.result_file import write_result
+from evaluation.reports.result_file import check_writable, write_result
+from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import Option, run_command
+from sdxs_lightning.core.option_bounds import LARGEST_SCALE, MOST_IMAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +41,11 @@ class ScorePrecisionOptions:
     """Pipeline or U-Net folder of a one-step student."""
     fake_score: str
     """U-Net folder of its fake score (`fake_score: true` of the callback Export)."""
-    conditioning_timestep: Annotated[int, Option(at_least=0)] = 699
+    conditioning_timestep: Annotated[int, Option(at_least=0, at_most=999)] = 699
     """Timestep of the student."""
-    guidance_scale: float = 1.5
+    guidance_scale: Annotated[float, Option(at_least=1, at_most=LARGEST_SCALE)] = 1.5
     """Guidance of the real score."""
-    samples: Annotated[int, Option(at_least=2)] = 128
+    samples: Annotated[int, Option(at_least=2, at_most=MOST_IMAGES)] = 128
     """Prompts, of the toy world's val split."""
     out: Path | None = None
     """JSON file to write."""
@@ -62,8 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_command(PROGRAM, ScorePrecisionOptions, run, arguments)
 
 
+@as_user_errors()
 def run(options: ScorePrecisionOptions) -> str:
     """Measures, and returns the table."""
+    if options.out is not None:
+        check_writable(options.out)
     rows = measure(options)
     if options.out is not None:
         settings = {"guidance_scale": options.guidance_scale, "samples": options.samples}

@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from evaluation.benchmarks import score_precision
-from evaluation.benchmarks.score_precision import VARIANTS, ScorePrecisionOptions, run
+from evaluation.benchmarks.score_precision import VARIANTS, ScorePrecisionOptions, main, run
+from tests.helpers.refusals import refusal
 
 BASE = "data/toy/base"
 
@@ -54,3 +55,14 @@ def test_the_error_is_that_of_bfloat16(options: ScorePrecisionOptions) -> None:
     real, both, _ = score_precision.measure(options).values()
     assert all(1e-4 < error < 1 for row in (real, both) for error in row.values())
     assert real != both
+
+
+def test_a_place_that_cannot_be_written_and_a_scale_that_is_none_are_refused(
+    options: ScorePrecisionOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--student", BASE, "--fake_score", options.fake_score]
+    assert (
+        refusal(main, [*line, "--out", tmp_path], capsys)
+        == f"score_precision: '{tmp_path}' is a folder; give a file."
+    )
+    assert "guidance_scale" in refusal(main, [*line, "--guidance_scale", "nan"], capsys)
