@@ -33,6 +33,7 @@ def cost_curves(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     # Its own canvas rather than pyplot, which keeps global state and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     lines = lines_of(rows)
     if not lines:
@@ -67,6 +68,9 @@ def cost_curves(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axes.set(
             xlabel=f"processor time, {next(iter(rows)).replace('_', ' ')} = 1", ylabel=title, xscale="log"
         )
-        axes.grid(alpha=0.3, which="both")
+        axes.xaxis.set_major_locator(LogLocator(base=2))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.grid(alpha=0.3)
     panels[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=120)

@@ -102,19 +102,62 @@ def test_what_is_said_of_precision_is_its_file() -> None:
     assert "adds at most 1 point to it, and the prompts nothing" in " ".join(PAGE.split())
 
 
-def test_what_is_said_of_distillation_alone_is_its_file() -> None:
-    rows, teacher = result("toy_cold")["rows"], result("toy_teacher")["toy"]["teacher"]
-    plain, aligned = rows["cold_dmd2"], rows["cold_aligned"]
-    text, readme = " ".join(PAGE.split()), " ".join((ROOT / "README.md").read_text().split())
-    gained = 100 * (aligned["caption_accuracy"]["mean"] - plain["caption_accuracy"]["mean"])
-    cost = aligned["cpu_seconds"]["mean"] / plain["cpu_seconds"]["mean"]
-    assert f"at {cost:.2f} times the processor time, {gained:.0f} points more and a lower FID" in text
-    assert aligned["fid"]["mean"] < plain["fid"]["mean"]
-    before, after = (
-        100 * one for one in (teacher["1"]["caption_accuracy"], aligned["caption_accuracy"]["mean"])
+def test_what_is_said_of_the_methods_alone_is_their_file() -> None:
+    rows, text = result("toy_cold")["rows"], " ".join(PAGE.split())
+
+    def accuracy(row: str) -> float:
+        return 100 * float(rows[f"cold_{row}"]["caption_accuracy"]["mean"])
+
+    def ahead(row: str, other: str, score: str) -> list[float]:
+        """Differences over the seeds of both rows."""
+        found = [
+            dict(zip(one["seeds"], one[score]["values"], strict=True))
+            for one in (rows[f"cold_{row}"], rows[f"cold_{other}"])
+        ]
+        return [found[0][seed] - found[1][seed] for seed in found[0] if seed in found[1]]
+
+    assert (
+        f"at its rate reaches {accuracy('dmd2'):.1f} % of captions, four times the rate of the student "
+        f"{accuracy('large_rate'):.1f} %, ratio 1 as well {accuracy('ratio_1'):.1f} %; in twice the passes ratio 1 reaches "
+        f"{accuracy('ratio_1_2x'):.1f} %" in text
     )
-    assert f"has {before:.1f} % in one step" in text
-    assert f"from {before:.0f} to {after:.0f} % by itself" in readme
+    assert accuracy("ratio_1_halfx") > accuracy("dmd2_2x")
+    share = rows["cold_ratio_1_halfx"]["cpu_seconds"]["mean"] / rows["cold_dmd2_2x"]["cpu_seconds"]["mean"]
+    assert (
+        f"it has more ({accuracy('ratio_1_halfx'):.1f} %) than DMD2's settings after twice as many "
+        f"({accuracy('dmd2_2x'):.1f} %), at {share:.2f} times the processor time" in text
+    )
+    longer = accuracy("ratio_1_2x") - accuracy("regression_2x")
+    assert f"In twice the work it is {longer:.1f} points (one seed)" in text
+    gained = [100 * one for one in ahead("ratio_1", "regression", "caption_accuracy")]
+    error = stdev(gained) / len(gained) ** 0.5
+    counts = {2: "two", 3: "three"}
+    assert (
+        f"in equal work: {mean(gained):.1f} points of captions (standard error {error:.1f}, {counts[len(gained)]} pairs"
+        in text
+    )
+    shape, distance = (mean(ahead("ratio_1", "regression", score)) for score in ("shape_score", "fid"))
+    assert f"and {shape:.3f} of shape score for it, {distance:.2f} of FID against it" in text
+    aligned = [100 * one for one in ahead("aligned", "ratio_1", "caption_accuracy")]
+    assert f"at ratio 1: {mean(aligned):+.1f} points over {counts[len(aligned)]} pairs" in text
+    for row, words in {
+        "samples_used_5_times": "samples used five times ({})",
+        "lora_fake": "adapters as the fake score ({})",
+        "half_fake_score_batch": "every second sample for it ({})",
+        "gan": "The GAN ({})",
+        "decoupled_guidance": "guidance apart from matching ({})",
+        "long_and_short_guidance": "guidance of both scores ({})",
+        "score_identity": "score identity ({})",
+    }.items():
+        first = 100 * ahead(row, "dmd2", "caption_accuracy")[0]  # of seed 0
+        assert words.format(f"{first:+.1f}") in text.replace(" points)", ")"), row
+    before = 100 * result("quickstart_seed0")["student_before"]["caption_accuracy"]
+    assert f"The student begins at {before:.1f} % of captions" in text
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert (
+        f"from {before:.0f} to {accuracy('ratio_1_2x'):.0f} % by itself, in work in which regression reaches "
+        f"{accuracy('regression_2x'):.0f} % (one seed)" in readme
+    )
 
 
 def test_what_is_said_of_the_quickstarts_distillation_is_its_files() -> None:

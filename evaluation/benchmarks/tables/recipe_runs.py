@@ -44,7 +44,6 @@ _NO_GAN = (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")
 _UPDATES = f"{MODEL}update_schedule.max_student_updates"
 _HEAD_START = f"{MODEL}update_schedule.fake_score_only_iterations"
 _RATIO = f"{MODEL}update_schedule.fake_score_updates_per_student_update"
-_UNALIGNED = f"{MODEL}fake_score.init_args.alignment=0.0"
 _LARGE_RATE = f"{MODEL}student.init_args.optimizer.init_args.lr=2.0e-4"
 _FAST = (
     f"{_RATIO}=1",
@@ -105,27 +104,13 @@ RECIPES: dict[str, Recipe] = {
         133, "alignment", *_FAST, f"{MODEL}update_schedule.fake_score_every_nth_sample=2"
     ),
     "cold_regression": Recipe((QUICKSTART,), flags=_regression(pairs=1536, updates=200)),
-    # The trade-off of guidance in training; cold_ratio_1 has 1.5.
-    **{
-        f"cold_guidance_{scale}": _cold(
-            111, None, *_FAST, f"{MODEL}distribution_matching.guidance_scale={scale}"
-        )
-        for scale in ("1", "2", "3", "4.5")
-    },
-    # Three of them in half, twice and four times the passes: accuracy against processor time.
-    **{f"cold_dmd2_{times}x": _cold(updates) for times, updates in (("half", 18), (2, 83), (4, 170))},
-    **{
-        f"cold_ratio_1_{times}x": _cold(updates, None, *_FAST)
-        for times, updates in (("half", 51), (2, 231), (4, 471))
-    },
-    **{
-        f"cold_regression_{times}x": Recipe((QUICKSTART,), flags=_regression(pairs, updates))
-        for times, pairs, updates in (("half", 768, 100), (2, 3072, 400), (4, 6144, 800))
-    },
+    # In half and twice the passes.
+    "cold_dmd2_2x": _cold(83),
+    "cold_ratio_1_halfx": _cold(51, None, *_FAST),
+    "cold_ratio_1_2x": _cold(231, None, *_FAST),
+    "cold_regression_2x": Recipe((QUICKSTART,), flags=_regression(pairs=3072, updates=400)),
     # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
     "quickstart": Recipe((QUICKSTART,)),
-    "quickstart_unaligned": Recipe((QUICKSTART,), flags=(_UNALIGNED,)),
-    "quickstart_ratio_1": Recipe((QUICKSTART,), flags=(_UNALIGNED, f"{_RATIO}=1", f"{_UPDATES}=589")),
     "quickstart_regression": Recipe((QUICKSTART,), flags=_regression(pairs=4096, updates=1020)),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
