@@ -210,11 +210,12 @@ def _current_spelling(arguments: Sequence[str], fields: Sequence[OptionField], p
     """The command line with underscores and today's names.
 
     Raises:
-        UserError: for an option that does not exist.
+        UserError: for an option that does not exist, or one of several values that is given twice.
     """
-    known = {field.spelling: field.spelling for field in fields if not field.option.positional}
+    known = {field.spelling: field for field in fields if not field.option.positional}
     former = {old: field.spelling for field in fields for old in field.option.deprecated}
     spelled: list[str] = []
+    given: set[str] = set()
     for index, argument in enumerate(arguments):
         if argument == "--":
             return [*spelled, *arguments[index:]]
@@ -228,7 +229,12 @@ def _current_spelling(arguments: Sequence[str], fields: Sequence[OptionField], p
         elif name not in known:
             hint = nearest(name, [*known, *former], "--")
             raise UserError(f"{argument.partition('=')[0]} is not an option{hint}; see `{program} --help`.")
-        spelled.append(f"--{former.get(name, name)}{equals}{value}")
+        current = former.get(name, name)
+        # The second would replace the first without a word.
+        if known[current].many and current in given:
+            raise UserError(f"--{current} is given twice; give it once, with all values: --{current} A B.")
+        given.add(current)
+        spelled.append(f"--{current}{equals}{value}")
     return spelled
 
 

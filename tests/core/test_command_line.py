@@ -107,6 +107,10 @@ def test_several_values_and_none() -> None:
         parse("a --from b --contents latents image")
 
 
+def test_of_one_value_the_last_counts() -> None:
+    assert parse("a --from b --side_px 7 --side_px 9").side_px == 9
+
+
 def test_hyphens_are_underscores_in_options_and_stay_in_values() -> None:
     assert parse("a-b --from c-d --side-px 7") == Resize(shards=("a-b",), source="c-d", side_px=7)
 
@@ -149,6 +153,10 @@ def test_a_former_name_is_accepted_with_a_note(capsys: pytest.CaptureFixture[str
         ),
         ("a --from b --record yes", "unexpected argument 'yes'; see `python -m images resize --help`."),
         ("a --from b --record", "--record needs --out."),
+        (
+            "a --from b --names x --names=y",
+            "--names is given twice; give it once, with all values: --names A B.",
+        ),
     ],
 )
 def test_what_is_refused_ends_with_exit_code_2_and_one_sentence(
