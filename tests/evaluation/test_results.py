@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -40,7 +41,7 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 17
+    assert len(shown) == len(set(shown)) == 18
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -91,6 +92,25 @@ def test_what_is_said_of_speed_is_its_files() -> None:
         f"{ratios[0]:.1f} times as fast as diffusers with the KL decoder in the first run and {ratios[1]:.1f} times"
         in said
     )
+
+
+def test_the_judge_orders_what_the_eye_does() -> None:
+    """Intervals of the base by its steps, and of students from early to late; True where they do not overlap."""
+    rows = result("toy_quality")["rows"]
+    base = [f"base, {count} step{'s' * (count > 1)}" for count in (50, 8, 4, 2, 1)]
+    students = ["longer", "shipped", "middle", "early"]
+
+    def apart(ranked: list[str], score: str) -> list[bool]:
+        scores = [rows[name]["estimates"][score] for name in ranked]
+        assert sorted(scores, key=lambda one: -one["value"]) == scores
+        return [better["low"] > worse["high"] for better, worse in pairwise(scores)]
+
+    assert apart(base, "caption_accuracy") == [False, False, True, True]
+    assert apart(["real images", *base[1:]], "shape_score") == [True, False, True, True]
+    for score in ("shape_score", "caption_accuracy"):
+        assert apart(students, score) == [True, False, True]
+    first, second = (rows[name]["estimates"]["shape_score"] for name in base[:2])
+    assert second["value"] > first["value"] > second["low"]  # 50 and 8 steps
 
 
 def test_what_is_said_of_precision_is_its_file() -> None:
