@@ -202,7 +202,7 @@ class TextEncoderPairTraining(_CaptionTraining):
             return states.new_zeros(())
         with torch.no_grad():
             expected = self._imitated[0].to(self.device)(ids).last_hidden_state
-        missed = (states - expected).square().mean() / expected.var(dim=(0, 1)).mean()
+        missed: Tensor = (states - expected).square().mean() / expected.var(dim=(0, 1)).mean()
         self.log("missed_variance", missed, prog_bar=True, batch_size=len(ids))
         return missed
 
