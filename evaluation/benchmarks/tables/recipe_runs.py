@@ -44,7 +44,8 @@ _NO_GAN = (f"{MODEL}discriminator=null", f"{MODEL}adversarial=null")
 _UPDATES = f"{MODEL}update_schedule.max_student_updates"
 _HEAD_START = f"{MODEL}update_schedule.fake_score_only_iterations"
 _RATIO = f"{MODEL}update_schedule.fake_score_updates_per_student_update"
-_LARGE_RATE = f"{MODEL}student.init_args.optimizer.init_args.lr=2.0e-4"
+_RATE = f"{MODEL}student.init_args.optimizer.init_args.lr"
+_LARGE_RATE = f"{_RATE}=2.0e-4"
 _FAST = (
     f"{_RATIO}=1",
     _LARGE_RATE,
@@ -66,7 +67,7 @@ def _regression(pairs: int, updates: int) -> tuple[str, ...]:
         f"{MODEL}fake_score=null",
         f"{MODEL}distribution_matching=null",
         f"{MODEL}pairs.count={pairs}",
-        f"{MODEL}student.init_args.optimizer.init_args.lr=7.0e-4",
+        f"{_RATE}=7.0e-4",
         f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_updates=0",
         f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",
         f"{MODEL}update_schedule.warmup_updates={updates}",
@@ -86,9 +87,7 @@ RECIPES: dict[str, Recipe] = {
     "dmd2_lora_fake": Recipe((DISTILL,), "warmup", (f"{MODEL}fake_score.init_args.lora.rank=32",)),
     # From the base, without a warm-up: what a setting itself reaches, each in 1,080 passes of the U-Net over a batch.
     "cold_dmd2": _cold(40),
-    "cold_gan": Recipe(
-        (DISTILL,), flags=(f"{MODEL}update_schedule.fake_score_only_iterations=20", f"{_UPDATES}=33")
-    ),
+    "cold_gan": Recipe((DISTILL,), flags=(f"{_HEAD_START}=20", f"{_UPDATES}=33")),
     "cold_samples_used_5_times": _cold(48, "samples_used_again", f"{_HEAD_START}=4"),
     "cold_lora_fake": _cold(44, "lora_fake_score", f"{MODEL}fake_score.init_args.lora.rank=32"),
     "cold_half_fake_score_batch": _cold(64, "small_fake_score_batch"),
