@@ -120,7 +120,8 @@ def test_control_and_image(student: Students, tmp_path: Path) -> None:
 def test_messages(
     line: list[str], message: str, student: Students, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    usual = ["--model", str(student("sd")), "--prompt", "a", "--out", "one.png"]
+    prompt = [] if "--prompt" in line else ["--prompt", "a"]
+    usual = ["--model", str(student("sd")), *prompt, "--out", "one.png"]
     with pytest.raises(SystemExit) as stop:
         main([*usual, *line])
     assert stop.value.code == 2 and message in capsys.readouterr().err

@@ -107,7 +107,8 @@ def test_a_file_is_converted(world: Path, tmp_path: Path) -> None:
 def test_refusals_are_one_sentence(
     world: Path, arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--model", "{base}", "--lora", "{one}", *arguments]
+    usual = [] if "--lora" in arguments else ["--lora", "{one}"]
+    given = ["--model", "{base}", *usual, *arguments]
     places = {name: world / name for name in ("base", "one", "huge")} | {"new": tmp_path / "new"}
     with pytest.raises(SystemExit) as end:
         main(["merge", *(one.format(**places) for one in given)])
