@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -80,9 +81,13 @@ class ToyDataModule(ShardDataModule):
         """Renders and encodes the images unless the shards are complete; an incomplete folder is written again."""
         finished = self.folder / "complete"
         if not finished.exists():
-            extras = self.original_sizes, self.images, self.style
-            write_latent_shards(self.base, self.train_images, self.folder, *extras)
-            finished.touch()
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            # Of runs that start together one writes, and the others wait.
+            with FileLock(f"{self.folder}.lock"):
+                if not finished.exists():
+                    extras = self.original_sizes, self.images, self.style
+                    write_latent_shards(self.base, self.train_images, self.folder, *extras)
+                    finished.touch()
         super().prepare_data()
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 
@@ -164,6 +167,16 @@ def test_the_tokenizer_is_the_same_in_every_call() -> None:
 def _centre(mask: np.ndarray) -> np.ndarray:
     rows, columns = np.nonzero(mask)
     return np.array([columns.mean(), rows.mean()])
+
+
+def test_of_runs_that_start_together_one_writes_the_shards(tmp_path: Path) -> None:
+    assert diffusers.AutoencoderKL  # its lazy import is not for threads
+    runs = [ToyDataModule(train_images=300, cache=str(tmp_path), batch_size=6) for _ in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(ToyDataModule.prepare_data, runs))
+    [shard] = runs[0].folder.glob("*.tar")
+    with tarfile.open(shard) as tar:
+        assert len(tar.getnames()) == 600  # of each sample the latent and the caption
 
 
 def test_bars_state_the_background_of_each_image(tmp_path: Path) -> None:
