@@ -47,8 +47,8 @@ class Family(Protocol):
     def unscale_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `scale_latents`: converts to the KL VAE decoder's input."""
 
-    def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
-        """Loads a new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id."""
+    def load_unet(self, folder: str | None = None, option: str = "weights") -> UNet2DConditionModel:
+        """Loads a new float32 U-Net: the base's, or that of a folder or hub id (in messages: `option`)."""
 
     def load_vae(self) -> AutoencoderKL:
         """Loads the base's KL VAE, float32."""

@@ -109,9 +109,12 @@ class PretrainedBase(ABC):
         """The inverse of `scale_latents`: converts to the KL VAE decoder's input."""
         return unscale(latents, self.scaling_factor, self.shift_factor)
 
-    def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
-        """Loads a new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id (such as a pruned student)."""
-        source = self.folder / "unet" if folder is None else resolve_unet(folder)
+    def load_unet(self, folder: str | None = None, option: str = "weights") -> UNet2DConditionModel:
+        """Loads a new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id (such as a pruned student).
+
+        `option` is the setting that names it, for messages.
+        """
+        source = self.folder / "unet" if folder is None else resolve_unet(folder, option)
         widths = [
             read_json(self.folder / name / "config.json")["hidden_size"] for name in self.encoder_classes
         ]

@@ -40,11 +40,11 @@ class WeightlessFamily:
             raise AttributeError(name)
         return getattr(self._family, name)
 
-    def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
+    def load_unet(self, folder: str | None = None, option: str = "weights") -> UNet2DConditionModel:
         """Builds the base's U-Net, or that of a U-Net or pipeline folder (such as a pruned student)."""
         from diffusers import UNet2DConditionModel
 
-        config = self._family.unet_config if folder is None else unet_config(resolve_unet(folder))
+        config = self._family.unet_config if folder is None else unet_config(resolve_unet(folder, option))
         with META:
             return UNet2DConditionModel.from_config(config)
 

@@ -74,7 +74,9 @@ class FakeScore(Network):
         """Loads the network. Idempotent."""
         if hasattr(self, "denoiser"):
             return
-        self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
+        self.denoiser = load_denoiser(
+            family, self._weights, self.lora, *self._switches, "fake_score.init_args.weights"
+        )
         self.frozen_fingerprint = frozen_fingerprint(self.denoiser)
         if self.lora is not None:
             save_adapters_only(self)

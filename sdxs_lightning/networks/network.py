@@ -164,6 +164,7 @@ def load_denoiser(
     lora: LoRA | None,
     gradient_checkpointing: bool,
     compile_blocks: bool,
+    option: str = "weights",
 ) -> Denoiser:
     """Loads a denoiser in training mode.
 
@@ -173,8 +174,9 @@ def load_denoiser(
         lora: freezes the weights and adds adapters; None trains all weights.
         gradient_checkpointing: recompute blocks in the backward pass.
         compile_blocks: torch.compile each block.
+        option: the setting that names the weights, for messages.
     """
-    unet = family.load_unet(weights)
+    unet = family.load_unet(weights, option)
     if lora is not None:
         add_lora(unet, lora)
     prepared = prepare_unet(unet, gradient_checkpointing, compile_blocks)

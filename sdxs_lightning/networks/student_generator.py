@@ -119,7 +119,9 @@ class StudentGenerator(Network):
             check_timesteps(self._timesteps, total)
             self.conditioning_timestep = self._timesteps[0]
         self.timesteps = self._timesteps or [self.conditioning_timestep]
-        self.denoiser = load_denoiser(family, self._weights, self.lora, *self._switches)
+        self.denoiser = load_denoiser(
+            family, self._weights, self.lora, *self._switches, "student.init_args.weights"
+        )
         if self.guidance is not None:
             add_guidance_input(self.denoiser.unet, self.guidance.dimensions)
         elif self.denoiser.unet.config.get("time_cond_proj_dim") is not None:

@@ -131,7 +131,7 @@ class TargetPairs:
         """Loads the network of `weights`, if set."""
         self._family = family
         if self.settings.weights is not None:
-            unet = family.load_unet(self.settings.weights)
+            unet = family.load_unet(self.settings.weights, "pairs.weights")
             own = Denoiser(unet, family.schedule, family.prediction_type)
             self.own = Frozen(own)
 

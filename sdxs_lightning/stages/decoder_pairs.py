@@ -70,7 +70,7 @@ class DecoderPairs:
         self._family = family
         if self._sampling is None:
             return
-        unet = family.load_unet(self._sampling.weights)
+        unet = family.load_unet(self._sampling.weights, "sampler.weights")
         denoiser = Denoiser(unet, family.schedule, family.prediction_type)
         self.network = Frozen(denoiser).to(dtype=dtype)
         settings = self._sampling.steps, self._sampling.guidance_scale, self._sampling.spacing

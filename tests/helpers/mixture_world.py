@@ -123,7 +123,7 @@ class MixtureFamily:
     def scale_latents(self, latents: Tensor) -> Tensor:
         return latents
 
-    def load_unet(self, folder: str | None = None) -> MixtureUnet:
+    def load_unet(self, folder: str | None = None, option: str = "weights") -> MixtureUnet:
         return MixtureUnet(self.schedule, modes=folder is None)
 
     def encode_prompts(self, captions: list[str], *_: Any) -> Conditioning:

@@ -76,7 +76,7 @@ class RandomBase(WeightlessFamily):
         """SD-1.5 or SDXL; its JSON files are written to `folder`."""
         return cls(detect_family(str(config_folder(kind, folder, tiny))), device)
 
-    def load_unet(self, folder: str | None = None) -> UNet2DConditionModel:
+    def load_unet(self, folder: str | None = None, option: str = "weights") -> UNet2DConditionModel:
         """A new float32 U-Net."""
         config = self.unet_config if folder is None else read_json(Path(folder) / "config.json")
         with self.device:

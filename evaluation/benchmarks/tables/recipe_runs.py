@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evaluation.protocols.protocols import REPOSITORY
+from evaluation.reports.result_file import write_result
 from sdxs_lightning.core.errors import RunStopped
 
 MODEL = "--model.init_args."
@@ -190,7 +191,7 @@ def train_recipe(root: Path, row: str, seed: int) -> None:
         ).returncode
     # CPU time rather than wall clock: several rows may run at once.
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before + cpu_seconds(folder)
-    (folder / COST).write_text(json.dumps({"cpu_seconds": seconds, "command": line[1:]}) + "\n")
+    write_result(folder / COST, {"cpu_seconds": seconds, "command": line[1:]})
     if code:
         raise RunStopped(f"{row} with seed {seed} ended with exit code {code}; see {folder / 'log.txt'}")
 

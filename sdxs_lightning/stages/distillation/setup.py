@@ -153,12 +153,22 @@ def gan_of(
     )
 
 
-def check_pair_source(pairs: PairSettings | None, reads_conditions: bool) -> None:
-    """Raises ValueError for pairs of the data without condition images."""
+def check_pairs(pairs: PairSettings | None, reads_conditions: bool, total: int) -> None:
+    """Raises ValueError for pairs of the data without condition images, or more sampler steps than timesteps.
+
+    Args:
+        pairs: source and sampler.
+        reads_conditions: whether the stage trains on condition images.
+        total: number of timesteps of the base's noise schedule.
+    """
     if pairs is not None and pairs.source == "data" and not reads_conditions:
         raise ValueError(
             "pairs.source is 'data', whose noise has nothing to do with its image: without condition images the student would "
             "learn the mean of all images. Take memory, batch or on_the_fly, or the stage controlnet."
+        )
+    if pairs is not None and pairs.samples and pairs.sampler_steps > total:
+        raise ValueError(
+            f"pairs.sampler_steps is {pairs.sampler_steps}, and the base has {total} timesteps; give at most so many."
         )
 
 

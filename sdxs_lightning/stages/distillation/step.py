@@ -44,7 +44,7 @@ from sdxs_lightning.stages.distillation.gan import (
 from sdxs_lightning.stages.distillation.networks import DistillationNetworks
 from sdxs_lightning.stages.distillation.setup import (
     check_guidance_of_pairs,
-    check_pair_source,
+    check_pairs,
     check_timesteps,
     gan_of,
     terms_of,
@@ -120,7 +120,7 @@ class OneStepDistillation(DistillationNetworks):
         seed: int = 0,
         real_score_dtype: Dtype = "float32",
     ) -> None:
-        check_pair_source(pairs, self.reads_conditions)
+        check_pairs(pairs, self.reads_conditions, family.schedule.num_train_timesteps)
         check_discriminator_timesteps(adversarial, denoising)
         check_f_divergence(distribution_matching, adversarial)
         check_caption_dropout(

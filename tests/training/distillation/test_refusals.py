@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sdxs_lightning.core.timesteps import TimestepRange
+from sdxs_lightning.networks.fake_score import FakeScore
+from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.adversarial import DiffusionAdversarial
 from sdxs_lightning.objectives.decoupled_guidance import DecoupledGuidance
 from sdxs_lightning.objectives.denoising import Denoising
@@ -18,6 +22,7 @@ from sdxs_lightning.objectives.matched_features import EncoderFeatures
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 from sdxs_lightning.objectives.term import Balance, StudentTerm
+from sdxs_lightning.pairs.target_pairs import PairSettings
 from tests.helpers.tiny_distillation import (
     WARMUP,
     WARMUP_ONLY,
@@ -25,6 +30,8 @@ from tests.helpers.tiny_distillation import (
 )
 
 Base = Callable[[str], Path]
+
+SGD = partial(torch.optim.SGD, lr=0.1)
 
 
 class ReadsDiscriminator(StudentTerm):
@@ -85,6 +92,10 @@ class Led(StudentTerm):
             {"gan": False, "objectives": {"led": Led()}, "distribution_matching": None},
             "objective led is balanced against distribution_matching, which is not set",
         ),
+        (
+            WARMUP | {"update_schedule": WARMUP_ONLY, "pairs": PairSettings(sampler_steps=1001)},
+            "pairs.sampler_steps is 1001, and the base has 1000 timesteps",
+        ),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches must be 1 or more"),
         ({"gradient_clip_norm": 0.0}, "gradient_clip_norm must be above 0, or null for no clipping, got 0.0"),
         ({"gradient_clip_norm": -1.0}, "gradient_clip_norm must be above 0"),
@@ -109,3 +120,19 @@ class Led(StudentTerm):
 def test_parts_that_do_not_go_together(base: Base, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         distillation(base("sd-epsilon"), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "option"),
+    [
+        ({"student": StudentGenerator(SGD, weights="nowhere")}, "student.init_args.weights"),
+        ({"fake_score": FakeScore(SGD, weights="nowhere")}, "fake_score.init_args.weights"),
+        (
+            WARMUP | {"update_schedule": WARMUP_ONLY, "pairs": PairSettings(weights="nowhere")},
+            "pairs.weights",
+        ),
+    ],
+)
+def test_missing_weights_are_named_by_their_option(base: Base, settings: dict[str, Any], option: str) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"^{option} 'nowhere' is neither a U-Net folder"):
+        distillation(base("sd-epsilon"), **settings).configure_model()
