@@ -63,12 +63,13 @@ def _cold(updates: int, method: str | None = None, *flags: str) -> Recipe:
 
 
 def _regression(pairs: int, updates: int) -> tuple[str, ...]:
-    """Flags of the quickstart without its distillation, at the learning rates of toy/warmup.yaml."""
+    """Flags of the quickstart without its distillation, at the learning rates and with the momentum of toy/warmup.yaml."""
     return (
         f"{MODEL}fake_score=null",
         f"{MODEL}distribution_matching=null",
         f"{MODEL}pairs.count={pairs}",
         f"{_RATE}=7.0e-4",
+        f"{MODEL}student.init_args.optimizer.init_args.betas=[0.9,0.999]",
         f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_updates=0",
         f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",
         f"{MODEL}update_schedule.warmup_updates={updates}",
@@ -99,6 +100,7 @@ RECIPES: dict[str, Recipe] = {
     "cold_score_identity": _cold(35, "score_identity"),
     "cold_large_rate": _cold(40, None, _LARGE_RATE),
     "cold_ratio_1": _cold(111, None, *_FAST),
+    "cold_no_momentum": _cold(111, "no_momentum", *_FAST),
     "cold_aligned": _cold(111, "alignment", *_FAST),
     "cold_aligned_half_fake_score_batch": _cold(
         133, "alignment", *_FAST, f"{MODEL}update_schedule.fake_score_every_nth_sample=2"
