@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -32,13 +34,16 @@ if TYPE_CHECKING:
 
 BRANCH_OUTPUTS = ("to_out.0", "ff.net.2", "proj_out", "conv2", "add_embedding.linear_2")
 """Last layers of what a U-Net adds to its state: attentions, feed-forward layers, transformers, ResNet blocks, conditions."""
+UP_RESNET = re.compile(r"up_blocks\.\d+\.resnets\.\d+\.conv1\.weight")
+UP_LAYER = re.compile(r"(up_blocks\.\d+)\.(resnets|attentions)\.(\d+)")
 
 
 def begin_from(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> list[str]:
     """Copies into a fresh U-Net the tensors of another that have its names and shapes.
 
-    Last layers of branches that the other lacks become zero, so that a U-Net which only adds branches computes what the other
-    does. All else that is not copied keeps its random values.
+    Last layers of branches that the other lacks become zero, and ResNet blocks that it lacks in an up block pass on their
+    state without the skip connection, so that a U-Net which only adds these computes what the other does. All else that is
+    not copied keeps its random values.
 
     Args:
         unet: changed in place.
@@ -51,6 +56,8 @@ def begin_from(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> lis
         ValueError: if not one tensor fits.
     """
     own = unet.state_dict()
+    added = _added_up_resnets(own, weights)
+    weights = {_counted_from_the_last(name, added): tensor for name, tensor in weights.items()}
     fits = {
         name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape
     }
@@ -65,7 +72,34 @@ def begin_from(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> lis
         for name in new:
             if name not in weights and name.rpartition(".")[0].endswith(BRANCH_OUTPUTS):
                 own[name].zero_()
+        for block, count in added.items():
+            for number in range(1, 1 + count):
+                shortcut = f"{block}.resnets.{number}.conv_shortcut"
+                torch.nn.init.dirac_(own[f"{shortcut}.weight"])
+                own[f"{shortcut}.bias"].zero_()
     return new
+
+
+def _added_up_resnets(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, int]:
+    """By up block that both U-Nets have, how many more ResNet blocks the first has in it; without those of none."""
+
+    def counts(names: Iterable[str]) -> Counter[str]:
+        return Counter(name.split(".resnets.")[0] for name in names if UP_RESNET.fullmatch(name))
+
+    found, before = counts(own), counts(weights)
+    return {block: found[block] - before[block] for block in found if 0 < before[block] < found[block]}
+
+
+def _counted_from_the_last(name: str, added: Mapping[str, int]) -> str:
+    """The name that a layer of an up block has when ResNet blocks are added behind the first.
+
+    An up block reads the skip connections in reverse order: those of the added blocks of the down block come first, and equal
+    the one that the first block read before. The first may narrow the state, and the others not, so the added follow it.
+    """
+    part = UP_LAYER.match(name)
+    if part is None or part[1] not in added or part[3] == "0":
+        return name
+    return f"{part[1]}.{part[2]}.{int(part[3]) + added[part[1]]}{name[part.end() :]}"
 
 
 class DenoisingTraining(AveragedTraining):

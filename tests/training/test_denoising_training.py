@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from sdxs_lightning.core.noise_schedule import add_noise, target_of
 from sdxs_lightning.core.seeding import Stream, normal, uniform
 from sdxs_lightning.core.timesteps import TimestepRange
 from sdxs_lightning.families.sd import StableDiffusion
-from sdxs_lightning.stages.teacher import DenoisingTraining, begin_from
+from sdxs_lightning.stages.teacher import BRANCH_OUTPUTS, DenoisingTraining, begin_from
 from sdxs_lightning.training.averaged_training import AveragedTraining
 from sdxs_lightning.training.lr_schedules import TrapezoidLR
 from tests.helpers.tiny import tiny_batch
@@ -118,42 +119,62 @@ def test_saves_the_average_and_nothing_frozen(base: Base, shards: Path, tmp_path
 
 
 def small_unet(**settings: object) -> UNet2DConditionModel:
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=8,
-        attention_head_dim=8,
-        cross_attention_dim=24,
-        use_linear_projection=True,
-        **settings,
-    )
-
-
-def test_begins_as_the_unet_without_the_added_branches() -> None:
-    """More transformer layers and SDXL's added conditions do not change what is computed; they learn from there."""
-    torch.manual_seed(0)
-    source = small_unet(transformer_layers_per_block=1)
-    unet = small_unet(
-        transformer_layers_per_block=(1, 2),
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=6 * 4 + 12,
-    )
-    new = begin_from(unet, source.state_dict())
-    assert {name for name in new if "add_embedding" not in name} == {
-        name for name in unet.state_dict() if "transformer_blocks.1." in name
+    usual: dict[str, object] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "norm_num_groups": 8,
+        "attention_head_dim": 8,
+        "cross_attention_dim": 24,
+        "use_linear_projection": True,
     }
+    return UNet2DConditionModel(**usual | settings)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "added"),
+    [
+        ({}, {"transformer_layers_per_block": (1, 2)}, "transformer_blocks.1."),
+        (
+            {},
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 4,
+                "projection_class_embeddings_input_dim": 6 * 4 + 12,
+            },
+            "add_embedding.",
+        ),
+        ({}, {"layers_per_block": 3}, r"(down_blocks\.\d\.\w+\.[12]|up_blocks\.\d\.\w+\.[12])\."),
+        # Of equal widths all shapes fit, also those of layers that read another skip connection.
+        (
+            {"block_out_channels": (16, 16)},
+            {"block_out_channels": (16, 16), "layers_per_block": (1, 2)},
+            r"(down_blocks\.1\.\w+|up_blocks\.0\.\w+)\.1\.",
+        ),
+        ({"mid_block_type": None}, {"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block."),
+    ],
+)
+def test_begins_as_the_unet_without_the_added_layers(
+    before: dict[str, object], after: dict[str, object], added: str
+) -> None:
+    """They do not change what is computed, and learn from there."""
+    torch.manual_seed(0)
+    source, unet = small_unet(**before), small_unet(**after)
+    new = begin_from(unet, source.state_dict())
+    assert set(new) == {name for name in unet.state_dict() if re.search(added, name)}
     inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 24)
-    added = {"text_embeds": torch.randn(2, 12), "time_ids": torch.randint(1, 64, (2, 6)).float()}
-    output = unet(*inputs, added_cond_kwargs=added).sample
+    given = {"text_embeds": torch.randn(2, 12), "time_ids": torch.randint(1, 64, (2, 6)).float()}
+    output = unet(*inputs, added_cond_kwargs=given).sample
     torch.testing.assert_close(output, source(*inputs).sample)
     output.square().mean().backward()
     for name, parameter in unet.named_parameters():
-        if name in new and name.endswith(("to_out.0.weight", "ff.net.2.weight", "linear_2.weight")):
-            assert parameter.grad is not None and parameter.grad.any(), name
+        if name in new and name.endswith(tuple(f"{branch}.weight" for branch in BRANCH_OUTPUTS)):
+            assert parameter.grad is not None, name
+            # An added transformer's own last layer lets nothing through to those of its blocks yet.
+            inside = f"{name.split('.transformer_blocks.')[0]}.proj_out.weight" in new
+            assert parameter.grad.any() or (inside and "transformer_blocks" in name), name
 
 
 def test_begins_from_the_weights_that_are_named(
