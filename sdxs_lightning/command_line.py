@@ -216,13 +216,18 @@ def _current_spelling(arguments: Sequence[str], fields: Sequence[OptionField], p
     former = {old: field.spelling for field in fields for old in field.option.deprecated}
     spelled: list[str] = []
     given: set[str] = set()
+    needs_value = False
     for index, argument in enumerate(arguments):
         if argument == "--":
             return [*spelled, *arguments[index:]]
         name, equals, value = argument.removeprefix("--").partition("=")
         name = name.replace("-", "_")
         if not argument.startswith("--") or name == "help":
-            spelled.append(argument)
+            if needs_value and re.match(r"-(?!-|h$)", argument):
+                spelled[-1] += f"={argument}"  # argparse would take -1e3 or -inf for another option
+            else:
+                spelled.append(argument)
+            needs_value = False
             continue
         if name in former:
             sys.stderr.write(f"--{name} is now called --{former[name]}.\n")
@@ -234,6 +239,7 @@ def _current_spelling(arguments: Sequence[str], fields: Sequence[OptionField], p
         if known[current].many and current in given:
             raise UserError(f"--{current} is given twice; give it once, with all values: --{current} A B.")
         given.add(current)
+        needs_value = not (equals or known[current].many or known[current].is_flag)
         spelled.append(f"--{current}{equals}{value}")
     return spelled
 
@@ -257,6 +263,9 @@ def _sentence(message: str, fields: Sequence[OptionField], program: str) -> str:
     if valueless and valueless[1] in by_name:
         field = by_name[valueless[1]]
         return f"{field.label} needs a value, {field.accepted}."
+    valued = re.match(r"argument (?:-h/)?([^:]+): ignored explicit argument '(.*)'", message, re.DOTALL)
+    if valued:
+        return f"{valued[1]} takes no value, got '{valued[2]}'."
     surplus = re.match(r"unrecognized arguments: (.+)", message, re.DOTALL)
     if surplus:
         return f"unexpected argument '{surplus[1]}'; {help_hint}."

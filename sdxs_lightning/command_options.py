@@ -67,6 +67,11 @@ class OptionField:
         self.label = self.metavar if self.option.positional else f"--{self.spelling}"
 
     @property
+    def is_flag(self) -> bool:
+        """Whether it is given without a value."""
+        return self.type is bool and self.default is False
+
+    @property
     def choices(self) -> tuple[str, ...]:
         """Accepted values of an enumeration."""
         if get_origin(self.type) is Literal:
@@ -137,7 +142,7 @@ class OptionField:
             shown += " (required)" if not self.option.positional else ""
         elif self.default is not None and self.default is not False and self.default != ():
             shown += f" (default: {_as_typed(self.default)})"
-        if self.type is bool and self.default is False:
+        if self.is_flag:
             parser.add_argument(
                 f"--{self.spelling}",
                 dest=self.name,

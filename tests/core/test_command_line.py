@@ -111,6 +111,12 @@ def test_of_one_value_the_last_counts() -> None:
     assert parse("a --from b --side_px 7 --side_px 9").side_px == 9
 
 
+def test_a_value_may_begin_with_a_hyphen() -> None:
+    assert parse("a --from -b --part=1/4 --out -1e3") == Resize(
+        shards=("a",), source="-b", part=(1, 4), out=Path("-1e3")
+    )
+
+
 def test_hyphens_are_underscores_in_options_and_stay_in_values() -> None:
     assert parse("a-b --from c-d --side-px 7") == Resize(shards=("a-b",), source="c-d", side_px=7)
 
@@ -153,6 +159,12 @@ def test_a_former_name_is_accepted_with_a_note(capsys: pytest.CaptureFixture[str
         ),
         ("a --from b --record yes", "unexpected argument 'yes'; see `python -m images resize --help`."),
         ("a --from b --record", "--record needs --out."),
+        ("a --from b --record=yes", "--record takes no value, got 'yes'."),
+        ("a --from b --help=all", "--help takes no value, got 'all'."),
+        ("a --from b --share -1e-3", "--share is '-0.001', but must be a number from 0 to 1."),
+        ("a --from b --share -inf", "--share is '-inf', but must be a number from 0 to 1."),
+        ("a --from b --names -x", "--names needs a value, text."),
+        ("a --from b --record -x", "unexpected argument '-x'; see `python -m images resize --help`."),
         (
             "a --from b --names x --names=y",
             "--names is given twice; give it once, with all values: --names A B.",
