@@ -109,6 +109,16 @@ def test_the_judge_orders_what_the_eye_does() -> None:
     assert apart(["real images", *base[1:]], "shape_score") == [True, False, True, True]
     for score in ("shape_score", "caption_accuracy"):
         assert apart(students, score) == [True, False, True]
+    # KID and recall see two rows alone.
+    for score in ("kid", "recall"):
+        usual = rows[base[0]]["estimates"][score]
+        seen = [
+            name
+            for name, row in rows.items()
+            if row["estimates"][score]["low"] > usual["high"]
+            or row["estimates"][score]["high"] < usual["low"]
+        ]
+        assert seen == ["base, 1 step", "early"]
     first, second = (rows[name]["estimates"]["shape_score"] for name in base[:2])
     assert second["value"] > first["value"] > second["low"]  # 50 and 8 steps
 
@@ -171,6 +181,13 @@ def test_what_is_said_of_the_methods_alone_is_their_file() -> None:
     }.items():
         first = 100 * ahead(row, "dmd2", "caption_accuracy")[0]  # of seed 0
         assert words.format(f"{first:+.1f}") in text.replace(" points)", ")"), row
+    spread = max(
+        100 * (row["caption_accuracy"]["largest"] - row["caption_accuracy"]["smallest"])
+        for row in rows.values()
+    )
+    assert f"the seeds of a row lie up to {spread:.1f} points apart" in text
+    cost = rows["cold_lora_fake"]["cpu_seconds"]["mean"] / rows["cold_dmd2"]["cpu_seconds"]["mean"]
+    assert f"Adapters cost {cost:.2f} times the processor time" in text
     before = 100 * result("quickstart_seed0")["student_before"]["caption_accuracy"]
     assert f"The student begins at {before:.1f} % of captions" in text
     readme = " ".join((ROOT / "README.md").read_text().split())
