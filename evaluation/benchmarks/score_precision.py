@@ -99,11 +99,12 @@ def measure(options: ScorePrecisionOptions) -> dict[str, dict[str, float]]:
 
     family = detect_family(options.base)
 
-    def denoiser(folder: str | None) -> Denoiser:
-        unet = family.load_unet(folder).eval().requires_grad_(False)
+    def denoiser(folder: str | None, option: str = "--base") -> Denoiser:
+        unet = family.load_unet(folder, option).eval().requires_grad_(False)
         return Denoiser(unet, family.schedule, family.prediction_type)
 
-    real, fake, student = denoiser(None), denoiser(options.fake_score), denoiser(options.student)
+    real, fake = denoiser(None), denoiser(options.fake_score, "--fake_score")
+    student = denoiser(options.student, "--student")
     prompts, positions = captions("val", options.samples), torch.arange(options.samples)
     exact = family.encode_prompts(prompts)
     conditionings = {False: exact, True: exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)}

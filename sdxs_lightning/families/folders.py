@@ -15,7 +15,7 @@ import yaml
 from sdxs_lightning.families.weights import check_not_pickled, load_network, weight_files
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+    from diffusers import AutoencoderKL, AutoencoderTiny
 
 
 VAE_FOLDERS = ("vae", "vae_large")
@@ -141,8 +141,8 @@ def unet_folder(source: Path, named: str) -> Path:
     )
 
 
-def read_unet(folder: Path, base: Path, prompt_width: int) -> UNet2DConditionModel:
-    """Loads a float32 U-Net after checking that it fits a base.
+def check_unet(folder: Path, base: Path, prompt_width: int) -> None:
+    """Checks by its config that a U-Net fits a base.
 
     Args:
         folder: the U-Net's folder.
@@ -152,8 +152,6 @@ def read_unet(folder: Path, base: Path, prompt_width: int) -> UNet2DConditionMod
     Raises:
         ValueError: for a U-Net with another text encoder, other latents or another prediction type.
     """
-    from diffusers import UNet2DConditionModel
-
     found, expected = unet_config(folder), unet_config(base / "unet")
     if _prompt_widths(found) != {prompt_width}:
         widths = ", ".join(str(width) for width in sorted(_prompt_widths(found)))
@@ -173,7 +171,6 @@ def read_unet(folder: Path, base: Path, prompt_width: int) -> UNet2DConditionMod
                 "they are not of one family."
             )
     _check_prediction(folder.parent, base)
-    return load_network(UNet2DConditionModel, folder)
 
 
 def _prompt_widths(config: Mapping[str, Any]) -> set[int]:

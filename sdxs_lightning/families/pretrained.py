@@ -17,10 +17,10 @@ from sdxs_lightning.core.latents import scale, unscale
 from sdxs_lightning.core.noise_schedule import PREDICTION_TYPES, NoiseSchedule, PredictionType
 from sdxs_lightning.families.folders import (
     Layout,
+    check_unet,
     kl_folder,
     latent_scale,
     read_json,
-    read_unet,
     read_vae,
     unet_config,
     vae_class,
@@ -33,7 +33,7 @@ from sdxs_lightning.families.network_types import (
     CLIPTokenizer,
     UNet2DConditionModel,
 )
-from sdxs_lightning.families.sources import resolve_base, resolve_unet
+from sdxs_lightning.families.sources import fitting_unet, resolve_base
 from sdxs_lightning.families.weights import load_network
 
 _PROBE = "A photo of 2 Red\tcars, 13 dogs & l'\u00e9t\u00e9 \u2014 \u96e8 \U0001f600!"
@@ -114,11 +114,17 @@ class PretrainedBase(ABC):
 
         `option` is the setting that names it, for messages.
         """
-        source = self.folder / "unet" if folder is None else resolve_unet(folder, option)
-        widths = [
+        from diffusers import UNet2DConditionModel
+
+        width = sum(
             read_json(self.folder / name / "config.json")["hidden_size"] for name in self.encoder_classes
-        ]
-        return read_unet(source, self.folder, sum(widths))
+        )
+        if folder is None:
+            source = self.folder / "unet"
+            check_unet(source, self.folder, width)
+        else:
+            source = fitting_unet(folder, option, self.folder, width)
+        return load_network(UNet2DConditionModel, source)
 
     def load_vae(self) -> AutoencoderKL:
         """Loads the base's KL VAE, float32: `vae`, or `vae_large` if `vae` is a tiny one."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from sdxs_lightning.core.hub_ids import is_hub_id
 from sdxs_lightning.core.model_hash import NOT_MEASURED
 from sdxs_lightning.families import hub, single_file
-from sdxs_lightning.families.folders import Layout, check_base, read_json, unet_folder
+from sdxs_lightning.families.folders import Layout, check_base, check_unet, read_json, unet_folder
 from sdxs_lightning.families.weights import PICKLES
 
 
@@ -64,6 +64,27 @@ def resolve_unet(weights: str, option: str = "weights") -> Path:
             f"{named} is neither a U-Net folder (config.json) nor a pipeline folder (unet/config.json); and "
             f"{error}"
         ) from error
+
+
+def fitting_unet(weights: str, option: str, base: Path, prompt_width: int) -> Path:
+    """Returns the folder of a U-Net that fits a base, by its config.
+
+    Args:
+        weights: as for `resolve_unet`.
+        option: name of the option, for the error message.
+        base: the base's folder.
+        prompt_width: total width of the base's text encoders.
+
+    Raises:
+        FileNotFoundError: if there is no U-Net.
+        ValueError: for a pickle, a single file, or a U-Net that does not fit.
+    """
+    folder = resolve_unet(weights, option)
+    try:
+        check_unet(folder, base, prompt_width)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
+    return folder
 
 
 def pipeline_folder(name: str, option: str) -> Path | None:

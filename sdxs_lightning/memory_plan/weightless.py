@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import kl_folder, read_json, unet_config, vae_class
-from sdxs_lightning.families.sources import resolve_unet
+from sdxs_lightning.families.sources import fitting_unet
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
@@ -41,10 +41,14 @@ class WeightlessFamily:
         return getattr(self._family, name)
 
     def load_unet(self, folder: str | None = None, option: str = "weights") -> UNet2DConditionModel:
-        """Builds the base's U-Net, or that of a U-Net or pipeline folder (such as a pruned student)."""
+        """Builds the base's U-Net, or that of a U-Net or pipeline folder (such as a pruned student), if it fits the base."""
         from diffusers import UNet2DConditionModel
 
-        config = self._family.unet_config if folder is None else unet_config(resolve_unet(folder, option))
+        if folder is None:
+            config = self._family.unet_config
+        else:
+            width = sum(encoder.config.hidden_size for encoder in self.text_encoders.values())
+            config = unet_config(fitting_unet(folder, option, self._family.folder, width))
         with META:
             return UNet2DConditionModel.from_config(config)
 

@@ -310,8 +310,8 @@ class ControlledStudent(StudentGenerator):
         exported = None if self._weights is None else exported_timesteps(resolve_unet(self._weights))
         if exported is not None and exported != list(self.timesteps):
             raise ValueError(
-                f"student.weights '{self._weights}' is a student of the timesteps {exported} by its scheduler, and its "
-                f"ControlNet would be trained at {list(self.timesteps)}; set student.init_args.conditioning_timestep "
+                f"student.init_args.weights '{self._weights}' is a student of the timesteps {exported} by its scheduler, and "
+                f"its ControlNet would be trained at {list(self.timesteps)}; set student.init_args.conditioning_timestep "
                 "(timesteps, for several) to the student's."
             )
 

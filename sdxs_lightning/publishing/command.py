@@ -207,7 +207,7 @@ def _add_kohya(run: Run, partner: Path, folder: Path) -> None:
     from sdxs_lightning.families.weights import load_network
     from sdxs_lightning.networks.lora_files import read_lora, write_lora
 
-    unet = load_network(UNet2DConditionModel, resolve_unet(str(partner)))
+    unet = load_network(UNet2DConditionModel, resolve_unet(str(partner), "--partner"))
     (folder / "kohya").mkdir()
     try:
         write_lora(folder / "kohya", read_lora(run.exported, unet).adapters, "kohya")

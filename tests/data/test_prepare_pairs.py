@@ -257,7 +257,7 @@ def test_another_model_is_detected_by_its_weights(
         (["--captions", "BYTES"], "cannot be read as UTF-8 text"),
         (["--captions", "TABLE"], "each of its lines would be a prompt, brackets and commas too"),
         (["--captions", "ZEROS"], "holds zero bytes, which a damaged file does and no text"),
-        (["--unet", "nowhere"], "--unet: weights 'nowhere' is neither"),
+        (["--unet", "nowhere"], "--unet 'nowhere' is neither"),
     ],
 )
 def test_bad_inputs_are_refused(

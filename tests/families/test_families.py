@@ -17,6 +17,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.families.sd import StableDiffusion
 from sdxs_lightning.families.sdxl import StableDiffusionXL
 from sdxs_lightning.families.weights import load_network, weight_files
+from sdxs_lightning.memory_plan.weightless import WeightlessFamily
 from tests.helpers.tiny import (
     LATENT_SHAPE,
     RESOLUTION_PX,
@@ -190,8 +191,13 @@ def test_weights_that_do_not_fill_the_network(sd_base: Path, tmp_path: Path) -> 
 def test_students_that_do_not_fit_the_base(sd_base: Path, sdxl_base: Path, tmp_path: Path) -> None:
     family = StableDiffusion(str(sd_base))
     unet_like(tiny_sd_unet(), in_channels=9).save_pretrained(tmp_path / "inpainting")
-    with pytest.raises(ValueError, match=r"has in_channels 9, and that of '.*' has 4"):
-        family.load_unet(str(tmp_path / "inpainting"))
+    for one in (family, WeightlessFamily(family)):  # that of a memory plan
+        for other, message in (
+            (tmp_path / "inpainting", r"has in_channels 9, and that of '.*' has 4"),
+            (sdxl_base, "reads prompts of width 48, .* give 32"),
+        ):
+            with pytest.raises(ValueError, match=rf"^pairs.weights: the U-Net in '.*' {message}"):
+                one.load_unet(str(other), "pairs.weights")
     with pytest.raises(ValueError, match=r"holds a AutoencoderKL, expected a UNet2DConditionModel"):
         family.load_unet(str(sd_base / "vae"))
     epsilon = save_tiny_sd(tmp_path / "epsilon")

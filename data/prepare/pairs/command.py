@@ -81,7 +81,7 @@ def _pair_set(options: PairOptions, prompts: Prompts, device: str) -> tuple[Pair
     try:
         fingerprint = model_fingerprint(family, options.unet)
     except (OSError, ValueError) as error:
-        raise UserError(f"--unet: {error}") from error
+        raise UserError(str(error)) from error
     pair_set = PairSet(
         model=options.model,
         unet=options.unet,

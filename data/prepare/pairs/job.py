@@ -47,7 +47,7 @@ class PairJob:
                 prompts = open_prompts(self.pair_set.captions)
                 sampler = PairSampler(self.pair_set, prompts, device_of(self.device, process))
             except (OSError, ValueError) as error:
-                raise UserError(f"--model or --unet: {error}") from error
+                raise UserError(str(error)) from error
             try:
                 for task in tasks:
                     self._make_shard(task, sampler, on_progress)

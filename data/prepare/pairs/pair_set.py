@@ -80,7 +80,10 @@ def model_fingerprint(family: Family, unet: str | None) -> str:
     folders = sorted(
         path for path in family.folder.iterdir() if path.name.startswith(("text_encoder", "tokenizer"))
     )
-    folders += [family.folder / "scheduler", family.folder / "unet" if unet is None else resolve_unet(unet)]
+    folders += [
+        family.folder / "scheduler",
+        family.folder / "unet" if unet is None else resolve_unet(unet, "--unet"),
+    ]
     digest = hashlib.sha256()
     for folder in folders:
         for file in sorted(

@@ -30,7 +30,7 @@ class PairSampler:
         self.pair_set, self.prompts, self.device = pair_set, prompts, device
         dtype: torch.dtype = getattr(torch, pair_set.dtype)
         self.family: Family = detect_family(pair_set.model, pair_set.config).to(device, dtype)
-        unet = self.family.load_unet(pair_set.unet)
+        unet = self.family.load_unet(pair_set.unet, "--unet")
         denoiser = Denoiser(unet, self.family.schedule, self.family.prediction_type)
         network = Frozen(denoiser).to(device, dtype).module
         self._sampler = make_sampler(

@@ -184,7 +184,7 @@ def unets(options: UNetsOptions) -> str:
         digest = hash_weights(path or family.folder / "unet")
         row = kept.known.get(name, {})
         scores = dict(row["steps"]) if row.get("unet_sha256") == digest else {}
-        unet = family.load_unet(path).eval().requires_grad_(False)
+        unet = family.load_unet(path, f"--unet {name}").eval().requires_grad_(False)
         denoiser = Denoiser(unet, family.schedule, family.prediction_type).to(device)
         for count in map(str, options.steps):
             maker = teacher.images(int(count), denoiser=denoiser)
