@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -81,14 +82,23 @@ class ToyDataModule(ShardDataModule):
         """Renders and encodes the images unless the shards are complete; an incomplete folder is written again."""
         finished = self.folder / "complete"
         if not finished.exists():
-            self.folder.parent.mkdir(parents=True, exist_ok=True)
             # Of runs that start together one writes, and the others wait.
-            with FileLock(f"{self.folder}.lock"):
+            with self._alone():
                 if not finished.exists():
                     extras = self.original_sizes, self.images, self.style
                     write_latent_shards(self.base, self.train_images, self.folder, *extras)
                     finished.touch()
         super().prepare_data()
+
+    def _alone(self) -> AbstractContextManager[object]:
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            return FileLock(f"{self.folder}.lock").acquire()
+        except OSError as error:
+            raise ValueError(
+                f"the toy world's shards cannot be written to '{self.folder.parent}' ({error.strerror}); change "
+                "data.init_args.cache."
+            ) from error
 
 
 def write_latent_shards(

@@ -179,6 +179,12 @@ def test_of_runs_that_start_together_one_writes_the_shards(tmp_path: Path) -> No
         assert len(tar.getnames()) == 600  # of each sample the latent and the caption
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"/file/shards' \(Not a directory\); change data.init_args.cache"):
+        ToyDataModule(train_images=3, cache=str(tmp_path / "file" / "shards")).prepare_data()
+
+
 def test_bars_state_the_background_of_each_image(tmp_path: Path) -> None:
     for split in ("train", "val"):
         for i in range(40):
