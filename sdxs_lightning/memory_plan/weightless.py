@@ -47,7 +47,8 @@ class WeightlessFamily:
         if folder is None:
             config = self._family.unet_config
         else:
-            width = sum(encoder.config.hidden_size for encoder in self.text_encoders.values())
+            encoders: list[Any] = list(self.text_encoders.values())
+            width = sum(encoder.config.hidden_size for encoder in encoders)
             config = unet_config(fitting_unet(folder, option, self._family.folder, width))
         with META:
             return UNet2DConditionModel.from_config(config)
