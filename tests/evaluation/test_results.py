@@ -41,7 +41,7 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 18
+    assert len(shown) == len(set(shown)) == 19
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -170,6 +170,19 @@ def test_what_is_said_of_the_methods_alone_is_their_file() -> None:
     assert f"and {shape:.3f} of shape score for it, {distance:.2f} of FID against it" in text
     aligned = [100 * one for one in ahead("aligned", "ratio_1", "caption_accuracy")]
     assert f"at ratio 1: {mean(aligned):+.1f} points over {counts[len(aligned)]} pairs" in text
+    plain = rows["cold_ratio_1"]["caption_accuracy"]["values"][rows["cold_ratio_1"]["seeds"].index(0)]
+    assert (
+        f"Learning without momentum, at ratio 1, is worth {accuracy('no_momentum') - 100 * plain:+.1f}."
+        in text
+    )
+    costs = [
+        rows[row]["cpu_seconds"]["mean"] / rows["cold_dmd2"]["cpu_seconds"]["mean"]
+        for row in ("cold_segmented", "cold_regression")
+    ]
+    assert (
+        f"segmented mode reaches {accuracy('segmented'):.1f} % at {costs[0]:.2f} times the first row's processor time, where "
+        f"regression alone has {accuracy('regression'):.1f} % at {costs[1]:.2f}." in text
+    )
     for row, words in {
         "samples_used_5_times": "samples used five times ({})",
         "lora_fake": "adapters as the fake score ({})",
@@ -221,11 +234,44 @@ def test_what_is_said_of_the_quickstarts_distillation_is_its_files() -> None:
         f"{longer['shape_score']:.3f} with {100 * longer['clean_images']:.1f} % clean images" in text
     )
     assert f"FID rises to {longer['fid']:.2f}" in text
+    still = {name: one["value"] for name, one in result("toy_longer_still")["metrics"].items()}
+    assert (
+        f"one seed), end at {100 * still['caption_accuracy']:.1f} %, a shape score of {still['shape_score']:.3f} and a FID of "
+        f"{still['fid']:.2f}." in text
+    )
     regression = 100 * control["caption_accuracy"]["mean"]
     assert (
         f"reaches {regression:.1f} % (three seeds); 700 more updates of distillation {accuracy:.1f} %"
         in readme
     )
+
+
+def test_what_is_said_of_the_quickstarts_variants_is_their_file() -> None:
+    rows, text = result("toy_quickstart_variants")["rows"], " ".join(PAGE.split())
+    shipped = [result(f"quickstart_seed{seed}")["student"] for seed in range(3)]
+
+    def ahead(row: str, name: str) -> list[float]:
+        """Of the quickstart, by seed."""
+        values = dict(zip(rows[row]["seeds"], rows[row][name]["values"], strict=True))
+        return [value - shipped[seed][name] for seed, value in values.items()]
+
+    points = [100 * one for one in ahead("quickstart_no_momentum", "caption_accuracy")]
+    assert len(points) == 3
+    assert (
+        f"{mean(points):+.1f} points of captions over three pairs of seeds (standard error {stdev(points) / 3**0.5:.1f}), at "
+        f"{mean(ahead('quickstart_no_momentum', 'fid')):.2f} more of FID" in text
+    )
+    faster, aligned, unaligned = (
+        100 * ahead(f"quickstart_{row}", "caption_accuracy")[0]
+        for row in ("no_momentum_twice_the_rate", "ratio_1", "unaligned")
+    )
+    assert f"seed 0 lies {faster:.1f} and {aligned:.1f} points above the quickstart's" in text
+    for said in (
+        f"captions fall by {aligned - unaligned:.1f} points",
+        f"it is worth {aligned - unaligned:.1f} points",
+    ):
+        assert said in text
+    assert f"where the quickstart has {100 * shipped[0]['caption_accuracy']:.1f} % of captions" in text
 
 
 def test_the_table_of_passes_is_its_file() -> None:

@@ -53,6 +53,8 @@ _FAST = (
     f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.1",
 )
 """As many updates of the student as of the fake score, at four times the learning rate."""
+_RATIO_1 = (f"{_RATIO}=1", f"{_UPDATES}=589")
+"""Of the quickstart, in about its passes."""
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 
 
@@ -63,13 +65,12 @@ def _cold(updates: int, method: str | None = None, *flags: str) -> Recipe:
 
 
 def _regression(pairs: int, updates: int) -> tuple[str, ...]:
-    """Flags of the quickstart without its distillation, at the learning rates and with the momentum of toy/warmup.yaml."""
+    """Flags of the quickstart without its distillation, at the learning rates of toy/warmup.yaml."""
     return (
         f"{MODEL}fake_score=null",
         f"{MODEL}distribution_matching=null",
         f"{MODEL}pairs.count={pairs}",
         f"{_RATE}=7.0e-4",
-        f"{MODEL}student.init_args.optimizer.init_args.betas=[0.9,0.999]",
         f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_updates=0",
         f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",
         f"{MODEL}update_schedule.warmup_updates={updates}",
@@ -105,6 +106,10 @@ RECIPES: dict[str, Recipe] = {
     "cold_aligned_half_fake_score_batch": _cold(
         133, "alignment", *_FAST, f"{MODEL}update_schedule.fake_score_every_nth_sample=2"
     ),
+    "cold_segmented": Recipe(
+        (DISTILL, "toy/distill_segmented.yaml"),
+        flags=(f"{_HEAD_START}=20", *_FAST, f"{MODEL}pairs.sampler_steps=5", f"{_UPDATES}=54"),
+    ),
     "cold_regression": Recipe((QUICKSTART,), flags=_regression(pairs=1536, updates=200)),
     # In half and twice the passes.
     "cold_dmd2_2x": _cold(83),
@@ -114,6 +119,21 @@ RECIPES: dict[str, Recipe] = {
     # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
     "quickstart": Recipe((QUICKSTART,)),
     "quickstart_regression": Recipe((QUICKSTART,), flags=_regression(pairs=4096, updates=1020)),
+    # The quickstart's passes at ratio 1.
+    "quickstart_ratio_1": Recipe((QUICKSTART,), flags=_RATIO_1),
+    "quickstart_unaligned": Recipe(
+        (QUICKSTART,), flags=(*_RATIO_1, f"{MODEL}fake_score.init_args.alignment=0.0", f"{_HEAD_START}=40")
+    ),
+    "quickstart_no_momentum": Recipe((QUICKSTART, f"{METHODS}/no_momentum.yaml"), flags=_RATIO_1),
+    "quickstart_no_momentum_twice_the_rate": Recipe(
+        (QUICKSTART, f"{METHODS}/no_momentum.yaml"),
+        flags=(
+            *_RATIO_1,
+            f"{_RATE}=4.0e-4",
+            f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_factor=1.75",
+            f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",
+        ),
+    ),
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),
