@@ -8,7 +8,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from rich.progress import track
 from torch import Tensor
@@ -93,7 +94,12 @@ class ToyDataModule(ShardDataModule):
     def _alone(self) -> AbstractContextManager[object]:
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            return FileLock(f"{self.folder}.lock").acquire()
+            lock = FileLock(f"{self.folder}.lock")
+            try:
+                return lock.acquire(blocking=False)
+            except Timeout:
+                rank_zero_info(f"Waiting for another run to write '{self.folder}'.")
+                return lock.acquire()
         except OSError as error:
             raise ValueError(
                 f"the toy world's shards cannot be written to '{self.folder.parent}' ({error.strerror}); change "

@@ -169,7 +169,10 @@ def _centre(mask: np.ndarray) -> np.ndarray:
     return np.array([columns.mean(), rows.mean()])
 
 
-def test_of_runs_that_start_together_one_writes_the_shards(tmp_path: Path) -> None:
+def test_of_runs_that_start_together_one_writes_the_shards(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     assert diffusers.AutoencoderKL  # its lazy import is not for threads
     runs = [ToyDataModule(train_images=300, cache=str(tmp_path), batch_size=6) for _ in range(3)]
     with ThreadPoolExecutor(3) as threads:
@@ -177,6 +180,7 @@ def test_of_runs_that_start_together_one_writes_the_shards(tmp_path: Path) -> No
     [shard] = runs[0].folder.glob("*.tar")
     with tarfile.open(shard) as tar:
         assert len(tar.getnames()) == 600  # of each sample the latent and the caption
+    assert caplog.messages.count(f"Waiting for another run to write '{runs[0].folder}'.") == 2
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
