@@ -38,7 +38,7 @@ def cost_curves(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     # Its own canvas rather than pyplot, which keeps global state and may need a display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     lines = lines_of(rows)
     if not lines:
@@ -52,9 +52,9 @@ def cost_curves(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         for number, (name, points) in enumerate(lines.items()):
             _draw_line(axes, name, points, key, rows[first]["cpu_seconds"]["mean"], number)
         axes.set(xlabel=f"processor time, {first.replace('_', ' ')} = 1", ylabel=title, xscale="log")
-        axes.xaxis.set_major_locator(LogLocator(base=2))
+        axes.xaxis.set_major_locator(LogLocator(base=2, subs=(1.0, 1.5)))
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3)
     panels[1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.savefig(path, dpi=120)
