@@ -109,6 +109,13 @@ class PretrainedBase(ABC):
         """The inverse of `scale_latents`: converts to the KL VAE decoder's input."""
         return unscale(latents, self.scaling_factor, self.shift_factor)
 
+    @property
+    def prompt_width(self) -> int:
+        """Total width of the text encoders."""
+        return sum(
+            read_json(self.folder / name / "config.json")["hidden_size"] for name in self.encoder_classes
+        )
+
     def load_unet(self, folder: str | None = None, option: str = "weights") -> UNet2DConditionModel:
         """Loads a new float32 U-Net: the base's, or that of a U-Net or pipeline folder or hub id (such as a pruned student).
 
@@ -116,14 +123,11 @@ class PretrainedBase(ABC):
         """
         from diffusers import UNet2DConditionModel
 
-        width = sum(
-            read_json(self.folder / name / "config.json")["hidden_size"] for name in self.encoder_classes
-        )
         if folder is None:
             source = self.folder / "unet"
-            check_unet(source, self.folder, width)
+            check_unet(source, self.folder, self.prompt_width)
         else:
-            source = fitting_unet(folder, option, self.folder, width)
+            source = fitting_unet(folder, option, self.folder, self.prompt_width)
         return load_network(UNet2DConditionModel, source)
 
     def load_vae(self) -> AutoencoderKL:

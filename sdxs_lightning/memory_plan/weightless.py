@@ -47,9 +47,7 @@ class WeightlessFamily:
         if folder is None:
             config = self._family.unet_config
         else:
-            encoders: list[Any] = list(self.text_encoders.values())
-            width = sum(encoder.config.hidden_size for encoder in encoders)
-            config = unet_config(fitting_unet(folder, option, self._family.folder, width))
+            config = unet_config(fitting_unet(folder, option, self._family.folder, self.prompt_width))
         with META:
             return UNet2DConditionModel.from_config(config)
 

@@ -106,7 +106,7 @@ RECIPES: dict[str, Recipe] = {
     "cold_aligned_half_fake_score_batch": _cold(
         133, "alignment", *_FAST, f"{MODEL}update_schedule.fake_score_every_nth_sample=2"
     ),
-    "cold_segmented": Recipe(
+    "cold_segmented": Recipe(  # its passes were not counted
         (DISTILL, "toy/distill_segmented.yaml"),
         flags=(f"{_HEAD_START}=20", *_FAST, f"{MODEL}pairs.sampler_steps=5", f"{_UPDATES}=54"),
     ),
