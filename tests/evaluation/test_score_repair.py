@@ -1,0 +1,84 @@
+"""What real and fake score make of a student's images, on the toy base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+
+from evaluation.benchmarks import score_repair
+from evaluation.benchmarks.score_repair import FAKE, REAL, ScoreRepairOptions, main, run, sampled_again
+from sdxs_lightning.families.detect import detect_family
+from sdxs_lightning.networks.denoiser import Denoiser
+from tests.helpers.refusals import refusal
+
+BASE = "data/toy/base"
+PROMPTS = ["a large red circle on a blue background", "a small green ring on a white background"]
+
+
+@torch.no_grad()
+def test_sampling_again_is_ddim_from_the_noised_latents() -> None:
+    family = detect_family(BASE)
+    unet = family.load_unet().eval()
+    conditioning = family.encode_prompts(PROMPTS)
+    latents, noise = torch.randn(2, 2, *family.latent_shape(), generator=torch.Generator().manual_seed(0))
+    scheduler = DDIMScheduler.from_pretrained(
+        BASE, subfolder="scheduler", timestep_spacing="leading", steps_offset=0
+    )
+    scheduler.set_timesteps(5)  # 800, 600, 400, 200, 0
+    expected = scheduler.add_noise(latents, noise, torch.tensor([600]))
+    for timestep in scheduler.timesteps[1:4]:
+        text = conditioning.doubled().prompt_embeds
+        uncond, cond = unet(torch.cat([expected, expected]), timestep, text).sample.chunk(2)
+        stepped = scheduler.step(uncond + 1.5 * (cond - uncond), timestep, expected)
+        expected = stepped.prev_sample
+    denoiser = Denoiser(unet, family.schedule, family.prediction_type)
+    found = sampled_again(denoiser, latents, noise, 600, conditioning, 1.5, steps=3)
+    torch.testing.assert_close(found, stepped.pred_original_sample, atol=1e-5, rtol=1e-4)
+
+
+def test_two_equal_scores_mend_alike_and_a_broken_one_spoils_what_was_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(score_repair, "TIMESTEPS", (1, 700))
+    options = ScoreRepairOptions(
+        student="data/toy/student",
+        fake_score=BASE,
+        guidance_scale=1.0,
+        steps=1,
+        samples=24,
+        out=tmp_path / "repair.json",
+    )
+    shown = run(options)
+    written = json.loads((tmp_path / "repair.json").read_text())
+    for by in written["captions_right"].values():
+        assert by[REAL] == by[FAKE]
+    assert 0 < written["student"] < 1
+    # At timestep 1 hardly anything is noised, so all stays as it was.
+    nearly = written["captions_right"]["1"][REAL]
+    assert (nearly["right"], nearly["wrong"], nearly["all"]) == (1.0, 0.0, written["student"])
+    assert f"| 1 | {written['student']:.1%} |" in shown
+    unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    unet.save_pretrained(tmp_path / "broken")
+    broken = score_repair.measure(
+        ScoreRepairOptions(**{**vars(options), "fake_score": str(tmp_path / "broken")})
+    )
+    at_700 = broken["captions_right"]["700"]
+    assert at_700[REAL] == written["captions_right"]["700"][REAL]
+    assert at_700[FAKE]["right"] < 0.2 < at_700[REAL]["right"]
+
+
+def test_a_place_that_cannot_be_written_and_a_missing_fake_score_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--student", "data/toy/student", "--fake_score", BASE]
+    assert (
+        refusal(main, [*line, "--out", tmp_path], capsys)
+        == f"score_repair: '{tmp_path}' is a folder; give a file."
+    )
+    line = ["--student", "data/toy/student", "--fake_score", "nowhere"]
+    assert "--fake_score 'nowhere'" in refusal(main, line, capsys)
