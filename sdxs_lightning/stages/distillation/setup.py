@@ -173,7 +173,7 @@ def check_pairs(pairs: PairSettings | None, reads_conditions: bool, total: int) 
 
 
 def check_timesteps(terms: Terms, denoising: Denoising | None, total: int) -> None:
-    """Raises ValueError for timesteps that the base does not have, or guidance at none of those where scores are compared.
+    """Raises ValueError for timesteps that the base does not have or the fake score does not learn, and if none is guided.
 
     Args:
         terms: the student's loss terms.
@@ -188,6 +188,13 @@ def check_timesteps(terms: Terms, denoising: Denoising | None, total: int) -> No
         if not isinstance(compared, TimestepRange):
             continue
         compared.check(total, f"{name}.timesteps")
+        reads = isinstance(objective, StudentTerm) and objective.needs_fake_score
+        learnt = denoising.timesteps if denoising is not None and reads else None
+        if learnt is not None and not learnt.low <= compared.low <= compared.high <= learnt.high:
+            raise ValueError(
+                f"{name}.timesteps are {compared.low} to {compared.high}, and the fake score, which it reads there, learns at "
+                f"denoising.timesteps {learnt.low} to {learnt.high} only; change one of them."
+            )
         guided = objective.guidance_timesteps if isinstance(objective, DistributionMatching) else None
         if guided is not None and (guided.low > compared.high or guided.high < compared.low):
             raise ValueError(

@@ -20,6 +20,7 @@ from sdxs_lightning.objectives.distribution_matching import DistributionMatching
 from sdxs_lightning.objectives.feature_matching import FeatureMatching
 from sdxs_lightning.objectives.matched_features import EncoderFeatures
 from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.score_identity import ScoreIdentity
 from sdxs_lightning.objectives.segmented_score_distillation import SegmentedScoreDistillation
 from sdxs_lightning.objectives.term import Balance, StudentTerm
 from sdxs_lightning.pairs.target_pairs import PairSettings
@@ -106,6 +107,16 @@ class Led(StudentTerm):
         (
             {"gan": False, "denoising": Denoising(timesteps=TimestepRange(0, 1000))},
             r"denoising.timesteps must be in \[0, 999\]",
+        ),
+        (
+            {"gan": False, "denoising": Denoising(timesteps=TimestepRange(20, 979))},
+            "distribution_matching.timesteps are 20 to 980, and the fake score, which it reads there, learns at "
+            "denoising.timesteps 20 to 979 only",
+        ),
+        (
+            {"gan": False, "denoising": Denoising(timesteps=TimestepRange(0, 980))}
+            | {"objectives": {"sid": ScoreIdentity(timesteps=TimestepRange(0, 981))}},
+            "sid.timesteps are 0 to 981, and the fake score",
         ),
         (
             {"distribution_matching": DistributionMatching(guidance_timesteps=TimestepRange(0, 19))},
