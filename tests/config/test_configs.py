@@ -43,6 +43,7 @@ OVERLAYS = {
             "half_the_work",
             "long_and_short_guidance",
             "lora_fake_score",
+            "low_timesteps",
             "no_momentum",
             "plain_dmd",
             "rescaled_guidance",

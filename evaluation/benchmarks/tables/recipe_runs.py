@@ -53,8 +53,9 @@ _FAST = (
     f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.1",
 )
 """As many updates of the student as of the fake score, at four times the learning rate."""
-_RATIO_1 = (f"{_RATIO}=1", f"{_UPDATES}=589")
-"""Of the quickstart, in about its passes."""
+_SCORES = f"{MODEL}distribution_matching.timesteps.high"
+_ALL_TIMESTEPS = (f"{_SCORES}=980",)
+"""DMD2's, in the place of the quickstart's lower half."""
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 
 
@@ -76,6 +77,12 @@ def _regression(pairs: int, updates: int) -> tuple[str, ...]:
         f"{MODEL}update_schedule.warmup_updates={updates}",
         f"{_UPDATES}={updates}",
     )
+
+
+def _guidance(scale: str) -> Recipe:
+    """The quickstart at another guidance scale."""
+    terms = ("pairs", "distribution_matching")
+    return Recipe((QUICKSTART,), flags=tuple(f"{MODEL}{term}.guidance_scale={scale}" for term in terms))
 
 
 RECIPES: dict[str, Recipe] = {
@@ -119,21 +126,29 @@ RECIPES: dict[str, Recipe] = {
     # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
     "quickstart": Recipe((QUICKSTART,)),
     "quickstart_regression": Recipe((QUICKSTART,), flags=_regression(pairs=4096, updates=1020)),
-    # The quickstart's passes at ratio 1.
-    "quickstart_ratio_1": Recipe((QUICKSTART,), flags=_RATIO_1),
+    # The quickstart with one thing changed, in about its passes.
+    "quickstart_ratio_2": Recipe((QUICKSTART,), flags=(f"{_RATIO}=2", f"{_UPDATES}=500")),
+    "quickstart_regression_beside": Recipe((QUICKSTART,), flags=(f"{MODEL}regression.phase=always",)),
+    "quickstart_to_timestep_250": Recipe((QUICKSTART,), flags=(f"{_SCORES}=250",)),
+    "quickstart_to_timestep_600": Recipe((QUICKSTART,), flags=(f"{_SCORES}=600",)),
+    "quickstart_all_timesteps": Recipe((QUICKSTART,), flags=_ALL_TIMESTEPS),
+    # And more than one, at all timesteps.
     "quickstart_unaligned": Recipe(
-        (QUICKSTART,), flags=(*_RATIO_1, f"{MODEL}fake_score.init_args.alignment=0.0", f"{_HEAD_START}=40")
+        (QUICKSTART,),
+        flags=(*_ALL_TIMESTEPS, f"{MODEL}fake_score.init_args.alignment=0.0", f"{_HEAD_START}=40"),
     ),
-    "quickstart_no_momentum": Recipe((QUICKSTART, f"{METHODS}/no_momentum.yaml"), flags=_RATIO_1),
+    "quickstart_no_momentum": Recipe((QUICKSTART, f"{METHODS}/no_momentum.yaml"), flags=_ALL_TIMESTEPS),
     "quickstart_no_momentum_twice_the_rate": Recipe(
         (QUICKSTART, f"{METHODS}/no_momentum.yaml"),
         flags=(
-            *_RATIO_1,
+            *_ALL_TIMESTEPS,
             f"{_RATE}=4.0e-4",
             f"{MODEL}student.init_args.lr_scheduler.init_args.first_phase_factor=1.75",
             f"{MODEL}student.init_args.lr_scheduler.init_args.final_factor=0.05",
         ),
     ),
+    # Guidance in the pairs and in the score difference; the quickstart has 1.5.
+    **{f"quickstart_guidance_{scale}": _guidance(scale) for scale in ("1", "2", "3", "4.5")},
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),
