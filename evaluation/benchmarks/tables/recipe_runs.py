@@ -126,19 +126,21 @@ RECIPES: dict[str, Recipe] = {
     # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
     "quickstart": Recipe((QUICKSTART,)),
     "quickstart_regression": Recipe((QUICKSTART,), flags=_regression(pairs=4096, updates=1020)),
-    # The quickstart with one thing changed, in about its passes.
-    "quickstart_ratio_2": Recipe((QUICKSTART,), flags=(f"{_RATIO}=2", f"{_UPDATES}=500")),
-    "quickstart_regression_beside": Recipe((QUICKSTART,), flags=(f"{MODEL}regression.phase=always",)),
-    "quickstart_to_timestep_250": Recipe((QUICKSTART,), flags=(f"{_SCORES}=250",)),
+    # The quickstart with one thing changed.
     "quickstart_to_timestep_600": Recipe((QUICKSTART,), flags=(f"{_SCORES}=600",)),
     "quickstart_all_timesteps": Recipe((QUICKSTART,), flags=_ALL_TIMESTEPS),
-    # And more than one, at all timesteps.
-    "quickstart_unaligned": Recipe(
+    # And one more, in about its passes.
+    "quickstart_all_timesteps_ratio_2": Recipe(
+        (QUICKSTART,), flags=(*_ALL_TIMESTEPS, f"{_RATIO}=2", f"{_UPDATES}=500")
+    ),
+    "quickstart_all_timesteps_unaligned": Recipe(
         (QUICKSTART,),
         flags=(*_ALL_TIMESTEPS, f"{MODEL}fake_score.init_args.alignment=0.0", f"{_HEAD_START}=40"),
     ),
-    "quickstart_no_momentum": Recipe((QUICKSTART, f"{METHODS}/no_momentum.yaml"), flags=_ALL_TIMESTEPS),
-    "quickstart_no_momentum_twice_the_rate": Recipe(
+    "quickstart_all_timesteps_no_momentum": Recipe(
+        (QUICKSTART, f"{METHODS}/no_momentum.yaml"), flags=_ALL_TIMESTEPS
+    ),
+    "quickstart_all_timesteps_no_momentum_twice_the_rate": Recipe(
         (QUICKSTART, f"{METHODS}/no_momentum.yaml"),
         flags=(
             *_ALL_TIMESTEPS,
