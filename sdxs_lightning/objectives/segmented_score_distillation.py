@@ -103,6 +103,13 @@ class SegmentedDistributionMatching(StudentTerm):
         self.needs_real_score, self.needs_fake_score = objective.needs_real_score, objective.needs_fake_score
         self.needs_discriminator = objective.needs_discriminator
 
+    def widest(self, num_train_timesteps: int) -> TimestepRange:
+        """The widest segment of the run, which is its first or its last."""
+        ends = (
+            self.segmented.segment(self.objective.timesteps, end, num_train_timesteps) for end in (0.0, 1.0)
+        )
+        return max(ends, key=lambda one: one.high)
+
     def __call__(self, sample: LatentSample, context: DistillationContext) -> tuple[Tensor, Scalars]:
         total = context.schedule.num_train_timesteps
         timesteps = self.segmented.segment(self.objective.timesteps, context.progress, total)

@@ -191,12 +191,6 @@ def check_f_divergence(
             f"must be set, on features of the fake_score, got {got}; change adversarial, or set f_divergence "
             "to null."
         )
-    needed, trained = distribution_matching.timesteps, adversarial.timesteps
-    if needed.low < trained.low or needed.high > trained.high:
-        raise ValueError(
-            f"distribution_matching.f_divergence reads the discriminator at timesteps {needed.low} to {needed.high}, and it "
-            f"learns at {trained.low} to {trained.high} only; widen adversarial.timesteps."
-        )
 
 
 def check_caption_dropout(

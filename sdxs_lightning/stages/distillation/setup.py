@@ -188,18 +188,20 @@ def check_timesteps(terms: Terms, denoising: Denoising | None, total: int) -> No
         if not isinstance(compared, TimestepRange):
             continue
         compared.check(total, f"{name}.timesteps")
-        reads = isinstance(objective, StudentTerm) and objective.needs_fake_score
-        learnt = denoising.timesteps if denoising is not None and reads else None
+        by = ""
+        if isinstance(term, SegmentedDistributionMatching):
+            compared, by = term.widest(total), " at most, by segmented"
+        learnt = denoising.timesteps if denoising is not None and term.needs_fake_score else None
         if learnt is not None and not learnt.low <= compared.low <= compared.high <= learnt.high:
             raise ValueError(
-                f"{name}.timesteps are {compared.low} to {compared.high}, and the fake score, which it reads there, learns at "
-                f"denoising.timesteps {learnt.low} to {learnt.high} only; change one of them."
+                f"{name}.timesteps are {compared.low} to {compared.high}{by}, and the fake score, which it reads there, "
+                f"learns at denoising.timesteps {learnt.low} to {learnt.high} only; change one of them."
             )
         guided = objective.guidance_timesteps if isinstance(objective, DistributionMatching) else None
         if guided is not None and (guided.low > compared.high or guided.high < compared.low):
             raise ValueError(
                 f"{name}.guidance_timesteps is {guided.low} to {guided.high}, and {name}.timesteps {compared.low} to "
-                f"{compared.high}, so that nothing is guided; let them overlap, or set guidance_scale to 1."
+                f"{compared.high}{by}, so that nothing is guided; let them overlap, or set guidance_scale to 1."
             )
 
 

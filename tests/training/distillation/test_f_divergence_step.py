@@ -84,7 +84,8 @@ def test_it_trains(base: Base, shards: Path, precision: str) -> None:
                 "adversarial": DiffusionAdversarial(timesteps=TimestepRange(0, 500)),
                 "denoising": Denoising(timesteps=TimestepRange(0, 500)),
             },
-            r"at timesteps 20 to 980, and it learns at 0 to 500 only; widen adversarial.timesteps",
+            r"distribution_matching.timesteps are 20 to 980, and the fake score, which it reads there, learns at "
+            r"denoising.timesteps 0 to 500 only",
         ),
     ],
 )

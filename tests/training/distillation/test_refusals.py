@@ -44,9 +44,20 @@ class ReadsFakeScore(StudentTerm):
     needs_fake_score = True
 
 
+class Wraps(StudentTerm):
+    needs_fake_score = True
+    objective = DiffusionAdversarial(timesteps=TimestepRange(0, 981))
+
+
 class Led(StudentTerm):
     def balance(self, progress: float) -> Balance:
         return Balance("distribution_matching", 1.0)
+
+
+SEGMENTED: dict[str, Any] = {
+    "gan": False,
+    "segmented": SegmentedScoreDistillation(alpha_start=0.3, alpha_end=0.7, lambda_start=0.0, lambda_end=0.0),
+}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +130,21 @@ class Led(StudentTerm):
             "sid.timesteps are 0 to 981, and the fake score",
         ),
         (
+            {"gan": False, "denoising": Denoising(timesteps=TimestepRange(0, 980))}
+            | {"objectives": {"own": Wraps()}},
+            "own.timesteps are 0 to 981, and the fake score",
+        ),
+        (
+            SEGMENTED | {"denoising": Denoising(timesteps=TimestepRange(0, 699))},
+            "distribution_matching.timesteps are 20 to 700 at most, by segmented, and the fake score",
+        ),
+        (
+            SEGMENTED
+            | {"distribution_matching": DistributionMatching(guidance_timesteps=TimestepRange(701, 980))},
+            "guidance_timesteps is 701 to 980, and distribution_matching.timesteps 20 to 700 at most, by segmented, so that "
+            "nothing is guided",
+        ),
+        (
             {"distribution_matching": DistributionMatching(guidance_timesteps=TimestepRange(0, 19))},
             "guidance_timesteps is 0 to 19, and distribution_matching.timesteps 20 to 980, so that nothing is guided",
         ),
@@ -131,6 +157,11 @@ class Led(StudentTerm):
 def test_parts_that_do_not_go_together(base: Base, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         distillation(base("sd-epsilon"), **settings)
+
+
+def test_the_fake_score_need_not_learn_above_the_widest_segment(base: Base) -> None:
+    learnt = Denoising(timesteps=TimestepRange(20, 700))
+    assert distillation(base("sd-epsilon"), **SEGMENTED, denoising=learnt).denoising is learnt
 
 
 @pytest.mark.parametrize(
