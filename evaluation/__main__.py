@@ -13,8 +13,8 @@ COMMANDS = (
     Command("reference", "evaluation.reference.ReferenceOptions", "evaluation.runner.commands.reference"),
 )
 DESCRIPTION = """FID, CLIP score and other metrics of text-to-image models, under named protocols (evaluation/README.md).
-Benchmarks: python -m evaluation.benchmarks.NAME with NAME one of tables, passes, step_profile, score_precision, throughput,
-coverage, start_up, gpu, runtime_exports."""
+Benchmarks: python -m evaluation.benchmarks.NAME with NAME one of tables, passes, step_profile, score_precision,
+score_repair, throughput, coverage, start_up, gpu, runtime_exports."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from evaluation.benchmarks.student_scores import ScoreOptions, load_scores
 from evaluation.reports.result_file import check_writable, write_result
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import Option, run_command
-from sdxs_lightning.core.option_bounds import LARGEST_SCALE, MOST_IMAGES
+from sdxs_lightning.core.option_bounds import MOST_IMAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ TIMESTEPS = (20, 100, 250, 400, 550, 700, 850, 980)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScorePrecisionOptions:
+class ScorePrecisionOptions(ScoreOptions):
     """Compares the score difference in bfloat16 with that in float32, on the samples of a student.
 
     Errors are relative to the norm of the float32 difference over the batch.
@@ -35,20 +35,8 @@ class ScorePrecisionOptions:
         f"{PROGRAM} --student outputs/toy-distill/pipeline --fake_score outputs/toy-distill/fake_score --out precision.json"
     )
 
-    base: str = "data/toy/base"
-    """Diffusers folder: the real score."""
-    student: str
-    """Pipeline or U-Net folder of a one-step student."""
-    fake_score: str
-    """U-Net folder of its fake score (`fake_score: true` of the callback Export)."""
-    conditioning_timestep: Annotated[int, Option(at_least=0, at_most=999)] = 699
-    """Timestep of the student."""
-    guidance_scale: Annotated[float, Option(at_least=1, at_most=LARGEST_SCALE)] = 1.5
-    """Guidance of the real score."""
     samples: Annotated[int, Option(at_least=2, at_most=MOST_IMAGES)] = 128
     """Prompts, of the toy world's val split."""
-    out: Path | None = None
-    """JSON file to write."""
 
 
 VARIANTS: Mapping[str, tuple[bool, bool, bool]] = {
@@ -92,37 +80,22 @@ def measure(options: ScorePrecisionOptions) -> dict[str, dict[str, float]]:
 
     from data.toy.world import captions
     from sdxs_lightning.core.noise_schedule import add_noise
-    from sdxs_lightning.core.seeding import Stream, normal
-    from sdxs_lightning.families.detect import detect_family
-    from sdxs_lightning.networks.backward_simulation import one_step
-    from sdxs_lightning.networks.denoiser import Denoiser
 
-    family = detect_family(options.base)
-
-    def denoiser(folder: str | None, option: str = "--base") -> Denoiser:
-        unet = family.load_unet(folder, option).eval().requires_grad_(False)
-        return Denoiser(unet, family.schedule, family.prediction_type)
-
-    real, fake = denoiser(None), denoiser(options.fake_score, "--fake_score")
-    student = denoiser(options.student, "--student")
-    prompts, positions = captions("val", options.samples), torch.arange(options.samples)
-    exact = family.encode_prompts(prompts)
-    conditionings = {False: exact, True: exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)}
+    scores = load_scores(options)
     found: dict[str, dict[str, float]] = {name: {} for name in VARIANTS}
     with torch.no_grad():
-        noise = normal(0, Stream.STUDENT_NOISE, positions, family.latent_shape())
-        latents = one_step(student, noise, exact, options.conditioning_timestep)
-        again = normal(0, Stream.SCORE_NOISE, positions, family.latent_shape())
+        exact, latents, noise = scores.sample(captions("val", options.samples))
+        conditionings = {False: exact, True: exact.to(dtype=torch.bfloat16).to(dtype=torch.float32)}
         for timestep in track(TIMESTEPS, description="timesteps", console=Console(stderr=True)):
-            timesteps = torch.full_like(positions, timestep)
-            noisy = add_noise(latents, again, timesteps, family.schedule)
+            timesteps = torch.full((options.samples,), timestep)
+            noisy = add_noise(latents, noise, timesteps, scores.family.schedule)
             # Each pass once: in bfloat16 they are very slow on a CPU without instructions for it.
             estimates: dict[tuple[str, bool, bool], Tensor] = {}
             for bf16, prompts_bf16 in ((False, False), (True, False), (True, True)):
                 conditioning = conditionings[prompts_bf16]
                 with _precision(bf16):
-                    guided = real.guided(noisy, timesteps, conditioning, options.guidance_scale)
-                    plain = fake(noisy, timesteps, conditioning)
+                    guided = scores.real.guided(noisy, timesteps, conditioning, options.guidance_scale)
+                    plain = scores.fake(noisy, timesteps, conditioning)
                 estimates["real", bf16, prompts_bf16] = guided.pred_x0
                 estimates["fake", bf16, prompts_bf16] = plain.pred_x0
             reference = estimates["fake", False, False] - estimates["real", False, False]

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
+from evaluation.benchmarks.student_scores import ScoreOptions, load_scores
 from evaluation.reports.result_file import check_writable, write_result
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import Option, run_command
-from sdxs_lightning.core.option_bounds import LARGEST_SCALE, MOST_IMAGES
+from sdxs_lightning.core.option_bounds import MOST_IMAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,7 +31,7 @@ REAL, FAKE = "real score", "fake score"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreRepairOptions:
+class ScoreRepairOptions(ScoreOptions):
     """Noises a student's images up to a timestep, samples them down again by real and by fake score, and reads the captions.
 
     Where both mend a wrong image alike, their difference does not tell the student what is wrong with it.
@@ -41,22 +41,10 @@ class ScoreRepairOptions:
         f"{PROGRAM} --student outputs/toy-distill/pipeline --fake_score outputs/toy-distill/fake_score --out repair.json"
     )
 
-    base: str = "data/toy/base"
-    """Diffusers folder: the real score."""
-    student: str
-    """Pipeline or U-Net folder of a one-step student."""
-    fake_score: str
-    """U-Net folder of its fake score (`fake_score: true` of the callback Export)."""
-    conditioning_timestep: Annotated[int, Option(at_least=0, at_most=999)] = 699
-    """Timestep of the student."""
-    guidance_scale: Annotated[float, Option(at_least=1, at_most=LARGEST_SCALE)] = 1.5
-    """Guidance of the real score."""
     steps: Annotated[int, Option(at_least=1, at_most=TIMESTEPS[0])] = 5
     """Steps from each timestep down."""
     samples: Annotated[int, Option(at_least=1, at_most=MOST_IMAGES)] = 500
     """Prompts, of the toy world's val split."""
-    out: Path | None = None
-    """JSON file to write."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -99,45 +87,33 @@ def measure(options: ScoreRepairOptions) -> dict[str, Any]:
     from rich.progress import track
 
     from data.toy.training.classifier import AttributeClassifier
-    from data.toy.world import captions
+    from data.toy.world import IMAGE_PX, captions
     from sdxs_lightning.core.latents import to_uint8
-    from sdxs_lightning.core.seeding import Stream, normal
-    from sdxs_lightning.families.detect import detect_family
-    from sdxs_lightning.networks.backward_simulation import one_step
-    from sdxs_lightning.networks.denoiser import Denoiser
 
-    family = detect_family(options.base)
+    loaded = load_scores(options)
+    if loaded.family.resolution != IMAGE_PX:
+        raise ValueError(
+            f"--base '{options.base}' has images of {loaded.family.resolution} px, and captions are read from those of the toy "
+            f"world, of {IMAGE_PX} px; give one of its bases."
+        )
     classifier = AttributeClassifier.from_pretrained("data/toy/classifier").eval()
-
-    def denoiser(folder: str | None, option: str = "--base") -> Denoiser:
-        unet = family.load_unet(folder, option).eval().requires_grad_(False)
-        return Denoiser(unet, family.schedule, family.prediction_type)
-
-    student = denoiser(options.student, "--student")
-    scores = {
-        REAL: (denoiser(None), options.guidance_scale),
-        FAKE: (denoiser(options.fake_score, "--fake_score"), 1.0),
-    }
+    scores = {REAL: (loaded.real, options.guidance_scale), FAKE: (loaded.fake, 1.0)}
     prompts = captions("val", options.samples)
     seen: dict[tuple[int, str], list[Tensor]] = {(t, name): [] for t in TIMESTEPS for name in scores}
     before: list[Tensor] = []
 
     def right(latents: Tensor, batch: Sequence[str]) -> Tensor:
-        return classifier.right(to_uint8(family.decode(latents)), batch).all(1)
+        return classifier.right(to_uint8(loaded.family.decode(latents)), batch).all(1)
 
     starts = range(0, options.samples, BATCH)
     with torch.no_grad():
         for start in track(starts, description="prompts", console=Console(stderr=True)):
             batch = prompts[start : start + BATCH]
-            positions = torch.arange(start, start + len(batch))
-            conditioning = family.encode_prompts(batch)
-            noise = normal(0, Stream.STUDENT_NOISE, positions, family.latent_shape())
-            again = normal(0, Stream.SCORE_NOISE, positions, family.latent_shape())
-            made = one_step(student, noise, conditioning, options.conditioning_timestep)
+            conditioning, made, noise = loaded.sample(batch, start)
             before.append(right(made, batch))
             for (timestep, name), parts in seen.items():
                 score, scale = scores[name]
-                latents = sampled_again(score, made, again, timestep, conditioning, scale, options.steps)
+                latents = sampled_again(score, made, noise, timestep, conditioning, scale, options.steps)
                 parts.append(right(latents, batch))
     was_right = torch.cat(before)
     by_timestep: dict[str, dict[str, Any]] = {str(timestep): {} for timestep in TIMESTEPS}

@@ -28,6 +28,7 @@ def options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ScorePrecisionOp
     return ScorePrecisionOptions(
         student=BASE,
         fake_score=str(tmp_path / "fake"),
+        conditioning_timestep=699,
         guidance_scale=1.0,
         samples=2,
         out=tmp_path / "precision.json",
