@@ -68,7 +68,7 @@ def test_every_section_runs_at_tiny_size(tmp_path: Path) -> None:
     assert {row["labels"]["stage"] for row in sections["stages"]["rows"]} == {"miniaturise", "decoder"}
     assert sections["tests"]["rows"][0]["labels"]["test"].startswith("tests/core/test_seeding.py::")
     kept = sections["toy"]["rows"][0]["files"]
-    assert kept == "toy_aligned_student.tar.gz" and (tmp_path / "gpu" / kept).stat().st_size > 1_000_000
+    assert kept == "toy_quickstart_student.tar.gz" and (tmp_path / "gpu" / kept).stat().st_size > 1_000_000
 
 
 # ------------------------------------------------------- sections that end badly; run in their processes, found by name

@@ -26,7 +26,7 @@ SHORTEST_SECONDS = 100.0
 """Of a variant."""
 _DMD2 = "configs/common/toy_dmd2.yaml"
 VARIANTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "aligned": (1, ()),
+    "quickstart": (1, ()),
     "DMD2": (5, (_DMD2,)),
     "half the work": (5, (_DMD2, "configs/methods/half_the_work.yaml")),
     "segmented": (1, (_DMD2, "configs/toy/distill_segmented.yaml")),
