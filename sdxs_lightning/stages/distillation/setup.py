@@ -20,6 +20,7 @@ from sdxs_lightning.objectives.feature_matching import FeatureMatching, FeatureM
 from sdxs_lightning.objectives.matched_features import MatchedFeatures
 from sdxs_lightning.objectives.pixel_adversarial import PixelAdversarial
 from sdxs_lightning.objectives.regression import Regression
+from sdxs_lightning.objectives.score_identity import ScoreIdentity
 from sdxs_lightning.objectives.segmented_score_distillation import (
     BalancedFeatureMatching,
     SegmentedDistributionMatching,
@@ -102,6 +103,11 @@ def terms_of(
             raise ValueError(
                 f"objectives.{name} is the guidance of the sample, and distribution_matching.guidance_scale is {matching:g}, "
                 f"which guides it a second time: set the latter to 1, or objectives.{name} to null."
+            )
+        if isinstance(extra, ScoreIdentity) and distribution_matching is not None:
+            raise ValueError(
+                f"objectives.{name} is in the place of the score difference, and distribution_matching is set too: set either "
+                "to null."
             )
         if name in terms.warmup | terms.distillation:
             raise ValueError(

@@ -126,7 +126,10 @@ SEGMENTED: dict[str, Any] = {
         ),
         (
             {"gan": False, "denoising": Denoising(timesteps=TimestepRange(0, 980))}
-            | {"objectives": {"sid": ScoreIdentity(timesteps=TimestepRange(0, 981))}},
+            | {
+                "objectives": {"sid": ScoreIdentity(timesteps=TimestepRange(0, 981))},
+                "distribution_matching": None,
+            },
             "sid.timesteps are 0 to 981, and the fake score",
         ),
         (
@@ -147,6 +150,10 @@ SEGMENTED: dict[str, Any] = {
         (
             {"distribution_matching": DistributionMatching(guidance_timesteps=TimestepRange(0, 19))},
             "guidance_timesteps is 0 to 19, and distribution_matching.timesteps 20 to 980, so that nothing is guided",
+        ),
+        (
+            {"objectives": {"sid": ScoreIdentity()}},
+            "objectives.sid is in the place of the score difference, and distribution_matching is set too",
         ),
         (
             {"objectives": {"decoupled": DecoupledGuidance()}},
