@@ -55,7 +55,7 @@ _FAST = (
 """As many updates of the student as of the fake score, at four times the learning rate."""
 _SCORES = f"{MODEL}distribution_matching.timesteps.high"
 _ALL_TIMESTEPS = (f"{_SCORES}=980",)
-"""DMD2's, in the place of the quickstart's lower half."""
+"""DMD2's, in the place of the quickstart's low noise."""
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 
 
@@ -91,10 +91,6 @@ RECIPES: dict[str, Recipe] = {
     "segmented": Recipe(SEGMENTED, "warmup"),
     "dmd2_no_gan": Recipe((DISTILL,), "warmup", _NO_GAN),
     "dmd2": Recipe((DISTILL,), "warmup"),
-    "dmd2_jensen_shannon": Recipe(
-        (DISTILL,), "warmup", (f"{MODEL}distribution_matching.f_divergence.divergence=jensen_shannon",)
-    ),
-    "dmd2_lora_fake": Recipe((DISTILL,), "warmup", (f"{MODEL}fake_score.init_args.lora.rank=32",)),
     # From the base, without a warm-up: what a setting itself reaches, each in 1,080 passes of the U-Net over a batch.
     "cold_dmd2": _cold(40),
     "cold_gan": Recipe((DISTILL,), flags=(f"{_HEAD_START}=20", f"{_UPDATES}=33")),
@@ -154,8 +150,6 @@ RECIPES: dict[str, Recipe] = {
     "segmented+finish": _finish_of("segmented"),
     "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),
-    "dmd2_jensen_shannon+finish": _finish_of("dmd2_jensen_shannon"),
-    "dmd2_lora_fake+finish": _finish_of("dmd2_lora_fake"),
     "pruned_warmup": Recipe(WARMUP, PRUNED),
     "pruned_segmented": Recipe(SEGMENTED, "pruned_warmup"),
     "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),

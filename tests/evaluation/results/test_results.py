@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from importlib import import_module
-from itertools import pairwise
-from pathlib import Path
-from statistics import mean, stdev
-from typing import Any
+from statistics import mean
 
 import pytest
 
@@ -24,24 +20,14 @@ from evaluation.reports.markdown import score_file_markdown
 from evaluation.runner.control import control_markdown
 from sdxs_lightning import lora
 from sdxs_lightning.command_line import Command, parse_options
-
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "evaluation" / "results"
-PAGES = {name: (ROOT / "evaluation" / name).read_text() for name in ("README.md", "results/README.md")}
-PAGE = PAGES["results/README.md"]
-
-
-def result(name: str) -> dict[str, Any]:
-    """The content of a result file."""
-    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
-    return content
+from tests.helpers.result_files import PAGE, PAGES, RESULTS, ROOT, result
 
 
 def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 19
+    assert len(shown) == len(set(shown)) == 20
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -94,35 +80,6 @@ def test_what_is_said_of_speed_is_its_files() -> None:
     )
 
 
-def test_the_judge_orders_what_the_eye_does() -> None:
-    """Intervals of the base by its steps, and of students from early to late; True where they do not overlap."""
-    rows = result("toy_quality")["rows"]
-    base = [f"base, {count} step{'s' * (count > 1)}" for count in (50, 8, 4, 2, 1)]
-    students = ["longer", "shipped", "middle", "early"]
-
-    def apart(ranked: list[str], score: str) -> list[bool]:
-        scores = [rows[name]["estimates"][score] for name in ranked]
-        assert sorted(scores, key=lambda one: -one["value"]) == scores
-        return [better["low"] > worse["high"] for better, worse in pairwise(scores)]
-
-    assert apart(base, "caption_accuracy") == [False, False, True, True]
-    assert apart(["real images", *base[1:]], "shape_score") == [True, False, True, True]
-    for score in ("shape_score", "caption_accuracy"):
-        assert apart(students, score) == [True, False, True]
-    # KID and recall see two rows alone.
-    for score in ("kid", "recall"):
-        usual = rows[base[0]]["estimates"][score]
-        seen = [
-            name
-            for name, row in rows.items()
-            if row["estimates"][score]["low"] > usual["high"]
-            or row["estimates"][score]["high"] < usual["low"]
-        ]
-        assert seen == ["base, 1 step", "early"]
-    first, second = (rows[name]["estimates"]["shape_score"] for name in base[:2])
-    assert second["value"] > first["value"] > second["low"]  # 50 and 8 steps
-
-
 def test_what_is_said_of_precision_is_its_file() -> None:
     errors = result("score_precision")["relative_error"]
     assert f"\n\n{precision_table(errors)}\n" in PAGE
@@ -130,148 +87,6 @@ def test_what_is_said_of_precision_is_its_file() -> None:
     added = max(both[timestep] - real[timestep] for timestep in real)
     assert 0 < added < 0.01 < max(real.values()) and both == prompts
     assert "adds at most 1 point to it, and the prompts nothing" in " ".join(PAGE.split())
-
-
-def test_what_is_said_of_the_methods_alone_is_their_file() -> None:
-    rows, text = result("toy_cold")["rows"], " ".join(PAGE.split())
-
-    def accuracy(row: str) -> float:
-        return 100 * float(rows[f"cold_{row}"]["caption_accuracy"]["mean"])
-
-    def ahead(row: str, other: str, score: str) -> list[float]:
-        """Differences over the seeds of both rows."""
-        found = [
-            dict(zip(one["seeds"], one[score]["values"], strict=True))
-            for one in (rows[f"cold_{row}"], rows[f"cold_{other}"])
-        ]
-        return [found[0][seed] - found[1][seed] for seed in found[0] if seed in found[1]]
-
-    assert (
-        f"at its rate reaches {accuracy('dmd2'):.1f} % of captions, four times the rate of the student "
-        f"{accuracy('large_rate'):.1f} %, ratio 1 as well {accuracy('ratio_1'):.1f} %; in twice the passes ratio 1 reaches "
-        f"{accuracy('ratio_1_2x'):.1f} %" in text
-    )
-    assert accuracy("ratio_1_halfx") > accuracy("dmd2_2x")
-    share = rows["cold_ratio_1_halfx"]["cpu_seconds"]["mean"] / rows["cold_dmd2_2x"]["cpu_seconds"]["mean"]
-    assert (
-        f"it has more ({accuracy('ratio_1_halfx'):.1f} %) than DMD2's settings after twice as many "
-        f"({accuracy('dmd2_2x'):.1f} %), at {share:.2f} times the processor time" in text
-    )
-    longer = accuracy("ratio_1_2x") - accuracy("regression_2x")
-    assert f"In twice the work it is {longer:.1f} points (one seed)" in text
-    gained = [100 * one for one in ahead("ratio_1", "regression", "caption_accuracy")]
-    error = stdev(gained) / len(gained) ** 0.5
-    counts = {2: "two", 3: "three"}
-    assert (
-        f"in equal work: {mean(gained):.1f} points of captions (standard error {error:.1f}, {counts[len(gained)]} pairs"
-        in text
-    )
-    shape, distance = (mean(ahead("ratio_1", "regression", score)) for score in ("shape_score", "fid"))
-    assert f"and {shape:.3f} of shape score for it, {distance:.2f} of FID against it" in text
-    aligned = [100 * one for one in ahead("aligned", "ratio_1", "caption_accuracy")]
-    assert f"at ratio 1: {mean(aligned):+.1f} points over {counts[len(aligned)]} pairs" in text
-    plain = rows["cold_ratio_1"]["caption_accuracy"]["values"][rows["cold_ratio_1"]["seeds"].index(0)]
-    assert (
-        f"Learning without momentum, at ratio 1, is worth {accuracy('no_momentum') - 100 * plain:+.1f}."
-        in text
-    )
-    costs = [
-        rows[row]["cpu_seconds"]["mean"] / rows["cold_dmd2"]["cpu_seconds"]["mean"]
-        for row in ("cold_segmented", "cold_regression")
-    ]
-    assert (
-        f"segmented mode reaches {accuracy('segmented'):.1f} % at {costs[0]:.2f} times the first row's processor time, where "
-        f"regression alone has {accuracy('regression'):.1f} % at {costs[1]:.2f}." in text
-    )
-    for row, words in {
-        "samples_used_5_times": "samples used five times ({})",
-        "lora_fake": "adapters as the fake score ({})",
-        "half_fake_score_batch": "every second sample for it ({})",
-        "gan": "The GAN ({})",
-        "decoupled_guidance": "guidance apart from matching ({})",
-        "long_and_short_guidance": "guidance of both scores ({})",
-        "score_identity": "score identity ({})",
-    }.items():
-        first = 100 * ahead(row, "dmd2", "caption_accuracy")[0]  # of seed 0
-        assert words.format(f"{first:+.1f}") in text.replace(" points)", ")"), row
-    spread = max(
-        100 * (row["caption_accuracy"]["largest"] - row["caption_accuracy"]["smallest"])
-        for row in rows.values()
-    )
-    assert f"the seeds of a row lie up to {spread:.1f} points apart" in text
-    cost = rows["cold_lora_fake"]["cpu_seconds"]["mean"] / rows["cold_dmd2"]["cpu_seconds"]["mean"]
-    assert f"Adapters cost {cost:.2f} times the processor time" in text
-    before = 100 * result("quickstart_seed0")["student_before"]["caption_accuracy"]
-    assert f"The student begins at {before:.1f} % of captions" in text
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert (
-        f"from {before:.0f} to {accuracy('ratio_1_2x'):.0f} % by itself, in work in which regression reaches "
-        f"{accuracy('regression_2x'):.0f} % (one seed)" in readme
-    )
-
-
-def test_what_is_said_of_the_quickstarts_distillation_is_its_files() -> None:
-    """Over pairs of equal seeds, against regression in the same time; and what more distillation reaches."""
-    control = result("toy_quickstart_regression")["rows"]["quickstart_regression"]
-    students = [result(f"quickstart_seed{seed}")["student"] for seed in control["seeds"]]
-    text, readme = " ".join(PAGE.split()), " ".join((ROOT / "README.md").read_text().split())
-
-    def paired(name: str) -> tuple[float, float]:
-        gained = [student[name] - one for student, one in zip(students, control[name]["values"], strict=True)]
-        return mean(gained), stdev(gained) / len(gained) ** 0.5
-
-    points, error = (100 * one for one in paired("caption_accuracy"))
-    assert f"brings {points:.1f} points more of caption accuracy (standard error {error:.1f})" in text
-    distance, error = paired("fid")
-    assert f"costs {distance:.2f} of FID ({error:.2f})" in text
-    shape, error = paired("shape_score")
-    assert "the same shape score" in text and abs(shape) < 2 * error
-    longer = {name: one["value"] for name, one in result("toy_longer")["metrics"].items()}
-    accuracy = 100 * longer["caption_accuracy"]
-    share = longer["caption_accuracy"] / result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
-    assert (
-        f"ends at {accuracy:.1f} % of caption accuracy, {share:.2f} of the base's, and a shape score of "
-        f"{longer['shape_score']:.3f} with {100 * longer['clean_images']:.1f} % clean images" in text
-    )
-    assert f"FID rises to {longer['fid']:.2f}" in text
-    still = {name: one["value"] for name, one in result("toy_longer_still")["metrics"].items()}
-    assert (
-        f"one seed), end at {100 * still['caption_accuracy']:.1f} %, a shape score of {still['shape_score']:.3f} and a FID of "
-        f"{still['fid']:.2f}." in text
-    )
-    regression = 100 * control["caption_accuracy"]["mean"]
-    assert (
-        f"reaches {regression:.1f} % (three seeds); 700 more updates of distillation {accuracy:.1f} %"
-        in readme
-    )
-
-
-def test_what_is_said_of_the_quickstarts_variants_is_their_file() -> None:
-    rows, text = result("toy_quickstart_variants")["rows"], " ".join(PAGE.split())
-    shipped = [result(f"quickstart_seed{seed}")["student"] for seed in range(3)]
-
-    def ahead(row: str, name: str) -> list[float]:
-        """Of the quickstart, by seed."""
-        values = dict(zip(rows[row]["seeds"], rows[row][name]["values"], strict=True))
-        return [value - shipped[seed][name] for seed, value in values.items()]
-
-    points = [100 * one for one in ahead("quickstart_no_momentum", "caption_accuracy")]
-    assert len(points) == 3
-    assert (
-        f"{mean(points):+.1f} points of captions over three pairs of seeds (standard error {stdev(points) / 3**0.5:.1f}), at "
-        f"{mean(ahead('quickstart_no_momentum', 'fid')):.2f} more of FID" in text
-    )
-    faster, aligned, unaligned = (
-        100 * ahead(f"quickstart_{row}", "caption_accuracy")[0]
-        for row in ("no_momentum_twice_the_rate", "ratio_1", "unaligned")
-    )
-    assert f"seed 0 lies {faster:.1f} and {aligned:.1f} points above the quickstart's" in text
-    for said in (
-        f"captions fall by {aligned - unaligned:.1f} points",
-        f"it is worth {aligned - unaligned:.1f} points",
-    ):
-        assert said in text
-    assert f"where the quickstart has {100 * shipped[0]['caption_accuracy']:.1f} % of captions" in text
 
 
 def test_the_table_of_passes_is_its_file() -> None:
@@ -383,7 +198,11 @@ def phrases() -> list[str]:
     trials = result("coverage")["coverage_of_95_percent_intervals"].values()
     covered = [100 * each["coverage"] for metrics_at in trials for each in metrics_at.values()]
     assert f"{cost['segmented'] / cost['dmd2']:.1f}" == "0.8"  # four fifths
-    assert finish["fid"]["mean"] < 0 < paired["fid"]["mean"]
+    assert paired["fid"]["mean"] > 0
+    assert all(
+        abs(finish[score]["mean"]) < 2 * finish[score]["standard_error"]
+        for score in ("fid", "caption_accuracy")
+    )
     passes = {
         name: row["passes"] for name, row in result("passes")["passes_per_student_update"]["sd15"].items()
     }
@@ -413,8 +232,8 @@ def phrases() -> list[str]:
         f"{paired['fid']['mean']:.2f} of FID behind ({paired['fid']['standard_error']:.2f})",
         f"accuracy by {100 * finish['caption_accuracy']['mean']:.1f} points "
         f"(standard error {100 * finish['caption_accuracy']['standard_error']:.1f})",
-        f"lowers FID by {-finish['fid']['mean']:.3f} ({finish['fid']['standard_error']:.3f}), "
-        f"over {finish['fid']['differences']} pairs",
+        f"and FID by {finish['fid']['mean']:.3f} ({finish['fid']['standard_error']:.3f}), "
+        f"over {finish['fid']['differences']} pairs: neither is proven",
         f"raw JPEG tars {data['raw_jpeg']['ratio']:.1f} times as fast, SDXL latents {data['raw_sdxl_latents']['ratio']:.1f}",
         f"512 px tensors {data['jpeg_to_512']['0 workers']['ratio']:.1f} ({data['jpeg_to_512']['2 workers']['ratio']:.1f} with",
         f"after {firsts[0]} (100 shards) or {firsts[1]} (1,000)",
@@ -458,7 +277,7 @@ def test_every_command_line_is_accepted(line: str) -> None:
         assert all((ROOT / word).is_file() for word in words if word.endswith(".yaml"))
         return
     programs = {f"evaluation.{command.name}": (command, words[2:]) for command in COMMANDS}
-    for name in ("Passes", "ScorePrecision", "RuntimeExports", "StepProfile"):
+    for name in ("Passes", "ScorePrecision", "ScoreRepair", "RuntimeExports", "StepProfile"):
         module = f"evaluation.benchmarks.{re.sub('(?<!^)(?=[A-Z])', '_', name).lower()}"
         programs[module] = (Command(name, f"{module}.{name}Options", ""), words[2:])
     gpu = Command("gpu", "evaluation.benchmarks.gpu.options.GpuOptions", "")
