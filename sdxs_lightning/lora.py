@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from sdxs_lightning.command_line import Command, Option, run_subcommand
 from sdxs_lightning.core.errors import CheckpointNotWritten, UserError
-from sdxs_lightning.core.option_bounds import LARGEST_SCALE
+from sdxs_lightning.core.option_bounds import LARGEST_RANK, LARGEST_SCALE
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
@@ -65,7 +65,7 @@ class ExtractOptions:
     """Pipeline folder, U-Net folder or hub id, for which the LoRA is."""
     tuned: str
     """The fine-tune of it."""
-    rank: Annotated[int, Option(at_least=1)] = 64
+    rank: Annotated[int, Option(at_least=1, at_most=LARGEST_RANK)] = 64
     """Rank of each layer."""
     out: Path
     """Folder to create; it must not exist, or be empty."""

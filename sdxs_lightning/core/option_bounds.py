@@ -4,6 +4,8 @@ LARGEST_SIDE_PX = 16384
 """Of images."""
 LARGEST_SCALE = 100
 """Of guidance, LoRAs and ControlNets; published ones are below 30."""
+LARGEST_RANK = 1280
+"""Of adapters. No layer of an SD or SDXL U-Net has a full rank above 1280, so that more adds weights and nothing else."""
 MOST_PROCESSES = 1024
 """Processes and threads of one machine."""
 MOST_IMAGES = 10_000_000

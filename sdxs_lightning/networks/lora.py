@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from sdxs_lightning.core.option_bounds import LARGEST_RANK
 from sdxs_lightning.networks.lora_extraction import low_rank
 from sdxs_lightning.networks.lora_files import Adapters, read_lora
 
@@ -50,7 +51,7 @@ class LoRA:
     """Settings of the adapters.
 
     Raises:
-        ValueError: for a rank below 1, an alpha that is not above 0, or no targets.
+        ValueError: for a rank outside [1, LARGEST_RANK], an alpha that is not above 0, or no targets.
     """
 
     rank: int = 64
@@ -67,8 +68,8 @@ class LoRA:
     one. One of a higher rank is reduced. null starts without a change."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"lora.rank must be 1 or more, got {self.rank}.")
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise ValueError(f"lora.rank must be in [1, {LARGEST_RANK}], got {self.rank}.")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ValueError(f"lora.alpha must be above 0, or null for the rank, got {self.alpha}.")
         if not self.targets:

@@ -11,7 +11,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from evaluation.benchmarks.full_size import sd15_unet_config, sd21_unet_config, sdxl_unet_config
 from sdxs_lightning.core.noise_schedule import NoiseSchedule
+from sdxs_lightning.core.option_bounds import LARGEST_RANK
 from sdxs_lightning.export import plain_unet
 from sdxs_lightning.networks.adapter_views import AveragedView, BaseView
 from sdxs_lightning.networks.denoiser import Denoiser
@@ -133,6 +135,21 @@ def test_the_released_adapter_has_as_many_weights() -> None:
     assert round(expected / 1e6, 2) == 27.07
 
 
+def test_the_largest_rank_is_the_largest_full_rank_of_an_adapted_layer() -> None:
+    ranks = []
+    for config in (sd15_unet_config(), sd21_unet_config(), sdxl_unet_config()):
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**config)
+        weights = [
+            layer.weight
+            for name, layer in unet.named_modules()
+            if isinstance(layer, nn.Linear | nn.Conv2d) and name.endswith(TARGETS)
+        ]
+        ranks.append(max(min(len(weight), weight[0].numel()) for weight in weights))
+    assert ranks == [LARGEST_RANK] * 3
+    LoRA(rank=LARGEST_RANK)
+
+
 def test_only_adapters_learn_and_they_depend_on_their_seed_only() -> None:
     networks = []
     for global_seed, seed in ((0, 1), (5, 1), (0, 2)):
@@ -153,7 +170,8 @@ def test_only_adapters_learn_and_they_depend_on_their_seed_only() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, r"lora\.rank must be 1 or more, got 0"),
+        ({"rank": 0}, r"lora\.rank must be in \[1, 1280\], got 0"),
+        ({"rank": 10_000_000}, r"lora\.rank must be in \[1, 1280\], got 10000000"),
         ({"alpha": -1.0}, r"lora\.alpha must be above 0, or null for the rank, got -1\.0"),
         ({"alpha": float("nan")}, r"lora\.alpha must be above 0, or null for the rank, got nan"),
         ({"targets": ()}, r"lora\.targets names no layer; leave it out"),

@@ -86,6 +86,13 @@ def test_merge_then_extract_gives_the_lora_back(
     torch.testing.assert_close(output_of(unet.unet), output_of(wanted), rtol=1e-3, atol=1e-4)
 
 
+def test_an_absurd_rank_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["extract", "--base", "x", "--tuned", "y", "--rank", "10000000", "--out", str(tmp_path / "new")])
+    said = capsys.readouterr().err
+    assert "--rank" in said and "1280" in said and "10000000" in said and said.count("\n") == 1
+
+
 def test_a_file_is_converted(world: Path, tmp_path: Path) -> None:
     convert = ["convert", "--lora", world / "one", "--model", world / "base", "--format", "kohya"]
     call(world, *convert, "--out", tmp_path / "kohya")
