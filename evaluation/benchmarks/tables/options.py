@@ -36,12 +36,12 @@ class RecipesOptions(Measuring):
     """Runs the training recipes of the toy world and scores their students in one step."""
 
     EXAMPLES: ClassVar[str] = f"""
-    {PROGRAM} recipes --seeds 0 1 2 --out toy_recipes.json --sheet toy_recipes.png
-    {PROGRAM} recipes --rows warmup dmd2 --finished_only
+    {PROGRAM} recipes --rows warmup dmd2 --seeds 0 1 2 --out toy_recipes.json --sheet toy_recipes.png
+    {PROGRAM} recipes --finished_only
     """
 
-    rows: Annotated[tuple[str, ...], Option(choices=tuple(RECIPES))] = tuple(RECIPES)
-    """Recipes."""
+    rows: Annotated[tuple[str, ...], Option(choices=tuple(RECIPES))] = ()
+    """Recipes, each trained after the one that it starts from; with --finished_only all by default."""
     seeds: tuple[int, ...] = (0,)
     """Seeds; each trains every recipe once."""
     finished_only: bool = False
@@ -56,6 +56,13 @@ class RecipesOptions(Measuring):
     """PNG file of samples of the first seed."""
     curves: Path | None = None
     """PNG file of quality against processor time; rows whose names differ by _halfx, _2x and so on form a line."""
+
+    def __post_init__(self) -> None:
+        if not self.rows and not self.finished_only:
+            raise ValueError(
+                f"--rows is missing, and all {len(RECIPES)} recipes are not trained unasked: name some, such as --rows warmup "
+                "dmd2, or give --finished_only to score those that have finished."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evaluation.benchmarks.tables.recipe_runs import (
+    RECIPES,
     cpu_seconds,
     is_finished,
     make_pairs,
@@ -88,11 +89,11 @@ def recipes(options: RecipesOptions) -> str:
             check_writable(path)
     protocol = get_protocol(options.protocol, samples=options.samples)
     scorer = Scorer(protocol, options)
-    rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows}
-    if not options.finished_only and any(map(reads_pairs, options.rows)):
+    rows: dict[str, dict[int, dict[str, Any]]] = {row: {} for row in options.rows or RECIPES}
+    if not options.finished_only and any(map(reads_pairs, rows)):
         make_pairs()
     for seed in options.seeds:
-        for row in options.rows:
+        for row in rows:
             if options.finished_only and not is_finished(options.root, row, seed):
                 continue
             train_recipe(options.root, row, seed)

@@ -107,6 +107,7 @@ def test_finished_only_starts_no_run_and_scores_the_seeds_that_exist(
     assert "recipes: none of these rows has finished" in refusal(main, arguments, capsys)
     for seed in (1, 2):
         finish(tmp_path, "warmup", seed)
+    arguments = f"recipes --root {tmp_path} --seeds 1 2 --finished_only".split()  # all rows
     main([*arguments, "--out", str(tmp_path / "table.json")])
     rows = json.loads((tmp_path / "table.json").read_text())["rows"]
     assert (
@@ -115,6 +116,14 @@ def test_finished_only_starts_no_run_and_scores_the_seeds_that_exist(
         and rows["warmup"]["fid"]["mean"] == 1.5
     )
     assert "| warmup | 1.50 (1.00 to 2.00) | 1.0 | 50.0 |" in capsys.readouterr().out
+
+
+def test_no_row_is_trained_that_is_not_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe_runs, "command", lambda *_: pytest.fail("a run was started"))
+    said = refusal(main, ["recipes", "--seeds", "0"], capsys)
+    assert f"--rows is missing, and all {len(RECIPES)} recipes are not trained unasked" in said
 
 
 def test_the_cost_of_an_interrupted_run_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
