@@ -175,7 +175,8 @@ def test_what_is_said_of_the_fake_score_is_its_file() -> None:
         in text
     )
     assert (
-        f"the base mends {shares[REAL][1]:.0f} % of them and the fake score {shares[FAKE][1]:.0f} %" in text
+        f"the base mends {shares[REAL][1]:.0f} % of them and the fake score {shares[FAKE][1]:.0f} %; of {wrong} images one is "
+        f"{100 / wrong:.0f} points" in text
     )
 
 
@@ -194,14 +195,15 @@ def test_what_is_said_of_the_quickstarts_variants_is_their_file() -> None:
         ahead("quickstart", plain, name) for name in ("caption_accuracy", "shape_score", "fid")
     )
     assert (
-        f"gains {100 * captions:.1f} points of captions and {shape:.3f} of shape score, and costs {fid:.2f} of FID"
-        in text
+        f"gains {100 * captions:.1f} points of captions and {shape:.3f} of shape score, and costs {fid:.2f} of FID and "
+        f"{-ahead('quickstart', plain, 'diversity'):.3f} of diversity" in text
     )
     to_600 = [ahead("quickstart_to_timestep_600", plain, name) for name in ("caption_accuracy", "fid")]
     assert f"up to timestep 600 it gains {100 * to_600[0]:.1f} points and costs {to_600[1]:.2f}." in text
     spread = rows["quickstart"]["caption_accuracy"]
     apart = 100 * (spread["largest"] - spread["smallest"])
-    assert f"Seeds of the quickstart lie {apart:.1f} points apart" in text
+    assert f"Seeds of the quickstart lie {apart:.1f} points apart, and seed 0 is its best" in text
+    assert spread["values"][0] == spread["largest"]
     lost = 100 * ahead(plain, f"{plain}_unaligned", "caption_accuracy")
     assert f"captions fall by {lost:.1f} points (seed 0)" in text
     assert f"it is worth {lost:.1f} points" in text
@@ -228,4 +230,12 @@ def test_what_is_said_of_guidance_in_training_is_its_file() -> None:
         f"captions rise, from {100 * captions[0]:.1f} % at 1 to {100 * max(captions):.1f} % at {best:g}, and diversity "
         f"falls, from {diversity[0]:.3f} to {diversity[-1]:.3f} at 4.5; FID rises from {fid[0]:.2f} to {fid[-1]:.2f}"
         in text
+    )
+    seeds = result("toy_quickstart_variants")["rows"]["quickstart"]
+    spread = {name: seeds[name]["largest"] - seeds[name]["smallest"] for name in ("caption_accuracy", "fid")}
+    points, apart = 100 * (captions[1] - captions[2]), 100 * spread["caption_accuracy"]
+    assert points < apart and fid[1] - fid[2] > spread["fid"]
+    assert (
+        f"1.5 and 2 differ by {points:.1f} points of captions, less than seeds do ({apart:.1f}), "
+        f"and by {fid[1] - fid[2]:.2f} of FID, more than they do ({spread['fid']:.2f})" in text
     )
