@@ -24,6 +24,7 @@ from sdxs_lightning.families import Family
 from sdxs_lightning.families.folders import pipeline_variant, read_json
 from sdxs_lightning.networks.backward_simulation import original_inference_steps
 from sdxs_lightning.networks.ema import DenoiserEma
+from sdxs_lightning.networks.guidance_input import LEARNT
 from sdxs_lightning.networks.lora import ADAPTER, merged_weights
 from sdxs_lightning.networks.lora_files import live_adapters, write_lora
 from sdxs_lightning.networks.tiny_decoder import load_tiny, tiny_factor
@@ -324,6 +325,8 @@ def plain_unet(unet: UNet2DConditionModel, weights: Mapping[str, Tensor]) -> UNe
     # Not from_config(): it resets what a config names in _use_default_values, even where that was changed since.
     settings = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     copy = UNet2DConditionModel(**settings)
+    if LEARNT in unet.config:
+        copy.register_to_config(**{LEARNT: unet.config[LEARNT]})
     copy.load_state_dict(merged_weights(unet, weights))
     return copy
 

@@ -29,6 +29,7 @@ from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.inputs import torch_dtype
 from sdxs_lightning.inference.model_folder import is_student
 from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
+from sdxs_lightning.networks.guidance_input import check_scale_is_learnt
 from sdxs_lightning.networks.lora_files import add_to_weights, hash_lora, lora_file, read_lora
 
 Reader = Callable[[Sequence[int]], list[Image.Image]]
@@ -232,9 +233,10 @@ class ModelSamples:
         """The folder's pipeline, with the LoRA, the scheduler and the precision of these settings.
 
         Raises:
-            UserError: if the folder has none, or for a LoRA or timesteps that do not fit it.
+            UserError: if the folder has none, or for a guidance scale, LoRA or timesteps that do not fit it.
         """
         pipeline = load_pipeline(self.model)
+        check_scale_is_learnt(pipeline.unet.config, self.guidance_scale, "--guidance_scale")
         if self.lora is not None:
             try:
                 add_to_weights(

@@ -15,7 +15,11 @@ from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.inference.inputs import prompt_list
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.inference.networks import Prompts
-from sdxs_lightning.networks.guidance_input import guidance_embedding
+from sdxs_lightning.networks.guidance_input import (
+    check_negative_prompts_are_learnt,
+    check_scale_is_learnt,
+    guidance_embedding,
+)
 
 
 def with_guidance(
@@ -62,6 +66,7 @@ def with_guidance(
         scale = read_guidance_scale("`guidance_scale`", guidance_scale)
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_scale_is_learnt(model.unet_config, scale, "`guidance_scale`")
     scales = torch.full((len(prompts.embeds),), scale, device=prompts.embeds.device)
     embedded = guidance_embedding(scales, dimensions).to(prompts.embeds.dtype)
     return _with_negative(model, encode, replace(prompts, guidance=embedded), negative_prompts)
@@ -83,7 +88,9 @@ def _with_negative(
         raise UserError(
             f"{len(texts)} negative prompts for {count} prompts; give one for all, or one for each."
         )
-    none, negative = encode([""]), encode(prompt_list(texts, "negative_prompts"))
+    texts = prompt_list(texts, "negative_prompts")
+    check_negative_prompts_are_learnt(model.unet_config, texts)
+    none, negative = encode([""]), encode(texts)
     if _empty_is_zero(model):
         pooled = None if none.pooled is None else torch.zeros_like(none.pooled)
         none = Prompts(torch.zeros_like(none.embeds), pooled)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sdxs_lightning.core.batch import Conditioning
 from sdxs_lightning.core.errors import UserError
+from sdxs_lightning.networks.guidance_input import check_negative_prompts_are_learnt
 
 
 @torch.no_grad()
@@ -43,6 +44,7 @@ def negative_prompt_inputs(
         raise UserError(
             f"{len(negative_prompts)} negative prompts for {len(prompts)} prompts; give one for each."
         )
+    check_negative_prompts_are_learnt(pipeline.unet.config, negative_prompts)
     plain, negative = _encoded(pipeline, prompts), _encoded(pipeline, negative_prompts)
     chosen = torch.tensor([bool(one) for one in negative_prompts], device=plain.prompt_embeds.device)
     given = plain.with_negative_prompts(

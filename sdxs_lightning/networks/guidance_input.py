@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.option_bounds import LARGEST_SCALE
 from sdxs_lightning.core.seeding import Stream, integers, uniform
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
+
+LEARNT = "_student_guidance"
+"""Key in the config of a student's U-Net: what it learnt. diffusers keeps such private keys when it loads and saves, and reads
+none of them."""
 
 
 @dataclass(frozen=True)
@@ -115,3 +121,39 @@ def add_guidance_input(unet: UNet2DConditionModel, dimensions: int) -> None:
     nn.init.zeros_(projection.weight)
     unet.time_embedding.cond_proj = projection
     unet.register_to_config(time_cond_proj_dim=dimensions)
+
+
+def record_learnt(unet: UNet2DConditionModel, guidance: GuidanceInput) -> None:
+    """Writes into a U-Net's config the range of scales, and whether there are negative prompts, for the checks below."""
+    negative = bool(guidance.negative_prompts)
+    unet.register_to_config(
+        **{LEARNT: {"low": guidance.low, "high": guidance.high, "negative_prompts": negative}}
+    )
+
+
+def check_scale_is_learnt(config: Mapping[str, Any], scale: float, name: str) -> None:
+    """Raises UserError for a guidance scale that a student did not learn, by its U-Net's config; `name` is the scale's option.
+
+    Nothing is known, and nothing refused, of a student whose config has no record.
+    """
+    learnt = config.get(LEARNT)
+    if learnt is not None and not learnt["low"] <= scale <= learnt["high"]:
+        raise UserError(
+            f"{name} is {scale:g}, but the student learnt scales from {learnt['low']:g} to {learnt['high']:g} "
+            "(student.guidance): give one of these, or train it for others."
+        )
+
+
+def learns_negative_prompts(config: Mapping[str, Any]) -> bool:
+    """Whether a student learnt negative prompts, by its U-Net's config; true without a record."""
+    return LEARNT not in config or bool(config[LEARNT]["negative_prompts"])
+
+
+def check_negative_prompts_are_learnt(config: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Raises UserError for negative prompts of a student that learnt none; "" is none."""
+    given = next(filter(None, texts), None)
+    if given is not None and not learns_negative_prompts(config):
+        raise UserError(
+            f"the student learnt no negative prompts (student.guidance.negative_prompts), got '{given}': leave them out, or "
+            "train it with some."
+        )

@@ -17,7 +17,7 @@ from sdxs_lightning.networks.backward_simulation import (
     simulated_sample,
 )
 from sdxs_lightning.networks.denoiser import Denoiser
-from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input
+from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input, record_learnt
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.network import Network, frozen_fingerprint, load_denoiser, save_adapters_only
 
@@ -124,6 +124,7 @@ class StudentGenerator(Network):
         )
         if self.guidance is not None:
             add_guidance_input(self.denoiser.unet, self.guidance.dimensions)
+            record_learnt(self.denoiser.unet, self.guidance)
         elif self.denoiser.unet.config.get("time_cond_proj_dim") is not None:
             raise ValueError(
                 "the student's weights take the guidance scale as an input (time_cond_proj_dim): "

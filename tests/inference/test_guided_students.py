@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 
-from evaluation.images.samples import load_pipeline
+from evaluation.images.samples import ModelSamples, load_pipeline
 from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.demo.__main__ import DemoOptions
 from sdxs_lightning.demo.serve import studio
@@ -25,6 +27,7 @@ from sdxs_lightning.inference.exporting.export import export_runtime
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.controlnet import load_controlnet
+from sdxs_lightning.networks.guidance_input import GuidanceInput, record_learnt
 from tests.helpers.refusals import refusal
 from tests.helpers.students import PROMPTS, SEEDS, condition
 
@@ -176,3 +179,38 @@ def test_what_does_not_fit_is_refused(guided: Students, student: Students, tmp_p
         UserError, match="which is not given here: run it by `python -m sdxs_lightning.generate"
     ):
         export_runtime(guided("sd"), tmp_path / "out", "onnx", "fp32")
+
+
+def test_what_the_student_did_not_learn_is_refused(
+    guided: Students, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sd"
+    shutil.copytree(guided("sd"), folder)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    record_learnt(unet, GuidanceInput(low=1.5, high=4.5))
+    unet.save_pretrained(folder / "unet")
+    generator = OneStepGenerator.load(folder, device="cpu")
+    learnt = "but the student learnt scales from 1.5 to 4.5 (student.guidance)"
+    for scale in (1.0, 4.6):
+        with pytest.raises(UserError, match=rf"`guidance_scale` is {scale:g}, {re.escape(learnt)}"):
+            generator.generate(PROMPTS, guidance_scale=scale)
+    with pytest.raises(UserError, match="the student learnt no negative prompts .*, got 'blurry': leave"):
+        generator.generate(PROMPTS, guidance_scale=2.0, negative_prompts=["", "blurry"])
+    given: dict[str, Any] = {"guidance_scale": 4.5, "negative_prompts": ""}
+    assert torch.equal(
+        generator.generate(PROMPTS, SEEDS, **given),
+        OneStepGenerator.load(guided("sd"), device="cpu").generate(PROMPTS, SEEDS, **given),
+    )
+    line = [
+        "--model",
+        str(folder),
+        "--guidance_scale",
+        "7",
+        "--prompt",
+        "x",
+        "--out",
+        str(tmp_path / "x.png"),
+    ]
+    assert f"--guidance_scale is 7, {learnt}" in refusal(main, [*line, "--device", "cpu"], capsys)
+    with pytest.raises(UserError, match=re.escape(f"--guidance_scale is 1, {learnt}")):
+        ModelSamples(str(folder), tuple(PROMPTS)).maker(torch.device("cpu"))

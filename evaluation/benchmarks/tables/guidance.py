@@ -23,6 +23,7 @@ from evaluation.runner.machine import where
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.core.latents import from_uint8
 from sdxs_lightning.core.model_hash import hash_model
+from sdxs_lightning.networks.guidance_input import check_scale_is_learnt, learns_negative_prompts
 
 if TYPE_CHECKING:
     from evaluation.benchmarks.tables.options import GuidanceOptions
@@ -32,7 +33,7 @@ BACKGROUND = "background"
 
 @as_user_errors()
 def guidance(options: GuidanceOptions) -> str:
-    """Scores each scale without and with negative prompts; existing scores of the same files are kept."""
+    """Scores each scale, without and with negative prompts if those were learnt; existing scores of the same files are kept."""
     protocol = get_protocol(options.protocol, samples=options.samples)
     scorer = Scorer(protocol, options)
     models = [one for one in (options.student, options.base) if one is not None]
@@ -54,9 +55,9 @@ def guidance(options: GuidanceOptions) -> str:
             "diversity": diversity(maker, few, scorer.networks.clip),
         }
         kept.add(name, row)
-        kept.add(
-            negative, kept.known.get(negative) or removed(maker, prompts, classifier, options.batch_size)
-        )
+        if learns_negative_prompts(maker.pipeline.unet.config):
+            row = kept.known.get(negative) or removed(maker, prompts, classifier, options.batch_size)
+            kept.add(negative, row)
         if options.sheet is not None:
             examples |= _examples(name, maker, prompts, classifier)
     if options.sheet is not None:
@@ -134,6 +135,8 @@ def _makers(
                 f"--student {folder} does not take the guidance scale as an input; train it with student.guidance, as "
                 "configs/toy/guidance_input.yaml does."
             )
+        for scale in options.scales:
+            check_scale_is_learnt(pipeline.unet.config, scale, "--scales")
         move_pipeline(pipeline, device, torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         for scale in options.scales:
@@ -145,8 +148,8 @@ def _examples(
 ) -> dict[str, Tensor]:
     pairs, ids = _pairs(prompts)
     texts, numbers = pairs[:SHEET_COLUMNS], ids[:SHEET_COLUMNS]
-    plain = maker(texts, numbers)
-    return {
-        name: plain,
-        f"{name}\nnegative": maker(texts, numbers, _stating(prompts, backgrounds(plain, classifier))),
-    }
+    images = {name: maker(texts, numbers)}
+    if learns_negative_prompts(maker.pipeline.unet.config):
+        negative = _stating(prompts, backgrounds(images[name], classifier))
+        images[f"{name}\nnegative"] = maker(texts, numbers, negative)
+    return images

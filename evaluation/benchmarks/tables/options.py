@@ -220,7 +220,7 @@ class GuidanceOptions(Measuring):
     """Scores a student with the guidance scale as an input: quality and diversity by scale, and what negative prompts remove.
 
     Captions of two objects do not state the background; the negative prompt of each of their images is a caption that states
-    the background which the image has without it.
+    the background which the image has without it. A student that learnt no negative prompts gets none.
     """
 
     EXAMPLES: ClassVar[str] = f"""

@@ -18,7 +18,7 @@ from evaluation.benchmarks.tables.__main__ import main
 from evaluation.benchmarks.tables.guidance import removed
 from sdxs_lightning.export import export_pipeline
 from sdxs_lightning.families.sd import StableDiffusion
-from sdxs_lightning.networks.guidance_input import add_guidance_input
+from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input, record_learnt
 from tests.helpers.tiny_run import ROOT
 
 BASE = str(ROOT / "data" / "toy" / "base")
@@ -102,3 +102,19 @@ def test_the_table_is_written_and_kept(tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["guidance", "--student", BASE, "--samples", "40", "--out", str(out)])
     assert "does not take the guidance scale as an input" in capsys.readouterr().err
+
+
+def test_a_student_is_measured_at_what_it_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    family = StableDiffusion(BASE)
+    unet = family.load_unet()
+    add_guidance_input(unet, 16)
+    record_learnt(unet, GuidanceInput(low=1.0, high=2.0))
+    student = export_pipeline(unet, family, tmp_path / "student", dtype=torch.float32)
+    out = tmp_path / "guidance.json"
+    line = ["guidance", "--student", str(student), "--samples", "40", "--out", str(out), "--scales"]
+    with pytest.raises(SystemExit):
+        main([*line, "1", "3"])
+    assert "--scales is 3, but the student learnt scales from 1 to 2" in capsys.readouterr().err
+    main([*line, "2", "--sheet", str(tmp_path / "sheet.png")])
+    assert list(json.loads(out.read_text())["rows"]) == ["guidance 2"]  # and no negative prompts
+    assert Image.open(tmp_path / "sheet.png").size[1] < 3 * 32

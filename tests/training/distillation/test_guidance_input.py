@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from evaluation.images.samples import PipelineImages, load_pipeline
 from sdxs_lightning.callbacks.export import Export
@@ -19,10 +19,16 @@ from sdxs_lightning.core.errors import UserError
 from sdxs_lightning.core.guidance import guide
 from sdxs_lightning.core.latents import to_uint8
 from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.families.folders import read_json
 from sdxs_lightning.inference.model_folder import ModelFolder
 from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.fake_score import FakeScore
-from sdxs_lightning.networks.guidance_input import GuidanceInput, add_guidance_input, guidance_embedding
+from sdxs_lightning.networks.guidance_input import (
+    GuidanceInput,
+    add_guidance_input,
+    guidance_embedding,
+    record_learnt,
+)
 from sdxs_lightning.networks.lora import LoRA
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.decoupled_guidance import DecoupledGuidance
@@ -135,6 +141,13 @@ def test_it_trains_and_stock_diffusers_runs_it_at_any_scale(base: Base, shards: 
     Export(str(tmp_path / "pipeline"), dtype="float32").on_train_end(trainer, module)
 
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    learnt = {"low": 1.0, "high": 4.0, "negative_prompts": False}
+    assert pipeline.unet.config["_student_guidance"] == learnt
+    pipeline.unet.save_pretrained(tmp_path / "again")
+    saved = read_json(tmp_path / "again" / "config.json")
+    assert saved["_student_guidance"] == learnt
+    unexpected = UNet2DConditionModel.extract_init_dict(saved)[1]  # what diffusers would warn about
+    assert unexpected == {}
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, *LATENT_SHAPE, generator=torch.Generator().manual_seed(0))
     images = {
@@ -155,6 +168,15 @@ def test_it_trains_and_stock_diffusers_runs_it_at_any_scale(base: Base, shards: 
     again.build(module.family)
     found = again.denoiser.unet.time_embedding.cond_proj.weight
     assert torch.equal(found, module.ema.denoiser.unet.time_embedding.cond_proj.weight)
+    narrower = StudentGenerator(
+        SGD, weights=str(tmp_path / "pipeline"), guidance=replace(RANGE, high=3.0, negative_prompts=("a",))
+    )
+    narrower.build(module.family)
+    assert narrower.denoiser.unet.config["_student_guidance"] == {
+        "low": 1.0,
+        "high": 3.0,
+        "negative_prompts": True,
+    }
     with pytest.raises(ValueError, match="set student.init_args.guidance, such as"):
         StudentGenerator(SGD, weights=str(tmp_path / "pipeline")).build(module.family)
 
@@ -236,6 +258,7 @@ def test_stock_diffusers_takes_negative_prompts(base: Base, tmp_path: Path, name
     # Up to rounding: given embeddings and those of a prompt are the same operations.
     assert (images[1].int() - plain[1].int()).abs().max() <= 1
     assert (images[0].int() - plain[0].int()).abs().max() > 3
+    given = negative_prompt_inputs(pipeline, prompts, negatives).keys()
     conditioning = module.family.encode_prompts(prompts)
     known = module.family.encode_prompts(negatives)
     conditioning = conditioning.with_negative_prompts(
@@ -248,6 +271,11 @@ def test_stock_diffusers_takes_negative_prompts(base: Base, tmp_path: Path, name
     assert (images.int() - ours.int()).abs().max() <= 1
     with pytest.raises(UserError, match="1 negative prompts for 2 prompts"):
         negative_prompt_inputs(pipeline, prompts, ["a"])
+    record_learnt(pipeline.unet, RANGE)  # which has none
+    with pytest.raises(UserError, match="the student learnt no negative prompts .* got 'a blue square'"):
+        negative_prompt_inputs(pipeline, prompts, negatives)
+    assert negative_prompt_inputs(pipeline, prompts, ["", ""]).keys() == given
+    record_learnt(pipeline.unet, NEGATIVE)
     with pytest.raises(
         UserError, match="does not take the guidance scale as an input .* pass negative_prompt"
     ):
