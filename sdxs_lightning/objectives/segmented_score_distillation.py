@@ -85,9 +85,18 @@ class SegmentedScoreDistillation(ObjectiveSettings):
             timesteps: range of plain score distillation.
             progress: as in `cosine_ramp`.
             num_train_timesteps: T.
+
+        Raises:
+            ValueError: if there is none.
         """
-        high = min(timesteps.high, round(self.alpha(progress) * num_train_timesteps))
-        return TimestepRange(timesteps.low, max(high, timesteps.low))
+        end = round(self.alpha(progress) * num_train_timesteps)
+        if end < timesteps.low:
+            raise ValueError(
+                f"segmented compares scores up to timestep {end} (alpha {self.alpha(progress):g}), and "
+                f"distribution_matching.timesteps begin at {timesteps.low} only: raise segmented.alpha_start and alpha_end, or "
+                "lower that."
+            )
+        return TimestepRange(timesteps.low, min(timesteps.high, end))
 
 
 class SegmentedDistributionMatching(StudentTerm):

@@ -131,7 +131,10 @@ def test_the_segment_shrinks_and_whole_it_is_plain_score_distillation() -> None:
     falling = SegmentedScoreDistillation()
     assert falling.segment(plain, 0.0, 1000) == TimestepRange(20, 950)
     assert falling.segment(plain, 1.0, 1000) == TimestepRange(20, 500)
-    assert SegmentedScoreDistillation(alpha_start=0.01, alpha_end=0.01).segment(plain, 0, 1000).high == 20
+    with pytest.raises(
+        ValueError, match=r"up to timestep 19 \(alpha 0.019\), and .* begin at 20 only: raise"
+    ):
+        SegmentedScoreDistillation(alpha_start=0.5, alpha_end=0.019).segment(plain, 1.0, 1000)
     assert falling.feature_matching_ratio(0) == 1.0 and falling.feature_matching_ratio(1) == 0.05
 
 

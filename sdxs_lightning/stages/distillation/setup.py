@@ -98,12 +98,8 @@ def terms_of(
     for name, extra in (objectives or {}).items():
         if extra is None:  # a later configuration file took it out
             continue
-        matching = 1.0 if distribution_matching is None else distribution_matching.guidance_scale
-        if isinstance(extra, DecoupledGuidance) and matching != 1.0:
-            raise ValueError(
-                f"objectives.{name} is the guidance of the sample, and distribution_matching.guidance_scale is {matching:g}, "
-                f"which guides it a second time: set the latter to 1, or objectives.{name} to null."
-            )
+        if isinstance(extra, DecoupledGuidance):
+            _check_guided_once(name, distribution_matching, objectives or {})
         if isinstance(extra, ScoreIdentity) and distribution_matching is not None:
             raise ValueError(
                 f"objectives.{name} is in the place of the score difference, and distribution_matching is set too: set either "
@@ -115,6 +111,22 @@ def terms_of(
             )
         _add(terms, name, extra)
     return terms
+
+
+def _check_guided_once(
+    name: str,
+    distribution_matching: DistributionMatching | None,
+    objectives: Mapping[str, StudentTerm | None],
+) -> None:
+    """Raises ValueError if a score difference guides the sample too, beside the DecoupledGuidance of this name."""
+    differences: dict[str, StudentTerm | None] = {"distribution_matching": distribution_matching}
+    differences |= {f"objectives.{one}": term for one, term in objectives.items()}
+    for other, term in differences.items():
+        if isinstance(term, DistributionMatching | ScoreIdentity) and term.guidance_scale != 1.0:
+            raise ValueError(
+                f"objectives.{name} is the guidance of the sample, and {other}.guidance_scale is {term.guidance_scale:g}, "
+                f"which guides it a second time: set the latter to 1, or objectives.{name} to null."
+            )
 
 
 def _add(terms: Terms, name: str, term: StudentTerm) -> None:

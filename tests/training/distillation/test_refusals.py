@@ -120,6 +120,11 @@ SEGMENTED: dict[str, Any] = {
             r"denoising.timesteps must be in \[0, 999\]",
         ),
         (
+            {"gan": False, "distribution_matching": None}
+            | {"objectives": {"guidance": DecoupledGuidance(), "sid": ScoreIdentity(guidance_scale=2.0)}},
+            "objectives.guidance is the guidance of the sample, and objectives.sid.guidance_scale is 2, which guides it",
+        ),
+        (
             {"gan": False, "denoising": Denoising(timesteps=TimestepRange(20, 979))},
             "distribution_matching.timesteps are 20 to 980, and the fake score, which it reads there, learns at "
             "denoising.timesteps 20 to 979 only",
@@ -136,6 +141,10 @@ SEGMENTED: dict[str, Any] = {
             {"gan": False, "denoising": Denoising(timesteps=TimestepRange(0, 980))}
             | {"objectives": {"own": Wraps()}},
             "own.timesteps are 0 to 981, and the fake score",
+        ),
+        (
+            SEGMENTED | {"distribution_matching": DistributionMatching(timesteps=TimestepRange(301, 980))},
+            r"segmented compares scores up to timestep 300 \(alpha 0.3\), and distribution_matching.timesteps begin at 301",
         ),
         (
             SEGMENTED | {"denoising": Denoising(timesteps=TimestepRange(0, 699))},
