@@ -156,6 +156,8 @@ class OneStepDistillation(DistillationNetworks):
         """One micro-batch: sample, update the student, then update fake score and discriminator."""
         updates = self.update_schedule.updates_at(self.iterations)
         terms = self._terms_at(updates)
+        if updates.warmup and self.update_schedule.distils:
+            self.update_schedule.for_fake_score(batch)  # refuses before the warm-up what it would afterwards
         part = self.update_schedule.for_fake_score(batch) if updates.fake_score else batch
         with self.without_reducer():
             sample = self._sample(batch if updates.student else part, terms)

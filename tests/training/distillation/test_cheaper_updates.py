@@ -149,12 +149,12 @@ def test_the_fake_score_learns_from_every_second_sample(base: Base, shards: Path
 def test_the_part_for_the_fake_score_has_to_divide_the_batch(base: Base, shards: Path) -> None:
     with pytest.raises(ValueError, match="fake_score_every_nth_sample must be 1 or more, got 0"):
         UpdateSchedule(max_student_updates=1, fake_score_every_nth_sample=0)
-    module = distillation(
-        base("sd-epsilon"),
-        update_schedule=UpdateSchedule(max_student_updates=1, fake_score_every_nth_sample=3),
-    )
-    with pytest.raises(ValueError, match=r"\(3\) must divide the batch of a device, which has 4 samples"):
-        fit(module, shards, batches=1)
+    for settings in ({}, WARMUP | {"gan": False}):  # in the first iteration, of a warm-up too
+        warmup = 5 if settings else 0
+        schedule = UpdateSchedule(max_student_updates=6, warmup_updates=warmup, fake_score_every_nth_sample=3)
+        module = distillation(base("sd-epsilon"), update_schedule=schedule, **settings)
+        with pytest.raises(ValueError, match=r"\(3\) must divide the batch of a device, which has 4 samples"):
+            fit(module, shards, batches=1)
 
 
 def test_reuse_has_to_divide_the_ratio() -> None:
