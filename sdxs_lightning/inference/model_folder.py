@@ -54,8 +54,8 @@ class ModelFolder:
         path = Path(folder)
         if not (path / "model_index.json").is_file():
             raise UserError(
-                f"there is no model in '{folder}' (model_index.json is missing); give a diffusers folder that a training or "
-                "sdxs_lightning.export wrote, or an export of sdxs_lightning.export_runtime."
+                f"there is no model in '{folder}' (model_index.json is missing); give {_model_near(path)}, or an export of "
+                "`python -m sdxs_lightning.export_runtime`."
             )
         try:
             kind = str(read_json(path / "model_index.json").get("_class_name"))
@@ -179,6 +179,19 @@ def is_student(folder: str | Path, steps: int) -> bool:
         return len(ModelFolder.read(folder, "torch", steps).plan.steps) == steps
     except UserError:
         return False
+
+
+def _model_near(path: Path) -> str:
+    """What to give in the place of a folder without a model."""
+    run = path.parent if path.name == "pipeline" else path
+    if (path / "pipeline" / "model_index.json").is_file():
+        return f"its folder 'pipeline', '{path / 'pipeline'}'"
+    if (run / "checkpoints").is_dir():
+        return (
+            f"the `pipeline` folder of a finished run: '{run}' has not exported one; continue it by --ckpt_path last "
+            "(configs/README.md, 'How is a run that was stopped exported?')"
+        )
+    return "the `pipeline` folder that a training exported"
 
 
 def _ways(found: str, backend: str, path: Path) -> str:

@@ -144,6 +144,6 @@ def _is_a_base(named: str, why: str) -> UserError:
     """One step of a base makes no image, so it is not taken for a student."""
     return UserError(
         f"'{named}' is a base of many steps by its scheduler: it {why}. Give the `pipeline` folder that a training exported "
-        "(train.py; students of other projects: sdxs_lightning.export), or run the base in its own steps: python -m "
-        f"evaluation.evaluate --model {named} --steps 25 --guidance_scale 7.5 --save_images DIR."
+        "(students of other projects: export_pipeline of sdxs_lightning.export, in Python), or run the base in its own steps: "
+        f"python -m evaluation.evaluate --model {named} --steps 25 --guidance_scale 7.5 --save_images DIR."
     )

@@ -325,6 +325,16 @@ def test_strength_of_few_steps(student: Students) -> None:
 def test_folders_that_do_not_fit(student: Students, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no model in .*model_index.json is missing"):
         OneStepGenerator.load(tmp_path)
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for given in (run, run / "pipeline"):  # a run that was stopped
+        with pytest.raises(
+            UserError, match=rf"'{run}' has not exported one; continue it by --ckpt_path last"
+        ):
+            OneStepGenerator.load(given)
+    shutil.copytree(student("sd"), run / "pipeline")
+    with pytest.raises(UserError, match=rf"give its folder 'pipeline', '{run}/pipeline', or an export"):
+        OneStepGenerator.load(run)
     with pytest.raises(
         UserError, match=r"is a diffusers folder, which `backend` torch runs; for onnx export it first"
     ):
