@@ -186,7 +186,8 @@ def _model_near(path: Path) -> str:
     run = path.parent if path.name == "pipeline" else path
     if (path / "pipeline" / "model_index.json").is_file():
         return f"its folder 'pipeline', '{path / 'pipeline'}'"
-    if (run / "checkpoints").is_dir():
+    exports = ("unet", "decoder", "controlnet", "lora")  # of stages that make no pipeline
+    if (run / "checkpoints").is_dir() and not any((run / name).is_dir() for name in exports):
         return (
             f"the `pipeline` folder of a finished run: '{run}' has not exported one; continue it by --ckpt_path last "
             "(configs/README.md, 'How is a run that was stopped exported?')"
