@@ -145,6 +145,22 @@ class Conditioning:
             changes["negative_pooled_prompt_shift"] = uncond.pooled_prompt_embeds - pooled
         return replace(self, **changes)
 
+    def with_every(self, nth: int, other: "Conditioning") -> "Conditioning":
+        """Returns these B prompts with every n-th replaced by those of another, which has ceil(B / n).
+
+        Raises:
+            ValueError: unless both have the same tensors.
+        """
+        own, others = dict(_tensors(self)), dict(_tensors(other))
+        if own.keys() != others.keys():
+            raise ValueError(
+                f"prompts with {', '.join(own)} cannot be mixed with prompts with {', '.join(others)}."
+            )
+        mixed = {name: tensor.clone() for name, tensor in own.items()}
+        for name, tensor in mixed.items():
+            tensor[::nth] = others[name]
+        return replace(self, **mixed)
+
     def guided_as(self, other: "Conditioning") -> "Conditioning":
         """Returns these prompts with what a U-Net with the guidance scale as an input gets of other ones' guidance."""
         return replace(
@@ -252,6 +268,25 @@ class TrainingBatch:
         index = _as_slice(index)
         cut: dict[str, Any] = {name: tensor[index] for name, tensor in _tensors(self)}
         return replace(self, captions=self.captions[index], sample_ids=self.sample_ids[index], **cut)
+
+    def every(self, nth: int, option: str) -> "TrainingBatch":
+        """Returns every n-th sample.
+
+        Args:
+            nth: 1 returns the batch.
+            option: the configuration's name of it, for the message.
+
+        Raises:
+            ValueError: if `nth` does not divide the size; ranks would have parts of different sizes.
+        """
+        if nth == 1:
+            return self
+        if len(self) % nth:
+            raise ValueError(
+                f"{option} ({nth}) must divide the batch of a device, which has {len(self)} samples; change it, or "
+                "data.batch_size."
+            )
+        return self[::nth]
 
     def to(self, device: torch.device | str) -> "TrainingBatch":
         """Moves the tensors; called by Lightning for every batch."""

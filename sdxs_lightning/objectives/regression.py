@@ -43,7 +43,7 @@ class Regression(StudentTerm):
     """Error, in scaled latents, beyond which the loss is linear; null is the plain mean square."""
     phase: Phase = "warmup"
     """Phase in which it acts. "distillation" is plain DMD, arXiv:2311.18828: next to the score difference, on samples from the
-    pairs' noise and prompts."""
+    pairs' noise and prompts, or on every n-th of the batch (`pairs.every_nth_sample`)."""
 
     needs_pairs = True
 

@@ -5,6 +5,7 @@ A *term* is one summand of the student's loss. It declares what it needs; the st
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -56,7 +57,10 @@ class LatentSample:
     seed: int
     """Seed of the run."""
     target: Tensor | None = None
-    """(B, C, h, w), float32: the target sampler's latents for the same noise and prompts; for terms with `needs_pairs`."""
+    """(B, C, h, w), float32: the target sampler's latents for the same noise and prompts; for terms with `needs_pairs`. Of the
+    samples that are from pairs only, if `pairs_every_nth` is above 1."""
+    pairs_every_nth: int = 1
+    """Every n-th of the samples is from a pair, from the first on."""
     images: Tensor | None = None
     """(B, 3, H, W), float32, in [-1, 1]: the batch's images, for terms with `needs_images`. If the sample comes from a pair,
     they belong to other prompts."""
@@ -78,14 +82,20 @@ class LatentSample:
         if nth == 1:
             return self
         some = slice(None, None, nth)
+        common = math.gcd(nth, self.pairs_every_nth)
         return replace(
             self,
             latents=self.latents[some],
             conditioning=self.conditioning[some],
             positions=self.positions[some],
-            target=None if self.target is None else self.target[some],
+            target=None if self.target is None else self.target[:: nth // common],
+            pairs_every_nth=self.pairs_every_nth // common,
             images=None if self.images is None else self.images[some],
         )
+
+    def of_pairs(self) -> LatentSample:
+        """Returns the samples that are from pairs."""
+        return self.every(self.pairs_every_nth)
 
     def used(self, times: int) -> LatentSample:
         """Returns the sample for its use of this number, counted from 0."""
@@ -197,7 +207,7 @@ def term_gradients(
     gradients: Gradients = {}
     scalars: dict[str, Tensor] = {}
     for name, term in terms.items():
-        loss, named = term(sample, context)
+        loss, named = term(sample.of_pairs() if term.needs_pairs else sample, context)
         (gradients[name],) = torch.autograd.grad(loss, sample.latents)
         scalars.update(named)
     for name, term in terms.items():

@@ -55,6 +55,10 @@ class PairSettings:
     the noise then cannot."""
     count: int = 2048
     """Number of pairs in memory; each costs `sampler_steps` guided network calls."""
+    every_nth_sample: int = 1
+    """After the warm-up, every n-th sample of a micro-batch is from a pair, for the terms that need pairs; the others have the
+    batch's prompts and noise of their own, and terms without pairs get both, as in DMD (arXiv:2311.18828, algorithm 1). With 1
+    no term sees another noise or prompt than the pairs'."""
     sampler_steps: int = 15
     """Number of steps of the target sampler."""
     guidance_scale: float | None = 3.0
@@ -82,7 +86,7 @@ class PairSettings:
                 f"pairs.guidance_scale is null, but the pairs of pairs.source '{self.source}' are ready: give the scale that "
                 "they were made with, or set pairs.source to memory or on_the_fly."
             )
-        for name in ("count", "sampler_steps", "sampler_batch_size"):
+        for name in ("count", "every_nth_sample", "sampler_steps", "sampler_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"pairs.{name} must be 1 or more, got {getattr(self, name)}.")
         if self.scheduler is not None:
@@ -92,6 +96,14 @@ class PairSettings:
                 f"pairs.weights is '{self.weights}', but pairs.source '{self.source}' samples nothing; set pairs.weights to "
                 "null, or name the checkpoint to `python -m data.prepare pairs`."
             )
+
+    def of(self, batch: TrainingBatch) -> TrainingBatch:
+        """The part of a batch after the warm-up whose samples are from pairs.
+
+        Raises:
+            ValueError: if `every_nth_sample` does not divide its size; ranks would have parts of different sizes.
+        """
+        return batch.every(self.every_nth_sample, "pairs.every_nth_sample")
 
     @property
     def samples(self) -> bool:

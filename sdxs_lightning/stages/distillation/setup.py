@@ -29,6 +29,7 @@ from sdxs_lightning.objectives.segmented_score_distillation import (
 from sdxs_lightning.objectives.term import StudentTerm
 from sdxs_lightning.pairs.target_pairs import PairSettings
 from sdxs_lightning.stages.distillation.gan import DiffusionGan, Gan
+from sdxs_lightning.stages.distillation.pair_checks import check_pairs_are_needed
 from sdxs_lightning.stages.distillation.pixel_gan import PixelGan
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 
@@ -171,25 +172,6 @@ def gan_of(
     )
 
 
-def check_pairs(pairs: PairSettings | None, reads_conditions: bool, total: int) -> None:
-    """Raises ValueError for pairs of the data without condition images, or more sampler steps than timesteps.
-
-    Args:
-        pairs: source and sampler.
-        reads_conditions: whether the stage trains on condition images.
-        total: number of timesteps of the base's noise schedule.
-    """
-    if pairs is not None and pairs.source == "data" and not reads_conditions:
-        raise ValueError(
-            "pairs.source is 'data', whose noise has nothing to do with its image: without condition images the student would "
-            "learn the mean of all images. Take memory, batch or on_the_fly, or the stage controlnet."
-        )
-    if pairs is not None and pairs.samples and pairs.sampler_steps > total:
-        raise ValueError(
-            f"pairs.sampler_steps is {pairs.sampler_steps}, and the base has {total} timesteps; give at most so many."
-        )
-
-
 def check_timesteps(terms: Terms, denoising: Denoising | None, total: int) -> None:
     """Raises ValueError for timesteps that the base does not have or the fake score does not learn, and if none is guided.
 
@@ -223,23 +205,6 @@ def check_timesteps(terms: Terms, denoising: Denoising | None, total: int) -> No
             )
 
 
-def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | None) -> None:
-    """Raises ValueError if a student with the guidance scale as an input does not learn the pairs' scale, or there is none."""
-    guidance = student.guidance
-    if pairs is None or (guidance is None and pairs.guidance_scale is not None):
-        return
-    if guidance is None:
-        raise ValueError(
-            "pairs.guidance_scale is null, so that student.guidance draws each pair's scale, and that is null too; give "
-            "pairs.guidance_scale a number of at least 1, or, for a student that is trained whole, set student.guidance."
-        )
-    if pairs.guidance_scale is not None and not guidance.low <= pairs.guidance_scale <= guidance.high:
-        raise ValueError(
-            f"pairs.guidance_scale is {pairs.guidance_scale}, outside the range of student.guidance ({guidance.low} to "
-            f"{guidance.high}), at whose scale the student learns the pairs; change one of them."
-        )
-
-
 def check_guidance_is_trained(
     student: StudentGenerator, terms: Terms, update_schedule: UpdateSchedule, pairs: PairSettings | None
 ) -> None:
@@ -253,7 +218,7 @@ def check_guidance_is_trained(
     last = terms.of_run(update_schedule)[-1]
     objectives = [getattr(term, "objective", term) for term in last.values()]
     guides = any(getattr(one, "guidance_scale", 1.0) != 1.0 for one in objectives)
-    of_pairs = any(term.needs_pairs for term in last.values())
+    of_pairs = _need_pairs(last)
     if drawn_pairs if of_pairs else guides:
         return
     raise ValueError(
@@ -310,8 +275,13 @@ def check_needs(
                     f"objective {name} is balanced against {balance.reference}, which is not set in the same phase: set it, or "
                     f"{name} to null."
                 )
-    if pairs is not None and not any(term.needs_pairs for phase in phases for term in phase.values()):
-        raise ValueError(
-            f"pairs are set, but update_schedule.warmup_updates is {warmup_updates} and no objective after the warm-up needs "
-            "pairs: set them to null, or an objective that reads them (regression, feature_matching) and its phase."
-        )
+    check_pairs_are_needed(
+        pairs,
+        in_warmup=warmup_updates > 0 and _need_pairs(terms.warmup),
+        after_warmup=update_schedule.distils and _need_pairs(terms.distillation),
+        warmup_updates=warmup_updates,
+    )
+
+
+def _need_pairs(terms: Mapping[str, StudentTerm]) -> bool:
+    return any(term.needs_pairs for term in terms.values())

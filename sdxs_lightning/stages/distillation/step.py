@@ -42,14 +42,22 @@ from sdxs_lightning.stages.distillation.gan import (
     check_f_divergence,
 )
 from sdxs_lightning.stages.distillation.networks import DistillationNetworks
-from sdxs_lightning.stages.distillation.setup import (
+from sdxs_lightning.stages.distillation.pair_checks import (
     check_guidance_of_pairs,
+    check_mixing_of_pairs,
     check_pairs,
+)
+from sdxs_lightning.stages.distillation.setup import (
     check_timesteps,
     gan_of,
     terms_of,
 )
-from sdxs_lightning.stages.distillation.student_inputs import StudentInputs, image_starts, with_guidance
+from sdxs_lightning.stages.distillation.student_inputs import (
+    StudentInputs,
+    image_starts,
+    mixed_inputs,
+    with_guidance,
+)
 from sdxs_lightning.stages.distillation.update_schedule import Updates, UpdateSchedule
 from sdxs_lightning.training.plannable import PlannedPhase
 
@@ -127,6 +135,7 @@ class OneStepDistillation(DistillationNetworks):
             denoising, {"distribution_matching": distribution_matching, **(objectives or {})}, adversarial
         )
         check_guidance_of_pairs(student, pairs)
+        check_mixing_of_pairs(student, pairs, self.reads_conditions)
         gan = gan_of(discriminator, adversarial, pixel_adversarial, image_features)
         super().__init__(
             family=family,
@@ -157,7 +166,10 @@ class OneStepDistillation(DistillationNetworks):
         updates = self.update_schedule.updates_at(self.iterations)
         terms = self._terms_at(updates)
         if updates.warmup and self.update_schedule.distils:
-            self.update_schedule.for_fake_score(batch)  # refuses before the warm-up what it would afterwards
+            # Refused before the warm-up, not after it.
+            self.update_schedule.for_fake_score(batch)
+            if self.pairs is not None:
+                self.pairs.settings.of(batch)
         part = self.update_schedule.for_fake_score(batch) if updates.fake_score else batch
         with self.without_reducer():
             sample = self._sample(batch if updates.student else part, terms)
@@ -232,14 +244,22 @@ class OneStepDistillation(DistillationNetworks):
             positions=batch.positions,
             seed=self.seed,
             target=target,
+            pairs_every_nth=1 if target is None else len(batch) // len(target),
             images=batch.images if needing_images else None,
         )
 
     def _inputs(self, batch: TrainingBatch, terms: Mapping[str, StudentTerm]) -> StudentInputs:
-        """The student's noise and conditioning, with the target sampler's latents if a term needs pairs."""
+        """The student's noise and conditioning, with the target sampler's latents if a term needs pairs, of every n-th sample
+        after the warm-up if `pairs.every_nth_sample` says so.
+        """
         if any(term.needs_pairs for term in terms.values()):
             assert self.pairs is not None  # checked in setup.py
-            return StudentInputs(*self.pairs.pick(batch))
+            part = self.pairs.settings.of(batch) if terms is self.terms.distillation else batch
+            picked = StudentInputs(*self.pairs.pick(part))
+            return picked if part is batch else mixed_inputs(self._fresh_inputs(batch), picked)
+        return self._fresh_inputs(batch)
+
+    def _fresh_inputs(self, batch: TrainingBatch) -> StudentInputs:
         conditioning = self.family.encode_prompts(batch.captions)
         noise = normal(self.seed, Stream.STUDENT_NOISE, batch.positions, self.family.latent_shape())
         return StudentInputs(noise, conditioning, None)

@@ -23,7 +23,16 @@ class StudentInputs(NamedTuple):
     conditioning: Conditioning
     """Conditioning of B prompts."""
     target: Tensor | None
-    """(B, C, h, w), float32: the target sampler's latents for this noise and these prompts; None without pairs."""
+    """(B, C, h, w), float32: the target sampler's latents for this noise and these prompts; None without pairs. Of every n-th
+    sample only, (B / n, C, h, w), if the others are from no pair."""
+
+
+def mixed_inputs(fresh: StudentInputs, picked: StudentInputs) -> StudentInputs:
+    """Returns B inputs with every n-th replaced by those of B / n pairs, and the pairs' targets."""
+    nth = len(fresh.noise) // len(picked.noise)
+    noise = fresh.noise.clone()
+    noise[::nth] = picked.noise
+    return StudentInputs(noise, fresh.conditioning.with_every(nth, picked.conditioning), picked.target)
 
 
 def image_starts(

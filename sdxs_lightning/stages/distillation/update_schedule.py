@@ -83,14 +83,7 @@ class UpdateSchedule:
             ValueError: if `fake_score_every_nth_sample` does not divide its size; ranks would have parts of different sizes.
         """
         nth = self.fake_score_every_nth_sample
-        if nth == 1:
-            return batch
-        if len(batch) % nth:
-            raise ValueError(
-                f"update_schedule.fake_score_every_nth_sample ({nth}) must divide the batch of a device, which has "
-                f"{len(batch)} samples; change it, or data.batch_size."
-            )
-        return batch[::nth]
+        return batch.every(nth, "update_schedule.fake_score_every_nth_sample")
 
     def progress(self, student_updates: int) -> float:
         """Completed share of the student updates after the warm-up: 0 at the first of them, 1 at the last."""

@@ -58,13 +58,14 @@ class Case(NamedTuple):
     micro_batches: int = 1
     timesteps: tuple[int, ...] | None = None
     control: bool = False
+    mixes_pairs: bool = False
 
 
 CASES = {
     "sgd": Case("sgd", micro_batches=2),
     "adamw": Case("adamw"),
     "pixel_gan": Case("sgd", gan="pixels"),
-    "two_steps": Case("sgd", gan=None, timesteps=(999, 499)),
+    "two_steps": Case("sgd", gan=None, timesteps=(999, 499), mixes_pairs=True),
     "controlnet": Case("sgd", gan=None, control=True),
 }
 
@@ -96,8 +97,10 @@ def module_for(base: Path, case: Case, micro_batches: int) -> OneStepDistillatio
             warmup_updates=2,
             fake_score_only_iterations=1,
         ),
-        pairs=PairSettings(count=7, sampler_steps=2, sampler_batch_size=4),
-        regression=Regression(),
+        pairs=PairSettings(
+            count=7, every_nth_sample=2 if case.mixes_pairs else 1, sampler_steps=2, sampler_batch_size=4
+        ),
+        regression=Regression(phase="always" if case.mixes_pairs else "warmup"),
         accumulate_grad_batches=micro_batches,
         gradient_clip_norm=GRADIENT_CLIP_NORM,
     )
