@@ -112,7 +112,8 @@ class FakeScore(Network):
             unlike = sorted(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
             raise ValueError(
                 f"fake_score.alignment is {self.alignment}, and {len(unlike)} tensors of the student differ from the fake "
-                f"score's, such as {unlike[0]}; set alignment to 0, or train a student of the base's architecture."
+                f"score's, such as {unlike[0]}; set alignment to 0, or begin both from one U-Net: fake_score.weights as "
+                "student.weights, as configs/toy/pruned.yaml does."
             )
 
     @torch.no_grad()

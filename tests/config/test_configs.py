@@ -63,6 +63,8 @@ OVERLAYS = {
         for base in ("sd15", "sdxl")
         for size in ("1gpu", "8gpu")
     },
+    "toy/longer.yaml": ["quickstart.yaml"],
+    "toy/pruned.yaml": ["quickstart.yaml", "toy/longer.yaml"],
     "toy/recipe.yaml": ["toy/warmup.yaml"],
     "toy/stored_pairs.yaml": ["toy/warmup.yaml"],
     **{

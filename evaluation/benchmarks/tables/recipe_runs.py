@@ -56,6 +56,7 @@ _FAST = (
 _SCORES = f"{MODEL}distribution_matching.timesteps.high"
 _ALL_TIMESTEPS = (f"{_SCORES}=980",)
 """DMD2's, in the place of the quickstart's low noise."""
+_BESIDE = (f"{MODEL}regression.phase=always", f"{MODEL}regression.weight=0.1")
 _NO_FEATURES = (f"{MODEL}features=null", f"{MODEL}feature_matching=null")
 
 
@@ -122,9 +123,17 @@ RECIPES: dict[str, Recipe] = {
     # What the quickstart's distillation is worth: its passes spent on twice the pairs and more regression instead.
     "quickstart": Recipe((QUICKSTART,)),
     "quickstart_regression": Recipe((QUICKSTART,), flags=_regression(pairs=4096, updates=1020)),
+    # More of each of its stages, of the full and of the pruned U-Net.
+    "longer": Recipe((QUICKSTART, "toy/longer.yaml")),
+    "pruned_longer": Recipe((QUICKSTART, "toy/longer.yaml", "toy/pruned.yaml"), PRUNED),
     # The quickstart with one thing changed.
     "quickstart_to_timestep_600": Recipe((QUICKSTART,), flags=(f"{_SCORES}=600",)),
     "quickstart_all_timesteps": Recipe((QUICKSTART,), flags=_ALL_TIMESTEPS),
+    # Regression beside the score difference (DMD, arXiv:2311.18828), on samples from pairs alone, or on every fourth.
+    "quickstart_regression_beside": Recipe((QUICKSTART,), flags=_BESIDE),
+    "quickstart_regression_beside_a_quarter": Recipe(
+        (QUICKSTART,), flags=(*_BESIDE, f"{MODEL}pairs.every_nth_sample=4")
+    ),
     # And one more, in about its passes.
     "quickstart_all_timesteps_ratio_2": Recipe(
         (QUICKSTART,), flags=(*_ALL_TIMESTEPS, f"{_RATIO}=2", f"{_UPDATES}=500")

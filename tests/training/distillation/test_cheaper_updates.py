@@ -224,8 +224,14 @@ def test_alignment_needs_equal_architectures(base: Base, tmp_path: Path) -> None
         student=StudentGenerator(SGD, weights=str(tmp_path)),
         fake_score=FakeScore(SGD, alignment=0.1),
     )
-    with pytest.raises(ValueError, match="tensors of the student differ from the fake score's"):
+    with pytest.raises(ValueError, match="begin both from one U-Net: fake_score.weights as student.weights"):
         module.configure_model()
+    both = distillation(
+        base("sd-epsilon"),
+        student=StudentGenerator(SGD, weights=str(tmp_path)),
+        fake_score=FakeScore(SGD, weights=str(tmp_path), alignment=0.1),
+    )
+    assert built(both).fake_score is not None
 
 
 def real_estimates(
