@@ -246,6 +246,8 @@ class ProgressBar(LightningProgressBar):
         self._total: int | None = None
         self._first_update = 0
         self._start = self._last_line = 0.0
+        self._first_ended: tuple[int, float] | None = None
+        """Updates and time at the end of the first iteration that updated: pairs and caches are made before it, once."""
 
     def disable(self) -> None:
         """Hides the bar; called by Lightning on all ranks but the first."""
@@ -259,6 +261,7 @@ class ProgressBar(LightningProgressBar):
         self._total = _planned_updates(trainer, pl_module)
         self._first_update = counts_of(trainer).updates
         self._start = self._last_line = time.monotonic()
+        self._first_ended = None
         if not self._enabled or not self._console.is_terminal:
             return
         columns = (
@@ -280,6 +283,8 @@ class ProgressBar(LightningProgressBar):
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._numbers = self._read(trainer)
         updates = counts_of(trainer).updates
+        if self._first_ended is None and updates > self._first_update:
+            self._first_ended = updates, time.monotonic()
         if self._progress is not None:
             self._progress.update(self._task, completed=updates, description=self._numbers)
         elif time.monotonic() - self._last_line > self.line_seconds:
@@ -313,12 +318,13 @@ class ProgressBar(LightningProgressBar):
         return "  ".join(text.format(float(metrics[name])) for name, text in SHOWN.items() if name in metrics)
 
     def _times(self, updates: int) -> str:
-        elapsed = time.monotonic() - self._start
-        done = updates - self._first_update
-        if not done or self._total is None:
-            return f"{timedelta(seconds=round(elapsed))}"
-        left = elapsed * (self._total - updates) / done
-        return f"{timedelta(seconds=round(elapsed))}, {timedelta(seconds=round(left))} left"
+        now = time.monotonic()
+        elapsed = f"{timedelta(seconds=round(now - self._start))}"
+        first, since = self._first_ended or (updates, now)
+        if updates == first or self._total is None:
+            return elapsed
+        left = (now - since) * (self._total - updates) / (updates - first)
+        return f"{elapsed}, {timedelta(seconds=round(left))} left"
 
 
 def _planned_updates(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:

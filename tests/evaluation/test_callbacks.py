@@ -5,17 +5,19 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
 
 from data.shards.datamodule import ShardDataModule
+from evaluation.callbacks import progress
 from evaluation.callbacks.run_report import Report
 from evaluation.callbacks.sample_grids import DistillationMetrics, ProgressBar, SampleGrids, Throughput
 from evaluation.images.generate import SampledImages
@@ -137,6 +139,28 @@ def test_progress_bar_prints_lines_without_a_terminal(
     assert "fake score" in lines[1]
     assert "FID" in lines[1]
     assert "left" in lines[1]
+
+
+def test_the_time_left_leaves_out_what_precedes_the_first_update(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pairs take 300 s, each of 11 updates 2 s: after the third 16 s are left, and not 814."""
+    now, done = [0.0], [0]
+    monkeypatch.setattr("evaluation.callbacks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "counts_of", lambda trainer: SimpleNamespace(updates=done[0]))
+    trainer: Any = SimpleNamespace(max_steps=11, log_every_n_steps=100)
+    bar = ProgressBar(line_seconds=0.0)
+    bar.on_train_start(trainer, LightningModule())
+    now[0] = 300.0
+    for done[0] in (1, 2, 3):
+        now[0] += 2.0
+        bar.on_train_batch_end(trainer, LightningModule(), None, None, 0)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "student updates 1/11 0:05:02",
+        "student updates 2/11 0:05:04, 0:00:18 left",
+        "student updates 3/11 0:05:06, 0:00:16 left",
+    ]
 
 
 def test_report_has_the_contracts_keys(world: Path, toy_networks: dict[str, str], tmp_path: Path) -> None:
