@@ -97,14 +97,6 @@ class PairSettings:
                 "null, or name the checkpoint to `python -m data.prepare pairs`."
             )
 
-    def of(self, batch: TrainingBatch) -> TrainingBatch:
-        """The part of a batch after the warm-up whose samples are from pairs.
-
-        Raises:
-            ValueError: if `every_nth_sample` does not divide its size; ranks would have parts of different sizes.
-        """
-        return batch.every(self.every_nth_sample, "pairs.every_nth_sample")
-
     @property
     def samples(self) -> bool:
         """Whether the source runs a target sampler."""
@@ -138,6 +130,7 @@ class TargetPairs:
         self._family: Family | None = None
         self._sampler: TargetSampler | SchedulerSampler | None = None
         self._stored: StoredPairs | None = None
+        self._planned = False
 
     def build(self, family: Family) -> None:
         """Loads the network of `weights`, if set."""
@@ -194,6 +187,7 @@ class TargetPairs:
             Whether pairs are sampled before the first training step.
         """
         assert self._family is not None
+        self._planned = True
         self._sampler = self._make_sampler(real_score, 1, scheduler=False)
         if self.settings.source != "memory":
             return False
@@ -215,7 +209,17 @@ class TargetPairs:
 
     def forget(self) -> None:
         """Frees pairs and sampler; called after the last update that needs them."""
-        self._stored, self._sampler = None, None
+        self._stored, self._sampler, self._planned = None, None, False
+
+    def part(self, batch: TrainingBatch) -> TrainingBatch:
+        """The part of a batch after the warm-up whose samples are from pairs; in the memory plan all of it.
+
+        Raises:
+            ValueError: if `every_nth_sample` does not divide its size; ranks would have parts of different sizes.
+        """
+        if self._planned:  # an upper bound, at any batch size
+            return batch
+        return batch.every(self.settings.every_nth_sample, "pairs.every_nth_sample")
 
     def pick(self, batch: TrainingBatch) -> PickedPairs:
         """Returns one pair per sample of the micro-batch, detached.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 
 
 def check_pairs(pairs: PairSettings | None, reads_conditions: bool, total: int) -> None:
@@ -43,9 +44,14 @@ def check_guidance_of_pairs(student: StudentGenerator, pairs: PairSettings | Non
 
 
 def check_mixing_of_pairs(
-    student: StudentGenerator, pairs: PairSettings | None, reads_conditions: bool
+    student: StudentGenerator,
+    pairs: PairSettings | None,
+    reads_conditions: bool,
+    update_schedule: UpdateSchedule,
 ) -> None:
-    """Raises ValueError if pairs are mixed with other samples for a student that takes more than noise and prompts."""
+    """Raises ValueError if pairs are mixed with other samples for a student that takes more than noise and prompts, or if the
+    fake score would get those of pairs alone.
+    """
     if pairs is None or pairs.every_nth_sample == 1:
         return
     takes = {
@@ -59,6 +65,13 @@ def check_mixing_of_pairs(
                 f"pairs.every_nth_sample is {pairs.every_nth_sample}, which mixes samples from pairs with others, and the "
                 f"student takes {what} too, which pairs have of their own: set it to 1."
             )
+    learnt = update_schedule.fake_score_every_nth_sample
+    if learnt % pairs.every_nth_sample == 0 and update_schedule.student_every == 1:
+        raise ValueError(
+            f"update_schedule.fake_score_every_nth_sample is {learnt}, a multiple of pairs.every_nth_sample "
+            f"({pairs.every_nth_sample}), and every iteration updates the student, so the fake score would learn from pairs "
+            "alone. Make pairs.every_nth_sample larger, or fake_score_every_nth_sample 1."
+        )
 
 
 def check_pairs_are_needed(

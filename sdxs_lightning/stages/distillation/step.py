@@ -135,7 +135,7 @@ class OneStepDistillation(DistillationNetworks):
             denoising, {"distribution_matching": distribution_matching, **(objectives or {})}, adversarial
         )
         check_guidance_of_pairs(student, pairs)
-        check_mixing_of_pairs(student, pairs, self.reads_conditions)
+        check_mixing_of_pairs(student, pairs, self.reads_conditions, update_schedule)
         gan = gan_of(discriminator, adversarial, pixel_adversarial, image_features)
         super().__init__(
             family=family,
@@ -165,11 +165,11 @@ class OneStepDistillation(DistillationNetworks):
         """One micro-batch: sample, update the student, then update fake score and discriminator."""
         updates = self.update_schedule.updates_at(self.iterations)
         terms = self._terms_at(updates)
-        if updates.warmup and self.update_schedule.distils:
-            # Refused before the warm-up, not after it.
+        if self.update_schedule.distils and (updates.warmup or not updates.student):
+            # Refused in the first iteration, not after the warm-up and the fake score's head start.
             self.update_schedule.for_fake_score(batch)
             if self.pairs is not None:
-                self.pairs.settings.of(batch)
+                self.pairs.part(batch)
         part = self.update_schedule.for_fake_score(batch) if updates.fake_score else batch
         with self.without_reducer():
             sample = self._sample(batch if updates.student else part, terms)
@@ -211,7 +211,8 @@ class OneStepDistillation(DistillationNetworks):
     def _sample(
         self, batch: TrainingBatch, terms: Mapping[str, StudentTerm], step: int | None = None
     ) -> LatentSample:
-        """Generates with the student: from pairs' noise and prompts if a term needs them, else from the batch's prompts.
+        """Generates with the student: from pairs' noise and prompts if a term needs them (all, or every n-th sample), else from
+        the batch's prompts.
 
         Args:
             batch: the training batch.
@@ -254,7 +255,7 @@ class OneStepDistillation(DistillationNetworks):
         """
         if any(term.needs_pairs for term in terms.values()):
             assert self.pairs is not None  # checked in setup.py
-            part = self.pairs.settings.of(batch) if terms is self.terms.distillation else batch
+            part = self.pairs.part(batch) if terms is self.terms.distillation else batch
             picked = StudentInputs(*self.pairs.pick(part))
             return picked if part is batch else mixed_inputs(self._fresh_inputs(batch), picked)
         return self._fresh_inputs(batch)

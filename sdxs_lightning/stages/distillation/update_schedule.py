@@ -76,6 +76,11 @@ class UpdateSchedule:
         """Whether the run goes on after the warm-up."""
         return self.max_student_updates > self.warmup_updates
 
+    @property
+    def student_every(self) -> int:
+        """Every so many iterations after the warm-up and the fake score's head start one updates the student."""
+        return self.fake_score_updates_per_student_update // self.fake_score_updates_per_sample
+
     def for_fake_score(self, batch: TrainingBatch) -> TrainingBatch:
         """The part of a batch that fake score and discriminator learn from.
 
@@ -98,5 +103,4 @@ class UpdateSchedule:
         index -= self.fake_score_only_iterations
         if index < 0:
             return Updates(student=False, fake_score=True, warmup=False)
-        every = self.fake_score_updates_per_student_update // self.fake_score_updates_per_sample
-        return Updates(student=index % every == 0, fake_score=True, warmup=False)
+        return Updates(student=index % self.student_every == 0, fake_score=True, warmup=False)

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor
 
 from sdxs_lightning.core.seeding import Stream, normal
+from sdxs_lightning.memory_plan.planner import Planner
 from sdxs_lightning.networks.guidance_input import GuidanceInput
 from sdxs_lightning.networks.student_generator import StudentGenerator
 from sdxs_lightning.objectives.regression import Regression
 from sdxs_lightning.objectives.term import DistillationContext, LatentSample, Scalars, StudentTerm
 from sdxs_lightning.pairs.target_pairs import PairSettings
+from sdxs_lightning.stages.distillation.pair_checks import check_mixing_of_pairs
 from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
+from tests.helpers.planned import hardware
 from tests.helpers.tiny import LATENT_SHAPE, tiny_batch
 from tests.helpers.tiny_distillation import KINDS, Captions, built, distillation, fit, sample_of
 
@@ -137,11 +140,58 @@ def test_what_mixing_does_not_go_with_is_refused(base: Base, shards: Path) -> No
     starting = StudentGenerator(SGD, timesteps=[999, 499], image_starts=0.5)
     with pytest.raises(ValueError, match=r"takes images \(student.image_starts\) too"):
         mixing(base("sd-epsilon"), student=starting)
-    module = mixing(base("sd-epsilon"), replace(MIXED, every_nth_sample=3))
+    with pytest.raises(ValueError, match=r"takes condition images \(stage controlnet\) too"):
+        check_mixing_of_pairs(StudentGenerator(SGD), MIXED, reads_conditions=True, update_schedule=WARMED_UP)
+
+
+@pytest.mark.parametrize("first", [{"warmup_updates": 5}, {"fake_score_only_iterations": 5}])
+def test_a_batch_that_cannot_be_mixed_is_refused_in_the_first_iteration(
+    base: Base, shards: Path, first: dict[str, int]
+) -> None:
+    schedule = UpdateSchedule(max_student_updates=9, **first)
+    module = mixing(base("sd-epsilon"), replace(MIXED, every_nth_sample=3), update_schedule=schedule)
     with pytest.raises(
-        ValueError, match=r"pairs.every_nth_sample \(3\) must divide the batch of a device, which"
+        ValueError, match=r"pairs.every_nth_sample \(3\) must divide the batch of a device, which has 4"
     ):
-        fit(module, shards, batches=1)  # of the warm-up
+        fit(module, shards, batches=1)
+
+
+def test_the_fake_score_does_not_learn_from_pairs_alone(base: Base) -> None:
+    part = UpdateSchedule(
+        max_student_updates=9, fake_score_updates_per_student_update=1, fake_score_every_nth_sample=2
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"fake_score_every_nth_sample is 2, a multiple of pairs.every_nth_sample \(2\), and every iter",
+    ):
+        mixing(base("sd-epsilon"), update_schedule=part)
+    mixing(base("sd-epsilon"), replace(MIXED, every_nth_sample=4), update_schedule=part)
+    between = replace(
+        part, fake_score_updates_per_student_update=2
+    )  # between student updates it gets other samples
+    mixing(base("sd-epsilon"), update_schedule=between)
+
+
+def test_the_memory_plan_knows_batches_of_any_size(base: Base) -> None:
+    module = mixing(base("sd-epsilon"), replace(MIXED, every_nth_sample=4))
+    mixed = Planner(module, hardware(), 8).plan()
+    plain = Planner(mixing(base("sd-epsilon"), replace(MIXED, every_nth_sample=1)), mixed.hardware, 8).plan()
+    assert mixed.needed() == plain.needed()
+
+
+def test_the_discriminators_real_half_has_the_batchs_own_prompts(base: Base, shards: Path) -> None:
+    pairs = replace(MIXED, every_nth_sample=4)
+    schedule = replace(WARMED_UP, warmup_updates=0, fake_score_every_nth_sample=2)
+    module = built(distillation(base("sd-epsilon"), regression=ALWAYS, pairs=pairs, update_schedule=schedule))
+    assert module.pairs is not None and module.real_score is not None
+    module.pairs.start(module.real_score.module, Captions())
+    batch = tiny_batch(8)
+    fake, part = module._sample(batch, module.terms.distillation).every(2), schedule.for_fake_score(batch)
+    prompts = module.family.encode_prompts(batch.captions).prompt_embeds[::2]
+    assert torch.equal(module._real_batch(part, fake).conditioning.prompt_embeds, prompts)
+    assert torch.equal(fake.conditioning.prompt_embeds[1::2], prompts[1::2])  # of no pair
+    assert not torch.equal(fake.conditioning.prompt_embeds[::2], prompts[::2])
+    fit(module, shards, batches=2)
 
 
 def test_prompts_of_other_kinds_do_not_mix(base: Base) -> None:
