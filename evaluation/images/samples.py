@@ -27,7 +27,7 @@ from sdxs_lightning.families.folders import check_libraries, pipeline_variant
 from sdxs_lightning.families.quiet import quiet_libraries
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.inputs import torch_dtype
-from sdxs_lightning.inference.model_folder import is_student
+from sdxs_lightning.inference.model_folder import is_student, model_near
 from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.guidance_input import check_scale_is_learnt
 from sdxs_lightning.networks.lora_files import add_to_weights, hash_lora, lora_file, read_lora
@@ -190,8 +190,10 @@ class ModelSamples:
             UserError: if there is no pipeline in the folder.
         """
         if not (Path(self.model) / "model_index.json").is_file():
+            near = model_near(Path(self.model))
             raise UserError(
-                f"no diffusers pipeline at {self.model} (model_index.json is missing); --model takes its folder"
+                f"no diffusers pipeline at {self.model} (model_index.json is missing); "
+                + ("--model takes its folder" if near is None else f"give {near}")
             )
         if self.lora is not None:
             try:

@@ -54,7 +54,8 @@ class ModelFolder:
         path = Path(folder)
         if not (path / "model_index.json").is_file():
             raise UserError(
-                f"there is no model in '{folder}' (model_index.json is missing); give {_model_near(path)}, or an export of "
+                f"there is no model in '{folder}' (model_index.json is missing); give "
+                f"{model_near(path) or 'the `pipeline` folder that a training exported'}, or an export of "
                 "`python -m sdxs_lightning.export_runtime`."
             )
         try:
@@ -181,18 +182,18 @@ def is_student(folder: str | Path, steps: int) -> bool:
         return False
 
 
-def _model_near(path: Path) -> str:
-    """What to give in the place of a folder without a model."""
+def model_near(path: Path) -> str | None:
+    """What to give in the place of a folder of a run that holds no model; None for other folders."""
     run = path.parent if path.name == "pipeline" else path
     if (path / "pipeline" / "model_index.json").is_file():
         return f"its folder 'pipeline', '{path / 'pipeline'}'"
-    exports = ("unet", "decoder", "controlnet", "lora")  # of stages that make no pipeline
+    exports = ("unet", "decoder", "controlnet", "condition_reader", "lora")  # of stages that make no pipeline
     if (run / "checkpoints").is_dir() and not any((run / name).is_dir() for name in exports):
         return (
             f"the `pipeline` folder of a finished run: '{run}' has not exported one; continue it by --ckpt_path last "
             "(configs/README.md, 'How is a run that was stopped exported?')"
         )
-    return "the `pipeline` folder that a training exported"
+    return None
 
 
 def _ways(found: str, backend: str, path: Path) -> str:

@@ -392,6 +392,15 @@ def test_bad_input_is_one_sentence(
     images, real, captions = sets / "images", sets / "real", sets / "captions.txt"
     usual = ["--protocol", "small", "--reference", real, *protocols]
     assert "model_index.json is missing" in refused(["--model", tmp_path, "--captions", captions, *usual])
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    assert "'run' has not exported one" in refused(["--model", run, "--captions", captions, *usual]).replace(
+        f"{tmp_path}/", ""
+    )
+    (run / "pipeline").mkdir()
+    (run / "pipeline" / "model_index.json").touch()
+    of_run = refused(["--model", run, "--captions", captions, *usual])
+    assert f"is missing); give its folder 'pipeline', '{run}/pipeline'" in of_run
     assert "--model needs --captions" in refused(["--model", tmp_path, *usual])
     assert "clip_score reads captions; give --captions" in refused(["--images", images, *usual])
     assert "fid compares with real images; give --reference" in refused(
