@@ -19,6 +19,7 @@ from sdxs_lightning.networks.guidance_input import (
     check_negative_prompts_are_learnt,
     check_scale_is_learnt,
     guidance_embedding,
+    learnt_range,
 )
 
 
@@ -54,8 +55,8 @@ def with_guidance(
         return prompts
     if guidance_scale is None:
         raise UserError(
-            f"the student in '{model.path}' takes the guidance scale as an input: give `guidance_scale`, a number of the range "
-            "that it was trained for (student.guidance), such as 2; 1 means none."
+            f"the student in '{model.path}' takes the guidance scale as an input: give `guidance_scale`, a number "
+            f"{learnt_range(model.unet_config)}; 1 means none."
         )
     if not isinstance(guidance_scale, Real):
         raise UserError(

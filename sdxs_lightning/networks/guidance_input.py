@@ -139,9 +139,17 @@ def check_scale_is_learnt(config: Mapping[str, Any], scale: float, name: str) ->
     learnt = config.get(LEARNT)
     if learnt is not None and not learnt["low"] <= scale <= learnt["high"]:
         raise UserError(
-            f"{name} is {scale:g}, but the student learnt scales from {learnt['low']:g} to {learnt['high']:g} "
-            "(student.guidance): give one of these, or train it for others."
+            f"{name} is {scale:g}, but the student learnt scales {learnt_range(config)}: give one of these, or train it for "
+            "others."
         )
+
+
+def learnt_range(config: Mapping[str, Any]) -> str:
+    """The guidance scales that a student learnt, by its U-Net's config, for messages."""
+    learnt = config.get(LEARNT)
+    if learnt is None:
+        return "of the range that it was trained for (student.guidance), such as 2"
+    return f"from {learnt['low']:g} to {learnt['high']:g} (student.guidance)"
 
 
 def learns_negative_prompts(config: Mapping[str, Any]) -> bool:

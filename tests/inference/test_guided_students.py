@@ -194,6 +194,10 @@ def test_what_the_student_did_not_learn_is_refused(
     for scale in (1.0, 4.6):
         with pytest.raises(UserError, match=rf"`guidance_scale` is {scale:g}, {re.escape(learnt)}"):
             generator.generate(PROMPTS, guidance_scale=scale)
+    with pytest.raises(
+        UserError, match=r"give `guidance_scale`, a number from 1.5 to 4.5 \(student.guidance"
+    ):
+        generator.generate(PROMPTS)
     with pytest.raises(UserError, match="the student learnt no negative prompts .*, got 'blurry': leave"):
         generator.generate(PROMPTS, guidance_scale=2.0, negative_prompts=["", "blurry"])
     given: dict[str, Any] = {"guidance_scale": 4.5, "negative_prompts": ""}
