@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdxs_lightning.core.pair_noise import pair_noise
 from sdxs_lightning.core.seeding import Stream, normal
 from sdxs_lightning.memory_plan.planner import Planner
 from sdxs_lightning.networks.guidance_input import GuidanceInput
@@ -75,6 +76,20 @@ def test_every_second_sample_is_a_pair_after_the_warm_up(base: Base, kind: str) 
     in_warmup = module._inputs(batch, module.terms.warmup)
     assert in_warmup.target is not None and len(in_warmup.target) == 4
     assert torch.equal(in_warmup.noise, module.pairs.pick(batch).noise)
+
+
+def test_stored_pairs_of_the_batch_are_mixed_too(base: Base) -> None:
+    """Every second sample has its target's noise; the others have their own captions, and noise that belongs to no target."""
+    module = built(mixing(base("sd-epsilon"), replace(MIXED, source="batch")))
+    batch = replace(tiny_batch(4), pair_noise_seeds=torch.arange(4) + 70)
+    assert batch.latents is not None
+    noise, conditioning, target = module._inputs(batch, module.terms.distillation)
+    own = normal(0, Stream.STUDENT_NOISE, batch.positions, LATENT_SHAPE)
+    assert torch.equal(noise[::2], pair_noise(torch.tensor([70, 72]), LATENT_SHAPE))
+    assert torch.equal(noise[1::2], own[1::2])
+    assert target is not None and torch.equal(target, module.family.scale_latents(batch.latents[::2]))
+    prompts = module.family.encode_prompts(batch.captions).prompt_embeds
+    assert torch.equal(conditioning.prompt_embeds, prompts)
 
 
 def test_terms_with_pairs_get_the_pairs_and_others_all(base: Base, shards: Path) -> None:
