@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from statistics import mean, stdev
+from typing import Any
 
 from evaluation.benchmarks import score_repair
 from evaluation.benchmarks.score_repair import FAKE, REAL
@@ -157,6 +158,44 @@ def test_what_is_said_of_the_quickstarts_distillation_is_its_files() -> None:
     regression = 100 * control["caption_accuracy"]["mean"]
     assert f"reaches {regression:.1f} % (three seeds)" in readme
     assert f"distillation at all timesteps stays at {accuracy:.1f} %" in readme
+
+
+def test_what_is_said_of_the_longer_runs_is_their_file() -> None:
+    rows, text = result("toy_quickstart_longer")["rows"], " ".join(PAGE.split())
+    base = result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
+
+    def of_base(row: str) -> str:
+        accuracy = rows[row]["caption_accuracy"]
+        assert len(accuracy["values"]) == 3 and accuracy["smallest"] / base >= 0.95
+        return f"{100 * accuracy['smallest'] / base:.1f} to {100 * accuracy['largest'] / base:.1f} %"
+
+    assert (
+        f"The full student has {of_base('longer')} of the base's captions at 50 steps, the pruned student "
+        f"{of_base('pruned_longer')}." in text
+    )
+    before = 100 * result("toy_recipes")["rows"]["pruned_dmd2"]["caption_accuracy"]["mean"]
+    assert f"the pruned student had {before:.1f} % of captions" in text
+    share = 100 * rows["pruned_longer"]["parameters"] / rows["longer"]["parameters"]
+    assert f"with {share:.0f} % of the parameters (`configs/toy/pruned.yaml`)" in text
+    shape = result("toy_teacher")["toy"]["teacher"]["8"]["shape_score"]
+    assert (
+        f"By shape the full student ({rows['longer']['shape_score']['mean']:.3f}) is still told from the base ({shape:.3f} at 8"
+        in text
+    )
+
+
+def test_what_is_said_of_regression_beside_is_its_file() -> None:
+    rows, text = result("toy_quickstart_beside")["rows"], " ".join(PAGE.split())
+    alone, mixed = rows["quickstart_regression_beside"], rows["quickstart_regression_beside_a_quarter"]
+    plain = result("toy_quickstart_variants")["rows"]["quickstart"]
+
+    def said(row: dict[str, Any]) -> str:
+        return f"{100 * row['caption_accuracy']['values'][0]:.1f} % at a FID of {row['fid']['values'][0]:.2f}"
+
+    assert f"Pairs alone reach {said(alone)}, every fourth sample from a pair {said(mixed)}, none" in text
+    assert f"none, which is the quickstart, {said(plain)} (seed 0)" in text
+    lost = 100 * (plain["caption_accuracy"]["values"][0] - mixed["caption_accuracy"]["values"][0])
+    assert f"is held to it, for {lost:.1f} points of captions" in text
 
 
 def test_what_is_said_of_the_fake_score_is_its_file() -> None:

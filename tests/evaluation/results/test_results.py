@@ -27,7 +27,7 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 20
+    assert len(shown) == len(set(shown)) == 22
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -115,11 +115,13 @@ def test_the_row_of_the_iterations_parts_is_its_file() -> None:
 
 def test_the_readme_says_what_the_students_reach() -> None:
     quickstart, rows = result("quickstart_seeds"), result("toy_recipes")["rows"]
+    longer = result("toy_quickstart_longer")["rows"]
     base = result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
     named = {
         f"student, quickstart ({quickstart['student_updates']} updates)": quickstart["student"],
+        "student, longer (1,400 updates)": longer["longer"],
         "student, warm-up then DMD2": rows["dmd2"],
-        "student with 28 % of the base's parameters, the same": rows["pruned_dmd2"],
+        "student with 28 % of the base's parameters, longer": longer["pruned_longer"],
     }
     readme = (ROOT / "README.md").read_text()
     for name, scores in named.items():
