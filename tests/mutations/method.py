@@ -103,8 +103,8 @@ MUTATIONS = (
     Mutation(
         "ratio off by one",
         f"{DISTILLATION}/update_schedule.py",
-        "student=index % every == 0",
-        "student=index % (every + 1) == 0",
+        "student=index % self.student_every == 0",
+        "student=index % (self.student_every + 1) == 0",
         "tests/training/distillation/test_training_step.py::test_run_ends_after_the_last_student_update",
     ),
     Mutation(
@@ -179,9 +179,9 @@ MUTATIONS = (
     ),
     Mutation(
         "the fake score learns from the first half",
-        f"{DISTILLATION}/update_schedule.py",
-        "return batch[::nth]",
-        "return batch[: len(batch) // nth]",
+        "sdxs_lightning/core/batch.py",
+        "return self[::nth]",
+        "return self[: len(self) // nth]",
         "tests/training/distillation/test_cheaper_updates.py::test_the_fake_score_learns_from_every_second_sample",
     ),
     Mutation(
