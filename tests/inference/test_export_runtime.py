@@ -139,6 +139,11 @@ def weight_bytes(network: Path) -> int:
     return sum(len(one.raw_data) for one in onnx.load(network / "model.onnx").graph.initializer)
 
 
+def computes_in_bf16() -> bool:
+    """Whether OpenVINO takes this processor's bf16 units for networks that are not in float32."""
+    return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 @pytest.mark.parametrize(
     ("name", "runtime", "precision", "bound"),
     [
@@ -151,6 +156,8 @@ def weight_bytes(network: Path) -> int:
 def test_smaller_weights(
     name: str, runtime: Any, precision: Any, bound: float, student: Students, exported: Callable[..., Path]
 ) -> None:
+    if runtime == "openvino" and precision == "fp16" and computes_in_bf16():
+        bound *= 8  # bf16 rounds 8 times as coarsely as fp16
     folder = exported(name, runtime, precision, adapted=False)
     expected = OneStepGenerator.load(student(name), device="cpu").sample(PROMPTS, SEEDS)
     found = OneStepGenerator.load(folder, backend=runtime, device="cpu").sample(PROMPTS, SEEDS)

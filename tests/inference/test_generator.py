@@ -49,7 +49,9 @@ def test_equals_the_stock_pipeline(name: str, student: Students) -> None:
         expected = stock_images(student(name), size)
         assert largest(pixels(generator, size=size), expected) <= 1e-5
     images = generator.generate(PROMPTS, SEEDS, size=size)
-    assert images.dtype == torch.uint8 and torch.equal(images, to_uint8(expected * 2 - 1))
+    levels = (images.int() - to_uint8(expected * 2 - 1).int()).abs()
+    # Equal but where 1e-5 decides between two levels.
+    assert images.dtype == torch.uint8 and int(levels.max()) <= 1 and float(levels.float().mean()) <= 0.01
     assert float(expected.std()) > 0.05  # not all black or grey
 
 
