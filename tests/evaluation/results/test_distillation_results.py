@@ -194,7 +194,10 @@ def test_what_is_said_of_regression_beside_is_its_file() -> None:
         return f"{100 * row['caption_accuracy']['mean']:.1f} % at a FID of {row['fid']['mean']:.2f}"
 
     assert f"Pairs alone reach {said(alone)}, every fourth sample from a pair {said(mixed)}." in text
-    assert f"Without either the quickstart has {said(plain)}, at all timesteps {said(everywhere)} (seed 0)." in text
+    assert (
+        f"Without either the quickstart has {said(plain)}, at all timesteps {said(everywhere)} (seed 0)."
+        in text
+    )
     # No better than the range of timesteps, whose row is seed 0.
     assert mixed["fid"]["largest"] > everywhere["fid"]["mean"] < mixed["fid"]["mean"]
     assert mixed["caption_accuracy"]["mean"] - everywhere["caption_accuracy"]["mean"] < 0.01
