@@ -131,12 +131,29 @@ def record_learnt(unet: UNet2DConditionModel, guidance: GuidanceInput) -> None:
     )
 
 
+def _record(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a student learnt, as `record_learnt` wrote it, or None; raises UserError for a config that holds something else."""
+    learnt = config.get(LEARNT)
+    if learnt is None:
+        return None
+    entries = learnt if isinstance(learnt, Mapping) else {}
+    scales = [entries.get(name) for name in ("low", "high")]
+    if not all(isinstance(scale, int | float) for scale in scales) or not isinstance(
+        entries.get("negative_prompts"), bool
+    ):
+        raise UserError(
+            f"the U-Net's config.json has {LEARNT} {learnt!r}, which is {{low, high, negative_prompts}} of two numbers and "
+            "true or false where this project wrote it: mend it, or delete it, so that nothing is checked."
+        )
+    return entries
+
+
 def check_scale_is_learnt(config: Mapping[str, Any], scale: float, name: str) -> None:
     """Raises UserError for a guidance scale that a student did not learn, by its U-Net's config; `name` is the scale's option.
 
     Nothing is known, and nothing refused, of a student whose config has no record.
     """
-    learnt = config.get(LEARNT)
+    learnt = _record(config)
     if learnt is not None and not learnt["low"] <= scale <= learnt["high"]:
         raise UserError(
             f"{name} is {scale:g}, but the student learnt scales {learnt_range(config)}: give one of these, or train it for "
@@ -146,7 +163,7 @@ def check_scale_is_learnt(config: Mapping[str, Any], scale: float, name: str) ->
 
 def learnt_range(config: Mapping[str, Any]) -> str:
     """The guidance scales that a student learnt, by its U-Net's config, for messages."""
-    learnt = config.get(LEARNT)
+    learnt = _record(config)
     if learnt is None:
         return "of the range that it was trained for (student.guidance), such as 2"
     return f"from {learnt['low']:g} to {learnt['high']:g} (student.guidance)"
@@ -154,7 +171,8 @@ def learnt_range(config: Mapping[str, Any]) -> str:
 
 def learns_negative_prompts(config: Mapping[str, Any]) -> bool:
     """Whether a student learnt negative prompts, by its U-Net's config; true without a record."""
-    return LEARNT not in config or bool(config[LEARNT]["negative_prompts"])
+    learnt = _record(config)
+    return learnt is None or bool(learnt["negative_prompts"])
 
 
 def check_negative_prompts_are_learnt(config: Mapping[str, Any], texts: Sequence[str]) -> None:

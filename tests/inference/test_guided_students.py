@@ -27,7 +27,12 @@ from sdxs_lightning.inference.exporting.export import export_runtime
 from sdxs_lightning.inference.generator import OneStepGenerator
 from sdxs_lightning.inference.negative_prompts import negative_prompt_inputs
 from sdxs_lightning.networks.controlnet import load_controlnet
-from sdxs_lightning.networks.guidance_input import GuidanceInput, record_learnt
+from sdxs_lightning.networks.guidance_input import (
+    GuidanceInput,
+    check_negative_prompts_are_learnt,
+    check_scale_is_learnt,
+    record_learnt,
+)
 from tests.helpers.refusals import refusal
 from tests.helpers.students import PROMPTS, SEEDS, condition
 
@@ -179,6 +184,21 @@ def test_what_does_not_fit_is_refused(guided: Students, student: Students, tmp_p
         UserError, match="which is not given here: run it by `python -m sdxs_lightning.generate"
     ):
         export_runtime(guided("sd"), tmp_path / "out", "onnx", "fp32")
+
+
+@pytest.mark.parametrize(
+    "record",
+    [{}, "1 to 4.5", {"low": 1.0, "high": "4.5", "negative_prompts": True}, {"low": 1.0, "high": 4.5}],
+)
+def test_a_record_that_is_none_is_named(record: object) -> None:
+    config = {"_student_guidance": record}
+    message = re.escape(
+        f"config.json has _student_guidance {record!r}, which is {{low, high, negative_prompts}}"
+    )
+    with pytest.raises(UserError, match=message):
+        check_scale_is_learnt(config, 2.0, "scale")
+    with pytest.raises(UserError, match=message):
+        check_negative_prompts_are_learnt(config, ["red"])
 
 
 def test_what_the_student_did_not_learn_is_refused(
