@@ -246,8 +246,10 @@ class ProgressBar(LightningProgressBar):
         self._total: int | None = None
         self._first_update = 0
         self._start = self._last_line = 0.0
-        self._first_ended: tuple[int, float] | None = None
-        """Updates and time at the end of the first iteration that updated: pairs and caches are made before it, once."""
+        self._warmup_updates = 0
+        self._since: tuple[int, float] | None = None
+        """Updates and time at the end of the first iteration that updated the student, in the warm-up and anew after it: pairs
+        are made before the one and the fake score's head start is before the other, and an update after it costs more."""
 
     def disable(self) -> None:
         """Hides the bar; called by Lightning on all ranks but the first."""
@@ -261,7 +263,10 @@ class ProgressBar(LightningProgressBar):
         self._total = _planned_updates(trainer, pl_module)
         self._first_update = counts_of(trainer).updates
         self._start = self._last_line = time.monotonic()
-        self._first_ended = None
+        self._warmup_updates = (
+            pl_module.update_schedule.warmup_updates if isinstance(pl_module, OneStepDistillation) else 0
+        )
+        self._since = None
         if not self._enabled or not self._console.is_terminal:
             return
         columns = (
@@ -283,8 +288,10 @@ class ProgressBar(LightningProgressBar):
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self._numbers = self._read(trainer)
         updates = counts_of(trainer).updates
-        if self._first_ended is None and updates > self._first_update:
-            self._first_ended = updates, time.monotonic()
+        if updates > self._first_update and (
+            self._since is None or self._since[0] <= self._warmup_updates < updates
+        ):
+            self._since = updates, time.monotonic()
         if self._progress is not None:
             self._progress.update(self._task, completed=updates, description=self._numbers)
         elif time.monotonic() - self._last_line > self.line_seconds:
@@ -320,7 +327,7 @@ class ProgressBar(LightningProgressBar):
     def _times(self, updates: int) -> str:
         now = time.monotonic()
         elapsed = f"{timedelta(seconds=round(now - self._start))}"
-        first, since = self._first_ended or (updates, now)
+        first, since = self._since or (updates, now)
         if updates == first or self._total is None:
             return elapsed
         left = (now - since) * (self._total - updates) / (updates - first)

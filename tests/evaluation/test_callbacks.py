@@ -24,6 +24,7 @@ from evaluation.images.generate import SampledImages
 from evaluation.protocols.protocols import PROTOCOLS
 from evaluation.reports.grids import progress_curves
 from evaluation.runner.scores import ProtocolNetworks, score_images
+from sdxs_lightning.stages.distillation.step import OneStepDistillation
 from sdxs_lightning.stages.distillation.update_schedule import UpdateSchedule
 from tests.helpers.tiny_distillation import distillation, family_of
 
@@ -144,7 +145,7 @@ def test_progress_bar_prints_lines_without_a_terminal(
 def test_the_time_left_leaves_out_what_precedes_the_first_update(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pairs take 300 s, each of 11 updates 2 s: after the third 16 s are left, and not 814."""
+    """Pairs take 300 s, each of 11 updates 2 s: after the third 16 s are left, and not 816."""
     now, done = [0.0], [0]
     monkeypatch.setattr("evaluation.callbacks.progress.time.monotonic", lambda: now[0])
     monkeypatch.setattr(progress, "counts_of", lambda trainer: SimpleNamespace(updates=done[0]))
@@ -160,6 +161,39 @@ def test_the_time_left_leaves_out_what_precedes_the_first_update(
         "student updates 1/11 0:05:02",
         "student updates 2/11 0:05:04, 0:00:18 left",
         "student updates 3/11 0:05:06, 0:00:16 left",
+    ]
+
+
+class WarmedUp(OneStepDistillation):
+    """A schedule alone: 3 of 11 updates are warm-up."""
+
+    def __init__(self) -> None:
+        LightningModule.__init__(self)
+        self.update_schedule = UpdateSchedule(max_student_updates=11, warmup_updates=3)
+
+
+@pytest.mark.parametrize("resumed_at", [0, 3])
+def test_the_time_left_after_the_warm_up_is_of_the_updates_after_it(
+    resumed_at: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Updates of the warm-up take 2 s, the head start 10 s, updates after it 6 s: after the fifth 36 s are left."""
+    now, done = [0.0], [resumed_at]
+    monkeypatch.setattr("evaluation.callbacks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "counts_of", lambda trainer: SimpleNamespace(updates=done[0]))
+    trainer: Any = SimpleNamespace(max_steps=-1, log_every_n_steps=100)
+    bar, module = ProgressBar(line_seconds=0.0), WarmedUp()
+    bar.on_train_start(trainer, module)
+    for update in range(resumed_at + 1, 6):
+        now[0] += {4: 16.0, 5: 6.0}.get(update, 2.0)
+        done[0] = update
+        bar.on_train_batch_end(trainer, module, None, None, 0)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    warmed = 6 if resumed_at == 0 else 0
+    if warmed:
+        assert lines[2] == "student updates 3/11 0:00:06, 0:00:16 left"
+    assert lines[-2:] == [
+        f"student updates 4/11 0:00:{warmed + 16}",
+        f"student updates 5/11 0:00:{warmed + 22}, 0:00:36 left",
     ]
 
 
