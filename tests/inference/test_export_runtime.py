@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -144,6 +145,18 @@ def computes_in_bf16() -> bool:
     return "BF16" in openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
+@contextmanager
+def float32_arithmetic() -> Iterator[None]:
+    """Has OpenVINO leave bf16 units alone, so that what differs is the weights'."""
+    core, name = openvino_core(), "INFERENCE_PRECISION_HINT"
+    before = core.get_property("CPU", name)
+    core.set_property("CPU", {name: "f32"})
+    try:
+        yield
+    finally:
+        core.set_property("CPU", {name: before})
+
+
 @pytest.mark.parametrize(
     ("name", "runtime", "precision", "bound"),
     [
@@ -156,12 +169,19 @@ def computes_in_bf16() -> bool:
 def test_smaller_weights(
     name: str, runtime: Any, precision: Any, bound: float, student: Students, exported: Callable[..., Path]
 ) -> None:
-    if runtime == "openvino" and precision == "fp16" and computes_in_bf16():
-        bound *= 8  # bf16 rounds 8 times as coarsely as fp16
     folder = exported(name, runtime, precision, adapted=False)
     expected = OneStepGenerator.load(student(name), device="cpu").sample(PROMPTS, SEEDS)
-    found = OneStepGenerator.load(folder, backend=runtime, device="cpu").sample(PROMPTS, SEEDS)
-    assert 0 < difference(found, expected) <= bound
+
+    def off() -> float:
+        found = OneStepGenerator.load(folder, backend=runtime, device="cpu").sample(PROMPTS, SEEDS)
+        return difference(found, expected)
+
+    if runtime == "openvino":
+        with float32_arithmetic():
+            assert 0 < off() <= bound
+    if runtime == "openvino" and precision == "fp16" and computes_in_bf16():
+        bound *= 8  # bf16 rounds 8 times as coarsely as fp16; as much as other prompts change these images
+    assert 0 < off() <= bound
     stored = load_file(student(name) / "unet" / "diffusion_pytorch_model.safetensors").values()
     share = weight_bytes(folder / "unet") / (4 * sum(one.numel() for one in stored))
     # A few constants stay as they were, of which these tiny networks have many; int8 has a scale for each channel.

@@ -18,8 +18,9 @@ Precision = Literal["fp32", "fp16", "int8"]
 def write_openvino(part: Part, folder: Path, precision: Precision) -> None:
     """Converts a network and writes openvino_model.xml and .bin.
 
-    Inputs, outputs and arithmetic are float32 in every precision; "fp16" and "int8" are what weights are stored in. The way
-    leads over ONNX, so that both runtimes have one trace, and the same names.
+    Inputs and outputs are float32 in every precision; "fp16" and "int8" are what weights are stored in. OpenVINO computes in
+    float32, but of these two in bf16 on a processor with units for it. The way leads over ONNX, so that both runtimes have one
+    trace, and the same names.
 
     Args:
         part: the network, float32.

@@ -188,6 +188,6 @@ def test_mixed_precision_reduces_in_float32_although_the_first_pass_is_frozen(
             return float(torch.cat([(one[name] - other[name]).flatten() for name in names]).norm())
 
         way, rounding = distance(expected, start), distance(expected, whole)
-        # Two roundings of one kind, of other sums where the processor has bf16 units; a wrong update would be off by about the
-        # way's own length.
-        assert 0 < distance(found, expected) < 3 * rounding < 0.75 * way, role
+        # Two roundings of one kind, which differ more where the processor has bf16 units: half the batch is summed in another
+        # order. A wrong update would be off by about the way's own length.
+        assert 0 < distance(found, expected) < 3 * rounding < 0.5 * way, role
