@@ -56,7 +56,7 @@ def with_guidance(
     if guidance_scale is None:
         raise UserError(
             f"the student in '{model.path}' takes the guidance scale as an input: give `guidance_scale`, a number "
-            f"{learnt_range(model.unet_config)}; 1 means none."
+            f"{learnt_range(model.unet_config)}."
         )
     if not isinstance(guidance_scale, Real):
         raise UserError(

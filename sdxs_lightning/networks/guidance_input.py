@@ -165,7 +165,7 @@ def learnt_range(config: Mapping[str, Any]) -> str:
     """The guidance scales that a student learnt, by its U-Net's config, for messages."""
     learnt = _record(config)
     if learnt is None:
-        return "of the range that it was trained for (student.guidance), such as 2"
+        return "of the range that it was trained for (student.guidance), such as 2; 1 means none"
     return f"from {learnt['low']:g} to {learnt['high']:g} (student.guidance)"
 
 
