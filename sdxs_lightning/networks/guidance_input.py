@@ -137,10 +137,8 @@ def _record(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if learnt is None:
         return None
     entries = learnt if isinstance(learnt, Mapping) else {}
-    scales = [entries.get(name) for name in ("low", "high")]
-    if not all(isinstance(scale, int | float) for scale in scales) or not isinstance(
-        entries.get("negative_prompts"), bool
-    ):
+    kinds = [type(entries.get(name)) for name in ("low", "high", "negative_prompts")]
+    if not (set(kinds[:2]) <= {int, float} and kinds[2] is bool):
         raise UserError(
             f"the U-Net's config.json has {LEARNT} {learnt!r}, which is {{low, high, negative_prompts}} of two numbers and "
             "true or false where this project wrote it: mend it, or delete it, so that nothing is checked."
