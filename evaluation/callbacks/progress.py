@@ -18,7 +18,6 @@ from rich.progress import (
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from evaluation.callbacks.step_flops import StepFlops, peak_tflops
@@ -275,8 +274,10 @@ class ProgressBar(LightningProgressBar):
             MofNCompleteColumn(),
             TextColumn("{task.description}"),
         )
-        self._progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self._console)
-        self._task = self._progress.add_task("", total=self._total, completed=self._first_update)
+        # rich's own column for the time left sees 30 s back, and one update of a full-size student takes longer.
+        left = TextColumn("{task.fields[left]}")
+        self._progress = Progress(*columns, TimeElapsedColumn(), left, console=self._console)
+        self._task = self._progress.add_task("", total=self._total, completed=self._first_update, left="")
         self._progress.start()
 
     def on_train_batch_end(
@@ -293,12 +294,14 @@ class ProgressBar(LightningProgressBar):
         ):
             self._since = updates, time.monotonic()
         if self._progress is not None:
-            self._progress.update(self._task, completed=updates, description=self._numbers)
+            self._progress.update(
+                self._task, completed=updates, description=self._numbers, left=self._left(updates)
+            )
         elif time.monotonic() - self._last_line > self.line_seconds:
             self._last_line = time.monotonic()
-            self.print(
-                f"student updates {updates}/{self._total or '?'}  {self._numbers}  {self._times(updates)}"
-            )
+            elapsed = timedelta(seconds=round(time.monotonic() - self._start))
+            times = ", ".join(filter(None, [f"{elapsed}", self._left(updates)]))
+            self.print(f"student updates {updates}/{self._total or '?'}  {self._numbers}  {times}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._stop()
@@ -324,14 +327,13 @@ class ProgressBar(LightningProgressBar):
         metrics = trainer.callback_metrics
         return "  ".join(text.format(float(metrics[name])) for name, text in SHOWN.items() if name in metrics)
 
-    def _times(self, updates: int) -> str:
-        now = time.monotonic()
-        elapsed = f"{timedelta(seconds=round(now - self._start))}"
-        first, since = self._since or (updates, now)
-        if updates == first or self._total is None:
-            return elapsed
-        left = (now - since) * (self._total - updates) / (updates - first)
-        return f"{elapsed}, {timedelta(seconds=round(left))} left"
+    def _left(self, updates: int) -> str:
+        """Time left, at the rate since the first update; empty before a second, or if the run has no end."""
+        if self._since is None or self._total is None or updates == self._since[0]:
+            return ""
+        first, since = self._since
+        left = (time.monotonic() - since) * (self._total - updates) / (updates - first)
+        return f"{timedelta(seconds=round(left))} left"
 
 
 def _planned_updates(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:

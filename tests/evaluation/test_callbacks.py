@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 
 from data.shards.datamodule import ShardDataModule
 from evaluation.callbacks import progress
@@ -162,6 +164,28 @@ def test_the_time_left_leaves_out_what_precedes_the_first_update(
         "student updates 2/11 0:05:04, 0:00:18 left",
         "student updates 3/11 0:05:06, 0:00:16 left",
     ]
+
+
+def test_a_terminal_too_shows_the_time_left_of_updates_that_take_a_minute(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now, done, screen = [0.0], [0], io.StringIO()
+    monkeypatch.setattr(
+        progress,
+        "Console",
+        lambda: Console(file=screen, force_terminal=True, width=120, get_time=lambda: now[0]),
+    )
+    monkeypatch.setattr("evaluation.callbacks.progress.time.monotonic", lambda: now[0])
+    monkeypatch.setattr(progress, "counts_of", lambda trainer: SimpleNamespace(updates=done[0]))
+    trainer: Any = SimpleNamespace(max_steps=11, log_every_n_steps=100)
+    bar = ProgressBar()
+    bar.on_train_start(trainer, LightningModule())
+    for done[0] in (1, 2, 3):
+        now[0] += 60.0
+        bar.on_train_batch_end(trainer, LightningModule(), None, None, 0)
+    bar.on_train_end(trainer, LightningModule())
+    shown = screen.getvalue()
+    assert "3/11" in shown and "0:03:00" in shown and "0:08:00 left" in shown
 
 
 class WarmedUp(OneStepDistillation):
