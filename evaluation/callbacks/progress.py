@@ -287,7 +287,7 @@ class ProgressBar(LightningProgressBar):
         if not self._enabled:
             return
         if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._numbers = self._read(trainer)
+            self._numbers = self._read(trainer, pl_module)
         updates = counts_of(trainer).updates
         if updates > self._first_update and (
             self._since is None or self._since[0] <= self._warmup_updates < updates
@@ -323,8 +323,11 @@ class ProgressBar(LightningProgressBar):
             self._progress.stop()
             self._progress = None
 
-    def _read(self, trainer: pl.Trainer) -> str:
-        metrics = trainer.callback_metrics
+    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+        metrics = dict(trainer.callback_metrics)  # Lightning keeps each metric's last value
+        if isinstance(pl_module, OneStepDistillation) and counts_of(trainer).updates > self._warmup_updates:
+            for name in set(pl_module.terms.warmup) - set(pl_module.terms.distillation):
+                metrics.pop(f"student/{name}", None)
         return "  ".join(text.format(float(metrics[name])) for name, text in SHOWN.items() if name in metrics)
 
     def _left(self, updates: int) -> str:

@@ -189,11 +189,29 @@ def test_a_terminal_too_shows_the_time_left_of_updates_that_take_a_minute(
 
 
 class WarmedUp(OneStepDistillation):
-    """A schedule alone: 3 of 11 updates are warm-up."""
+    """A schedule and names of terms alone: 3 of 11 updates are warm-up, by regression."""
 
     def __init__(self) -> None:
         LightningModule.__init__(self)
         self.update_schedule = UpdateSchedule(max_student_updates=11, warmup_updates=3)
+        self.terms: Any = SimpleNamespace(
+            warmup={"regression": None}, distillation={"distribution_matching": None}
+        )
+
+
+def test_after_the_warm_up_the_loss_of_its_last_update_is_shown_no_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = {"student/regression": 0.25, "student/distribution_matching": 0.5}
+    trainer: Any = SimpleNamespace(max_steps=-1, log_every_n_steps=1, callback_metrics=metrics)
+    bar, module, done = ProgressBar(line_seconds=0.0), WarmedUp(), [0]
+    monkeypatch.setattr(progress, "counts_of", lambda trainer: SimpleNamespace(updates=done[0]))
+    bar.on_train_start(trainer, module)
+    for done[0] in (3, 4):
+        bar.on_train_batch_end(trainer, module, None, None, 0)
+    before, after = capsys.readouterr().out.splitlines()
+    assert "student 0.500  regression 0.2500" in before
+    assert "student 0.500" in after and "regression" not in after
 
 
 @pytest.mark.parametrize("resumed_at", [0, 3])
