@@ -8,6 +8,7 @@ from typing import Any
 
 from evaluation.benchmarks import score_repair
 from evaluation.benchmarks.score_repair import FAKE, REAL
+from evaluation.benchmarks.tables.score_files import mean_differences
 from tests.helpers.result_files import PAGE, ROOT, result
 
 
@@ -210,17 +211,12 @@ def test_what_is_said_of_regression_beside_is_its_file() -> None:
         f"Without either the quickstart has {said(plain)}, at all timesteps {said(everywhere)} (seed 0)."
         in text
     )
-    costs: dict[str, tuple[float, float]] = {}
-    for score in ("fid", "caption_accuracy", "shape_score"):
-        lost = [
-            one - other for one, other in zip(plain[score]["values"], mixed[score]["values"], strict=True)
-        ]
-        costs[score] = mean(lost), stdev(lost) / len(lost) ** 0.5
-    (fid, fid_error), (captions, captions_error), (shape, shape_error) = costs.values()
+    costs = mean_differences({"plain": plain, "mixed": mixed}, [("plain", "mixed")])
+    fid, captions, shape = (costs[score] for score in ("fid", "caption_accuracy", "shape_score"))
     assert (
-        f"saves {fid:.2f} of FID and costs {100 * captions:.1f} points of captions and {shape:.3f} of shape score (standard "
-        f"errors {fid_error:.2f}, {100 * captions_error:.1f} and {shape_error:.3f}, three pairs of seeds)"
-        in text
+        f"saves {fid['mean']:.2f} of FID and costs {100 * captions['mean']:.1f} points of captions and {shape['mean']:.3f} of "
+        f"shape score (standard errors {fid['standard_error']:.2f}, {100 * captions['standard_error']:.1f} and "
+        f"{shape['standard_error']:.3f}, three pairs of seeds)" in text
     )
     # The row at all timesteps is seed 0.
     ahead = {
@@ -239,7 +235,8 @@ def test_what_is_said_of_the_fake_score_is_its_file() -> None:
     assert f"\n\n{score_repair.table(found).strip()}\n\n" in PAGE
     noisiest, lower = (found["captions_right"][timestep] for timestep in ("850", "300"))
     shares = {name: [100 * at[name]["wrong"] for at in (noisiest, lower)] for name in (REAL, FAKE)}
-    student, wrong = f"{100 * found['student']:.1f} %", round(found["samples"] * (1 - found["student"]))
+    before = found["student"]
+    student, wrong = f"{100 * before:.1f} %", round(found["samples"] * (1 - before))
     assert (
         f"{found['samples']} images of `toy_longer` ({student} of captions right, {wrong} images wrong;"
         in text
@@ -273,8 +270,17 @@ def test_what_is_said_of_the_quickstarts_variants_is_their_file() -> None:
         f"gains {100 * captions:.1f} points of captions and {shape:.3f} of shape score, and costs {fid:.2f} of FID and "
         f"{-ahead('quickstart', plain, 'diversity'):.3f} of diversity" in text
     )
-    to_600 = [ahead("quickstart_to_timestep_600", plain, name) for name in ("caption_accuracy", "fid")]
-    assert f"up to timestep 600 it gains {100 * to_600[0]:.1f} points and costs {to_600[1]:.2f}." in text
+    lower = mean_differences(rows, [("quickstart_to_timestep_600", "quickstart")])
+    captions, shape, fid = (lower[name] for name in ("caption_accuracy", "shape_score", "fid"))
+    assert (
+        f"captions fall by {-100 * captions['mean']:.1f} points and the shape score by {-shape['mean']:.3f}, and FID by "
+        f"{-fid['mean']:.2f} (standard errors {100 * captions['standard_error']:.1f}, {shape['standard_error']:.3f} and "
+        f"{fid['standard_error']:.2f}, three pairs of seeds)" in text
+    )
+    base = result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
+    worst = rows["quickstart_to_timestep_600"]["caption_accuracy"]["smallest"] / base
+    assert f"up to 600 the worst has {100 * worst:.1f} %." in text
+    assert worst < 0.95 <= rows["quickstart"]["caption_accuracy"]["smallest"] / base
     spread = rows["quickstart"]["caption_accuracy"]
     apart = 100 * (spread["largest"] - spread["smallest"])
     assert f"Seeds of the quickstart lie {apart:.1f} points apart, and seed 0 is its best" in text
