@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from evaluation.benchmarks.student_scores import ScoreOptions, load_scores
+from evaluation.benchmarks.student_scores import ScoreOptions, load_scores, settings_of
 from evaluation.reports.result_file import check_writable, write_result
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import Option, run_command
@@ -59,7 +59,7 @@ def run(options: ScorePrecisionOptions) -> str:
         check_writable(options.out)
     rows = measure(options)
     if options.out is not None:
-        settings = {"guidance_scale": options.guidance_scale, "samples": options.samples}
+        settings = {**settings_of(options), "samples": options.samples}
         write_result(options.out, {"relative_error": rows, **settings})
     return table(rows)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from evaluation.benchmarks.student_scores import ScoreOptions, load_scores
+from evaluation.benchmarks.student_scores import ScoreOptions, load_scores, settings_of
 from evaluation.reports.result_file import check_writable, write_result
 from evaluation.user_errors import as_user_errors
 from sdxs_lightning.command_line import Option, run_command
@@ -59,7 +59,7 @@ def run(options: ScoreRepairOptions) -> str:
         check_writable(options.out)
     found = measure(options)
     if options.out is not None:
-        settings = {name: getattr(options, name) for name in ("guidance_scale", "steps", "samples")}
+        settings = {**settings_of(options), "steps": options.steps, "samples": options.samples}
         write_result(options.out, {**found, **settings})
     return table(found)
 
@@ -80,7 +80,7 @@ def measure(options: ScoreRepairOptions) -> dict[str, Any]:
     """Share of captions that are right, of all images and of those that the student had wrong and right.
 
     Returns:
-        `student`: the student's own share; `captions_right`: by timestep, score and kind of image.
+        `captions_right_before`: the student's own share; `captions_right`: by timestep, score and kind of image.
     """
     import torch
     from rich.console import Console
@@ -119,7 +119,7 @@ def measure(options: ScoreRepairOptions) -> dict[str, Any]:
     by_timestep: dict[str, dict[str, Any]] = {str(timestep): {} for timestep in TIMESTEPS}
     for (timestep, name), parts in seen.items():
         by_timestep[str(timestep)][name] = _shares(torch.cat(parts), was_right)
-    return {"student": was_right.float().mean().item(), "captions_right": by_timestep}
+    return {"captions_right_before": was_right.float().mean().item(), "captions_right": by_timestep}
 
 
 def sampled_again(

@@ -36,6 +36,18 @@ class ScoreOptions:
     """JSON file to write."""
 
 
+def settings_of(options: ScoreOptions) -> dict[str, object]:
+    """What was measured, for the result file: the networks with the hashes of their weights, and the guidance scale."""
+    from sdxs_lightning.core.model_hash import hash_weights
+    from sdxs_lightning.families.sources import resolve_unet
+
+    networks = {name: getattr(options, name) for name in ("base", "student", "fake_score")}
+    hashes = {
+        f"{name}_sha256": hash_weights(resolve_unet(folder, f"--{name}")) for name, folder in networks.items()
+    }
+    return {**networks, **hashes, "guidance_scale": options.guidance_scale}
+
+
 class Renoised(NamedTuple):
     """What the scores are compared on."""
 

@@ -13,6 +13,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from evaluation.benchmarks import score_repair
 from evaluation.benchmarks.score_repair import FAKE, REAL, ScoreRepairOptions, main, run, sampled_again
 from evaluation.benchmarks.student_scores import ScoreOptions, load_scores
+from sdxs_lightning.core.model_hash import hash_weights
 from sdxs_lightning.families.detect import detect_family
 from sdxs_lightning.networks.denoiser import Denoiser
 from sdxs_lightning.networks.guidance_input import add_guidance_input
@@ -57,13 +58,16 @@ def test_two_equal_scores_mend_alike_and_a_broken_one_spoils_what_was_right(
     )
     shown = run(options)
     written = json.loads((tmp_path / "repair.json").read_text())
+    assert (written["student"], written["fake_score"]) == (STUDENT, BASE)
+    hashes = [hash_weights(f"{folder}/unet") for folder in (STUDENT, BASE)]
+    assert [written["student_sha256"], written["fake_score_sha256"]] == hashes
     for by in written["captions_right"].values():
         assert by[REAL] == by[FAKE]
-    assert 0 < written["student"] < 1
+    assert 0 < written["captions_right_before"] < 1
     # At timestep 1 hardly anything is noised, so all stays as it was.
     nearly = written["captions_right"]["1"][REAL]
-    assert (nearly["right"], nearly["wrong"], nearly["all"]) == (1.0, 0.0, written["student"])
-    assert f"| 1 | {written['student']:.1%} |" in shown
+    assert (nearly["right"], nearly["wrong"], nearly["all"]) == (1.0, 0.0, written["captions_right_before"])
+    assert f"| 1 | {written['captions_right_before']:.1%} |" in shown
     unet = UNet2DConditionModel.from_pretrained(BASE, subfolder="unet", torch_dtype=torch.float32)
     torch.nn.init.zeros_(unet.conv_out.weight)
     unet.save_pretrained(tmp_path / "broken")
