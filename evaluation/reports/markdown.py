@@ -140,8 +140,11 @@ def score_table(rows: Mapping[str, StoredScores]) -> str:
         [label, *(_cell(scores.get(name), FORMATS[name]) for name in columns)]
         for label, scores in rows.items()
     ]
-    header = [title(name) + (", %" if FORMATS[name] is _percent else "") for name in columns]
-    return markdown_table(["", *header], cells)
+    return markdown_table(["", *map(_score_title, columns)], cells)
+
+
+def _score_title(score: str) -> str:
+    return title(score) + (", %" if FORMATS[score] is _percent else "")
 
 
 def _cell(value: Any, text: Callable[[float], str]) -> str:
@@ -160,7 +163,7 @@ def score_file_markdown(content: Mapping[str, Any]) -> str:
         ValueError: if the file is neither.
     """
     kinds: tuple[tuple[str, Callable[[Mapping[str, Any]], str]], ...] = (
-        ("pairs", _paired_markdown),
+        ("differences", _differences_markdown),
         ("fid_ratio", _report_markdown),
         ("psnr_db", _decoder_markdown),
         ("ordered_by", _estimates_markdown),
@@ -264,11 +267,23 @@ def _decoder_markdown(content: Mapping[str, Any]) -> str:
     )
 
 
-def _paired_markdown(content: Mapping[str, Any]) -> str:
-    rows = [
-        [title(score), f"{found['mean']:+.4f}", f"{found['standard_error']:.4f}", str(found["differences"])]
-        for score, found in content.items()
-        if score != "pairs"
-    ]
-    table = markdown_table(["score", "mean difference", "standard error", "pairs"], rows)
-    return f"{', '.join(content['pairs'])}:\n\n{table}"
+def _differences_markdown(content: Mapping[str, Any]) -> str:
+    """Markdown of mean differences with standard errors, one row per pair of rows; `-` takes the place of their colon."""
+    pairs = content["differences"]
+    scores = [score for score in FORMATS if any(score in found for found in pairs.values())]
+    rows = []
+    for pair, found in pairs.items():
+        cells = [_with_error(score, found[score]) if score in found else "" for score in scores]
+        seeds = max(one["differences"] for one in found.values())
+        rows.append([pair.replace(":", " - "), *cells, str(seeds)])
+    return markdown_table(["", *map(_score_title, scores), "seeds"], rows)
+
+
+def _with_error(score: str, found: Mapping[str, float]) -> str:
+    text = FORMATS[score]
+    difference = text(found["mean"])
+    if float(difference) == 0:
+        difference = text(0.0)  # no sign: "-0.0" would claim one
+    elif found["mean"] > 0:
+        difference = f"+{difference}"
+    return f"{difference} ± {text(found['standard_error'])}"

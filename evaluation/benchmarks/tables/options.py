@@ -296,10 +296,10 @@ class SeedsOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PairedOptions:
-    """Mean differences between rows of the recipes' score file over pairs of equal seeds, with standard errors."""
+    """Mean differences between rows of the recipes' score file over equal seeds, with standard errors."""
 
     EXAMPLES: ClassVar[str] = f"""
-    {PROGRAM} paired evaluation/results/toy_recipes.json --pairs segmented:dmd2 pruned_segmented:pruned_dmd2
+    {PROGRAM} paired evaluation/results/toy_recipes.json --pairs segmented:dmd2_no_gan dmd2:warmup
     """
 
     table: Annotated[Path, Option(positional=True)]

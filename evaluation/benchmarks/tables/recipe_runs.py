@@ -157,13 +157,10 @@ RECIPES: dict[str, Recipe] = {
     # Guidance in the pairs and in the score difference; the quickstart has 1.5.
     **{f"quickstart_guidance_{scale}": _guidance(scale) for scale in ("1", "2", "3", "4.5")},
     "segmented+finish": _finish_of("segmented"),
-    "dmd2_no_gan+finish": _finish_of("dmd2_no_gan"),
     "dmd2+finish": _finish_of("dmd2"),
     "pruned_warmup": Recipe(WARMUP, PRUNED),
     "pruned_segmented": Recipe(SEGMENTED, "pruned_warmup"),
     "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),
-    "pruned_segmented+finish": _finish_of("pruned_segmented"),
-    "pruned_dmd2+finish": _finish_of("pruned_dmd2"),
 }
 """Recipes by row name; a row follows the one it starts from."""
 
@@ -236,6 +233,13 @@ def train_recipe(root: Path, row: str, seed: int) -> None:
     write_result(folder / COST, {"cpu_seconds": seconds, "command": line[1:]})
     if code:
         raise RunStopped(f"{row} with seed {seed} ended with exit code {code}; see {folder / 'log.txt'}")
+
+
+def total_cpu_seconds(root: Path, row: str, seed: int) -> float | None:
+    """CPU seconds of a run and of those that it starts from; None unless all are recorded."""
+    own, start = cpu_seconds(run_folder(root, row, seed)), RECIPES[row].start
+    before = total_cpu_seconds(root, start, seed) if start in RECIPES else 0.0
+    return own + before if own and before is not None else None
 
 
 def cpu_seconds(folder: Path) -> float:

@@ -180,28 +180,25 @@ def paired(options: PairedOptions) -> str:
         pairs.append((first, second))
     rows = read_result(options.table).get("rows", {})
     try:
-        found = mean_differences(rows, pairs)
+        found = {f"{one}:{other}": mean_differences(rows, one, other) for one, other in pairs}
     except MALFORMED as error:
         raise ValueError(
             f"{options.table} is not a score file of recipes, or a damaged one ({error!r})"
         ) from error
-    return write_scores(options.out, {"pairs": list(options.pairs), **found})
+    return write_scores(options.out, {"differences": found})
 
 
-def mean_differences(
-    rows: Mapping[str, Any], pairs: Sequence[tuple[str, str]]
-) -> dict[str, dict[str, float]]:
-    """Mean difference of each score and its standard error, over all pairs of rows and seeds.
+def mean_differences(rows: Mapping[str, Any], first: str, second: str) -> dict[str, dict[str, float]]:
+    """Mean over the common seeds of the first row minus the second, and its standard error, for each score.
 
     Raises:
-        ValueError: for fewer than two differences, or if no score is known of all rows.
+        ValueError: for fewer than two common seeds, or if both rows have no score in common.
     """
     result = {}
-    named = {name for pair in pairs for name in pair}
     for score in COMPARED:
-        if any(name in rows and score not in rows[name] for name in named):
+        if any(name in rows and score not in rows[name] for name in (first, second)):
             continue  # an older table has fewer scores
-        found = seed_differences(rows, pairs, score)
+        found = seed_differences(rows, first, second, score)
         if len(found) < 2:
             raise ValueError(f"{score}: a standard error needs at least two differences, got {len(found)}")
         result[score] = {
@@ -210,31 +207,25 @@ def mean_differences(
             "differences": len(found),
         }
     if not result:
-        raise ValueError(f"the rows {', '.join(sorted(named))} have none of {', '.join(COMPARED)} in common")
+        raise ValueError(f"the rows {first} and {second} have none of {', '.join(COMPARED)} in common")
     return result
 
 
-def seed_differences(rows: Mapping[str, Any], pairs: Sequence[tuple[str, str]], score: str) -> list[float]:
-    """First row minus second, for every pair of rows and every common seed.
+def seed_differences(rows: Mapping[str, Any], first: str, second: str, score: str) -> list[float]:
+    """First row minus second for every common seed.
 
     Rows of one seed share noise, prompts and initial students, so their difference varies less than each of them.
 
     Raises:
         ValueError: for a missing row, or one without values by seed.
     """
-    found = []
-    for pair in pairs:
-        by_seed: list[dict[int, float | None]] = []
-        for name in pair:
-            if name not in rows or "values" not in (rows[name][score] or {}):
-                raise ValueError(f"there are no values of '{name}' by seed; there are {', '.join(rows)}")
-            seeds, values = rows[name]["seeds"], rows[name][score]["values"]
-            if len(seeds) != len(values):
-                raise ValueError(f"'{name}' has {len(seeds)} seeds and {len(values)} values of {score}")
-            by_seed.append(dict(zip(seeds, values, strict=True)))
-        first, second = by_seed
-        for seed in first.keys() & second.keys():
-            one, other = first[seed], second[seed]
-            if one is not None and other is not None:
-                found.append(one - other)
-    return found
+    by_seed: list[dict[int, float | None]] = []
+    for name in (first, second):
+        if name not in rows or "values" not in (rows[name][score] or {}):
+            raise ValueError(f"there are no values of '{name}' by seed; there are {', '.join(rows)}")
+        seeds, values = rows[name]["seeds"], rows[name][score]["values"]
+        if len(seeds) != len(values):
+            raise ValueError(f"'{name}' has {len(seeds)} seeds and {len(values)} values of {score}")
+        by_seed.append(dict(zip(seeds, values, strict=True)))
+    found = [(value, by_seed[1].get(seed)) for seed, value in by_seed[0].items()]
+    return [one - other for one, other in found if one is not None and other is not None]

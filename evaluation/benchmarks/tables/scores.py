@@ -16,11 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from evaluation.benchmarks.tables.recipe_runs import (
     RECIPES,
-    cpu_seconds,
     is_finished,
     make_pairs,
     reads_pairs,
     run_folder,
+    total_cpu_seconds,
     train_recipe,
 )
 from evaluation.benchmarks.tables.score_files import KeptRows, named_folders, write_scores
@@ -97,7 +97,7 @@ def recipes(options: RecipesOptions) -> str:
             if options.finished_only and not is_finished(options.root, row, seed):
                 continue
             train_recipe(options.root, row, seed)
-            cost = cpu_seconds(run_folder(options.root, row, seed)) or None  # None: not recorded
+            cost = total_cpu_seconds(options.root, row, seed)
             rows[row][seed] = student_scores(options.root, row, seed, scorer) | {"cpu_seconds": cost}
             sys.stderr.write(f"{row}, seed {seed}: {rows[row][seed]}\n")
     summary = {row: over_seeds(by_seed) for row, by_seed in rows.items() if by_seed}

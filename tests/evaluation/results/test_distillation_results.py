@@ -192,8 +192,8 @@ def test_what_is_said_of_the_longer_runs_is_their_file() -> None:
     assert f"with {share:.0f} % of the parameters (`configs/toy/pruned.yaml`)" in text
     shape = result("toy_teacher")["toy"]["teacher"]["50"]["shape_score"]
     assert (
-        f"By shape the full student ({rows['longer']['shape_score']['mean']:.3f}) is still told from the base ({shape:.3f} at 50 steps)"
-        in text
+        f"By shape the full student ({rows['longer']['shape_score']['mean']:.3f}) is still told from the base "
+        f"({shape:.3f} at 50 steps)" in text
     )
 
 
@@ -211,7 +211,7 @@ def test_what_is_said_of_regression_beside_is_its_file() -> None:
         f"Without either the quickstart has {said(plain)}, at all timesteps {said(everywhere)} (seed 0)."
         in text
     )
-    costs = mean_differences({"plain": plain, "mixed": mixed}, [("plain", "mixed")])
+    costs = mean_differences({"plain": plain, "mixed": mixed}, "plain", "mixed")
     fid, captions, shape = (costs[score] for score in ("fid", "caption_accuracy", "shape_score"))
     assert (
         f"saves {fid['mean']:.2f} of FID and costs {100 * captions['mean']:.1f} points of captions and {shape['mean']:.3f} of "
@@ -235,7 +235,7 @@ def test_what_is_said_of_the_fake_score_is_its_file() -> None:
     assert f"\n\n{score_repair.table(found).strip()}\n\n" in PAGE
     noisiest, lower = (found["captions_right"][timestep] for timestep in ("850", "300"))
     shares = {name: [100 * at[name]["wrong"] for at in (noisiest, lower)] for name in (REAL, FAKE)}
-    before = found["student"]
+    before = found["captions_right_before"]
     student, wrong = f"{100 * before:.1f} %", round(found["samples"] * (1 - before))
     assert (
         f"{found['samples']} images of `toy_longer` ({student} of captions right, {wrong} images wrong;"
@@ -249,6 +249,32 @@ def test_what_is_said_of_the_fake_score_is_its_file() -> None:
     assert (
         f"the base mends {shares[REAL][1]:.0f} % of them and the fake score {shares[FAKE][1]:.0f} %; of {wrong} images one is "
         f"{100 / wrong:.0f} points" in text
+    )
+
+
+def test_what_is_said_of_the_fake_score_at_dmd2s_settings_is_its_file() -> None:
+    longer, dmd2 = (result(name)["captions_right"] for name in ("score_repair", "score_repair_dmd2"))
+    found, text = result("score_repair_dmd2"), " ".join(PAGE.split())
+    assert f"\n\n{score_repair.table(found).strip()}\n\n" in PAGE
+    before, count = found["captions_right_before"], found["samples"]
+    assert (
+        f"a student of {100 * before:.1f} % (seed 0, {count:,} images, {round(count * (1 - before))} wrong)"
+        in text
+    )
+    from_850 = dmd2["850"]
+    assert (
+        f"from 850 it draws {100 * from_850[FAKE]['all']:.1f} % of captions right, and mends "
+        f"{100 * from_850[FAKE]['wrong']:.0f} % of the wrong images where the base mends {100 * from_850[REAL]['wrong']:.0f} %."
+        in text
+    )
+    assert 0 < from_850[FAKE]["all"] - before < 0.02
+
+    def apart(run: dict[str, Any], timestep: str) -> str:
+        return f"{100 * (run[timestep][REAL]['wrong'] - run[timestep][FAKE]['wrong']):.0f}"
+
+    assert (
+        f"from {apart(dmd2, '850')} points of wrong images here to {apart(longer, '850')} in `toy_longer`, and at 300 from "
+        f"{apart(dmd2, '300')} to {apart(longer, '300')}." in text
     )
 
 
@@ -270,12 +296,12 @@ def test_what_is_said_of_the_quickstarts_variants_is_their_file() -> None:
         f"gains {100 * captions:.1f} points of captions and {shape:.3f} of shape score, and costs {fid:.2f} of FID and "
         f"{-ahead('quickstart', plain, 'diversity'):.3f} of diversity" in text
     )
-    lower = mean_differences(rows, [("quickstart_to_timestep_600", "quickstart")])
-    captions, shape, fid = (lower[name] for name in ("caption_accuracy", "shape_score", "fid"))
+    lower = mean_differences(rows, "quickstart_to_timestep_600", "quickstart")
+    of_captions, of_shape, of_fid = (lower[name] for name in ("caption_accuracy", "shape_score", "fid"))
     assert (
-        f"captions fall by {-100 * captions['mean']:.1f} points and the shape score by {-shape['mean']:.3f}, and FID by "
-        f"{-fid['mean']:.2f} (standard errors {100 * captions['standard_error']:.1f}, {shape['standard_error']:.3f} and "
-        f"{fid['standard_error']:.2f}, three pairs of seeds)" in text
+        f"captions fall by {-100 * of_captions['mean']:.1f} points and the shape score by {-of_shape['mean']:.3f}, and FID by "
+        f"{-of_fid['mean']:.2f} (standard errors {100 * of_captions['standard_error']:.1f}, "
+        f"{of_shape['standard_error']:.3f} and {of_fid['standard_error']:.2f}, three pairs of seeds)" in text
     )
     base = result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
     worst = rows["quickstart_to_timestep_600"]["caption_accuracy"]["smallest"] / base

@@ -27,7 +27,7 @@ def test_every_table_is_what_show_prints() -> None:
     shown = re.findall(
         r"`python -m evaluation.benchmarks.tables show evaluation/results/(\w+).json` prints:\n\n", PAGE
     )
-    assert len(shown) == len(set(shown)) == 22
+    assert len(shown) == len(set(shown)) == 21
     for name in shown:
         assert f"{name}.json` prints:\n\n{score_file_markdown(result(name))}\n" in PAGE, name
     for path in RESULTS.glob("*.json"):
@@ -113,22 +113,8 @@ def test_the_row_of_the_iterations_parts_is_its_file() -> None:
     assert gan["speed"] >= 1.19 and plain["speed"] > 1 and rest < 1
 
 
-def test_the_readme_says_what_the_students_reach() -> None:
-    quickstart, rows = result("quickstart_seeds"), result("toy_recipes")["rows"]
-    longer = result("toy_quickstart_longer")["rows"]
-    base = result("toy_teacher")["toy"]["teacher"]["50"]["caption_accuracy"]
-    named = {
-        f"student, quickstart ({quickstart['student_updates']} updates)": quickstart["student"],
-        "student, longer (1,400 updates)": longer["longer"],
-        "student, warm-up then DMD2": rows["dmd2"],
-        "student with 28 % of the base's parameters, longer": longer["pruned_longer"],
-    }
+def test_the_readme_says_what_each_phase_of_the_quickstart_brings() -> None:
     readme = (ROOT / "README.md").read_text()
-    for name, scores in named.items():
-        fid, clip, accuracy = (scores[key]["mean"] for key in ("fid", "clip_score", "caption_accuracy"))
-        assert f"| {name} | 1 | {fid:.2f} | {clip:.1f} | {100 * accuracy:.1f} % |" in readme
-    shares = [100 * scores["caption_accuracy"]["mean"] / base for scores in named.values()]
-    assert f"have {min(shares):.0f} to {max(shares):.0f} % of the accuracy of their base" in readme
     curves = [result(f"quickstart_seed{seed}")["history"] for seed in range(3)]
     warm = [next(at for at in curve if at["student_updates"] == 300)["caption_accuracy"] for curve in curves]
     last = [curve[-1]["caption_accuracy"] for curve in curves]
@@ -181,16 +167,9 @@ def test_the_tables_of_controlnets_are_their_files() -> None:
 
 def phrases() -> list[str]:
     """The numbers of the text, made from the files."""
-    rows, entry = result("toy_recipes")["rows"], result("toy_teacher")["toy"]
-    one, many = entry["teacher"]["1"], entry["teacher"]["50"]
+    entry = result("toy_teacher")["toy"]
     seeds, fid = result("quickstart_seeds"), result("toy_pruned_dmd2")["metrics"]["fid"]
-    accuracy = {row: scores["caption_accuracy"]["mean"] for row, scores in rows.items()}
-    cost = {row: scores["cpu_seconds"]["mean"] for row, scores in rows.items()}
-    distilled = [accuracy[row] for row in rows if row.startswith(("dmd2", "segmented")) and "+" not in row]
-    pruned = [accuracy[row] / many["caption_accuracy"] for row in rows if re.match("pruned_(dmd2|seg)", row)]
-    assert max(rows[row]["fid"]["mean"] for row in rows if re.match("pruned_(dmd2|seg)", row)) <= many["fid"]
-    ratio, paired = seeds["caption_accuracy_ratio"], result("toy_segmented_versus_dmd2")
-    finish, plan = result("toy_finish_versus_none"), "plan_sdxl_one_gpu"
+    ratio, plan = seeds["caption_accuracy_ratio"], "plan_sdxl_one_gpu"
     data, metrics = result("throughput_data"), result("throughput_metrics")
     parity = max(
         result("metrics_parity")[tool]["fid"]["relative"]
@@ -199,12 +178,6 @@ def phrases() -> list[str]:
     kills, firsts = result("resume_kills"), [f"{each['seconds']:.1f} s" for each in data["first_batch"]]
     trials = result("coverage")["coverage_of_95_percent_intervals"].values()
     covered = [100 * each["coverage"] for metrics_at in trials for each in metrics_at.values()]
-    assert f"{cost['segmented'] / cost['dmd2']:.1f}" == "0.8"  # four fifths
-    assert paired["fid"]["mean"] > 0
-    assert all(
-        abs(finish[score]["mean"]) < 2 * finish[score]["standard_error"]
-        for score in ("fid", "caption_accuracy")
-    )
     passes = {
         name: row["passes"] for name, row in result("passes")["passes_per_student_update"]["sd15"].items()
     }
@@ -222,20 +195,6 @@ def phrases() -> list[str]:
         f"{seeds['student_updates']} student updates per run",
         f"{100 * ratio['smallest']:.1f} to {100 * ratio['largest']:.1f} % of its caption accuracy, at "
         f"{seeds['fid_ratio']['smallest']:.2f} to {seeds['fid_ratio']['largest']:.2f} times the base's FID in 50 steps",
-        f"{100 * rows['pruned_dmd2']['parameters'] / rows['dmd2']['parameters']:.0f} % of the parameters",
-        f"(FID {one['fid']:.2f}, caption accuracy {100 * one['caption_accuracy']:.1f} %)",
-        f"the base in 50 steps ({many['fid']:.2f})",
-        f"{100 * min(pruned):.0f} to {100 * max(pruned):.0f} % of its caption accuracy.",
-        f"adds {100 * (accuracy['warmup'] - accuracy['regression']):.0f} points",
-        f"at {cost['warmup'] / cost['regression']:.1f} times the cost",
-        f"adds {100 * (min(distilled) - accuracy['warmup']):.1f} to {100 * (max(distilled) - accuracy['warmup']):.1f} more",
-        f"is {100 * paired['caption_accuracy']['mean']:.1f} points of accuracy ahead of DMD2 "
-        f"(standard error {100 * paired['caption_accuracy']['standard_error']:.1f})",
-        f"{paired['fid']['mean']:.2f} of FID behind ({paired['fid']['standard_error']:.2f})",
-        f"accuracy by {100 * finish['caption_accuracy']['mean']:.1f} points "
-        f"(standard error {100 * finish['caption_accuracy']['standard_error']:.1f})",
-        f"and FID by {finish['fid']['mean']:.3f} ({finish['fid']['standard_error']:.3f}), "
-        f"over {finish['fid']['differences']} pairs: neither is proven",
         f"raw JPEG tars {data['raw_jpeg']['ratio']:.1f} times as fast, SDXL latents {data['raw_sdxl_latents']['ratio']:.1f}",
         f"512 px tensors {data['jpeg_to_512']['0 workers']['ratio']:.1f} ({data['jpeg_to_512']['2 workers']['ratio']:.1f} with",
         f"after {firsts[0]} (100 shards) or {firsts[1]} (1,000)",

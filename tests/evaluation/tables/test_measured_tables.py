@@ -240,7 +240,7 @@ def test_bad_input_is_one_sentence(
         main, ["unets", "--unet", "folder", "--out", out], capsys
     )
     Path(out).write_text('{"x": 1}')
-    assert "has none of pairs, fid_ratio" in refusal(main, ["show", out], capsys)
+    assert "has none of differences, fid_ratio" in refusal(main, ["show", out], capsys)
     Path(out).write_text("[]")
     assert "out.json is not a score file" in refusal(main, ["show", out], capsys)
 

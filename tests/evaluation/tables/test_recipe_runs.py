@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from evaluation.benchmarks.tables import recipe_runs
 from evaluation.benchmarks.tables import scores as toy_scores
 from evaluation.benchmarks.tables.__main__ import main
 from evaluation.benchmarks.tables.recipe_runs import (
+    COST,
     MODEL,
     PRUNED,
     RECIPES,
     command,
     cpu_seconds,
     run_folder,
+    total_cpu_seconds,
     train_recipe,
 )
 from evaluation.protocols.protocols import REPOSITORY
@@ -82,8 +85,12 @@ def test_finished_recipes_are_not_run_again_and_missing_ones_are(
     assert ran == []
     train_recipe(tmp_path, "dmd2+finish", 1)
     assert ran == ["warmup", "dmd2", "dmd2+finish"]
-    assert cpu_seconds(tmp_path / "dmd2" / "seed1") > 0
-    assert cpu_seconds(tmp_path / "dmd2" / "seed0") == 0
+    stages = [cpu_seconds(run_folder(tmp_path, row, 1)) for row in ran]
+    assert min(stages) > 0 and cpu_seconds(run_folder(tmp_path, "dmd2", 0)) == 0
+    assert total_cpu_seconds(tmp_path, "dmd2+finish", 1) == pytest.approx(sum(stages))
+    finish(tmp_path, "dmd2+finish", 0)
+    shutil.copy(run_folder(tmp_path, "dmd2", 1) / COST, run_folder(tmp_path, "dmd2+finish", 0))
+    assert total_cpu_seconds(tmp_path, "dmd2+finish", 0) is None  # its start's is not recorded
 
 
 def test_finished_only_starts_no_run_and_scores_the_seeds_that_exist(

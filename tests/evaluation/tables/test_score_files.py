@@ -117,11 +117,11 @@ def test_the_committed_summaries_follow_from_the_committed_scores() -> None:
     }
     assert summarise_scores(files) == json.loads((RESULTS / "quickstart_seeds.json").read_text())
     rows = json.loads((RESULTS / "toy_recipes.json").read_text())["rows"]
-    for name in ("toy_finish_versus_none", "toy_segmented_versus_dmd2"):
-        stored = json.loads((RESULTS / f"{name}.json").read_text())
-        found = mean_differences(rows, [tuple(pair.split(":")) for pair in stored.pop("pairs")])
-        for score, numbers in stored.items():
-            assert found[score] == pytest.approx(numbers, rel=1e-9), (name, score)
+    stored = json.loads((RESULTS / "toy_recipes_paired.json").read_text())["differences"]
+    for pair, scores in stored.items():
+        found = mean_differences(rows, *pair.split(":"))
+        for score, numbers in scores.items():
+            assert found[score] == pytest.approx(numbers, rel=1e-9), (pair, score)
 
 
 @pytest.mark.parametrize("key", ["base_sha256", "student_updates"])
@@ -141,17 +141,16 @@ def row(seeds: list[int], values: list[float | None]) -> dict[str, Any]:
 ROWS = {
     "a": row([0, 1, 2], [3.0, 5.0, 9.0]),
     "b": row([2, 0, 7], [4.0, 1.0, 0.0]),
+    "b2": row([2, 0], [4.00001, 1.00001]),
     "c": row([0, 1], [None, 1.0]),
 }
 
 
 def test_paired_differences_match_seeds_and_leave_out_what_a_row_lacks() -> None:
-    assert sorted(seed_differences(ROWS, [("a", "b")], "fid")) == [2.0, 5.0]
-    assert sorted(seed_differences(ROWS, [("a", "b"), ("a", "c")], "fid")) == [2.0, 4.0, 5.0]
-    assert seed_differences(ROWS, [("a", "c")], "fid") == [4.0]
-    found = mean_differences(ROWS, [("a", "b"), ("a", "c")])["caption_accuracy"]
-    assert found["mean"] == pytest.approx(11 / 3) and found["differences"] == 3
-    assert found["standard_error"] == pytest.approx(((25 + 1 + 16) / 9 / 2 / 3) ** 0.5)
+    assert sorted(seed_differences(ROWS, "a", "b", "fid")) == [2.0, 5.0]
+    assert seed_differences(ROWS, "a", "c", "fid") == [4.0]
+    found = mean_differences(ROWS, "a", "b")["caption_accuracy"]
+    assert found == {"mean": 3.5, "standard_error": pytest.approx((2 * 1.5**2 / 2) ** 0.5), "differences": 2}
 
 
 def test_paired_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -159,10 +158,19 @@ def test_paired_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     table.write_text(json.dumps({"rows": ROWS}))
     main(["paired", str(table), "--pairs", "a:b", "--out", str(tmp_path / "paired.json")])
     written = json.loads((tmp_path / "paired.json").read_text())
-    assert written["pairs"] == ["a:b"] and written["fid"]["mean"] == 3.5
-    assert "| FID | +3.5000 |" in capsys.readouterr().out
+    assert list(written["differences"]) == ["a:b"] and written["differences"]["a:b"]["fid"]["mean"] == 3.5
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0].startswith("|  | shape score | clean images, % | FID |") and shown[0].endswith(
+        "| seeds |"
+    )
+    assert shown[2].startswith("| a - b | +3.500 ± 1.500 | +350.0 ± 150.0 | +3.50 ± 1.50 |") and shown[
+        2
+    ].endswith("| 2 |")
+    main(["paired", str(table), "--pairs", "b:b2", "b:a"])
+    same, behind = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| b"))
+    assert same.startswith("| b - b2 | 0.000 ± 0.000 |") and behind.startswith("| b - a | -3.500 ± 1.500 |")
     for pair, message in (
-        ("a:nobody", "there are no values of 'nobody' by seed; there are a, b, c"),
+        ("a:nobody", "there are no values of 'nobody' by seed; there are a, b, b2, c"),
         ("a:c", "shape_score: a standard error needs at least two differences, got 1"),
         ("a", "--pairs takes ROW:ROW, got 'a'"),
     ):
@@ -255,7 +263,7 @@ def test_what_is_read_is_not_replaced(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "the difference of a row from itself" in refusal(main, ["paired", table, "--pairs", "a:a"], capsys)
     table.write_text(json.dumps({"rows": {"a": {}, "b": {}}}))
     said = refusal(main, ["paired", table, "--pairs", "a:b"], capsys)
-    assert "the rows a, b have none of shape_score" in said
+    assert "the rows a and b have none of shape_score" in said
 
 
 def test_a_score_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
