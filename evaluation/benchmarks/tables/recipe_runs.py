@@ -16,7 +16,6 @@ from sdxs_lightning.core.errors import RunStopped
 MODEL = "--model.init_args."
 QUICKSTART, DISTILL, FINISH, METHODS = "quickstart.yaml", "toy/distill.yaml", "toy/finish.yaml", "methods"
 WARMUP = ("toy/warmup.yaml", "toy/stored_pairs.yaml")
-SEGMENTED = (DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml")
 PAIRS = "outputs/toy-pairs"
 """Output of `python -m data.prepare pairs`; shared by all seeds."""
 PAIR_OPTIONS = f"""--model data/toy/base --captions toy:train --count 8192 --steps 8 --guidance_scale 1.5
@@ -34,10 +33,6 @@ class Recipe:
     """Row or U-Net folder of the student's initial weights; None is the base."""
     flags: tuple[str, ...] = ()
     """Further arguments of train.py."""
-
-
-def _finish_of(row: str) -> Recipe:
-    return Recipe((DISTILL, FINISH), row)
 
 
 PRUNED = "outputs/toy-miniaturise/unet"
@@ -89,10 +84,13 @@ def _guidance(scale: str) -> Recipe:
 RECIPES: dict[str, Recipe] = {
     "regression": Recipe(WARMUP, flags=_NO_FEATURES),
     "warmup": Recipe(WARMUP),
-    "segmented": Recipe(SEGMENTED, "warmup"),
+    "segmented": Recipe((DISTILL, "toy/distill_segmented.yaml", "toy/stored_pairs.yaml"), "warmup"),
     "dmd2_no_gan": Recipe((DISTILL,), "warmup", _NO_GAN),
     "dmd2": Recipe((DISTILL,), "warmup"),
-    # From the base, without a warm-up: what a setting itself reaches, each in 1,080 passes of the U-Net over a batch.
+    "dmd2+finish": Recipe((DISTILL, FINISH), "dmd2"),
+    "pruned_warmup": Recipe(WARMUP, PRUNED),
+    "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),
+    # From the base, without a warm-up: what a setting itself reaches, each in about 1,080 passes of the U-Net.
     "cold_dmd2": _cold(40),
     "cold_gan": Recipe((DISTILL,), flags=(f"{_HEAD_START}=20", f"{_UPDATES}=33")),
     "cold_samples_used_5_times": _cold(48, "samples_used_again", f"{_HEAD_START}=4"),
@@ -156,11 +154,6 @@ RECIPES: dict[str, Recipe] = {
     ),
     # Guidance in the pairs and in the score difference; the quickstart has 1.5.
     **{f"quickstart_guidance_{scale}": _guidance(scale) for scale in ("1", "2", "3", "4.5")},
-    "segmented+finish": _finish_of("segmented"),
-    "dmd2+finish": _finish_of("dmd2"),
-    "pruned_warmup": Recipe(WARMUP, PRUNED),
-    "pruned_segmented": Recipe(SEGMENTED, "pruned_warmup"),
-    "pruned_dmd2": Recipe((DISTILL,), "pruned_warmup"),
 }
 """Recipes by row name; a row follows the one it starts from."""
 
