@@ -274,8 +274,11 @@ def _differences_markdown(content: Mapping[str, Any]) -> str:
     rows = []
     for pair, found in pairs.items():
         cells = [_with_error(score, found[score]) if score in found else "" for score in scores]
-        seeds = max(one["differences"] for one in found.values())
-        rows.append([pair.replace(":", " - "), *cells, str(seeds)])
+        counts = sorted({one["differences"] for one in found.values()})
+        seeds = " to ".join(
+            map(str, dict.fromkeys((counts[0], counts[-1])))
+        )  # a score may be unknown of a seed
+        rows.append([pair.replace(":", " - "), *cells, seeds])
     return markdown_table(["", *map(_score_title, scores), "seeds"], rows)
 
 

@@ -196,11 +196,13 @@ def mean_differences(rows: Mapping[str, Any], first: str, second: str) -> dict[s
     """
     result = {}
     for score in COMPARED:
-        if any(name in rows and score not in rows[name] for name in (first, second)):
-            continue  # an older table has fewer scores
+        if any(name in rows and rows[name].get(score) is None for name in (first, second)):
+            continue  # an older table has fewer scores, or the row's runs had not this one
         found = seed_differences(rows, first, second, score)
         if len(found) < 2:
-            raise ValueError(f"{score}: a standard error needs at least two differences, got {len(found)}")
+            raise ValueError(
+                f"{first}:{second}, {score}: a standard error needs two or more common seeds, got {len(found)}"
+            )
         result[score] = {
             "mean": statistics.fmean(found),
             "standard_error": statistics.stdev(found) / len(found) ** 0.5,

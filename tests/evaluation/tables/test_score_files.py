@@ -153,6 +153,27 @@ def test_paired_differences_match_seeds_and_leave_out_what_a_row_lacks() -> None
     assert found == {"mean": 3.5, "standard_error": pytest.approx((2 * 1.5**2 / 2) ** 0.5), "differences": 2}
 
 
+def test_a_score_that_a_row_lacks_is_left_out_and_fewer_seeds_of_one_are_shown() -> None:
+    rows: dict[str, dict[str, Any]] = {
+        "a": {
+            "seeds": [0, 1, 2],
+            "fid": {"values": [1.0, 2.0, 3.0]},
+            "diversity": {"values": [1.0, None, 3.0]},
+        },
+        "b": {
+            "seeds": [0, 1, 2],
+            "fid": {"values": [1.0, 1.0, 1.0]},
+            "diversity": {"values": [1.0, 1.0, 1.0]},
+        },
+    }
+    rows["a"] |= {"shape_score": {"values": [1.0, 2.0, 3.0]}}
+    rows["b"] = {**rows["b"], "shape_score": None}  # as `recipes` writes what none of the row's runs has
+    found = mean_differences(rows, "a", "b")
+    assert {score: numbers["differences"] for score, numbers in found.items()} == {"fid": 3, "diversity": 2}
+    shown = score_file_markdown({"differences": {"a:b": found}})
+    assert shown.endswith("| a - b | +1.00 ± 0.58 | +1.000 ± 1.000 | 2 to 3 |\n")
+
+
 def test_paired_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "table.json"
     table.write_text(json.dumps({"rows": ROWS}))
@@ -171,7 +192,7 @@ def test_paired_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert same.startswith("| b - b2 | 0.000 ± 0.000 |") and behind.startswith("| b - a | -3.500 ± 1.500 |")
     for pair, message in (
         ("a:nobody", "there are no values of 'nobody' by seed; there are a, b, b2, c"),
-        ("a:c", "shape_score: a standard error needs at least two differences, got 1"),
+        ("a:c", "a:c, shape_score: a standard error needs two or more common seeds, got 1"),
         ("a", "--pairs takes ROW:ROW, got 'a'"),
     ):
         assert f"tables paired: {message}" in refusal(main, ["paired", str(table), "--pairs", pair], capsys)
