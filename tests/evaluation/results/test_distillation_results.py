@@ -262,19 +262,20 @@ def test_what_is_said_of_the_fake_score_at_dmd2s_settings_is_its_file() -> None:
         in text
     )
     from_850 = dmd2["850"]
+    drawn = [at[FAKE]["all"] for at in dmd2.values()]
     assert (
-        f"from 850 it draws {100 * from_850[FAKE]['all']:.1f} % of captions right, and mends "
-        f"{100 * from_850[FAKE]['wrong']:.0f} % of the wrong images where the base mends {100 * from_850[REAL]['wrong']:.0f} %."
-        in text
+        f"from any timestep it draws {100 * min(drawn):.1f} to {100 * max(drawn):.1f} % of captions right, and from 850 "
+        f"it mends {100 * from_850[FAKE]['wrong']:.0f} % of the wrong images "
+        f"where the base mends {100 * from_850[REAL]['wrong']:.0f} %." in text
     )
-    assert 0 < from_850[FAKE]["all"] - before < 0.02
+    assert before < min(drawn) and max(drawn) - before < 0.025
 
     def apart(run: dict[str, Any], timestep: str) -> str:
         return f"{100 * (run[timestep][REAL]['wrong'] - run[timestep][FAKE]['wrong']):.0f}"
 
     assert (
-        f"from {apart(dmd2, '850')} points of wrong images here to {apart(longer, '850')} in `toy_longer`, and at 300 from "
-        f"{apart(dmd2, '300')} to {apart(longer, '300')}." in text
+        f"{apart(longer, '850')} points of wrong images at 850 and {apart(dmd2, '850')} here, {apart(longer, '300')} at 300 "
+        f"and {apart(dmd2, '300')} here." in text
     )
 
 

@@ -23,36 +23,56 @@ def test_what_is_said_of_the_recipes_is_their_file() -> None:
         f"The base has {one:.1f} % of captions in one step and {many:.1f} % in 50 (FID {base['1']['fid']:.2f} and "
         f"{base['50']['fid']:.2f}); regression reaches {accuracy['regression']:.1f} %." in text
     )
+    by_seed = [rows[row]["cpu_seconds"]["values"] for row in ("warmup", "regression")]
+    dearer = [one / other for one, other in zip(*by_seed, strict=True)]
     assert (
-        f"Feature matching adds {100 * ahead('warmup', 'regression'):.1f} points, at "
-        f"{cost['warmup'] / cost['regression']:.1f} times the processor time." in text
+        f"Feature matching adds {100 * ahead('warmup', 'regression'):.1f} points, at {min(dearer):.1f} to {max(dearer):.1f} "
+        "times the processor time by seed." in text
     )
     assert (
-        f"{100 * ahead('dmd2_no_gan', 'warmup'):.1f} points of captions without the GAN, "
-        f"{100 * ahead('dmd2', 'warmup'):.1f} with it; FID falls by {-ahead('dmd2', 'warmup', 'fid'):.2f}."
+        f"at {cost['dmd2_no_gan'] / cost['warmup']:.1f} and {cost['dmd2'] / cost['warmup']:.1f} times the warm-up's processor "
+        f"time: {100 * ahead('dmd2_no_gan', 'warmup'):.1f} points of captions without the GAN, "
+        f"{100 * ahead('dmd2', 'warmup'):.1f} with it, neither beyond its interval; FID falls by "
+        f"{-ahead('dmd2_no_gan', 'warmup', 'fid'):.2f} and {-ahead('dmd2', 'warmup', 'fid'):.2f} (the second is). "
+        f"Both end below the FID of real images ({result('toy_teacher')['toy']['real_vs_real']['fid']:.2f}),"
         in text
     )
+    segmented = pairs["segmented:dmd2_no_gan"]["caption_accuracy"]
     assert (
-        f"SDXS's scheme is {100 * ahead('segmented', 'dmd2_no_gan'):.1f} points ahead of DMD2's without the GAN, at "
+        f"SDXS's scheme is {100 * segmented['mean']:.1f} points ahead of DMD2's without the GAN (standard error "
+        f"{100 * segmented['standard_error']:.1f}: not beyond its interval either), at "
         f"{cost['segmented'] / cost['dmd2_no_gan']:.2f} times" in text
     )
+    # 4.303 is Student's t at 97.5 % for the two degrees of freedom of three differences.
+    beyond = {
+        score: [
+            pair
+            for pair, scores in pairs.items()
+            if abs(scores[score]["mean"]) > 4.303 * scores[score]["standard_error"]
+        ]
+        for score in ("caption_accuracy", "fid")
+    }
+    assert beyond == {"caption_accuracy": ["warmup:regression"], "fid": ["dmd2:warmup"]}
+    assert rows["dmd2_no_gan"]["fid"]["mean"] < result("toy_teacher")["toy"]["real_vs_real"]["fid"]
     finish = [ahead("dmd2+finish", "dmd2", score) for score in ("caption_accuracy", "fid")]
     assert (
-        f"The finish changes captions by {abs(100 * finish[0]):.1f} points and FID by {abs(finish[1]):.2f}:"
-        in text
+        f"The finish changes captions by {abs(100 * finish[0]):.1f} points and FID by {abs(finish[1]):.2f}, at "
+        f"{cost['dmd2+finish'] / cost['dmd2']:.1f} times the processor time:" in text
     )
     distilled = ("dmd2_no_gan", "dmd2", "segmented", "dmd2+finish")
     best: dict[str, Any] = rows[max(distilled, key=lambda row: accuracy[row])]
+    diversity = result("toy_quickstart_variants")["rows"]["quickstart"]["diversity"]["mean"]
     assert best["caption_accuracy"]["mean"] < quickstart["caption_accuracy"]["mean"]
     assert (
         f"{100 * quickstart['caption_accuracy']['mean']:.1f} % of captions and a shape score of "
         f"{quickstart['shape_score']['mean']:.3f}, from a quarter of the pairs; the best row here has "
         f"{100 * best['caption_accuracy']['mean']:.1f} % and {best['shape_score']['mean']:.3f}. It pays in FID "
-        f"({quickstart['fid']['mean']:.2f} against {best['fid']['mean']:.2f})." in text
+        f"({quickstart['fid']['mean']:.2f} against {best['fid']['mean']:.2f}) and diversity ({diversity:.3f} against "
+        f"{best['diversity']['mean']:.3f});" in text
     )
     pruned = rows["pruned_dmd2"]
     assert (
-        f"has {100 * accuracy['pruned_dmd2'] / many:.0f} % of the base's caption accuracy in 50 steps at "
+        f"has in one step {100 * accuracy['pruned_dmd2'] / many:.0f} % of the caption accuracy that the base has in 50, and "
         f"{pruned['fid']['mean'] / base['50']['fid']:.2f} times its FID" in text
     )
     share = 100 * pruned["parameters"] / rows["dmd2"]["parameters"]
