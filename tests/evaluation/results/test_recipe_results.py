@@ -32,7 +32,7 @@ def test_what_is_said_of_the_recipes_is_their_file() -> None:
     assert (
         f"at {cost['dmd2_no_gan'] / cost['warmup']:.1f} and {cost['dmd2'] / cost['warmup']:.1f} times the warm-up's processor "
         f"time: {100 * ahead('dmd2_no_gan', 'warmup'):.1f} points of captions without the GAN, "
-        f"{100 * ahead('dmd2', 'warmup'):.1f} with it, neither beyond its interval; FID falls by "
+        f"{100 * ahead('dmd2', 'warmup'):.1f} with it, neither proven (their intervals reach below 0); FID falls by "
         f"{-ahead('dmd2_no_gan', 'warmup', 'fid'):.2f} and {-ahead('dmd2', 'warmup', 'fid'):.2f} (the second is). "
         f"Both end below the FID of real images ({result('toy_teacher')['toy']['real_vs_real']['fid']:.2f}),"
         in text
@@ -40,7 +40,7 @@ def test_what_is_said_of_the_recipes_is_their_file() -> None:
     segmented = pairs["segmented:dmd2_no_gan"]["caption_accuracy"]
     assert (
         f"SDXS's scheme is {100 * segmented['mean']:.1f} points ahead of DMD2's without the GAN (standard error "
-        f"{100 * segmented['standard_error']:.1f}: not beyond its interval either), at "
+        f"{100 * segmented['standard_error']:.1f}: not proven either), at "
         f"{cost['segmented'] / cost['dmd2_no_gan']:.2f} times" in text
     )
     # 4.303 is Student's t at 97.5 % for the two degrees of freedom of three differences.
