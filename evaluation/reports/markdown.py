@@ -274,10 +274,9 @@ def _differences_markdown(content: Mapping[str, Any]) -> str:
     rows = []
     for pair, found in pairs.items():
         cells = [_with_error(score, found[score]) if score in found else "" for score in scores]
-        counts = sorted({one["differences"] for one in found.values()})
-        seeds = " to ".join(
-            map(str, dict.fromkeys((counts[0], counts[-1])))
-        )  # a score may be unknown of a seed
+        counts = [one["differences"] for one in found.values()]
+        fewest, most = min(counts), max(counts)  # a score may be unknown of a seed
+        seeds = str(most) if fewest == most else f"{fewest} to {most}"
         rows.append([pair.replace(":", " - "), *cells, seeds])
     return markdown_table(["", *map(_score_title, scores), "seeds"], rows)
 
