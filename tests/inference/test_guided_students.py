@@ -188,7 +188,13 @@ def test_what_does_not_fit_is_refused(guided: Students, student: Students, tmp_p
 
 @pytest.mark.parametrize(
     "record",
-    [{}, "1 to 4.5", {"low": 1.0, "high": "4.5", "negative_prompts": True}, {"low": 1.0, "high": 4.5}],
+    [
+        {},
+        "1 to 4.5",
+        {"low": 1.0, "high": "4.5", "negative_prompts": True},
+        {"low": True, "high": 4.5, "negative_prompts": True},
+        {"low": 1.0, "high": 4.5},
+    ],
 )
 def test_a_record_that_is_none_is_named(record: object) -> None:
     config = {"_student_guidance": record}

@@ -19,8 +19,8 @@ def write_openvino(part: Part, folder: Path, precision: Precision) -> None:
     """Converts a network and writes openvino_model.xml and .bin.
 
     Inputs and outputs are float32 in every precision; "fp16" and "int8" are what weights are stored in. OpenVINO computes in
-    float32, but of these two in bf16 on a processor with units for it. The way leads over ONNX, so that both runtimes have one
-    trace, and the same names.
+    float32; with "fp16" and "int8" in bf16, on a processor that has units for it. The way leads over ONNX, so that both
+    runtimes have one trace, and the same names.
 
     Args:
         part: the network, float32.
